@@ -1,0 +1,75 @@
+"""The errors a user can act on, one class per exit code.
+
+    VfunError
+    ├── RunError          1   the run failed
+    ├── ConfigError       2   usage or configuration
+    ├── MetadataError     3   data rejected
+    ├── FitError          4   does not fit in memory
+    ├── CheckpointError   5   checkpoint or export invalid, resume refused
+    └── EnvironmentFault  6  missing package, no such device
+
+Every error says what was found, where, why it cannot go on, and (``hint``) the next command.
+"""
+
+from difflib import get_close_matches
+from collections.abc import Iterable
+
+
+class VfunError(Exception):
+    """Base of all errors that end a command with one message and an exit code."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RunError(VfunError):
+    """The run started and failed."""
+
+    exit_code = 1
+
+
+class ConfigError(VfunError):
+    """An option, a configuration file or a combination of options is wrong."""
+
+    exit_code = 2
+
+
+class MetadataError(VfunError):
+    """The dataset or its metadata cannot be trained on."""
+
+    exit_code = 3
+
+
+class FitError(VfunError):
+    """The run needs more memory than there is."""
+
+    exit_code = 4
+
+
+class CheckpointError(VfunError):
+    """A checkpoint, a model directory or an export is not what it should be."""
+
+    exit_code = 5
+
+
+class EnvironmentFault(VfunError):
+    """The machine lacks a package, a device or a permission."""
+
+    exit_code = 6
+
+
+EXIT_PREEMPTED = 75
+"""State saved after a preemption signal: run ``vfun resume``."""
+
+EXIT_INTERRUPTED = 130
+"""Stopped by Ctrl-C."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest known word, or an empty string."""
+    near = get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

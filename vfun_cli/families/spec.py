@@ -1,0 +1,99 @@
+"""What the torch-free half of vfun needs to know about a model family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FrameRule = Literal["4k", "4k+1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipShape:
+    """The shape of one training clip in pixels: frames, height, width."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDims:
+    """The dimensions that decide tokens and FLOPs, read from a model directory's configuration."""
+
+    dim: int
+    """Hidden size of the transformer."""
+    ffn_dim: int
+    """Inner size of a feed-forward layer."""
+    num_layers: int
+    extra: Mapping[str, int] = field(default_factory=dict)
+    """Dimensions only one family has (audio injectors, single-stream blocks, reference tokens, …)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataField:
+    """A metadata key that a family reads, apart from ``text`` and ``type``."""
+
+    name: str
+    media: Literal["visual", "control", "audio"]
+    required: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """One trainable model family. Frozen and free of torch: the adapter is named, not imported."""
+
+    name: str
+    """Name on the command line, e.g. ``wan-s2v``."""
+    summary: str
+    """One line for ``vfun train`` without arguments."""
+    adapter: str
+    """``module:Class`` of the ModelAdapter, imported by the training plane only."""
+    fields: tuple[MetadataField, ...]
+    media_types: tuple[Literal["video", "image"], ...]
+    """Row types the family can train on."""
+    vae_stride: tuple[int, int, int]
+    """Pixels per latent along (frames, height, width)."""
+    patch_size: tuple[int, int, int]
+    """Latents per token along (frames, height, width)."""
+    frame_rule: FrameRule
+    lowest_video_size: int | None = None
+    """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
+    strides_to_max_fps: float | None = None
+    """Raise the stride until fps / stride is at most this (Wan-S2V: 30); None keeps the stride as given."""
+    motion_frames: int = 0
+    """Pixel frames of history before the clip that the model reads (Wan-S2V: 73)."""
+    block_classes: tuple[str, ...]
+    """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
+    objective: Literal["flow-matching", "ddpm"]
+    dims: ModelDims
+    """Dimensions of the largest released model, used when no model directory is given."""
+    read_dims: Callable[[Mapping[str, object]], ModelDims]
+    """Dimensions from the transformer's ``config.json``."""
+    config_file: str = "config.json"
+    """Where the transformer's configuration lies inside the model directory."""
+    sequence_tokens: Callable[[ClipShape, ModelDims], int]
+    """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
+    forward_flops: Callable[[ClipShape, ModelDims], float]
+    """FLOPs of one forward pass on one clip (a multiply-add counts two)."""
+    defaults: Mapping[str, object]
+    """Option values of the seeds' command line, by option name."""
+    strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Where the seeds' command differs between strategies."""
+    lora_defaults: Mapping[str, object] = field(default_factory=dict)
+    demo: Mapping[str, object] = field(default_factory=dict)
+    """Option values of the embedded default (tiny model, tiny media)."""
+    demo_builder: str = ""
+    """``module:function`` that writes the tiny model directory."""
+    train_modes: tuple[str, ...] = ()
+
+    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
+        """Latent (frames, height, width) of a clip; for the 4k rule the clip's own latents without the reference."""
+        t, h, w = self.vae_stride
+        frames = shape.frames // t if self.frame_rule == "4k" else (shape.frames - 1) // t + 1
+        return frames, shape.height // h, shape.width // w
+
+    def video_tokens(self, shape: ClipShape) -> int:
+        """Tokens of the clip itself, nothing added."""
+        frames, height, width = self.latent_shape(shape)
+        pt, ph, pw = self.patch_size
+        return (frames // pt) * (height // ph) * (width // pw)
