@@ -1,0 +1,1 @@
+"""The training plane: everything here may import torch."""

@@ -1,0 +1,88 @@
+"""What the trainer asks of a model family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vfun_cli.training.randomness import SampleKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """The part of the configuration that a family may depend on."""
+
+    model_dir: Path
+    compute_dtype: torch.dtype
+    """dtype of the frozen encoders and of the transformer's inputs."""
+    device: torch.device
+    vae_mini_batch: int = 1
+    low_vram: bool = False
+    train_mode: str = ""
+    control_ref_image: str = "first_frame"
+    family: Mapping[str, Any] = field(default_factory=dict)
+    """Options that only one family reads (``loss_type``, …)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One clip of the plan, as the loader workers get it."""
+
+    key: SampleKey
+    record: Mapping[str, Any]
+    """The metadata record, media paths made absolute."""
+    kind: str
+    """``video`` or ``image``."""
+    frames: int
+    height: int
+    width: int
+    stride: int
+    """Source frames per clip frame."""
+    total_frames: int
+    fps: tuple[int, int]
+    """Source frame rate as (numerator, denominator)."""
+
+
+Sample = dict[str, Any]
+"""What ``load`` returns: tensors by name, plus ``text``. Pixels are float32 in [-1, 1], [F, 3, H, W]."""
+
+Conditions = dict[str, Any]
+"""What ``predict`` needs beside latents and timesteps; tensors are batched along dim 0."""
+
+
+class ModelAdapter(Protocol):
+    """Speaks one model's dialect. The objective owns the mathematics, the trainer owns time.
+
+    ``transformer`` is the only module that is trained, wrapped and saved. Encoders stay inside the adapter,
+    frozen, in eval mode and without gradients.
+    """
+
+    transformer: nn.Module
+
+    @classmethod
+    def from_pretrained(cls, options: AdapterOptions) -> "ModelAdapter":
+        """Load everything from the released directory layout, offline. Unknown or missing keys are errors.
+
+        The transformer comes back in float32 on the CPU; the trainer casts and moves it.
+        """
+        ...
+
+    @staticmethod
+    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
+        """Decode and transform one clip. Runs in a loader worker; a pure function of the request."""
+        ...
+
+    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch; no gradients."""
+        ...
+
+    def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's prediction, [B, C, F, H, W] like ``noisy``. ``timesteps`` is [B], 0..1000."""
+        ...
+
+    def export_name(self, parameter: str) -> str:
+        """The released name of a transformer parameter."""
+        ...
