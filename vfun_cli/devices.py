@@ -1,0 +1,39 @@
+"""What this machine can train on, found without importing torch."""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+
+from vfun_cli.errors import EnvironmentFault
+
+
+@cache
+def gpu_count() -> int:
+    """GPUs that a training process would see: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip()])
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def check_processes(device: str, per_machine: int) -> None:
+    """Refuse more processes on this machine than it has devices.
+
+    A machine without GPUs may always run two: that is what the demo does.
+
+    Raises:
+        EnvironmentFault: no such device, or too few of them.
+    """
+    if device == "cuda" and gpu_count() == 0:
+        raise EnvironmentFault("device cuda was asked for and no NVIDIA GPU is visible here.",
+                               hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.")
+    devices = gpu_count() if device == "cuda" else max(2, os.cpu_count() or 1)
+    if per_machine > devices:
+        what = "GPUs" if device == "cuda" else "processor cores"
+        raise EnvironmentFault(f"{per_machine} processes were asked for on a machine with {devices} {what}.",
+                               hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.")

@@ -1,0 +1,19 @@
+"""The families vfun trains, in one explicit list."""
+
+from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (WAN_S2V,)}
+
+
+def find(name: str) -> FamilySpec:
+    """The family of that name.
+
+    Raises:
+        ConfigError: no such family; the message lists them.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown family {name!r}.{did_you_mean(name, FAMILIES)}",
+                          hint=f"Families: {', '.join(FAMILIES)}.")
+    return FAMILIES[name]

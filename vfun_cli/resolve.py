@@ -1,0 +1,157 @@
+"""Where each option's value comes from: option > environment > vfun.toml > the family's default."""
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vfun_cli import devices
+from vfun_cli.config import IDLE_FLAGS, RunConfig, default_of, options, parse
+from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.families.spec import FamilySpec
+
+SETTINGS_FILE = "vfun.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A configuration and, for every option, where its value came from."""
+
+    config: RunConfig
+    sources: dict[str, str]
+
+
+def resolve(
+    command: str,
+    spec: FamilySpec,
+    given: Mapping[str, Any],
+    *,
+    demo: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    directory: Path = Path(),
+) -> Resolved:
+    """Settle every option for one command.
+
+    Args:
+        given: options from the command line, by name, only those that were typed.
+        demo: the embedded default, which replaces everything but typed options.
+        base: values of an earlier run's ``run.json``; then neither environment nor vfun.toml is read.
+
+    Raises:
+        ConfigError: an unknown name, a value of the wrong type, a combination that cannot work.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = [("default", {name: default_of(name) for name in options()})]
+    if base is not None:
+        layers.append(("run.json", base))
+    else:
+        layers.append((f"{spec.name} default", spec.defaults))
+        if command == "lora":
+            layers.append((f"{spec.name} LoRA default", spec.lora_defaults))
+        layers += _file_layers(directory / SETTINGS_FILE, spec.name)
+        layers += _environment_layers(environ)
+    if demo is not None:
+        layers.append(("demo", demo))
+    layers.append(("option", given))
+
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        for name, value in layer.items():
+            values[name] = parse(name, value, source)
+            sources[name] = source
+    if values["image_sample_size"] is None:
+        values["image_sample_size"] = values["video_sample_size"]
+    _settle_placement(values, sources)
+    _check(command, spec, values)
+    return Resolved(config=RunConfig(**values), sources=sources)
+
+
+def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Top-level keys hold for every family, a ``[family]`` table for one."""
+    if not path.is_file():
+        return
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
+    yield str(path), _known(flat, str(path))
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    from vfun_cli.families import FAMILIES
+
+    for name, table in tables.items():
+        if name not in FAMILIES:
+            raise ConfigError(f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
+                              hint=f"Families: {', '.join(FAMILIES)}.")
+        _known(table, f"{path} [{name}]")
+    if family in tables:
+        yield f"{path} [{family}]", tables[family]
+
+
+def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    names = {name.replace("-", "_"): value for name, value in layer.items()}
+    for name in names:
+        if name not in options():
+            raise ConfigError(f"{source}: unknown key {name!r}.{did_you_mean(name, options())}",
+                              hint="docs/options.md lists the keys.")
+    return names
+
+
+def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, (_, _, opt) in options().items():
+        for variable in opt.variables:
+            if environ.get(variable):
+                yield f"${variable}", {name: environ[variable]}
+    for variable, value in environ.items():
+        if variable.startswith("VFUN_"):
+            name = variable.removeprefix("VFUN_").lower()
+            if name not in options():
+                raise ConfigError(f"${variable} names no option.{did_you_mean(name, options())}",
+                                  hint=f"unset {variable}")
+            yield f"${variable}", {name: value}
+
+
+def _settle_placement(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Fill in device, strategy and number of processes where they were left to us."""
+    gpus = devices.gpu_count()
+    if values["device"] == "auto":
+        values["device"] = "cuda" if gpus else "cpu"
+    if values["strategy"] == "auto":
+        several = values["num_processes"] or values["num_machines"] * (gpus if values["device"] == "cuda" else 1)
+        values["strategy"] = "ddp" if several > 1 else "single"
+    if values["num_processes"] is None:
+        each = 1 if values["strategy"] == "single" else (gpus if values["device"] == "cuda" else 2)
+        values["num_processes"] = each * values["num_machines"]
+
+
+def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
+    """Combinations that no single option can refuse."""
+    if values["strategy"] == "single" and values["num_processes"] > 1:
+        raise ConfigError(f"strategy 'single' with num_processes {values['num_processes']}.",
+                          hint="Drop one of them, or choose --ddp, --fsdp, --zero2 or --zero3.")
+    if values["num_processes"] % values["num_machines"]:
+        raise ConfigError(f"num_processes {values['num_processes']} does not divide by num_machines "
+                          f"{values['num_machines']}.", hint="num_processes counts all machines together.")
+    if values["machine_rank"] >= values["num_machines"]:
+        raise ConfigError(f"machine_rank {values['machine_rank']} of {values['num_machines']} machines: ranks count "
+                          "from 0.")
+    if values["num_machines"] > 1 and values["main_process_port"] is None:
+        raise ConfigError("several machines need the port to meet at.", hint="Add --main-process-port 29500.")
+    if values["use_ema"] and values["strategy"] not in ("single", "ddp"):
+        raise ConfigError(f"use_ema needs whole weights on a rank; strategy {values['strategy']} shards them.",
+                          hint="Drop --use-ema, or choose --ddp.")
+    mode = values["train_mode"]
+    if mode is not None and mode not in spec.train_modes:
+        known = ", ".join(spec.train_modes) or "none: leave --train-mode out"
+        raise ConfigError(f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} "
+                          f"Its modes: {known}.")
+    if not values["trainable_modules"]:
+        raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
+
+
+def notices(idle: Mapping[str, Any]) -> list[str]:
+    """One line for each typed flag that has no effect."""
+    return [f"--{name.replace('_', '-')} has no effect: {IDLE_FLAGS[name]}." for name in idle]

@@ -1,0 +1,152 @@
+"""Every path of a run directory, and the rules about using one."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run on disk; nothing else builds paths inside it."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        """Resolved options; enough to repeat the run."""
+        return self.root / "run.json"
+
+    @property
+    def plan_json(self) -> Path:
+        """Digest and summary of the plan."""
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What the launcher and each rank said."""
+        return self.root / "logs"
+
+    @property
+    def sanity_check(self) -> Path:
+        """The first batch as people can look at it."""
+        return self.root / "sanity_check"
+
+    @property
+    def stop_request(self) -> Path:
+        """Its presence asks all ranks to save and stop at the next step boundary."""
+        return self.logs / "stop-request"
+
+    @property
+    def outcome(self) -> Path:
+        """How the training processes ended, written by rank 0."""
+        return self.logs / "outcome.json"
+
+    def launch(self, machine_rank: int = 0) -> Path:
+        """Generated launch files of one machine."""
+        return self.root / ("launch" if machine_rank == 0 else f"launch-machine-{machine_rank}")
+
+    def clips(self, machine_rank: int = 0) -> Path:
+        """The checked clip table that the plan is made from."""
+        return self.launch(machine_rank) / "clips.npz"
+
+    def rank_error(self, rank: int) -> Path:
+        """The error that ended a rank, as JSON."""
+        return self.logs / f"error-rank-{rank}.json"
+
+    def rank_log(self, rank: int) -> Path:
+        """Output of a rank other than 0."""
+        return self.logs / f"rank-{rank}.log"
+
+    def launcher_log(self, machine_rank: int = 0) -> Path:
+        """Output of the launcher and of rank 0."""
+        return self.logs / ("launcher.log" if machine_rank == 0 else f"launcher-machine-{machine_rank}.log")
+
+    def checkpoint(self, step: int) -> Path:
+        """A complete checkpoint."""
+        return self.root / f"checkpoint-{step}"
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """The same checkpoint while it is being written."""
+        return self.root / f".checkpoint-{step}.partial"
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.run_json.exists()
+
+    def read_run(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        if not self.run_json.is_file():
+            raise CheckpointError(f"{self.root} holds no run: there is no run.json in it.",
+                                  hint="Name the output directory of a run, or one of its checkpoints.")
+        try:
+            content: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{self.run_json} is not valid JSON: {error}.") from None
+        return content
+
+
+def claim(run: RunDir, *, overwrite: bool) -> None:
+    """Make the directory ready for a new run.
+
+    Raises:
+        ConfigError: it holds a run already.
+        EnvironmentFault: it cannot be written.
+    """
+    if run.holds_run():
+        if not overwrite:
+            raise ConfigError(
+                f"{run.root} already holds a run.",
+                hint=f"vfun resume {run.root} to continue it, --output-dir for another directory, or --overwrite to "
+                "delete it.",
+            )
+        _clear(run)
+    ensure_writable(run.root)
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create the folder if need be.
+
+    Raises:
+        EnvironmentFault: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".vfun-write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write to {folder}: {error.strerror or error}.",
+                               hint="Choose another directory with --output-dir, or mend its permissions.") from None
+
+
+def _clear(run: RunDir) -> None:
+    """Delete what a run wrote, and only that: other files in the directory stay."""
+    for path in (run.run_json, run.plan_json, run.metrics):
+        path.unlink(missing_ok=True)
+    folders = [run.logs, run.sanity_check, *run.root.glob("launch*"), *run.root.glob("checkpoint-*"),
+               *run.root.glob(".checkpoint-*.partial")]
+    for folder in folders:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
