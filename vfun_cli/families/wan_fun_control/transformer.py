@@ -1,0 +1,246 @@
+"""The transformer of Wan2.1-Fun Control: diffusers' Wan transformer plus the reference image of V1.1."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from torch import Tensor, nn
+
+from vfun_cli.errors import CheckpointError
+
+LATENT_CHANNELS = 16
+CONTROL_IN_DIM = 48
+"""Noisy latents, control latents and start image latents, 16 channels each."""
+TEXT_TOKENS = 512
+"""Rows of text the cross-attention reads; prompts are padded with zeros to this length."""
+
+OUTER_NAMES = {
+    "patch_embedding": "patch_embedding",
+    "ref_conv": "patch_embedding.ref_conv",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+"""Released module name -> name here, outside the blocks."""
+
+ATTENTION_NAMES = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_k_img": "norm_added_k",
+}
+
+BLOCK_NAMES = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",  # the affine norm before the cross-attention; the other two have no parameters
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{released}": f"attn1.{ours}" for released, ours in ATTENTION_NAMES.items()},
+    **{f"cross_attn.{released}": f"attn2.{ours}" for released, ours in ATTENTION_NAMES.items()},
+}
+"""Released module name -> name here, inside ``blocks.N.``."""
+
+
+def _rename(name: str, outer: Mapping[str, str], inner: Mapping[str, str]) -> str:
+    """Replace the longest leading module path that the table knows; anything after it (``.weight``, LoRA) stays."""
+    prefix, rest, table = "", name, outer
+    if block := re.match(r"blocks\.\d+\.", name):
+        prefix, rest, table = block.group(), name[block.end() :], inner
+    parts = rest.split(".")
+    for count in range(len(parts), 0, -1):
+        if (known := table.get(".".join(parts[:count]))) is not None:
+            return prefix + ".".join([known, *parts[count:]])
+    return name
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {ours: released for released, ours in table.items()}
+
+
+def live_name(released: str) -> str:
+    """The name here of a released parameter; unknown names come back unchanged, for the strict loader to refuse."""
+    return _rename(released, OUTER_NAMES, BLOCK_NAMES)
+
+
+def released_name(live: str) -> str:
+    """The released name of a parameter here: the inverse of ``live_name``."""
+    return _rename(live, _inverse(OUTER_NAMES), _inverse(BLOCK_NAMES))
+
+
+class RotaryTables(nn.Module):
+    """Rotary cosines and sines of a (frames, height, width) grid of tokens.
+
+    diffusers keeps these as buffers: ``module.bfloat16()`` (DeepSpeed) would round them, and a model built on the
+    meta device would have none. A few hundred values per forward cost nothing to compute.
+    """
+
+    def __init__(self, head_dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        side = 2 * (head_dim // 6)
+        self.widths = (head_dim - 2 * side, side, side)
+        self.patch_size = patch_size
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Two float32 tables [1, tokens, 1, head_dim] for latents [B, C, F, H, W]."""
+        grid = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
+        cosines, sines = [], []
+        for axis, (size, width) in enumerate(zip(grid, self.widths, strict=True)):
+            positions = torch.arange(size, dtype=torch.float64, device=hidden_states.device)
+            tables = get_1d_rotary_pos_embed(
+                width, positions, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64
+            )
+            shape = [size if other == axis else 1 for other in range(3)]
+            for table, parts in zip(tables, (cosines, sines), strict=True):
+                parts.append(table.view(*shape, width).expand(*grid, width))
+        cos, sin = (torch.cat(parts, dim=-1).flatten(0, 2)[None, :, None] for parts in (cosines, sines))
+        return cos, sin
+
+
+class ReferencePatchEmbedding(nn.Conv3d):
+    """Wan's patch embedding for latents whose first frame is a reference image with an embedding of its own."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.ref_conv = nn.Conv2d(LATENT_CHANNELS, dim, kernel_size=patch_size[1:], stride=patch_size[1:])
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, 1 + F, H, W] -> [B, dim, 1 + F, H / 2, W / 2]; the reference is in the first 16 channels."""
+        reference = self.ref_conv(latents[:, :LATENT_CHANNELS, 0])
+        return torch.cat([reference.unsqueeze(2), super().forward(latents[:, :, 1:])], dim=2)
+
+
+class WanFunControlTransformer(WanTransformer3DModel):
+    """Wan's image-to-video transformer over noisy | control | start image latents, V1.0 and V1.1.
+
+    The reference image of V1.1 is one more latent frame before the clip: it takes temporal position 0 of the rotary
+    embedding (the clip moves to 1..F), shares the timestep, and its prediction is thrown away.
+    """
+
+    def __init__(self, *, has_reference: bool, **config: Any) -> None:
+        super().__init__(**config)
+        self.has_reference = has_reference
+        self.rope = RotaryTables(self.config.attention_head_dim, self.config.patch_size)
+        if has_reference:
+            dim = self.config.num_attention_heads * self.config.attention_head_dim
+            self.patch_embedding = ReferencePatchEmbedding(self.config.in_channels, dim, self.config.patch_size)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        image: Tensor,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """Predict [B, 16, F, H, W].
+
+        ``latents`` [B, 48, F, H, W]; ``timesteps`` [B], 0..1000; ``text`` [B, 512, text_dim], padded with zeros;
+        ``image`` [B, 257, image_dim], the CLIP embedding; ``reference`` [B, 16, H, W], given exactly when the
+        checkpoint has ``ref_conv`` (zeros where there is none, as at inference, so that no parameter goes unused).
+        """
+        if (reference is not None) != self.has_reference:
+            raise ValueError(f"reference given: {reference is not None}, checkpoint has ref_conv: {self.has_reference}")
+        if reference is not None:
+            padding = latents.shape[1] - reference.shape[1]
+            frame = F.pad(reference.unsqueeze(2), (0, 0, 0, 0, 0, 0, 0, padding))
+            latents = torch.cat([frame, latents], dim=2)
+        (prediction,) = super().forward(latents, timesteps, text, image, return_dict=False)
+        return prediction if reference is None else prediction[:, :, 1:]
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def transformer_config(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``WanFunControlTransformer`` from the released tensors' shapes, checked against ``config.json``.
+
+    Only the number of heads and eps cannot be seen in the tensors and are read from ``config``.
+
+    Raises:
+        CheckpointError: the tensors are another model's, or ``config.json`` contradicts them.
+    """
+    _refuse_other_models(shapes)
+    dim, in_dim = shapes["patch_embedding.weight"][:2]
+    patch_size = shapes["patch_embedding.weight"][2:]
+    found = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "out_dim": shapes["head.head.weight"][0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "add_ref_conv": "ref_conv.weight" in shapes,
+    }
+    # An absent add_ref_conv means none: the plan counts its tokens from config.json alone.
+    stated = {"add_ref_conv": False, **config}
+    wrong = [
+        f"{key} is {stated[key]!r}, the tensors say {value!r}"
+        for key, value in found.items()
+        if key in stated and stated[key] != value
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"config.json contradicts the weights beside it: {'; '.join(wrong)}.",
+            hint="Correct config.json, or fetch the model directory again.",
+        )
+    heads = config.get("num_heads")
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise CheckpointError(f"config.json: num_heads is {heads!r}; it must divide dim {dim}.")
+    return {
+        "has_reference": found["add_ref_conv"],
+        "patch_size": patch_size,
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_dim,
+        "out_channels": found["out_dim"],
+        "text_dim": found["text_dim"],
+        "freq_dim": found["freq_dim"],
+        "ffn_dim": found["ffn_dim"],
+        "num_layers": found["num_layers"],
+        "eps": config.get("eps", 1e-6),
+        "image_dim": shapes["img_emb.proj.0.weight"][0],
+        "added_kv_proj_dim": dim,
+    }
+
+
+def _refuse_other_models(shapes: Shapes) -> None:
+    """Name the Wan models that look alike and are not this family."""
+    hint = "wan-fun-control trains Wan2.1-Fun-Control and Wan2.1-Fun-V1.1-Control (1.3B and 14B)."
+    if any(name.startswith("control_adapter.") for name in shapes):
+        raise CheckpointError("Camera checkpoints (control_adapter tensors) are not supported.", hint=hint)
+    if any(name.startswith("casual_audio_encoder.") for name in shapes):
+        raise CheckpointError(
+            "These are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.", hint="Run vfun train wan-s2v."
+        )
+    missing = [
+        name for name in ("patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight") if name not in shapes
+    ]
+    if missing:
+        raise CheckpointError(f"Not a Wan transformer in the released naming: no {', '.join(missing)}.", hint=hint)
+    if "img_emb.proj.0.weight" not in shapes:
+        raise CheckpointError("The transformer has no image branch (img_emb): a text-to-video Wan model.", hint=hint)
+    in_dim = shapes["patch_embedding.weight"][1]
+    if in_dim != CONTROL_IN_DIM:
+        raise CheckpointError(
+            f"patch_embedding reads {in_dim} channels; a Control checkpoint reads {CONTROL_IN_DIM} "
+            "(noisy, control and start image latents). 36 channels are an inpainting (InP) or image-to-video model.",
+            hint=hint,
+        )
