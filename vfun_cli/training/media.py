@@ -15,6 +15,7 @@ import decord
 import numpy as np
 import torch
 from av.audio.frame import AudioFrame
+from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -95,7 +96,8 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
     if first < 0 or count < 0:
         raise ValueError(f"audio of {float(duration)} s from second {float(start)}")
     try:
-        native, native_rate, origin, end = _native_audio(path, Fraction(first, rate), Fraction(first + count, rate), rate)
+        wanted = Fraction(first, rate), Fraction(first + count, rate)
+        native, native_rate, origin, end = _native_audio(path, *wanted, rate)
     except MetadataError:
         raise
     except Exception as error:
@@ -103,7 +105,7 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
             f"{path}: the audio cannot be decoded ({type(error).__name__}: {error})",
             hint="play the file, encode it again, or leave its row out: vfun validate-meta --deep --fix OUT",
         ) from error
-    missing = Fraction(first + count, rate) - end
+    missing = wanted[1] - end
     if missing > AUDIO_TAIL_TOLERANCE:
         raise MetadataError(
             f"{path}: audio from {float(start):.3f} s to {float(start + duration):.3f} s was asked for, "
@@ -156,6 +158,7 @@ def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.Vide
     Beside it the (height, width) that covers the target in the clip's own aspect.
     One thread a reader: the loader already runs a process per clip.
     """
+    decord.logging.set_level(decord.logging.QUIET)  # the error says it; FFmpeg would say it again on stderr
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         full_height, full_width = reader[0].shape[:2]
@@ -174,7 +177,7 @@ def _first_bad_frame(reader: "decord.VideoReader", indices: Sequence[int]) -> in
     for index in sorted(indices):
         try:
             reader[index]
-        except Exception:  # the one we are looking for
+        except Exception:  # noqa: BLE001 - the one we are looking for
             return index
     return min(indices)
 
@@ -204,39 +207,38 @@ def _native_audio(
         native_rate = stream.rate
         grid = Fraction(1, np.gcd(native_rate, rate).item())  # seconds between common sampling points
         origin = max(Fraction(0), (start - AUDIO_WARM_UP) // grid * grid)
-        stop = end + AUDIO_WARM_UP
-        buffer = np.zeros(max(0, round((stop - origin) * native_rate)), np.float32)
+        begin, stop = int(origin * native_rate), int((end + AUDIO_WARM_UP) * native_rate)  # samples
+        buffer = np.zeros(stop - begin, np.float32)
         zero = _time_zero(container)
-        position: int | None = None  # samples since second 0
+        position, known = 0, False  # samples since second 0
         for frame in container.decode(stream):
             if frame.sample_rate != native_rate:
                 raise MetadataError(f"{path}: the sampling rate changes from {native_rate} to {frame.sample_rate}")
             if frame.pts is not None and frame.time_base is not None:
                 stated = (frame.pts * frame.time_base - zero) * native_rate
-                if position is None or abs(stated - position) > TIMESTAMP_JITTER * native_rate:
-                    position = round(stated)
-            position = _place(buffer, frame, (position or 0) - round(origin * native_rate)) + round(origin * native_rate)
-            if position >= stop * native_rate:
+                if not known or abs(stated - position) > TIMESTAMP_JITTER * native_rate:
+                    position, known = round(stated), True
+            _place(buffer, frame, position - begin)
+            position += frame.samples
+            if position >= stop:
                 break
-    return buffer, native_rate, origin, Fraction(position or 0, native_rate)
+    return buffer, native_rate, origin, Fraction(position, native_rate)
 
 
 def _time_zero(container: "av.container.InputContainer") -> Fraction:
     """Second 0 of a file: its first video frame (not a cover picture), or where the file itself begins."""
     for stream in container.streams.video:
-        if "ATTACHED_PIC" not in str(stream.disposition).upper() and stream.start_time is not None and stream.time_base:
+        is_cover = Disposition.attached_pic in stream.disposition
+        if not is_cover and stream.start_time is not None and stream.time_base:
             return stream.start_time * stream.time_base
     return Fraction(container.start_time or 0, av.time_base)
 
 
-def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> int:
-    """Write one decoded frame, averaged over its channels, into ``buffer`` from sample ``at``; returns its end."""
-    length = frame.samples
-    if at + length > 0 and at < len(buffer):
-        mono = _to_float(frame).mean(axis=0)  # [samples]
-        low, high = max(0, -at), min(length, len(buffer) - at)
-        buffer[at + low : at + high] = mono[low:high]
-    return at + length
+def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> None:
+    """Write the part of one decoded frame that falls into ``buffer``, averaged over its channels, from sample ``at``."""
+    low, high = max(0, -at), min(frame.samples, len(buffer) - at)
+    if low < high:
+        buffer[at + low : at + high] = _to_float(frame).mean(axis=0)[low:high]
 
 
 def _to_float(frame: AudioFrame) -> NDArray[np.float32]:
@@ -246,8 +248,8 @@ def _to_float(frame: AudioFrame) -> NDArray[np.float32]:
         array = array.reshape(-1, len(frame.layout.channels)).T
     if array.dtype == np.uint8:
         return (array.astype(np.float32) - 128.0) / 128.0
-    if np.issubdtype(array.dtype, np.integer):
-        return array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
+    if array.dtype.kind == "i":
+        return array.astype(np.float32) / np.float32(2 ** (8 * array.dtype.itemsize - 1))
     return array.astype(np.float32)
 
 
