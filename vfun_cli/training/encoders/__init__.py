@@ -1,0 +1,1 @@
+"""Frozen encoders that families share: pixels, text and sound to what a transformer reads."""
