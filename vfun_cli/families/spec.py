@@ -60,11 +60,23 @@ class FamilySpec:
     """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
     strides_to_max_fps: float | None = None
     """Raise the stride until fps / stride is at most this (Wan-S2V: 30); None keeps the stride as given."""
+    usable_span: tuple[float, float] = (0.0, 1.0)
+    """Part of a video that clips are cut from (EasyAnimate: the middle, without titles and credits)."""
+    adjust_frames: Callable[[int, ModelDims], int] | None = None
+    """Shortens a clip that already obeys the frame rule to one the model can take (CogVideoX-V1.5: an even number
+    of latent frames). Never lengthens it; applied to videos only."""
+    token_size_share: float | None = None
+    """In token-length mode, the probability of the size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
+    None draws all sizes alike."""
+    full_size_share: float = 0.75
+    """With ``random_hw_adapt`` alone, the probability of the full size (the Wan scripts: 0.9)."""
     motion_frames: int = 0
     """Pixel frames of history before the clip that the model reads (Wan-S2V: 73)."""
     block_classes: tuple[str, ...]
     """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
     objective: Literal["flow-matching", "ddpm"]
+    objective_options: Mapping[str, object] = field(default_factory=dict)
+    """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
     dims: ModelDims
     """Dimensions of the largest released model, used when no model directory is given."""
     read_dims: Callable[[Mapping[str, object]], ModelDims]
@@ -75,6 +87,8 @@ class FamilySpec:
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]
     """FLOPs of one forward pass on one clip (a multiply-add counts two)."""
+    modules_without_gradient: Callable[[ModelDims], tuple[str, ...]] = lambda dims: ()
+    """Names of transformer modules whose parameters never get a gradient; the trainer freezes them."""
     defaults: Mapping[str, object]
     """Option values of the seeds' command line, by option name."""
     strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -85,6 +99,8 @@ class FamilySpec:
     demo_builder: str = ""
     """``module:function`` that writes the tiny model directory."""
     train_modes: tuple[str, ...] = ()
+    check_options: Callable[[Mapping[str, object]], None] = lambda options: None
+    """Raises ConfigError for an option value that exists but cannot train this family."""
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
         """Latent (frames, height, width) of a clip; for the 4k rule the clip's own latents without the reference."""
