@@ -1,0 +1,256 @@
+"""EasyAnimate Control, two families: V5.1 (flow matching, Qwen2-VL captions) and V5 (DDPM, BERT and mT5 captions)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import cast
+
+from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+
+CAPTION_TOKENS = 256
+"""Every caption is padded or cut to this many tokens, for each text encoder."""
+
+REQUIRED_CONFIG = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+)
+CONFIG_DEFAULTS: Mapping[str, object] = {
+    "mmdit_layers": 10_000,
+    "text_embed_dim": 4096,
+    "text_embed_dim_t5": 4096,
+    "time_embed_dim": 512,
+}
+"""What the released code takes for an absent key of the transformer's config.json; diffusers takes other values."""
+
+TRAIN_MODES = ("control_ref", "control")
+REF_IMAGES = ("first_frame",)
+LOSS_TYPES = {"flow": "easyanimate-v5.1-control", "ddpm": "easyanimate-v5-control"}
+"""The loss of the original scripts to the family that is trained with it."""
+
+
+def complete_config(config: Mapping[str, object]) -> dict[str, object]:
+    """A transformer's ``config.json`` with the defaults of the released code filled in.
+
+    Raises CheckpointError if a size without a default is missing.
+    """
+    missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
+    if missing:
+        raise CheckpointError(
+            f"the transformer's config.json is not EasyAnimate's: it states no {', '.join(missing)}",
+            hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
+        )
+    return {**CONFIG_DEFAULTS, **config}
+
+
+def read_dims(config: Mapping[str, object]) -> ModelDims:
+    """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
+    full = cast(Mapping[str, int], complete_config(config))
+    dim = full["num_attention_heads"] * full["attention_head_dim"]
+    t5 = full["text_embed_dim_t5"] or 0
+    return ModelDims(
+        dim=dim,
+        ffn_dim=4 * dim,
+        num_layers=full["num_layers"],
+        extra={
+            "mmdit_layers": min(full["mmdit_layers"], full["num_layers"]),
+            "text_streams": 2 if t5 else 1,
+            "text_channels": full["text_embed_dim"] + t5,
+            "in_channels": full["in_channels"],
+            "out_channels": full["out_channels"],
+            "time_dim": full["time_embed_dim"],
+        },
+    )
+
+
+def sequence_tokens(clip: ClipShape, dims: ModelDims) -> int:
+    """Caption tokens, padding included (nothing masks it), then the clip's own."""
+    return CAPTION_TOKENS * dims.extra["text_streams"] + V5_1.video_tokens(clip)
+
+
+def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
+    """FLOPs of the matrix products of one forward pass; norms, activations and rotations are left out.
+
+    A text token costs a block as much as a video token: it has its own weights or shares the video's.
+    """
+    dim, time_dim, patch = dims.dim, dims.extra["time_dim"], V5_1.patch_size[1] * V5_1.patch_size[2]
+    video, length = V5_1.video_tokens(clip), sequence_tokens(clip, dims)
+    per_token = 4 * dim * dim + 2 * dim * dims.ffn_dim  # q, k, v, out and the feed-forward, in multiply-adds
+    attention = 2 * length * length * dim
+    modulation = 2 * time_dim * 6 * dim
+    blocks = dims.num_layers * (length * per_token + attention + modulation)
+    patches = video * patch * dim * (dims.extra["in_channels"] + dims.extra["out_channels"])
+    captions = CAPTION_TOKENS * dims.extra["text_channels"] * dim
+    time = dim * time_dim + time_dim * time_dim + 2 * time_dim * dim
+    return 2.0 * (blocks + patches + captions + time)
+
+
+def modules_without_gradient(dims: ModelDims) -> tuple[str, ...]:
+    """Modules of the last block that only feed the text stream, which ends there: their parameters never get a gradient.
+
+    DDP would wait for those gradients, so the trainer freezes these modules. In a model whose last block shares its
+    weights between text and video there are none.
+    """
+    if dims.extra["mmdit_layers"] < dims.num_layers:
+        return ()
+    last = f"transformer_blocks.{dims.num_layers - 1}"
+    return f"{last}.attn1.to_add_out", f"{last}.txt_ff"
+
+
+def check_options(options: Mapping[str, object], family: str) -> None:
+    """Refuse what the original scripts take and this family cannot be trained with.
+
+    Raises ConfigError, naming what is possible.
+    """
+    mode = options.get("train_mode") or SPECS[family].train_modes[0]
+    if mode not in TRAIN_MODES:
+        why = " Camera models read pose files, not clips." if mode == "control_camera_ref" else ""
+        raise ConfigError(f"train_mode {mode!r} is not supported.{why}", hint=f"choose one of: {', '.join(TRAIN_MODES)}")
+    image = options.get("control_ref_image") or REF_IMAGES[0]
+    if image not in REF_IMAGES:
+        raise ConfigError(
+            f"control_ref_image {image!r} is not supported: the reference enters at latent frame 0, "
+            "where the released models expect the clip's first frame",
+            hint=f"choose one of: {', '.join(REF_IMAGES)}",
+        )
+    own = next(loss for loss, name in LOSS_TYPES.items() if name == family)
+    loss = options.get("loss_type") or own
+    if loss == own:
+        return
+    if loss == "sigma":
+        why = "it is the learned-variance diffusion of EasyAnimate V1 to V3; later models predict no variance"
+    elif loss in LOSS_TYPES:
+        why = f"it belongs to {LOSS_TYPES[cast(str, loss)]}"
+    else:
+        why = "there is no such loss"
+    raise ConfigError(f"loss_type {loss!r} cannot train {family}: {why}", hint=f"use --loss_type={own}")
+
+
+def _check(family: str) -> Callable[[Mapping[str, object]], None]:
+    return lambda options: check_options(options, family)
+
+
+DEFAULTS: Mapping[str, object] = {
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_data_meta": "datasets/internal_datasets/metadata.json",
+    "image_sample_size": 1024,
+    "video_sample_size": 256,
+    "token_sample_size": 512,
+    "video_sample_stride": 3,
+    "video_sample_n_frames": 49,
+    "train_batch_size": 1,
+    "video_repeat": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "checkpointing_steps": 100,
+    "learning_rate": 2e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+    "seed": 42,
+    "output_dir": "output_dir",
+    "gradient_checkpointing": True,
+    "mixed_precision": "bf16",
+    "adam_weight_decay": 5e-3,
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+    "uniform_sampling": True,
+    "control_ref_image": "first_frame",
+    "trainable_modules": (".",),
+}
+"""What the documents' commands of both families say."""
+
+DEMO: Mapping[str, object] = {
+    "image_sample_size": 64,
+    "video_sample_size": 64,
+    "token_sample_size": 64,
+    "video_sample_stride": 1,
+    "video_sample_n_frames": 9,
+    "learning_rate": 1e-3,
+}
+
+V5_1 = FamilySpec(
+    name="easyanimate-v5.1-control",
+    summary="EasyAnimate V5.1 Control (12B): a control clip and a reference image; flow matching",
+    adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV51",
+    fields=(
+        MetadataField(name="file_path", media="visual"),
+        MetadataField(name="control_file_path", media="control"),
+    ),
+    media_types=("video", "image"),
+    vae_stride=(4, 8, 8),
+    patch_size=(1, 2, 2),
+    frame_rule="4k+1",
+    usable_span=(0.1, 0.9),
+    block_classes=("EasyAnimateTransformerBlock",),
+    objective="flow-matching",
+    # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
+    objective_options={"shift": 1.0, "num_train_timesteps": 1000},
+    dims=read_dims(
+        {
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 48,
+            "out_channels": 16,
+            "patch_size": 2,
+            "num_layers": 48,
+            "text_embed_dim": 3584,
+            "text_embed_dim_t5": None,
+        }
+    ),
+    read_dims=read_dims,
+    config_file="transformer/config.json",
+    sequence_tokens=sequence_tokens,
+    forward_flops=forward_flops,
+    modules_without_gradient=modules_without_gradient,
+    check_options=_check("easyanimate-v5.1-control"),
+    defaults={
+        **DEFAULTS,
+        "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5.1-12b-zh-Control",
+        "loss_type": "flow",
+        "train_mode": "control_ref",
+    },
+    lora_defaults={"target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2")},
+    demo=DEMO,
+    demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
+    train_modes=TRAIN_MODES,
+)
+
+V5 = replace(
+    V5_1,
+    name="easyanimate-v5-control",
+    summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
+    adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
+    objective="ddpm",
+    objective_options={"scheduler_folder": "scheduler", "num_train_timesteps": 1000},
+    dims=read_dims(
+        {
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 32,
+            "out_channels": 16,
+            "patch_size": 2,
+            "num_layers": 48,
+            "text_embed_dim": 1024,
+            "text_embed_dim_t5": 2048,
+        }
+    ),
+    check_options=_check("easyanimate-v5-control"),
+    defaults={
+        **DEFAULTS,
+        "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5-12b-zh-Control",
+        "loss_type": "ddpm",
+        "train_mode": "control",
+    },
+    demo_builder="vfun_cli.demo.easyanimate_control:build_v5",
+    train_modes=TRAIN_MODES[::-1],
+)
+
+SPECS = {spec.name: spec for spec in (V5_1, V5)}

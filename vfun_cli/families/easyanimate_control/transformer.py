@@ -1,0 +1,107 @@
+"""The EasyAnimate transformer of diffusers, built from the released configuration and named as released.
+
+diffusers renamed the text half of an MMDiT block and computes rotary positions that are wrong off centre; both are
+mended here. Everything else of the model, V5's two text streams included, is diffusers' own.
+"""
+
+import re
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EasyAnimateTransformer3DModel
+from torch import Tensor, nn
+
+from vfun_cli.errors import CheckpointError, did_you_mean
+from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS
+from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.rope import rotary_table
+
+NOT_MODEL_SHAPE = frozenset({"transformer_type", "add_ref_latent_in_control_model", "position_of_clip_embedding"})
+"""Released configuration keys that say how the model is used, not what it is made of."""
+
+UNSUPPORTED = ("ref_channels", "clip_channels", "swa_layers", "enable_clip_in_inpaint")
+"""Released configuration keys that add layers which no Control model has."""
+
+RENAMED = {
+    "attn2.to_q": "attn1.add_q_proj",
+    "attn2.to_k": "attn1.add_k_proj",
+    "attn2.to_v": "attn1.add_v_proj",
+    "attn2.norm_q": "attn1.norm_added_q",
+    "attn2.norm_k": "attn1.norm_added_k",
+    "attn2.to_out.0": "attn1.to_add_out",
+}
+"""Released name of a block's text layer to its name in diffusers."""
+
+_RELEASED = {new: old for old, new in RENAMED.items()}
+
+
+class EndpointExclusiveRope(nn.Module):
+    """Rotary cosines and sines of the video tokens, [F * H/p * W/p, head_dim] each, from latents [B, C, F, H, W]."""
+
+    def __init__(self, patch_size: int, head_dim: int, base: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size, self.head_dim, self.base = patch_size, head_dim, base
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        frames, height, width = latents.shape[2], *(side // self.patch_size for side in latents.shape[3:])
+        return rotary_table(self.head_dim, frames, height, width, base=self.base, device=latents.device)
+
+
+def build_transformer(config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
+    """The model of a released ``transformer/config.json``, with random weights (or none under ``empty_model``).
+
+    Raises CheckpointError for a configuration whose layers diffusers does not have.
+    """
+    model = EasyAnimateTransformer3DModel(**model_arguments(config))
+    # No parameters in it, so swapping it changes no name in the state dict. 90 x 60 latents are what the released
+    # models' rotary grid is made for, whatever sample_width and sample_height say.
+    patch = model.config.patch_size
+    model.rope_embedding = EndpointExclusiveRope(patch, model.config.attention_head_dim, (60 // patch, 90 // patch))
+    return model
+
+
+def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of diffusers' class that a released configuration means."""
+    asked = {name: config[name] for name in UNSUPPORTED if config.get(name)}
+    if asked:
+        raise CheckpointError(
+            f"the transformer's config.json asks for layers that the Control models do not have: {asked}",
+            hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
+        )
+    known = set(signature(EasyAnimateTransformer3DModel.__init__).parameters) - {"self"}
+    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise CheckpointError(
+            f"the transformer's config.json has keys that EasyAnimate does not know: {', '.join(unknown)}."
+            + did_you_mean(unknown[0], known)
+        )
+    return {**CONFIG_DEFAULTS, **given}
+
+
+def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
+    """The transformer of a released model directory in float32 on the CPU. Raises CheckpointError on any misfit."""
+    model = empty_model(lambda: build_transformer(config))
+    load_weights(model, safetensors_files(folder), rename=diffusers_name, dtype=torch.float32, where=str(folder))
+    return model
+
+
+def diffusers_name(released: str) -> str:
+    """The name in diffusers of a released parameter name; names that are diffusers' already stay."""
+    return _rename(released, RENAMED)
+
+
+def released_name(parameter: str) -> str:
+    """The released name of one of the model's parameters."""
+    return _rename(parameter, _RELEASED)
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str:
+    match = re.fullmatch(r"(transformer_blocks\.\d+\.)(.+)\.(weight|bias)", name)
+    if match is None:
+        return name
+    block, layer, kind = match.groups()
+    return f"{block}{table.get(layer, layer)}.{kind}"
