@@ -192,7 +192,7 @@ V5_1 = FamilySpec(
     block_classes=("EasyAnimateTransformerBlock",),
     objective="flow-matching",
     # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
-    objective_options={"shift": 1.0, "num_train_timesteps": 1000},
+    objective_options={"shift": 1.0},
     dims=read_dims(
         {
             "num_attention_heads": 48,
@@ -229,7 +229,7 @@ V5 = replace(
     summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
     adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
     objective="ddpm",
-    objective_options={"scheduler_folder": "scheduler", "num_train_timesteps": 1000},
+    objective_options={"scheduler_folder": "scheduler"},
     dims=read_dims(
         {
             "num_attention_heads": 48,

@@ -1,7 +1,8 @@
-"""Frozen encoders stored in the transformers layout, loaded offline and strictly."""
+"""Models and tokenizers of transformers from a local folder, strictly: what does not fit is an error."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,14 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.encoders.placement import freeze
 
-Model = TypeVar("Model", bound=PreTrainedModel)
-Tokenizer = TypeVar("Tokenizer", bound=PreTrainedTokenizerBase)
 
+def load_model(
+    kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = (), **arguments: Any
+) -> Any:
+    """A frozen model of class ``kind`` from its folder, on the CPU, offline.
 
-def load_pretrained(kind: type[Model], folder: Path, *, dtype: torch.dtype) -> Model:
-    """``kind.from_pretrained(folder)`` on the CPU, frozen, without its silent random initialisation.
-
-    Raises CheckpointError if the folder is incomplete or a tensor is missing, unexpected or of another shape.
+    unused: beginnings of names that may be missing or left over, because nothing reads them here.
+    Raises CheckpointError if the folder is incomplete, unreadable, or its weights do not fit its configuration.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -24,13 +25,18 @@ def load_pretrained(kind: type[Model], folder: Path, *, dtype: torch.dtype) -> M
             hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
         )
     try:
-        model, info = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True, output_loading_info=True)
+        model, report = kind.from_pretrained(
+            str(folder), local_files_only=True, dtype=dtype, output_loading_info=True, **arguments
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot load {kind.__name__} from {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
             hint="the folder is incomplete or holds another model: download it again",
         ) from error
-    wrong = {what: sorted(map(str, info.get(f"{what}_keys") or ())) for what in ("missing", "unexpected", "mismatched")}
+    wrong = {
+        what: sorted(name for name in map(str, report.get(f"{what}_keys") or ()) if not name.startswith(tuple(unused)))
+        for what in ("missing", "unexpected", "mismatched")
+    }
     if any(wrong.values()):
         lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in wrong.items() if names]
         raise CheckpointError(
@@ -40,17 +46,18 @@ def load_pretrained(kind: type[Model], folder: Path, *, dtype: torch.dtype) -> M
     return freeze(model)
 
 
-def load_tokenizer(kind: type[Tokenizer], folder: Path) -> Tokenizer:
-    """A tokenizer folder, offline, padding on the right. Raises CheckpointError if it cannot be read."""
-    if not (folder / "tokenizer_config.json").is_file():
+def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
+    """A tokenizer of class ``kind`` from its folder, offline, padding on the right. Raises CheckpointError if it is not there."""
+    # transformers makes an empty vocabulary out of an empty folder without a word.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
         raise CheckpointError(
-            f"no tokenizer in {folder}: tokenizer_config.json is missing",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            f"no {kind.__name__} in {folder}: none of {', '.join(kind.vocab_files_names.values())}",
+            hint="download the folder again",
         )
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, padding_side="right")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"cannot read the tokenizer in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
+            f"no {kind.__name__} in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
             hint="download the folder again",
         ) from error
