@@ -70,8 +70,6 @@ class FamilySpec:
     None draws all sizes alike."""
     full_size_share: float = 0.75
     """With ``random_hw_adapt`` alone, the probability of the full size (the Wan scripts: 0.9)."""
-    min_frames: int = 1
-    """Fewest pixel frames that teach the model anything (HunyuanVideo I2V: 5, the given frame and one latent more)."""
     motion_frames: int = 0
     """Pixel frames of history before the clip that the model reads (Wan-S2V: 73)."""
     block_classes: tuple[str, ...]
