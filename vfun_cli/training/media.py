@@ -15,13 +15,13 @@ import decord
 import numpy as np
 import torch
 from av.audio.frame import AudioFrame
-from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from vfun_cli.errors import MetadataError
+from vfun_cli.metadata.probe import time_zero
 
 DECODER_RESIZE_FROM = 2.5
 """Let decord shrink while decoding when the clip is at least this many times larger than asked for."""
@@ -209,7 +209,7 @@ def _native_audio(
         origin = max(Fraction(0), (start - AUDIO_WARM_UP) // grid * grid)
         begin, stop = int(origin * native_rate), int((end + AUDIO_WARM_UP) * native_rate)  # samples
         buffer = np.zeros(stop - begin, np.float32)
-        zero = _time_zero(container)
+        zero = time_zero(container)
         position, known = 0, False  # samples since second 0
         for frame in container.decode(stream):
             if frame.sample_rate != native_rate:
@@ -223,15 +223,6 @@ def _native_audio(
             if position >= stop:
                 break
     return buffer, native_rate, origin, Fraction(position, native_rate)
-
-
-def _time_zero(container: "av.container.InputContainer") -> Fraction:
-    """Second 0 of a file: its first video frame (not a cover picture), or where the file itself begins."""
-    for stream in container.streams.video:
-        is_cover = Disposition.attached_pic in stream.disposition
-        if not is_cover and stream.start_time is not None and stream.time_base:
-            return stream.start_time * stream.time_base
-    return Fraction(container.start_time or 0, av.time_base)
 
 
 def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> None:

@@ -1,0 +1,186 @@
+"""Metadata files: JSON lists, JSON lines and CSV, read into records with every bad row reported."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vfun_cli.metadata.codes import Problem
+
+Format = Literal["json", "jsonl", "csv"]
+NUMBERS = ("width", "height", "frames", "fps")
+"""Optional fields that spare a look into the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row of the metadata."""
+
+    row: int
+    """Counts from 0 in file order, bad rows included."""
+    fields: Mapping[str, Any]
+    """What the row says; in CSV empty cells are absent and the NUMBERS are numbers."""
+    raw: Mapping[str, Any]
+    """What the file has, for writing it back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """A metadata file as read. ``rows`` counts bad rows too."""
+
+    path: Path
+    format: Format
+    rows: int
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+    columns: tuple[str, ...] = field(default=())
+    """The header of a CSV file."""
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """Read JSON, JSON lines or CSV. Never raises for what the file holds: bad rows and bad files become problems.
+
+    A ``.csv`` or ``.jsonl`` suffix decides the format; otherwise the first character does (``[`` or ``{``).
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _failed(path, "json", "unreadable-metadata", f"{path}: {error.strerror or error}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return _failed(path, "json", "unparsable-metadata", f"{path}: line {line}: not UTF-8 (byte {error.start})")
+    kind = _format(path, text)
+    if not text.strip():
+        return _failed(path, kind, "empty-metadata", f"{path}: the file is empty")
+    return _READERS[kind](path, text)
+
+
+def _format(path: Path, text: str) -> Format:
+    if path.suffix.lower() == ".csv":
+        return "csv"
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return "jsonl"
+    start = text.lstrip()[:1]
+    return "jsonl" if start == "{" else "json" if start == "[" or path.suffix.lower() == ".json" else "csv"
+
+
+def _failed(path: Path, kind: Format, code: str, message: str) -> Metadata:
+    problem = Problem(row=None, code=code, message=message, path=str(path))
+    return Metadata(path=path, format=kind, rows=0, records=(), problems=(problem,))
+
+
+def _collect(path: Path, kind: Format, rows: Iterator[Record | Problem], columns: tuple[str, ...] = ()) -> Metadata:
+    found = list(rows)
+    records = tuple(item for item in found if isinstance(item, Record))
+    problems = tuple(item for item in found if isinstance(item, Problem))
+    if not found:
+        return _failed(path, kind, "empty-metadata", f"{path}: no records")
+    return Metadata(path=path, format=kind, rows=len(found), records=records, problems=problems, columns=columns)
+
+
+def _parse(text: str) -> Any:
+    """JSON, with everything that Python's parser raises on bad input turned into ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _where(error: ValueError, text: str, line: int = 1) -> str:
+    """``line 3, column 7: why`` and the line itself."""
+    if not isinstance(error, json.JSONDecodeError):
+        return f"line {line}: {error}"
+    lines = text.splitlines()
+    shown = lines[error.lineno - 1].strip()[:80] if error.lineno <= len(lines) else ""
+    return f"line {line + error.lineno - 1}, column {error.colno}: {error.msg}" + (f" in {shown!r}" if shown else "")
+
+
+def _read_json(path: Path, text: str) -> Metadata:
+    try:
+        data = _parse(text)
+    except ValueError as error:
+        return _failed(path, "json", "unparsable-metadata", f"{path}: {_where(error, text)}")
+    if not isinstance(data, list):
+        return _failed(
+            path, "json", "unparsable-metadata", f"{path}: line 1: a list of records is needed, not {_kind(data)}"
+        )
+    return _collect(path, "json", (_record(row, item, f"record {row}") for row, item in enumerate(data)))
+
+
+def _read_lines(path: Path, text: str) -> Metadata:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [_line(row, number, line) for row, (number, line) in enumerate(lines)]
+    if all(isinstance(item, Problem) for item in rows):  # not one good line: then it is no JSON lines file
+        try:
+            data = _parse(text)
+        except ValueError:
+            return _failed(path, "jsonl", "unparsable-metadata", f"{path}: {rows[0].message}")  # type: ignore[union-attr]
+        return _failed(
+            path, "json", "unparsable-metadata", f"{path}: line 1: a list of records is needed, not {_kind(data)}"
+        )
+    return _collect(path, "jsonl", iter(rows))
+
+
+def _line(row: int, number: int, line: str) -> Record | Problem:
+    try:
+        return _record(row, _parse(line), f"line {number}")
+    except ValueError as error:
+        return Problem(row=row, code="malformed-row", message=_where(error, line, number))
+
+
+def _record(row: int, item: Any, place: str) -> Record | Problem:
+    if not isinstance(item, dict):
+        return Problem(row=row, code="malformed-row", message=f"{place}: an object is needed, not {_kind(item)}")
+    return Record(row=row, fields=item, raw=item)
+
+
+def _read_csv(path: Path, text: str) -> Metadata:
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        table = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error as error:
+        return _failed(path, "csv", "unparsable-metadata", f"{path}: line {reader.line_num}: {error}")
+    columns = tuple(cell.strip() for cell in table[0][1])
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        return _failed(
+            path, "csv", "unparsable-metadata", f"{path}: line 1: column {repeated[0]!r} appears more than once"
+        )
+    if not set(columns) & {"file_path", "text", "type"}:
+        return _failed(
+            path, "csv", "unparsable-metadata", f"{path}: line 1: no header with file_path, text and type in it"
+        )
+    return _collect(path, "csv", (_cells(row, columns, *line) for row, line in enumerate(table[1:])), columns)
+
+
+def _cells(row: int, columns: tuple[str, ...], number: int, cells: list[str]) -> Record | Problem:
+    if len(cells) != len(columns):
+        message = f"line {number}: {len(cells)} cells under {len(columns)} columns"
+        return Problem(row=row, code="malformed-row", message=message)
+    raw = dict(zip(columns, cells, strict=True))
+    # An empty caption is a caption; any other empty cell is an absent value.
+    values = {key: _number(value) if key in NUMBERS else value for key, value in raw.items()}
+    return Record(row=row, fields={k: v for k, v in values.items() if v != "" or k == "text"}, raw=raw)
+
+
+def _number(cell: str) -> Any:
+    """The number in a CSV cell; what is none stays text, and validation says so."""
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell.strip()
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+_READERS = {"json": _read_json, "jsonl": _read_lines, "csv": _read_csv}
