@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from vfun_cli.training.encoders.pretrained import load_pretrained, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
 MAX_LENGTH = 77
 
@@ -23,7 +23,7 @@ class ClipPooledText(nn.Module):
     @classmethod
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype) -> "ClipPooledText":
         """Offline. Raises CheckpointError if a folder is incomplete or does not fit."""
-        return cls(load_pretrained(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIPTokenizer, tokenizer))
+        return cls(load_model(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIPTokenizer, tokenizer))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """[B, dim]. Captions are cut at 77 tokens and padded without an attention mask, as the model was trained."""
@@ -31,4 +31,5 @@ class ClipPooledText(nn.Module):
             list(captions), max_length=MAX_LENGTH, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         with torch.no_grad():
-            return self.model(ids.to(self.model.device)).pooler_output
+            pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
+        return pooled

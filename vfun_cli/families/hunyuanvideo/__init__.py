@@ -1,0 +1,121 @@
+"""HunyuanVideo text-to-video and image-to-video: one 13B architecture, two released directories."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vfun_cli.families.hunyuanvideo.sizes import (
+    PATCH_SIZE,
+    VAE_STRIDE,
+    Condition,
+    dims_reader,
+    forward_flops,
+    released_dims,
+    sequence_tokens,
+)
+from vfun_cli.families.spec import FamilySpec, MetadataField
+
+# The documents' command line, the same for single process, ZeRO-2 and FSDP.
+_DEFAULTS: Mapping[str, Any] = {
+    "image_sample_size": 640,
+    "video_sample_size": 640,
+    "token_sample_size": 640,
+    "video_sample_stride": 2,
+    "video_sample_n_frames": 81,
+    "train_batch_size": 1,
+    "video_repeat": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "checkpointing_steps": 50,
+    "learning_rate": 2e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+    "seed": 42,
+    "output_dir": "output_dir2",
+    "gradient_checkpointing": True,
+    "mixed_precision": "bf16",
+    "adam_weight_decay": 3e-2,
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+    "uniform_sampling": True,
+    "low_vram": True,
+    "trainable_modules": (".",),
+}
+
+# Attention and feed-forward of both streams. The original's "ff.0, ff.2" name no module of this model.
+_LORA: Mapping[str, Any] = {
+    "learning_rate": 1e-4,
+    "rank": 64,
+    "network_alpha": 32,
+    "target_name": (
+        "to_q",
+        "to_k",
+        "to_v",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ),
+}
+
+_DEMO: Mapping[str, Any] = {
+    "image_sample_size": 64,
+    "video_sample_size": 64,
+    "token_sample_size": 64,
+    "video_sample_stride": 1,
+    "video_sample_n_frames": 9,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 1.0,
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+}
+
+
+def _spec(condition: Condition, **own: Any) -> FamilySpec:
+    return FamilySpec(
+        name=f"hunyuanvideo-{condition}",
+        fields=(MetadataField(name="file_path", media="visual"),),
+        vae_stride=VAE_STRIDE,
+        patch_size=PATCH_SIZE,
+        frame_rule="4k+1",
+        objective="flow-matching",
+        objective_options={"shift": 7.0},
+        dims=released_dims(condition),
+        read_dims=dims_reader(condition),
+        config_file="transformer/config.json",
+        sequence_tokens=sequence_tokens,
+        forward_flops=forward_flops,
+        lora_defaults=_LORA,
+        demo=_DEMO,
+        **own,
+    )
+
+
+T2V = _spec(
+    "t2v",
+    summary="HunyuanVideo, text to video (13B)",
+    adapter="vfun_cli.families.hunyuanvideo.adapter:TextToVideoAdapter",
+    media_types=("video", "image"),
+    block_classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+    defaults={**_DEFAULTS, "train_mode": "normal"},
+    train_modes=("normal",),
+    demo_builder="vfun_cli.demo.hunyuanvideo:build_t2v",
+)
+
+I2V = _spec(
+    "i2v",
+    summary="HunyuanVideo-I2V, first frame to video (13B, the 16-channel token-replace model)",
+    adapter="vfun_cli.families.hunyuanvideo.adapter:ImageToVideoAdapter",
+    # The first latent frame is given. A picture has no other, so it teaches this model nothing.
+    media_types=("video",),
+    block_classes=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+    defaults={**_DEFAULTS, "train_mode": "i2v"},
+    train_modes=("i2v",),
+    demo_builder="vfun_cli.demo.hunyuanvideo:build_i2v",
+)
