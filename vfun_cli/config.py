@@ -140,6 +140,15 @@ class RunConfig:
                   commands=PLAN_COMMANDS)
     ] = False
 
+    heaviest_first: Annotated[
+        bool, Opt(help="Start each epoch with its heaviest step, so that what does not fit fails at once.",
+                  panel=BUCKETS, commands=PLAN_COMMANDS)
+    ] = False
+    tokens_per_batch: Annotated[
+        int | None, Opt(help="Fill micro-batches up to this many tokens instead of train_batch_size clips.",
+                        panel=BUCKETS, unit="tokens", minimum=1, commands=PLAN_COMMANDS)
+    ] = None
+
     train_mode: Annotated[
         str | None, Opt(help="What the model is conditioned on, where the family has a choice.", panel=CONDITIONING)
     ] = None

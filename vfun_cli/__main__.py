@@ -1,0 +1,5 @@
+"""``python -m vfun_cli``."""
+
+from vfun_cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""One module a subcommand; bodies of a screenful, logic elsewhere."""

@@ -1,0 +1,150 @@
+"""Command signatures made from the declarations in ``config``: each option is written once."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from vfun_cli import console
+from vfun_cli.config import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, VfunError
+
+Command = Callable[..., None]
+
+
+def hyphenate(arguments: Sequence[str]) -> list[str]:
+    """``--video_sample_size=640`` pasted from an old script becomes ``--video-sample-size=640``."""
+    result = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*result, *arguments[position:]]
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def with_options(command: str, *, idle: bool = False, strategies: bool = False) -> Callable[[Command], Command]:
+    """Give a command the options declared for it; the body receives those typed, in ``given``.
+
+    The body's own parameters stay. ``given`` holds option values by name, only those that were typed.
+    """
+
+    def decorate(body: Command) -> Command:
+        own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "given"]
+        declared = _parameters(command, idle=idle, strategies=strategies)
+
+        @functools.wraps(body)
+        def run(**values: Any) -> None:
+            typed = {name: values.pop(name) for name in [parameter.name for parameter in declared]}
+            with_boundary(body)(given=_given(typed), **values)
+
+        parameters = [*own, *declared]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def with_boundary(body: Command) -> Command:
+    """Errors that a user can act on end as one message and their exit code; ``--debug`` shows the traceback."""
+
+    @functools.wraps(body)
+    def run(**values: Any) -> None:
+        try:
+            body(**values)
+        except VfunError as error:
+            if values.get("debug"):
+                console.err.print_exception()
+            console.report(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            console.err.print("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return run
+
+
+def _given(typed: dict[str, Any]) -> dict[str, Any]:
+    """Typed options only, strategy flags folded into ``strategy``."""
+    given = {name: value for name, value in typed.items() if value is not None and value != []}
+    flags = {name: STRATEGY_FLAGS[name] for name in STRATEGY_FLAGS if given.pop(name, False)}
+    chosen = set(flags.values()) | ({given["strategy"]} if "strategy" in given else set())
+    if len(chosen) > 1:
+        raise ConfigError(f"more than one strategy was asked for: {', '.join(sorted(chosen))}.", hint="Keep one.")
+    if chosen:
+        given["strategy"] = chosen.pop()
+    for name in IDLE_FLAGS:
+        if given.pop(name, None) is not None:
+            console.hint(f"--{name.replace('_', '-')} has no effect: {IDLE_FLAGS[name]}.")
+    return given
+
+
+def _parameters(command: str, *, idle: bool, strategies: bool) -> list[inspect.Parameter]:
+    found = []
+    if strategies:
+        for name in STRATEGY_FLAGS:
+            found.append(_flag(name, "Processes and machines", _strategy_help(name)))
+    for name, (_, kind, opt) in options(command).items():
+        found.append(_parameter(name, kind, opt))
+    if idle:
+        for name in IDLE_FLAGS:
+            kind = str if name == "config_path" else bool
+            declaration = typer.Option(_long(name), hidden=True)
+            found.append(_keyword(name, Annotated[kind | None, declaration]))
+    return found
+
+
+def _strategy_help(name: str) -> str:
+    if name.startswith("use_"):
+        return f"The original scripts' word for --{STRATEGY_FLAGS[name]}."
+    return f"Short for --strategy {STRATEGY_FLAGS[name]}."
+
+
+def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
+    help_text = opt.help
+    if opt.choices:
+        help_text += f" One of: {', '.join(opt.choices)}."
+    if opt.unit:
+        help_text += f" In {opt.unit}."
+    default = default_of(name)
+    if default not in (None, ()):
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        help_text += f" [default: {shown}, unless the family says otherwise]"
+    variables = " ".join(opt.variables)
+    if variables:
+        help_text += f" [${variables}]"
+    declaration = typer.Option(*_names(name, kind), help=help_text, rich_help_panel=opt.panel, show_default=False)
+    return _keyword(name, Annotated[_typer_type(kind), declaration])
+
+
+def _names(name: str, kind: Any) -> list[str]:
+    return [f"{_long(name)}/--no-{_long(name)[2:]}"] if kind is bool else [_long(name)]
+
+
+def _long(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flag(name: str, panel: str, help_text: str) -> inspect.Parameter:
+    declaration = typer.Option(_long(name), help=help_text, rich_help_panel=panel, hidden=name.startswith("use_"),
+                               show_default=False)
+    return _keyword(name, Annotated[bool | None, declaration])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _typer_type(kind: Any) -> Any:
+    if get_origin(kind) is types.UnionType:
+        kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
+    if get_origin(kind) is tuple:
+        return list[str] | None
+    return {int: int | None, float: float | None, bool: bool | None, str: str | None, Path: Path | None}[kind]

@@ -1,0 +1,108 @@
+"""The bridge between a configuration and its plan: what ``plan-buckets`` prints and what the training core executes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import CheckpointError, MetadataError
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.metadata.records import Record, read_metadata
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import count_steps
+from vfun_cli.plan.table import ClipTable
+
+ENDLESS_EPOCHS = 1_000_000
+"""Epochs planned lazily when only the step limit ends a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything the plan of a run is a function of, and how many steps it has."""
+
+    spec: FamilySpec
+    dims: ModelDims
+    table: ClipTable
+    options: PlanOptions
+    num_epochs: int
+    total_steps: int
+    records: Mapping[int, Record]
+    root: Path | None
+
+
+def plan_options(config: RunConfig, world_size: int | None = None) -> PlanOptions:
+    """The options of the plan, which share their names with the configuration's."""
+    names = {field.name for field in fields(PlanOptions)} - {"world_size"}
+    values = {name: getattr(config, name) for name in names}
+    return PlanOptions(**values, world_size=world_size or config.num_processes or 1)
+
+
+def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
+    """The model's dimensions from its directory; those of the largest release when none is given.
+
+    Raises:
+        CheckpointError: the directory or its configuration is missing or damaged.
+    """
+    if model_dir is None:
+        return spec.dims
+    path = model_dir / spec.config_file
+    if not model_dir.is_dir():
+        raise CheckpointError(f"there is no model directory {model_dir}.",
+                              hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.")
+    if not path.is_file():
+        raise CheckpointError(f"{model_dir} is no {spec.name} model: {spec.config_file} is missing.",
+                              hint=f"vfun train {spec.name} needs the model in its released layout.")
+    try:
+        return spec.read_dims(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the configuration of a {spec.name} transformer: {error!r}.") from None
+
+
+def total_steps(config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable) -> int:
+    """Optimizer steps of the run: the step limit if there is one, else what the epochs hold."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    return count_steps(spec, dims, table, plan_options(config), config.num_train_epochs)
+
+
+def save_table(table: ClipTable, path: Path) -> None:
+    """The clip table as ``clips.npz``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{field.name: getattr(table, field.name) for field in fields(ClipTable)})
+
+
+def load_table(path: Path) -> ClipTable:
+    """The inverse of :func:`save_table`."""
+    with np.load(path, allow_pickle=False) as columns:
+        return ClipTable(**{field.name: columns[field.name] for field in fields(ClipTable)})
+
+
+def metadata_digest(path: Path) -> str:
+    """SHA-256 of the metadata file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any]) -> RunPlan:
+    """The plan of a run from what its launch wrote.
+
+    Raises:
+        MetadataError: the metadata changed since the launch checked it.
+    """
+    assert config.train_data_meta is not None
+    if metadata_digest(config.train_data_meta) != described["metadata_sha256"]:
+        raise MetadataError(f"{config.train_data_meta} changed since this run was launched.",
+                            hint="Start the run again, so that the rows are checked again.")
+    table = load_table(Path(described["clips"]))
+    dims = read_dims(spec, config.pretrained_model_name_or_path)
+    records = {record.row: record for record in read_metadata(config.train_data_meta).records}
+    return RunPlan(
+        spec=spec, dims=dims, table=table, options=plan_options(config), records=records, root=config.train_data_dir,
+        num_epochs=ENDLESS_EPOCHS if config.max_train_steps is not None else config.num_train_epochs,
+        total_steps=total_steps(config, spec, dims, table),
+    )

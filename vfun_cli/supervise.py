@@ -1,0 +1,228 @@
+"""Starts the training processes, shows their progress, forwards a wish to stop, and says why they ended."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from vfun_cli import console
+from vfun_cli.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    FitError,
+    MetadataError,
+    RunError,
+    VfunError,
+)
+from vfun_cli.rundir import RunDir, write_atomically
+
+POLL_SECONDS = 0.1
+LINE_EVERY = 10.0
+"""Seconds between progress lines when stderr is not a terminal."""
+
+_ERRORS = {error.exit_code: error
+           for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How the training processes ended without an error."""
+
+    exit_code: int
+    outcome: str
+    step: int
+
+
+def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) -> Ended:
+    """Run the launch command to its end.
+
+    The launcher gets its own process group, so that Ctrl-C reaches this process alone: it asks the ranks to save and
+    stop at the next step; a second Ctrl-C ends them at once.
+
+    Raises:
+        VfunError: the run failed; the message is the first failing rank's own.
+    """
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    for stale in [run_dir.stop_request, run_dir.outcome, *run_dir.logs.glob("error-rank-*.json")]:
+        stale.unlink(missing_ok=True)
+    log = run_dir.launcher_log(machine_rank)
+    with log.open("ab") as output:
+        start_of_run = output.tell()
+        process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                                   start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        with _signals(process, run_dir):
+            _watch(process, run_dir, first_step)
+    if process.returncode == 0:
+        return _ended(run_dir)
+    raise _failure(run_dir, log, start_of_run, process.returncode)
+
+
+def _ended(run_dir: RunDir) -> Ended:
+    content = json.loads(run_dir.outcome.read_text(encoding="utf-8")) if run_dir.outcome.exists() else {}
+    outcome = content.get("outcome", "completed")
+    code = {"completed": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}[outcome]
+    return Ended(exit_code=code, outcome=outcome, step=content.get("step", 0))
+
+
+@contextmanager
+def _signals(process: "subprocess.Popen[bytes]", run_dir: RunDir) -> Iterator[None]:
+    """Ctrl-C and preemption become a stop request; the second one kills the whole process group."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            _kill(process)
+            return
+        asked.append(number)
+        reason = "interrupted" if number == signal.SIGINT else "preempted"
+        write_atomically(run_dir.stop_request, reason)
+        console.err.print(f"\n{reason}: saving at the next step boundary; once more to stop at once without saving.")
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            _kill(process)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int) -> None:
+    """Follow metrics.jsonl until the launcher ends."""
+    follow = _Follower(run_dir.metrics, first_step)
+    shown = _Bar(first_step) if console.err.is_terminal else _Lines()
+    with shown:
+        while process.poll() is None:
+            for record in follow.new():
+                shown.show(record)
+            time.sleep(POLL_SECONDS)
+        for record in follow.new():
+            shown.show(record)
+
+
+class _Follower:
+    """New complete lines of a growing JSON-lines file; steps up to ``first_step`` belong to an earlier run."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path, self.first_step, self.seen = path, first_step, first_step
+
+    def new(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        records = []
+        with self.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    record = json.loads(line)
+                    if "event" not in record and record["step"] > self.seen:
+                        self.seen = record["step"]
+                        records.append(record)
+        return records
+
+
+class _Bar:
+    """A Rich progress bar."""
+
+    def __init__(self, first_step: int) -> None:
+        self.progress = Progress(
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console.err,
+        )
+        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step,
+                                                   facts="loading the model", left="?")
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def __enter__(self) -> "_Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        self.progress.update(self.task, completed=record["step"], total=record["total_steps"], facts=_facts(record),
+                             left=_left(record))
+
+
+class _Lines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self) -> None:
+        self.last = -LINE_EVERY
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def show(self, record: dict[str, Any]) -> None:
+        if time.monotonic() - self.last < LINE_EVERY and record["step"] != record["total_steps"]:
+            return
+        self.last = time.monotonic()
+        console.err.print(f"step {record['step']}/{record['total_steps']}  {_facts(record)}  left {_left(record)}")
+
+
+def _facts(record: dict[str, Any]) -> str:
+    facts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.1e}",
+             f"{record['tokens_per_second']:.0f} tok/s"]
+    total = record["seconds"] + record["data_wait"]
+    facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
+    if record["memory_bytes"]:
+        facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(facts)
+
+
+def _left(record: dict[str, Any]) -> str:
+    """Time to the end from the plan: the run's FLOPs still to come over the FLOP rate so far."""
+    seconds = record.get("seconds_left")
+    if seconds is None:
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
+    """The first failing rank's message; without one, what the launcher's log tells."""
+    errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error-rank-*.json")]
+    if errors:
+        first = min(errors, key=lambda error: error["time"])
+        others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
+        kind = _ERRORS.get(first["exit_code"], RunError)
+        return kind(f"rank {first['rank']}: {first['message']}{others}",
+                    hint=first["hint"] or f"The whole log: {log}")
+    text = log.read_bytes()[start:].decode(errors="replace")
+    killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
+    hint = f"The whole log: {log}. Continue from the last checkpoint: vfun resume {run_dir.root}"
+    if killed:
+        rank, number = int(killed[1]), int(killed[2])
+        name = signal.Signals(number).name
+        why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
+        return RunError(f"rank {rank} was ended by {name}.{why}", hint=hint)
+    if code == -signal.SIGKILL:
+        return RunError("stopped at once, without saving.", hint=f"vfun resume {run_dir.root}")
+    last = [line for line in text.splitlines() if line.strip()][-3:]
+    return RunError(f"the launcher ended with exit code {code}: " + " / ".join(last), hint=hint)

@@ -1,0 +1,69 @@
+"""One training process: ``accelerate launch -m vfun_cli.training RUN_JSON``."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from vfun_cli.errors import FitError, RunError, VfunError
+from vfun_cli.rundir import RunDir, write_atomically
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank of the job described by ``run.json``; errors are left for the launching command to show."""
+    run_json = Path(argv[0])
+    described = json.loads(run_json.read_text(encoding="utf-8"))
+    run = RunDir(Path(described["run_dir"]))
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        _send_output_to(run.rank_log(rank))
+    try:
+        from vfun_cli.training.session import train
+
+        train(run, described)
+    except BaseException as error:
+        _leave_error(run, rank, error)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _send_output_to(path: Path) -> None:
+    """Ranks other than 0 write to their own log, libraries included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+
+
+def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
+    """The rank's own message, so that the first failing rank can be shown first."""
+    known = error if isinstance(error, VfunError) else _translate(error)
+    content = {
+        "rank": rank,
+        "time": time.time(),
+        "message": known.message,
+        "hint": known.hint,
+        "exit_code": known.exit_code,
+        "traceback": traceback.format_exc(),
+    }
+    write_atomically(run.rank_error(rank), json.dumps(content))
+
+
+def _translate(error: BaseException) -> VfunError:
+    name = type(error).__name__
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return FitError(f"out of memory: {_first_line(error)}",
+                        hint="Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy "
+                        "that shards more (--fsdp, --zero3, --zero3-offload).")
+    return RunError(f"{name}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

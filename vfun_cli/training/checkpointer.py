@@ -1,0 +1,235 @@
+"""Owns checkpoint files: each strategy writes its own format, the manifest comes last, a rename makes it real."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from vfun_cli.checkpoints import manifest
+from vfun_cli.errors import CheckpointError
+from vfun_cli.rundir import RunDir
+from vfun_cli.training.ema import WeightAverage
+
+MODEL_DIR = "model"
+CONFIG_DIR = "config"
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(kw_only=True)
+class TrainedState:
+    """The live objects that a checkpoint holds."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    """The transformer as the strategy wrapped it."""
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
+
+
+class Checkpointer:
+    """Saves and restores the state of one run."""
+
+    def __init__(self, run: RunDir, strategy: str, *, keep: int | None, config_files: dict[str, Path]) -> None:
+        self.run = run
+        self.format = FORMATS[strategy]
+        self.keep = keep
+        self.config_files = config_files
+
+    def save(self, state: TrainedState, progress: dict[str, Any]) -> Path:
+        """Write ``checkpoint-<step>`` with all ranks together; older ones go only after it is complete.
+
+        Args:
+            progress: what ``state.json`` says: step, epoch, position, strategy, world size, family.
+        """
+        accelerator = state.accelerator
+        step = progress["step"]
+        partial, final = self.run.partial_checkpoint(step), self.run.checkpoint(step)
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / MODEL_DIR).mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        self.format.save(state, partial / MODEL_DIR)
+        if state.average is not None and accelerator.is_main_process:
+            save_file(state.average.shadow, partial / MODEL_DIR / EMA_FILE)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / CONFIG_DIR).mkdir()
+            for name, source in self.config_files.items():
+                shutil.copy2(source, partial / CONFIG_DIR / name)
+            (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **progress}, indent=2), encoding="utf-8")
+            manifest.write_manifest(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            manifest.fsync_directory(final.parent)
+            self._retire(final)
+        accelerator.wait_for_everyone()
+        return final
+
+    def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
+        """Restore weights and optimizer in place; returns ``state.json``.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged.
+        """
+        manifest.verify(checkpoint, deep=False)
+        progress = read_state(checkpoint)
+        self.format.load(state, checkpoint / MODEL_DIR)
+        if state.average is not None:
+            path = checkpoint / MODEL_DIR / EMA_FILE
+            if not path.is_file():
+                raise CheckpointError(f"{checkpoint} holds no moving average of the weights.",
+                                      hint="Resume without --use-ema.")
+            state.average.load(load_file(path, device=str(state.accelerator.device)))
+        return progress
+
+    def _retire(self, newest: Path) -> None:
+        if self.keep is None:
+            return
+        complete = [path for path in manifest.checkpoints(self.run.root) if path != newest]
+        for path in complete[: max(0, len(complete) + 1 - self.keep)]:
+            shutil.rmtree(path)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has no readable {STATE_FILE}: {error}.") from None
+    return content
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of strategy writes its weights and optimizer."""
+
+    save: Callable[[TrainedState, Path], None]
+    load: Callable[[TrainedState, Path], None]
+
+
+def _save_plain(state: TrainedState, folder: Path) -> None:
+    """Whole tensors from rank 0: float32 weights, and the moments as ``<parameter>.<moment>``."""
+    if not state.accelerator.is_main_process:
+        return
+    trained = _trained(state)
+    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
+    moments = {}
+    for name, parameter in trained.items():
+        for moment, value in _inner(state.optimizer).state[parameter].items():
+            moments[f"{name}.{moment}"] = value.detach().contiguous()
+    save_file(moments, folder / OPTIMIZER_FILE)
+
+
+def _load_plain(state: TrainedState, folder: Path) -> None:
+    device = str(state.accelerator.device)
+    weights, moments = load_file(folder / WEIGHTS_FILE, device=device), load_file(folder / OPTIMIZER_FILE)
+    trained = _trained(state)
+    _same_names(set(trained), set(weights), folder)
+    optimizer = _inner(state.optimizer)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+            found = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in moments}
+            if found:  # a checkpoint of step 0 has no moments yet
+                # AdamW keeps its step count on the CPU unless it is fused.
+                fused = optimizer.defaults["fused"]
+                optimizer.state[parameter] = {
+                    moment: value.to(parameter.device) if moment != "step" or fused else value
+                    for moment, value in found.items()
+                }
+
+
+def _save_sharded(state: TrainedState, folder: Path) -> None:
+    """torch.distributed.checkpoint, every rank its own shards."""
+    dcp.save(_sharded(state), checkpoint_id=folder)
+
+
+def _load_sharded(state: TrainedState, folder: Path) -> None:
+    content = _sharded(state)
+    dcp.load(content, checkpoint_id=folder)
+    model, optimizer = state.model, _inner(state.optimizer)
+    set_model_state_dict(model, content["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_TRAINED_ONLY)
+
+
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+
+
+def _sharded(state: TrainedState) -> dict[str, Any]:
+    model, optimizer = state.model, _inner(state.optimizer)
+    return {
+        "model": get_model_state_dict(model, options=_TRAINED_ONLY),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
+    }
+
+
+_TAG = "state"
+
+
+def _save_engine(state: TrainedState, folder: Path) -> None:
+    """DeepSpeed's own checkpoint; the frozen base is not in it."""
+    engine: Any = state.model
+    engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
+
+
+def _load_engine(state: TrainedState, folder: Path) -> None:
+    engine: Any = state.model
+    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found no state in {folder}.")
+
+
+FORMATS = {
+    "single": Format(_save_plain, _load_plain),
+    "ddp": Format(_save_plain, _load_plain),
+    "fsdp": Format(_save_sharded, _load_sharded),
+    "zero2": Format(_save_engine, _load_engine),
+    "zero3": Format(_save_engine, _load_engine),
+    "zero3-offload": Format(_save_engine, _load_engine),
+}
+
+
+def _trained(state: TrainedState) -> dict[str, nn.Parameter]:
+    transformer = state.accelerator.unwrap_model(state.model)
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _same_names(expected: set[str], found: set[str], where: Path) -> None:
+    if expected != found:
+        missing, extra = sorted(expected - found)[:5], sorted(found - expected)[:5]
+        raise CheckpointError(
+            f"{where} does not hold the weights this run trains: {len(expected - found)} missing {missing}, "
+            f"{len(found - expected)} unexpected {extra}.",
+            hint="Resume with the --trainable-modules of the run that wrote it.",
+        )

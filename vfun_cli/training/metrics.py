@@ -1,0 +1,163 @@
+"""What rank 0 tells about the run: metrics.jsonl, TensorBoard or W&B, a line every few seconds, the first batch."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vfun_cli.config import RunConfig
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.rundir import RunDir
+from vfun_cli.training import media
+from vfun_cli.training.adapter import Sample
+from vfun_cli.training.data import LoadedBatch
+
+LINE_EVERY = 5.0
+"""Seconds between progress lines."""
+
+
+class Metrics:
+    """Writes what happened; on other ranks than 0 it only keeps time."""
+
+    def __init__(self, run: RunDir, config: RunConfig, spec: FamilySpec, dims: ModelDims, *, writes: bool,
+                 world_size: int, first_step: int, total_steps: int) -> None:
+        self.run, self.spec, self.dims, self.writes = run, spec, dims, writes
+        self.world_size, self.total_steps = world_size, total_steps
+        self.waited = 0.0
+        self.last_line = 0.0
+        self.file = None
+        self.trackers: list[Any] = []
+        if writes:
+            _drop_later_steps(run.metrics, first_step)
+            self.file = run.metrics.open("a", encoding="utf-8", buffering=1)
+            self.trackers = [_TRACKERS[config.report_to](run, config)] if config.report_to in _TRACKERS else []
+
+    def wait(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
+        """The next micro-batch, counting the seconds it was not there yet."""
+        started = time.perf_counter()
+        loaded = next(batches)
+        self.waited += time.perf_counter() - started
+        return loaded
+
+    def step(self, step: int, micro_batches: list[LoadedBatch], *, loss: float, rate: float,
+             grad_norm: float | None, seconds: float) -> None:
+        """Record optimizer step ``step`` (from 1)."""
+        if self.file is None:
+            self.waited = 0.0
+            return
+        tokens = sum(self._tokens(loaded) for loaded in micro_batches) * self.world_size
+        record = {
+            "step": step,
+            "total_steps": self.total_steps,
+            "epoch": micro_batches[0].batch.epoch,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "seconds": round(seconds, 4),
+            "data_wait": round(self.waited, 4),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / max(seconds + self.waited, 1e-9), 1),
+            "memory_bytes": _memory(),
+        }
+        self.waited = 0.0
+        self.file.write(json.dumps(record) + "\n")
+        for tracker in self.trackers:
+            tracker.log(record)
+        if time.monotonic() - self.last_line > LINE_EVERY or step == self.total_steps:
+            self.last_line = time.monotonic()
+            print(f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
+                  f"{record['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Note how long a checkpoint held the run up."""
+        started = time.perf_counter()
+        yield
+        if self.file is not None:
+            event = {"event": "checkpoint", "step": step, "seconds": round(time.perf_counter() - started, 3)}
+            self.file.write(json.dumps(event) + "\n")
+
+    def show_first_batch(self, samples: list[Sample]) -> None:
+        """Write the first samples of rank 0 as files that people can look at."""
+        if not self.writes:
+            return
+        for number, sample in enumerate(samples):
+            for name, value in sample.items():
+                _write_sample(self.run.sanity_check / f"sample-{number}-{name}", value, sample)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.file is not None:
+            self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _tokens(self, loaded: LoadedBatch) -> int:
+        return sum(
+            self.spec.sequence_tokens(ClipShape(frames=request.frames, height=request.height, width=request.width),
+                                      self.dims)
+            for request in loaded.batch.requests
+        )
+
+
+def _write_sample(stem: Path, value: Any, sample: Sample) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, str):
+        stem.with_suffix(".txt").write_text(value + "\n", encoding="utf-8")
+    elif isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == 3:
+        if value.shape[0] == 1:
+            media.write_png(stem.with_suffix(".png"), value[0])
+        else:
+            media.write_video(stem.with_suffix(".mp4"), value, sample.get("clip_fps", Fraction(16)))
+    elif getattr(value, "ndim", 0) == 1 and len(value) > 1:
+        media.write_wav(stem.with_suffix(".wav"), torch.as_tensor(value).numpy(), 16000)
+
+
+def _drop_later_steps(path: Path, first_step: int) -> None:
+    """A resumed run writes the steps after its checkpoint again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if json.loads(line).get("step", 0) <= first_step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _memory() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+class _TensorBoard:
+    def __init__(self, run: RunDir, config: RunConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run.logs / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"):
+            if record[name] is not None:
+                self.writer.add_scalar(f"train/{name}", record[name], record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, run: RunDir, config: RunConfig) -> None:
+        import wandb
+
+        self.session = wandb.init(project="vfun", dir=str(run.logs), config=config.to_json(), resume="allow")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.session.log({f"train/{name}": value for name, value in record.items()}, step=record["step"])
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+_TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb}

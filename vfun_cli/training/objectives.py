@@ -1,0 +1,113 @@
+"""The mathematics of training: what noise is added, what is predicted, how the error counts. All in float32."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vfun_cli.training.randomness import SampleKey
+
+NUM_TIMESTEPS = 1000
+
+OUTLIER = 50.0
+"""Elements further off than this do not count (Wan and HunyuanVideo training, wan_s2v spec section 7)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrupted:
+    """A noised micro-batch: what the model sees and what it should say."""
+
+    noisy: Tensor
+    """[B, C, F, H, W]"""
+    timesteps: Tensor
+    """[B], 0..1000"""
+    target: Tensor
+    """[B, C, F, H, W]"""
+
+
+class Objective(Protocol):
+    """One training objective."""
+
+    def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
+        """Noise each sample by its own key; latents [B, C, F, H, W] float32."""
+        ...
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        """Scalar float32 loss; ``mask`` broadcasts over [B, C, F, H, W], 1 counts."""
+        ...
+
+
+def _noise(latents: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+    return torch.stack([key.normal("noise", tuple(latents.shape[1:])) for key in keys]).to(latents.device)
+
+
+def _timestep_indices(keys: Sequence[SampleKey]) -> list[int]:
+    """Uniform over the schedule for every sample, whatever its rank."""
+    return [int(key.numpy("timestep").integers(NUM_TIMESTEPS)) for key in keys]
+
+
+def _weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return errors.mean()
+    weights = mask.to(errors).expand_as(errors)
+    return (errors * weights).sum() / weights.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Rectified flow: noisy = (1 - sigma) x + sigma n, target = n - x (wan_s2v spec section 7)."""
+
+    shift: float
+    """sigma = shift s / (1 + (shift - 1) s): how much of the schedule lies at high noise."""
+    outlier: float = OUTLIER
+
+    def sigmas(self) -> Tensor:
+        """[1000], from 1 down; no terminal zero."""
+        steps = torch.arange(NUM_TIMESTEPS, 0, -1, dtype=torch.float64) / NUM_TIMESTEPS
+        return (self.shift * steps / (1 + (self.shift - 1) * steps)).float()
+
+    def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
+        """See :class:`Objective`."""
+        sigma = self.sigmas()[_timestep_indices(keys)].to(latents.device)
+        noise = _noise(latents, keys)
+        wide = sigma.view(-1, 1, 1, 1, 1)
+        return Corrupted(noisy=(1 - wide) * latents + wide * noise, timesteps=sigma * NUM_TIMESTEPS,
+                         target=noise - latents)
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean squared error over elements; outliers count as zero, NaN and infinity do not vanish."""
+        difference = prediction.float() - target
+        return _weighted_mean(difference.square() * (difference.abs() <= self.outlier), mask)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Discrete diffusion over the scheduler's alphas_cumprod (cogvideox_fun_lora spec section 7)."""
+
+    alphas_cumprod: Tensor
+    """[1000] float32"""
+    prediction_type: str
+
+    def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
+        """noisy = sqrt(a) x + sqrt(1 - a) n; target is v = sqrt(a) n - sqrt(1 - a) x, or the noise."""
+        indices = torch.tensor(_timestep_indices(keys), device=latents.device)
+        noise = _noise(latents, keys)
+        alpha = self.alphas_cumprod.to(latents.device)[indices].view(-1, 1, 1, 1, 1)
+        signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
+        velocity = self.prediction_type == "v_prediction"
+        return Corrupted(noisy=signal * latents + amount * noise, timesteps=indices,
+                         target=signal * noise - amount * latents if velocity else noise)
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        """Plain mean squared error."""
+        return _weighted_mean((prediction.float() - target).square(), mask)
+
+
+def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+    """The family's objective from its ``objective_options``."""
+    return OBJECTIVES[name](**settings)
+
+
+OBJECTIVES: dict[str, Any] = {"flow-matching": FlowMatching, "ddpm": DDPM}

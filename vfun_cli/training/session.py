@@ -1,0 +1,122 @@
+"""Assembles one rank of a run from its ``run.json`` and trains it to its end."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vfun_cli import families
+from vfun_cli.config import RunConfig
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.planning import load_plan
+from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.training.checkpointer import Checkpointer, TrainedState
+from vfun_cli.training.data import load_ahead
+from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.objectives import make_objective
+from vfun_cli.training.optim import choose_trainable, make_optimizer
+from vfun_cli.training.signals import StopFlag
+from vfun_cli.training.strategy import assert_strategy, make_accelerator, prepare_environment
+from vfun_cli.training.stream import micro_batches
+from vfun_cli.training.trainer import CONTINUE, INTERRUPTED, PREEMPTED, Trainer
+
+OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
+
+
+def train(run: RunDir, described: Mapping[str, Any]) -> None:
+    """Train the run that ``described`` (the content of run.json) resolves to."""
+    config = RunConfig.from_json(described["config"])
+    spec = families.find(described["family"])
+    prepare_environment(config.device)
+    accelerator = make_accelerator(config.strategy, config.device, config.gradient_accumulation_steps,
+                                   config.mixed_precision)
+    stop = StopFlag(run.stop_request, reads_file=accelerator.is_main_process)
+    stop.listen()
+    torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
+
+    plan = load_plan(config, spec, described)
+    adapter_class = adapter_of(spec)
+    adapter = adapter_class.from_pretrained(adapter_options(config, spec, accelerator.device))
+    state = prepare_state(config, spec, plan.dims, adapter, accelerator)
+    checkpointer = Checkpointer(run, config.strategy, keep=config.checkpoints_total_limit,
+                                config_files=_config_files(spec, config))
+    first_step = 0
+    if described.get("resume"):
+        first_step = int(checkpointer.load(state, Path(described["resume"]))["step"])
+    metrics = Metrics(run, config, spec, plan.dims, writes=accelerator.is_main_process,
+                      world_size=accelerator.num_processes, first_step=first_step, total_steps=plan.total_steps)
+    trainer = Trainer(
+        config=config, accelerator=accelerator, adapter=adapter, state=state,
+        objective=make_objective(spec.objective, spec.objective_options),
+        checkpointer=checkpointer, metrics=metrics, stop=stop, total_steps=plan.total_steps,
+        description={"strategy": config.strategy, "world_size": accelerator.num_processes, "family": spec.name,
+                     "kind": described["command"], "run_config": config.to_json()},
+    )
+    batches = load_ahead(adapter_class, load_options(config),
+                         micro_batches(plan, rank=accelerator.process_index, first_step=first_step),
+                         config.dataloader_num_workers)
+    reason = trainer.train(batches, first_step)
+    metrics.close()
+    if accelerator.is_main_process:
+        write_atomically(run.outcome, json.dumps({"outcome": OUTCOMES[reason], "step": trainer.saved_step}))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def prepare_state(
+    config: RunConfig, spec: FamilySpec, dims: ModelDims, adapter: ModelAdapter, accelerator: Any
+) -> TrainedState:
+    """Choose what trains, set precisions, and let the strategy wrap the transformer and the optimizer."""
+    transformer = adapter.transformer
+    choose_trainable(transformer, config.trainable_modules, spec.modules_without_gradient(dims))
+    if config.mixed_precision == "bf16":
+        for parameter in transformer.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    if not config.strategy.startswith("zero"):
+        transformer.to(accelerator.device)
+    optimizer = make_optimizer(transformer, config, accelerator.device)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    assert_strategy(config.strategy, model)
+    average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
+    return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
+
+
+def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:
+    """The family's adapter class."""
+    module, name = spec.adapter.split(":")
+    found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:
+    """The part of the configuration that the family's adapter sees."""
+    assert config.pretrained_model_name_or_path is not None
+    return AdapterOptions(
+        model_dir=config.pretrained_model_name_or_path,
+        compute_dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+        device=device,
+        vae_mini_batch=config.vae_mini_batch,
+        low_vram=config.low_vram,
+        train_mode=config.train_mode or "",
+        control_ref_image=config.control_ref_image,
+    )
+
+
+def load_options(config: RunConfig) -> dict[str, Any]:
+    """What decoding a clip depends on beside the request."""
+    return {"control_ref_image": config.control_ref_image, "train_mode": config.train_mode}
+
+
+def _config_files(spec: FamilySpec, config: RunConfig) -> dict[str, Path]:
+    assert config.pretrained_model_name_or_path is not None
+    source = config.pretrained_model_name_or_path / spec.config_file
+    return {source.name: source}

@@ -1,0 +1,67 @@
+"""From the strategy's name to a prepared accelerator, and the proof that it is the strategy that runs.
+
+On a machine without an accelerator, ``accelerate launch`` quietly turns FSDP and DeepSpeed runs into plain DDP. The
+set-up here keeps the real strategies on gloo, and ``assert_strategy`` refuses anything else.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from vfun_cli.errors import RunError
+
+
+def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precision: str) -> Accelerator:
+    """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
+    settings = {"gradient_accumulation_steps": accumulation}
+    if strategy.startswith("zero"):
+        backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
+        return Accelerator(**settings, kwargs_handlers=[backend])
+    settings["mixed_precision"] = mixed_precision
+    if device == "cuda":
+        return Accelerator(**settings)
+    if strategy == "fsdp":
+        # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
+        state = PartialState(cpu=True)
+        state.distributed_type = DistributedType.MULTI_GPU
+        state._cpu = False
+        return Accelerator(**settings)
+    # A bucket view saves a copy of every gradient.
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if strategy == "ddp" else []
+    return Accelerator(**settings, cpu=True, kwargs_handlers=handlers)
+
+
+def prepare_environment(device: str) -> None:
+    """Settings that must be in place before torch starts threads or a process group."""
+    if device == "cpu":
+        os.environ.setdefault("ACCELERATE_USE_CPU", "false")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def assert_strategy(strategy: str, model: nn.Module) -> None:
+    """Refuse to train under another strategy than the one asked for.
+
+    Raises:
+        RunError: accelerate prepared something else, naming both.
+    """
+    found = running_strategy(model)
+    expected = strategy.removesuffix("-offload")
+    if found != expected:
+        raise RunError(f"strategy {strategy} was asked for, but accelerate prepared {found} ({type(model).__name__}).",
+                       hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.")
+
+
+def running_strategy(model: nn.Module) -> str:
+    """The strategy a prepared model really runs under, from its wrapper."""
+    if isinstance(model, DistributedDataParallel):
+        return "ddp"
+    if isinstance(model, FSDPModule):
+        return "fsdp"
+    stage = getattr(model, "zero_optimization_stage", None)
+    return f"zero{stage()}" if stage is not None else "single"

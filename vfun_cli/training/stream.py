@@ -1,0 +1,54 @@
+"""The plan as the loader wants it: this rank's micro-batches with paths and keys, from any step on."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vfun_cli.metadata.records import Record
+from vfun_cli.plan.schedule import PlannedSample, plan_epochs
+from vfun_cli.plan.schedule import MicroBatch as PlannedBatch
+from vfun_cli.planning import RunPlan
+from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.training.data import MicroBatch
+from vfun_cli.training.randomness import SampleKey
+
+
+def micro_batches(plan: RunPlan, *, rank: int, first_step: int) -> Iterator[MicroBatch]:
+    """Every micro-batch of one rank in order, steps before ``first_step`` left out."""
+    place = {int(row): position for position, row in enumerate(plan.table.row)}
+    step = 0
+    for epoch_plan in plan_epochs(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs):
+        skipped = min(max(0, first_step - step), epoch_plan.num_steps)
+        step += skipped
+        for batches in epoch_plan.micro_batches_for(rank, skipped):
+            if step >= plan.total_steps:
+                return
+            for index, batch in enumerate(batches):
+                requests = tuple(_request(plan, batch, sample, place[sample.row]) for sample in batch.samples)
+                yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests)
+            step += 1
+
+
+def _request(plan: RunPlan, batch: PlannedBatch, sample: PlannedSample, position: int) -> SampleRequest:
+    table = plan.table
+    return SampleRequest(
+        key=SampleKey(seed=plan.options.seed, epoch=sample.epoch, row=sample.row, copy=sample.copy),
+        record=_absolute(plan, plan.records[sample.row]),
+        kind=batch.kind,
+        frames=batch.shape.frames,
+        height=batch.shape.height,
+        width=batch.shape.width,
+        stride=sample.stride,
+        total_frames=int(np.asarray(table.frames)[position]),
+        fps=(int(table.fps_num[position]), int(table.fps_den[position])),
+    )
+
+
+def _absolute(plan: RunPlan, record: Record) -> dict[str, Any]:
+    """The record with its media paths joined to the data root."""
+    fields = dict(record.fields)
+    for field in plan.spec.fields:
+        if fields.get(field.name) and plan.root is not None:
+            fields[field.name] = str(plan.root / str(fields[field.name]))
+    return fields
