@@ -11,12 +11,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
-
-LATENT_CHANNELS = 16
-CONTROL_IN_DIM = 48
-"""Noisy latents, control latents and start image latents, 16 channels each."""
-TEXT_TOKENS = 512
-"""Rows of text the cross-attention reads; prompts are padded with zeros to this length."""
+from vfun_cli.families.wan_fun_control import HINT, LATENT_CHANNELS, check_variant
 
 OUTER_NAMES = {
     "patch_embedding": "patch_embedding",
@@ -223,24 +218,14 @@ def transformer_config(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
 
 def _refuse_other_models(shapes: Shapes) -> None:
     """Name the Wan models that look alike and are not this family."""
-    hint = "wan-fun-control trains Wan2.1-Fun-Control and Wan2.1-Fun-V1.1-Control (1.3B and 14B)."
-    if any(name.startswith("control_adapter.") for name in shapes):
-        raise CheckpointError("Camera checkpoints (control_adapter tensors) are not supported.", hint=hint)
     if any(name.startswith("casual_audio_encoder.") for name in shapes):
         raise CheckpointError(
             "These are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.", hint="Run vfun train wan-s2v."
         )
-    missing = [
-        name for name in ("patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight") if name not in shapes
-    ]
-    if missing:
-        raise CheckpointError(f"Not a Wan transformer in the released naming: no {', '.join(missing)}.", hint=hint)
+    needed = ("patch_embedding", "head.head", "blocks.0.ffn.0", "time_embedding.0", "text_embedding.0")
+    if missing := [name for name in needed if f"{name}.weight" not in shapes]:
+        raise CheckpointError(f"Not a Wan transformer in the released naming: no {', '.join(missing)}.", hint=HINT)
+    camera = any(name.startswith("control_adapter.") for name in shapes)
+    check_variant(shapes["patch_embedding.weight"][1], camera=camera)
     if "img_emb.proj.0.weight" not in shapes:
-        raise CheckpointError("The transformer has no image branch (img_emb): a text-to-video Wan model.", hint=hint)
-    in_dim = shapes["patch_embedding.weight"][1]
-    if in_dim != CONTROL_IN_DIM:
-        raise CheckpointError(
-            f"patch_embedding reads {in_dim} channels; a Control checkpoint reads {CONTROL_IN_DIM} "
-            "(noisy, control and start image latents). 36 channels are an inpainting (InP) or image-to-video model.",
-            hint=hint,
-        )
+        raise CheckpointError("The transformer has no image branch (img_emb): a text-to-video Wan model.", hint=HINT)

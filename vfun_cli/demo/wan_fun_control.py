@@ -1,0 +1,53 @@
+"""A tiny Wan2.1-Fun-V1.1 Control model in the released directory layout."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vfun_cli.demo import wan_parts
+from vfun_cli.families.wan_fun_control import CONTROL_IN_DIM, LATENT_CHANNELS
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, released_name
+
+CONFIG: dict[str, object] = {
+    "_class_name": "WanModel",
+    "model_type": "i2v",
+    "add_ref_conv": True,
+    "in_dim_ref_conv": LATENT_CHANNELS,
+    "in_dim": CONTROL_IN_DIM,
+    "out_dim": LATENT_CHANNELS,
+    "dim": 64,
+    "ffn_dim": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+    "freq_dim": 32,
+    "text_dim": wan_parts.TEXT_DIM,
+    "text_len": 512,
+    "eps": 1e-6,
+}
+
+
+def build_model(folder: Path, seed: int) -> None:
+    """Write the model into ``folder``: transformer, VAE, text encoder and tokenizer, CLIP. The same seed, the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanFunControlTransformer(
+            has_reference=True,
+            num_attention_heads=4,
+            attention_head_dim=16,
+            in_channels=CONTROL_IN_DIM,
+            out_channels=LATENT_CHANNELS,
+            text_dim=wan_parts.TEXT_DIM,
+            freq_dim=32,
+            ffn_dim=128,
+            num_layers=2,
+            image_dim=wan_parts.CLIP_DIM,
+            added_kv_proj_dim=64,
+        )
+        wan_parts.write_encoders(folder)
+        wan_parts.write_clip(folder)
+    state = {released_name(name): tensor.bfloat16().contiguous() for name, tensor in transformer.state_dict().items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Wan2.1-Fun Control, V1.0 and V1.1, 1.3B and 14B: a clip from text, a control clip and a picture.
+
+``train_mode`` and what the released training script has:
+
+* ``control_ref``: control clip, start image, reference image (V1.1) and CLIP embedding, each dropped now and then.
+* ``control_object`` and ``inpaint``, which the documents use, are no modes of the released script: every name but its
+  own two special ones takes the branch of ``control_ref`` there, and so they do here. A Control checkpoint has no mask
+  channels to inpaint with.
+* ``control``: the control clip alone. The script's default, where it stops at an undefined variable; here start image,
+  reference and CLIP embedding are zeros, as at inference without a picture.
+* ``control_camera_ref`` needs a Camera checkpoint, which is not supported.
+"""
+
+from collections.abc import Mapping
+
+from vfun_cli.errors import CheckpointError
+from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+
+CONTROL_IN_DIM = 48
+"""Latent channels a Control transformer reads: 16 noisy, 16 of the control clip, 16 of the start image."""
+TEXT_TOKENS = 512
+"""Rows of text the cross-attention reads; prompts are padded with zeros to this length."""
+IMAGE_TOKENS = 257
+"""Rows of the CLIP embedding."""
+IMAGE_DIM = 1280
+"""Width of the CLIP embedding."""
+LATENT_CHANNELS = 16
+
+HINT = "wan-fun-control trains Wan2.1-Fun-Control and Wan2.1-Fun-V1.1-Control, 1.3B and 14B."
+
+
+def check_variant(in_dim: object, *, camera: bool) -> None:
+    """Refuse the checkpoints of the Wan2.1-Fun series that are not Control models.
+
+    Raises:
+        CheckpointError: a Camera checkpoint, or another number of input channels.
+    """
+    if camera:
+        raise CheckpointError("Camera checkpoints (control_adapter) are not supported.", hint=HINT)
+    if in_dim != CONTROL_IN_DIM:
+        raise CheckpointError(
+            f"The transformer reads {in_dim} channels (in_dim); a Control checkpoint reads {CONTROL_IN_DIM}: noisy, "
+            "control and start image latents. 36 are an inpainting (InP) or image-to-video model, 16 text-to-video.",
+            hint=HINT,
+        )
+
+
+def read_dims(config: Mapping[str, object]) -> ModelDims:
+    """Dimensions from the released ``config.json``.
+
+    Raises:
+        CheckpointError: another model's configuration.
+    """
+    check_variant(config.get("in_dim"), camera=bool(config.get("add_control_adapter")))
+    sizes = {key: config.get(key) for key in ("dim", "ffn_dim", "num_layers")}
+    sizes |= {"text_dim": config.get("text_dim", 4096), "freq_dim": config.get("freq_dim", 256)}
+    numbers = {key: value for key, value in sizes.items() if isinstance(value, int)}
+    if missing := [key for key in sizes if key not in numbers]:
+        raise CheckpointError(f"config.json states no {', '.join(missing)}: not a Wan transformer's.", hint=HINT)
+    return ModelDims(
+        dim=numbers["dim"],
+        ffn_dim=numbers["ffn_dim"],
+        num_layers=numbers["num_layers"],
+        extra={
+            "text_dim": numbers["text_dim"],
+            "freq_dim": numbers["freq_dim"],
+            "reference": int(bool(config.get("add_ref_conv", False))),
+        },
+    )
+
+
+def _reference_tokens(shape: ClipShape, dims: ModelDims) -> int:
+    """V1.1 puts one frame of tokens before the clip, whether there is a reference image or not."""
+    picture = ClipShape(frames=1, height=shape.height, width=shape.width)
+    return SPEC.video_tokens(picture) * dims.extra["reference"]
+
+
+def sequence_tokens(shape: ClipShape, dims: ModelDims) -> int:
+    """Tokens of the self-attention: the clip, and the reference of V1.1. Text and CLIP are only attended to."""
+    return SPEC.video_tokens(shape) + _reference_tokens(shape, dims)
+
+
+def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Matrix products, convolutions and attention of one forward pass; a multiply-add counts two."""
+    dim, text_dim, freq_dim = dims.dim, dims.extra["text_dim"], dims.extra["freq_dim"]
+    video, reference = SPEC.video_tokens(shape), _reference_tokens(shape, dims)
+    tokens, context = video + reference, TEXT_TOKENS + IMAGE_TOKENS
+    patch = SPEC.patch_size[0] * SPEC.patch_size[1] * SPEC.patch_size[2]
+    block = (
+        6 * tokens * dim * dim  # self-attention q, k, v, o and cross-attention q, o
+        + 2 * context * dim * dim  # k, v of text and of the CLIP embedding
+        + 2 * tokens * (tokens + context) * dim  # scores and weighted sums
+        + 2 * tokens * dim * dims.ffn_dim
+    )
+    outside = (
+        (video * CONTROL_IN_DIM + reference * LATENT_CHANNELS) * patch * dim
+        + TEXT_TOKENS * (text_dim + dim) * dim
+        + IMAGE_TOKENS * (IMAGE_DIM + dim) * IMAGE_DIM
+        + (freq_dim + 7 * dim) * dim  # timestep embedding and its six modulation vectors
+        + tokens * dim * LATENT_CHANNELS * patch
+    )
+    return 2.0 * (dims.num_layers * block + outside)
+
+
+DEFAULTS: dict[str, object] = {
+    "image_sample_size": 1024,
+    "video_sample_size": 256,
+    "token_sample_size": 512,
+    "video_sample_stride": 2,
+    "video_sample_n_frames": 81,
+    "train_batch_size": 1,
+    "video_repeat": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "checkpointing_steps": 50,
+    "learning_rate": 2e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+    "seed": 42,
+    "output_dir": "output_dir",
+    "gradient_checkpointing": True,
+    "mixed_precision": "bf16",
+    "adam_weight_decay": 3e-2,
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+    "uniform_sampling": True,
+    "low_vram": True,
+    "train_mode": "control_object",
+    "control_ref_image": "first_frame",
+    "trainable_modules": ".",
+}
+"""The document's command line, as typed there."""
+
+SPEC = FamilySpec(
+    name="wan-fun-control",
+    summary="Wan2.1-Fun Control, V1.0 and V1.1: video from text, a control clip and a picture",
+    adapter="vfun_cli.families.wan_fun_control.adapter:WanFunControlAdapter",
+    fields=(
+        MetadataField(name="file_path", media="visual"),
+        MetadataField(name="control_file_path", media="control", required=False),
+    ),
+    media_types=("video", "image"),
+    vae_stride=(4, 8, 8),
+    patch_size=(1, 2, 2),
+    frame_rule="4k+1",
+    token_size_share=0.5,
+    full_size_share=0.9,
+    block_classes=("WanTransformerBlock",),
+    objective="flow-matching",
+    objective_options={"shift": 5.0},
+    # Wan2.1-Fun-14B-Control, the documents' model. V1.1 has one frame of tokens more, as its config.json says.
+    dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
+    read_dims=read_dims,
+    sequence_tokens=sequence_tokens,
+    forward_flops=forward_flops,
+    defaults=DEFAULTS,
+    strategy_defaults={"zero3": {"train_mode": "inpaint"}},
+    lora_defaults={
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "rank": 64,
+        "network_alpha": 32,
+        "target_name": "q,k,v,ffn.0,ffn.2",
+    },
+    demo={
+        "image_sample_size": 96,
+        "video_sample_size": 64,
+        "token_sample_size": 64,
+        "video_sample_stride": 2,
+        "video_sample_n_frames": 9,
+        "dataloader_num_workers": 1,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "max_grad_norm": 1.0,
+        "max_train_steps": 8,
+        "checkpointing_steps": 4,
+        "low_vram": False,
+        "control_ref_image": "random",
+    },
+    demo_builder="vfun_cli.demo.wan_fun_control:build_model",
+    train_modes=("control_object", "inpaint", "control_ref", "control"),
+)
