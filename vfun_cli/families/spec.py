@@ -88,7 +88,7 @@ class FamilySpec:
     forward_flops: Callable[[ClipShape, ModelDims], float]
     """FLOPs of one forward pass on one clip (a multiply-add counts two)."""
     modules_without_gradient: Callable[[ModelDims], tuple[str, ...]] = lambda dims: ()
-    """Names of transformer modules whose parameters never get a gradient; the trainer freezes them."""
+    """Names of transformer modules whose parameters never get a gradient other than zero; the trainer freezes them."""
     defaults: Mapping[str, object]
     """Option values of the seeds' command line, by option name."""
     strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

@@ -89,15 +89,15 @@ def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
 
 
 def modules_without_gradient(dims: ModelDims) -> tuple[str, ...]:
-    """Modules of the last block that only feed the text stream, which ends there: their parameters never get a gradient.
+    """Modules of the last block that only feed the text stream, which ends there.
 
-    DDP would wait for those gradients, so the trainer freezes these modules. In a model whose last block shares its
-    weights between text and video there are none.
+    The first two get no gradient at all, and DDP would wait for it; the others only zeros, and AdamW would decay them.
+    In a model whose last block shares its weights between text and video there are none.
     """
     if dims.extra["mmdit_layers"] < dims.num_layers:
         return ()
     last = f"transformer_blocks.{dims.num_layers - 1}"
-    return f"{last}.attn1.to_add_out", f"{last}.txt_ff"
+    return tuple(f"{last}.{part}" for part in ("attn1.to_add_out", "txt_ff", "attn1.add_q_proj", "attn1.norm_added_q"))
 
 
 def check_options(options: Mapping[str, object], family: str) -> None:
@@ -108,7 +108,9 @@ def check_options(options: Mapping[str, object], family: str) -> None:
     mode = options.get("train_mode") or SPECS[family].train_modes[0]
     if mode not in TRAIN_MODES:
         why = " Camera models read pose files, not clips." if mode == "control_camera_ref" else ""
-        raise ConfigError(f"train_mode {mode!r} is not supported.{why}", hint=f"choose one of: {', '.join(TRAIN_MODES)}")
+        raise ConfigError(
+            f"train_mode {mode!r} is not supported.{why}", hint=f"choose one of: {', '.join(TRAIN_MODES)}"
+        )
     image = options.get("control_ref_image") or REF_IMAGES[0]
     if image not in REF_IMAGES:
         raise ConfigError(
@@ -173,7 +175,12 @@ DEMO: Mapping[str, object] = {
     "token_sample_size": 64,
     "video_sample_stride": 1,
     "video_sample_n_frames": 9,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0,
     "learning_rate": 1e-3,
+    "max_grad_norm": 1.0,
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
 }
 
 V5_1 = FamilySpec(
@@ -217,7 +224,12 @@ V5_1 = FamilySpec(
         "loss_type": "flow",
         "train_mode": "control_ref",
     },
-    lora_defaults={"target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2")},
+    lora_defaults={
+        "rank": 64,
+        "network_alpha": 32,
+        "learning_rate": 1e-4,
+        "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+    },
     demo=DEMO,
     demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
     train_modes=TRAIN_MODES,
@@ -229,7 +241,7 @@ V5 = replace(
     summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
     adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
     objective="ddpm",
-    objective_options={"scheduler_folder": "scheduler"},
+    objective_options={},  # betas and prediction type are in the model directory's scheduler/
     dims=read_dims(
         {
             "num_attention_heads": 48,

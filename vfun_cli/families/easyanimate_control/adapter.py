@@ -36,14 +36,18 @@ class EasyAnimateControl:
     spec: ClassVar[FamilySpec]
 
     def __init__(
-        self, transformer: nn.Module, vae: MagvitVAE, text: TextEncoders, options: AdapterOptions, objective: dict[str, Any]
+        self,
+        transformer: nn.Module,
+        vae: MagvitVAE,
+        text: TextEncoders,
+        options: AdapterOptions,
+        objective: dict[str, Any],
     ) -> None:
         self.transformer = transformer
         self.vae = vae
         self.text = text
         self.options = options
-        self.objective_settings = objective
-        """Arguments of the family's objective, read from the model directory."""
+        self.objective = objective
         self.train_mode = options.train_mode or self.spec.train_modes[0]
         self._check_channels()
 
@@ -98,8 +102,10 @@ class EasyAnimateControl:
             conditioning = [_drop(control, keys, "control-drop", CONTROL_DROP)]
             if self.train_mode == "control_ref":
                 conditioning.append(self._reference(samples, keys, like=latents))
-        captions = ["" if key.chance("text-drop", TEXT_DROP) else str(sample["text"])
-                    for sample, key in zip(samples, keys, strict=True)]
+        captions = [
+            "" if key.chance("text-drop", TEXT_DROP) else str(sample["text"])
+            for sample, key in zip(samples, keys, strict=True)
+        ]
         conditions: Conditions = {"control_latents": torch.cat(conditioning, dim=1)}
         for argument, encoder in self.text.items():
             with encoding_on(encoder, self.options.device, low_vram=self.options.low_vram):
@@ -111,6 +117,10 @@ class EasyAnimateControl:
         inputs = {name: value.to(noisy) for name, value in conditions.items()}
         (prediction,) = transformer(noisy, timesteps, return_dict=False, **inputs)
         return prediction
+
+    def objective_settings(self) -> dict[str, Any]:
+        """Arguments of the family's objective, read from the model directory."""
+        return self.objective
 
     def export_name(self, parameter: str) -> str:
         """The released name of a transformer parameter."""

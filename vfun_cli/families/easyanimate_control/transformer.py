@@ -72,7 +72,9 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
         )
     known = set(signature(EasyAnimateTransformer3DModel.__init__).parameters) - {"self"}
-    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED}
+    given = {
+        k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED
+    }
     unknown = sorted(set(given) - known)
     if unknown:
         raise CheckpointError(

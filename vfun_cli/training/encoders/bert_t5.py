@@ -40,7 +40,7 @@ class PaddedText(nn.Module):
 
 def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:
     """From a BertModel folder and a BertTokenizer folder. Raises CheckpointError if one is incomplete."""
-    encoder = load_model(BertModel, model, dtype=dtype, unused=("pooler.", "cls."), add_pooling_layer=False)
+    encoder = load_model(BertModel, model, dtype=dtype, unused=("pooler.", "cls."))
     return PaddedText(encoder, load_tokenizer(BertTokenizer, tokenizer), length=length)
 
 

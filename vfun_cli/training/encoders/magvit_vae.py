@@ -90,7 +90,7 @@ def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     wrong = {name: config[name] for name, value in SUPPORTED.items() if config.get(name, value) != value}
     if wrong:
         raise CheckpointError(
-            f"{where}: the VAE of EasyAnimate V5 and V5.1 has {({name: SUPPORTED[name] for name in wrong})}, not {wrong}",
+            f"{where}: the VAE of EasyAnimate V5 and V5.1 has { ({name: SUPPORTED[name] for name in wrong}) }, not {wrong}",
             hint="point --pretrained_model_name_or_path at a released EasyAnimate V5 or V5.1 Control model",
         )
     known = set(signature(AutoencoderKLMagvit.__init__).parameters) - {"self"}

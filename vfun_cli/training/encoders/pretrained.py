@@ -11,9 +11,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.training.encoders.placement import freeze
 
 
-def load_model(
-    kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = (), **arguments: Any
-) -> Any:
+def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = ()) -> Any:
     """A frozen model of class ``kind`` from its folder, on the CPU, offline.
 
     unused: beginnings of names that may be missing or left over, because nothing reads them here.
@@ -25,9 +23,7 @@ def load_model(
             hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
         )
     try:
-        model, report = kind.from_pretrained(
-            str(folder), local_files_only=True, dtype=dtype, output_loading_info=True, **arguments
-        )
+        model, report = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot load {kind.__name__} from {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
