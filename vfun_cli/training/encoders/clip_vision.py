@@ -72,7 +72,7 @@ class ClipImageEncoder(nn.Module):
     @property
     def dim(self) -> int:
         """Width of the output."""
-        return int(self.model.config.hidden_size)
+        return self.model.embeddings.embed_dim
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """Model input [B, 3, S, S] of frames [B, 3, H, W] in [-1, 1].
@@ -84,8 +84,8 @@ class ClipImageEncoder(nn.Module):
         eight_bit = ((frames.float() * 0.5 + 0.5) * 255).clamp(0, 255).to(torch.uint8)
         # The originals hold the picture in the model's dtype from here on.
         picture = (eight_bit.float() / 255 - 0.5).div(0.5).to(self.model.dtype)
-        size = int(self.model.config.image_size)
-        square = nn.functional.interpolate(picture, size=(size, size), mode="bicubic", align_corners=False)
+        size = self.model.embeddings.image_size
+        square = nn.functional.interpolate(picture, size=[size, size], mode="bicubic", align_corners=False)
         return (square.float() * 0.5 + 0.5 - self.mean) / self.std
 
     def encode(self, frames: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """The VAE of Wan2.1: its ``.pth`` file in diffusers' AutoencoderKLWan, and the latents that Wan models train on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
@@ -13,7 +13,9 @@ from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_pth, load_weights
 
 WEIGHTS = "Wan2.1_VAE.pth"
+Z_DIM = 16
 FRAMES_PER_LATENT = 4
+PIXELS_PER_LATENT = 8
 STAGES = 4
 """Resolution stages of the Wan2.1 VAE, and of diffusers' conversion of its names."""
 BLOCKS_PER_STAGE = 3
@@ -27,8 +29,8 @@ class WanVAE(nn.Module):
         super().__init__()
         self.model = freeze(model)
         self.mini_batch = mini_batch
-        mean = torch.tensor(model.config.latents_mean, dtype=torch.float32)
-        std = torch.tensor(model.config.latents_std, dtype=torch.float32)
+        mean = torch.tensor(model.config["latents_mean"], dtype=torch.float32)
+        std = torch.tensor(model.config["latents_std"], dtype=torch.float32)
         self.register_buffer("mean", mean.view(1, -1, 1, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, -1, 1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -54,7 +56,7 @@ class WanVAE(nn.Module):
         frames = pixels.shape[2]
         if frames % FRAMES_PER_LATENT != 1:
             raise ValueError(
-                f"the Wan VAE encodes 1 + 4k frames, got {frames}: the last {(frames - 1) % 4} would be lost"
+                f"the Wan VAE encodes 1 + 4k frames, got {frames}; it would drop the last {(frames - 1) % 4}"
             )
         parts = [self._posterior(part) for part in pixels.split(self.mini_batch)]
         mu = torch.cat([mean for mean, _ in parts])
@@ -64,6 +66,20 @@ class WanVAE(nn.Module):
         deviation = torch.cat([deviation for _, deviation in parts])
         return latents + deviation * noise.to(latents)
 
+    def encode_clips(self, clips: Sequence[Tensor], noises: Sequence[Tensor]) -> list[Tensor]:
+        """Latents [z, f, h, w] float32 of clips [F, 3, H, W] of any lengths; clips of one shape share mini-batches.
+
+        ``noises`` are standard normal [z, f, h, w], one for each clip: ``noise_shape`` of its shape.
+        """
+        latents: dict[int, Tensor] = {}
+        shapes = [clip.shape for clip in clips]
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            pixels = torch.stack([clips[index].transpose(0, 1) for index in members])
+            encoded = self.encode(pixels, torch.stack([noises[index] for index in members]))
+            latents.update(zip(members, encoded, strict=True))
+        return [latents[index] for index in range(len(clips))]
+
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32. The networks run in their own dtype."""
         with torch.no_grad():
@@ -72,9 +88,10 @@ class WanVAE(nn.Module):
         return mu, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of a clip of 1 + 4k frames."""
-    return 1 + (frames - 1) // FRAMES_PER_LATENT
+def noise_shape(clip: Tensor) -> tuple[int, int, int, int]:
+    """Shape [z, f, h, w] of the latents of a clip [1 + 4k, 3, H, W]."""
+    frames, _, height, width = clip.shape
+    return Z_DIM, 1 + (frames - 1) // FRAMES_PER_LATENT, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
 
 
 def load_wan_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) -> AutoencoderKLWan:
@@ -103,9 +120,9 @@ def wan_vae_config(state: Mapping[str, Tensor], where: str) -> dict[str, object]
             f"{where} is not a Wan2.1 VAE: it has no tensor {error.args[0]!r}",
             hint=f"download {WEIGHTS} of the released model again",
         ) from None
-    if z_dim != 16:
+    if z_dim != Z_DIM:
         raise CheckpointError(
-            f"{where} has {z_dim} latent channels; the Wan2.1 VAE has 16",
+            f"{where} has {z_dim} latent channels; the Wan2.1 VAE has {Z_DIM}",
             hint=f"this family needs {WEIGHTS}; a Wan2.2 VAE is another model",
         )
     downsamplers = [BLOCKS_PER_STAGE * stage + 2 for stage in range(STAGES - 1)]

@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+from transformers.models.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.encoders.placement import freeze
+from vfun_cli.training.encoders.pretrained import load_model
 
 FOLDER = "wav2vec2-large-xlsr-53-english"
 FEATURE_RATE = 50
 """wav2vec 2.0 makes one feature per 320 samples at 16 kHz."""
 VIDEO_RATE = 30
 """Features are resampled to this rate before they are shared out to the clip's frames."""
-UNUSED_IN_EVAL = {"wav2vec2.masked_spec_embed"}
-"""Parameters that only SpecAugment reads, in training; some released files leave them out."""
+UNUSED = ("wav2vec2.masked_spec_embed",)
+"""Read only by SpecAugment in wav2vec's own training; some released files leave it out."""
 
 
 class SpeechEncoder(nn.Module):
@@ -35,29 +36,31 @@ class SpeechEncoder(nn.Module):
 
         Raises CheckpointError if the folder is incomplete or its weights do not fit its configuration.
         """
+        # Only SpecAugment reads it, in training; some released files leave it out.
+        model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=("wav2vec2.masked_spec_embed",))
         try:
-            model, report = Wav2Vec2ForCTC.from_pretrained(
-                str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
             extractor = Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"no speech encoder in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
-                hint="the folder needs config.json, model.safetensors (or pytorch_model.bin) and preprocessor_config.json",
+                f"no feature extractor in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
+                hint="the released folder has a preprocessor_config.json: download it again",
             ) from error
-        missing = sorted(set(report["missing_keys"]) - UNUSED_IN_EVAL)
-        unexpected = sorted(report["unexpected_keys"])
-        if missing or unexpected:
-            raise CheckpointError(
-                f"the weights in {folder} do not fit Wav2Vec2ForCTC: missing {missing[:5]}, unexpected {unexpected[:5]}",
-                hint="download the folder again",
-            )
         return cls(model, extractor)
 
     @property
     def sample_rate(self) -> int:
         """Samples per second that ``waveform`` arguments need."""
         return int(self.extractor.sampling_rate)
+
+    @property
+    def dim(self) -> int:
+        """Width of a hidden state."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states of one feature: the embedding and every layer."""
+        return int(self.model.config.num_hidden_layers) + 1
 
     def hidden_states(self, waveform: Tensor) -> Tensor:
         """[layers + 1, T, hidden] at 50 Hz of one clip's mono waveform [samples] float32.
@@ -83,7 +86,7 @@ class SpeechEncoder(nn.Module):
         return resampled.transpose(1, 2)
 
     def encode(self, waveform: Tensor, *, fps: Fraction, frames: int) -> Tensor:
-        """[frames, layers + 1, hidden] for a clip of ``frames`` frames at ``fps`` and its sound, ``frames / fps`` long."""
+        """[frames, layers + 1, hidden] of a clip of ``frames`` frames at ``fps`` and its sound of the same length."""
         return share_out(self.features_30hz(waveform), fps=fps, frames=frames)
 
 
@@ -100,8 +103,8 @@ def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
     layers, length, hidden = features.shape
     if Fraction(length, VIDEO_RATE) > frames / fps:
         raise ValueError(
-            f"sound of {length / VIDEO_RATE:.3f} s does not belong to a clip of {frames} frames at {float(fps):.3f} fps "
-            f"({float(frames / fps):.3f} s)"
+            f"{length / VIDEO_RATE:.3f} s of sound do not belong to a clip of {frames} frames at {float(fps):.3f} fps, "
+            f"{float(frames / fps):.3f} s"
         )
     duration = float(frames / fps)
     # The product with numpy's linspace decides ties at .5 as the released model saw them; round(30 k / fps) does not.
