@@ -1,0 +1,169 @@
+"""The manifest that makes a directory a checkpoint: sizes and hashes of all its files, written last.
+
+A directory without a valid ``manifest.json`` is not a checkpoint, however complete it looks.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vfun_cli.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write_manifest(directory: Path) -> None:
+    """Hash and fsync every file of the directory, then write ``manifest.json`` through a temporary name."""
+    files = _files(directory)
+    with ThreadPoolExecutor(_workers()) as pool:
+        entries = list(pool.map(_flush_and_describe, files))
+    for folder in {file.parent for file in files}:
+        fsync_directory(folder)
+    listed = {str(file.relative_to(directory)): entry for file, entry in zip(files, entries, strict=True)}
+    write_json(directory / MANIFEST, {"schema": SCHEMA, "files": listed})
+
+
+def verify(directory: Path, *, deep: bool = True) -> None:
+    """Check every file that the manifest lists: there, of the right size and, when ``deep``, of the right content.
+
+    Raises CheckpointError with everything that is wrong.
+    """
+    listed = _read_manifest(directory)
+    with ThreadPoolExecutor(_workers()) as pool:
+        found = pool.map(lambda item: _problem(directory, *item, deep), listed.items())
+        problems = [problem for problem in found if problem]
+    if problems:
+        raise CheckpointError(
+            f"{directory} is damaged: " + "; ".join(problems),
+            hint=f"use an earlier checkpoint of {directory.parent}",
+        )
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the directory has a manifest and every listed file in its size (contents are not hashed)."""
+    try:
+        verify(directory, deep=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def step_of(directory: Path) -> int | None:
+    """The step in a ``checkpoint-N`` name, None for other names."""
+    match = _NAME.fullmatch(directory.name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of an output directory, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(numbered) if is_complete(path)]
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The complete checkpoint with the highest step. Raises CheckpointError when there is none."""
+    found = checkpoints(output_dir)
+    if found:
+        return found[-1]
+    started = sorted(str(path.name) for path in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
+    seen = f"; {', '.join(started)} has no valid {MANIFEST}" if started else ""
+    raise CheckpointError(
+        f"no complete checkpoint in {output_dir}{seen}",
+        hint="name a run directory or a checkpoint: `vfun resume PATH`",
+    )
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames and new names in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a crash leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def _workers() -> int:
+    # hashing is bound by the processor (sha256 lets go of the interpreter lock) until about the disk's speed
+    return min(8, os.cpu_count() or 1)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+
+
+def _flush_and_describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
+
+
+def _digest(file: Any) -> str:
+    # file_digest reads through a buffer of 256 KB
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last",
+            hint=f"use an earlier checkpoint of {directory.parent}",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} is not a manifest of schema {SCHEMA}", hint="update vfun, or check the file")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or not all(_sound(name, entry) for name, entry in files.items()):
+        raise CheckpointError(f"{path} is damaged: its list of files is not one")
+    return files
+
+
+def _sound(name: str, entry: object) -> bool:
+    # a name must stay inside the directory: a manifest can be edited
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+
+
+def _problem(directory: Path, name: str, entry: dict[str, Any], deep: bool) -> str | None:
+    path = directory / name
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+            if deep and _digest(file) != entry["sha256"]:
+                return f"{name} has other contents than when it was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def iter_files(directory: Path) -> Iterator[str]:
+    """Names of the files that the manifest lists."""
+    yield from _read_manifest(directory)

@@ -1,0 +1,205 @@
+"""Tensors that lie in files: where their bytes are, and how they are read in bounded pieces.
+
+Reads are ``pread`` into a buffer that is used again, not memory maps: pages of a map count as resident, so a map
+of a checkpoint makes the peak memory grow with the checkpoint.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vfun_cli.errors import CheckpointError
+
+Array = npt.NDArray[np.generic]
+
+STORAGE: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: the raw bits
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""safetensors dtype names, and the numpy type their bytes are read as."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+CHUNK = 1 << 20
+"""Elements per read: 4 MB of float32, enough for full disk speed and small beside the interpreter."""
+
+BLOCK = 1 << 16
+"""Elements per conversion step: input, scratch and output fit into one core's second-level cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of consecutive elements in one file."""
+
+    path: Path
+    offset: int
+    """Position of the first byte."""
+    count: int
+    """Elements, not bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource:
+    """A tensor in one or more files; its row-major elements are the segments one after another."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors name, e.g. ``F32``."""
+    locate: Callable[[], tuple[Segment, ...]]
+    """Finds the segments, when the tensor is read for the first time."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored elements."""
+        return self.numel * STORAGE[self.dtype].itemsize
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Where the elements are. Raises CheckpointError when they do not make up the whole tensor."""
+        found = self.locate()
+        if sum(part.count for part in found) != self.numel:
+            where = found[0].path if found else "no file"
+            raise CheckpointError(f"{where}: the stored parts do not add up to the tensor's shape {self.shape}")
+        return found
+
+    def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
+        """The raw elements in order, flat pieces of at most CHUNK elements.
+
+        Each piece is a view of one buffer that the next piece overwrites. Raises CheckpointError on a short file.
+        """
+        dtype = STORAGE[self.dtype]
+        if buffer is None:
+            buffer = np.empty(min(CHUNK, max(self.numel, 1)), dtype)
+        elif buffer.dtype != dtype:
+            buffer = buffer.view(dtype)
+        for part in self.segments:
+            with FileReader(part.path) as file:
+                for start in range(0, part.count, len(buffer)):
+                    piece = buffer[: min(len(buffer), part.count - start)]
+                    file.read_into(piece, part.offset + start * dtype.itemsize)
+                    yield piece
+
+    def read(self) -> Array:
+        """The whole tensor; bfloat16 comes back widened to float32, everything else as it is stored."""
+        raw = np.empty(self.numel, STORAGE[self.dtype])
+        start = 0
+        for part in self.segments:
+            with FileReader(part.path) as file:
+                file.read_into(raw[start : start + part.count], part.offset)
+            start += part.count
+        return (bf16_to_fp32(raw) if self.dtype == "BF16" else raw).reshape(self.shape)
+
+
+class FileReader:
+    """``pread`` of exact ranges; a short file is an error, never a silent zero."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def read_into(self, target: Array, offset: int) -> None:
+        """Fill a contiguous array from this position on."""
+        if not target.size:
+            return
+        view = memoryview(target).cast("B")
+        while len(view):
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {self.size}, {len(view)} bytes too early; the file is truncated",
+                    hint="use another checkpoint: `vfun resume` and `vfun export-bf16` take its path",
+                )
+            view, offset = view[count:], offset + count
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly ``count`` bytes."""
+        target = np.empty(count, np.uint8)
+        self.read_into(target, offset)
+        return target.tobytes()
+
+
+def at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) -> TensorSource:
+    """A tensor that is one run of bytes."""
+    segment = Segment(path=path, offset=offset, count=math.prod(shape))
+    return TensorSource(shape=shape, dtype=dtype, locate=lambda: (segment,))
+
+
+def bf16_to_fp32(bits: Array) -> Array:
+    """Widen raw bfloat16 bits; exact."""
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def fp32_to_bf16(values: Array, out: Array) -> None:
+    """Round float32 to raw bfloat16 bits, to nearest, ties to even, as torch does; NaN becomes 0x7FC0.
+
+    Adding 0x7FFF plus the lowest kept bit carries into the upper half exactly when the value must round up.
+    """
+    bits = values.view(np.uint32)
+    scratch = np.empty(min(BLOCK, len(bits)), np.uint32)
+    for start in range(0, len(bits), BLOCK):
+        block = bits[start : start + BLOCK]
+        rounded = scratch[: len(block)]
+        np.right_shift(block, 16, out=rounded)
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += block
+        out[start : start + BLOCK] = rounded.view(np.uint16)[1::2]
+        if np.isnan(values[start : start + BLOCK].max()):  # the addition would turn some NaN into infinity or zero
+            out[start : start + BLOCK][np.isnan(values[start : start + BLOCK])] = 0x7FC0
+
+
+def convert(chunk: Array, source: str, target: str, out: Array) -> Array:
+    """The chunk's elements as the target dtype, in ``out`` when anything had to change.
+
+    Source and target are safetensors names. Types that are not floating point are kept as they are.
+    """
+    if source == target or source not in FLOATS:
+        return chunk
+    result = out.view(STORAGE[target])[: len(chunk)]
+    values = bf16_to_fp32(chunk) if source == "BF16" else chunk
+    if target == "BF16":
+        fp32_to_bf16(values.astype(np.float32, copy=False), result)
+    else:
+        with np.errstate(over="ignore"):  # too large for fp16 is infinity there, as in torch
+            result[:] = values
+    return result
+
+
+def converted_dtype(source: str, target: str) -> str:
+    """What ``convert`` makes of a dtype."""
+    return target if source in FLOATS else source
