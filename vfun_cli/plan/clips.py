@@ -1,0 +1,191 @@
+"""What each clip of a table can become: usable or dropped, its stride, its length, and the shape it draws."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.plan.draws import uniform
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.sizes import (
+    MOST_ENLARGED,
+    SQUARE,
+    SizeSet,
+    fewest_frames,
+    nearest_aspect,
+    round_frames,
+    size_set,
+)
+from vfun_cli.plan.table import BoolArray, ClipTable, IntArray
+
+KINDS = ("video", "image")
+
+REASONS: dict[str, str] = {
+    "unsupported-type": "the family does not train on rows of this type",
+    "unknown-size": "width or height is unknown",
+    "unknown-length": "the number of frames is unknown",
+    "unknown-fps": "the frame rate is unknown, and the family chooses its stride by it",
+    "too-short": "fewer frames than the shortest clip at this stride",
+    "too-small": "would be enlarged by more than 1.25 even at the smallest size",
+}
+"""Why a row is dropped, in the order in which the checks are made."""
+
+USED = -1
+
+FULL_LENGTH_SHARE = 0.9
+"""With random_frame_crop, the probability that a clip keeps its length; shorter ones share the rest."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clips:
+    """A clip table together with everything about its rows that no random draw decides. Columns are per row."""
+
+    table: ClipTable
+    options: PlanOptions
+    spec: FamilySpec
+    dims: ModelDims
+    sets: tuple[SizeSet | None, SizeSet | None]
+    """Sizes of videos and of images; None where the family takes none."""
+    reason: IntArray
+    """Index into REASONS, or USED."""
+    stride: IntArray
+    available: IntArray
+    """Frames of the whole clip at its stride."""
+    aspect: IntArray
+    allowed: IntArray
+    """How many of the sizes, smallest first, do not enlarge the clip too much."""
+
+    @property
+    def used(self) -> BoolArray:
+        """Rows that are trained."""
+        return self.reason == USED
+
+
+def strides(table: ClipTable, options: PlanOptions, spec: FamilySpec) -> IntArray:
+    """Source frames per clip frame of each row: the option, raised where the family limits the frame rate.
+
+    As the original, the limit looks at whole frames per second: an average rate of 30.02 counts as 30.
+    """
+    stride = np.where(table.is_image, 1, options.video_sample_stride).astype(np.int64)
+    if spec.strides_to_max_fps is not None:
+        # Smallest s with floor(num / (den * s)) <= limit, i.e. num < (limit + 1) * den * s.
+        limit = int(spec.strides_to_max_fps) + 1
+        least = table.fps_num // np.maximum(limit * table.fps_den, 1) + 1
+        stride = np.where(table.is_image, 1, np.maximum(stride, least))
+    return stride
+
+
+def _allowed_sizes(sizes: SizeSet, aspect: IntArray, height: IntArray, width: IntArray) -> IntArray:
+    """Number of sizes whose bucket enlarges neither side by more than 1.25; sizes ascend, so it is a prefix."""
+    count = np.zeros(len(aspect), dtype=np.int64)
+    up, down = MOST_ENLARGED.numerator, MOST_ENLARGED.denominator
+    for index in range(len(sizes.sizes)):
+        fits = (sizes.heights[aspect, index] * down <= height * up) & (sizes.widths[aspect, index] * down <= width * up)
+        count += fits & (count == index)
+    return count
+
+
+def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions) -> Clips:
+    """Decide for every row whether it can be used and what it may become."""
+    num_rows = len(table)
+    sets = tuple(size_set(kind, options, spec, dims) if kind in spec.media_types else None for kind in KINDS)
+    stride = strides(table, options, spec)
+    available = np.where(table.is_image, 1, (np.maximum(table.frames, 1) - 1) // stride + 1)
+    known_size = (table.width > 0) & (table.height > 0)
+    if options.enable_bucket:
+        aspect = nearest_aspect(np.maximum(table.height, 1), np.maximum(table.width, 1))
+    else:
+        aspect = np.full(num_rows, SQUARE, dtype=np.int64)
+    allowed = np.zeros(num_rows, dtype=np.int64)
+    supported = np.zeros(num_rows, dtype=np.bool_)
+    for is_image, sizes in enumerate(sets):
+        if sizes is not None:
+            rows = np.flatnonzero(table.is_image == bool(is_image))
+            supported[rows] = True
+            allowed[rows] = _allowed_sizes(sizes, aspect[rows], table.height[rows], table.width[rows])
+    video = ~table.is_image
+    faults = {
+        "unsupported-type": ~supported,
+        "unknown-size": ~known_size,
+        "unknown-length": video & (table.frames <= 0),
+        "unknown-fps": video & ((table.fps_num <= 0) | (table.fps_den <= 0)) & (spec.strides_to_max_fps is not None),
+        "too-short": video & (available < fewest_frames(spec)),
+        "too-small": allowed == 0,
+    }
+    reason = np.full(num_rows, USED, dtype=np.int64)
+    for code, name in reversed(list(enumerate(REASONS))):
+        reason[faults[name]] = code
+    return Clips(
+        table=table, options=options, spec=spec, dims=dims, sets=(sets[0], sets[1]), reason=reason, stride=stride,
+        available=available, aspect=aspect, allowed=allowed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Samples:
+    """Draws of clips: who (entry of the table, copy, epoch) and the shape each became. Columns are per sample."""
+
+    clip: IntArray
+    """Entry of the clip table (not the metadata row)."""
+    copy: IntArray
+    epoch: IntArray
+    frames: IntArray
+    height: IntArray
+    width: IntArray
+    is_image: BoolArray
+
+    def __len__(self) -> int:
+        return len(self.clip)
+
+    def take(self, indices: IntArray) -> "Samples":
+        """The samples at these places."""
+        return Samples(**{name: column[indices] for name, column in vars(self).items()})
+
+    @staticmethod
+    def concatenate(parts: "list[Samples]") -> "Samples":
+        """All samples of the parts, in order."""
+        return Samples(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def draw(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Samples:
+    """The shapes that these samples take: a pure function of (seed, epoch, row, copy) and the clip itself."""
+    seed, row = clips.options.seed, clips.table.row[clip]
+    chance = uniform("size", seed, epoch, row, copy)
+    is_image = clips.table.is_image[clip]
+    frames, height, width = (np.zeros(len(clip), dtype=np.int64) for _ in range(3))
+    for image, sizes in enumerate(clips.sets):
+        if sizes is None:
+            continue
+        length = np.array([size.frames for size in sizes.sizes], dtype=np.int64)
+        for allowed in range(1, len(sizes.sizes) + 1):
+            here = np.flatnonzero((is_image == bool(image)) & (clips.allowed[clip] == allowed))
+            size = np.searchsorted(sizes.cumulative[allowed, : allowed - 1], chance[here], side="right")
+            aspect = clips.aspect[clip[here]]
+            frames[here] = length[size]
+            height[here] = sizes.heights[aspect, size]
+            width[here] = sizes.widths[aspect, size]
+    if clips.options.random_frame_crop:
+        frames = np.minimum(frames, _frame_crop(clips, row, copy, epoch))
+    frames = np.minimum(frames, clips.available[clip])
+    values, inverse = np.unique(frames, return_inverse=True)
+    rounded = np.array([round_frames(int(value), clips.spec, clips.dims) for value in values], dtype=np.int64)
+    frames = np.where(is_image, 1, rounded[inverse] if len(values) else frames)
+    return Samples(clip=clip, copy=copy, epoch=epoch, frames=frames, height=height, width=width, is_image=is_image)
+
+
+def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, epoch: IntArray) -> IntArray:
+    """Most frames of each sample under random_frame_crop: the full length, or one of the shorter ones alike."""
+    fewest = fewest_frames(clips.spec)
+    lengths = np.arange(fewest, max(fewest, clips.options.video_sample_n_frames) + 1, 4)
+    chance = uniform("frames", clips.options.seed, epoch, row, copy)
+    shorter = ((chance - FULL_LENGTH_SHARE) / (1 - FULL_LENGTH_SHARE) * (len(lengths) - 1)).astype(np.int64)
+    return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])
+
+
+def draw_epoch(clips: Clips, epoch: int) -> Samples:
+    """Every sample of an epoch: each used image once, each used video ``video_repeat`` times."""
+    used = np.flatnonzero(clips.used)
+    times = np.where(clips.table.is_image[used], 1, max(1, clips.options.video_repeat))
+    clip = np.repeat(used, times)
+    copy = np.arange(len(clip)) - np.repeat(np.cumsum(times) - times, times)
+    return draw(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))

@@ -1,0 +1,46 @@
+"""The options that decide the plan."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the plan depends on beside the family and the clips. Names are those of the command line."""
+
+    video_sample_size: int
+    image_sample_size: int | None = None
+    """None: the family has no such option (Wan-S2V) or it was not given, and the video size stands for both."""
+    token_sample_size: int
+    """Size at which a clip of ``video_sample_n_frames`` frames fills the token budget."""
+    video_sample_n_frames: int
+    video_sample_stride: int
+    train_batch_size: int = 1
+    video_repeat: int = 1
+    """How often a video appears in an epoch; 0 and 1 both mean once. Images appear once."""
+    enable_bucket: bool = True
+    """Keep the aspect of each clip (nearest of 40); without it every clip is cropped to a square."""
+    random_hw_adapt: bool = False
+    training_with_video_token_length: bool = False
+    random_frame_crop: bool = False
+    gradient_accumulation_steps: int = 1
+    seed: int = 42
+    world_size: int = 1
+    heaviest_first: bool = False
+    """Open each epoch with its most expensive step, so that what does not fit fails at once."""
+    tokens_per_batch: int | None = None
+    """Fill micro-batches up to this many tokens instead of ``train_batch_size`` clips."""
+
+    @property
+    def slots(self) -> int:
+        """Micro-batches of one optimizer step: world size x accumulation."""
+        return self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def low(self) -> int:
+        """The smaller of the two sample sizes: the documents disagree on which option it is."""
+        return min(self.video_sample_size, self.image_sample_size or self.video_sample_size)
+
+    @property
+    def high(self) -> int:
+        """The larger of the two sample sizes."""
+        return max(self.video_sample_size, self.image_sample_size or self.video_sample_size)

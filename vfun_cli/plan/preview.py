@@ -1,0 +1,237 @@
+"""The plan for people: Rich tables that read well at 80 columns, on dark and light, with and without colour."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.clips import KINDS, REASONS
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.report import Totals, size_of_bucket, size_table, totals
+from vfun_cli.plan.schedule import EpochPlan
+from vfun_cli.plan.table import ClipTable
+
+MOST_BUCKETS = 12
+"""Lines of the bucket table; the rest is one line."""
+
+# Colours that keep their contrast on black and on white; no meaning hangs on them alone.
+CLIPS_STYLE = "blue"
+COMPUTE_STYLE = "magenta"
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar of ``share`` (0 to 1) of the column, to an eighth of a character."""
+
+    share: float
+    style: str
+    width: int = 12
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(self.width, options.max_width)
+        eighths = max(round(min(self.share, 1.0) * width * 8), 1 if self.share > 0 else 0)
+        if options.ascii_only:
+            text = "#" * max(round(eighths / 8), 1 if self.share > 0 else 0)
+        else:
+            text = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+        yield Segment(text.ljust(width), Style.parse(self.style))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(4, self.width)
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    """A table with a rule under its heading; the first ``left`` columns are flush left, numbers flush right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left or not name else "right", no_wrap=True)
+    return table
+
+
+def _heading(text: str, note: str = "") -> Text:
+    return Text.assemble("\n", (text, "bold"), (f"  {note}" if note else "", "dim"))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def preview(
+    spec: FamilySpec,
+    dims: ModelDims,
+    options: PlanOptions,
+    table: ClipTable | None = None,
+    plans: Sequence[EpochPlan] = (),
+) -> RenderableType:
+    """The plan of consecutive epochs of a run; details are the first one's. Without plans, the size table alone."""
+    parts: list[RenderableType] = [_mode(spec, options)]
+    if table is None or not plans:
+        return Group(*parts, _sizes_alone(spec, dims, options))
+    plan = plans[0]
+    parts += [_sizes_used(spec, dims, options, plan), _buckets(plan)]
+    parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, table, spec), spec))]
+    parts += [_heading("Rows", f"{plan.ledger.rows:,} in the metadata"), _facts(_ledger_facts(plan))]
+    note = f"mean over max FLOPs of {plan.world_size} ranks: the share of time spent computing"
+    parts += [_heading("Balance", note), _balance(plan)]
+    if len(plans) > 1:
+        parts += [_heading("Epochs"), _epochs(plans)]
+    return Group(*parts)
+
+
+def _mode(spec: FamilySpec, options: PlanOptions) -> Text:
+    if options.training_with_video_token_length:
+        mode = f"token-length buckets, {options.video_sample_n_frames} frames at {options.token_sample_size}"
+    elif options.random_hw_adapt:
+        mode = f"random sizes, up to {options.video_sample_n_frames} frames"
+    else:
+        mode = f"one size, up to {options.video_sample_n_frames} frames"
+    return Text.assemble(("Bucket plan", "bold"), f"  {spec.name}  ", (mode, "dim"))
+
+
+def _sizes_alone(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> RenderableType:
+    rows = size_table(options, spec, dims)
+    result = _table("size", "frames", "latents", "tokens", "sequence", "cost", "")
+    most = max(row.flops for row in rows)
+    for row in rows:
+        name = str(row.size) if row.kind == "video" else f"{row.size} image"
+        result.add_row(
+            name, str(row.frames), "x".join(map(str, row.latents)), f"{row.tokens:,}", f"{row.sequence_tokens:,}",
+            f"{row.flops / 1e12:,.0f} TF", Bar(row.flops / most, COMPUTE_STYLE, 16),
+        )  # fmt: skip
+    note = "square clips; sequence: with text, reference and motion; cost: one forward pass"
+    return Group(_heading("Sizes"), result, Text(note, style="dim"), _reference_note(spec))
+
+
+def _reference_note(spec: FamilySpec) -> Text:
+    if spec.frame_rule != "4k":
+        return Text("", end="")
+    return Text("frames: the clip's own and one reference frame, as the documents count", style="dim")
+
+
+def _sizes_used(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: EpochPlan) -> RenderableType:
+    rows = size_table(options, spec, dims)
+    line = size_of_bucket(plan.buckets, options, spec, dims)
+    clips = np.bincount(line, weights=plan.buckets.clips, minlength=len(rows))
+    cost = np.bincount(line, weights=plan.buckets.clips * plan.buckets.flops, minlength=len(rows))
+    share = cost / cost.sum()
+    result = _table("size", "frames", "latents", "tokens", "clips", "compute", "")
+    for row, count, part in zip(rows, clips.tolist(), share.tolist(), strict=True):
+        name = str(row.size) if row.kind == "video" else f"{row.size} image"
+        result.add_row(
+            name, str(row.frames), "x".join(map(str, row.latents)), f"{row.tokens:,}", f"{count:,.0f}",
+            _percent(part), Bar(part / share.max(), COMPUTE_STYLE, 16),
+        )  # fmt: skip
+    return Group(_heading("Sizes", "for square clips, at most"), result, _reference_note(spec))
+
+
+def _buckets(plan: EpochPlan) -> RenderableType:
+    buckets = plan.buckets
+    cost = buckets.clips * buckets.flops
+    share, order = cost / cost.sum(), np.argsort(-cost, kind="stable")
+    shown, rest = order[:MOST_BUCKETS], order[MOST_BUCKETS:]
+    most_clips, most_share = int(buckets.clips[shown].max()), float(share[shown].max())
+    result = _table("height x width, frames", "tokens", "clips", "", "compute", "")
+    for i in shown:
+        name = f"{buckets.height[i]}x{buckets.width[i]}, {buckets.frames[i]}"
+        if KINDS[buckets.kind[i]] == "image":
+            name = f"{buckets.height[i]}x{buckets.width[i]} image"
+        clips = Bar(buckets.clips[i] / most_clips, CLIPS_STYLE, 10)
+        compute = Bar(share[i] / most_share, COMPUTE_STYLE, 10)
+        result.add_row(name, f"{buckets.tokens[i]:,}", f"{buckets.clips[i]:,}", clips, _percent(share[i]), compute)
+    if len(rest):
+        result.add_row(
+            Text(f"{len(rest)} more buckets", style="dim"), "", f"{buckets.clips[rest].sum():,}", "",
+            _percent(share[rest].sum()), "",
+        )  # fmt: skip
+    note = "by share of compute" if len(rest) == 0 else f"the {MOST_BUCKETS} with most compute"
+    return Group(_heading(f"Buckets: {len(buckets)}", note), result)
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="left", style="dim", no_wrap=True)
+    grid.add_column(justify="left", overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, value)
+    return grid
+
+
+def _amount(value: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:,.1f} {name}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds, whichever reads best."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def _total_facts(sums: Totals, spec: FamilySpec) -> list[tuple[str, str]]:
+    extra = 1 - sums.own_tokens / sums.tokens if sums.tokens else 0.0
+    facts = [
+        ("steps", f"{sums.steps:,}, with {sums.samples:,} samples in {sums.micro_batches:,} micro-batches"),
+        ("tokens", f"{_amount(sums.tokens)}, of them text, reference and motion {_percent(extra)}, padding 0%"),
+        ("compute", f"{sums.forward_flops / 1e15:,.1f} PFLOP in forward passes"),
+    ]
+    if sums.seconds_total:
+        part = _percent(sums.seconds_kept / sums.seconds_total)
+        kept = f"{duration(sums.seconds_kept)} of {duration(sums.seconds_total)} of video ({part})"
+        facts.append(("motion kept", kept))
+    for index, (fps, stride, videos) in enumerate(sums.frame_rates[:4]):
+        rate = f"{float(fps):g} fps -> {float(fps / stride):g} fps" if stride > 1 else f"{float(fps):g} fps"
+        speed = f", {stride}x speed if played at {float(fps):g} fps" if stride > 1 else ", speed unchanged"
+        facts.append(("frame rate" if index == 0 else "", f"{rate}{speed}: {videos:,} videos"))
+    if len(sums.frame_rates) > 4:
+        others = sum(videos for _, _, videos in sums.frame_rates[4:])
+        facts.append(("", f"{len(sums.frame_rates) - 4} other rates: {others:,} videos"))
+    return facts
+
+
+def _ledger_facts(plan: EpochPlan) -> list[tuple[str, str]]:
+    ledger = plan.ledger
+    facts = [("used", f"{ledger.used:,}")]
+    facts.append(("  truncated", f"{ledger.truncated:,}, longer than the clip taken from them"))
+    if ledger.shortened:
+        facts.append(("  short", f"{ledger.shortened:,}, shorter than the settings ask"))
+    facts.append(("dropped", f"{sum(ledger.dropped.values()):,}"))
+    facts += [(f"  {name}", f"{count:,}, {REASONS[name]}") for name, count in ledger.dropped.items()]
+    if ledger.carried_in or ledger.carried_out:
+        facts.append(("carried", f"{ledger.carried_in:,} in, {ledger.carried_out:,} on to the next epoch"))
+    if ledger.borrowed:
+        facts.append(("borrowed", f"{ledger.borrowed:,} draws of following epochs: too few clips for one step"))
+    return facts
+
+
+def _balance(plan: EpochPlan) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    figures = (("this plan", mean_over_max(plan)), ("independent draws", independent_balance(plan)))
+    for name, share in figures:
+        grid.add_row(name, _percent(share), Bar(share, COMPUTE_STYLE, 24))
+    return grid
+
+
+def _epochs(plans: Sequence[EpochPlan]) -> Table:
+    result = _table("epoch", "steps", "trained", "carried on", "balance")
+    for plan in plans:
+        result.add_row(
+            str(plan.epoch), f"{plan.num_steps:,}", f"{plan.ledger.trained:,}", f"{plan.ledger.carried_out:,}",
+            _percent(mean_over_max(plan)),
+        )  # fmt: skip
+    return result

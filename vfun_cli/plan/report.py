@@ -1,0 +1,324 @@
+"""The plan in numbers: the JSON of ``plan-buckets`` and the story of one clip."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from vfun_cli.errors import ConfigError
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw, prepare
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import Buckets, EpochPlan
+from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket_side, documented_frames, size_set
+from vfun_cli.plan.table import ClipTable, IntArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRow:
+    """One line of the size table, for a square clip."""
+
+    kind: str
+    size: int
+    """Base size in pixels, a fraction rounded down."""
+    frames: int
+    """The documents' figure: with the reference frame, where one enters the VAE beside the clip."""
+    clip_frames: int
+    latents: tuple[int, int, int]
+    """Latent frames (with the reference), height, width."""
+    tokens: int
+    """The documents' figure: tokens of the latents above."""
+    sequence_tokens: int
+    """What the transformer sees: text, reference and motion included."""
+    flops: float
+    """FLOPs of one forward pass."""
+
+
+def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRow:
+    """The line for one size."""
+    side = bucket_side(ASPECTS[SQUARE][1], size.base)
+    shape = ClipShape(frames=size.frames, height=side, width=side)
+    frames, height, width = spec.latent_shape(shape)
+    tokens = spec.video_tokens(shape)
+    if spec.frame_rule == "4k":
+        frames += 1
+        tokens += (height // spec.patch_size[1]) * (width // spec.patch_size[2])
+    return SizeRow(
+        kind=kind,
+        size=int(size.base),
+        frames=documented_frames(size.frames, spec),
+        clip_frames=size.frames,
+        latents=(frames, height, width),
+        tokens=tokens,
+        sequence_tokens=spec.sequence_tokens(shape, dims),
+        flops=spec.forward_flops(shape, dims),
+    )
+
+
+def size_sets(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> dict[str, SizeSet]:
+    """The size sets of the kinds that the family trains on."""
+    return {kind: size_set(kind, options, spec, dims) for kind in KINDS if kind in spec.media_types}
+
+
+def size_table(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> list[SizeRow]:
+    """Videos first, then images, each smallest first."""
+    sets = size_sets(options, spec, dims)
+    return [size_row(kind, size, spec, dims) for kind, sizes in sets.items() for size in sizes.sizes]
+
+
+def size_of_bucket(buckets: Buckets, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> IntArray:
+    """For each bucket, the line of :func:`size_table` it belongs to."""
+    lines: dict[tuple[int, int, int], int] = {}
+    line = 0
+    for kind, sizes in size_sets(options, spec, dims).items():
+        for index in range(len(sizes.sizes)):
+            for height, width in zip(sizes.heights[:, index].tolist(), sizes.widths[:, index].tolist(), strict=True):
+                lines.setdefault((KINDS.index(kind), height, width), line)
+            line += 1
+    keys = zip(buckets.kind.tolist(), buckets.height.tolist(), buckets.width.tolist(), strict=True)
+    return np.array([lines[key] for key in keys], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What one epoch trains, in sums."""
+
+    samples: int
+    micro_batches: int
+    steps: int
+    tokens: int
+    own_tokens: int
+    """Tokens of the clips themselves; the rest is text, reference and motion. No micro-batch holds padding."""
+    forward_flops: float
+    seconds_kept: float
+    """Seconds of the videos between the first and the last trained frame, one frame time included."""
+    seconds_total: float
+    """Seconds of the same videos in full."""
+    frame_rates: tuple[tuple[Fraction, int, int], ...]
+    """(source frames per second, stride, videos), the commonest first."""
+
+
+def totals(plan: EpochPlan, table: ClipTable, spec: FamilySpec) -> Totals:
+    """Sums over the micro-batches that the epoch trains."""
+    size = np.diff(plan.offset)
+    shapes, inverse = np.unique(np.stack([plan.frames, plan.height, plan.width]), axis=1, return_inverse=True)
+    own = np.array([spec.video_tokens(ClipShape(frames=f, height=h, width=w)) for f, h, w in shapes.T.tolist()] or [0])
+    order = np.argsort(table.row, kind="stable")
+    clip = order[np.searchsorted(table.row, plan.row, sorter=order)]
+    video = ~table.is_image[clip] & (table.fps_num[clip] > 0) & (table.fps_den[clip] > 0)
+    clip, frames, stride = clip[video], np.repeat(plan.frames, size)[video], plan.stride[video]
+    num, den = table.fps_num[clip], table.fps_den[clip]
+    rates, videos = np.unique(np.stack([num, den, stride]), axis=1, return_counts=True)
+    common = np.argsort(-videos, kind="stable")
+    return Totals(
+        samples=len(plan.row),
+        micro_batches=len(plan.frames),
+        steps=plan.num_steps,
+        tokens=int(plan.tokens.sum()),
+        own_tokens=int((own[inverse.reshape(-1)] * size).sum()) if len(size) else 0,
+        forward_flops=float(plan.flops.sum()),
+        seconds_kept=float((np.minimum(frames * stride, table.frames[clip]) * den / num).sum()),
+        seconds_total=float((table.frames[clip] * den / num).sum()),
+        frame_rates=tuple(
+            (Fraction(int(rates[0, i]), int(rates[1, i])), int(rates[2, i]), int(videos[i])) for i in common
+        ),
+    )
+
+
+def plan_json(
+    spec: FamilySpec,
+    dims: ModelDims,
+    options: PlanOptions,
+    table: ClipTable | None = None,
+    plans: Sequence[EpochPlan] = (),
+) -> dict[str, Any]:
+    """What ``plan-buckets --json`` prints, without ``schema``. ``plans`` are consecutive epochs of one run.
+
+    Without plans, the size table alone. Counts are those of the first epoch; ``epochs`` has a line for each.
+    """
+    rows = size_table(options, spec, dims)
+    result: dict[str, Any] = {
+        "family": spec.name,
+        "sizes": [_size_json(row) for row in rows if row.kind == "video"],
+        "image_sizes": [_size_json(row) for row in rows if row.kind == "image"],
+    }
+    if table is None or not plans:
+        return result
+    plan, buckets = plans[0], plans[0].buckets
+    share = buckets.clips * buckets.flops
+    share = share / share.sum()
+    columns = (buckets.kind, buckets.height, buckets.width, buckets.frames, buckets.tokens, buckets.clips, share)
+    result["buckets"] = [
+        {
+            "kind": KINDS[kind],
+            "height": height,
+            "width": width,
+            "frames": frames,
+            "tokens": tokens,
+            "clips": clips,
+            "compute_share": round(part, 6),
+        }
+        for kind, height, width, frames, tokens, clips, part in zip(*(c.tolist() for c in columns), strict=True)
+    ]
+    result["ledger"] = plan.ledger.to_json()
+    result["balance"] = {
+        "world_size": plan.world_size,
+        "mean_over_max_flops": round(mean_over_max(plan), 6),
+        "independent_draws": round(independent_balance(plan), 6),
+    }
+    result["steps_per_epoch"] = plan.num_steps
+    result["totals"] = _totals_json(totals(plan, table, spec))
+    result["epochs"] = [
+        {
+            "epoch": each.epoch,
+            "steps": each.num_steps,
+            "trained": each.ledger.trained,
+            "carried_out": each.ledger.carried_out,
+            "mean_over_max_flops": round(mean_over_max(each), 6),
+            "digest": each.digest(),
+        }
+        for each in plans
+    ]
+    return result
+
+
+def _size_json(row: SizeRow) -> dict[str, Any]:
+    return {
+        "size": row.size,
+        "frames": row.frames,
+        "tokens": row.tokens,
+        "clip_frames": row.clip_frames,
+        "latents": list(row.latents),
+        "sequence_tokens": row.sequence_tokens,
+    }
+
+
+def _totals_json(sums: Totals) -> dict[str, Any]:
+    return {
+        "samples": sums.samples,
+        "micro_batches": sums.micro_batches,
+        "steps": sums.steps,
+        "tokens": sums.tokens,
+        "own_tokens": sums.own_tokens,
+        "padding_tokens": 0,
+        "forward_flops": sums.forward_flops,
+        "seconds_kept": round(sums.seconds_kept, 3),
+        "seconds_total": round(sums.seconds_total, 3),
+        "frame_rates": [
+            {"fps": round(float(fps), 3), "stride": stride, "trained_fps": round(float(fps / stride), 3), "videos": n}
+            for fps, stride, n in sums.frame_rates
+        ],
+    }
+
+
+def why(
+    spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, row: int, plans: Sequence[EpochPlan] = ()
+) -> dict[str, Any]:
+    """One clip from its file to its bucket, in order, as JSON; :func:`why_lines` says it in words.
+
+    Raises:
+        ConfigError: the table has no such row.
+    """
+    found = np.flatnonzero(table.row == row)
+    if len(found) == 0:
+        raise ConfigError(f"the metadata has no row {row}", hint=f"Rows count from 0; there are {len(table)}.")
+    here = int(found[0])
+    one = ClipTable(**{name: column[here : here + 1] for name, column in vars(table).items()})
+    clips = prepare(spec, dims, one, options)
+    kind = KINDS[int(one.is_image[0])]
+    height, width, stride = int(one.height[0]), int(one.width[0]), int(clips.stride[0])
+    story: dict[str, Any] = {"row": row, "kind": kind, "source": {"height": height, "width": width}}
+    if kind == "video":
+        fps = Fraction(int(one.fps_num[0]), int(one.fps_den[0])) if one.fps_num[0] > 0 and one.fps_den[0] > 0 else None
+        story["source"] |= {"frames": int(one.frames[0]), "fps": None if fps is None else round(float(fps), 3)}
+        story["stride"] = stride
+        story["trained_fps"] = None if fps is None else round(float(fps / stride), 3)
+        story["frames_at_stride"] = int(clips.available[0])
+    sizes = clips.sets[KINDS.index(kind)]
+    if sizes is not None and height > 0 and width > 0:
+        key = int(clips.aspect[0])
+        story["ratio"] = round(height / width, 4)
+        story["aspect"] = ASPECTS[key][0]
+        story["sizes"] = [_candidate(clips, sizes, key, index, height, width) for index in range(len(sizes.sizes))]
+    reason = int(clips.reason[0])
+    if reason != USED:
+        name = list(REASONS)[reason]
+        return story | {"dropped": name, "message": REASONS[name]}
+    story["draws"] = [_placed(clips, copy, plan) for plan in plans for copy in _copies(clips)]
+    return story
+
+
+def _candidate(clips: Clips, sizes: SizeSet, key: int, index: int, height: int, width: int) -> dict[str, Any]:
+    bucket = int(sizes.heights[key, index]), int(sizes.widths[key, index])
+    return {
+        "size": int(sizes.sizes[index].base),
+        "height": bucket[0],
+        "width": bucket[1],
+        "frames": sizes.sizes[index].frames,
+        "scale": round(max(bucket[0] / height, bucket[1] / width), 4),
+        "allowed": index < int(clips.allowed[0]),
+    }
+
+
+def _copies(clips: Clips) -> range:
+    return range(1 if clips.table.is_image[0] else max(1, clips.options.video_repeat))
+
+
+def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
+    """What one repetition became in an epoch, and where it is trained."""
+    one = np.zeros(1, dtype=np.int64)
+    sample = draw(clips, one, one + copy, one + plan.epoch)
+    shape = ClipShape(frames=int(sample.frames[0]), height=int(sample.height[0]), width=int(sample.width[0]))
+    result: dict[str, Any] = {
+        "epoch": plan.epoch,
+        "copy": copy,
+        "height": shape.height,
+        "width": shape.width,
+        "frames": shape.frames,
+        "tokens": clips.spec.sequence_tokens(shape, clips.dims),
+    }
+    row = int(clips.table.row[0])
+    hits = np.flatnonzero((plan.row == row) & (plan.copy == copy) & (plan.sample_epoch == plan.epoch))
+    if len(hits) == 0:
+        return result | {"carried": True}
+    number = int(np.searchsorted(plan.offset, hits[0], side="right")) - 1
+    step, slot = (int(place[0]) for place in np.nonzero(plan.steps == number))
+    index, rank = divmod(slot, plan.world_size)
+    return result | {"carried": False, "step": step, "rank": rank, "accumulation_index": index}
+
+
+def why_lines(story: dict[str, Any]) -> list[str]:
+    """The story of :func:`why` in sentences."""
+    source = story["source"]
+    lines = [f"row {story['row']}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
+    if story["kind"] == "video":
+        lines.append(
+            f"{source['frames']} frames at {source['fps']} fps, every {story['stride']}. frame: "
+            f"{story['frames_at_stride']} frames at {story['trained_fps']} fps"
+        )
+    if "aspect" in story:
+        lines.append(f"height / width = {story['ratio']}, nearest aspect {story['aspect']}")
+    for size in story.get("sizes", ()):
+        verdict = "allowed" if size["allowed"] else "left out: enlarged by more than 1.25"
+        lines.append(
+            f"size {size['size']}: bucket {size['height']}x{size['width']}, up to {size['frames']} frames, "
+            f"scale {size['scale']:.2f}, {verdict}"
+        )
+    if "dropped" in story:
+        lines.append(f"dropped: {story['dropped']}, {story['message']}")
+    for drawn in story.get("draws", ()):
+        copy = f", copy {drawn['copy']}" if drawn["copy"] else ""
+        place = (
+            "carried into the next epoch"
+            if drawn["carried"]
+            else f"step {drawn['step']} on rank {drawn['rank']}"
+            + (f", accumulation index {drawn['accumulation_index']}" if drawn["accumulation_index"] else "")
+        )
+        lines.append(
+            f"epoch {drawn['epoch']}{copy}: {drawn['height']}x{drawn['width']}, {drawn['frames']} frames, "
+            f"{drawn['tokens']:,} tokens, {place}"
+        )
+    return lines

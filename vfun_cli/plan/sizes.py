@@ -1,0 +1,227 @@
+"""Sizes and lengths: what a clip may become, before any clip is known."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vfun_cli.errors import ConfigError
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.table import IntArray
+
+SIZE_STEP = 128
+"""Token-length mode takes every 128 pixels from the low to the high end."""
+
+GRID = 16
+"""Sides of a bucket are multiples of 16: VAE stride 8 times patch 2."""
+
+MOST_ENLARGED = Fraction(5, 4)
+"""No clip is enlarged by more, on either side."""
+
+# (height / width, height, width) at base size 512: PixArt's table, as the original scripts use it.
+ASPECTS: tuple[tuple[float, int, int], ...] = (
+    (0.25, 256, 1024), (0.26, 256, 992), (0.27, 256, 960), (0.28, 256, 928), (0.32, 288, 896),
+    (0.33, 288, 864), (0.35, 288, 832), (0.4, 320, 800), (0.42, 320, 768), (0.48, 352, 736),
+    (0.5, 352, 704), (0.52, 352, 672), (0.57, 384, 672), (0.6, 384, 640), (0.68, 416, 608),
+    (0.72, 416, 576), (0.78, 448, 576), (0.82, 448, 544), (0.88, 480, 544), (0.94, 480, 512),
+    (1.0, 512, 512), (1.07, 512, 480), (1.13, 544, 480), (1.21, 544, 448), (1.29, 576, 448),
+    (1.38, 576, 416), (1.46, 608, 416), (1.67, 640, 384), (1.75, 672, 384), (2.0, 704, 352),
+    (2.09, 736, 352), (2.4, 768, 320), (2.5, 800, 320), (2.89, 832, 288), (3.0, 864, 288),
+    (3.11, 896, 288), (3.62, 928, 256), (3.75, 960, 256), (3.88, 992, 256), (4.0, 1024, 256),
+)  # fmt: skip
+ASPECT_BASE = 512
+SQUARE = ASPECTS.index((1.0, 512, 512))
+
+# random_hw_adapt alone divides the full size by one of these; larger sizes have more to choose from.
+DIVISORS: tuple[tuple[int, tuple[Fraction, ...]], ...] = (
+    (1536, (Fraction(1), Fraction(5, 4), Fraction(3, 2), Fraction(2), Fraction(5, 2), Fraction(3))),
+    (1024, (Fraction(1), Fraction(5, 4), Fraction(3, 2), Fraction(2))),
+    (768, (Fraction(1), Fraction(5, 4), Fraction(3, 2))),
+    (0, (Fraction(1),)),
+)
+IMAGE_RANGE_FROM = 512
+"""Images of at least this size may shrink down to the low end too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size that a clip may be drawn for."""
+
+    base: Fraction
+    """Side in pixels of the square of the same area; a fraction where a size is divided by 1.25 or 1.5."""
+    frames: int
+    """Most frames of a clip at this size, the clip's own: without S2V's reference frame."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SizeSet:
+    """The sizes of one kind of clip, smallest first, with the probability of each."""
+
+    sizes: tuple[Size, ...]
+    heights: IntArray
+    """[aspects, sizes] pixels, multiples of 16."""
+    widths: IntArray
+    cumulative: NDArray[np.float64]
+    """[1 + sizes, sizes]: row k holds the running probability when only the k smallest sizes are allowed."""
+
+
+def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
+    """The longest clip of at most ``frames`` frames that the family can train on; 0 if there is none."""
+    if spec.frame_rule == "4k":
+        frames = frames // 4 * 4
+    else:
+        frames = (frames - 1) // 4 * 4 + 1 if frames > 0 else 0
+    return spec.adjust_frames(frames, dims) if spec.adjust_frames and frames > 0 else frames
+
+
+def fewest_frames(spec: FamilySpec) -> int:
+    """The shortest video: one latent frame of motion (4 frames, or 1 + 4 where the first stands alone)."""
+    return 4 if spec.frame_rule == "4k" else 5
+
+
+def source_frames_needed(spec: FamilySpec, stride: int) -> int:
+    """Frames a video file must have to be used at all at this stride."""
+    return (fewest_frames(spec) - 1) * stride + 1
+
+
+def documented_frames(frames: int, spec: FamilySpec) -> int:
+    """The documents' figure for a clip: with the reference frame where one enters the VAE beside it (48 -> 49)."""
+    return frames + 1 if spec.frame_rule == "4k" else frames
+
+
+def frames_at(size: Fraction | int, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> int:
+    """Most frames at a size within the token budget of token-length mode, rounded down to the family's rule.
+
+    v = min(n * token^2 / size^2, n); 4k+1: 4 * floor((v - 1) / 4) + 1. Clips of 4k frames share the budget with
+    the reference frame beside them: n counts it (49 = 48 + 1, and 80 asks for 80 + 1), then 4 * floor((v - 1) / 4).
+    """
+    most = options.video_sample_n_frames
+    if spec.frame_rule == "4k":
+        most = most // 4 * 4 + 1
+    budget = Fraction(most * options.token_sample_size**2) / Fraction(size) ** 2
+    allowed = int(min(budget, Fraction(most)))
+    return round_frames(allowed - 1 if spec.frame_rule == "4k" else allowed, spec, dims)
+
+
+def _token_length_bases(options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
+    low, high = options.low, options.high
+    if spec.lowest_video_size is not None:
+        low = min(spec.lowest_video_size, high)
+    return [Fraction(size) for size in (*range(low, high, SIZE_STEP), high)]
+
+
+def _divided(size: int, *further: Fraction) -> list[Fraction]:
+    divisors = next(divisors for least, divisors in DIVISORS if size >= least)
+    return sorted({Fraction(size) / divisor for divisor in (*divisors, *further)})
+
+
+def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
+    """Base sizes of videos or images, smallest first, as the documents describe the three modes."""
+    if options.training_with_video_token_length:
+        return _token_length_bases(options, spec)
+    image_size = options.image_sample_size or options.video_sample_size
+    if not options.random_hw_adapt:
+        return [Fraction(options.video_sample_size if kind == "video" else image_size)]
+    if kind == "video":
+        return _divided(options.low)
+    further = [Fraction(options.high, options.low)] if options.high >= IMAGE_RANGE_FROM else []
+    return _divided(options.high, *further)
+
+
+def _cumulative(sizes: tuple[Size, ...], options: PlanOptions, spec: FamilySpec) -> NDArray[np.float64]:
+    """Running probabilities for each number of allowed sizes; one favourite, the others alike."""
+    rows = np.ones((len(sizes) + 1, len(sizes)))
+    for allowed in range(1, len(sizes) + 1):
+        if options.training_with_video_token_length:
+            share = spec.token_size_share
+            favourite = min(range(allowed), key=lambda i: abs(sizes[i].base - options.token_sample_size))
+        else:
+            share, favourite = spec.full_size_share, allowed - 1
+        if share is None or allowed == 1:
+            weights = np.full(allowed, 1 / allowed)
+        else:
+            weights = np.full(allowed, (1 - share) / (allowed - 1))
+            weights[favourite] = share
+        rows[allowed, :allowed] = np.cumsum(weights)
+        rows[allowed, allowed - 1] = 1.0
+    return rows
+
+
+def bucket_side(side_at_512: int, base: Fraction) -> int:
+    """One side of a bucket: the table's, scaled to the base size and floored to a multiple of 16."""
+    return max(GRID, int(side_at_512 * base / ASPECT_BASE) // GRID * GRID)
+
+
+def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> SizeSet:
+    """The sizes of ``kind`` ("video" or "image") with their buckets; sizes too large for a shortest clip are left out.
+
+    Raises:
+        ConfigError: no size holds a clip within the token budget.
+    """
+    sizes = []
+    for base in bases(kind, options, spec):
+        if kind == "image":
+            frames = 1
+        elif options.training_with_video_token_length:
+            frames = frames_at(base, options, spec, dims)
+        else:
+            frames = round_frames(options.video_sample_n_frames, spec, dims)
+        if kind == "image" or frames >= fewest_frames(spec):
+            sizes.append(Size(base=base, frames=frames))
+    if not sizes:
+        smallest = min(bases(kind, options, spec))
+        raise ConfigError(
+            f"--token-sample-size {options.token_sample_size} leaves less than {fewest_frames(spec)} frames "
+            f"at {int(smallest)}, the smallest size",
+            hint=f"Use --token-sample-size {int(smallest)} or more, or smaller sample sizes.",
+        )
+    grid = [[[bucket_side(side, size.base) for size in sizes] for side in (h, w)] for _, h, w in ASPECTS]
+    sides = np.array(grid, dtype=np.int64)  # [aspects, 2, sizes]
+    return SizeSet(
+        sizes=tuple(sizes),
+        heights=np.ascontiguousarray(sides[:, 0]),
+        widths=np.ascontiguousarray(sides[:, 1]),
+        cumulative=_cumulative(tuple(sizes), options, spec),
+    )
+
+
+def nearest_aspect(height: IntArray, width: IntArray) -> IntArray:
+    """Index into ASPECTS of the key nearest to height / width, for each clip; ties go to the wider one."""
+    keys = np.array([key for key, _, _ in ASPECTS])
+    borders = (keys[1:] + keys[:-1]) / 2
+    return np.searchsorted(borders, height / width, side="left").astype(np.int64)
+
+
+def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> None:
+    """Refuse what cannot work, with a way out.
+
+    Raises:
+        ConfigError: an option is out of range or the frame rule leaves nothing.
+    """
+    least = {
+        "video_sample_size": GRID,
+        "image_sample_size": GRID,
+        "token_sample_size": 1,
+        "video_sample_stride": 1,
+        "train_batch_size": 1,
+        "video_repeat": 0,
+        "gradient_accumulation_steps": 1,
+        "world_size": 1,
+        "tokens_per_batch": 1,
+    }
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is {value}; it must be {minimum} or more", hint=f"For example {flag} {minimum}.")
+    fewest = fewest_frames(spec)
+    if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
+        raise ConfigError(
+            f"--video-sample-n-frames is {options.video_sample_n_frames}, but {spec.name} trains on clips of "
+            f"{spec.frame_rule} frames and at least {fewest}",
+            hint=f"Use --video-sample-n-frames {fewest} or more; the documents use 49 to 81.",
+        )
+    if "video" in spec.media_types:
+        size_set("video", options, spec, dims)
