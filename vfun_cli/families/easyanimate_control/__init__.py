@@ -74,7 +74,8 @@ def sequence_tokens(clip: ClipShape, dims: ModelDims) -> int:
 def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
     """FLOPs of the matrix products of one forward pass; norms, activations and rotations are left out.
 
-    A text token costs a block as much as a video token: it has its own weights or shares the video's.
+    A text token costs a block as much as a video token, by weights of its own or by the video's; only a block that
+    shares its weights leaves the output projection of the text out.
     """
     dim, time_dim, patch = dims.dim, dims.extra["time_dim"], V5_1.patch_size[1] * V5_1.patch_size[2]
     video, length = V5_1.video_tokens(clip), sequence_tokens(clip, dims)
@@ -82,6 +83,7 @@ def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
     attention = 2 * length * length * dim
     modulation = 2 * time_dim * 6 * dim
     blocks = dims.num_layers * (length * per_token + attention + modulation)
+    blocks -= (dims.num_layers - dims.extra["mmdit_layers"]) * (length - video) * dim * dim
     patches = video * patch * dim * (dims.extra["in_channels"] + dims.extra["out_channels"])
     captions = CAPTION_TOKENS * dims.extra["text_channels"] * dim
     time = dim * time_dim + time_dim * time_dim + 2 * time_dim * dim
