@@ -15,6 +15,7 @@ from vfun_cli.plan.sizes import (
     nearest_aspect,
     round_frames,
     size_set,
+    usable_frames,
 )
 from vfun_cli.plan.table import BoolArray, ClipTable, IntArray
 
@@ -90,7 +91,7 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
     num_rows = len(table)
     sets = tuple(size_set(kind, options, spec, dims) if kind in spec.media_types else None for kind in KINDS)
     stride = strides(table, options, spec)
-    available = np.where(table.is_image, 1, (np.maximum(table.frames, 1) - 1) // stride + 1)
+    available = np.where(table.is_image, 1, (np.maximum(usable_frames(table.frames, spec), 1) - 1) // stride + 1)
     known_size = (table.width > 0) & (table.height > 0)
     if options.enable_bucket:
         aspect = nearest_aspect(np.maximum(table.height, 1), np.maximum(table.width, 1))

@@ -81,9 +81,18 @@ def fewest_frames(spec: FamilySpec) -> int:
     return 4 if spec.frame_rule == "4k" else 5
 
 
+def usable_frames(frames: IntArray, spec: FamilySpec) -> IntArray:
+    """How many source frames of each video clips are cut from: (0.1, 0.9) of 200 are 18 to 180, so 162."""
+    end = (spec.usable_span[1] * frames).astype(np.int64)
+    return end - (spec.usable_span[0] * end).astype(np.int64)
+
+
 def source_frames_needed(spec: FamilySpec, stride: int) -> int:
     """Frames a video file must have to be used at all at this stride."""
-    return (fewest_frames(spec) - 1) * stride + 1
+    needed = (fewest_frames(spec) - 1) * stride + 1
+    first, end = spec.usable_span
+    lengths = np.arange(needed, int(needed / (end * (1 - first))) + 3)  # rounding down costs two frames at most
+    return int(lengths[usable_frames(lengths, spec) >= needed][0])
 
 
 def documented_frames(frames: int, spec: FamilySpec) -> int:
