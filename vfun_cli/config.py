@@ -156,6 +156,10 @@ class RunConfig:
         str, Opt(help="Which frame serves as the reference image.", panel=CONDITIONING,
                  choices=("first_frame", "random"))
     ] = "first_frame"
+    loss_type: Annotated[
+        str | None, Opt(help="The original scripts' name of the objective (EasyAnimate: flow, ddpm); each family has one.",
+                        panel=CONDITIONING)
+    ] = None
     uniform_sampling: Annotated[
         bool, Opt(help="Timesteps uniform for every sample (accepted for the original scripts' sake: always so).",
                   panel=CONDITIONING, on_resume="harmless")
