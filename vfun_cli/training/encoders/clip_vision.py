@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,8 @@ class ClipImageEncoder(nn.Module):
         eight_bit = ((frames.float() * 0.5 + 0.5) * 255).clamp(0, 255).to(torch.uint8)
         # The originals hold the picture in the model's dtype from here on.
         picture = (eight_bit.float() / 255 - 0.5).div(0.5).to(self.model.dtype)
-        size = self.model.embeddings.image_size
-        square = nn.functional.interpolate(picture, size=[size, size], mode="bicubic", align_corners=False)
+        size = cast(int, self.model.embeddings.image_size)
+        square = nn.functional.interpolate(picture, size=(size, size), mode="bicubic", align_corners=False)
         return (square.float() * 0.5 + 0.5 - self.mean) / self.std
 
     def encode(self, frames: Tensor) -> Tensor:
