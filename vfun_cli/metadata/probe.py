@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -125,40 +125,50 @@ def probe_many(
     cache: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> dict[tuple[str, MediaKind], Facts]:
-    """Probe each (path, kind) once, in threads; answers for unchanged files come from ``cache`` (a SQLite file).
-
-    A file counts as unchanged when its size and modification time are. Failures are remembered too.
-    """
+) -> dict[tuple[str, str], Facts]:
+    """Probe each (path, kind) once, in threads; what cannot be probed is a Failure."""
     keys = list(dict.fromkeys(wanted))
-    stamps = {path: _stamp(path) for path, _ in keys}
+    # Threads beyond the CPUs hide the latency of disks and network file systems.
+    answers = remembered(keys, _probe, cache=cache, threads=threads or 2 * (os.cpu_count() or 1), progress=progress)
+    return {key: _thaw(answer) for key, answer in answers.items()}
+
+
+def remembered(
+    keys: Sequence[tuple[str, str]],
+    compute: Callable[[tuple[str, str]], str],
+    *,
+    cache: Path | None,
+    threads: int,
+    progress: Progress | None,
+) -> dict[tuple[str, str], str]:
+    """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
+
+    A file counts as unchanged when its size and modification time are.
+    """
+    stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
     known = _load(cache) if cache else {}
-    found: dict[tuple[str, MediaKind], Facts] = {}
-    for key in keys:
-        entry = known.get(key)
-        if entry is not None and entry[0] == stamps[key[0]]:
-            found[key] = _thaw(entry[1])
+    found = {key: known[key][1] for key in keys if key in known and known[key][0] == stamps[key[0]]}
     missing = [key for key in keys if key not in found]
-    done = len(found)
-    if progress:
-        progress(done, len(keys))
-    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        for key, facts in zip(missing, pool.map(_probe, missing, chunksize=1), strict=True):
-            found[key] = facts
-            done += 1
-            if progress:
-                progress(done, len(keys))
-    if cache and missing:
-        _save(cache, ((key, stamps[key[0]], found[key]) for key in missing))
+    report = progress or (lambda done, total: None)
+    report(len(found), len(keys))
+    pool = ThreadPoolExecutor(min(threads, len(missing)) or 1)
+    try:
+        for done, (key, answer) in enumerate(zip(missing, pool.map(compute, missing), strict=True), 1):
+            found[key] = answer
+            report(len(keys) - len(missing) + done, len(keys))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
+        if cache and missing:
+            _save(cache, ((key, stamps[key[0]], found[key]) for key in missing if key in found))
     return found
 
 
-def _probe(key: tuple[str, MediaKind]) -> Facts:
+def _probe(key: tuple[str, str]) -> str:
     path, kind = key
     try:
-        return probe_visual(path) if kind == "visual" else probe_audio(path)
+        return _freeze(probe_visual(path) if kind == "visual" else probe_audio(path))
     except ProbeError as error:
-        return Failure(code=error.code, message=error.message)
+        return _freeze(Failure(code=error.code, message=error.message))
 
 
 def _require_file(path: str | Path) -> None:
@@ -416,6 +426,8 @@ def _wav_chunks(file: Any, size: int) -> tuple[tuple[int, int, int, int] | None,
 
 
 # The cache: one table, one row per file and kind of probe.
+_PASSING = ("unreadable-file", "decode-timeout", "decode-crash")
+"""Failures that may be the machine's and not the file's: tried again next time."""
 _Stamp = tuple[int, int]
 _TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTEGER, size INTEGER, mtime_ns INTEGER,
             facts TEXT, PRIMARY KEY (path, kind))"""
@@ -443,9 +455,13 @@ def _load(cache: Path) -> dict[tuple[str, str], tuple[_Stamp, str]]:
         return {}
 
 
-def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, Facts]]) -> None:
+def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, str]]) -> None:
     """Remember facts; a cache that cannot be written costs time next time, nothing else."""
-    rows = [(*key, FACTS_VERSION, *stamp, _freeze(facts)) for key, stamp, facts in entries if stamp is not None]
+    rows = [
+        (*key, FACTS_VERSION, *stamp, answer)
+        for key, stamp, answer in entries
+        if stamp is not None and not any(code in answer for code in _PASSING)
+    ]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,0 +1,130 @@
+"""Decoding every frame of every file in processes that can be killed: decoders hang and crash on broken files."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from vfun_cli.metadata.probe import Failure, Progress, remembered
+
+Kind = Literal["visual", "audio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFacts:
+    """A file that could be decoded to its end."""
+
+    frames: int
+    """Video frames; for sound, samples."""
+
+
+def decode_many(
+    wanted: Iterable[tuple[str, Kind]],
+    *,
+    timeout: float = 60.0,
+    threads: int | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[tuple[str, str], DeepFacts | Failure]:
+    """Decode each (path, kind) once, in one killable process per CPU; ``timeout`` is in seconds a file."""
+    keys = list(dict.fromkeys(wanted))
+    with _Workers(timeout) as workers:
+        found = remembered(
+            [(path, f"deep-{kind}") for path, kind in keys],
+            workers.decode,
+            cache=cache,
+            threads=threads or os.cpu_count() or 1,
+            progress=progress,
+        )
+    return {key: _unpack(found[key[0], f"deep-{key[1]}"]) for key in keys}
+
+
+def _unpack(answer: str) -> DeepFacts | Failure:
+    """``120`` is a number of frames, ``decode-error|why`` a failure."""
+    if answer.isdigit():
+        return DeepFacts(frames=int(answer))
+    code, _, message = answer.partition("|")
+    return Failure(code=code, message=message)
+
+
+class _Workers:
+    """One decoding process per calling thread, started when needed and killed when it takes too long."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._own = threading.local()
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._all:
+            self._kill(process)
+
+    def decode(self, key: tuple[str, str]) -> str:
+        """The answer for one file, see ``_unpack``."""
+        path, kind = key
+        process = self._process()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([path, kind.removeprefix("deep-")]).encode() + b"\n")
+            process.stdin.flush()
+            answer = self._read_line(process.stdout.fileno())
+        except TimeoutError:
+            self._drop(process)
+            return f"decode-timeout|decoding took longer than {self._timeout:g} s"
+        except (EOFError, BrokenPipeError):
+            self._drop(process)
+            return f"decode-crash|the decoder died (exit status {process.returncode})"
+        return answer.decode("utf-8", "replace")
+
+    def _read_line(self, pipe: int) -> bytes:
+        deadline, received = time.monotonic() + self._timeout, b""
+        while not received.endswith(b"\n"):
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            if not (piece := os.read(pipe, 1 << 16)):
+                raise EOFError
+            received += piece
+        return received.rstrip(b"\n")
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
+        if process is None or process.poll() is not None:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vfun_cli.metadata.decoder"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                start_new_session=True,  # Ctrl-C is for us; we end the workers
+            )  # fmt: skip
+            self._own.process = process
+            self._all.append(process)
+            self._read_ready(process)
+        return process
+
+    def _read_ready(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the imports: they do not count against a file's time."""
+        assert process.stdout is not None
+        while (piece := os.read(process.stdout.fileno(), 1)) not in (b"\n", b""):
+            assert piece
+
+    def _drop(self, process: subprocess.Popen[bytes]) -> None:
+        self._kill(process)
+        self._all.remove(process)
+        self._own.process = None
+
+    @staticmethod
+    def _kill(process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()

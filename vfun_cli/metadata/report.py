@@ -1,0 +1,212 @@
+"""A validation report for people (Rich) and for programs (JSON)."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vfun_cli.errors import EnvironmentFault
+from vfun_cli.metadata.checks import Report, describe, printable
+from vfun_cli.metadata.codes import CODES, Problem, explain
+from vfun_cli.metadata.fix import Fixed
+
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+ORDER = {severity: place for place, severity in enumerate(COLOURS)}
+CAPTION_STEPS = (0, 50, 100, 200, 400, 800)
+"""Characters."""
+BAR = 24
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The object that ``validate-meta --json`` prints, without its ``schema``."""
+    return {
+        "rows": report.rows,
+        "ok": report.ok,
+        "problems": [problem_json(problem) for problem in report.problems],
+        "counts": dict(Counter(problem.code for problem in report.problems)),
+        "totals": totals(report),
+    }
+
+
+def problem_json(problem: Problem) -> dict[str, Any]:
+    """One problem as an object of printable texts."""
+    return {
+        "row": problem.row,
+        "field": problem.field,
+        "code": problem.code,
+        "severity": problem.severity,
+        "path": printable(problem.path) if problem.path is not None else None,
+        "message": printable(problem.message),
+    }
+
+
+def write_problems(report: Report, path: str | Path) -> None:
+    """All problems as JSON lines."""
+    lines = "".join(json.dumps(problem_json(problem), ensure_ascii=False) + "\n" for problem in report.problems)
+    try:
+        Path(path).write_text(lines, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def totals(report: Report) -> dict[str, Any]:
+    """Clips, hours, sizes, frame rates and caption lengths of the rows without errors."""
+    good = [clip for row, clip in sorted(report.clips.items()) if row not in report.bad_rows]
+    videos = [clip for clip in good if clip.kind == "video" and clip.fps]
+    captions = [
+        len(record.fields["text"])
+        for record in report.metadata.records
+        if record.row not in report.bad_rows and isinstance(record.fields.get("text"), str)
+    ]
+    return {
+        "videos": len(videos),
+        "images": sum(clip.kind == "image" for clip in good),
+        "frames": sum(clip.frames for clip in videos),
+        "hours": round(float(sum(clip.frames / clip.fps for clip in videos)) / 3600, 6),
+        "sizes": _counted(f"{clip.width}x{clip.height}" for clip in good),
+        "frame_rates": _counted(f"{float(clip.fps):.5g}" for clip in videos),
+        "seconds": _spread([float(clip.frames / clip.fps) for clip in videos]),
+        "caption_characters": _spread(captions),
+    }
+
+
+def render(report: Report, console: Console, *, worst: int = 10) -> None:
+    """Counts by code, the worst rows, totals and histograms."""
+    if report.problems:
+        console.print(_codes_table(report))
+        console.print(_worst_table(report, worst))
+    _render_totals(report, console)
+    good, bad = report.ok, len(report.bad_rows)
+    verdict = f"[green]{good} of {report.rows} rows are good[/]"
+    if bad or report.errors:
+        verdict = f"[red]{bad} of {report.rows} rows cannot be trained on[/], {good} can"
+    warned = sum(problem.severity == "warning" for problem in report.problems)
+    console.print(verdict + (f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
+
+
+def render_fixed(fixed: Fixed, console: Console) -> None:
+    """What ``--fix`` wrote and which rows it left out."""
+    console.print(f"wrote {escape(str(fixed.output))}: {fixed.kept} rows, {fixed.changed} of them changed")
+    for row, codes in sorted(fixed.left_out.items()):
+        console.print(f"  left out row {row}: {', '.join(dict.fromkeys(codes))}")
+
+
+def render_code(name: str, console: Console) -> None:
+    """One code of ``--explain``, or the list of them for ``all``. Raises ConfigError for an unknown one."""
+    if name == "all":
+        table = Table("code", "severity", "what it means", title="Problem codes", title_justify="left")
+        for code in CODES.values():
+            table.add_row(code.name, f"[{COLOURS[code.severity]}]{code.severity}[/]", escape(code.explanation))
+        console.print(table)
+        return
+    code = explain(name)
+    console.print(f"[bold]{code.name}[/] ([{COLOURS[code.severity]}]{code.severity}[/])")
+    for label, text in (("what", code.explanation), ("example", code.example), ("fix", code.fix)):
+        console.print(f"  {label:8}{escape(text)}")
+
+
+def codes_markdown() -> str:
+    """The table of codes for the docs."""
+    lines = ["| code | severity | what | example | way out |", "|---|---|---|---|---|"]
+    for code in CODES.values():
+        cells = (f"`{code.name}`", code.severity, code.explanation, code.example, code.fix)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _codes_table(report: Report) -> Table:
+    table = Table("code", "severity", "count", "first row", "example", title="Problems", title_justify="left")
+    table.columns[2].justify = table.columns[3].justify = "right"
+    first: dict[str, Problem] = {}
+    counts = Counter(problem.code for problem in report.problems)
+    for problem in report.problems:
+        first.setdefault(problem.code, problem)
+    for code in sorted(counts, key=lambda name: (ORDER[CODES[name].severity], -counts[name], name)):
+        severity, row = CODES[code].severity, first[code].row
+        table.add_row(
+            code, f"[{COLOURS[severity]}]{severity}[/]", str(counts[code]), "" if row is None else str(row),
+            escape(printable(first[code].message)),
+        )  # fmt: skip
+    return table
+
+
+def _worst_table(report: Report, worst: int) -> Table:
+    """Rows with most errors first, then most warnings."""
+    by_row: dict[int | None, list[Problem]] = {}
+    for problem in report.problems:
+        by_row.setdefault(problem.row, []).append(problem)
+
+    def badness(item: tuple[int | None, list[Problem]]) -> tuple[int, ...]:
+        counts = Counter(problem.severity for problem in item[1])
+        return tuple(-counts[severity] for severity in COLOURS)
+
+    rows = sorted(by_row.items(), key=badness)
+    table = Table("row", "problems", title="Worst rows", title_justify="left")
+    for row, problems in rows[:worst]:
+        problems.sort(key=lambda problem: ORDER[problem.severity])
+        lines = [f"[{COLOURS[p.severity]}]{escape(_without_row(p))}[/]" for p in problems]
+        table.add_row("file" if row is None else str(row), "\n".join(lines))
+    if len(rows) > worst:
+        table.caption = f"and {len(rows) - worst} more rows"
+    return table
+
+
+def _without_row(problem: Problem) -> str:
+    return describe(problem).removeprefix(f"row {problem.row}").removeprefix(", ").removeprefix(": ")
+
+
+def _render_totals(report: Report, console: Console) -> None:
+    found = totals(report)
+    if not found["videos"] and not found["images"]:
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("videos", f"{found['videos']} ({found['hours'] * 60:.1f} minutes, {found['frames']} frames)")
+    if found["images"]:
+        grid.add_row("images", str(found["images"]))
+    grid.add_row("sizes", _few(found["sizes"]))
+    grid.add_row("frame rates", _few(found["frame_rates"]))
+    if found["seconds"]:
+        low, middle, high = found["seconds"]
+        grid.add_row("seconds a clip", f"{low:.2f} to {high:.2f}, median {middle:.2f}")
+    console.print(grid)
+    captions = [
+        len(record.fields["text"])
+        for record in report.metadata.records
+        if isinstance(record.fields.get("text"), str) and record.row not in report.bad_rows
+    ]
+    console.print(_histogram("caption characters", captions))
+
+
+def _histogram(title: str, values: Sequence[int]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    edges = [*CAPTION_STEPS, None]
+    counts = [
+        sum(low <= value and (high is None or value < high) for value in values)
+        for low, high in zip(edges, edges[1:], strict=False)
+        if low is not None
+    ]
+    for step, (low, count) in enumerate(zip(CAPTION_STEPS, counts, strict=True)):
+        high = f"-{CAPTION_STEPS[step + 1] - 1}" if step + 1 < len(CAPTION_STEPS) else " and more"
+        length = round(BAR * count / max(1, *counts))
+        table.add_row(title if step == 0 else "", f"{low}{high}", "█" * length or ("▏" if count else ""), str(count))
+    return table
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _few(counts: dict[str, int], most: int = 6) -> str:
+    shown = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:most])
+    return shown + (f", {len(counts) - most} more" if len(counts) > most else "")
+
+
+def _spread(values: Sequence[float]) -> list[float] | None:
+    """[least, median, most]."""
+    ordered = sorted(values)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]] if ordered else None
