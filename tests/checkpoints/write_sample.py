@@ -1,10 +1,9 @@
-"""Writes one checkpoint of known weights with a real engine: ``torchrun write_sample.py STRATEGY DIRECTORY``.
+"""Writes checkpoints of known weights with the real engines: ``torchrun --nproc_per_node 2 write_sample.py DIRECTORY``.
 
-STRATEGY is fsdp, fsdp-split (the two directories that accelerate writes), zero2, zero3 or zero3-offload. The weights and moments are
-``sample_weights``; the engines only cut, pad and store them, so every strategy holds the same numbers.
+The weights and moments are ``sample_weights`` and ``sample_moments``; the engines only cut, pad and store them, so
+every strategy holds the same numbers. One launch writes them all, since most of its time goes into imports.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,6 +12,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+
+STRATEGIES = (
+    "single",
+    "fsdp",
+    "fsdp-original",
+    "zero2",
+    "zero2-round-robin",
+    "zero2-original",
+    "zero3",
+    "zero3-original",
+)
+"""The samples: ``single`` is written by the tests themselves, ``-original`` as accelerate's save_state lays it out."""
 
 SHAPES = {
     "patch.weight": (3, 1, 1, 5),  # shorter than some shards of two ranks, odd everywhere
@@ -102,7 +113,6 @@ def write_fsdp(directory: Path, *, split: bool) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     model = Model()
     for block in model.blocks:
@@ -157,16 +167,13 @@ def fill_zero3(optimizer: object, parameter: nn.Parameter, weight: np.ndarray, m
         target.data.copy_(torch.from_numpy(padded[start : start + target.numel()]))
 
 
-def write_zero(directory: Path, stage: int, *, offload: bool, tag: str) -> None:
+def write_zero(directory: Path, stage: int, *, tag: str, round_robin: bool = False) -> None:
     """A DeepSpeed engine of the given stage."""
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    deepspeed.init_distributed(dist_backend="gloo")
     model = Model()
-    zero: dict[str, object] = {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 50}
-    if offload:
-        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    # groups of 50 elements: ZeRO-3 then writes more flat groups than the optimizer has parameter groups
+    zero = {"stage": stage, "sub_group_size": 50, "round_robin_gradients": round_robin}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(split_groups(model), lr=1e-3),
@@ -175,7 +182,6 @@ def write_zero(directory: Path, stage: int, *, offload: bool, tag: str) -> None:
             "bf16": {"enabled": True},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
         },
     )
     engine.backward(engine())
@@ -187,21 +193,22 @@ def write_zero(directory: Path, stage: int, *, offload: bool, tag: str) -> None:
     engine.save_checkpoint(str(directory), tag=tag, exclude_frozen_parameters=True)
 
 
-def main() -> None:
-    """Write the sample named on the command line."""
-    strategy, directory = sys.argv[1], Path(sys.argv[2])
+def main(directory: Path) -> None:
+    """Write every sample."""
+    import deepspeed
+
     torch.set_num_threads(1)
-    if strategy.startswith("fsdp"):
-        write_fsdp(directory, split=strategy == "fsdp-split")
-    elif strategy.endswith("original"):  # where accelerate's save_state puts it
-        write_zero(directory, int(strategy[4]), offload=False, tag="pytorch_model")
-    else:
-        write_zero(directory / "model", int(strategy[4]), offload="offload" in strategy, tag="state")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    deepspeed.init_distributed(dist_backend="gloo")
+    write_fsdp(directory / "fsdp", split=False)
+    write_fsdp(directory / "fsdp-original", split=True)
+    write_zero(directory / "zero2" / "model", 2, tag="state")
+    write_zero(directory / "zero2-round-robin" / "model", 2, tag="state", round_robin=True)
+    write_zero(directory / "zero2-original", 2, tag="pytorch_model")  # where accelerate's save_state puts it
+    write_zero(directory / "zero3" / "model", 3, tag="state")
+    write_zero(directory / "zero3-original", 3, tag="pytorch_model")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    main(Path(sys.argv[1]))

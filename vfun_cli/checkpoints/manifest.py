@@ -37,7 +37,7 @@ def verify(directory: Path, *, deep: bool = True) -> None:
     """
     listed = _read_manifest(directory)
     with ThreadPoolExecutor(_workers()) as pool:
-        found = pool.map(lambda item: _problem(directory, *item, deep), listed.items())
+        found = pool.map(lambda item: _problem(directory, item[0], item[1], deep), listed.items())
         problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointError(
@@ -99,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     fsync_directory(path.parent)
 
 

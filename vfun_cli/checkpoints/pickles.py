@@ -88,7 +88,9 @@ def _rebuild_parameter(data: StoredTensor, *_: Any) -> StoredTensor:
     return data
 
 
-def _rebuild_from_type(build: Callable[..., StoredTensor], _kind: Any, args: tuple[Any, ...], _state: Any) -> StoredTensor:
+def _rebuild_from_type(
+    build: Callable[..., StoredTensor], _kind: Any, args: tuple[Any, ...], _state: Any
+) -> StoredTensor:
     if build not in (_rebuild_tensor, _rebuild_parameter):
         raise pickle.UnpicklingError("a tensor made by an unknown function")
     return build(*args)
@@ -270,9 +272,7 @@ class TorchArchive:
 
     def source(self, tensor: StoredTensor) -> TensorSource:
         """The tensor, to be read later."""
-        return TensorSource(
-            shape=tensor.shape, dtype=tensor.storage.dtype, locate=lambda: (self.locate(tensor),)
-        )
+        return TensorSource(shape=tensor.shape, dtype=tensor.storage.dtype, locate=lambda: (self.locate(tensor),))
 
 
 def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Opens any checkpoint as tensors by name: plain safetensors, DCP (FSDP), ZeRO-2 and ZeRO-3, of ours or of the original scripts.
+"""Opens any checkpoint as tensors by name: safetensors, DCP (FSDP), ZeRO-2 and ZeRO-3, ours or the original scripts'.
 
 Nothing is loaded until a tensor is read, and neither torch, accelerate, DeepSpeed nor a process group is needed.
 """
@@ -161,9 +161,7 @@ def _dcp_moments(tensors: Mapping[tuple[str, ...], TensorSource]) -> dict[str, M
             name, _, part = ".".join(key[2:]).rpartition(".")
             grouped.setdefault(_clean(name), {})[part] = source
     return {
-        name: Moments(
-            exp_avg=parts["exp_avg"], exp_avg_sq=parts["exp_avg_sq"], step=int(parts["step"].read().item())
-        )
+        name: Moments(exp_avg=parts["exp_avg"], exp_avg_sq=parts["exp_avg_sq"], step=int(parts["step"].read().item()))
         for name, parts in grouped.items()
         if {"exp_avg", "exp_avg_sq", "step"} <= parts.keys()
     }
@@ -216,7 +214,13 @@ def _dcp_tensor(folder: Path, name: str, entry: Inert, pieces: list[tuple[tuple[
 
 
 def _dcp_runs(
-    folder: Path, name: str, dtype: str, shape: tuple[int, ...], offset: tuple[int, ...], box: tuple[int, ...], info: Any
+    folder: Path,
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    box: tuple[int, ...],
+    info: Any,
 ) -> Iterator[tuple[int, Segment]]:
     """One stored box as (position in the whole tensor, run of elements), in the box's own order."""
     if info.__dict__["state"].get("transform_descriptors"):

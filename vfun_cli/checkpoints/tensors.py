@@ -90,7 +90,7 @@ class TensorSource:
         if buffer is None:
             buffer = np.empty(min(CHUNK, max(self.numel, 1)), dtype)
         elif buffer.dtype != dtype:
-            buffer = buffer.view(dtype)
+            buffer = buffer.view(dtype)[:CHUNK]
         for part in self.segments:
             with FileReader(part.path) as file:
                 for start in range(0, part.count, len(buffer)):
@@ -134,7 +134,7 @@ class FileReader:
         """Fill a contiguous array from this position on."""
         if not target.size:
             return
-        view = memoryview(target).cast("B")
+        view = target.data.cast("B")
         while len(view):
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:

@@ -1,0 +1,46 @@
+"""Checkpoints written by the real engines, made once per session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from write_sample import FROZEN, SHAPES, sample_moments, sample_weights
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one checkpoint per strategy, all of the same weights."""
+    directory = tmp_path_factory.mktemp("samples")
+    script = Path(__file__).with_name("write_sample.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*command, str(directory)], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    model = directory / "single" / "model"
+    model.mkdir(parents=True)
+    save_file(sample_weights(), model / "model.safetensors")
+    save_file({name: value * 2 for name, value in sample_weights().items()}, model / "ema.safetensors")
+    moments = {f"{name}.{key}": value for name, parts in sample_moments().items() for key, value in parts.items()}
+    steps = {f"{name}.step": np.array(1, np.float32) for name in SHAPES}
+    save_file(moments | steps, model / "optimizer.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released model directory in two shards: other trainable weights, frozen ones in float32."""
+    directory = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(5)
+    shapes = {**SHAPES, **FROZEN}
+    tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    half = len(tensors) // 2
+    for number, part in enumerate((list(tensors)[:half], list(tensors)[half:]), start=1):
+        file = directory / f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, file)
+    (directory / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    (directory / "config.json").write_text('{"dim": 5}')
+    return directory

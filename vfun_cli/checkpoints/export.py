@@ -1,0 +1,245 @@
+"""Turns a checkpoint into the files that other tools load: safetensors in the released names, with the configuration.
+
+The result has every tensor of the base model directory, the trained ones taken from the checkpoint. It is made in a
+hidden directory beside the output, read back, and renamed when it is right.
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.manifest import fsync_directory
+from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
+from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
+from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all); may come from any thread, one call at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What was written; the fields of ``vfun export-bf16 --json``."""
+
+    output: Path
+    tensors: int
+    bytes: int
+    """Size of all tensors' elements."""
+    sha256: str
+    """Content hash over names, types, shapes and bytes, independent of the sharding."""
+    verified: bool
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    base_dir: Path,
+    names: Callable[[str], str] = lambda name: name,
+    max_shard_size: str = "10GB",
+    dtype: str = "bf16",
+    weights: Literal["trained", "ema"] = "trained",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> ExportResult:
+    """Write the whole transformer with the checkpoint's weights in it.
+
+    ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``names`` turns a
+    parameter name into the released one. Raises ConfigError for a wrong option or an output that exists,
+    CheckpointError for anything wrong with the checkpoint or the base, RunError when the disk is too full.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    shard_bytes = parse_size(max_shard_size)
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists already", hint="name another --output, or add --overwrite")
+    stem, sources = _base(base_dir)
+    _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
+    entries = [
+        Entry(name=name, dtype=converted_dtype(source.dtype, DTYPES[dtype]), shape=source.shape)
+        for name, source in sources.items()
+    ]
+    total = sum(entry.nbytes for entry in entries)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(output.parent, total)
+
+    workers = workers or min(8, os.cpu_count() or 1)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
+    partial.mkdir()
+    try:
+        counter = _Counter(2 * total, progress)  # every byte is written once and read back once
+        digests = write_shards(
+            partial,
+            stem,
+            plan_shards(entries, stem, shard_bytes),
+            _Producer(sources, DTYPES[dtype]),
+            workers=workers,
+            done=counter.add,
+        )
+        _copy_configuration(base_dir, partial)
+        _verify(partial, entries, digests, workers, counter.add)
+        fsync_directory(partial)
+        _put_in_place(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return ExportResult(
+        output=output, tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
+    )
+
+
+def _base(directory: Path) -> tuple[str, dict[str, TensorSource]]:
+    """File name stem and tensors of the released transformer, in the order of its files."""
+    stems = {_stem(path): None for path in sorted(directory.glob("*.safetensors"))}
+    # a root directory may also hold encoders: the transformer's name wins, any other must be the only one
+    chosen = "diffusion_pytorch_model" if "diffusion_pytorch_model" in stems else next(iter(stems), None)
+    if chosen is None or (len(stems) > 1 and chosen != "diffusion_pytorch_model"):
+        found = f"it has {', '.join(stems)}" if stems else "it has no .safetensors"
+        raise CheckpointError(
+            f"{directory} is not a transformer directory: {found}",
+            hint="name the model directory that the run was started from",
+        )
+    files = [path for path in sorted(directory.glob("*.safetensors")) if _stem(path) == chosen]
+    return chosen, safetensors.read_files(files)
+
+
+def _stem(path: Path) -> str:
+    name, _, rest = path.name.removesuffix(".safetensors").rpartition("-of-")
+    return name.rpartition("-")[0] if name and rest.isdigit() else path.name.removesuffix(".safetensors")
+
+
+def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
+    reader = open_checkpoint(checkpoint)
+    found = reader.ema if weights == "ema" else reader.weights
+    if not found:
+        raise CheckpointError(f"{checkpoint} holds no {weights} weights", hint="export the trained ones instead")
+    return found
+
+
+def _replace(
+    sources: dict[str, TensorSource],
+    trained: Mapping[str, TensorSource],
+    names: Callable[[str], str],
+    checkpoint: Path,
+    base_dir: Path,
+) -> None:
+    """Put the trained weights in the places of the released ones. Raises CheckpointError naming all that do not fit."""
+    renamed = {names(name): source for name, source in trained.items()}
+    if len(renamed) != len(trained):
+        raise CheckpointError(f"{checkpoint}: two trained weights have the same released name")
+    unknown = sorted(renamed.keys() - sources.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint}: {len(unknown)} trained weights have no place in {base_dir}: {', '.join(unknown[:5])}",
+            hint="name the model directory that the run was started from",
+        )
+    misfits = [name for name, source in renamed.items() if source.shape != sources[name].shape]
+    if misfits:
+        name = misfits[0]
+        raise CheckpointError(
+            f"{checkpoint}: {len(misfits)} trained weights have another shape than in {base_dir}, "
+            f"e.g. {name}: {list(renamed[name].shape)} instead of {list(sources[name].shape)}",
+            hint="name the model directory that the run was started from",
+        )
+    sources.update(renamed)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"{directory} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB",
+            hint="free some space, or name another --output",
+        )
+
+
+class _Producer:
+    """Reads a tensor in pieces and converts them; every worker thread keeps its own two buffers."""
+
+    def __init__(self, sources: Mapping[str, TensorSource], dtype: str) -> None:
+        self._sources = sources
+        self._dtype = dtype
+        self._local = threading.local()
+
+    def __call__(self, entry: Entry) -> Iterator[Array]:
+        """The elements of one tensor as they are written."""
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = (np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32))
+        read, converted = self._local.buffers
+        source = self._sources[entry.name]
+        for chunk in source.chunks(read):
+            yield convert(chunk, source.dtype, self._dtype, converted)
+
+
+class _Counter:
+    """Adds up progress that comes from several threads."""
+
+    def __init__(self, total: int, report: Progress | None) -> None:
+        self._total, self._report, self._done, self._lock = total, report, 0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        """More bytes are finished."""
+        with self._lock:
+            self._done += count
+            if self._report:
+                self._report(self._done, self._total)
+
+
+def _copy_configuration(base_dir: Path, target: Path) -> None:
+    if not (base_dir / "config.json").is_file():
+        raise CheckpointError(f"{base_dir} has no config.json", hint="name the model directory of the run")
+    for path in sorted(base_dir.glob("*.json")):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _verify(
+    directory: Path, entries: list[Entry], digests: Mapping[str, str], workers: int, done: Callable[[int], None]
+) -> None:
+    """Read the files back: names, types, shapes, and every tensor's hash against what was streamed."""
+    found = safetensors.read_files(sorted(directory.glob("*.safetensors")))
+    if {(name, source.dtype, source.shape) for name, source in found.items()} != {
+        (entry.name, entry.dtype, entry.shape) for entry in entries
+    }:
+        raise CheckpointError(f"{directory}: the written files do not have the tensors that were to be written")
+
+    def damaged(entry: Entry) -> bool:
+        digest = hashlib.sha256()
+        for chunk in found[entry.name].chunks():
+            digest.update(chunk.data.cast("B"))
+        done(entry.nbytes)
+        return digest.hexdigest() != digests[entry.name]
+
+    with ThreadPoolExecutor(workers) as pool:
+        bad = [entry.name for entry, wrong in zip(entries, pool.map(damaged, entries), strict=True) if wrong]
+    if bad:
+        raise CheckpointError(
+            f"{directory}: {len(bad)} tensors read back otherwise than written, e.g. {bad[0]}",
+            hint="check the disk, then export again",
+        )
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename the finished directory; an older export stays whole until then."""
+    replaced = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    fsync_directory(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
