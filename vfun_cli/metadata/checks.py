@@ -101,6 +101,7 @@ class Report:
 
     @property
     def rows(self) -> int:
+        """All rows, bad ones included."""
         return self.metadata.rows
 
     @property
@@ -110,6 +111,7 @@ class Report:
 
     @property
     def errors(self) -> list[Problem]:
+        """The problems that keep a row, or the file, out of training."""
         return [problem for problem in self.problems if problem.severity == "error"]
 
     def table(self) -> "ClipTable":
@@ -243,6 +245,11 @@ def exact_rate(value: Any) -> Fraction | None:
     return film if abs(film - rate) * 1000 < 1 and film else rate.limit_denominator(100000)
 
 
+def absolute(path: Path) -> str:
+    """Absolute and without dots, but links kept: data sets are full of links, and their names are what people know."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
+
+
 # One row while it is being checked
 
 
@@ -260,7 +267,7 @@ class _Row:
         for item in fields:
             value = record.fields.get(item.name)
             if isinstance(value, str) and _path_fault(value) is None:
-                self.paths[item.name] = os.path.abspath(os.path.join(root, value))
+                self.paths[item.name] = absolute(root / value)
 
     @property
     def files(self) -> dict[str, tuple[str, Literal["visual", "audio"]]]:
@@ -271,7 +278,7 @@ class _Row:
     @property
     def stated_type(self) -> MediaType | None:
         value = self.record.fields.get("type")
-        return value if isinstance(value, str) and value in MEDIA_TYPES else None  # type: ignore[return-value]
+        return value if isinstance(value, str) and value in MEDIA_TYPES else None
 
     @property
     def states_everything(self) -> bool:
@@ -367,7 +374,7 @@ def _check_text(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem
     elif not text.strip():
         yield row.problem("empty-caption", "the caption is empty", "text")
     elif odd := next(
-        (c for c in text if c == "\ufffd" or unicodedata.category(c) in _GARBLED and c not in "\n\r\t"), ""
+        (c for c in text if c == "\ufffd" or (unicodedata.category(c) in _GARBLED and c not in "\n\r\t")), ""
     ):
         yield row.problem("garbled-caption", f"the caption holds {odd!a}", "text")
 
@@ -399,7 +406,7 @@ def _check_numbers(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Prob
 
 
 def _check_paths(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem]:
-    base = os.path.abspath(row.root)
+    base = absolute(row.root)
     for name, path in row.paths.items():
         if os.path.commonpath([base, path]) != base:
             yield row.problem("path-outside-root", f"outside the data root {base}", name)

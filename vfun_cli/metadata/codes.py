@@ -32,6 +32,7 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
+        """That of its code."""
         return CODES[self.code].severity
 
 
@@ -229,7 +230,7 @@ CODES: dict[str, Code] = {
         _code(
             "variable-frame-rate",
             "warning",
-            "Frames are not equally far apart: motion changes speed and sound drifts, because frames are taken by number.",
+            "Frames are unevenly spaced: motion changes speed and sound drifts, as frames are taken by number.",
             "a phone or screen recording",
             "ffmpeg -i in.mp4 -fps_mode cfr -r 30 out.mp4",
         ),

@@ -10,7 +10,7 @@ import sys
 def decode_visual(path: str) -> str:
     """Decode every frame with PyAV, then open with decord as training does and read the last frame."""
     import av
-    import decord  # type: ignore[import-untyped]
+    import decord
 
     from vfun_cli.metadata.probe import PICTURES
 
@@ -52,7 +52,7 @@ def main() -> None:
         path, kind = json.loads(line)
         try:
             answer = decode_visual(path) if kind == "visual" else decode_audio(path)
-        except Exception as error:  # noqa: BLE001 - decoders raise whatever their C code threw
+        except Exception as error:  # decoders raise whatever their C code threw
             why = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
             answer = f"decode-error|{why}"
         print(answer, file=out, flush=True)

@@ -54,7 +54,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     changed = sum(row != dict(record.raw) for row, record in zip(rows, kept, strict=True))
     data = _render(rows, report.metadata.format, report.metadata.columns)
     try:
-        with open(output, "xb") as file:
+        with output.open("xb") as file:
             file.write(data)
     except OSError as error:
         raise EnvironmentFault(

@@ -81,6 +81,7 @@ class AudioFacts:
 
     @property
     def end(self) -> Fraction:
+        """Seconds from the start of the picture to the last sample."""
         return self.offset + self.duration
 
 
@@ -174,7 +175,7 @@ def _probe(key: tuple[str, str]) -> str:
 def _require_file(path: str | Path) -> None:
     """A regular, readable file with something in it: opening a pipe would wait for ever."""
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except (FileNotFoundError, NotADirectoryError):
         raise ProbeError("missing-file", "no such file") from None
     except (OSError, ValueError) as error:
@@ -196,7 +197,7 @@ def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: s
         raise
     except PermissionError:
         raise ProbeError("unreadable-file", "permission denied") from None
-    except Exception as error:  # noqa: BLE001 - PyAV raises its own kinds, and plain ones on absurd header values
+    except Exception as error:  # PyAV raises its own kinds, and plain ones on absurd header values
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ProbeError("unreadable-media", f"FFmpeg cannot open it: {why}") from None
 
@@ -219,7 +220,7 @@ def _probe_picture(path: str | Path) -> VisualFacts:
         raise ProbeError("unreadable-media", "not a picture that Pillow knows") from None
     except PermissionError:
         raise ProbeError("unreadable-file", "permission denied") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's plugins raise many kinds on broken files
+    except Exception as error:  # Pillow's plugins raise many kinds on broken files
         code = "truncated-media" if "truncated" in str(error) else "unreadable-media"
         raise ProbeError(code, f"the picture cannot be read: {error}") from None
     return VisualFacts(
@@ -235,7 +236,7 @@ def _has_end_mark(path: str | Path, picture: str) -> bool:
     mark = _END_MARKS.get(picture)
     if mark is None:
         return True
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
         return mark in file.read()
 
@@ -251,7 +252,7 @@ def _probe_video(container: "av.container.InputContainer", path: str) -> VisualF
     index = stream.index_entries
     if len(index):
         last = index[-1]
-        truncated = 0 <= os.path.getsize(path) < last.pos + last.size
+        truncated = 0 <= Path(path).stat().st_size < last.pos + last.size
     if not frames or 0 < len(index) < frames:  # AVI counts frames that were never written
         times = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
         frames, variable = len(times), _uneven(times)
@@ -287,7 +288,7 @@ def _mp4_is_turned(path: str) -> bool:
     PyAV tells the rotation only after decoding a frame, which takes ten times as long as the header
     (ISO/IEC 14496-12, 8.3.2).
     """
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         moov = _box(file, b"moov", os.fstat(file.fileno()).st_size)
     at = 0
     while (at := moov.find(b"tkhd", at)) >= 0:
@@ -377,7 +378,7 @@ def _probe_wav(path: str | Path) -> AudioFacts | None:
     import numpy as np
 
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             layout, data = _wav_chunks(file, size)
             if layout is None or data is None:
@@ -435,7 +436,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTE
 
 def _stamp(path: str) -> _Stamp | None:
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns

@@ -1,8 +1,10 @@
 """A validation report for people (Rich) and for programs (JSON)."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from rich.table import Table
 
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata.checks import Report, describe, printable
-from vfun_cli.metadata.codes import CODES, Problem, explain
+from vfun_cli.metadata.codes import CODES, Problem, Severity, explain
 from vfun_cli.metadata.fix import Fixed
 
-COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
 ORDER = {severity: place for place, severity in enumerate(COLOURS)}
 CAPTION_STEPS = (0, 50, 100, 200, 400, 800)
 """Characters."""
@@ -184,12 +186,8 @@ def _render_totals(report: Report, console: Console) -> None:
 
 def _histogram(title: str, values: Sequence[int]) -> Table:
     table = Table.grid(padding=(0, 2))
-    edges = [*CAPTION_STEPS, None]
-    counts = [
-        sum(low <= value and (high is None or value < high) for value in values)
-        for low, high in zip(edges, edges[1:], strict=False)
-        if low is not None
-    ]
+    edges = [*CAPTION_STEPS, math.inf]
+    counts = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
     for step, (low, count) in enumerate(zip(CAPTION_STEPS, counts, strict=True)):
         high = f"-{CAPTION_STEPS[step + 1] - 1}" if step + 1 < len(CAPTION_STEPS) else " and more"
         length = round(BAR * count / max(1, *counts))

@@ -177,7 +177,7 @@ def _first_bad_frame(reader: "decord.VideoReader", indices: Sequence[int]) -> in
     for index in sorted(indices):
         try:
             reader[index]
-        except Exception:  # noqa: BLE001 - the one we are looking for
+        except Exception:  # the one we are looking for
             return index
     return min(indices)
 
@@ -226,7 +226,7 @@ def _native_audio(
 
 
 def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> None:
-    """Write the part of one decoded frame that falls into ``buffer``, averaged over its channels, from sample ``at``."""
+    """Write what falls into ``buffer`` of one decoded frame, averaged over its channels, from sample ``at``."""
     low, high = max(0, -at), min(frame.samples, len(buffer) - at)
     if low < high:
         buffer[at + low : at + high] = _to_float(frame).mean(axis=0)[low:high]
