@@ -1,6 +1,8 @@
 """The options that decide the plan."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class PlanOptions:
     """Open each epoch with its most expensive step, so that what does not fit fails at once."""
     tokens_per_batch: int | None = None
     """Fill micro-batches up to this many tokens instead of ``train_batch_size`` clips."""
+
+    @classmethod
+    def pick(cls, values: Mapping[str, Any], **more: Any) -> "PlanOptions":
+        """The plan's options out of a larger set, such as a family's defaults; ``more`` takes precedence."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{name: value for name, value in values.items() if name in names}, **more})
 
     @property
     def slots(self) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,10 +198,12 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
 
 
 def nearest_aspect(height: IntArray, width: IntArray) -> IntArray:
-    """Index into ASPECTS of the key nearest to height / width, for each clip; ties go to the wider one."""
-    keys = np.array([key for key, _, _ in ASPECTS])
-    borders = (keys[1:] + keys[:-1]) / 2
-    return np.searchsorted(borders, height / width, side="left").astype(np.int64)
+    """Index into ASPECTS of the key nearest to height / width, for each clip; exact, ties go to the smaller key."""
+    hundredths = [round(key * 100) for key, _, _ in ASPECTS]
+    index = np.zeros(len(height), dtype=np.int64)
+    for low, high in pairwise(hundredths):  # past the middle of two keys: height / width > (low + high) / 200
+        index += height * 200 > (low + high) * width
+    return index
 
 
 def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> None:

@@ -1,0 +1,354 @@
+"""The schedule: every clip once, one shape a micro-batch, equal cost on all ranks, whatever the world size."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vfun_cli.errors import MetadataError
+from vfun_cli.families import FAMILIES
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.clips import KINDS, prepare
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import Carry, EpochPlan, count_steps, plan_epoch, plan_epochs
+from vfun_cli.plan.table import ClipTable
+
+SETTINGS: dict[str, Any] = {
+    "video_sample_size": 256, "image_sample_size": 768, "token_sample_size": 512, "video_sample_n_frames": 49,
+    "video_sample_stride": 2, "random_hw_adapt": True, "training_with_video_token_length": True,
+}  # fmt: skip
+
+Key = tuple[int, int, int]
+
+
+def options(**values: Any) -> PlanOptions:
+    return PlanOptions(**{**SETTINGS, **values})
+
+
+def trained(plans: Iterable[EpochPlan]) -> Counter[Key]:
+    """(row, copy, epoch) of every sample that some rank trains."""
+    found: Counter[Key] = Counter()
+    for plan in plans:
+        for rank in range(plan.world_size):
+            for step in plan.micro_batches_for(rank):
+                found.update((s.row, s.copy, s.epoch) for batch in step for s in batch.samples)
+    return found
+
+
+def carried(carry: Carry) -> Counter[Key]:
+    return Counter(zip(carry.row.tolist(), carry.copy.tolist(), carry.epoch.tolist(), strict=True))
+
+
+clip = st.tuples(
+    st.sampled_from([0, 200, 480, 720, 1080, 1920]),
+    st.sampled_from([0, 270, 480, 720, 1080]),
+    st.integers(0, 200),
+    st.sampled_from([(24, 1), (30000, 1001), (0, 1)]),
+    st.booleans(),
+)
+datasets = st.lists(clip, min_size=1, max_size=40).map(
+    lambda rows: ClipTable.from_columns(
+        width=[r[0] for r in rows], height=[r[1] for r in rows], frames=[r[2] for r in rows],
+        fps=[r[3] for r in rows], is_image=[r[4] for r in rows],
+    )
+)  # fmt: skip
+choices = st.fixed_dictionaries(
+    {
+        "world_size": st.integers(1, 5),
+        "gradient_accumulation_steps": st.integers(1, 3),
+        "train_batch_size": st.integers(1, 3),
+        "tokens_per_batch": st.sampled_from([None, 1, 30_000]),
+        "video_repeat": st.integers(0, 2),
+        "random_frame_crop": st.booleans(),
+        "heaviest_first": st.booleans(),
+        "enable_bucket": st.booleans(),
+        "seed": st.integers(0, 2**64),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=datasets, chosen=choices, videos_only=st.booleans())
+def test_every_clip_is_trained_once_an_epoch_or_carried(
+    plain: FamilySpec, speech: FamilySpec, table: ClipTable, chosen: dict[str, Any], videos_only: bool
+) -> None:
+    spec = speech if videos_only else plain
+    picked = options(**chosen)
+    used = prepare(spec, spec.dims, table, picked).used
+    if not used.any():
+        with pytest.raises(MetadataError):
+            plan_epoch(spec, spec.dims, table, picked, 0)
+        return
+    times = {r: 1 if table.is_image[r] else max(1, picked.video_repeat) for r in np.flatnonzero(used).tolist()}
+    carry = Carry.empty()
+    for epoch in range(3):
+        plan = plan_epoch(spec, spec.dims, table, picked, epoch, carry=carry)
+        drawn = Counter((row, copy, epoch) for row, count in times.items() for copy in range(count))
+        assert trained([plan]) + carried(plan.carry) == drawn + carried(carry)
+        ledger = plan.ledger
+        assert ledger.used + sum(ledger.dropped.values()) == ledger.rows == len(table)
+        assert ledger.samples + ledger.carried_in - ledger.carried_out == ledger.trained == len(plan.row)
+        assert ledger.borrowed == 0 and 0 <= ledger.truncated <= ledger.used
+        assert int(plan.buckets.clips.sum()) == ledger.samples
+        assert plan.steps.shape == (plan.num_steps, picked.slots)
+        assert sorted(plan.steps.reshape(-1).tolist()) == list(range(len(plan.frames)))
+        carry = plan.carry
+
+
+@settings(max_examples=50, deadline=None)
+@given(table=datasets, chosen=choices)
+def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
+    plain: FamilySpec, table: ClipTable, chosen: dict[str, Any]
+) -> None:
+    picked = options(**chosen)
+    clips = prepare(plain, plain.dims, table, picked)
+    if not clips.used.any():
+        return
+    alone = replace(picked, train_batch_size=1, tokens_per_batch=None, world_size=1, gradient_accumulation_steps=1)
+    shapes = {}
+    for batch in (b for step in plan_epoch(plain, plain.dims, table, alone, 0).micro_batches_for(0) for b in step):
+        shapes[batch.samples[0]] = (batch.kind, batch.shape)
+    plan = plan_epoch(plain, plain.dims, table, picked, 0)
+    for number in range(len(plan.frames)):
+        batch = plan.micro_batch(number)
+        tokens = plain.sequence_tokens(batch.shape, plain.dims)
+        full = max(1, picked.tokens_per_batch // tokens) if picked.tokens_per_batch else picked.train_batch_size
+        assert len(batch.samples) == full
+        for sample in batch.samples:
+            assert shapes[sample] == (batch.kind, batch.shape)
+            assert batch.kind == KINDS[int(table.is_image[sample.row])]
+            height, width = int(table.height[sample.row]), int(table.width[sample.row])
+            assert max(Fraction(batch.shape.height, height), Fraction(batch.shape.width, width)) <= Fraction(5, 4)
+            if batch.kind == "video":
+                assert (batch.shape.frames - 1) * sample.stride < table.frames[sample.row]
+                assert batch.shape.frames % 4 == 1 and batch.shape.frames >= 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(table=datasets, chosen=choices, ranks=st.integers(2, 4))
+def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
+    plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], ranks: int
+) -> None:
+    one = options(**{**chosen, "world_size": 1, "gradient_accumulation_steps": 1})
+    if not prepare(plain, plain.dims, table, one).used.any():
+        return
+    runs = {}
+    for world_size in (1, ranks):
+        carry, plans = Carry.empty(), []
+        for epoch in range(3):
+            picked = replace(one, world_size=world_size)
+            plans.append(plan_epoch(plain, plain.dims, table, picked, epoch, carry=carry))
+            carry = plans[-1].carry
+        runs[world_size] = trained(plans) + carried(carry)
+    assert runs[1] == runs[ranks]
+
+
+@settings(max_examples=60, deadline=None)
+@given(table=datasets, chosen=choices)
+def test_one_process_accumulating_two_takes_the_steps_of_two_processes(
+    plain: FamilySpec, table: ClipTable, chosen: dict[str, Any]
+) -> None:
+    single = options(**{**chosen, "world_size": 1, "gradient_accumulation_steps": 2})
+    pair = replace(single, world_size=2, gradient_accumulation_steps=1)
+    if not prepare(plain, plain.dims, table, single).used.any():
+        return
+    left, right = (plan_epoch(plain, plain.dims, table, picked, 0) for picked in (single, pair))
+    assert left.digest() == right.digest()
+    together = [a + b for a, b in zip(right.micro_batches_for(0), right.micro_batches_for(1), strict=True)]
+    assert list(left.micro_batches_for(0)) == together
+
+
+def test_a_draw_does_not_depend_on_the_other_rows(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    table = mixed(200)
+    kept = np.arange(50, 120)
+    part = ClipTable(**{name: column[kept] for name, column in vars(table).items()})
+    shapes = []
+    for each in (table, part):
+        plan = plan_epoch(plain, plain.dims, each, options(), 3)
+        shapes.append({b.samples[0].row: b.shape for s in plan.micro_batches_for(0) for b in s})
+    assert len(shapes[1]) > 50
+    assert shapes[1].items() <= shapes[0].items()
+
+
+def test_equal_input_gives_equal_bytes_and_any_change_another_digest(
+    plain: FamilySpec, mixed: Callable[..., ClipTable]
+) -> None:
+    def digest(epoch: int = 0, **values: Any) -> str:
+        return plan_epoch(plain, plain.dims, mixed(300), options(**values), epoch).digest()
+
+    assert digest() == digest()
+    others = [digest(1), digest(seed=1), digest(world_size=2), digest(train_batch_size=2), digest(video_repeat=2)]
+    assert len({digest(), *others}) == 6
+
+
+def test_the_plan_is_the_same_on_every_machine(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    table = ClipTable.from_columns(width=[1280] * 40, height=[720] * 40, frames=[200] * 40, fps=(25, 1))
+    digest = plan_epoch(plain, plain.dims, table, options(world_size=4), 0).digest()
+    assert digest == "906c60a2bfbb645296e02cac32f93d64118cc7b3e0b71f2377c881db59f25178"
+
+
+def test_zero_and_one_repeat_both_mean_once(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    counts = [
+        plan_epoch(plain, plain.dims, mixed(100), options(video_repeat=n), 0).ledger.samples for n in (0, 1, 2)
+    ]
+    assert counts[0] == counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("world_size", [8, 64])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_ranks_are_equally_loaded_with_the_seeds_settings(family: str, world_size: int) -> None:
+    spec = FAMILIES[family]
+    table = ClipTable.from_columns(
+        width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1), is_image=[False] * 8000
+    )
+    plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=world_size), 0)
+    assert plan.num_steps >= 100
+    assert mean_over_max(plan) >= 0.98
+
+
+@pytest.mark.parametrize("batch", [{}, {"train_batch_size": 4}, {"tokens_per_batch": 40_000}])
+@pytest.mark.parametrize("world_size, num_rows", [(8, 8000), (64, 40_000)])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_ranks_are_equally_loaded_on_mixed_sets(
+    family: str, world_size: int, num_rows: int, batch: dict[str, Any], mixed: Callable[..., ClipTable]
+) -> None:
+    spec = FAMILIES[family]
+    table = mixed(num_rows, images=0.3 if "image" in spec.media_types else 0.0)
+    chosen = PlanOptions.pick(spec.defaults, world_size=world_size, **batch)
+    plan = plan_epoch(spec, spec.dims, table, chosen, 0)
+    assert mean_over_max(plan) >= 0.98
+
+
+def test_independent_draws_waste_half_of_the_hardware_with_the_seeds_settings() -> None:
+    spec = FAMILIES["wan-s2v"]
+    table = ClipTable.from_columns(width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1))
+    plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=8), 0)
+    figures = [independent_balance(plan, world_size=ranks) for ranks in (8, 64, 512)]
+    assert figures == pytest.approx([0.486, 0.463, 0.464], abs=0.015)
+
+
+def test_the_heaviest_step_opens_the_epoch_on_request(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    usual, first = (
+        plan_epoch(plain, plain.dims, mixed(500), options(world_size=4, heaviest_first=wish), 0)
+        for wish in (False, True)
+    )
+    assert first.flops[first.steps[0]].max() == first.flops.max() != usual.flops[usual.steps[0]].max()
+    assert sorted(map(tuple, first.steps.tolist())) == sorted(map(tuple, usual.steps.tolist()))
+
+
+def test_steps_are_shuffled_rather_than_sorted(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    plan = plan_epoch(plain, plain.dims, mixed(2000), options(world_size=4), 0)
+    cost = plan.flops[plan.steps].max(axis=1)
+    assert abs(np.corrcoef(cost, np.arange(len(cost)))[0, 1]) < 0.2
+
+
+def test_few_clips_make_progress_over_epochs(plain: FamilySpec) -> None:
+    table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
+    chosen = options(world_size=8)
+    plans = list(plan_epochs(plain, plain.dims, table, chosen, 100))
+    assert sum(plan.num_steps for plan in plans) == 300 // 8 == count_steps(plain, plain.dims, table, chosen, 100)
+    assert max(len(plan.carry) for plan in plans) < 8
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_run_too_small_for_a_step_borrows_from_the_following_epochs(plain: FamilySpec, batch: int) -> None:
+    table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
+    chosen = options(world_size=8, train_batch_size=batch)
+    for num_epochs in (1, 2):
+        plans = list(plan_epochs(plain, plain.dims, table, chosen, num_epochs))
+        assert [plan.num_steps for plan in plans] == [0] * (num_epochs - 1) + [1]
+        assert plans[-1].ledger.borrowed > 0
+        found = trained(plans)
+        assert sum(found.values()) == 8 * batch
+        assert max(found.values()) == 1
+        assert count_steps(plain, plain.dims, table, chosen, num_epochs) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(table=datasets, chosen=choices, num_epochs=st.integers(1, 6))
+def test_counted_steps_are_the_planned_steps(
+    plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], num_epochs: int
+) -> None:
+    picked = options(**chosen)
+    if not prepare(plain, plain.dims, table, picked).used.any():
+        return
+    plans = plan_epochs(plain, plain.dims, table, picked, num_epochs)
+    assert sum(plan.num_steps for plan in plans) == count_steps(plain, plain.dims, table, picked, num_epochs)
+
+
+def test_nothing_waits_for_more_than_one_epoch(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    for plan in plan_epochs(plain, plain.dims, mixed(300), options(world_size=64), 6):
+        assert (plan.carry.epoch == plan.epoch).all()
+
+
+def test_a_resumed_plan_equals_the_uninterrupted_one(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    table, chosen = mixed(150), options(world_size=8, train_batch_size=2)
+    whole = [plan.digest() for plan in plan_epochs(plain, plain.dims, table, chosen, 6)]
+    third = list(plan_epochs(plain, plain.dims, table, chosen, 3))[-1]
+    saved = Carry.from_json(json.loads(json.dumps(third.carry.to_json())))
+    assert len(saved) > 0
+    for carry in (saved, None):
+        resumed = plan_epochs(plain, plain.dims, table, chosen, 6, first_epoch=3, carry=carry)
+        assert [plan.digest() for plan in resumed] == whole[3:]
+
+
+def test_strides_follow_the_option_or_the_highest_frame_rate(plain: FamilySpec, speech: FamilySpec) -> None:
+    rates = [(24, 1), (30, 1), (30000, 1001), (3002, 100), (50, 1), (60000, 1001), (60, 1), (120, 1)]
+    table = ClipTable.from_columns(width=[640] * 8, height=[640] * 8, frames=[500] * 8, fps=rates)
+    assert prepare(plain, plain.dims, table, options(video_sample_stride=3)).stride.tolist() == [3] * 8
+    assert prepare(speech, speech.dims, table, options(video_sample_stride=1)).stride.tolist() == [
+        1, 1, 1, 1, 2, 2, 2, 4,
+    ]  # fmt: skip
+
+
+def test_dropped_rows_are_counted_by_reason(speech: FamilySpec) -> None:
+    table = ClipTable.from_columns(
+        width=[0, 640, 640, 640, 100, 640, 640],
+        height=[640] * 7,
+        frames=[100, 0, 100, 6, 100, 100, 7],
+        fps=[(25, 1), (25, 1), (0, 0), (25, 1), (25, 1), (25, 1), (25, 1)],
+        is_image=[False, False, False, False, False, True, False],
+    )
+    ledger = plan_epoch(speech, speech.dims, table, options(video_sample_stride=2), 0).ledger
+    assert ledger.used == 1
+    reasons = ["unsupported-type", "unknown-size", "unknown-length", "unknown-fps", "too-short", "too-small"]
+    assert ledger.dropped == dict.fromkeys(reasons, 1)
+
+
+def test_a_set_without_any_usable_row_names_the_reasons_and_the_way_out(plain: FamilySpec) -> None:
+    table = ClipTable.from_columns(width=[640, 64], height=[640, 64], frames=[3, 100], fps=(25, 1))
+    with pytest.raises(MetadataError, match="1 too-short.*1 too-small") as caught:
+        plan_epoch(plain, plain.dims, table, options(), 0)
+    assert caught.value.hint is not None and "9 frames" in caught.value.hint
+    empty = ClipTable.from_columns(width=[], height=[], frames=[], fps=(25, 1))
+    with pytest.raises(MetadataError, match="no rows"):
+        plan_epoch(plain, plain.dims, empty, options(), 0)
+
+
+def test_squares_only_without_buckets(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    plan = plan_epoch(plain, plain.dims, mixed(200), options(enable_bucket=False), 0)
+    assert (plan.height == plan.width).all()
+
+
+def test_frame_crop_keeps_most_clips_whole_and_all_lengths_legal(plain: FamilySpec) -> None:
+    table = ClipTable.from_columns(width=[480] * 4000, height=[480] * 4000, frames=[200] * 4000, fps=(25, 1))
+    chosen = options(video_sample_size=480, image_sample_size=480, random_frame_crop=True)
+    frames, counts = np.unique(plan_epoch(plain, plain.dims, table, chosen, 0).frames, return_counts=True)
+    assert frames.tolist() == list(range(5, 50, 4))
+    assert counts[-1] / 4000 == pytest.approx(0.9, abs=0.02)
+    assert counts[:-1].min() > 15
+
+
+def test_a_table_survives_its_file(tmp_path: Any, mixed: Callable[..., ClipTable]) -> None:
+    table = mixed(20)
+    table.save(tmp_path / "clips.npz")
+    again = ClipTable.load(tmp_path / "clips.npz")
+    assert all(np.array_equal(column, vars(again)[name]) for name, column in vars(table).items())
