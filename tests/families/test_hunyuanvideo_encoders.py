@@ -57,7 +57,7 @@ def llava(i2v: Path) -> LlavaPrompt:
 
 
 def pictures(count: int) -> tuple[list[Image.Image], Tensor]:
-    """Pictures, and the same as pixels in [-1, 1] [B, 3, H, W]. Half a step up, so that the way back truncates right."""
+    """Pictures, and the same as pixels in [-1, 1] [B, 3, H, W]. Half a step up: the way back truncates."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 255, (count, 3, 40, 56), generator=generator)
     images = [Image.fromarray(value.permute(1, 2, 0).byte().numpy()) for value in values]
@@ -84,8 +84,7 @@ def test_text_to_video_prompts_are_diffusers_prompts(caption: str, llama: LlamaP
 
 def test_text_states_are_the_raw_output_of_the_last_layer_but_two(llama: LlamaPrompt) -> None:
     outputs: list[Tensor] = []
-    layer = llama.model.layers[-3]
-    hook = layer.register_forward_hook(lambda *given: outputs.append(given[2][0] if isinstance(given[2], tuple) else given[2]))
+    hook = llama.model.layers[-3].register_forward_hook(lambda _, given, output: outputs.append(output))
     states, _ = llama.encode(["a cat"])
     hook.remove()
     assert torch.equal(states, outputs[0][:, 95:])

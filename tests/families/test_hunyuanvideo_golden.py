@@ -145,7 +145,8 @@ def test_a_missing_and_an_extra_tensor_are_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "condition", "fitting"), [("t2v", "i2v", "hunyuanvideo-t2v"), ("i2v_token_replace", "t2v", "hunyuanvideo-i2v")]
+    ("case", "condition", "fitting"),
+    [("t2v", "i2v", "hunyuanvideo-t2v"), ("i2v_token_replace", "t2v", "hunyuanvideo-i2v")],
 )
 def test_the_other_family_is_named_when_the_directory_is_its(
     case: str, condition: str, fitting: str, tmp_path: Path

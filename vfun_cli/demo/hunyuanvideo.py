@@ -1,11 +1,13 @@
 """Tiny HunyuanVideo directories in the released layout: random weights, real classes, working tokenizers."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -57,7 +59,12 @@ def build_i2v(folder: Path, seed: int = 0) -> None:
         torch.manual_seed(seed)
         tokenizer = _common(folder, "token_replace")
         vision = CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=336,
+            patch_size=14,
         )
         config = LlavaConfig(
             text_config=_llama(tokenizer),
@@ -66,6 +73,7 @@ def build_i2v(folder: Path, seed: int = 0) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         LlavaForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    _rename_tensors(folder / "text_encoder", r"^vision_tower\.", "vision_tower.vision_model.")
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(
         folder / "image_processor"
     )
@@ -106,6 +114,7 @@ def _common(folder: Path, image_condition: str | None) -> PreTrainedTokenizerFas
         pad_token_id=vocabulary - 1,
     )
     CLIPTextModel(clip).save_pretrained(folder / "text_encoder_2")
+    _rename_tensors(folder / "text_encoder_2", "^", "text_model.")
     return _write_llama_tokenizer(folder / "tokenizer")
 
 
@@ -166,6 +175,13 @@ def _write_clip_tokenizer(folder: Path) -> int:
         folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
     )
     return len(entries)
+
+
+def _rename_tensors(folder: Path, pattern: str, replacement: str) -> None:
+    """Give tensors the names of the released file, which an older transformers wrote."""
+    file = folder / "model.safetensors"
+    state = {re.sub(pattern, replacement, name): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
 
 
 def _write_index(folder: Path, pipeline: str, *, text_encoder: str) -> None:

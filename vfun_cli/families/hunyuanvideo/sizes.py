@@ -57,7 +57,7 @@ def check_config(config: Mapping[str, object], condition: Condition) -> None:
         return
     if found == "latent_concat":
         raise ConfigError(
-            "this is the 33-channel HunyuanVideo-I2V (image_condition_type latent_concat), which cannot be trained here",
+            "the 33-channel HunyuanVideo-I2V (image_condition_type latent_concat) cannot be trained here",
             hint="use the 16-channel HunyuanVideo-I2V (image_condition_type token_replace)",
         )
     fitting = _FAMILY_OF.get(found if found is None else str(found))
@@ -144,10 +144,6 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     )
     head = 2 * d * d + video * d * x["out_channels"] * patch
     macs = (
-        embeddings
-        + x["num_refiner_layers"] * refiner
-        + dims.num_layers * dual
-        + x["num_single_layers"] * single
-        + head
+        embeddings + x["num_refiner_layers"] * refiner + dims.num_layers * dual + x["num_single_layers"] * single + head
     )
     return 2.0 * macs

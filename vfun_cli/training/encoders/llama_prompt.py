@@ -27,9 +27,7 @@ class LlamaPrompt(nn.Module):
         self.max_length = max_length
 
     @classmethod
-    def from_folders(
-        cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, max_length: int = 256
-    ) -> "LlamaPrompt":
+    def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, max_length: int = 256) -> "LlamaPrompt":
         """Offline. Raises CheckpointError if a folder is incomplete or does not fit.
 
         The tokenizer is read as tokenizer.json states it: the class that the released folder names,
