@@ -50,7 +50,7 @@ def _parameters_on_meta() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:

@@ -4,6 +4,9 @@ from vfun_cli.families.spec import FamilySpec, MetadataField
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, RELEASED, forward_flops, read_dims, sequence_tokens
 
 DEFAULTS: dict[str, object] = {
+    "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.2-S2V-14B",
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_data_meta": "datasets/internal_datasets/metadata_control.json",
     "video_sample_size": 640,
     "token_sample_size": 640,
     "video_sample_stride": 1,

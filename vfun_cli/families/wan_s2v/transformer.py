@@ -5,7 +5,8 @@ a rename.
 
 Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
 - a parameter is read only inside the forward of the module that owns it, where sharding hooks have gathered it;
-- rope tables travel in an object, not as tensor arguments: FSDP2 casts floating-point arguments to bfloat16;
+- rope tables travel in an object, not as tensor arguments: FSDP2 casts floating-point arguments to bfloat16 (the
+  caller must keep it from doing so to ``timestep``, with ``cast_forward_inputs=False``: 999 would become 1000);
 - every cast is written out, and nothing in the forward waits for the accelerator.
 """
 
@@ -103,7 +104,10 @@ def rotary_positions(frames: int, height: int, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> RotaryTable:
-    """Rope angles of ``rotary_positions``, kept for each shape. The head splits into (t, h, w) as d-4⌊d/6⌋, 2⌊d/6⌋ x2."""
+    """Rope angles of ``rotary_positions``, kept for each shape.
+
+    A head of d splits into d - 4⌊d/6⌋ for time and 2⌊d/6⌋ each for height and width.
+    """
     third = 2 * (head_dim // 6)
     sizes = (head_dim - 2 * third, third, third)
     positions = rotary_positions(frames, height, width)
@@ -137,6 +141,7 @@ class WanS2VRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape and dtype."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight.to(x.dtype)
@@ -152,6 +157,7 @@ class WanS2VLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape and dtype."""
         return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
@@ -250,7 +256,7 @@ class CausalConv1d(nn.Module):
 
 
 class AudioMotionEncoder(nn.Module):
-    """Audio features at video rate to tokens at latent rate, a local and a global stream through shared convolutions."""
+    """Audio features at video rate to tokens at latent rate: local and global streams share the later convolutions."""
 
     def __init__(self, audio_dim: int, dim: int, num_tokens: int) -> None:
         super().__init__()
@@ -371,7 +377,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ("WanS2VBlock",)
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         *,
