@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.errors import CheckpointError
@@ -101,6 +101,20 @@ def test_only_the_named_modules_have_no_gradient(case: str, tmp_path: Path) -> N
     assert bool(modules) == (case != "easyanimate_v5.1_control/control_ref_partial_mmdit")
 
 
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    case = CASES[1]
+    tensors = load_file(GOLDEN / case / "io.safetensors")
+    model = load(case, tmp_path)
+    gradients = []
+    for recompute in (False, True):
+        model.enable_gradient_checkpointing() if recompute else model.disable_gradient_checkpointing()
+        model.zero_grad()
+        (predict(model, tensors) - tensors["target"]).square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_rotary_tables_are_the_originals(case: str) -> None:
     tensors = load_file(GOLDEN / case / "io.safetensors")
@@ -186,8 +200,6 @@ def test_released_names_survive_the_round_trip(case: str) -> None:
 
 
 def test_a_missing_tensor_is_an_error_with_its_name(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     case = CASES[0]
     state = load_file(GOLDEN / case / "weights.safetensors")
     del state["transformer_blocks.1.attn2.to_q.weight"]
@@ -237,7 +249,9 @@ def test_planned_tokens_and_flops_are_those_of_the_live_model(
     with torch.device("meta"):
         model = build_transformer(settings)
         seen: list[int] = []
-        model.transformer_blocks[0].register_forward_hook(lambda _, args, out: seen.append(out[0].shape[1] + out[1].shape[1]))
+        model.transformer_blocks[0].register_forward_hook(
+            lambda _, args, out: seen.append(out[0].shape[1] + out[1].shape[1])
+        )
         latents = torch.empty(1, 16, *spec.latent_shape(clip))
         captions = {"encoder_hidden_states": torch.empty(1, CAPTION_TOKENS, 40)}
         if two_streams:

@@ -28,9 +28,7 @@ def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHO
     return list(range(start, start + span, request.stride))
 
 
-def read_clip(
-    request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE
-) -> Tensor:
+def read_clip(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> Tensor:
     """Pixels of one video or image, float32 [F, 3, H, W] in [-1, 1]; an image is a clip of one frame.
 
     Raises MetadataError if the file cannot be decoded.

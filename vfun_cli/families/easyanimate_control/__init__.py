@@ -10,6 +10,8 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDi
 CAPTION_TOKENS = 256
 """Every caption is padded or cut to this many tokens, for each text encoder."""
 
+POINT_AT = "point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control"
+
 REQUIRED_CONFIG = (
     "num_attention_heads",
     "attention_head_dim",
@@ -41,7 +43,7 @@ def complete_config(config: Mapping[str, object]) -> dict[str, object]:
     if missing:
         raise CheckpointError(
             f"the transformer's config.json is not EasyAnimate's: it states no {', '.join(missing)}",
-            hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
+            hint=POINT_AT,
         )
     return {**CONFIG_DEFAULTS, **config}
 
@@ -127,7 +129,7 @@ def check_options(options: Mapping[str, object], family: str) -> None:
     if loss == "sigma":
         why = "it is the learned-variance diffusion of EasyAnimate V1 to V3; later models predict no variance"
     elif loss in LOSS_TYPES:
-        why = f"it belongs to {LOSS_TYPES[cast(str, loss)]}"
+        why = f"it belongs to {LOSS_TYPES[loss]}"
     else:
         why = "there is no such loss"
     raise ConfigError(f"loss_type {loss!r} cannot train {family}: {why}", hint=f"use --loss_type={own}")

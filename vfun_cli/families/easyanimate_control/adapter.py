@@ -1,16 +1,17 @@
 """EasyAnimate Control in the trainer's terms: what is decoded, encoded and handed to the transformer."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, check_options, complete_config
+from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, POINT_AT, V5, V5_1, check_options, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer, released_name
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
@@ -30,20 +31,20 @@ TextEncoders = dict[str, Qwen2VLText | PaddedText]
 """By the name of the transformer's argument that reads their output."""
 
 
-class EasyAnimateControl:
+class EasyAnimateControl(ABC):
     """What V5.1 and V5 share; a subclass says which captions it reads and which noise it learns."""
 
     spec: ClassVar[FamilySpec]
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: EasyAnimateTransformer3DModel,
         vae: MagvitVAE,
         text: TextEncoders,
         options: AdapterOptions,
         objective: dict[str, Any],
     ) -> None:
-        self.transformer = transformer
+        self.transformer: EasyAnimateTransformer3DModel = transformer
         self.vae = vae
         self.text = text
         self.options = options
@@ -72,14 +73,14 @@ class EasyAnimateControl:
         return cls(transformer, vae, text, options, cls.load_objective(folder))
 
     @staticmethod
+    @abstractmethod
     def load_text(folder: Path, dtype: torch.dtype) -> TextEncoders:
         """The text encoders of a model directory."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def load_objective(folder: Path) -> dict[str, Any]:
         """The settings of the objective, from a model directory."""
-        raise NotImplementedError
 
     @staticmethod
     def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
@@ -115,7 +116,7 @@ class EasyAnimateControl:
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """[B, C, F, H, W] like ``noisy``; everything enters in the dtype of ``noisy``, timesteps as they are."""
         inputs = {name: value.to(noisy) for name, value in conditions.items()}
-        (prediction,) = transformer(noisy, timesteps, return_dict=False, **inputs)
+        prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
 
     def objective_settings(self) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path}: {error}",
-            hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
+            hint=POINT_AT,
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")

@@ -15,7 +15,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, did_you_mean
-from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS
+from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS, POINT_AT
 from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
 from vfun_cli.training.rope import rotary_table
 
@@ -39,13 +39,14 @@ _RELEASED = {new: old for old, new in RENAMED.items()}
 
 
 class EndpointExclusiveRope(nn.Module):
-    """Rotary cosines and sines of the video tokens, [F * H/p * W/p, head_dim] each, from latents [B, C, F, H, W]."""
+    """Rotary tables of the video tokens, computed for the latents at hand."""
 
     def __init__(self, patch_size: int, head_dim: int, base: tuple[int, int]) -> None:
         super().__init__()
         self.patch_size, self.head_dim, self.base = patch_size, head_dim, base
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [F * H/p * W/p, head_dim] each, for latents [B, C, F, H, W]."""
         frames, height, width = latents.shape[2], *(side // self.patch_size for side in latents.shape[3:])
         return rotary_table(self.head_dim, frames, height, width, base=self.base, device=latents.device)
 
@@ -69,7 +70,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if asked:
         raise CheckpointError(
             f"the transformer's config.json asks for layers that the Control models do not have: {asked}",
-            hint="point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control",
+            hint=POINT_AT,
         )
     known = set(signature(EasyAnimateTransformer3DModel.__init__).parameters) - {"self"}
     given = {

@@ -29,13 +29,15 @@ class PaddedText(nn.Module):
         rows = self.tokenizer(
             list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        return rows["input_ids"]
+        ids: Tensor = rows["input_ids"]
+        return ids
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""
         ids = self.tokenize(captions)
         with torch.no_grad():
-            return self.model(input_ids=ids.to(next(self.model.parameters()).device)).last_hidden_state
+            states: Tensor = self.model(input_ids=ids.to(next(self.model.parameters()).device)).last_hidden_state
+        return states
 
 
 def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:

@@ -68,11 +68,11 @@ class MagvitVAE(nn.Module):
         frames = pixels.shape[2]
         if frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"the EasyAnimate VAE encodes 1 + 4k frames, got {frames}")
-        parts = [self._posterior(part) for part in pixels.split(self.mini_batch)]
+        parts = [self._posterior(part) for part in torch.split(pixels, self.mini_batch)]
         latents = torch.cat([mean for mean, _ in parts])
         if noise is not None:
             latents = latents + torch.cat([deviation for _, deviation in parts]) * noise.to(latents)
-        return latents * self.model.config.scaling_factor
+        return latents * float(self.model.config.scaling_factor)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32. The networks run in their own dtype."""
@@ -89,8 +89,9 @@ def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     wrong = {name: config[name] for name, value in SUPPORTED.items() if config.get(name, value) != value}
     if wrong:
+        right = {name: SUPPORTED[name] for name in wrong}
         raise CheckpointError(
-            f"{where}: the VAE of EasyAnimate V5 and V5.1 has { ({name: SUPPORTED[name] for name in wrong}) }, not {wrong}",
+            f"{where}: the VAE of EasyAnimate V5 and V5.1 has {right}, not {wrong}",
             hint="point --pretrained_model_name_or_path at a released EasyAnimate V5 or V5.1 Control model",
         )
     known = set(signature(AutoencoderKLMagvit.__init__).parameters) - {"self"}

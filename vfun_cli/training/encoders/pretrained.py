@@ -43,7 +43,10 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
 
 
 def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
-    """A tokenizer of class ``kind`` from its folder, offline, padding on the right. Raises CheckpointError if it is not there."""
+    """A tokenizer of class ``kind`` from its folder, offline, padding on the right.
+
+    Raises CheckpointError if it is not there or cannot be read.
+    """
     # transformers makes an empty vocabulary out of an empty folder without a word.
     if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
         raise CheckpointError(

@@ -60,4 +60,5 @@ class Qwen2VLText(nn.Module):
             states = self.model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
             ).hidden_states
-        return states[-2]
+        last_but_one: Tensor = states[-2]
+        return last_but_one
