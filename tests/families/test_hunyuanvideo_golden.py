@@ -116,10 +116,10 @@ def test_the_vae_tiles_as_the_original(tmp_path: Path) -> None:
     for name, shape in {"v25": (25, 64, 64), "tile": (5, 288, 320), "both": (21, 288, 64)}.items():
         inputs[name] = torch.rand((1, 3, *shape), generator=torch.Generator().manual_seed(2)) * 2 - 1
     for name, pixels in inputs.items():
-        latents = vae.encode(pixels)
-        assert torch.allclose(latents, golden[f"{name}.mean"] * 0.476986, atol=1e-5), name
-        _, std = vae._posterior(pixels)
+        mean, std = vae._posterior(pixels)
+        assert torch.allclose(mean, golden[f"{name}.mean"], atol=1e-5), name
         assert torch.allclose(std, torch.exp(0.5 * golden[f"{name}.logvar"]), atol=1e-5), name
+    assert torch.allclose(vae.encode(inputs["v9"]), golden["v9.mean"] * 0.476986, atol=1e-5)
 
 
 def test_the_released_image_to_video_model_has_12_821_012_544_parameters() -> None:

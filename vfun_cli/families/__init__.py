@@ -3,10 +3,21 @@
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.easyanimate_control import V5 as EASYANIMATE_V5
 from vfun_cli.families.easyanimate_control import V5_1 as EASYANIMATE_V5_1
+from vfun_cli.families.hunyuanvideo import I2V as HUNYUANVIDEO_I2V
+from vfun_cli.families.hunyuanvideo import T2V as HUNYUANVIDEO_T2V
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (WAN_S2V, EASYANIMATE_V5_1, EASYANIMATE_V5)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec
+    for spec in (
+        WAN_S2V,
+        HUNYUANVIDEO_T2V,
+        HUNYUANVIDEO_I2V,
+        EASYANIMATE_V5_1,
+        EASYANIMATE_V5,
+    )
+}
 
 
 def find(name: str) -> FamilySpec:
