@@ -16,7 +16,7 @@ from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1
 from vfun_cli.families.easyanimate_control.adapter import EasyAnimateControl, EasyAnimateV5, EasyAnimateV51
-from vfun_cli.families.easyanimate_control.transformer import released_name
+from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
 from vfun_cli.training.clips import frame_indices
 from vfun_cli.training.encoders.magvit_vae import MagvitVAE

@@ -18,12 +18,8 @@ from vfun_cli.families.easyanimate_control import (
     modules_without_gradient,
     read_dims,
 )
-from vfun_cli.families.easyanimate_control.transformer import (
-    build_transformer,
-    diffusers_name,
-    load_transformer,
-    released_name,
-)
+from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
+from vfun_cli.families.easyanimate_control.transformer import build_transformer, load_transformer
 from vfun_cli.families.spec import ClipShape, FamilySpec
 from vfun_cli.training.loading import empty_model
 from vfun_cli.training.rope import crop_region, rotary_table
@@ -197,6 +193,13 @@ def test_released_names_survive_the_round_trip(case: str) -> None:
     live = {diffusers_name(name) for name in names}
     assert live == set(empty_model(lambda: build_transformer(complete_config(config(case)))).state_dict())
     assert {released_name(name) for name in live} == names
+
+
+def test_names_of_lora_matrices_follow_their_layer() -> None:
+    live = "transformer_blocks.11.attn1.to_add_out.lora_A.weight"
+    assert released_name(live) == "transformer_blocks.11.attn2.to_out.0.lora_A.weight"
+    assert diffusers_name(released_name(live)) == live
+    assert released_name("transformer_blocks.1.attn1.to_out.0.bias") == "transformer_blocks.1.attn1.to_out.0.bias"
 
 
 def test_a_missing_tensor_is_an_error_with_its_name(tmp_path: Path) -> None:

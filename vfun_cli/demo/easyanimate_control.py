@@ -21,7 +21,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from vfun_cli.families.easyanimate_control.transformer import build_transformer, released_name
+from vfun_cli.families.easyanimate_control.names import released_name
+from vfun_cli.families.easyanimate_control.transformer import build_transformer
 from vfun_cli.training.encoders.magvit_vae import SUPPORTED, vae_arguments
 
 LATENT_CHANNELS = 16

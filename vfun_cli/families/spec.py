@@ -38,6 +38,10 @@ class MetadataField:
     required: bool = True
 
 
+def _unchanged(name: str) -> str:
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """One trainable model family. Frozen and free of torch: the adapter is named, not imported."""
@@ -98,6 +102,8 @@ class FamilySpec:
     """Option values of the embedded default (tiny model, tiny media)."""
     demo_builder: str = ""
     """``module:function`` that writes the tiny model directory."""
+    export_names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": _unchanged})
+    """For each export format, the name of a transformer parameter in it; ``same`` is the released naming."""
     train_modes: tuple[str, ...] = ()
     check_options: Callable[[Mapping[str, object]], None] = lambda options: None
     """Raises ConfigError for an option value that exists but cannot train this family."""

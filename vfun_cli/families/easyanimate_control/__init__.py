@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import cast
 
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
 
 CAPTION_TOKENS = 256
@@ -236,6 +237,7 @@ V5_1 = FamilySpec(
     },
     demo=DEMO,
     demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
+    export_names={"same": released_name, "diffusers": diffusers_name},
     train_modes=TRAIN_MODES,
 )
 

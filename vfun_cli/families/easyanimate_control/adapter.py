@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, POINT_AT, V5, V5_1, check_options, complete_config
-from vfun_cli.families.easyanimate_control.transformer import load_transformer, released_name
+from vfun_cli.families.easyanimate_control.names import released_name
+from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
 from vfun_cli.training.clips import read_clip

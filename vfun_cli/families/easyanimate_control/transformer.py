@@ -4,7 +4,6 @@ diffusers renamed the text half of an MMDiT block and computes rotary positions 
 mended here. Everything else of the model, V5's two text streams included, is diffusers' own.
 """
 
-import re
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, did_you_mean
 from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS, POINT_AT
+from vfun_cli.families.easyanimate_control.names import diffusers_name
 from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
 from vfun_cli.training.rope import rotary_table
 
@@ -24,18 +24,6 @@ NOT_MODEL_SHAPE = frozenset({"transformer_type", "add_ref_latent_in_control_mode
 
 UNSUPPORTED = ("ref_channels", "clip_channels", "swa_layers", "enable_clip_in_inpaint")
 """Released configuration keys that add layers which no Control model has."""
-
-RENAMED = {
-    "attn2.to_q": "attn1.add_q_proj",
-    "attn2.to_k": "attn1.add_k_proj",
-    "attn2.to_v": "attn1.add_v_proj",
-    "attn2.norm_q": "attn1.norm_added_q",
-    "attn2.norm_k": "attn1.norm_added_k",
-    "attn2.to_out.0": "attn1.to_add_out",
-}
-"""Released name of a block's text layer to its name in diffusers."""
-
-_RELEASED = {new: old for old, new in RENAMED.items()}
 
 
 class EndpointExclusiveRope(nn.Module):
@@ -90,21 +78,3 @@ def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTran
     model = empty_model(lambda: build_transformer(config))
     load_weights(model, safetensors_files(folder), rename=diffusers_name, dtype=torch.float32, where=str(folder))
     return model
-
-
-def diffusers_name(released: str) -> str:
-    """The name in diffusers of a released parameter name; names that are diffusers' already stay."""
-    return _rename(released, RENAMED)
-
-
-def released_name(parameter: str) -> str:
-    """The released name of one of the model's parameters."""
-    return _rename(parameter, _RELEASED)
-
-
-def _rename(name: str, table: Mapping[str, str]) -> str:
-    match = re.fullmatch(r"(transformer_blocks\.\d+\.)(.+)\.(weight|bias)", name)
-    if match is None:
-        return name
-    block, layer, kind = match.groups()
-    return f"{block}{table.get(layer, layer)}.{kind}"
