@@ -92,7 +92,7 @@ def test_documents_examples_of_random_hw_adapt_alone(
     chosen = options(video_sample_size=video, image_sample_size=image, random_hw_adapt=True)
     for kind, ends in (("video", videos), ("image", images)):
         found = bases(kind, chosen, plain)
-        assert (found[0], found[-1]) == ends
+        assert [found[0], found[-1]] == list(ends)
     assert {size.frames for size in size_set("video", chosen, plain, plain.dims).sizes} == {49}
 
 

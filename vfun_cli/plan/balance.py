@@ -9,23 +9,34 @@ SIMULATED_ROUNDS = 2000
 """Steps of the simulation; the ratio is stable to about 0.003 with 8 ranks."""
 
 
+def planned_rounds(plan: EpochPlan) -> FloatArray:
+    """FLOPs of each rank in every round, [rounds, ranks]; ranks meet at the end of a round.
+
+    A round is one accumulation index of a step: sharded weights are gathered in each forward pass.
+    """
+    return plan.flops[plan.steps].reshape(-1, plan.world_size)
+
+
+def independent_rounds(plan: EpochPlan, num_rounds: int, world_size: int, seed: int = 0) -> FloatArray:
+    """The same if every rank drew its micro-batches on its own from this epoch's, [rounds, ranks]."""
+    if len(plan.flops) == 0:
+        return np.zeros((0, world_size))
+    draws = np.arange(num_rounds * world_size)
+    picks = random_words("independent", seed, np.array([plan.epoch]), draws) % np.uint64(len(plan.flops))
+    return plan.flops[picks.astype(np.int64)].reshape(-1, world_size)
+
+
 def mean_over_max(plan: EpochPlan) -> float:
     """Mean over max FLOPs across ranks, over the epoch: the share of the time in which ranks compute, not wait.
 
-    Ranks meet after every micro-batch (sharded weights are gathered in each forward pass), so each accumulation
-    index counts on its own. 1.0 for an epoch without steps.
+    1.0 for an epoch without steps.
     """
-    return _ratio(plan.flops[plan.steps].reshape(-1, plan.world_size))
+    return _ratio(planned_rounds(plan))
 
 
 def independent_balance(plan: EpochPlan, seed: int = 0, world_size: int | None = None) -> float:
-    """The same figure if every rank drew its micro-batches on its own from this epoch's, simulated."""
-    if len(plan.flops) == 0:
-        return 1.0
-    world_size = world_size or plan.world_size
-    rounds = np.arange(SIMULATED_ROUNDS * world_size)
-    picks = random_words("independent", seed, np.array([plan.epoch]), rounds) % np.uint64(len(plan.flops))
-    return _ratio(plan.flops[picks.astype(np.int64)].reshape(-1, world_size))
+    """What independent draws per rank would give, simulated."""
+    return _ratio(independent_rounds(plan, SIMULATED_ROUNDS, world_size or plan.world_size, seed))
 
 
 def _ratio(rounds: FloatArray) -> float:

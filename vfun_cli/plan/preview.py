@@ -24,8 +24,8 @@ MOST_BUCKETS = 12
 """Lines of the bucket table; the rest is one line."""
 
 # Colours that keep their contrast on black and on white; no meaning hangs on them alone.
-CLIPS_STYLE = "blue"
-COMPUTE_STYLE = "magenta"
+CLIPS_STYLE = "color(33)"
+COMPUTE_STYLE = "color(162)"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 

@@ -1,0 +1,63 @@
+"""Mean over max FLOPs across ranks: the plan beside independent draws, for each family with the documents' settings.
+
+Run from the repository root: ``python benchmarks/plan_balance.py``. The aim: at least 0.98 over an epoch.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plan_sets import mixed_set, uniform_set, write_result  # noqa: E402
+
+from vfun_cli.families import FAMILIES  # noqa: E402
+from vfun_cli.plan.balance import independent_balance, mean_over_max  # noqa: E402
+from vfun_cli.plan.options import PlanOptions  # noqa: E402
+from vfun_cli.plan.schedule import plan_epoch  # noqa: E402
+
+RANKS = (8, 64, 512)
+ROWS = 200_000
+SMALL_ROWS = 10_000
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "batch 1": {},
+    "batch 4": {"train_batch_size": 4},
+    "50,000 tokens": {"tokens_per_batch": 50_000},
+    "batch 1, accumulation 4": {"gradient_accumulation_steps": 4},
+}
+
+
+def main() -> None:
+    """Measure every combination; print and write them, the smallest last."""
+    numbers = []
+    for name, spec in FAMILIES.items():
+        images = 0.3 if "image" in spec.media_types else 0.0
+        sets = {
+            f"720p, {ROWS} rows": uniform_set(ROWS),
+            f"mixed, {ROWS} rows": mixed_set(ROWS, images=images),
+            f"mixed, {SMALL_ROWS} rows": mixed_set(SMALL_ROWS, images=images),
+        }
+        for data, table in sets.items():
+            for batch, options in BATCHES.items():
+                for world_size in RANKS:
+                    chosen = PlanOptions.pick(spec.defaults, **{**options, "world_size": world_size})
+                    plan = plan_epoch(spec, spec.dims, table, chosen, 0)
+                    line = {
+                        "family": name,
+                        "data": data,
+                        "batch": batch,
+                        "world_size": world_size,
+                        "steps": plan.num_steps,
+                        "mean_over_max_flops": round(mean_over_max(plan), 4),
+                        "independent_draws": round(independent_balance(plan), 4),
+                    }
+                    numbers.append(line)
+                    print(*line.values(), sep="  ")
+    large = [line["mean_over_max_flops"] for line in numbers if line["data"] != f"mixed, {SMALL_ROWS} rows"]
+    print(f"smallest with {ROWS} rows: {min(large)}")
+    write_result("plan_balance", {"smallest_with_all_rows": min(large), "results": numbers})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""How long it takes to plan an epoch of a million rows with known sizes, and how much memory.
+
+Run from the repository root: ``python benchmarks/plan_million.py``. The aim: at most 10 s and 1 GB on two cores.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plan_sets import mixed_set, write_result  # noqa: E402
+
+from vfun_cli.families import FAMILIES  # noqa: E402
+from vfun_cli.plan.balance import mean_over_max  # noqa: E402
+from vfun_cli.plan.options import PlanOptions  # noqa: E402
+from vfun_cli.plan.schedule import plan_epoch  # noqa: E402
+
+ROWS = 1_000_000
+
+
+def main() -> None:
+    """Plan one epoch for each family and several numbers of ranks; print and write what it took."""
+    numbers = []
+    for name, spec in FAMILIES.items():
+        table = mixed_set(ROWS, images=0.3 if "image" in spec.media_types else 0.0)
+        for world_size in (1, 8, 512):
+            started = time.perf_counter()
+            plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=world_size), 0)
+            seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            digest = plan.digest()
+            line = {
+                "family": name,
+                "world_size": world_size,
+                "seconds": round(seconds, 2),
+                "digest_seconds": round(time.perf_counter() - started, 2),
+                "peak_mb_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "steps": plan.num_steps,
+                "buckets": len(plan.buckets),
+                "used": plan.ledger.used,
+                "mean_over_max_flops": round(mean_over_max(plan), 5),
+                "digest": digest,
+            }
+            numbers.append(line)
+            print(line)
+    write_result("plan_million", {"rows": ROWS, "images": 0.3, "results": numbers})
+
+
+if __name__ == "__main__":
+    main()
