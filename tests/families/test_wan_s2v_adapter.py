@@ -23,6 +23,7 @@ from vfun_cli.families.wan_s2v.adapter import (
     plan_motion,
 )
 from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
+from vfun_cli.training.clips import frame_indices
 from vfun_cli.training.encoders.wan_vae import noise_shape
 from vfun_cli.training.media import write_video, write_wav
 from vfun_cli.training.randomness import SampleKey
@@ -155,11 +156,11 @@ def test_history_runs_up_to_the_clip_at_its_stride_and_control_shows_the_same_fr
     sample = load(media, row=1)
     shown = source_frame(sample["pixels"])
     assert (shown.diff() - 2).abs().max() < 0.8
-    history = source_frame(sample["motion"][sample["motion"].flatten(1).abs().amax(1) > 0])
-    start = int(shown[0].round())
-    assert sample["has_motion"] and abs(len(history) - start // 2) <= 1
-    close_to = torch.arange(len(history) - 1, -1, -1)
-    assert (history - (shown[0] - 2 - 2 * close_to)).abs().max() < 1.5
+    count = frame_indices(request_for(media, row=1))[0] // 2
+    assert sample["has_motion"] and 1 < count < 73
+    assert sample["motion"][:-count].abs().max() == 0
+    age = torch.arange(count, 0, -1)
+    assert (source_frame(sample["motion"][-count:]) - (shown[0] - 2 * age)).abs().max() < 1.5
     assert (source_frame(sample["control"]) - (SOURCE_FRAMES - 1 - shown)).abs().max() < 1.5
 
 
