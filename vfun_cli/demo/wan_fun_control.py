@@ -29,7 +29,7 @@ CONFIG: dict[str, object] = {
 
 
 def build_model(folder: Path, seed: int) -> None:
-    """Write the model into ``folder``: transformer, VAE, text encoder and tokenizer, CLIP. The same seed, the same bytes."""
+    """Write transformer, VAE, text encoder, tokenizer and CLIP into ``folder``. The same seed gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -33,9 +33,9 @@ def write_encoders(folder: Path) -> None:
     torch.save({name: t.bfloat16() for name, t in umt5_state(vocabulary).items()}, folder / umt5.WEIGHTS)
 
 
-def write_clip(folder: Path) -> None:
+def write_clip(folder: Path, *, tokens: int = CLIP_TOKENS) -> None:
     """The CLIP file of the image-to-video models; of its text tower only what a reader must skip."""
-    state = {f"visual.{name}": tensor for name, tensor in clip_visual_state().items()}
+    state = {f"visual.{name}": tensor for name, tensor in clip_visual_state(tokens).items()}
     state |= {"log_scale": torch.zeros(()), "textual.head.0.weight": torch.zeros(4, 4)}
     torch.save(state, folder / clip_vision.WEIGHTS)
 
@@ -82,13 +82,16 @@ def umt5_state(vocabulary: int, *, layers: int = 2, heads: int = 2, inner: int =
     return _random(shapes)
 
 
-def clip_visual_state(*, layers: int = 2, inner: int = 64) -> dict[str, Tensor]:
-    """A small visual tower of the Wan CLIP under its original names, ``visual.`` taken off."""
+def clip_visual_state(tokens: int, *, layers: int = 2, inner: int = 64) -> dict[str, Tensor]:
+    """A small visual tower of the Wan CLIP under its original names, ``visual.`` taken off.
+
+    tokens: a square number of patches, and the class token.
+    """
     dim = CLIP_DIM
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embedding.weight": (dim, 3, CLIP_PATCH, CLIP_PATCH),
         "cls_embedding": (1, 1, dim),
-        "pos_embedding": (1, CLIP_TOKENS, dim),
+        "pos_embedding": (1, tokens, dim),
         "head": (dim, dim),
     }
     norms = ["pre_norm", "post_norm"]

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.wan_fun_control import SPEC, TEXT_TOKENS
+from vfun_cli.families.spec import ClipShape
+from vfun_cli.families.wan_fun_control import LATENT_CHANNELS, SPEC, TEXT_TOKENS
 from vfun_cli.families.wan_fun_control.transformer import (
     WanFunControlTransformer,
     live_name,
@@ -37,6 +39,37 @@ BLACK = -1.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which conditions one sample trains with; the others are zeros."""
+
+    picture: int
+    """Clip frame that serves as start image or reference and that CLIP sees."""
+    control: bool
+    start: bool
+    reference: bool
+    image: bool
+
+
+def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: str) -> Choice:
+    """Draw one sample's conditions.
+
+    A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both.
+    """
+    picture = 0
+    if control_ref_image == "random" and frames > 1:
+        draw = key.numpy("picture")
+        picture = 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
+    with_picture = train_mode != "control"
+    return Choice(
+        picture=picture,
+        control=not key.chance("drop control", DROP),
+        start=with_picture and picture == 0 and not key.chance("drop start", DROP),
+        reference=with_picture and picture > 0 and not key.chance("drop reference", DROP),
+        image=with_picture and not key.chance("drop image", DROP),
+    )
+
+
 class WanFunControlAdapter:
     """Noisy latents beside the latents of a control clip and of a start image, with text, CLIP and a reference."""
 
@@ -55,7 +88,7 @@ class WanFunControlAdapter:
         self.clip = clip
         self.options = options
         self.has_reference = transformer.has_reference
-        if self.has_reference and self.with_picture and options.control_ref_image == "first_frame":
+        if self.has_reference and options.train_mode != "control" and options.control_ref_image == "first_frame":
             log.warning(
                 "control_ref_image is first_frame: frame 0 trains as start image, so the reference branch (ref_conv) "
                 "of this V1.1 checkpoint sees zeros only. --control-ref-image random trains both."
@@ -77,11 +110,6 @@ class WanFunControlAdapter:
             options=options,
         )
 
-    @property
-    def with_picture(self) -> bool:
-        """Whether start image, reference and CLIP embedding are trained, or the control clip alone."""
-        return self.options.train_mode != "control"
-
     @staticmethod
     def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
         """``pixels`` and ``control`` [F, 3, H, W] of the same source frames, and ``text``, empty one time in ten.
@@ -101,12 +129,15 @@ class WanFunControlAdapter:
 
         ``control`` [B, 32, F, H, W]: latents of the control clip, then of the start image in latent frame 0;
         ``text`` [B, 512, text_dim]; ``image`` [B, 257, image_dim]; V1.1 also ``reference`` [B, 16, H, W].
-        A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both.
         """
+        options = self.options
         pixels = torch.stack([sample["pixels"] for sample in samples])  # [B, F, 3, H, W]
         control = torch.stack([sample["control"] for sample in samples])
-        chosen = [self._picture_index(key, pixels.shape[1]) for key in keys]
-        picture = pixels[range(len(keys)), chosen]  # [B, 3, H, W]
+        choices = [
+            choose(key, pixels.shape[1], train_mode=options.train_mode, control_ref_image=options.control_ref_image)
+            for key in keys
+        ]
+        picture = pixels[range(len(keys)), [choice.picture for choice in choices]]  # [B, 3, H, W]
         with self._encoding(self.vae):
             latents = self._latents(pixels, keys, "clip")
             control_latents = self._latents(control, keys, "control")
@@ -116,23 +147,17 @@ class WanFunControlAdapter:
         with self._encoding(self.text):
             text = pad_text(self.text.encode([sample["text"] for sample in samples]), TEXT_TOKENS)
 
-        control_latents = _keep(control_latents, [not key.chance("drop control", DROP) for key in keys])
+        control_latents = _keep(control_latents, [choice.control for choice in choices])
         start = torch.zeros_like(latents)
-        start[:, :, 0] = _keep(
-            picture_latents,
-            [self._has_picture(key, "drop start") and i == 0 for key, i in zip(keys, chosen, strict=True)],
-        )
+        start[:, :, 0] = _keep(picture_latents, [choice.start for choice in choices])
         conditions = {
             "control": torch.cat([control_latents, start], dim=1),
             "text": text,
-            "image": _keep(image, [self._has_picture(key, "drop image") for key in keys]),
+            "image": _keep(image, [choice.image for choice in choices]),
         }
         if self.has_reference:
-            conditions["reference"] = _keep(
-                picture_latents,
-                [self._has_picture(key, "drop reference") and i > 0 for key, i in zip(keys, chosen, strict=True)],
-            )
-        return latents, {name: tensor.to(self.options.compute_dtype) for name, tensor in conditions.items()}
+            conditions["reference"] = _keep(picture_latents, [choice.reference for choice in choices])
+        return latents, {name: tensor.to(options.compute_dtype) for name, tensor in conditions.items()}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The velocity, [B, 16, F, H, W], of ``noisy`` at ``timesteps`` [B], 0..1000."""
@@ -150,20 +175,9 @@ class WanFunControlAdapter:
     def _latents(self, pixels: Tensor, keys: Sequence[SampleKey], what: str) -> Tensor:
         """A posterior sample [B, 16, F, H, W] of pixels [B, F, 3, H, W], with noise of the sample's own."""
         _, frames, _, height, width = pixels.shape
-        _, h, w = SPEC.vae_stride
-        shape = (16, wan_vae.latent_frames(frames), height // h, width // w)
+        shape = (LATENT_CHANNELS, *SPEC.latent_shape(ClipShape(frames=frames, height=height, width=width)))
         noise = torch.stack([key.normal(f"{what} posterior", shape) for key in keys])
         return self.vae.encode(pixels.transpose(1, 2), noise)
-
-    def _picture_index(self, key: SampleKey, frames: int) -> int:
-        """The frame that serves as start image or reference and that CLIP sees."""
-        if self.options.control_ref_image == "first_frame" or frames == 1:
-            return 0
-        draw = key.numpy("picture")
-        return 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
-
-    def _has_picture(self, key: SampleKey, purpose: str) -> bool:
-        return self.with_picture and not key.chance(purpose, DROP)
 
 
 def _keep(tensor: Tensor, kept: Sequence[bool]) -> Tensor:

@@ -128,6 +128,9 @@ class WanFunControlTransformer(WanTransformer3DModel):
     embedding (the clip moves to 1..F), shares the timestep, and its prediction is thrown away.
     """
 
+    # The trainer decides about types for the whole model; the forward casts where diffusers wants float32.
+    _keep_in_fp32_modules = None
+
     def __init__(self, *, has_reference: bool, **config: Any) -> None:
         super().__init__(**config)
         self.has_reference = has_reference

@@ -1,0 +1,335 @@
+"""The Wan2.1-Fun Control family: tokens, FLOPs and conditions against a live tiny model and real tiny media."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vfun_cli.config import parse
+from vfun_cli.demo.wan_fun_control import CONFIG, build_model
+from vfun_cli.demo.wan_parts import write_clip
+from vfun_cli.errors import CheckpointError
+from vfun_cli.families.spec import ClipShape
+from vfun_cli.families.wan_fun_control import IMAGE_DIM, IMAGE_TOKENS, SPEC, read_dims
+from vfun_cli.families.wan_fun_control.adapter import WanFunControlAdapter, choose
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, released_name
+from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
+from vfun_cli.training.loading import read_safetensors, safetensors_files
+from vfun_cli.training.randomness import SampleKey
+
+CPU = torch.device("cpu")
+SHAPES = [
+    ClipShape(frames=frames, height=height, width=width)
+    for frames in (1, 9)
+    for height, width in ((64, 64), (48, 96), (112, 80))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan") / "Wan2.1-Fun-V1.1-Control"
+    build_model(folder, seed=0)
+    torch.manual_seed(0)
+    write_clip(folder, tokens=5)  # instead of 257: hundreds of pictures are encoded below
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_with(folder: Path) -> Callable[..., WanFunControlAdapter]:
+    """Adapters that share one loaded model and differ in their options."""
+    loaded = WanFunControlAdapter.from_pretrained(options(folder))
+
+    def make(**changes: Any) -> WanFunControlAdapter:
+        return WanFunControlAdapter(
+            transformer=loaded.transformer,
+            vae=loaded.vae,
+            text=loaded.text,
+            clip=loaded.clip,
+            options=options(folder, **changes),
+        )
+
+    return make
+
+
+def options(folder: Path, **changes: Any) -> AdapterOptions:
+    given = {
+        "train_mode": "control_object",
+        "control_ref_image": "random",
+        "compute_dtype": torch.float32,
+        "vae_mini_batch": 16,
+    }
+    return AdapterOptions(model_dir=folder, device=CPU, **{**given, **changes})
+
+
+def keys(count: int) -> list[SampleKey]:
+    return [SampleKey(seed=1, epoch=0, row=row) for row in range(count)]
+
+
+def clip(frames: int = 5, text: str = "a dog", side: int = 32) -> Sample:
+    pixels = torch.rand(frames, 3, side, side, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+    return {"pixels": pixels, "control": -pixels, "text": text}
+
+
+def live_model(*, reference: bool, dim: int = 64) -> WanFunControlTransformer:
+    return WanFunControlTransformer(
+        has_reference=reference,
+        num_attention_heads=4,
+        attention_head_dim=dim // 4,
+        in_channels=48,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=2 * dim,
+        num_layers=2,
+        image_dim=IMAGE_DIM,
+        added_kv_proj_dim=dim,
+    )
+
+
+def run_live(model: WanFunControlTransformer, shape: ClipShape) -> None:
+    frames, height, width = SPEC.latent_shape(shape)
+    reference = torch.zeros(1, 16, height, width) if model.has_reference else None
+    image = torch.zeros(1, IMAGE_TOKENS, IMAGE_DIM)
+    latents = torch.zeros(1, 48, frames, height, width)
+    # The counter knows the plain attention of the CPU, not its fused one.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(latents, torch.tensor([500.0]), torch.zeros(1, 512, 32), image, reference)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["V1.0", "V1.1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.frames}x{s.height}x{s.width}")
+def test_planned_tokens_and_flops_are_those_of_the_live_model(shape, reference):
+    model = live_model(reference=reference)
+    lengths = []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    with FlopCounterMode(display=False) as counter:
+        run_live(model, shape)
+    dims = read_dims({**CONFIG, "add_ref_conv": reference})
+    assert lengths == [SPEC.sequence_tokens(shape, dims)]
+    assert SPEC.forward_flops(shape, dims) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_documents_clip_has_the_documents_tokens():
+    shape = ClipShape(frames=49, height=512, width=512)
+    assert SPEC.sequence_tokens(shape, SPEC.dims) == 13_312
+    v11 = read_dims({"in_dim": 48, "dim": 5120, "ffn_dim": 13824, "num_layers": 40, "add_ref_conv": True})
+    assert SPEC.sequence_tokens(shape, v11) == 13_312 + 1_024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_dim": 36}, "36 channels"),
+        ({"in_dim": 32, "add_control_adapter": True}, "Camera"),
+        ({"dim": None}, "states no dim"),
+    ],
+)
+def test_configurations_of_other_models_are_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_dims({**CONFIG, **change})
+
+
+def test_every_default_is_a_value_its_option_takes():
+    layers = [SPEC.defaults, SPEC.lora_defaults, SPEC.demo, *SPEC.strategy_defaults.values()]
+    values = [parse(name, value, "default") for layer in layers for name, value in layer.items()]
+    assert len(values) > 40
+    modes = {layer["train_mode"] for layer in layers if "train_mode" in layer}
+    assert modes == {"control_object", "inpaint"} <= set(SPEC.train_modes)
+
+
+def test_the_released_directory_loads_exactly_and_names_go_back(folder):
+    adapter = WanFunControlAdapter.from_pretrained(options(folder))
+    released = dict(read_safetensors(safetensors_files(folder)))
+    live = adapter.transformer.state_dict()
+    assert {adapter.export_name(name) for name in live} == set(released)
+    assert all(torch.equal(live[name], released[released_name(name)].float()) for name in live)
+    assert {tensor.dtype for tensor in live.values()} == {torch.float32}
+
+
+def test_the_demo_model_is_the_same_bytes_for_the_same_seed(folder, tmp_path):
+    build_model(tmp_path / "again", seed=0)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_directory_without_a_part_is_refused_by_its_file_name(tmp_path):
+    build_model(tmp_path, seed=0)
+    for name in ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "Wan2.1_VAE.pth", "config.json"):
+        (tmp_path / name).unlink()
+        with pytest.raises(CheckpointError, match=name):
+            WanFunControlAdapter.from_pretrained(options(tmp_path))
+
+
+def shares(**modes: str) -> dict[str, float]:
+    """How often each condition is kept, over many samples of nine frames."""
+    given = {"train_mode": "control_object", "control_ref_image": "random", **modes}
+    choices = [choose(key, 9, **given) for key in keys(4000)]
+    assert not any(choice.start and choice.reference for choice in choices)
+    names = ("control", "start", "reference", "image")
+    return {name: sum(getattr(choice, name) for choice in choices) / len(choices) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({}, {"control": 0.9, "start": 0.4 * 0.9, "reference": 0.6 * 0.9, "image": 0.9}),
+        ({"control_ref_image": "first_frame"}, {"control": 0.9, "start": 0.9, "reference": 0.0, "image": 0.9}),
+        ({"train_mode": "control"}, {"control": 0.9, "start": 0.0, "reference": 0.0, "image": 0.0}),
+    ],
+    ids=["random", "first_frame", "control"],
+)
+def test_conditions_are_kept_as_often_as_the_released_models_saw_them(modes, expected):
+    assert shares(**modes) == pytest.approx(expected, abs=0.025)
+
+
+def test_a_random_picture_is_frame_0_or_evenly_a_later_one():
+    picked = [choose(key, 5, train_mode="control_ref", control_ref_image="random").picture for key in keys(4000)]
+    assert [picked.count(i) / 4000 for i in range(5)] == pytest.approx([0.4, 0.15, 0.15, 0.15, 0.15], abs=0.025)
+    assert choose(keys(1)[0], 1, train_mode="control_ref", control_ref_image="random").picture == 0
+
+
+def test_a_v11_model_that_never_sees_a_reference_says_so(adapter_with, caplog):
+    caplog.clear()
+    adapter_with(control_ref_image="random")
+    assert "zeros only" not in caplog.text
+    adapter_with(control_ref_image="first_frame")
+    assert "zeros only" in caplog.text
+
+
+def test_what_a_sample_does_not_keep_is_zeros(adapter_with):
+    drawn = {key: choose(key, 5, train_mode="control_object", control_ref_image="random") for key in keys(60)}
+    chosen = list({str(choice): key for key, choice in drawn.items()}.values())  # one of each kind
+    latents, conditions = adapter_with().encode([clip(side=16)] * len(chosen), chosen)
+    control = conditions["control"]
+    parts = {
+        "control": control[:, :16],
+        "start": control[:, 16:, 0],
+        "reference": conditions["reference"],
+        "image": conditions["image"],
+    }
+    for name, tensor in parts.items():
+        kept = [getattr(drawn[key], name) for key in chosen]
+        assert set(kept) == {True, False}, name
+        assert tensor.flatten(1).ne(0).any(dim=1).tolist() == kept, name
+    assert not control[:, 16:, 1:].any()
+    assert latents.shape == (len(chosen), 16, 2, 2, 2)
+
+
+@pytest.mark.parametrize("mode", ["inpaint", "control_ref"])
+def test_the_modes_of_the_documents_and_of_the_script_are_one(adapter_with, mode):
+    samples = [clip(), clip()]
+    latents, conditions = adapter_with(train_mode=mode).encode(samples, keys(2))
+    expected, expected_conditions = adapter_with(train_mode="control_object").encode(samples, keys(2))
+    assert torch.equal(latents, expected)
+    assert conditions.keys() == expected_conditions.keys()
+    assert all(torch.equal(conditions[name], expected_conditions[name]) for name in conditions)
+
+
+def test_reference_and_clip_embedding_are_of_the_chosen_frame(adapter_with):
+    adapter = adapter_with()
+    sample = clip(9)
+    drawn = {key: choose(key, 9, train_mode="control_object", control_ref_image="random") for key in keys(50)}
+    key, choice = next((k, c) for k, c in drawn.items() if c.reference and c.image)
+    index = choice.picture
+    _, conditions = adapter.encode([sample], [key])
+    frame = sample["pixels"][index : index + 1]
+    noise = key.normal("picture posterior", (16, 1, 4, 4))[None]
+    latent = adapter.vae.encode(frame.transpose(0, 1)[None], noise)[:, :, 0]
+    torch.testing.assert_close(conditions["reference"], latent)
+    torch.testing.assert_close(conditions["image"], adapter.clip.encode(frame))
+
+
+def test_a_sample_is_encoded_alike_whatever_its_neighbours(adapter_with):
+    adapter = adapter_with(vae_mini_batch=2)
+    batch = [clip(text="a dog"), clip(text="a much longer sentence about cats"), clip(text="")]
+    latents, conditions = adapter.encode(batch, keys(3))
+    for row, (sample, key) in enumerate(zip(batch, keys(3), strict=True)):
+        alone, alone_conditions = adapter.encode([sample], [key])
+        torch.testing.assert_close(latents[row : row + 1], alone)
+        for name, value in alone_conditions.items():
+            torch.testing.assert_close(conditions[name][row : row + 1], value)
+
+
+def write_video(path: Path, frames: int, height: int = 48, width: int = 64) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for index in range(frames):
+            level = np.full((height, width, 3), index * 250 // frames, dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(level, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def request(record: dict[str, Any], *, kind: str, frames: int, row: int = 0, total: int = 30) -> SampleRequest:
+    return SampleRequest(
+        key=SampleKey(seed=3, epoch=0, row=row),
+        record=record,
+        kind=kind,
+        frames=frames,
+        height=48,
+        width=64,
+        stride=2,
+        total_frames=total,
+        fps=(24, 1),
+    )
+
+
+def test_a_control_clip_shows_the_frames_of_its_video(tmp_path):
+    for name in ("clip.mp4", "control.mp4"):
+        write_video(tmp_path / name, 30)
+    record = {
+        "file_path": str(tmp_path / "clip.mp4"),
+        "control_file_path": str(tmp_path / "control.mp4"),
+        "text": "grey",
+    }
+    samples = [WanFunControlAdapter.load(request(record, kind="video", frames=9, row=row), {}) for row in range(12)]
+    for sample in samples:
+        assert sample["pixels"].shape == (9, 3, 48, 64)
+        assert torch.equal(sample["pixels"], sample["control"])
+    assert len({sample["pixels"][0].mean().item() for sample in samples}) > 3  # clips start at different frames
+
+
+def test_a_missing_control_is_black_for_videos_and_images(tmp_path):
+    write_video(tmp_path / "clip.mp4", 20)
+    Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(tmp_path / "picture.png")
+    video = {"file_path": str(tmp_path / "clip.mp4"), "control_file_path": None, "text": "x"}
+    image = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
+    cases = (request(video, kind="video", frames=5, total=20), request(image, kind="image", frames=1, total=1))
+    for case in cases:
+        sample = WanFunControlAdapter.load(case, {})
+        assert sample["control"].shape == sample["pixels"].shape == (case.frames, 3, 48, 64)
+        assert (sample["control"] == -1).all()
+
+
+def test_texts_are_dropped_one_time_in_ten(tmp_path):
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "picture.png")
+    record = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
+    texts = [
+        WanFunControlAdapter.load(request(record, kind="image", frames=1, row=row), {})["text"] for row in range(300)
+    ]
+    assert texts.count("") / 300 == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_micro_batch_goes_through_the_whole_model(tmp_path, dtype, frames):
+    build_model(tmp_path, seed=0)
+    adapter = WanFunControlAdapter.from_pretrained(options(tmp_path, compute_dtype=dtype, low_vram=True))
+    adapter.transformer.to(dtype)
+    latents, conditions = adapter.encode([clip(frames), clip(frames, text="")], keys(2))
+    assert latents.dtype == torch.float32
+    assert {tensor.dtype for tensor in conditions.values()} == {dtype}
+    assert conditions["text"].shape == (2, 512, 32) and conditions["image"].shape == (2, 257, 32)
+    prediction = adapter.predict(adapter.transformer, latents, torch.tensor([900.0, 12.5]), conditions)
+    assert prediction.shape == latents.shape == (2, 16, (frames - 1) // 4 + 1, 4, 4)
+    prediction.float().square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter.transformer.parameters())
