@@ -260,6 +260,7 @@ class _Row:
         self.record = record
         self.fields = fields
         self.root = root
+        self.names: dict[str, str] = {item.media: item.name for item in fields}
         self.problems: list[Problem] = []
         self.paths: dict[str, str] = {}
         """Absolute media paths by field."""
@@ -286,7 +287,7 @@ class _Row:
 
     def field_of(self, media: str) -> str | None:
         """The name of the family's visual, control or audio field."""
-        return next((item.name for item in self.fields if item.media == media), None)
+        return self.names.get(media)
 
     def of(self, media: str) -> Facts | None:
         """The facts of that field's file."""

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -102,7 +102,7 @@ _KINDS: dict[str, type[VisualFacts] | type[AudioFacts] | type[Failure]] = {
 def probe_visual(path: str | Path) -> VisualFacts:
     """Size, length and frame rate of a video or a picture. Raises ProbeError."""
     _require_file(path)
-    if Path(path).suffix.lower() in PICTURES:
+    if os.path.splitext(path)[1].lower() in PICTURES:  # noqa: PTH122
         try:
             return _probe_picture(path)
         except ProbeError as error:
@@ -175,7 +175,7 @@ def _probe(key: tuple[str, str]) -> str:
 def _require_file(path: str | Path) -> None:
     """A regular, readable file with something in it: opening a pipe would wait for ever."""
     try:
-        status = Path(path).stat()
+        status = os.stat(path)  # noqa: PTH116 - pathlib costs a tenth of the whole probe
     except (FileNotFoundError, NotADirectoryError):
         raise ProbeError("missing-file", "no such file") from None
     except (OSError, ValueError) as error:
@@ -252,7 +252,7 @@ def _probe_video(container: "av.container.InputContainer", path: str) -> VisualF
     index = stream.index_entries
     if len(index):
         last = index[-1]
-        truncated = 0 <= Path(path).stat().st_size < last.pos + last.size
+        truncated = container.size < last.pos + last.size
     if not frames or 0 < len(index) < frames:  # AVI counts frames that were never written
         times = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
         frames, variable = len(times), _uneven(times)
@@ -262,7 +262,7 @@ def _probe_video(container: "av.container.InputContainer", path: str) -> VisualF
         # Two different rates are a sign, no proof: the spacing in the index decides.
         variable = _uneven(sorted(entry.timestamp for entry in index)) if len(index) else True
     width, height = context.width, context.height
-    if container.format.name.startswith("mov") and _mp4_is_turned(path):
+    if container.format.name.startswith("mov") and _mp4_is_turned(path, container.size):
         width, height = height, width
     square = stream.sample_aspect_ratio in (None, 0, 1)
     return VisualFacts(
@@ -282,42 +282,44 @@ def _uneven(times: list[int]) -> bool:
     return max(body) - min(body) > max(2, sum(steps) / len(steps) / 10)
 
 
-def _mp4_is_turned(path: str) -> bool:
-    """Whether an mp4 shows its first picture track turned by a quarter: the matrix in ``moov/trak/tkhd``.
+def _mp4_is_turned(path: str, size: int) -> bool:
+    """Whether an mp4 of ``size`` bytes shows its first picture track turned by a quarter (``moov/trak/tkhd``).
 
     PyAV tells the rotation only after decoding a frame, which takes ten times as long as the header
-    (ISO/IEC 14496-12, 8.3.2).
+    (ISO/IEC 14496-12, 8.3.2: a 3x3 matrix, then width and height).
     """
-    with Path(path).open("rb") as file:
-        moov = _box(file, b"moov", os.fstat(file.fileno()).st_size)
-    at = 0
+    moov, at = _box(path, b"moov", size), 0
     while (at := moov.find(b"tkhd", at)) >= 0:
         at += 4
-        matrix = at + (52 if moov[at : at + 1] == b"\x01" else 40)  # version 1 has 64-bit times
-        numbers = [int.from_bytes(moov[matrix + 4 * i : matrix + 4 * i + 4], "big", signed=True) for i in range(11)]
-        if numbers[9] > 0 and numbers[10] > 0:  # a track with a picture has a width and a height
-            return numbers[0] == 0 and numbers[4] == 0 and numbers[1] != 0
+        start = at + (52 if moov[at : at + 1] == b"\x01" else 40)  # version 1 has 64-bit times
+        if start + 44 > len(moov):
+            return False
+        across, turn, _, _, down, *_, width, height = struct.unpack_from(">11i", moov, start)
+        if width > 0 and height > 0:  # a track with a picture
+            return across == 0 and down == 0 and turn != 0
     return False
 
 
-def _box(file: Any, name: bytes, size: int) -> bytes:
+def _box(path: str, name: bytes, size: int) -> bytes:
     """The payload of a top-level box, or nothing."""
-    position = 0
-    while position + 8 <= size:
-        file.seek(position)
-        head = file.read(16)
-        length, header = int.from_bytes(head[:4], "big"), 8
-        if length == 1:
-            length, header = int.from_bytes(head[8:16], "big"), 16
-        if length == 0:
-            length = size - position
-        if head[4:8] == name:
-            file.seek(position + header)
-            return bytes(file.read(min(length, size - position) - header))
-        if length < header:
-            break
-        position += length
-    return b""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        position = 0
+        while position + 8 <= size:
+            head, header = os.pread(file, 16, position), 8
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length, header = int.from_bytes(head[8:16], "big"), 16
+            if length == 0:
+                length = size - position
+            if length < header:
+                break
+            if head[4:8] == name:
+                return os.pread(file, min(length, size - position) - header, position + header)
+            position += length
+        return b""
+    finally:
+        os.close(file)
 
 
 def _probe_sound(container: "av.container.InputContainer", path: str) -> AudioFacts:
@@ -436,7 +438,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTE
 
 def _stamp(path: str) -> _Stamp | None:
     try:
-        status = Path(path).stat()
+        status = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
@@ -480,19 +482,28 @@ def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
         database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
+_NAMES = {name: tuple(item.name for item in fields(kind)) for name, kind in _KINDS.items()}
+_TYPES: dict[str, tuple[Any, ...]] = {name: tuple(item.type for item in fields(kind)) for name, kind in _KINDS.items()}
+
+
 def _freeze(facts: Facts) -> str:
-    """``VisualFacts|video|640|…``: values in field order. Texts come last, so that they may hold the separator."""
-    values = [getattr(facts, item.name) for item in fields(facts)]
-    return "|".join([type(facts).__name__, *(str(int(v)) if isinstance(v, bool) else str(v) for v in values)])
+    """``VisualFacts|video|640|…``: values in field order. A text that may hold the separator comes last."""
+    name = type(facts).__name__
+    return "|".join([name, *map(str, map(facts.__dict__.__getitem__, _NAMES[name]))])
 
 
 def _thaw(text: str) -> Facts:
     name, _, rest = text.partition("|")
-    kind = _KINDS[name]
-    names = [item.name for item in fields(kind)]
-    parts = rest.split("|", len(names) - 1)
-    types: Mapping[str, Any] = {item.name: item.type for item in fields(kind)}
-    return kind(**{key: _READ.get(types[key], str)(part) for key, part in zip(names, parts, strict=True)})
+    parts = rest.split("|", len(_NAMES[name]) - 1)
+    values = (_READ[kind](part) if kind in _READ else part for kind, part in zip(_TYPES[name], parts, strict=True))
+    kept: dict[str, Any] = dict(zip(_NAMES[name], values, strict=True))
+    return _KINDS[name](**kept)
 
 
-_READ: dict[Any, Callable[[str], Any]] = {int: int, bool: lambda part: part == "1", Fraction: Fraction}
+def _fraction(text: str) -> Fraction:
+    """``30000/1001``; four times as fast as the parser of Fraction, which a large cached set feels."""
+    over, _, under = text.partition("/")
+    return Fraction(int(over), int(under or 1))
+
+
+_READ: dict[Any, Callable[[str], Any]] = {int: int, bool: "True".__eq__, Fraction: _fraction}
