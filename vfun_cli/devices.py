@@ -3,7 +3,9 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 
 from vfun_cli.errors import EnvironmentFault
 
@@ -37,3 +39,15 @@ def check_processes(device: str, per_machine: int) -> None:
         what = "GPUs" if device == "cuda" else "processor cores"
         raise EnvironmentFault(f"{per_machine} processes were asked for on a machine with {devices} {what}.",
                                hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.")
+
+
+def require_package(choice: str, packages: Mapping[str, str]) -> None:
+    """Refuse a choice whose Python package is not installed.
+
+    Raises:
+        EnvironmentFault: with the command that installs it.
+    """
+    package = packages.get(choice)
+    if package is not None and find_spec(package) is None:
+        raise EnvironmentFault(f"{choice} needs the Python package {package}, which is not installed.",
+                               hint=f"pip install {package}")

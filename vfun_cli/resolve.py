@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import devices
-from vfun_cli.config import IDLE_FLAGS, RunConfig, default_of, options, parse
+from vfun_cli.config import RunConfig, default_of, options, parse
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 
@@ -62,6 +62,9 @@ def resolve(
         for name, value in layer.items():
             values[name] = parse(name, value, source)
             sources[name] = source
+    if "default" in sources["train_data_dir"] and "default" not in sources["train_data_meta"]:
+        values["train_data_dir"] = values["train_data_meta"].parent
+        sources["train_data_dir"] = "folder of train_data_meta"
     if values["image_sample_size"] is None:
         values["image_sample_size"] = values["video_sample_size"]
     _settle_placement(values, sources)
@@ -148,10 +151,14 @@ def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
         known = ", ".join(spec.train_modes) or "none: leave --train-mode out"
         raise ConfigError(f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} "
                           f"Its modes: {known}.")
+    spec.check_options(values)
     if not values["trainable_modules"]:
         raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
 
 
-def notices(idle: Mapping[str, Any]) -> list[str]:
-    """One line for each typed flag that has no effect."""
-    return [f"--{name.replace('_', '-')} has no effect: {IDLE_FLAGS[name]}." for name in idle]
+def setting(name: str, environ: Mapping[str, str], directory: Path) -> Any:
+    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it."""
+    value = None
+    for _, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
+        value = layer.get(name, value)
+    return value

@@ -5,12 +5,18 @@ set-up here keeps the real strategies on gloo, and ``assert_strategy`` refuses a
 """
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from vfun_cli.errors import RunError
@@ -18,22 +24,34 @@ from vfun_cli.errors import RunError
 
 def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precision: str) -> Accelerator:
     """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
-    settings = {"gradient_accumulation_steps": accumulation}
+    settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
     if strategy.startswith("zero"):
         backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
         return Accelerator(**settings, kwargs_handlers=[backend])
     settings["mixed_precision"] = mixed_precision
-    if device == "cuda":
-        return Accelerator(**settings)
     if strategy == "fsdp":
-        # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
-        state = PartialState(cpu=True)
-        state.distributed_type = DistributedType.MULTI_GPU
-        state._cpu = False
+        if device == "cpu":
+            # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
+            state = PartialState(cpu=True)
+            state.distributed_type = DistributedType.MULTI_GPU
+            state._cpu = False
+        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(mixed_precision))
+    if device == "cuda":
         return Accelerator(**settings)
     # A bucket view saves a copy of every gradient.
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if strategy == "ddp" else []
     return Accelerator(**settings, cpu=True, kwargs_handlers=handlers)
+
+
+def _fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launch file says (through accelerate's environment), with a precision policy of our own.
+
+    accelerate's policy casts every float input of the forward pass, which rounds the timestep 999 to 1000 in bf16:
+    18 % relative error of a tiny Wan-S2V prediction against 0.9 % without. It also reduces gradients in bf16.
+    """
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def prepare_environment(device: str) -> None:

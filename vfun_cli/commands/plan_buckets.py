@@ -1,0 +1,84 @@
+"""``vfun plan-buckets``: the token-length bucket plan, before any GPU."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vfun_cli import console, families
+from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, Json
+from vfun_cli.commands.signature import with_options
+from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import ConfigError
+from vfun_cli.plan.preview import preview
+from vfun_cli.plan.report import plan_json, why, why_lines
+from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
+from vfun_cli.planning import plan_options
+from vfun_cli.resolve import resolve
+
+
+@with_options("plan-buckets")
+def plan_buckets(
+    given: dict[str, Any],
+    family: Annotated[str, typer.Argument(help=FAMILY_HELP, show_default=False)],
+    meta: Annotated[
+        Path | None, typer.Option("--meta", help="Short for --train-data-meta.", show_default=False)
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Ranks to plan for. [default: as train would run here]",
+                                 show_default=False)
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs to plan.")] = 1,
+    why_row: Annotated[
+        int | None, typer.Option("--why", metavar="ROW", help="Explain one clip, from its file to its bucket.",
+                                 show_default=False)
+    ] = None,
+    plot_to: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the plan as an .svg or .png picture.", show_default=False)
+    ] = None,
+    demo: Demo = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which clip trains at which size and length on which rank, and what each step costs.
+
+    Without metadata: the size table alone. The training core executes this very plan.
+
+    Examples: [bold]vfun plan-buckets wan-s2v[/bold] · [bold]vfun plan-buckets wan-s2v --meta metadata.json
+    --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
+    """
+    spec = families.find(family)
+    if meta is not None:
+        given["train_data_meta"] = meta
+    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
+    config = resolved.config
+    ranks = world_size or config.num_processes or 1
+    if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
+        if why_row is not None or plot_to is not None:
+            raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
+        dims = dims_if_there(config, spec)
+        if json:
+            console.print_json(plan_json(spec, dims, plan_options(config, ranks)))
+        else:
+            console.out.print(preview(spec, dims, plan_options(config, ranks)))
+            console.hint("Name the metadata with --meta for the plan of its clips.")
+        return
+    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks)
+    plans = plan(source, epochs)
+    known = (spec, source.dims)
+    if plot_to is not None:
+        from vfun_cli.plan.plot import plot
+
+        plot(plot_to, *known, source.table, source.options, plans)
+        console.hint(f"wrote {plot_to}")
+    if why_row is not None:
+        story = why(*known, source.table, source.options, why_row, plans)
+        if json:
+            console.print_json(story)
+        else:
+            console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
+    elif json:
+        console.print_json(plan_json(*known, source.options, source.table, plans))
+    else:
+        console.out.print(preview(*known, source.options, source.table, plans))

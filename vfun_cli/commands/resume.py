@@ -1,0 +1,41 @@
+"""``vfun resume``: continue a run exactly."""
+
+from typing import Annotated, Any
+
+import typer
+
+from vfun_cli import families, identity, launching, locate
+from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
+from vfun_cli.commands.signature import with_options
+from vfun_cli.resolve import resolve
+
+Run = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN | CHECKPOINT]", show_default=False,
+                   help="Run directory or checkpoint; by default the newest checkpoint of the output directory."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", help="Let this option change although it changes the training; repeat for more.",
+                 show_default=False),
+]
+
+
+@with_options("train", strategies=True)
+def resume(
+    given: dict[str, Any], run: Run = None, allow: Allow = None, demo: Demo = False, dry_run: DryRun = False,
+    json: Json = False, debug: Debug = False,
+) -> None:
+    """Continue a run from its newest complete checkpoint, with the options it was started with.
+
+    Examples: [bold]vfun resume[/bold] · [bold]vfun resume output_dir/checkpoint-500[/bold] ·
+    [bold]vfun resume --learning-rate 1e-5 --allow learning-rate[/bold]
+    """
+    found = locate.checkpoint(run, output_dir=locate.default_output_dir(demo=demo))
+    described = found.run.read_run()
+    spec = families.find(described["family"])
+    before = described["config"] | {"output_dir": str(found.run.root)}
+    resolved = resolve(described["command"], spec, given, base=before)
+    identity.check(described | {"config": before}, resolved.config, allow or [])
+    job = launching.decide(described["command"], spec, resolved, found=found)
+    launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=json)

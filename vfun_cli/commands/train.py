@@ -1,0 +1,66 @@
+"""``vfun train`` and ``vfun lora``: the same command with and without adapters."""
+
+from typing import Annotated, Any
+
+import typer
+
+from vfun_cli import console, families, identity, launching, locate
+from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
+from vfun_cli.commands.signature import with_options
+from vfun_cli.config import RunConfig
+from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import ConfigError
+from vfun_cli.locate import Found
+from vfun_cli.resolve import resolve
+
+Family = Annotated[str | None, typer.Argument(help=FAMILY_HELP, show_default=False)]
+
+
+@with_options("train", idle=True, strategies=True)
+def train(
+    given: dict[str, Any], family: Family = None, demo: Demo = False, dry_run: DryRun = False,
+    overwrite: Overwrite = False, json: Json = False, debug: Debug = False,
+) -> None:
+    """Fine-tune all weights of a model, or those that --trainable-modules names.
+
+    Examples: [bold]vfun train wan-s2v --fsdp[/bold] · [bold]vfun train wan-s2v --fsdp --demo[/bold] ·
+    [bold]vfun train wan-s2v --zero3 --dry-run[/bold]
+    """
+    _run("train", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+
+
+@with_options("lora", idle=True, strategies=True)
+def lora(
+    given: dict[str, Any], family: Family = None, demo: Demo = False, dry_run: DryRun = False,
+    overwrite: Overwrite = False, json: Json = False, debug: Debug = False,
+) -> None:
+    """Train LoRA adapters on a frozen model."""
+    _run("lora", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+
+
+def _run(command: str, family: str | None, given: dict[str, Any], *, demo: bool, dry_run: bool, overwrite: bool,
+         as_json: bool) -> None:
+    if family is None:
+        _list_families(command)
+        raise typer.Exit(ConfigError.exit_code)
+    spec = families.find(family)
+    layer = demo_default.make(spec) if demo else None
+    resolved = resolve(command, spec, given, demo=layer)
+    found = _checkpoint_to_resume(resolved.config)
+    job = launching.decide(command, spec, resolved, found=found)
+    launching.carry_out(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+
+
+def _checkpoint_to_resume(config: RunConfig) -> Found | None:
+    """What --resume-from-checkpoint names, as the original scripts have it; the run must still be the same."""
+    if config.resume_from_checkpoint is None:
+        return None
+    found = locate.checkpoint(config.resume_from_checkpoint, output_dir=config.output_dir)
+    identity.check(found.run.read_run(), config, ())
+    return found
+
+
+def _list_families(command: str) -> None:
+    console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:")
+    for spec in families.FAMILIES.values():
+        console.out.print(f"  [bold]{spec.name:26}[/bold] {spec.summary}", soft_wrap=True)

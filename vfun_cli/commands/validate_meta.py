@@ -1,0 +1,91 @@
+"""``vfun validate-meta``: every row checked, all problems at once."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vfun_cli import console, families
+from vfun_cli.commands.flags import Debug, Demo, Json
+from vfun_cli.commands.signature import with_boundary
+from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import ConfigError, MetadataError
+from vfun_cli.metadata.checks import Report
+from vfun_cli.metadata.fix import write_fixed
+from vfun_cli.metadata.report import render, render_code, render_fixed, to_json, write_problems
+from vfun_cli.preparation import check_rows, check_rows_of_any_family
+from vfun_cli.resolve import resolve, setting
+
+
+@with_boundary
+def validate_meta(
+    meta: Annotated[
+        Path | None, typer.Argument(metavar="[META]", show_default=False,
+                                    help="Metadata file; by default $DATASET_META_NAME or vfun.toml's.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", show_default=False,
+                                 help="Check what this family needs; without it, only what every family needs.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", "--train-data-dir", show_default=False,
+                                  help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--video-sample-stride", min=1, show_default=False,
+                                 help="Check that clips are long enough at this stride.")
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.",
+                                       show_default=False)] = False,
+    fix: Annotated[
+        Path | None, typer.Option("--fix", metavar="OUT", show_default=False,
+                                  help="Write a corrected copy without the bad rows; the input is never touched.")
+    ] = None,
+    problems: Annotated[
+        Path | None, typer.Option("--problems", metavar="FILE", show_default=False,
+                                  help="Write all problems to a file as JSON lines.")
+    ] = None,
+    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Bad rows that are still no error.")] = 0,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="CODE", show_default=False,
+                                 help="Explain a problem code, or 'all' of them.")
+    ] = None,
+    demo: Demo = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every row of the metadata against its files, and report all problems at once.
+
+    Examples: [bold]vfun validate-meta[/bold] · [bold]vfun validate-meta metadata.json --family wan-s2v --deep[/bold] ·
+    [bold]vfun validate-meta metadata.json --fix better.json[/bold]
+    """
+    if explain is not None:
+        render_code(explain, console.out)
+        return
+    given = {"train_data_meta": meta, "train_data_dir": data_root, "video_sample_stride": stride}
+    report = _check(family, {name: value for name, value in given.items() if value is not None}, demo=demo, deep=deep)
+    if problems is not None:
+        write_problems(report, problems)
+    if json:
+        console.print_json(to_json(report))
+    else:
+        render(report, console.out)
+    if fix is not None:
+        render_fixed(write_fixed(report, fix), console.err)
+    whole_file = any(problem.row is None for problem in report.errors)
+    if report.errors and (whole_file or len(report.bad_rows) > max_bad):
+        raise typer.Exit(MetadataError.exit_code)
+
+
+def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep: bool) -> Report:
+    if family is not None:
+        spec = families.find(family)
+        resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
+        return check_rows(resolved.config, spec, deep=deep)
+    if demo:
+        raise ConfigError("--demo needs to know which family's demo.", hint="Add --family wan-s2v.")
+    meta = given.get("train_data_meta") or setting("train_data_meta", os.environ, Path())
+    root = given.get("train_data_dir") or setting("train_data_dir", os.environ, Path())
+    meta = Path(meta) if meta else None
+    return check_rows_of_any_family(meta, Path(root) if root else (meta.parent if meta else None), deep=deep)

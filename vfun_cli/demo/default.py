@@ -1,0 +1,47 @@
+"""The embedded default: option values that point a command at a tiny model and dataset, made on first use."""
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vfun_cli import console
+from vfun_cli.families.spec import FamilySpec
+
+FOLDER = Path("vfun-demo")
+OUTPUT_DIR = FOLDER / "output_dir"
+
+
+def make(spec: FamilySpec) -> dict[str, Any]:
+    """Option values of the demo of one family; its files are made under ``./vfun-demo`` if they are not there."""
+    model, data = FOLDER / spec.name / "model", FOLDER / spec.name / "data"
+    if not model.is_dir():
+        console.hint(f"making the demo's tiny {spec.name} model in {model}")
+        module, name = spec.demo_builder.split(":")
+        _build_whole(model, getattr(importlib.import_module(module), name))
+    if not data.is_dir():
+        console.hint(f"making the demo's videos in {data}")
+        _build_whole(data, lambda folder: _media(spec, folder))
+    return {
+        **spec.demo,
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": data,
+        "train_data_meta": data / "metadata.json",
+        "output_dir": OUTPUT_DIR,
+    }
+
+
+def _media(spec: FamilySpec, folder: Path) -> None:
+    from vfun_cli.demo.media import build_media
+
+    kinds = {field.media for field in spec.fields}
+    build_media(folder, control="control" in kinds, audio="audio" in kinds, images="image" in spec.media_types)
+
+
+def _build_whole(folder: Path, build: Any) -> None:
+    """Build beside and rename, so that an interrupted build leaves nothing that looks finished."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    build(partial)
+    partial.replace(folder)

@@ -1,0 +1,187 @@
+"""One launch, from resolved options to a running job: shared by train, lora and resume."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from vfun_cli import __version__, console, devices, supervise
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.launch import LaunchPlan, plan_launch
+from vfun_cli.locate import Found
+from vfun_cli.plan.preview import preview
+from vfun_cli.plan.report import plan_json
+from vfun_cli.plan.schedule import EpochPlan
+from vfun_cli.planning import metadata_digest, save_table
+from vfun_cli.preparation import PlanInput, plan, plan_input
+from vfun_cli.resolve import Resolved
+from vfun_cli.rundir import RunDir, claim, ensure_writable, write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A launch that is fully decided and not yet started."""
+
+    command: str
+    """``train`` or ``lora``."""
+    spec: FamilySpec
+    resolved: Resolved
+    source: PlanInput
+    plans: list[EpochPlan]
+    run: RunDir
+    run_json: Path
+    launch: LaunchPlan
+    found: Found | None
+    """The checkpoint to continue from."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved options."""
+        return self.resolved.config
+
+    def description(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        assert self.config.train_data_meta is not None
+        return {
+            "schema": 1,
+            "vfun": __version__,
+            "command": self.command,
+            "family": self.spec.name,
+            "run_dir": str(self.run.root.absolute()),
+            "config": self.config.to_json(),
+            "sources": self.resolved.sources,
+            "clips": str(self.run.clips(self.config.machine_rank).absolute()),
+            "metadata_sha256": metadata_digest(self.config.train_data_meta),
+            "plan_digest": self.plans[0].digest(),
+            "resume": str(self.found.checkpoint.absolute()) if self.found else None,
+        }
+
+
+def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None) -> Job:
+    """Check devices, data and model, and work out everything a launch needs. Writes nothing.
+
+    Raises:
+        VfunError: whatever would stop the run later, now.
+    """
+    config = resolved.config
+    assert config.num_processes is not None
+    devices.check_processes(config.device, config.num_processes // config.num_machines)
+    check_trackers(config)
+    if config.pretrained_model_name_or_path is None:
+        raise CheckpointError("no model directory is set.",
+                              hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.")
+    source = plan_input(config, spec)
+    run = RunDir(config.output_dir)
+    run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
+    return Job(command=command, spec=spec, resolved=resolved, source=source, plans=plan(source, 1), run=run, run_json=run_json,
+               launch=plan_launch(config, spec, run, run_json), found=found)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse a tracker whose package is missing, before anything is started.
+
+    Raises:
+        EnvironmentFault: with the command that installs it.
+    """
+    devices.require_package(config.report_to, {"tensorboard": "tensorboard", "wandb": "wandb"})
+
+
+def show(job: Job) -> None:
+    """The Rich preview of the plan and one line of what will be launched, on stderr: stdout is for results."""
+    config = job.config
+    console.err.print(preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+    where = f"{config.num_processes} process{'es' if config.num_processes != 1 else ''}"
+    if config.num_machines > 1:
+        where += f" on {config.num_machines} machines"
+    start = f", from {job.found.checkpoint.name}" if job.found else ""
+    console.err.print(f"\n[bold]{job.command} {job.spec.name}[/bold] under {config.strategy} on {where} ({config.device})"
+                      f"{start} -> {escape(str(job.run.root))}", soft_wrap=True)
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """The JSON of ``--dry-run``."""
+    return {
+        "run_dir": str(job.run.root),
+        "argv": job.launch.argv,
+        "files": {str(path): text for path, text in job.launch.files.items()} | {str(job.run_json): _run_text(job)},
+        "config": job.config.to_json(),
+        "sources": job.resolved.sources,
+        "plan": plan_json(job.spec, job.source.dims, job.source.options, job.source.table, job.plans),
+    }
+
+
+def print_dry_run(job: Job) -> None:
+    """The same for people: options with sources, files, command, plan."""
+    out = console.out
+    out.print("[bold]Options[/bold]")
+    for name, value in job.config.to_json().items():
+        out.print(f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]",
+                  soft_wrap=True)
+    for path, text in job.launch.files.items():
+        out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
+    out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
+    out.print(preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+
+
+def carry_out(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+    """Show the job, or show the preview and run it to its end.
+
+    Raises:
+        VfunError: the run failed.
+        typer.Exit: it was interrupted or preempted; its state is saved.
+    """
+    if dry_run:
+        if as_json:
+            console.print_json(describe(job))
+        else:
+            print_dry_run(job)
+        return
+    show(job)
+    code = start(job, overwrite=overwrite, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+def start(job: Job, *, overwrite: bool, as_json: bool) -> int:
+    """Write the run's files, run the job to its end and say how it went; the exit code.
+
+    Raises:
+        VfunError: the directory is taken or cannot be written, or the run failed.
+    """
+    config, run = job.config, job.run
+    if job.found is None and config.machine_rank == 0:
+        claim(run, overwrite=overwrite)
+    else:
+        ensure_writable(run.root)
+    for path, text in job.launch.files.items():
+        write_atomically(path, text)
+    save_table(job.source.table, run.clips(config.machine_rank))
+    write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
+    write_atomically(job.run_json, _run_text(job))
+    ended = supervise.run(job.launch.argv, run, config.machine_rank,
+                          job.found.step if job.found else 0)
+    newest = run.checkpoint(ended.step)
+    if as_json:
+        console.print_json({"run_dir": str(run.root), "outcome": ended.outcome, "step": ended.step,
+                            "checkpoint": str(newest)})
+    if ended.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+        console.err.print(f"{ended.outcome} after step {ended.step}; saved {escape(str(newest))}", soft_wrap=True)
+        console.hint(f"vfun resume {run.root}")
+    else:
+        if not as_json:
+            console.out.print(f"done: {ended.step} steps, {escape(str(newest))}", soft_wrap=True)
+        console.hint(f"vfun export-bf16 {newest}")
+    return ended.exit_code
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return plan_json(job.spec, job.source.dims, job.source.options, job.source.table, job.plans)
+
+
+def _run_text(job: Job) -> str:
+    return json.dumps(job.description(), indent=1, ensure_ascii=False)

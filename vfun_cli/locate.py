@@ -1,0 +1,54 @@
+"""Finding runs and checkpoints from what people type."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfun_cli.checkpoints import manifest
+from vfun_cli.config import default_of
+from vfun_cli.demo.default import OUTPUT_DIR as DEMO_OUTPUT_DIR
+from vfun_cli.errors import CheckpointError
+from vfun_cli.resolve import setting
+from vfun_cli.rundir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A complete checkpoint and the run it belongs to."""
+
+    run: RunDir
+    checkpoint: Path
+    step: int
+
+
+def default_output_dir(*, demo: bool) -> Path:
+    """Where runs go when nothing else is said."""
+    if demo:
+        return DEMO_OUTPUT_DIR
+    return Path(setting("output_dir", os.environ, Path()) or default_of("output_dir"))
+
+
+def checkpoint(name: str | None, *, output_dir: Path) -> Found:
+    """A checkpoint from a run directory, a checkpoint's path, a bare ``checkpoint-500``, or nothing (the newest).
+
+    Raises:
+        CheckpointError: nothing of that name, or no complete checkpoint.
+    """
+    if name is None or name == "latest":
+        return _newest(RunDir(output_dir))
+    path = Path(name)
+    if not path.exists() and (output_dir / name).exists():
+        path = output_dir / name
+    if not path.exists():
+        near = ", ".join(found.name for found in manifest.checkpoints(output_dir)[-5:]) or "none"
+        raise CheckpointError(f"there is no {name}, neither here nor in {output_dir}.",
+                              hint=f"Complete checkpoints in {output_dir}: {near}.")
+    if manifest.step_of(path.absolute()) is None:
+        return _newest(RunDir(path))
+    manifest.verify(path, deep=False)
+    return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
+
+
+def _newest(run: RunDir) -> Found:
+    path = manifest.newest_checkpoint(run.root)
+    return Found(run=run, checkpoint=path, step=manifest.step_of(path) or 0)

@@ -1,0 +1,143 @@
+"""What every command does before a run: check the rows, read the model's dimensions, plan the epochs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vfun_cli import console
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import MetadataError
+from vfun_cli.families.spec import FamilySpec, MetadataField, ModelDims
+from vfun_cli.metadata.checks import (
+    MEDIA_TYPES,
+    ClipNeeds,
+    MediaType,
+    Report,
+    Settings,
+    states_everything,
+    table_without_files,
+    validate,
+)
+from vfun_cli.metadata.records import read_metadata
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import EpochPlan, plan_epochs
+from vfun_cli.plan.sizes import fewest_frames
+from vfun_cli.plan.table import ClipTable
+from vfun_cli.planning import ENDLESS_EPOCHS, plan_options, read_dims
+
+CACHE = Path("~/.cache/vfun/headers.sqlite")
+"""Remembered file headers, keyed by path, size and modification time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInput:
+    """All that a plan is a function of."""
+
+    spec: FamilySpec
+    dims: ModelDims
+    options: PlanOptions
+    table: ClipTable
+
+
+EVERY_FIELD = (
+    MetadataField(name="file_path", media="visual"),
+    MetadataField(name="control_file_path", media="control", required=False),
+    MetadataField(name="audio_path", media="audio", required=False),
+)
+"""What rows may hold when no family is named."""
+
+
+def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Report:
+    """Validate the metadata of a run as its family and settings need it.
+
+    Raises:
+        MetadataError: no metadata is named.
+    """
+    return _validate(config.train_data_meta, config.train_data_dir, spec.fields, spec.media_types,
+                     needs=clip_needs(config, spec), deep=deep)
+
+
+def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep: bool = False) -> Report:
+    """Validate what every family needs.
+
+    Raises:
+        MetadataError: no metadata is named.
+    """
+    return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep=deep)
+
+
+def _validate(meta: Path | None, root: Path | None, fields: Sequence[MetadataField], media_types: Sequence[MediaType],
+              *, needs: ClipNeeds | None, deep: bool) -> Report:
+    if meta is None:
+        raise MetadataError("no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo "
+                            "needs neither.")
+    with progress() as stage:
+        settings = Settings(cache=CACHE.expanduser(), deep=deep, progress=stage)
+        return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
+
+
+def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
+    """The shortest video that these settings can train on."""
+    most = spec.strides_to_max_fps
+    return ClipNeeds(min_frames=fewest_frames(spec), stride=config.video_sample_stride,
+                     max_fps=None if most is None else int(most))
+
+
+def plan_input(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput:
+    """Checked rows and the model's dimensions.
+
+    Raises:
+        MetadataError: rows that cannot be trained on; the message names them.
+        CheckpointError: no such model directory.
+    """
+    report = check_rows(config, spec)
+    for problem in report.problems:
+        if problem.severity == "warning":
+            console.warn(f"row {problem.row}: {problem.message}" if problem.row is not None else problem.message)
+    report.require_ok()
+    return PlanInput(spec=spec, dims=read_dims(spec, config.pretrained_model_name_or_path),
+                     options=plan_options(config, world_size), table=report.table())
+
+
+def plan_input_without_files(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput | None:
+    """The same from rows that state everything, so that a cluster run can be planned on a laptop; None if they do not."""
+    assert config.train_data_meta is not None
+    metadata = read_metadata(config.train_data_meta)
+    if not states_everything(metadata):
+        return None
+    return PlanInput(spec=spec, dims=dims_if_there(config, spec), options=plan_options(config, world_size),
+                     table=table_without_files(metadata))
+
+
+def dims_if_there(config: RunConfig, spec: FamilySpec) -> ModelDims:
+    """The model directory's dimensions, or the released ones where the directory is not on this machine."""
+    model = config.pretrained_model_name_or_path
+    return read_dims(spec, model if model is not None and model.is_dir() else None)
+
+
+def plan(source: PlanInput, epochs: int) -> list[EpochPlan]:
+    """The first epochs of the run, exactly those that the training core will execute."""
+    return list(islice(plan_epochs(source.spec, source.dims, source.table, source.options, ENDLESS_EPOCHS), epochs))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A progress bar with rate and time left for the stages of a validation; silent when not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bars:
+
+        def stage(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+
+            def advance(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+
+            return advance
+
+        yield stage
+
+
