@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
 from vfun_cli.errors import CheckpointError, MetadataError
@@ -164,3 +165,12 @@ def test_an_encoder_with_a_missing_tensor_is_an_error(t2v: Path, tmp_path: Path)
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         LlamaPrompt.from_folders(tmp_path, t2v / "tokenizer", dtype=torch.float32)
+
+
+def test_zero3_leaves_the_encoders_whole(t2v: Path) -> None:
+    # What accelerate does in every worker of a ZeRO-3 run; transformers keeps a weak reference to it.
+    announced = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert is_deepspeed_zero3_enabled()
+    prompt = LlamaPrompt.from_folders(t2v / "text_encoder", t2v / "tokenizer", dtype=torch.float32)
+    assert prompt.model.embed_tokens.weight.shape == (len(prompt.tokenizer), 32)
+    del announced

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.encoders.placement import freeze
@@ -22,6 +23,9 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
             f"no {kind.__name__} in {folder}: config.json is missing",
             hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
         )
+    # Under ZeRO-3 accelerate tells transformers to shard whatever it loads, whatever zero3_init_flag says. A frozen
+    # encoder outside the engine would be left with empty weights.
+    unset_hf_deepspeed_config()
     try:
         model, report = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
