@@ -1,7 +1,9 @@
 """Corrected copies, the memory of headers, summaries, and rows that are believed."""
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,17 @@ def test_a_damaged_cache_is_made_again(data: Path, check: Callable[..., Report])
     assert cache.read_bytes().startswith(b"SQLite")
 
 
+def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) -> None:
+    cache = data / "cache 100%?#.sqlite"
+    check([ROW], cache=cache)
+    encode_video(data / "train/1.mp4", frames=22)
+    with closing(sqlite3.connect(cache)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert check([ROW], cache=cache).clips[0].frames == 22
+        other.rollback()
+        assert other.execute("SELECT count(*) FROM facts").fetchone() == (3,)
+
+
 def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -> None:
     stated = {**ROW, "file_path": "train/elsewhere.mp4", "width": 640, "height": 480, "frames": 81, "fps": 25}
     report = check([stated, ROW], trust_metadata=True)
@@ -113,8 +126,15 @@ def test_the_json_has_the_promised_keys(check: Callable[..., Report], tmp_path: 
     found = to_json(report)
     assert (found["rows"], found["ok"]) == (2, 1)
     (problem,) = [problem for problem in found["problems"] if problem["severity"] == "error"]
-    assert problem.pop("path").endswith("wav/9.wav")
-    said = {"row": 1, "field": "audio_path", "code": "missing-file", "severity": "error", "message": "no such file"}
+    assert problem["path"].endswith("wav/9.wav")
+    said = {
+        "path": problem["path"],
+        "row": 1,
+        "field": "audio_path",
+        "code": "missing-file",
+        "severity": "error",
+        "message": "no such file",
+    }
     assert problem == said
     write_problems(report, tmp_path / "problems.jsonl")
     assert [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()] == found["problems"]

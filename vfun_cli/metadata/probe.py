@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OPEN_TIMEOUT = 20.0
 """Seconds after which FFmpeg gives up opening or reading one file (network file systems stall)."""
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+CACHE_WAIT = 1.0
+"""Seconds to wait for another process that writes the cache, before doing without it."""
 SILENCE = 1e-3
 """-60 dB: nothing in the file is louder."""
 FACTS_VERSION = 1
@@ -449,7 +451,7 @@ def _load(cache: Path) -> dict[tuple[str, str], tuple[_Stamp, str]]:
     if not cache.is_file():
         return {}
     try:
-        with closing(sqlite3.connect(f"file:{cache}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"{cache.absolute().as_uri()}?mode=ro", timeout=CACHE_WAIT, uri=True)) as database:
             rows = database.execute(
                 "SELECT path, kind, size, mtime_ns, facts FROM facts WHERE version = ?", (FACTS_VERSION,)
             )
@@ -469,6 +471,8 @@ def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, s
         cache.parent.mkdir(parents=True, exist_ok=True)
         try:
             _write(cache, rows)
+        except sqlite3.OperationalError:  # in use, or no permission
+            return
         except sqlite3.DatabaseError:  # not a database, or damaged
             cache.unlink(missing_ok=True)
             _write(cache, rows)
@@ -477,7 +481,7 @@ def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, s
 
 
 def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
-    with closing(sqlite3.connect(cache, timeout=5)) as database, database:
+    with closing(sqlite3.connect(cache, timeout=CACHE_WAIT)) as database, database:
         database.execute(_TABLE)
         database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
 
