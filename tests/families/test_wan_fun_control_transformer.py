@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.wan_fun_control.transformer import (
-    WanFunControlTransformer,
-    live_name,
-    released_name,
-    transformer_config,
-)
+from vfun_cli.families.wan_fun_control.names import live_name, released_name
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
 
 GOLDEN = Path(__file__).parents[1] / "golden/wan_fun_control/v11"
 

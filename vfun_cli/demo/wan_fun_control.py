@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from vfun_cli.demo import wan_parts
 from vfun_cli.families.wan_fun_control import CONTROL_IN_DIM, LATENT_CHANNELS
-from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, released_name
+from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer
 
 CONFIG: dict[str, object] = {
     "_class_name": "WanModel",
@@ -28,7 +29,7 @@ CONFIG: dict[str, object] = {
 }
 
 
-def build_model(folder: Path, seed: int) -> None:
+def build_model(folder: Path, seed: int = 0) -> None:
     """Write transformer, VAE, text encoder, tokenizer and CLIP into ``folder``. The same seed gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):

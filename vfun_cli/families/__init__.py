@@ -6,12 +6,14 @@ from vfun_cli.families.easyanimate_control import V5_1 as EASYANIMATE_V5_1
 from vfun_cli.families.hunyuanvideo import I2V as HUNYUANVIDEO_I2V
 from vfun_cli.families.hunyuanvideo import T2V as HUNYUANVIDEO_T2V
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.wan_fun_control import SPEC as WAN_FUN_CONTROL
 from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
 
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec
     for spec in (
         WAN_S2V,
+        WAN_FUN_CONTROL,
         HUNYUANVIDEO_T2V,
         HUNYUANVIDEO_I2V,
         EASYANIMATE_V5_1,

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+from vfun_cli.families.wan_fun_control.names import released_name
 
 CONTROL_IN_DIM = 48
 """Latent channels a Control transformer reads: 16 noisy, 16 of the control clip, 16 of the start image."""
@@ -103,6 +104,9 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
 
 
 DEFAULTS: dict[str, object] = {
+    "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.1-Fun-14B-Control",
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 1024,
     "video_sample_size": 256,
     "token_sample_size": 512,
@@ -184,5 +188,6 @@ SPEC = FamilySpec(
         "control_ref_image": "random",
     },
     demo_builder="vfun_cli.demo.wan_fun_control:build_model",
+    export_names={"same": released_name},
     train_modes=("control_object", "inpaint", "control_ref", "control"),
 )

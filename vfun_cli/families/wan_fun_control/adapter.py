@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_fun_control import LATENT_CHANNELS, SPEC, TEXT_TOKENS
-from vfun_cli.families.wan_fun_control.transformer import (
-    WanFunControlTransformer,
-    live_name,
-    released_name,
-    transformer_config,
-)
+from vfun_cli.families.wan_fun_control.names import live_name, released_name
+from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
 from vfun_cli.training.clips import read_clip
 from vfun_cli.training.encoders import clip_vision, wan_vae
@@ -125,7 +121,7 @@ class WanFunControlAdapter:
         }
 
     def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
-        """Latents [B, 16, F, H, W] float32 and what ``predict`` reads beside them, in the compute dtype.
+        """Latents [B, 16, F, H, W] float32 and what ``predict`` reads beside them.
 
         ``control`` [B, 32, F, H, W]: latents of the control clip, then of the start image in latent frame 0;
         ``text`` [B, 512, text_dim]; ``image`` [B, 257, image_dim]; V1.1 also ``reference`` [B, 16, H, W].
@@ -157,12 +153,11 @@ class WanFunControlAdapter:
         }
         if self.has_reference:
             conditions["reference"] = _keep(picture_latents, [choice.reference for choice in choices])
-        return latents, {name: tensor.to(options.compute_dtype) for name, tensor in conditions.items()}
+        return latents, conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The velocity, [B, 16, F, H, W], of ``noisy`` at ``timesteps`` [B], 0..1000."""
-        control = conditions["control"]
-        latents = torch.cat([noisy.to(control.dtype), control], dim=1)
+        latents = torch.cat([noisy, conditions["control"]], dim=1)
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
 
     def export_name(self, parameter: str) -> str:
