@@ -19,7 +19,7 @@ from vfun_cli.checkpoints import export as export_module
 from vfun_cli.checkpoints import tensors
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.tensors import convert, fp32_to_bf16
-from vfun_cli.checkpoints.writer import parse_size
+from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size
 from vfun_cli.errors import CheckpointError, ConfigError, RunError
 
 SPECIAL = [0, 0x80000000, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F800001, 0x7FFFFFFF]
@@ -101,6 +101,16 @@ def test_sharding_changes_files_but_not_the_content_hash(samples: Path, base: Pa
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "sharded" / file)[name], one[name])
     assert index["metadata"]["total_size"] == whole.bytes
+
+
+def test_the_content_hash_does_not_depend_on_the_order_but_on_all_else() -> None:
+    a, b = Entry(name="a", dtype="BF16", shape=(2, 3)), Entry(name="b", dtype="BF16", shape=(6,))
+    digests = {"a": "00", "b": "11"}
+    expected = content_hash([a, b], digests)
+    assert content_hash([b, a], digests) == expected
+    assert content_hash([a, b], {"a": "11", "b": "00"}) != expected
+    assert content_hash([Entry(name="a", dtype="F16", shape=(2, 3)), b], digests) != expected
+    assert content_hash([Entry(name="a", dtype="BF16", shape=(3, 2)), b], digests) != expected
 
 
 def test_tensors_larger_than_a_read_are_whole(
