@@ -148,6 +148,7 @@ def test_vae_mini_batches_change_nothing_and_odd_lengths_are_refused(tmp_path: P
     vae = golden_vae(tmp_path)
     pixels = torch.rand(3, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     one = vae.encode(pixels)
+    assert len(one) == 3
     vae.mini_batch = 2
     torch.testing.assert_close(vae.encode(pixels), one, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="1 \\+ 4k frames, got 4"):
