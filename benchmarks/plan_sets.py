@@ -54,7 +54,7 @@ def write_result(name: str, numbers: dict[str, Any]) -> None:
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": f"python benchmarks/{name}.py",
-        "hardware": {"cpu": _cpu_model(), "cores": os.cpu_count()},
+        "hardware": {"cpu": _cpu_model(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)},
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "platform": sys.platform},
         **numbers,
     }

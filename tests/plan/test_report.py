@@ -119,7 +119,7 @@ def test_the_preview_needs_no_colour_and_no_unicode(plain: FamilySpec, mixed: Ca
 
 
 def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    table = mixed(400)
+    table = mixed(120)
     plans = list(plan_epochs(plain, plain.dims, table, OPTIONS, 2))
     batches = {
         (sample.row, sample.epoch): (batch.shape, step, rank)
@@ -131,7 +131,7 @@ def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable
         if sample.epoch == plan.epoch
     }
     checked = 0
-    for row in range(400):
+    for row in range(120):
         story = why(plain, plain.dims, table, OPTIONS, row, plans)
         assert json.dumps(story) and why_lines(story)[0].startswith(f"row {row}: ")
         for draw in story.get("draws", ()):
@@ -142,7 +142,7 @@ def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable
             assert (draw["frames"], draw["height"], draw["width"]) == (shape.frames, shape.height, shape.width)
             assert (draw["step"], draw["rank"]) == (step, rank)
             checked += 1
-    assert checked > 700
+    assert checked > 200
 
 
 def test_why_says_why_a_clip_is_dropped(plain: FamilySpec) -> None:
