@@ -305,7 +305,7 @@ def request(folder: Path, kind: str, row: int = 3, **changes: Any) -> SampleRequ
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters, media: Path) -> None:
+def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters, folders, media: Path) -> None:
     adapter = adapters[name]
     asked = request(media, kind)
     sample = adapter.load(asked, {})
@@ -315,7 +315,7 @@ def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters
         assert (sample["pixels"].mean(dim=(1, 2, 3)).diff() > 0).all()
 
     latents, conditions = adapter.encode([sample], [asked.key])
-    objective = make_objective(adapter.spec.objective, adapter.objective_settings())
+    objective = make_objective(adapter.spec.objective, adapter.spec.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [asked.key])
     prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
     assert prediction.shape == latents.shape
@@ -344,11 +344,11 @@ def test_clips_come_from_the_middle_of_the_video(media: Path) -> None:
     assert (min(starts), max(starts)) == (18, 180 - 5)
 
 
-def test_v5_learns_the_velocity_of_its_directorys_schedule(adapters) -> None:
-    settings = adapters[V5.name].objective_settings()
-    assert settings["prediction_type"] == "v_prediction"
-    assert settings["alphas_cumprod"].shape == (1000,)
-    assert settings["alphas_cumprod"][-1].item() == pytest.approx(0, abs=1e-7)  # zero terminal SNR
+def test_v5_learns_the_velocity_of_its_directorys_schedule(folders) -> None:
+    objective = make_objective(V5.objective, V5.objective_options, folders[V5.name])
+    assert objective.prediction_type == "v_prediction"
+    assert objective.alphas_cumprod.shape == (1000,)
+    assert objective.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-7)  # zero terminal SNR
 
 
 @pytest.mark.parametrize("name", FAMILIES)

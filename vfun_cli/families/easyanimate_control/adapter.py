@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, EasyAnimateTransformer3DModel
+from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ TextEncoders = dict[str, Qwen2VLText | PaddedText]
 
 
 class EasyAnimateControl(ABC):
-    """What V5.1 and V5 share; a subclass says which captions it reads and which noise it learns."""
+    """What V5.1 and V5 share; a subclass says how it reads captions."""
 
     spec: ClassVar[FamilySpec]
 
@@ -43,13 +43,11 @@ class EasyAnimateControl(ABC):
         vae: MagvitVAE,
         text: TextEncoders,
         options: AdapterOptions,
-        objective: dict[str, Any],
     ) -> None:
         self.transformer: EasyAnimateTransformer3DModel = transformer
         self.vae = vae
         self.text = text
         self.options = options
-        self.objective = objective
         self.train_mode = options.train_mode or self.spec.train_modes[0]
         self._check_channels()
 
@@ -71,17 +69,12 @@ class EasyAnimateControl(ABC):
         vae = MagvitVAE.from_folder(folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch)
         text = cls.load_text(folder, dtype)
         transformer = load_transformer(folder / "transformer", config)
-        return cls(transformer, vae, text, options, cls.load_objective(folder))
+        return cls(transformer, vae, text, options)
 
     @staticmethod
     @abstractmethod
     def load_text(folder: Path, dtype: torch.dtype) -> TextEncoders:
         """The text encoders of a model directory."""
-
-    @staticmethod
-    @abstractmethod
-    def load_objective(folder: Path) -> dict[str, Any]:
-        """The settings of the objective, from a model directory."""
 
     @staticmethod
     def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
@@ -119,10 +112,6 @@ class EasyAnimateControl(ABC):
         inputs = {name: value.to(noisy) for name, value in conditions.items()}
         prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
-
-    def objective_settings(self) -> dict[str, Any]:
-        """Arguments of the family's objective, read from the model directory."""
-        return self.objective
 
     def export_name(self, parameter: str) -> str:
         """The released name of a transformer parameter."""
@@ -174,11 +163,6 @@ class EasyAnimateV51(EasyAnimateControl):
         )
         return {"encoder_hidden_states": encoder}
 
-    @staticmethod
-    def load_objective(folder: Path) -> dict[str, Any]:
-        """The shift of training; the one in ``scheduler/`` belongs to inference."""
-        return {"shift": V5_1.objective_options["shift"]}
-
 
 class EasyAnimateV5(EasyAnimateControl):
     """V5: captions through BERT and mT5, DDPM."""
@@ -196,15 +180,6 @@ class EasyAnimateV5(EasyAnimateControl):
                 folder / "text_encoder_2", folder / "tokenizer_2", dtype=dtype, length=CAPTION_TOKENS
             ),
         }
-
-    @staticmethod
-    def load_objective(folder: Path) -> dict[str, Any]:
-        """``alphas_cumprod`` [1000] and ``prediction_type`` of ``scheduler/scheduler_config.json``.
-
-        The file names DDIM, which samples; the training betas are DDPM's of the same keys.
-        """
-        scheduler = DDPMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-        return {"alphas_cumprod": scheduler.alphas_cumprod, "prediction_type": scheduler.config.prediction_type}
 
 
 def read_json(path: Path) -> dict[str, Any]:
