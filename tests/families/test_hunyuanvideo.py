@@ -211,7 +211,7 @@ def test_a_clip_goes_from_its_file_to_gradients(
     assert loaded["pixels"].shape == (9, 3, 64, 80) and loaded["text"] == "a light goes on"
 
     latents, conditions = adapter.encode([loaded], [request.key])
-    objective = make_objective(SPECS[name].objective, adapter.objective_settings())
+    objective = make_objective(SPECS[name].objective, SPECS[name].objective_options, folders[name])
     corrupted = objective.corrupt(latents, [request.key])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
@@ -245,12 +245,19 @@ def test_guidance_is_six_thousand_in_the_compute_dtype(folders: dict[str, Path],
         assert conditions["guidance"].tolist() == [value]
 
 
-def test_the_shift_is_the_one_of_the_directorys_scheduler(folders: dict[str, Path], adapters: dict[str, Any]) -> None:
-    assert adapters["t2v"].objective_settings() == {"shift": 7.0} == T2V.objective_options
-    sigmas = make_objective("flow-matching", adapters["t2v"].objective_settings()).sigmas()  # type: ignore[attr-defined]
+def test_the_schedule_is_the_released_ones(folders: dict[str, Path], tmp_path: Path) -> None:
+    sigmas = make_objective(T2V.objective, T2V.objective_options, folders["t2v"]).sigmas()  # type: ignore[attr-defined]
     timesteps = [round(1000 * float(sigmas[index]), 3) for index in (0, 1, 998, 999)]
     assert timesteps == [1000.0, 999.857, 13.834, 6.958]
     assert float(sigmas[500]) == pytest.approx(0.875, abs=1e-3)
+
+    for entry in folders["t2v"].iterdir():
+        if entry.name != "scheduler":
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text('{"shift": 3.0}')
+    with pytest.raises(CheckpointError, match=r"shift 3\.0"):
+        load("t2v", tmp_path)
 
 
 def test_the_demo_model_is_the_same_bytes_every_time(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vfun_cli.families.hunyuanvideo.sizes import (
     PATCH_SIZE,
+    SHIFT,
     VAE_STRIDE,
     Condition,
     dims_reader,
@@ -85,7 +86,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         patch_size=PATCH_SIZE,
         frame_rule="4k+1",
         objective="flow-matching",
-        objective_options={"shift": 7.0},
+        objective_options={"shift": SHIFT},
         dims=released_dims(condition),
         read_dims=dims_reader(condition),
         config_file="transformer/config.json",

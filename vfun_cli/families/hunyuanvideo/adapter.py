@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, Condition, check_config
+from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, SHIFT, Condition, check_config
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
 from vfun_cli.training.clips import read_clip
 from vfun_cli.training.encoders.clip_text import ClipPooledText
@@ -25,8 +25,6 @@ TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
 GUIDANCE_SCALE = 6.0
 """The embedded guidance that these guidance-distilled models are trained and sampled at."""
-DEFAULT_SHIFT = 7.0
-"""Timestep shift of the released scheduler."""
 
 
 class HunyuanVideoAdapter:
@@ -42,14 +40,12 @@ class HunyuanVideoAdapter:
         prompt: nn.Module,
         pooled: ClipPooledText,
         options: AdapterOptions,
-        shift: float = DEFAULT_SHIFT,
     ) -> None:
         self.transformer = transformer
         self.vae = vae
         self.prompt = prompt
         self.pooled = pooled
         self.options = options
-        self.shift = shift
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> Self:
@@ -58,13 +54,13 @@ class HunyuanVideoAdapter:
         Raises CheckpointError for an incomplete or foreign directory, ConfigError for another family's.
         """
         folder, dtype = options.model_dir, options.compute_dtype
+        _check_shift(folder / "scheduler" / "scheduler_config.json")
         return cls(
             transformer=load_transformer(folder / "transformer", cls.condition),
             vae=HunyuanVAE(load_vae(folder / "vae", dtype), mini_batch=options.vae_mini_batch),
             prompt=cls._load_prompt(folder, dtype),
             pooled=ClipPooledText.from_folders(folder / "text_encoder_2", folder / "tokenizer_2", dtype=dtype),
             options=options,
-            shift=float(_read_json(folder / "scheduler" / "scheduler_config.json").get("shift", DEFAULT_SHIFT)),
         )
 
     @classmethod
@@ -94,10 +90,6 @@ class HunyuanVideoAdapter:
         # In bf16 this is 6016, not 6000: the value the released models are sampled with.
         guidance = torch.full((len(samples),), GUIDANCE_SCALE, device=device, dtype=self.options.compute_dtype) * 1000
         return latents, {**conditions, "text": text, "text_mask": mask, "pooled": pooled, "guidance": guidance}
-
-    def objective_settings(self) -> dict[str, Any]:
-        """What flow matching needs to know: the timestep shift of the directory's scheduler."""
-        return {"shift": self.shift}
 
     def _image_conditions(self, pixels: Tensor, latents: Tensor) -> Conditions:
         """Conditions taken from the clip itself; the VAE is on its device while this runs."""
@@ -194,6 +186,16 @@ def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
     model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
     load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
     return model
+
+
+def _check_shift(path: Path) -> None:
+    """The objective trains with the released models' shift; raise CheckpointError if the scheduler has another."""
+    shift = _read_json(path).get("shift")
+    if shift != SHIFT:
+        raise CheckpointError(
+            f"{path} has shift {shift}; the released HunyuanVideo models have {SHIFT}, and so does the training",
+            hint="use the scheduler folder of the released model",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

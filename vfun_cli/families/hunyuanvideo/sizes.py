@@ -8,6 +8,8 @@ from vfun_cli.families.spec import ClipShape, ModelDims
 
 VAE_STRIDE = (4, 8, 8)
 PATCH_SIZE = (1, 2, 2)
+SHIFT = 7.0
+"""Timestep shift of the released scheduler."""
 
 PROMPT_TOKENS = 256
 """Caption tokens that the Llama encoder hands over in text-to-video."""
