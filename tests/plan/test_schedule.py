@@ -272,6 +272,19 @@ def test_a_run_too_small_for_a_step_borrows_from_the_following_epochs(plain: Fam
         assert count_steps(plain, plain.dims, table, chosen, num_epochs) == 1
 
 
+def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: FamilySpec) -> None:
+    table = ClipTable.from_columns(
+        width=[960, 540, 720] * 3, height=[540, 960, 720] * 3, frames=[100] * 9, fps=(25, 1)
+    )
+    chosen = options(
+        image_sample_size=None, video_sample_size=512, training_with_video_token_length=False, random_hw_adapt=False,
+        train_batch_size=4,
+    )  # fmt: skip
+    (plan,) = plan_epochs(plain, plain.dims, table, chosen, 1)
+    assert (plan.num_steps, plan.ledger.trained, plan.ledger.borrowed) == (1, 4, 1)
+    assert len(plan.carry) == 6 and (plan.carry.epoch == 0).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(table=datasets, chosen=choices, num_epochs=st.integers(1, 6))
 def test_counted_steps_are_the_planned_steps(
