@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors.torch import load_file
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.wan_fun_control.names import live_name, released_name
-from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
+from vfun_cli.families.wan_fun_control.transformer import RotaryTables, WanFunControlTransformer, transformer_config
 
 GOLDEN = Path(__file__).parents[1] / "golden/wan_fun_control/v11"
 
@@ -159,6 +160,14 @@ def test_released_models_have_the_released_tensors(size, reference, billions, te
     assert {released_name(name) for name in state} == set(shapes)
     assert len(state) == tensors
     assert round(sum(tensor.numel() for tensor in state.values()) / 1e9, 4) == billions
+
+
+def test_rotary_tables_stay_exact_at_full_size_when_the_model_is_cast():
+    theirs = WanRotaryPosEmbed(128, (1, 2, 2), 1024)
+    latents = torch.empty(1).expand(1, 16, 21, 90, 160)
+    ours = RotaryTables(128, (1, 2, 2)).bfloat16()
+    for table, expected in zip(ours(latents), theirs(latents), strict=True):
+        assert torch.equal(table, expected)
 
 
 def test_names_go_there_and_back_and_keep_what_follows(weights):
