@@ -69,9 +69,7 @@ def test_totals_count_seconds_of_motion_and_frame_rates(plain: FamilySpec) -> No
         width=[512] * 3, height=[512] * 3, frames=[250, 97, 1], fps=[(25, 1), (25, 1), (0, 0)],
         is_image=[False, False, True],
     )  # fmt: skip
-    options = PlanOptions(
-        video_sample_size=512, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=2
-    )
+    options = PlanOptions(video_sample_size=512, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=2)
     plan = plan_epoch(plain, plain.dims, table, options, 0)
     sums = totals(plan, table, plain)
     assert sums.seconds_total == pytest.approx((250 + 97) / 25)

@@ -196,9 +196,7 @@ def test_the_plan_is_the_same_on_every_machine(plain: FamilySpec, mixed: Callabl
 
 
 def test_zero_and_one_repeat_both_mean_once(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    counts = [
-        plan_epoch(plain, plain.dims, mixed(100), options(video_repeat=n), 0).ledger.samples for n in (0, 1, 2)
-    ]
+    counts = [plan_epoch(plain, plain.dims, mixed(100), options(video_repeat=n), 0).ledger.samples for n in (0, 1, 2)]
     assert counts[0] == counts[1] < counts[2]
 
 
@@ -273,9 +271,7 @@ def test_a_run_too_small_for_a_step_borrows_from_the_following_epochs(plain: Fam
 
 
 def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: FamilySpec) -> None:
-    table = ClipTable.from_columns(
-        width=[960, 540, 720] * 3, height=[540, 960, 720] * 3, frames=[100] * 9, fps=(25, 1)
-    )
+    table = ClipTable.from_columns(width=[960, 540, 720] * 3, height=[540, 960, 720] * 3, frames=[100] * 9, fps=(25, 1))
     chosen = options(
         image_sample_size=None, video_sample_size=512, training_with_video_token_length=False, random_hw_adapt=False,
         train_batch_size=4,

@@ -131,9 +131,7 @@ def _sizes(scene: Scene, top: float, rows: list[SizeRow], plan: EpochPlan, line:
             part = float(share[index])
             width = max(part / longest * 210, 1.0)
             scene.append(Rectangle(x=MARGIN + 150, y=y + offset, width=width, height=9, fill=name, radius=2))
-            scene.append(
-                Label(x=MARGIN + 156 + width, y=y + offset + 8, text=f"{part:.1%}", size=10, fill="faint")
-            )
+            scene.append(Label(x=MARGIN + 156 + width, y=y + offset + 8, text=f"{part:.1%}", size=10, fill="faint"))
         y += 29
     return y
 

@@ -468,9 +468,7 @@ def plan_epochs(
             yield plan
 
 
-def count_steps(
-    spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, num_epochs: int
-) -> int:
+def count_steps(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, num_epochs: int) -> int:
     """Optimizer steps of a whole run, without planning its epochs.
 
     Only whole micro-batches leave the pool, so after E epochs floor(sum over shapes of floor(clips / batch) / slots)
