@@ -9,12 +9,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plan_sets import mixed_set, uniform_set, write_result  # noqa: E402
+from plan_sets import mixed_set, uniform_set, write_result
 
-from vfun_cli.families import FAMILIES  # noqa: E402
-from vfun_cli.plan.balance import independent_balance, mean_over_max  # noqa: E402
-from vfun_cli.plan.options import PlanOptions  # noqa: E402
-from vfun_cli.plan.schedule import plan_epoch  # noqa: E402
+from vfun_cli.families import FAMILIES
+from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import plan_epoch
 
 RANKS = (8, 64, 512)
 ROWS = 200_000

@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plan_sets import mixed_set, write_result  # noqa: E402
+from plan_sets import mixed_set, write_result
 
-from vfun_cli.families import FAMILIES  # noqa: E402
-from vfun_cli.plan.balance import mean_over_max  # noqa: E402
-from vfun_cli.plan.options import PlanOptions  # noqa: E402
-from vfun_cli.plan.schedule import plan_epoch  # noqa: E402
+from vfun_cli.families import FAMILIES
+from vfun_cli.plan.balance import mean_over_max
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.schedule import plan_epoch
 
 ROWS = 1_000_000
 

@@ -176,5 +176,5 @@ def test_the_picture_is_the_same_for_the_same_plan(
 def test_an_unknown_picture_format_is_refused(
     plain: FamilySpec, mixed: Callable[..., ClipTable], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="plan.gif"):
+    with pytest.raises(ConfigError, match=r"plan\.gif"):
         plot(tmp_path / "plan.gif", plain, plain.dims, OPTIONS, plan_epoch(plain, plain.dims, mixed(50), OPTIONS, 0))

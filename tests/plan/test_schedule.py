@@ -334,7 +334,7 @@ def test_dropped_rows_are_counted_by_reason(speech: FamilySpec) -> None:
 
 def test_a_set_without_any_usable_row_names_the_reasons_and_the_way_out(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640, 64], height=[640, 64], frames=[3, 100], fps=(25, 1))
-    with pytest.raises(MetadataError, match="1 too-short.*1 too-small") as caught:
+    with pytest.raises(MetadataError, match=r"1 too-short.*1 too-small") as caught:
         plan_epoch(plain, plain.dims, table, options(), 0)
     assert caught.value.hint is not None and "9 frames" in caught.value.hint
     empty = ClipTable.from_columns(width=[], height=[], frames=[], fps=(25, 1))

@@ -70,10 +70,8 @@ class SizeSet:
 
 def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
     """The longest clip of at most ``frames`` frames that the family can train on; 0 if there is none."""
-    if spec.frame_rule == "4k":
-        frames = frames // 4 * 4
-    else:
-        frames = (frames - 1) // 4 * 4 + 1 if frames > 0 else 0
+    first = 0 if spec.frame_rule == "4k" else 1
+    frames = max(0, (frames - first) // 4 * 4 + first)
     return spec.adjust_frames(frames, dims) if spec.adjust_frames and frames > 0 else frames
 
 
