@@ -1,12 +1,10 @@
 """Tiny EasyAnimate Control directories in the released layout: random weights, released names, working tokenizers."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from diffusers import AutoencoderKLMagvit
 from safetensors.torch import save_file
@@ -17,10 +15,9 @@ from transformers import (
     BertModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
 )
 
+from vfun_cli.demo.t5_parts import write_t5
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
 from vfun_cli.training.encoders.magvit_vae import SUPPORTED, vae_arguments
@@ -41,12 +38,6 @@ _BERT_WORDS = (
     ",",
     "-",
     "'",
-)
-_T5_SENTENCES = (
-    "the quick brown fox jumps over the lazy dog",
-    "pack my box with five dozen liquor jugs",
-    "a red ball rolls from left to right over a blue floor.",
-    "a green square turns slowly, and a yellow wave moves on.",
 )
 _CHAT_TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -116,17 +107,7 @@ def build_v5(folder: Path) -> None:
             num_attention_heads=2,
         )
         BertModel(bert).save_pretrained(folder / "text_encoder")
-        tokens = _write_t5_tokenizer(folder / "tokenizer_2")
-        t5 = T5Config(
-            vocab_size=tokens,
-            d_model=T5_DIM,
-            d_kv=8,
-            d_ff=2 * T5_DIM,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-        T5EncoderModel(t5).save_pretrained(folder / "text_encoder_2")
+        write_t5(folder / "text_encoder_2", folder / "tokenizer_2", dim=T5_DIM)
     _write_json(
         folder / "scheduler" / "scheduler_config.json",
         {
@@ -259,37 +240,6 @@ def _write_bert_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json",
         {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512},
     )
-
-
-def _write_t5_tokenizer(folder: Path) -> int:
-    """A sentencepiece model with mT5's special tokens; returns its vocabulary size."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_T5_SENTENCES * 8),
-        model_writer=written,
-        model_type="unigram",
-        vocab_size=120,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spiece.model").write_bytes(written.getvalue())
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "T5Tokenizer",
-            "extra_ids": 0,
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-        },
-    )
-    return int(sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()).get_piece_size())
 
 
 def _write_index(folder: Path, **parts: Sequence[str]) -> None:

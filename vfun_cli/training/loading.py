@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +81,20 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
     for file in files:
         _open(file)
     return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model directory. Raises CheckpointError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {_first_line(error)}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")
+    return found
 
 
 def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,182 @@
+"""CogVideoX-Fun InP, 2b and 5b, V1.0, V1.1 and V1.5: a clip from text and the known part of itself.
+
+The smallest whole family: this file is all that the plan and the command line see, ``adapter.py`` is all that the
+trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` draws the parts to be generated.
+"""
+
+from collections.abc import Mapping
+
+from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+
+FRAMES_PER_LATENT = 4
+
+POINT_AT = "point --pretrained_model_name_or_path at a CogVideoX-Fun InP model: 2b or 5b, V1.0, V1.1 or V1.5"
+
+REQUIRED_CONFIG = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers")
+CONFIG_DEFAULTS: Mapping[str, object] = {
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": None,
+    "sample_frames": 49,
+    "text_embed_dim": 4096,
+    "time_embed_dim": 512,
+    "max_text_seq_length": 226,
+    "use_rotary_positional_embeddings": False,
+}
+"""What an absent key of the transformer's config.json means."""
+
+
+def read_dims(config: Mapping[str, object]) -> ModelDims:
+    """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
+    missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
+    if missing:
+        raise CheckpointError(
+            f"the transformer's config.json is not CogVideoX-Fun's: it states no {', '.join(missing)}", hint=POINT_AT
+        )
+    full = {name: value or 0 for name, value in {**CONFIG_DEFAULTS, **config}.items() if isinstance(value, int | None)}
+    dim = full["num_attention_heads"] * full["attention_head_dim"]
+    return ModelDims(
+        dim=dim,
+        ffn_dim=4 * dim,
+        num_layers=full["num_layers"],
+        extra={
+            "in_channels": full["in_channels"],
+            "out_channels": full["out_channels"],
+            "patch": full["patch_size"],
+            "patch_frames": full["patch_size_t"] or 1,  # latent frames per token: 2 in V1.5
+            "text_tokens": full["max_text_seq_length"],
+            "text_dim": full["text_embed_dim"],
+            "time_dim": full["time_embed_dim"],
+            # The 2b models have a table of positions for this many frames; 0: rotary positions, no end.
+            "most_frames": 0 if full["use_rotary_positional_embeddings"] else full["sample_frames"],
+        },
+    )
+
+
+def adjust_frames(frames: int, dims: ModelDims) -> int:
+    """The longest clip of at most ``frames`` (4k + 1) frames that the model can take.
+
+    V1.5 joins its latent frames in pairs, so their number must be even: 49 frames, 13 latents, become 45. A picture's
+    single latent is paired with an empty one.
+    Raises ConfigError for more frames than a 2b model has positions for.
+    """
+    most = dims.extra["most_frames"]
+    if most and frames > most:
+        raise ConfigError(
+            f"clips of {frames} frames: this CogVideoX-Fun model (2b) has positions for {most} frames and no more",
+            hint=f"use --video-sample-n-frames {most}, or a 5b model",
+        )
+    latents = (frames - 1) // FRAMES_PER_LATENT + 1
+    return max(frames - latents % dims.extra["patch_frames"] * FRAMES_PER_LATENT, 1)
+
+
+def clip_tokens(shape: ClipShape, dims: ModelDims) -> int:
+    """Tokens of the clip itself."""
+    frames, height, width = SPEC.latent_shape(shape)
+    pairs = -(-frames // dims.extra["patch_frames"])
+    return pairs * (height // dims.extra["patch"]) * (width // dims.extra["patch"])
+
+
+def sequence_tokens(shape: ClipShape, dims: ModelDims) -> int:
+    """Caption tokens, padding included (nothing masks it), then the clip's own: one joint sequence."""
+    return dims.extra["text_tokens"] + clip_tokens(shape, dims)
+
+
+def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Matrix products and attention of one forward pass; norms, activations and rotations are left out."""
+    dim, size = dims.dim, dims.extra
+    video, length = clip_tokens(shape, dims), sequence_tokens(shape, dims)
+    token_latents = size["patch_frames"] * size["patch"] ** 2
+    per_token = 4 * dim * dim + 2 * dim * dims.ffn_dim  # q, k, v, out and the feed-forward, in multiply-adds
+    modulation = 2 * size["time_dim"] * 6 * dim
+    blocks = dims.num_layers * (length * per_token + 2 * length * length * dim + modulation)
+    patches = video * token_latents * dim * (size["in_channels"] + size["out_channels"])
+    captions = size["text_tokens"] * size["text_dim"] * dim
+    time = dim * size["time_dim"] + size["time_dim"] ** 2 + 2 * size["time_dim"] * dim
+    return 2.0 * (blocks + patches + captions + time)
+
+
+DEFAULTS: Mapping[str, object] = {
+    "pretrained_model_name_or_path": "models/Diffusion_Transformer/CogVideoX-Fun-2b-InP",
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_data_meta": "datasets/internal_datasets/metadata.json",
+    "image_sample_size": 512,
+    "video_sample_size": 512,
+    "token_sample_size": 512,
+    "video_sample_stride": 3,
+    "video_sample_n_frames": 49,
+    "train_batch_size": 1,
+    "video_repeat": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "checkpointing_steps": 50,
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",  # the script's own default; the command line names none
+    "lr_warmup_steps": 0,
+    "seed": 42,
+    "output_dir": "output_dir",
+    "gradient_checkpointing": True,
+    "mixed_precision": "bf16",
+    "adam_weight_decay": 3e-2,
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+    "low_vram": True,
+    "train_mode": "inpaint",
+}
+"""The document's command line, the same for its three strategies."""
+
+SPEC = FamilySpec(
+    name="cogvideox-fun",
+    summary="CogVideoX-Fun InP (2b, 5b; V1.0, V1.1, V1.5): text, and the known part of a clip; DDPM",
+    adapter="vfun_cli.families.cogvideox_fun.adapter:CogVideoXFunAdapter",
+    fields=(MetadataField(name="file_path", media="visual"),),
+    media_types=("video", "image"),
+    vae_stride=(FRAMES_PER_LATENT, 8, 8),
+    patch_size=(1, 2, 2),
+    frame_rule="4k+1",
+    adjust_frames=adjust_frames,
+    block_classes=("CogVideoXBlock",),
+    objective="ddpm",  # betas and prediction type are in the model directory's scheduler/
+    # V1.1-5b: the documents' 49 frames at 512, as for the 2b models, and no end of positions.
+    dims=read_dims(
+        {
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 33,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        }
+    ),
+    read_dims=read_dims,
+    config_file="transformer/config.json",
+    sequence_tokens=sequence_tokens,
+    forward_flops=forward_flops,
+    defaults=DEFAULTS,
+    lora_defaults={
+        "rank": 64,
+        "network_alpha": 32,
+        # The document's "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
+        "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+    },
+    demo={
+        "image_sample_size": 64,
+        "video_sample_size": 64,
+        "token_sample_size": 64,
+        "video_sample_stride": 1,
+        "video_sample_n_frames": 9,
+        "dataloader_num_workers": 0,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "low_vram": False,
+    },
+    demo_builder="vfun_cli.demo.cogvideox_fun:build_model",
+    train_modes=("inpaint", "normal"),
+)
