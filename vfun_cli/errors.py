@@ -62,10 +62,16 @@ class EnvironmentFault(VfunError):
     exit_code = 6
 
 
+class StoppedAtOnce(VfunError):
+    """A second Ctrl-C ended the run without saving."""
+
+    exit_code = 130
+
+
 EXIT_PREEMPTED = 75
 """State saved after a preemption signal: run ``vfun resume``."""
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = StoppedAtOnce.exit_code
 """Stopped by Ctrl-C."""
 
 

@@ -25,6 +25,7 @@ from vfun_cli.errors import (
     FitError,
     MetadataError,
     RunError,
+    StoppedAtOnce,
     VfunError,
 )
 from vfun_cli.rundir import RunDir, write_atomically
@@ -32,6 +33,9 @@ from vfun_cli.rundir import RunDir, write_atomically
 POLL_SECONDS = 0.1
 LINE_EVERY = 10.0
 """Seconds between progress lines when stderr is not a terminal."""
+
+# Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 _ERRORS = {error.exit_code: error
            for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)}
@@ -62,11 +66,14 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) ->
     with log.open("ab") as output:
         start_of_run = output.tell()
         process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                                   start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        with _signals(process, run_dir):
+                                   start_new_session=True, env=os.environ | _ENVIRONMENT)
+        with _signals(process, run_dir) as asked:
             _watch(process, run_dir, first_step)
     if process.returncode == 0:
         return _ended(run_dir)
+    if len(asked) > 1:
+        raise StoppedAtOnce("stopped at once; the steps since the last checkpoint are lost.",
+                            hint=f"vfun resume {run_dir.root}")
     raise _failure(run_dir, log, start_of_run, process.returncode)
 
 
@@ -78,15 +85,15 @@ def _ended(run_dir: RunDir) -> Ended:
 
 
 @contextmanager
-def _signals(process: "subprocess.Popen[bytes]", run_dir: RunDir) -> Iterator[None]:
+def _signals(process: "subprocess.Popen[bytes]", run_dir: RunDir) -> Iterator[list[int]]:
     """Ctrl-C and preemption become a stop request; the second one kills the whole process group."""
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
+        asked.append(number)
+        if len(asked) > 1:
             _kill(process)
             return
-        asked.append(number)
         reason = "interrupted" if number == signal.SIGINT else "preempted"
         write_atomically(run_dir.stop_request, reason)
         console.err.print(f"\n{reason}: saving at the next step boundary; once more to stop at once without saving.")
@@ -94,7 +101,7 @@ def _signals(process: "subprocess.Popen[bytes]", run_dir: RunDir) -> Iterator[No
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, ask) for number in handled}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -126,19 +133,23 @@ class _Follower:
     """New complete lines of a growing JSON-lines file; steps up to ``first_step`` belong to an earlier run."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self.path, self.first_step, self.seen = path, first_step, first_step
+        self.path, self.seen, self.offset = path, first_step, 0
 
     def new(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
+        if self.path.stat().st_size < self.offset:  # a resumed run first drops the steps after its checkpoint
+            self.offset = 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole, _, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole) + 1 if whole else 0
         records = []
-        with self.path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    if "event" not in record and record["step"] > self.seen:
-                        self.seen = record["step"]
-                        records.append(record)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if "event" not in record and record["step"] > self.seen:
+                self.seen = record["step"]
+                records.append(record)
         return records
 
 
@@ -197,10 +208,7 @@ def _facts(record: dict[str, Any]) -> str:
 
 def _left(record: dict[str, Any]) -> str:
     """Time to the end from the plan: the run's FLOPs still to come over the FLOP rate so far."""
-    seconds = record.get("seconds_left")
-    if seconds is None:
-        return "?"
-    minutes, seconds = divmod(int(seconds), 60)
+    minutes, seconds = divmod(int(record["seconds_left"]), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
@@ -222,7 +230,5 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
         name = signal.Signals(number).name
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
         return RunError(f"rank {rank} was ended by {name}.{why}", hint=hint)
-    if code == -signal.SIGKILL:
-        return RunError("stopped at once, without saving.", hint=f"vfun resume {run_dir.root}")
     last = [line for line in text.splitlines() if line.strip()][-3:]
     return RunError(f"the launcher ended with exit code {code}: " + " / ".join(last), hint=hint)

@@ -23,6 +23,8 @@ class MicroBatch:
     """Optimizer step of the run, from 0."""
     index: int
     """Which micro-batch of the step, from 0."""
+    share: float = 1.0
+    """FLOPs of the step on its heaviest rank, in units of the epoch's mean: what the time left is told from."""
     requests: tuple[SampleRequest, ...]
 
 

@@ -31,6 +31,7 @@ class Metrics:
         self.world_size, self.total_steps = world_size, total_steps
         self.waited = 0.0
         self.last_line = 0.0
+        self.done_share, self.done_seconds = 0.0, 0.0
         self.file = None
         self.trackers: list[Any] = []
         if writes:
@@ -64,6 +65,7 @@ class Metrics:
             "tokens": tokens,
             "tokens_per_second": round(tokens / max(seconds + self.waited, 1e-9), 1),
             "memory_bytes": _memory(),
+            "seconds_left": self._seconds_left(step, micro_batches[0].batch.share, seconds + self.waited),
         }
         self.waited = 0.0
         self.file.write(json.dumps(record) + "\n")
@@ -97,6 +99,12 @@ class Metrics:
             self.file.close()
         for tracker in self.trackers:
             tracker.close()
+
+    def _seconds_left(self, step: int, share: float, seconds: float) -> float:
+        """Steps to come at the time a mean step takes; a moving average would swing with the mix of buckets."""
+        self.done_share += share
+        self.done_seconds += seconds
+        return round((self.total_steps - step) * self.done_seconds / self.done_share, 1)
 
     def _tokens(self, loaded: LoadedBatch) -> int:
         return sum(

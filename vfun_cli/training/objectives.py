@@ -1,12 +1,15 @@
 """The mathematics of training: what noise is added, what is predicted, how the error counts. All in float32."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
+from vfun_cli.errors import CheckpointError
 from vfun_cli.training.randomness import SampleKey
 
 NUM_TIMESTEPS = 1000
@@ -82,7 +85,7 @@ class FlowMatching:
         return _weighted_mean(difference.square() * (difference.abs() <= self.outlier), mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DDPM:
     """Discrete diffusion over the scheduler's alphas_cumprod (cogvideox_fun_lora spec section 7)."""
 
@@ -105,9 +108,30 @@ class DDPM:
         return _weighted_mean((prediction.float() - target).square(), mask)
 
 
-def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
-    """The family's objective from its ``objective_options``."""
-    return OBJECTIVES[name](**settings)
+def make_objective(name: str, settings: Mapping[str, Any], model_dir: Path) -> Objective:
+    """The family's objective from its ``objective_options`` and its model directory."""
+    return OBJECTIVES[name](settings, model_dir)
 
 
-OBJECTIVES: dict[str, Any] = {"flow-matching": FlowMatching, "ddpm": DDPM}
+def _flow_matching(settings: Mapping[str, Any], model_dir: Path) -> Objective:
+    return FlowMatching(**settings)
+
+
+def _ddpm(settings: Mapping[str, Any], model_dir: Path) -> Objective:
+    """The schedule of the released ``scheduler/`` read as DDPM, as the originals train (they ignore other classes)."""
+    folder = model_dir / "scheduler"
+    try:
+        scheduler = DDPMScheduler.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no noise schedule: {error}",
+                              hint="Download the model's scheduler folder too.") from None
+    kind = scheduler.config.prediction_type
+    if kind not in ("v_prediction", "epsilon"):
+        raise CheckpointError(f"{folder}: prediction_type {kind!r} cannot be trained; known: v_prediction, epsilon.")
+    return DDPM(alphas_cumprod=scheduler.alphas_cumprod.float(), prediction_type=kind)
+
+
+OBJECTIVES: dict[str, Callable[[Mapping[str, Any], Path], Objective]] = {
+    "flow-matching": _flow_matching,
+    "ddpm": _ddpm,
+}

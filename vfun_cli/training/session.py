@@ -41,7 +41,8 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
 
     plan = load_plan(config, spec, described)
     adapter_class = adapter_of(spec)
-    adapter = adapter_class.from_pretrained(adapter_options(config, spec, accelerator.device))
+    adapter_setting = adapter_options(config, accelerator.device)
+    adapter = adapter_class.from_pretrained(adapter_setting)
     state = prepare_state(config, spec, plan.dims, adapter, accelerator)
     checkpointer = Checkpointer(run, config.strategy, keep=config.checkpoints_total_limit,
                                 config_files=_config_files(spec, config))
@@ -52,7 +53,7 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
                       world_size=accelerator.num_processes, first_step=first_step, total_steps=plan.total_steps)
     trainer = Trainer(
         config=config, accelerator=accelerator, adapter=adapter, state=state,
-        objective=make_objective(spec.objective, spec.objective_options),
+        objective=make_objective(spec.objective, spec.objective_options, adapter_setting.model_dir),
         checkpointer=checkpointer, metrics=metrics, stop=stop, total_steps=plan.total_steps,
         description={"strategy": config.strategy, "world_size": accelerator.num_processes, "family": spec.name,
                      "kind": described["command"], "run_config": config.to_json()},
@@ -97,7 +98,7 @@ def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:
     return found
 
 
-def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:
+def adapter_options(config: RunConfig, device: torch.device) -> AdapterOptions:
     """The part of the configuration that the family's adapter sees."""
     assert config.pretrained_model_name_or_path is not None
     return AdapterOptions(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vfun_cli.metadata.records import Record
-from vfun_cli.plan.schedule import PlannedSample, plan_epochs
+from vfun_cli.plan.schedule import EpochPlan, PlannedSample, plan_epochs
 from vfun_cli.plan.schedule import MicroBatch as PlannedBatch
 from vfun_cli.planning import RunPlan
 from vfun_cli.training.adapter import SampleRequest
@@ -21,13 +21,21 @@ def micro_batches(plan: RunPlan, *, rank: int, first_step: int) -> Iterator[Micr
     for epoch_plan in plan_epochs(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs):
         skipped = min(max(0, first_step - step), epoch_plan.num_steps)
         step += skipped
-        for batches in epoch_plan.micro_batches_for(rank, skipped):
+        shares = _shares(epoch_plan)[skipped:]
+        for share, batches in zip(shares, epoch_plan.micro_batches_for(rank, skipped), strict=True):
             if step >= plan.total_steps:
                 return
             for index, batch in enumerate(batches):
                 requests = tuple(_request(plan, batch, sample, place[sample.row]) for sample in batch.samples)
-                yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests)
+                yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
             step += 1
+
+
+def _shares(plan: EpochPlan) -> list[float]:
+    """FLOPs of each step's heaviest rank over the epoch's mean."""
+    slots = plan.flops[plan.steps].reshape(plan.num_steps, -1, plan.world_size)
+    heaviest = slots.sum(axis=1).max(axis=1) if plan.num_steps else np.ones(0)
+    return (heaviest / heaviest.mean()).tolist() if plan.num_steps else []
 
 
 def _request(plan: RunPlan, batch: PlannedBatch, sample: PlannedSample, position: int) -> SampleRequest:
