@@ -291,7 +291,7 @@ def run_case(strategy: str, blocks: int, repeats: int, scratch: Path) -> dict[st
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures that matter: time and memory against the other tool, and memory at both sizes."""
-    rows = {}
+    rows: dict[str, Any] = {}
     for strategy in STRATEGIES:
         found = sorted((c for c in cases if c["strategy"] == strategy), key=lambda case: case["parameters"])
         for case in found:
@@ -304,7 +304,8 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
                 "wall_vs_floor": round(ours["wall_s"] / case["tools"]["floor"]["wall_s"], 2),
             }
         peaks = [case["tools"]["vfun"]["peak_mb"] for case in found]
-        rows[f"{strategy} peak, largest over smallest size"] = round(max(peaks) / min(peaks), 3)
+        if len(peaks) > 1:
+            rows[f"{strategy} peak, largest over smallest size"] = round(max(peaks) / min(peaks), 3)
     return rows
 
 
@@ -322,26 +323,30 @@ def main() -> None:
     elif options.write:
         write_zero(options.scratch, options.blocks[0], int(options.write[-1]))
     else:
+        cases: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            cases = [
-                run_case(strategy, blocks, options.repeats, Path(scratch))
-                for blocks in options.blocks
-                for strategy in STRATEGIES
-            ]
-        report = {
-            "schema": 1,
-            "load_average_at_the_end": round(os.getloadavg()[2], 1),
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "python benchmarks/export.py " + " ".join(sys.argv[1:]),
-            "hardware": f"{os.cpu_count()} x {platform.machine()}, "
-            f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB memory",
-            "versions": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "numpy")},
-            "repeats": options.repeats,
-            "summary": summary(cases),
-            "cases": cases,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["summary"], indent=1))
+            for blocks in options.blocks:
+                for strategy in STRATEGIES:
+                    cases.append(run_case(strategy, blocks, options.repeats, Path(scratch)))
+                    write_report(options.output, cases, options.repeats)  # a run that is stopped keeps what it has
+        print(json.dumps(summary(cases), indent=1))
+
+
+def write_report(output: Path, cases: list[dict[str, Any]], repeats: int) -> None:
+    """The results so far, with what they were measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    report = {
+        "schema": 1,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python benchmarks/export.py", *sys.argv[1:]]),
+        "hardware": f"{os.cpu_count()} x {platform.machine()}, {memory:.0f} GB memory",
+        "load_average_15_minutes": round(os.getloadavg()[2], 1),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "numpy")},
+        "repeats": repeats,
+        "summary": summary(cases),
+        "cases": cases,
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
