@@ -1,6 +1,7 @@
 """The families vfun trains, in one explicit list."""
 
 from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.families.cogvideox_fun import SPEC as COGVIDEOX_FUN
 from vfun_cli.families.easyanimate_control import V5 as EASYANIMATE_V5
 from vfun_cli.families.easyanimate_control import V5_1 as EASYANIMATE_V5_1
 from vfun_cli.families.hunyuanvideo import I2V as HUNYUANVIDEO_I2V
@@ -18,6 +19,7 @@ FAMILIES: dict[str, FamilySpec] = {
         HUNYUANVIDEO_I2V,
         EASYANIMATE_V5_1,
         EASYANIMATE_V5,
+        COGVIDEOX_FUN,
     )
 }
 
