@@ -95,74 +95,124 @@ class RunConfig:
         ),
     ] = None
     video_repeat: Annotated[
-        int, Opt(help="How often an epoch shows each video; 0 and 1 both mean once.", panel=DATA, minimum=0,
-                 commands=PLAN_COMMANDS)
+        int,
+        Opt(
+            help="How often an epoch shows each video; 0 and 1 both mean once.",
+            panel=DATA,
+            minimum=0,
+            commands=PLAN_COMMANDS,
+        ),
     ] = 1
     dataloader_num_workers: Annotated[
         int,
-        Opt(help="Decoding processes of each rank; 0 decodes in the training process.", panel=DATA, minimum=0,
-            on_resume="harmless"),
+        Opt(
+            help="Decoding processes of each rank; 0 decodes in the training process.",
+            panel=DATA,
+            minimum=0,
+            on_resume="harmless",
+        ),
     ] = 8
 
     video_sample_size: Annotated[
-        int, Opt(help="Base size of videos; with buckets, the area of the square of this side.", panel=BUCKETS,
-                 unit="pixels", minimum=16, commands=PLAN_COMMANDS)
+        int,
+        Opt(
+            help="Base size of videos; with buckets, the area of the square of this side.",
+            panel=BUCKETS,
+            unit="pixels",
+            minimum=16,
+            commands=PLAN_COMMANDS,
+        ),
     ] = 512
     image_sample_size: Annotated[
         int | None,
-        Opt(help="Base size of images, and the other end of the size range (either order).", panel=BUCKETS,
-            unit="pixels", minimum=16, commands=PLAN_COMMANDS),
+        Opt(
+            help="Base size of images, and the other end of the size range (either order).",
+            panel=BUCKETS,
+            unit="pixels",
+            minimum=16,
+            commands=PLAN_COMMANDS,
+        ),
     ] = None
     token_sample_size: Annotated[
-        int, Opt(help="Size at which a clip keeps all its frames; sets the token budget.", panel=BUCKETS,
-                 unit="pixels", minimum=16, commands=PLAN_COMMANDS)
+        int,
+        Opt(
+            help="Size at which a clip keeps all its frames; sets the token budget.",
+            panel=BUCKETS,
+            unit="pixels",
+            minimum=16,
+            commands=PLAN_COMMANDS,
+        ),
     ] = 512
     video_sample_stride: Annotated[
-        int, Opt(help="Take every n-th source frame.", panel=BUCKETS, unit="frames", minimum=1,
-                 commands=DATA_COMMANDS)
+        int, Opt(help="Take every n-th source frame.", panel=BUCKETS, unit="frames", minimum=1, commands=DATA_COMMANDS)
     ] = 1
     video_sample_n_frames: Annotated[
         int, Opt(help="Most frames of a clip.", panel=BUCKETS, unit="frames", minimum=1, commands=DATA_COMMANDS)
     ] = 49
     enable_bucket: Annotated[
-        bool, Opt(help="Group clips by aspect ratio instead of cropping all to a square.", panel=BUCKETS,
-                  commands=PLAN_COMMANDS)
+        bool,
+        Opt(
+            help="Group clips by aspect ratio instead of cropping all to a square.",
+            panel=BUCKETS,
+            commands=PLAN_COMMANDS,
+        ),
     ] = True
     random_hw_adapt: Annotated[
         bool, Opt(help="Draw a size from the range for every clip and epoch.", panel=BUCKETS, commands=PLAN_COMMANDS)
     ] = False
     training_with_video_token_length: Annotated[
-        bool, Opt(help="Shorten clips at larger sizes so that the token length stays within the budget.",
-                  panel=BUCKETS, commands=PLAN_COMMANDS)
+        bool,
+        Opt(
+            help="Shorten clips at larger sizes so that the token length stays within the budget.",
+            panel=BUCKETS,
+            commands=PLAN_COMMANDS,
+        ),
     ] = False
     random_frame_crop: Annotated[
-        bool, Opt(help="Draw a shorter clip now and then, to train on many lengths.", panel=BUCKETS,
-                  commands=PLAN_COMMANDS)
+        bool,
+        Opt(help="Draw a shorter clip now and then, to train on many lengths.", panel=BUCKETS, commands=PLAN_COMMANDS),
     ] = False
 
     heaviest_first: Annotated[
-        bool, Opt(help="Start each epoch with its heaviest step, so that what does not fit fails at once.",
-                  panel=BUCKETS, commands=PLAN_COMMANDS)
+        bool,
+        Opt(
+            help="Start each epoch with its heaviest step, so that what does not fit fails at once.",
+            panel=BUCKETS,
+            commands=PLAN_COMMANDS,
+        ),
     ] = False
     tokens_per_batch: Annotated[
-        int | None, Opt(help="Fill micro-batches up to this many tokens instead of train_batch_size clips.",
-                        panel=BUCKETS, unit="tokens", minimum=1, commands=PLAN_COMMANDS)
+        int | None,
+        Opt(
+            help="Fill micro-batches up to this many tokens instead of train_batch_size clips.",
+            panel=BUCKETS,
+            unit="tokens",
+            minimum=1,
+            commands=PLAN_COMMANDS,
+        ),
     ] = None
 
     train_mode: Annotated[
         str | None, Opt(help="What the model is conditioned on, where the family has a choice.", panel=CONDITIONING)
     ] = None
     control_ref_image: Annotated[
-        str, Opt(help="Which frame serves as the reference image.", panel=CONDITIONING,
-                 choices=("first_frame", "random"))
+        str,
+        Opt(help="Which frame serves as the reference image.", panel=CONDITIONING, choices=("first_frame", "random")),
     ] = "first_frame"
     loss_type: Annotated[
-        str | None, Opt(help="The original scripts' name of the objective (EasyAnimate: flow, ddpm); each family has one.",
-                        panel=CONDITIONING)
+        str | None,
+        Opt(
+            help="The original scripts' name of the objective (EasyAnimate: flow, ddpm); each family has one.",
+            panel=CONDITIONING,
+        ),
     ] = None
     uniform_sampling: Annotated[
-        bool, Opt(help="Timesteps uniform for every sample (accepted for the original scripts' sake: always so).",
-                  panel=CONDITIONING, on_resume="harmless")
+        bool,
+        Opt(
+            help="Timesteps uniform for every sample (accepted for the original scripts' sake: always so).",
+            panel=CONDITIONING,
+            on_resume="harmless",
+        ),
     ] = True
 
     train_batch_size: Annotated[
@@ -175,8 +225,13 @@ class RunConfig:
         int, Opt(help="Epochs to train.", panel=OPTIMISATION, minimum=1, on_resume="harmless")
     ] = 100
     max_train_steps: Annotated[
-        int | None, Opt(help="Stop after this many optimizer steps, whatever the epochs.", panel=OPTIMISATION,
-                        minimum=0, on_resume="harmless")
+        int | None,
+        Opt(
+            help="Stop after this many optimizer steps, whatever the epochs.",
+            panel=OPTIMISATION,
+            minimum=0,
+            on_resume="harmless",
+        ),
     ] = None
     learning_rate: Annotated[float, Opt(help="Peak learning rate of AdamW.", panel=OPTIMISATION, minimum=0)] = 2e-5
     lr_scheduler: Annotated[
@@ -186,74 +241,100 @@ class RunConfig:
         int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0)
     ] = 100
     adam_beta1: Annotated[float, Opt(help="AdamW's decay of the first moment.", panel=OPTIMISATION, minimum=0)] = 0.9
-    adam_beta2: Annotated[
-        float, Opt(help="AdamW's decay of the second moment.", panel=OPTIMISATION, minimum=0)
-    ] = 0.999
+    adam_beta2: Annotated[float, Opt(help="AdamW's decay of the second moment.", panel=OPTIMISATION, minimum=0)] = 0.999
     adam_weight_decay: Annotated[float, Opt(help="AdamW's weight decay.", panel=OPTIMISATION, minimum=0)] = 3e-2
     adam_epsilon: Annotated[float, Opt(help="AdamW's epsilon.", panel=OPTIMISATION, minimum=0)] = 1e-10
     max_grad_norm: Annotated[
-        float, Opt(help="Gradients are scaled down to this global norm, under every strategy.", panel=OPTIMISATION,
-                   minimum=0)
+        float,
+        Opt(help="Gradients are scaled down to this global norm, under every strategy.", panel=OPTIMISATION, minimum=0),
     ] = 0.05
     seed: Annotated[
         int, Opt(help="Seed of every random choice.", panel=OPTIMISATION, minimum=0, commands=PLAN_COMMANDS)
     ] = 42
     mixed_precision: Annotated[
-        str, Opt(help="Compute type; trainable weights keep a float32 master either way.", panel=OPTIMISATION,
-                 choices=("no", "bf16"))
+        str,
+        Opt(
+            help="Compute type; trainable weights keep a float32 master either way.",
+            panel=OPTIMISATION,
+            choices=("no", "bf16"),
+        ),
     ] = "bf16"
     trainable_modules: Annotated[
         tuple[str, ...],
-        Opt(help="Parts of parameter names to train, comma-separated or repeated; '.' is everything.",
-            panel=OPTIMISATION),
+        Opt(
+            help="Parts of parameter names to train, comma-separated or repeated; '.' is everything.",
+            panel=OPTIMISATION,
+        ),
     ] = (".",)
     use_ema: Annotated[
-        bool, Opt(help="Keep an exponential moving average of the weights (single process and DDP).",
-                  panel=OPTIMISATION)
+        bool,
+        Opt(help="Keep an exponential moving average of the weights (single process and DDP).", panel=OPTIMISATION),
     ] = False
     ema_decay: Annotated[float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0)] = (
         0.9999
     )
 
     gradient_checkpointing: Annotated[
-        bool, Opt(help="Recompute each block in the backward pass instead of keeping its activations.", panel=MEMORY,
-                  on_resume="harmless")
+        bool,
+        Opt(
+            help="Recompute each block in the backward pass instead of keeping its activations.",
+            panel=MEMORY,
+            on_resume="harmless",
+        ),
     ] = True
     vae_mini_batch: Annotated[
         int, Opt(help="Clips the VAE encodes at a time.", panel=MEMORY, minimum=1, on_resume="harmless")
     ] = 1
     low_vram: Annotated[
-        bool, Opt(help="Keep the encoders off the accelerator except while they work.", panel=MEMORY,
-                  on_resume="harmless")
+        bool,
+        Opt(help="Keep the encoders off the accelerator except while they work.", panel=MEMORY, on_resume="harmless"),
     ] = False
 
     strategy: Annotated[
         str,
-        Opt(help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it.",
-            panel=PARALLEL, choices=STRATEGIES, on_resume="layout"),
+        Opt(
+            help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it.",
+            panel=PARALLEL,
+            choices=STRATEGIES,
+            on_resume="layout",
+        ),
     ] = "auto"
     device: Annotated[
-        str, Opt(help="Where to train; auto takes the GPUs if there are any.", panel=PARALLEL,
-                 choices=("auto", "cuda", "cpu"), on_resume="layout")
+        str,
+        Opt(
+            help="Where to train; auto takes the GPUs if there are any.",
+            panel=PARALLEL,
+            choices=("auto", "cuda", "cpu"),
+            on_resume="layout",
+        ),
     ] = "auto"
     num_processes: Annotated[
         int | None,
-        Opt(help="Processes over all machines; by default one a GPU, or two on a machine without.", panel=PARALLEL,
-            minimum=1, on_resume="layout"),
+        Opt(
+            help="Processes over all machines; by default one a GPU, or two on a machine without.",
+            panel=PARALLEL,
+            minimum=1,
+            on_resume="layout",
+        ),
     ] = None
     num_machines: Annotated[
-        int, Opt(help="Machines in the job; start the same command on each.", panel=PARALLEL, minimum=1,
-                 on_resume="layout")
+        int,
+        Opt(help="Machines in the job; start the same command on each.", panel=PARALLEL, minimum=1, on_resume="layout"),
     ] = 1
     machine_rank: Annotated[
         int, Opt(help="Which machine this is, from 0.", panel=PARALLEL, minimum=0, on_resume="harmless")
     ] = 0
-    main_process_ip: Annotated[
-        str, Opt(help="Address of machine 0.", panel=PARALLEL, on_resume="harmless")
-    ] = "127.0.0.1"
+    main_process_ip: Annotated[str, Opt(help="Address of machine 0.", panel=PARALLEL, on_resume="harmless")] = (
+        "127.0.0.1"
+    )
     main_process_port: Annotated[
-        int | None, Opt(help="Port on machine 0; a free one is chosen for a single machine.", panel=PARALLEL,
-                        minimum=1, on_resume="harmless")
+        int | None,
+        Opt(
+            help="Port on machine 0; a free one is chosen for a single machine.",
+            panel=PARALLEL,
+            minimum=1,
+            on_resume="harmless",
+        ),
     ] = None
 
     output_dir: Annotated[
@@ -263,28 +344,45 @@ class RunConfig:
         int, Opt(help="Steps between checkpoints.", panel=OUTPUT, unit="steps", minimum=1, on_resume="harmless")
     ] = 50
     checkpoints_total_limit: Annotated[
-        int | None, Opt(help="Keep this many checkpoints; older ones go after a new one is complete.", panel=OUTPUT,
-                        minimum=1, on_resume="harmless")
+        int | None,
+        Opt(
+            help="Keep this many checkpoints; older ones go after a new one is complete.",
+            panel=OUTPUT,
+            minimum=1,
+            on_resume="harmless",
+        ),
     ] = None
     resume_from_checkpoint: Annotated[
-        str | None, Opt(help="Continue from a checkpoint of the output directory: a path or 'latest'.", panel=OUTPUT,
-                        on_resume="harmless")
+        str | None,
+        Opt(
+            help="Continue from a checkpoint of the output directory: a path or 'latest'.",
+            panel=OUTPUT,
+            on_resume="harmless",
+        ),
     ] = None
     report_to: Annotated[
-        str, Opt(help="Beside metrics.jsonl: tensorboard, wandb or none.", panel=OUTPUT,
-                 choices=("tensorboard", "wandb", "none"), on_resume="harmless")
+        str,
+        Opt(
+            help="Beside metrics.jsonl: tensorboard, wandb or none.",
+            panel=OUTPUT,
+            choices=("tensorboard", "wandb", "none"),
+            on_resume="harmless",
+        ),
     ] = "tensorboard"
 
-    rank: Annotated[
-        int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, commands=("lora",))
-    ] = 64
+    rank: Annotated[int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, commands=("lora",))] = 64
     network_alpha: Annotated[
-        float, Opt(help="LoRA strength: the update is scaled by network_alpha / rank.", panel=LORA, minimum=0,
-                   commands=("lora",))
+        float,
+        Opt(
+            help="LoRA strength: the update is scaled by network_alpha / rank.",
+            panel=LORA,
+            minimum=0,
+            commands=("lora",),
+        ),
     ] = 32
     target_name: Annotated[
-        tuple[str, ...], Opt(help="Endings of module names that get adapters, comma-separated.", panel=LORA,
-                             commands=("lora",))
+        tuple[str, ...],
+        Opt(help="Endings of module names that get adapters, comma-separated.", panel=LORA, commands=("lora",)),
     ] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -330,13 +428,17 @@ def parse(name: str, value: Any, source: str) -> Any:
     """
     known = options()
     if name not in known:
-        raise ConfigError(f"{source}: unknown option {name!r}.{did_you_mean(name, known)}",
-                          hint="vfun train --help lists the options.")
+        raise ConfigError(
+            f"{source}: unknown option {name!r}.{did_you_mean(name, known)}",
+            hint="vfun train --help lists the options.",
+        )
     _, kind, opt = known[name]
     parsed = _convert(kind, value, f"{source}: {name}")
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
-        raise ConfigError(f"{source}: {name} is {parsed!r}; choose one of: {', '.join(opt.choices)}."
-                          f"{did_you_mean(str(parsed), opt.choices)}")
+        raise ConfigError(
+            f"{source}: {name} is {parsed!r}; choose one of: {', '.join(opt.choices)}."
+            f"{did_you_mean(str(parsed), opt.choices)}"
+        )
     if opt.minimum is not None and isinstance(parsed, int | float) and parsed < opt.minimum:
         raise ConfigError(f"{source}: {name} is {parsed}, the least that makes sense is {opt.minimum:g}.")
     return parsed
@@ -353,8 +455,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False,
-                 "off": False}
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
         if str(value).lower() in words:
             return words[str(value).lower()]
         raise ConfigError(f"{where} is {value!r}; it takes true or false.")

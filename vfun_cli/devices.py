@@ -32,13 +32,17 @@ def check_processes(device: str, per_machine: int) -> None:
         EnvironmentFault: no such device, or too few of them.
     """
     if device == "cuda" and gpu_count() == 0:
-        raise EnvironmentFault("device cuda was asked for and no NVIDIA GPU is visible here.",
-                               hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.")
+        raise EnvironmentFault(
+            "device cuda was asked for and no NVIDIA GPU is visible here.",
+            hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.",
+        )
     devices = gpu_count() if device == "cuda" else max(2, os.cpu_count() or 1)
     if per_machine > devices:
         what = "GPUs" if device == "cuda" else "processor cores"
-        raise EnvironmentFault(f"{per_machine} processes were asked for on a machine with {devices} {what}.",
-                               hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.")
+        raise EnvironmentFault(
+            f"{per_machine} processes were asked for on a machine with {devices} {what}.",
+            hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.",
+        )
 
 
 def require_package(choice: str, packages: Mapping[str, str]) -> None:
@@ -49,5 +53,6 @@ def require_package(choice: str, packages: Mapping[str, str]) -> None:
     """
     package = packages.get(choice)
     if package is not None and find_spec(package) is None:
-        raise EnvironmentFault(f"{choice} needs the Python package {package}, which is not installed.",
-                               hint=f"pip install {package}")
+        raise EnvironmentFault(
+            f"{choice} needs the Python package {package}, which is not installed.", hint=f"pip install {package}"
+        )

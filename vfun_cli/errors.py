@@ -11,8 +11,8 @@
 Every error says what was found, where, why it cannot go on, and (``hint``) the next command.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class VfunError(Exception):

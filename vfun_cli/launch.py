@@ -44,8 +44,16 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
     files = {accelerate_file: _render(templates_dir() / "accelerate" / f"{config.strategy}.yaml", values)}
     if deepspeed_template.is_file():
         files[deepspeed_file] = _render(deepspeed_template, values)
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_file),
-            "-m", "vfun_cli.training", str(run_json.absolute())]
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(accelerate_file),
+        "-m",
+        "vfun_cli.training",
+        str(run_json.absolute()),
+    ]
     return LaunchPlan(files=files, argv=argv)
 
 

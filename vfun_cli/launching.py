@@ -17,7 +17,7 @@ from vfun_cli.locate import Found
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json
 from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.planning import metadata_digest, save_table
+from vfun_cli.planning import metadata_digest
 from vfun_cli.preparation import PlanInput, plan, plan_input
 from vfun_cli.resolve import Resolved
 from vfun_cli.rundir import RunDir, claim, ensure_writable, write_atomically
@@ -73,13 +73,24 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     devices.check_processes(config.device, config.num_processes // config.num_machines)
     check_trackers(config)
     if config.pretrained_model_name_or_path is None:
-        raise CheckpointError("no model directory is set.",
-                              hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.")
+        raise CheckpointError(
+            "no model directory is set.",
+            hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.",
+        )
     source = plan_input(config, spec)
     run = RunDir(config.output_dir)
     run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
-    return Job(command=command, spec=spec, resolved=resolved, source=source, plans=plan(source, 1), run=run, run_json=run_json,
-               launch=plan_launch(config, spec, run, run_json), found=found)
+    return Job(
+        command=command,
+        spec=spec,
+        resolved=resolved,
+        source=source,
+        plans=plan(source, 1),
+        run=run,
+        run_json=run_json,
+        launch=plan_launch(config, spec, run, run_json),
+        found=found,
+    )
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -99,8 +110,11 @@ def show(job: Job) -> None:
     if config.num_machines > 1:
         where += f" on {config.num_machines} machines"
     start = f", from {job.found.checkpoint.name}" if job.found else ""
-    console.err.print(f"\n[bold]{job.command} {job.spec.name}[/bold] under {config.strategy} on {where} ({config.device})"
-                      f"{start} -> {escape(str(job.run.root))}", soft_wrap=True)
+    console.err.print(
+        f"\n[bold]{job.command} {job.spec.name}[/bold] under {config.strategy} on {where} ({config.device})"
+        f"{start} -> {escape(str(job.run.root))}",
+        soft_wrap=True,
+    )
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -120,8 +134,9 @@ def print_dry_run(job: Job) -> None:
     out = console.out
     out.print("[bold]Options[/bold]")
     for name, value in job.config.to_json().items():
-        out.print(f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]",
-                  soft_wrap=True)
+        out.print(
+            f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]", soft_wrap=True
+        )
     for path, text in job.launch.files.items():
         out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
     out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
@@ -160,15 +175,15 @@ def start(job: Job, *, overwrite: bool, as_json: bool) -> int:
         ensure_writable(run.root)
     for path, text in job.launch.files.items():
         write_atomically(path, text)
-    save_table(job.source.table, run.clips(config.machine_rank))
+    job.source.table.save(run.clips(config.machine_rank))
     write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
     write_atomically(job.run_json, _run_text(job))
-    ended = supervise.run(job.launch.argv, run, config.machine_rank,
-                          job.found.step if job.found else 0)
+    ended = supervise.run(job.launch.argv, run, config.machine_rank, job.found.step if job.found else 0)
     newest = run.checkpoint(ended.step)
     if as_json:
-        console.print_json({"run_dir": str(run.root), "outcome": ended.outcome, "step": ended.step,
-                            "checkpoint": str(newest)})
+        console.print_json(
+            {"run_dir": str(run.root), "outcome": ended.outcome, "step": ended.step, "checkpoint": str(newest)}
+        )
     if ended.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
         console.err.print(f"{ended.outcome} after step {ended.step}; saved {escape(str(newest))}", soft_wrap=True)
         console.hint(f"vfun resume {run.root}")

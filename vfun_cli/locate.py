@@ -41,8 +41,10 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
         path = output_dir / name
     if not path.exists():
         near = ", ".join(found.name for found in manifest.checkpoints(output_dir)[-5:]) or "none"
-        raise CheckpointError(f"there is no {name}, neither here nor in {output_dir}.",
-                              hint=f"Complete checkpoints in {output_dir}: {near}.")
+        raise CheckpointError(
+            f"there is no {name}, neither here nor in {output_dir}.",
+            hint=f"Complete checkpoints in {output_dir}: {near}.",
+        )
     if manifest.step_of(path.absolute()) is None:
         return _newest(RunDir(path))
     manifest.verify(path, deep=False)

@@ -3,11 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, MetadataError
@@ -37,9 +35,7 @@ class RunPlan:
 
 def plan_options(config: RunConfig, world_size: int | None = None) -> PlanOptions:
     """The options of the plan, which share their names with the configuration's."""
-    names = {field.name for field in fields(PlanOptions)} - {"world_size"}
-    values = {name: getattr(config, name) for name in names}
-    return PlanOptions(**values, world_size=world_size or config.num_processes or 1)
+    return PlanOptions.pick(vars(config), world_size=world_size or config.num_processes or 1)
 
 
 def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
@@ -52,11 +48,15 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         return spec.dims
     path = model_dir / spec.config_file
     if not model_dir.is_dir():
-        raise CheckpointError(f"there is no model directory {model_dir}.",
-                              hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.")
+        raise CheckpointError(
+            f"there is no model directory {model_dir}.",
+            hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
+        )
     if not path.is_file():
-        raise CheckpointError(f"{model_dir} is no {spec.name} model: {spec.config_file} is missing.",
-                              hint=f"vfun train {spec.name} needs the model in its released layout.")
+        raise CheckpointError(
+            f"{model_dir} is no {spec.name} model: {spec.config_file} is missing.",
+            hint=f"vfun train {spec.name} needs the model in its released layout.",
+        )
     try:
         return spec.read_dims(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
@@ -68,19 +68,6 @@ def total_steps(config: RunConfig, spec: FamilySpec, dims: ModelDims, table: Cli
     if config.max_train_steps is not None:
         return config.max_train_steps
     return count_steps(spec, dims, table, plan_options(config), config.num_train_epochs)
-
-
-def save_table(table: ClipTable, path: Path) -> None:
-    """The clip table as ``clips.npz``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{field.name: getattr(table, field.name) for field in fields(ClipTable)})
-
-
-def load_table(path: Path) -> ClipTable:
-    """The inverse of :func:`save_table`."""
-    with np.load(path, allow_pickle=False) as columns:
-        return ClipTable(**{field.name: columns[field.name] for field in fields(ClipTable)})
 
 
 def metadata_digest(path: Path) -> str:
@@ -96,13 +83,20 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
     """
     assert config.train_data_meta is not None
     if metadata_digest(config.train_data_meta) != described["metadata_sha256"]:
-        raise MetadataError(f"{config.train_data_meta} changed since this run was launched.",
-                            hint="Start the run again, so that the rows are checked again.")
-    table = load_table(Path(described["clips"]))
+        raise MetadataError(
+            f"{config.train_data_meta} changed since this run was launched.",
+            hint="Start the run again, so that the rows are checked again.",
+        )
+    table = ClipTable.load(Path(described["clips"]))
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     records = {record.row: record for record in read_metadata(config.train_data_meta).records}
     return RunPlan(
-        spec=spec, dims=dims, table=table, options=plan_options(config), records=records, root=config.train_data_dir,
+        spec=spec,
+        dims=dims,
+        table=table,
+        options=plan_options(config),
+        records=records,
+        root=config.train_data_dir,
         num_epochs=ENDLESS_EPOCHS if config.max_train_steps is not None else config.num_train_epochs,
         total_steps=total_steps(config, spec, dims, table),
     )

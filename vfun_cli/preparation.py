@@ -57,8 +57,14 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Re
     Raises:
         MetadataError: no metadata is named.
     """
-    return _validate(config.train_data_meta, config.train_data_dir, spec.fields, spec.media_types,
-                     needs=clip_needs(config, spec), deep=deep)
+    return _validate(
+        config.train_data_meta,
+        config.train_data_dir,
+        spec.fields,
+        spec.media_types,
+        needs=clip_needs(config, spec),
+        deep=deep,
+    )
 
 
 def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep: bool = False) -> Report:
@@ -70,11 +76,19 @@ def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep: bool
     return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep=deep)
 
 
-def _validate(meta: Path | None, root: Path | None, fields: Sequence[MetadataField], media_types: Sequence[MediaType],
-              *, needs: ClipNeeds | None, deep: bool) -> Report:
+def _validate(
+    meta: Path | None,
+    root: Path | None,
+    fields: Sequence[MetadataField],
+    media_types: Sequence[MediaType],
+    *,
+    needs: ClipNeeds | None,
+    deep: bool,
+) -> Report:
     if meta is None:
-        raise MetadataError("no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo "
-                            "needs neither.")
+        raise MetadataError(
+            "no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo needs neither."
+        )
     with progress() as stage:
         settings = Settings(cache=CACHE.expanduser(), deep=deep, progress=stage)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
@@ -83,8 +97,9 @@ def _validate(meta: Path | None, root: Path | None, fields: Sequence[MetadataFie
 def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
     """The shortest video that these settings can train on."""
     most = spec.strides_to_max_fps
-    return ClipNeeds(min_frames=fewest_frames(spec), stride=config.video_sample_stride,
-                     max_fps=None if most is None else int(most))
+    return ClipNeeds(
+        min_frames=fewest_frames(spec), stride=config.video_sample_stride, max_fps=None if most is None else int(most)
+    )
 
 
 def plan_input(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput:
@@ -99,18 +114,26 @@ def plan_input(config: RunConfig, spec: FamilySpec, world_size: int | None = Non
         if problem.severity == "warning":
             console.warn(f"row {problem.row}: {problem.message}" if problem.row is not None else problem.message)
     report.require_ok()
-    return PlanInput(spec=spec, dims=read_dims(spec, config.pretrained_model_name_or_path),
-                     options=plan_options(config, world_size), table=report.table())
+    return PlanInput(
+        spec=spec,
+        dims=read_dims(spec, config.pretrained_model_name_or_path),
+        options=plan_options(config, world_size),
+        table=report.table(),
+    )
 
 
 def plan_input_without_files(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput | None:
-    """The same from rows that state everything, so that a cluster run can be planned on a laptop; None if they do not."""
+    """The same from rows that state everything, to plan a cluster run on a laptop; None if they do not."""
     assert config.train_data_meta is not None
     metadata = read_metadata(config.train_data_meta)
     if not states_everything(metadata):
         return None
-    return PlanInput(spec=spec, dims=dims_if_there(config, spec), options=plan_options(config, world_size),
-                     table=table_without_files(metadata))
+    return PlanInput(
+        spec=spec,
+        dims=dims_if_there(config, spec),
+        options=plan_options(config, world_size),
+        table=table_without_files(metadata),
+    )
 
 
 def dims_if_there(config: RunConfig, spec: FamilySpec) -> ModelDims:
@@ -139,5 +162,3 @@ def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return advance
 
         yield stage
-
-

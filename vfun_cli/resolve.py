@@ -56,6 +56,10 @@ def resolve(
         layers.append(("demo", demo))
     layers.append(("option", given))
 
+    strategy = next((layer["strategy"] for _, layer in reversed(layers) if "strategy" in layer), "auto")
+    if base is None and strategy in spec.strategy_defaults:
+        layers.insert(2, (f"{spec.name} {strategy} default", spec.strategy_defaults[strategy]))
+
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
@@ -87,8 +91,10 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
 
     for name, table in tables.items():
         if name not in FAMILIES:
-            raise ConfigError(f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
-                              hint=f"Families: {', '.join(FAMILIES)}.")
+            raise ConfigError(
+                f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
+                hint=f"Families: {', '.join(FAMILIES)}.",
+            )
         _known(table, f"{path} [{name}]")
     if family in tables:
         yield f"{path} [{family}]", tables[family]
@@ -98,8 +104,10 @@ def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     names = {name.replace("-", "_"): value for name, value in layer.items()}
     for name in names:
         if name not in options():
-            raise ConfigError(f"{source}: unknown key {name!r}.{did_you_mean(name, options())}",
-                              hint="docs/options.md lists the keys.")
+            raise ConfigError(
+                f"{source}: unknown key {name!r}.{did_you_mean(name, options())}",
+                hint="docs/options.md lists the keys.",
+            )
     return names
 
 
@@ -112,8 +120,9 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
         if variable.startswith("VFUN_"):
             name = variable.removeprefix("VFUN_").lower()
             if name not in options():
-                raise ConfigError(f"${variable} names no option.{did_you_mean(name, options())}",
-                                  hint=f"unset {variable}")
+                raise ConfigError(
+                    f"${variable} names no option.{did_you_mean(name, options())}", hint=f"unset {variable}"
+                )
             yield f"${variable}", {name: value}
 
 
@@ -133,24 +142,34 @@ def _settle_placement(values: dict[str, Any], sources: dict[str, str]) -> None:
 def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
     """Combinations that no single option can refuse."""
     if values["strategy"] == "single" and values["num_processes"] > 1:
-        raise ConfigError(f"strategy 'single' with num_processes {values['num_processes']}.",
-                          hint="Drop one of them, or choose --ddp, --fsdp, --zero2 or --zero3.")
+        raise ConfigError(
+            f"strategy 'single' with num_processes {values['num_processes']}.",
+            hint="Drop one of them, or choose --ddp, --fsdp, --zero2 or --zero3.",
+        )
     if values["num_processes"] % values["num_machines"]:
-        raise ConfigError(f"num_processes {values['num_processes']} does not divide by num_machines "
-                          f"{values['num_machines']}.", hint="num_processes counts all machines together.")
+        raise ConfigError(
+            f"num_processes {values['num_processes']} does not divide by num_machines {values['num_machines']}.",
+            hint="num_processes counts all machines together.",
+        )
     if values["machine_rank"] >= values["num_machines"]:
-        raise ConfigError(f"machine_rank {values['machine_rank']} of {values['num_machines']} machines: ranks count "
-                          "from 0.")
+        raise ConfigError(
+            f"machine_rank {values['machine_rank']} of {values['num_machines']} machines: ranks count from 0."
+        )
     if values["num_machines"] > 1 and values["main_process_port"] is None:
         raise ConfigError("several machines need the port to meet at.", hint="Add --main-process-port 29500.")
     if values["use_ema"] and values["strategy"] not in ("single", "ddp"):
-        raise ConfigError(f"use_ema needs whole weights on a rank; strategy {values['strategy']} shards them.",
-                          hint="Drop --use-ema, or choose --ddp.")
+        raise ConfigError(
+            f"use_ema needs whole weights on a rank; strategy {values['strategy']} shards them.",
+            hint="Drop --use-ema, or choose --ddp.",
+        )
     mode = values["train_mode"]
     if mode is not None and mode not in spec.train_modes:
         known = ", ".join(spec.train_modes) or "none: leave --train-mode out"
-        raise ConfigError(f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} "
-                          f"Its modes: {known}.")
+        raise ConfigError(
+            f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} Its modes: {known}."
+        )
+    if values["loss_type"] is not None and "loss_type" not in spec.defaults:
+        raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
     spec.check_options(values)
     if not values["trainable_modules"]:
         raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')

@@ -90,8 +90,10 @@ class RunDir:
             CheckpointError: there is none, or it is damaged.
         """
         if not self.run_json.is_file():
-            raise CheckpointError(f"{self.root} holds no run: there is no run.json in it.",
-                                  hint="Name the output directory of a run, or one of its checkpoints.")
+            raise CheckpointError(
+                f"{self.root} holds no run: there is no run.json in it.",
+                hint="Name the output directory of a run, or one of its checkpoints.",
+            )
         try:
             content: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -129,16 +131,23 @@ def ensure_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise EnvironmentFault(f"cannot write to {folder}: {error.strerror or error}.",
-                               hint="Choose another directory with --output-dir, or mend its permissions.") from None
+        raise EnvironmentFault(
+            f"cannot write to {folder}: {error.strerror or error}.",
+            hint="Choose another directory with --output-dir, or mend its permissions.",
+        ) from None
 
 
 def _clear(run: RunDir) -> None:
     """Delete what a run wrote, and only that: other files in the directory stay."""
     for path in (run.run_json, run.plan_json, run.metrics):
         path.unlink(missing_ok=True)
-    folders = [run.logs, run.sanity_check, *run.root.glob("launch*"), *run.root.glob("checkpoint-*"),
-               *run.root.glob(".checkpoint-*.partial")]
+    folders = [
+        run.logs,
+        run.sanity_check,
+        *run.root.glob("launch*"),
+        *run.root.glob("checkpoint-*"),
+        *run.root.glob(".checkpoint-*.partial"),
+    ]
     for folder in folders:
         if folder.is_dir():
             shutil.rmtree(folder)

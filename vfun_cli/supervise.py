@@ -37,8 +37,10 @@ LINE_EVERY = 10.0
 # Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
 _ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-_ERRORS = {error.exit_code: error
-           for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)}
+_ERRORS = {
+    error.exit_code: error
+    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +67,22 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) ->
     log = run_dir.launcher_log(machine_rank)
     with log.open("ab") as output:
         start_of_run = output.tell()
-        process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                                   start_new_session=True, env=os.environ | _ENVIRONMENT)
+        process = subprocess.Popen(
+            argv,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | _ENVIRONMENT,
+        )
         with _signals(process, run_dir) as asked:
             _watch(process, run_dir, first_step)
     if process.returncode == 0:
         return _ended(run_dir)
     if len(asked) > 1:
-        raise StoppedAtOnce("stopped at once; the steps since the last checkpoint are lost.",
-                            hint=f"vfun resume {run_dir.root}")
+        raise StoppedAtOnce(
+            "stopped at once; the steps since the last checkpoint are lost.", hint=f"vfun resume {run_dir.root}"
+        )
     raise _failure(run_dir, log, start_of_run, process.returncode)
 
 
@@ -158,11 +167,17 @@ class _Bar:
 
     def __init__(self, first_step: int) -> None:
         self.progress = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console.err,
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console.err,
         )
-        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step,
-                                                   facts="loading the model", left="?")
+        self.task: TaskID = self.progress.add_task(
+            "train", total=None, completed=first_step, facts="loading the model", left="?"
+        )
         self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> "_Bar":
@@ -173,8 +188,9 @@ class _Bar:
         self.progress.stop()
 
     def show(self, record: dict[str, Any]) -> None:
-        self.progress.update(self.task, completed=record["step"], total=record["total_steps"], facts=_facts(record),
-                             left=_left(record))
+        self.progress.update(
+            self.task, completed=record["step"], total=record["total_steps"], facts=_facts(record), left=_left(record)
+        )
 
 
 class _Lines:
@@ -197,8 +213,11 @@ class _Lines:
 
 
 def _facts(record: dict[str, Any]) -> str:
-    facts = [f"loss {record['loss']:.4f}", f"lr {record['learning_rate']:.1e}",
-             f"{record['tokens_per_second']:.0f} tok/s"]
+    facts = [
+        f"loss {record['loss']:.4f}",
+        f"lr {record['learning_rate']:.1e}",
+        f"{record['tokens_per_second']:.0f} tok/s",
+    ]
     total = record["seconds"] + record["data_wait"]
     facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
     if record["memory_bytes"]:
@@ -220,8 +239,7 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
         first = min(errors, key=lambda error: error["time"])
         others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
         kind = _ERRORS.get(first["exit_code"], RunError)
-        return kind(f"rank {first['rank']}: {first['message']}{others}",
-                    hint=first["hint"] or f"The whole log: {log}")
+        return kind(f"rank {first['rank']}: {first['message']}{others}", hint=first["hint"] or f"The whole log: {log}")
     text = log.read_bytes()[start:].decode(errors="replace")
     killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
     hint = f"The whole log: {log}. Continue from the last checkpoint: vfun resume {run_dir.root}"

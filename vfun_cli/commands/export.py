@@ -21,8 +21,8 @@ def export_bf16(
         str, typer.Argument(help="A checkpoint: a path, or a bare name looked up in the output directory.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="Where to write. [default: CHECKPOINT-outputs beside it]",
-                                  show_default=False)
+        Path | None,
+        typer.Option("--output", help="Where to write. [default: CHECKPOINT-outputs beside it]", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, e.g. 10GB or 500MB.")] = "10GB",
     format: Annotated[
@@ -31,8 +31,11 @@ def export_bf16(
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average (--use-ema).")] = False,
     model: Annotated[
         Path | None,
-        typer.Option("--pretrained-model-name-or-path", help="Model directory the run started from, if it has moved.",
-                     show_default=False),
+        typer.Option(
+            "--pretrained-model-name-or-path",
+            help="Model directory the run started from, if it has moved.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Overwrite = False,
     demo: Demo = False,
@@ -53,16 +56,30 @@ def export_bf16(
     spec = families.find(state["family"])
     base = model or Path(state["run_config"]["pretrained_model_name_or_path"])
     if not base.is_dir():
-        raise CheckpointError(f"the run's model directory {base} is not there; its configuration and frozen weights "
-                              "are needed.", hint="Name its new place with --pretrained-model-name-or-path.")
+        raise CheckpointError(
+            f"the run's model directory {base} is not there; its configuration and frozen weights are needed.",
+            hint="Name its new place with --pretrained-model-name-or-path.",
+        )
     target = output or found.checkpoint.with_name(found.checkpoint.name + "-outputs")
-    result = export(found.checkpoint, target, base_dir=base / Path(spec.config_file).parent,
-                    names=spec.export_names[format], max_shard_size=max_shard_size, overwrite=overwrite,
-                    weights="ema" if ema else "trained")
-    content = {"output": str(result.output), "tensors": result.tensors, "bytes": result.bytes,
-               "sha256": result.sha256, "verified": result.verified}
+    result = export(
+        found.checkpoint,
+        target,
+        base_dir=base / Path(spec.config_file).parent,
+        names=spec.export_names[format],
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        weights="ema" if ema else "trained",
+    )
+    content = {
+        "output": str(result.output),
+        "tensors": result.tensors,
+        "bytes": result.bytes,
+        "sha256": result.sha256,
+        "verified": result.verified,
+    }
     if json:
         console.print_json(content)
     else:
-        console.out.print(f"{result.tensors} tensors, {result.bytes:,} bytes, verified -> {result.output}",
-                          soft_wrap=True)
+        console.out.print(
+            f"{result.tensors} tensors, {result.bytes:,} bytes, verified -> {result.output}", soft_wrap=True
+        )

@@ -11,10 +11,11 @@ from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
+from vfun_cli.plan.picture import plot
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json, why, why_lines
-from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
 from vfun_cli.planning import plan_options
+from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
 from vfun_cli.resolve import resolve
 
 
@@ -26,13 +27,15 @@ def plan_buckets(
         Path | None, typer.Option("--meta", help="Short for --train-data-meta.", show_default=False)
     ] = None,
     world_size: Annotated[
-        int | None, typer.Option("--world-size", min=1, help="Ranks to plan for. [default: as train would run here]",
-                                 show_default=False)
+        int | None,
+        typer.Option(
+            "--world-size", min=1, help="Ranks to plan for. [default: as train would run here]", show_default=False
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs to plan.")] = 1,
     why_row: Annotated[
-        int | None, typer.Option("--why", metavar="ROW", help="Explain one clip, from its file to its bucket.",
-                                 show_default=False)
+        int | None,
+        typer.Option("--why", metavar="ROW", help="Explain one clip, from its file to its bucket.", show_default=False),
     ] = None,
     plot_to: Annotated[
         Path | None, typer.Option("--plot", help="Draw the plan as an .svg or .png picture.", show_default=False)
@@ -68,9 +71,7 @@ def plan_buckets(
     plans = plan(source, epochs)
     known = (spec, source.dims)
     if plot_to is not None:
-        from vfun_cli.plan.plot import plot
-
-        plot(plot_to, *known, source.table, source.options, plans)
+        plot(plot_to, *known, source.options, plans[0])
         console.hint(f"wrote {plot_to}")
     if why_row is not None:
         story = why(*known, source.table, source.options, why_row, plans)

@@ -11,20 +11,29 @@ from vfun_cli.resolve import resolve
 
 Run = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN | CHECKPOINT]", show_default=False,
-                   help="Run directory or checkpoint; by default the newest checkpoint of the output directory."),
+    typer.Argument(
+        metavar="[RUN | CHECKPOINT]",
+        show_default=False,
+        help="Run directory or checkpoint; by default the newest checkpoint of the output directory.",
+    ),
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", help="Let this option change although it changes the training; repeat for more.",
-                 show_default=False),
+    typer.Option(
+        "--allow", help="Let this option change although it changes the training; repeat for more.", show_default=False
+    ),
 ]
 
 
 @with_options("train", strategies=True)
 def resume(
-    given: dict[str, Any], run: Run = None, allow: Allow = None, demo: Demo = False, dry_run: DryRun = False,
-    json: Json = False, debug: Debug = False,
+    given: dict[str, Any],
+    run: Run = None,
+    allow: Allow = None,
+    demo: Demo = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Continue a run from its newest complete checkpoint, with the options it was started with.
 

@@ -18,7 +18,7 @@ Command = Callable[..., None]
 
 def hyphenate(arguments: Sequence[str]) -> list[str]:
     """``--video_sample_size=640`` pasted from an old script becomes ``--video-sample-size=640``."""
-    result = []
+    result: list[str] = []
     for position, argument in enumerate(arguments):
         if argument == "--":
             return [*result, *arguments[position:]]
@@ -133,8 +133,9 @@ def _long(name: str) -> str:
 
 
 def _flag(name: str, panel: str, help_text: str) -> inspect.Parameter:
-    declaration = typer.Option(_long(name), help=help_text, rich_help_panel=panel, hidden=name.startswith("use_"),
-                               show_default=False)
+    declaration = typer.Option(
+        _long(name), help=help_text, rich_help_panel=panel, hidden=name.startswith("use_"), show_default=False
+    )
     return _keyword(name, Annotated[bool | None, declaration])
 
 

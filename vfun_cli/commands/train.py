@@ -18,8 +18,13 @@ Family = Annotated[str | None, typer.Argument(help=FAMILY_HELP, show_default=Fal
 
 @with_options("train", idle=True, strategies=True)
 def train(
-    given: dict[str, Any], family: Family = None, demo: Demo = False, dry_run: DryRun = False,
-    overwrite: Overwrite = False, json: Json = False, debug: Debug = False,
+    given: dict[str, Any],
+    family: Family = None,
+    demo: Demo = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Fine-tune all weights of a model, or those that --trainable-modules names.
 
@@ -31,15 +36,28 @@ def train(
 
 @with_options("lora", idle=True, strategies=True)
 def lora(
-    given: dict[str, Any], family: Family = None, demo: Demo = False, dry_run: DryRun = False,
-    overwrite: Overwrite = False, json: Json = False, debug: Debug = False,
+    given: dict[str, Any],
+    family: Family = None,
+    demo: Demo = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train LoRA adapters on a frozen model."""
     _run("lora", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
-def _run(command: str, family: str | None, given: dict[str, Any], *, demo: bool, dry_run: bool, overwrite: bool,
-         as_json: bool) -> None:
+def _run(
+    command: str,
+    family: str | None,
+    given: dict[str, Any],
+    *,
+    demo: bool,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     if family is None:
         _list_families(command)
         raise typer.Exit(ConfigError.exit_code)

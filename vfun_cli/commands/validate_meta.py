@@ -21,35 +21,56 @@ from vfun_cli.resolve import resolve, setting
 @with_boundary
 def validate_meta(
     meta: Annotated[
-        Path | None, typer.Argument(metavar="[META]", show_default=False,
-                                    help="Metadata file; by default $DATASET_META_NAME or vfun.toml's.")
+        Path | None,
+        typer.Argument(
+            metavar="[META]", show_default=False, help="Metadata file; by default $DATASET_META_NAME or vfun.toml's."
+        ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option("--family", show_default=False,
-                                 help="Check what this family needs; without it, only what every family needs.")
+        str | None,
+        typer.Option(
+            "--family",
+            show_default=False,
+            help="Check what this family needs; without it, only what every family needs.",
+        ),
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option("--data-root", "--train-data-dir", show_default=False,
-                                  help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]")
+        Path | None,
+        typer.Option(
+            "--data-root",
+            "--train-data-dir",
+            show_default=False,
+            help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]",
+        ),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--video-sample-stride", min=1, show_default=False,
-                                 help="Check that clips are long enough at this stride.")
+        int | None,
+        typer.Option(
+            "--video-sample-stride", min=1, show_default=False, help="Check that clips are long enough at this stride."
+        ),
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.",
-                                       show_default=False)] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
+    ] = False,
     fix: Annotated[
-        Path | None, typer.Option("--fix", metavar="OUT", show_default=False,
-                                  help="Write a corrected copy without the bad rows; the input is never touched.")
+        Path | None,
+        typer.Option(
+            "--fix",
+            metavar="OUT",
+            show_default=False,
+            help="Write a corrected copy without the bad rows; the input is never touched.",
+        ),
     ] = None,
     problems: Annotated[
-        Path | None, typer.Option("--problems", metavar="FILE", show_default=False,
-                                  help="Write all problems to a file as JSON lines.")
+        Path | None,
+        typer.Option(
+            "--problems", metavar="FILE", show_default=False, help="Write all problems to a file as JSON lines."
+        ),
     ] = None,
     max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Bad rows that are still no error.")] = 0,
     explain: Annotated[
-        str | None, typer.Option("--explain", metavar="CODE", show_default=False,
-                                 help="Explain a problem code, or 'all' of them.")
+        str | None,
+        typer.Option("--explain", metavar="CODE", show_default=False, help="Explain a problem code, or 'all' of them."),
     ] = None,
     demo: Demo = False,
     json: Json = False,

@@ -31,6 +31,7 @@ def find(name: str) -> FamilySpec:
         ConfigError: no such family; the message lists them.
     """
     if name not in FAMILIES:
-        raise ConfigError(f"unknown family {name!r}.{did_you_mean(name, FAMILIES)}",
-                          hint=f"Families: {', '.join(FAMILIES)}.")
+        raise ConfigError(
+            f"unknown family {name!r}.{did_you_mean(name, FAMILIES)}", hint=f"Families: {', '.join(FAMILIES)}."
+        )
     return FAMILIES[name]

@@ -55,9 +55,11 @@ def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
 def _translate(error: BaseException) -> VfunError:
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return FitError(f"out of memory: {_first_line(error)}",
-                        hint="Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy "
-                        "that shards more (--fsdp, --zero3, --zero3-offload).")
+        return FitError(
+            f"out of memory: {_first_line(error)}",
+            hint="Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy "
+            "that shards more (--fsdp, --zero3, --zero3-offload).",
+        )
     return RunError(f"{name}: {_first_line(error)}")
 
 

@@ -82,7 +82,3 @@ class ModelAdapter(Protocol):
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The transformer's prediction, [B, C, F, H, W] like ``noisy``. ``timesteps`` is [B], 0..1000."""
         ...
-
-    def export_name(self, parameter: str) -> str:
-        """The released name of a transformer parameter."""
-        ...

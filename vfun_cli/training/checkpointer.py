@@ -1,7 +1,6 @@
 """Owns checkpoint files: each strategy writes its own format, the manifest comes last, a rename makes it real."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.errors import CheckpointError
@@ -80,7 +80,7 @@ class Checkpointer:
             manifest.write_manifest(partial)
             if final.exists():
                 shutil.rmtree(final)
-            os.replace(partial, final)
+            partial.replace(final)
             manifest.fsync_directory(final.parent)
             self._retire(final)
         accelerator.wait_for_everyone()
@@ -98,8 +98,9 @@ class Checkpointer:
         if state.average is not None:
             path = checkpoint / MODEL_DIR / EMA_FILE
             if not path.is_file():
-                raise CheckpointError(f"{checkpoint} holds no moving average of the weights.",
-                                      hint="Resume without --use-ema.")
+                raise CheckpointError(
+                    f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
+                )
             state.average.load(load_file(path, device=str(state.accelerator.device)))
         return progress
 
@@ -166,12 +167,12 @@ def _load_plain(state: TrainedState, folder: Path) -> None:
 
 def _save_sharded(state: TrainedState, folder: Path) -> None:
     """torch.distributed.checkpoint, every rank its own shards."""
-    dcp.save(_sharded(state), checkpoint_id=folder)
+    save_distributed(_sharded(state), checkpoint_id=folder)
 
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
     content = _sharded(state)
-    dcp.load(content, checkpoint_id=folder)
+    load_distributed(content, checkpoint_id=folder)
     model, optimizer = state.model, _inner(state.optimizer)
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_TRAINED_ONLY)

@@ -89,8 +89,10 @@ def load_ahead(
             yield loaded
     except RuntimeError as error:
         if "timed out" in str(error):
-            raise MetadataError(f"no clip was decoded for {LOAD_TIMEOUT} s: a file hangs its decoder.",
-                                hint="vfun validate-meta --deep names files that hang.") from error
+            raise MetadataError(
+                f"no clip was decoded for {LOAD_TIMEOUT} s: a file hangs its decoder.",
+                hint="vfun validate-meta --deep names files that hang.",
+            ) from error
         raise
 
 

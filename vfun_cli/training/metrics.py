@@ -25,8 +25,18 @@ LINE_EVERY = 5.0
 class Metrics:
     """Writes what happened; on other ranks than 0 it only keeps time."""
 
-    def __init__(self, run: RunDir, config: RunConfig, spec: FamilySpec, dims: ModelDims, *, writes: bool,
-                 world_size: int, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        config: RunConfig,
+        spec: FamilySpec,
+        dims: ModelDims,
+        *,
+        writes: bool,
+        world_size: int,
+        first_step: int,
+        total_steps: int,
+    ) -> None:
         self.run, self.spec, self.dims, self.writes = run, spec, dims, writes
         self.world_size, self.total_steps = world_size, total_steps
         self.waited = 0.0
@@ -46,8 +56,16 @@ class Metrics:
         self.waited += time.perf_counter() - started
         return loaded
 
-    def step(self, step: int, micro_batches: list[LoadedBatch], *, loss: float, rate: float,
-             grad_norm: float | None, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        micro_batches: list[LoadedBatch],
+        *,
+        loss: float,
+        rate: float,
+        grad_norm: float | None,
+        seconds: float,
+    ) -> None:
         """Record optimizer step ``step`` (from 1)."""
         if self.file is None:
             self.waited = 0.0
@@ -73,8 +91,12 @@ class Metrics:
             tracker.log(record)
         if time.monotonic() - self.last_line > LINE_EVERY or step == self.total_steps:
             self.last_line = time.monotonic()
-            print(f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
-                  f"{record['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
+                f"{record['tokens_per_second']:.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
@@ -108,8 +130,9 @@ class Metrics:
 
     def _tokens(self, loaded: LoadedBatch) -> int:
         return sum(
-            self.spec.sequence_tokens(ClipShape(frames=request.frames, height=request.height, width=request.width),
-                                      self.dims)
+            self.spec.sequence_tokens(
+                ClipShape(frames=request.frames, height=request.height, width=request.width), self.dims
+            )
             for request in loaded.batch.requests
         )
 

@@ -76,8 +76,9 @@ class FlowMatching:
         sigma = self.sigmas()[_timestep_indices(keys)].to(latents.device)
         noise = _noise(latents, keys)
         wide = sigma.view(-1, 1, 1, 1, 1)
-        return Corrupted(noisy=(1 - wide) * latents + wide * noise, timesteps=sigma * NUM_TIMESTEPS,
-                         target=noise - latents)
+        return Corrupted(
+            noisy=(1 - wide) * latents + wide * noise, timesteps=sigma * NUM_TIMESTEPS, target=noise - latents
+        )
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """Mean squared error over elements; outliers count as zero, NaN and infinity do not vanish."""
@@ -100,8 +101,11 @@ class DDPM:
         alpha = self.alphas_cumprod.to(latents.device)[indices].view(-1, 1, 1, 1, 1)
         signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
         velocity = self.prediction_type == "v_prediction"
-        return Corrupted(noisy=signal * latents + amount * noise, timesteps=indices,
-                         target=signal * noise - amount * latents if velocity else noise)
+        return Corrupted(
+            noisy=signal * latents + amount * noise,
+            timesteps=indices,
+            target=signal * noise - amount * latents if velocity else noise,
+        )
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """Plain mean squared error."""
@@ -123,8 +127,9 @@ def _ddpm(settings: Mapping[str, Any], model_dir: Path) -> Objective:
     try:
         scheduler = DDPMScheduler.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no noise schedule: {error}",
-                              hint="Download the model's scheduler folder too.") from None
+        raise CheckpointError(
+            f"{folder} holds no noise schedule: {error}", hint="Download the model's scheduler folder too."
+        ) from None
     kind = scheduler.config.prediction_type
     if kind not in ("v_prediction", "epsilon"):
         raise CheckpointError(f"{folder}: prediction_type {kind!r} cannot be trained; known: v_prediction, epsilon.")

@@ -38,8 +38,10 @@ def choose_trainable(transformer: nn.Module, modules: Sequence[str], without_gra
     for part in modules:
         if not any(part in name for name in names):
             near = did_you_mean(part, {word for name in names for word in (name, *name.split("."))})
-            raise ConfigError(f"trainable_modules: {part!r} is in no parameter name of the transformer.{near}",
-                              hint='Use "." for everything, or a part of a name such as "self_attn".')
+            raise ConfigError(
+                f"trainable_modules: {part!r} is in no parameter name of the transformer.{near}",
+                hint='Use "." for everything, or a part of a name such as "self_attn".',
+            )
     trained = []
     for name, parameter in transformer.named_parameters():
         idle = any(name.startswith(f"{module}.") for module in without_gradient)

@@ -4,7 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,8 +33,9 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
     config = RunConfig.from_json(described["config"])
     spec = families.find(described["family"])
     prepare_environment(config.device)
-    accelerator = make_accelerator(config.strategy, config.device, config.gradient_accumulation_steps,
-                                   config.mixed_precision)
+    accelerator = make_accelerator(
+        config.strategy, config.device, config.gradient_accumulation_steps, config.mixed_precision
+    )
     stop = StopFlag(run.stop_request, reads_file=accelerator.is_main_process)
     stop.listen()
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
@@ -44,23 +45,46 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
     adapter_setting = adapter_options(config, accelerator.device)
     adapter = adapter_class.from_pretrained(adapter_setting)
     state = prepare_state(config, spec, plan.dims, adapter, accelerator)
-    checkpointer = Checkpointer(run, config.strategy, keep=config.checkpoints_total_limit,
-                                config_files=_config_files(spec, config))
+    checkpointer = Checkpointer(
+        run, config.strategy, keep=config.checkpoints_total_limit, config_files=_config_files(spec, config)
+    )
     first_step = 0
     if described.get("resume"):
         first_step = int(checkpointer.load(state, Path(described["resume"]))["step"])
-    metrics = Metrics(run, config, spec, plan.dims, writes=accelerator.is_main_process,
-                      world_size=accelerator.num_processes, first_step=first_step, total_steps=plan.total_steps)
-    trainer = Trainer(
-        config=config, accelerator=accelerator, adapter=adapter, state=state,
-        objective=make_objective(spec.objective, spec.objective_options, adapter_setting.model_dir),
-        checkpointer=checkpointer, metrics=metrics, stop=stop, total_steps=plan.total_steps,
-        description={"strategy": config.strategy, "world_size": accelerator.num_processes, "family": spec.name,
-                     "kind": described["command"], "run_config": config.to_json()},
+    metrics = Metrics(
+        run,
+        config,
+        spec,
+        plan.dims,
+        writes=accelerator.is_main_process,
+        world_size=accelerator.num_processes,
+        first_step=first_step,
+        total_steps=plan.total_steps,
     )
-    batches = load_ahead(adapter_class, load_options(config),
-                         micro_batches(plan, rank=accelerator.process_index, first_step=first_step),
-                         config.dataloader_num_workers)
+    trainer = Trainer(
+        config=config,
+        accelerator=accelerator,
+        adapter=adapter,
+        state=state,
+        objective=make_objective(spec.objective, spec.objective_options, adapter_setting.model_dir),
+        checkpointer=checkpointer,
+        metrics=metrics,
+        stop=stop,
+        total_steps=plan.total_steps,
+        description={
+            "strategy": config.strategy,
+            "world_size": accelerator.num_processes,
+            "family": spec.name,
+            "kind": described["command"],
+            "run_config": config.to_json(),
+        },
+    )
+    batches = load_ahead(
+        adapter_class,
+        load_options(config),
+        micro_batches(plan, rank=accelerator.process_index, first_step=first_step),
+        config.dataloader_num_workers,
+    )
     reason = trainer.train(batches, first_step)
     metrics.close()
     if accelerator.is_main_process:
@@ -80,7 +104,7 @@ def prepare_state(
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        cast(Any, transformer).enable_gradient_checkpointing()
     transformer.train()
     if not config.strategy.startswith("zero"):
         transformer.to(accelerator.device)

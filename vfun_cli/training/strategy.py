@@ -71,8 +71,10 @@ def assert_strategy(strategy: str, model: nn.Module) -> None:
     found = running_strategy(model)
     expected = strategy.removesuffix("-offload")
     if found != expected:
-        raise RunError(f"strategy {strategy} was asked for, but accelerate prepared {found} ({type(model).__name__}).",
-                       hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.")
+        raise RunError(
+            f"strategy {strategy} was asked for, but accelerate prepared {found} ({type(model).__name__}).",
+            hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.",
+        )
 
 
 def running_strategy(model: nn.Module) -> str:

@@ -89,13 +89,20 @@ class Trainer:
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model))
         mean, reason = self.agree(total / len(micro_batches))
-        self.metrics.step(step + 1, micro_batches, loss=mean, rate=rate, grad_norm=_number(norm),
-                          seconds=time.perf_counter() - started)
+        self.metrics.step(
+            step + 1,
+            micro_batches,
+            loss=mean,
+            rate=rate,
+            grad_norm=_number(norm),
+            seconds=time.perf_counter() - started,
+        )
         if not math.isfinite(mean):
             rows = [key.row for loaded in micro_batches for key in batch_keys(loaded.batch.requests)]
-            raise RunError(f"the loss of step {step + 1} is {mean}; rank {accelerator.process_index} trained on rows "
-                           f"{rows}.", hint="Resume from the last checkpoint with a lower --learning-rate, or look at "
-                           "those rows.")
+            raise RunError(
+                f"the loss of step {step + 1} is {mean}; rank {accelerator.process_index} trained on rows {rows}.",
+                hint="Resume from the last checkpoint with a lower --learning-rate, or look at those rows.",
+            )
         return reason
 
     def loss(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
@@ -105,8 +112,9 @@ class Trainer:
             latents, conditions = self.adapter.encode(loaded.samples, keys)
             corrupted = self.objective.corrupt(latents, keys)
         mask = conditions.pop("loss_mask", None)
-        prediction = self.adapter.predict(model, corrupted.noisy.to(self.dtype), corrupted.timesteps,
-                                          _cast(conditions, self.dtype))
+        prediction = self.adapter.predict(
+            model, corrupted.noisy.to(self.dtype), corrupted.timesteps, _cast(conditions, self.dtype)
+        )
         return self.objective.loss(prediction, corrupted.target, mask)
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, POINT_AT, V5, V5_1, check_options, complete_config
-from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
@@ -112,10 +111,6 @@ class EasyAnimateControl(ABC):
         inputs = {name: value.to(noisy) for name, value in conditions.items()}
         prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
-
-    def export_name(self, parameter: str) -> str:
-        """The released name of a transformer parameter."""
-        return released_name(parameter)
 
     def _encode_pixels(self, clips: Sequence[Tensor], keys: Sequence[SampleKey], purpose: str) -> Tensor:
         """Sampled latents [B, C, f, h, w] of clips [F, 3, H, W], each with its own noise."""

@@ -112,10 +112,6 @@ class HunyuanVideoAdapter:
         )[0]
         return prediction
 
-    def export_name(self, parameter: str) -> str:
-        """The released names are diffusers' names."""
-        return parameter
-
 
 class TextToVideoAdapter(HunyuanVideoAdapter):
     """Captions only; every latent frame is noised and counts."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_fun_control import LATENT_CHANNELS, SPEC, TEXT_TOKENS
-from vfun_cli.families.wan_fun_control.names import live_name, released_name
+from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
 from vfun_cli.training.clips import read_clip
@@ -159,10 +159,6 @@ class WanFunControlAdapter:
         """The velocity, [B, 16, F, H, W], of ``noisy`` at ``timesteps`` [B], 0..1000."""
         latents = torch.cat([noisy, conditions["control"]], dim=1)
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
-
-    def export_name(self, parameter: str) -> str:
-        """The released name of a transformer parameter."""
-        return released_name(parameter)
 
     def _encoding(self, module: nn.Module) -> Any:
         return encoding_on(module, self.options.device, low_vram=self.options.low_vram)

@@ -220,10 +220,6 @@ class WanS2VAdapter:
         )
         return prediction
 
-    def export_name(self, parameter: str) -> str:
-        """Our modules carry the released names."""
-        return parameter
-
     def _encode_pixels(
         self, samples: Sequence[Sample], keys: Sequence[SampleKey], decisions: Sequence[Decisions]
     ) -> tuple[Tensor, Conditions]:
