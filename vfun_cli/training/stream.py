@@ -32,10 +32,13 @@ def micro_batches(plan: RunPlan, *, rank: int, first_step: int) -> Iterator[Micr
 
 
 def _shares(plan: EpochPlan) -> list[float]:
-    """FLOPs of each step's heaviest rank over the epoch's mean."""
+    """FLOPs of each step's heaviest rank over the epoch's mean; a tiny dataset has epochs without a step."""
+    if not plan.num_steps:
+        return []
     slots = plan.flops[plan.steps].reshape(plan.num_steps, -1, plan.world_size)
-    heaviest = slots.sum(axis=1).max(axis=1) if plan.num_steps else np.ones(0)
-    return (heaviest / heaviest.mean()).tolist() if plan.num_steps else []
+    heaviest = slots.sum(axis=1).max(axis=1)
+    shares: list[float] = (heaviest / heaviest.mean()).tolist()
+    return shares
 
 
 def _request(plan: RunPlan, batch: PlannedBatch, sample: PlannedSample, position: int) -> SampleRequest:

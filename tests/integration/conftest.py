@@ -1,0 +1,20 @@
+"""One working directory with all demos for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.matrix import prepare_demo
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with the demo of every family; the tests of this folder run inside it."""
+    folder = tmp_path_factory.mktemp("integration")
+    before = Path.cwd()
+    os.chdir(folder)
+    prepare_demo()
+    yield folder
+    os.chdir(before)
