@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,6 +144,16 @@ def test_the_key_that_diffusers_does_not_know_is_kept() -> None:
     assert empty_model(lambda: build_transformer({**V1_0, **small})).config.add_noise_in_inpaint_model is False
 
 
+def test_a_lora_file_of_the_original_predicts_the_same(tmp_path: Path) -> None:
+    model = load("2b_native", tmp_path)
+    adapter = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"])
+    inject_adapter_in_model(adapter, model)
+    loaded = set_peft_model_state_dict(model, load_file(GOLDEN / "lora_peft/checkpoint-1.safetensors"))
+    assert not loaded.unexpected_keys
+    prediction = model(*inputs(load_file(GOLDEN / "2b_native/io.safetensors")))
+    torch.testing.assert_close(prediction, load_file(GOLDEN / "lora_peft/io.safetensors")["pred"], atol=1e-5, rtol=0)
+
+
 def test_a_missing_tensor_is_an_error_with_its_name(tmp_path: Path) -> None:
     state = load_file(GOLDEN / "2b_native/weights.safetensors")
     del state["norm_final.bias"]
@@ -161,7 +172,7 @@ def test_a_missing_tensor_is_an_error_with_its_name(tmp_path: Path) -> None:
     ],
 )
 def test_configurations_of_other_models_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with torch.device("meta"), pytest.raises(CheckpointError, match=message):
         build_transformer({**V1_1, **change})
 
 
