@@ -1,7 +1,7 @@
 """Several runs inside one launch: ``accelerate launch ... -m tests.integration.worker LIST.json``.
 
 Starting two processes costs ten times a tiny training step, so the matrix launches once per strategy and loops over
-its runs here. Each run goes through ``session.train`` exactly as ``python -m vfun_cli.training`` calls it; only what
+its runs here. Each run goes through ``session.train`` exactly as ``python -m vfun_cli.training`` calls it, in one process group; only what
 accelerate takes from the environment of a launch (the launch file's class names, the DeepSpeed file) is set per run.
 """
 
@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 from vfun_cli.rundir import RunDir
-from vfun_cli.training.__main__ import main as train_one
+from vfun_cli.training.__main__ import run_rank
 
 
 def main(list_file: str) -> None:
@@ -23,7 +23,7 @@ def main(list_file: str) -> None:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if train_one([run_json]):
+        if run_rank(Path(run_json)):
             print(f"FAILED {run_json}", file=sys.stderr)
             sys.exit(1)
 

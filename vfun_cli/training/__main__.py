@@ -12,8 +12,17 @@ from vfun_cli.rundir import RunDir, write_atomically
 
 
 def main(argv: list[str]) -> int:
+    """Run this rank of one job and leave its process group."""
+    code = run_rank(Path(argv[0]))
+    import torch.distributed
+
+    if code == 0 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+def run_rank(run_json: Path) -> int:
     """Run this rank of the job described by ``run.json``; errors are left for the launching command to show."""
-    run_json = Path(argv[0])
     described = json.loads(run_json.read_text(encoding="utf-8"))
     run = RunDir(Path(described["run_dir"]))
     rank = int(os.environ.get("RANK", "0"))

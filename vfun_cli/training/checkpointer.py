@@ -101,7 +101,7 @@ class Checkpointer:
                 raise CheckpointError(
                     f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
                 )
-            state.average.load(load_file(path, device=str(state.accelerator.device)))
+            state.average.load(load_file(path))
         return progress
 
     def _retire(self, newest: Path) -> None:
@@ -147,8 +147,7 @@ def _save_plain(state: TrainedState, folder: Path) -> None:
 
 
 def _load_plain(state: TrainedState, folder: Path) -> None:
-    device = str(state.accelerator.device)
-    weights, moments = load_file(folder / WEIGHTS_FILE, device=device), load_file(folder / OPTIMIZER_FILE)
+    weights, moments = load_file(folder / WEIGHTS_FILE), load_file(folder / OPTIMIZER_FILE)
     trained = _trained(state)
     _same_names(set(trained), set(weights), folder)
     optimizer = _inner(state.optimizer)

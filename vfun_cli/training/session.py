@@ -90,7 +90,6 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
     if accelerator.is_main_process:
         write_atomically(run.outcome, json.dumps({"outcome": OUTCOMES[reason], "step": trainer.saved_step}))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def prepare_state(
