@@ -9,8 +9,9 @@ import typer
 from rich.markup import escape
 
 from vfun_cli import __version__, console, devices, supervise
+from vfun_cli.checkpoints.released import check_weights
 from vfun_cli.config import RunConfig
-from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError
+from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch import LaunchPlan, plan_launch
 from vfun_cli.locate import Found
@@ -78,6 +79,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
             hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.",
         )
     source = plan_input(config, spec)
+    check_batch(config, len(source.table))
+    check_weights(config.pretrained_model_name_or_path)
     run = RunDir(config.output_dir)
     run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
     return Job(
@@ -100,6 +103,19 @@ def check_trackers(config: RunConfig) -> None:
         EnvironmentFault: with the command that installs it.
     """
     devices.require_package(config.report_to, {"tensorboard": "tensorboard", "wandb": "wandb"})
+
+
+def check_batch(config: RunConfig, clips: int) -> None:
+    """Refuse a micro-batch that no epoch can fill.
+
+    Raises:
+        ConfigError: it is larger than the data set.
+    """
+    if config.train_batch_size > clips * max(1, config.video_repeat):
+        raise ConfigError(
+            f"train_batch_size {config.train_batch_size} cannot be filled: the data set has {clips} clips.",
+            hint=f"Use a --train-batch-size of at most {clips}; clips of one micro-batch also share a size.",
+        )
 
 
 def show(job: Job) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vfun_cli import families
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, MetadataError
+from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.records import Record, read_metadata
 from vfun_cli.plan.options import PlanOptions
@@ -51,6 +53,12 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         raise CheckpointError(
             f"there is no model directory {model_dir}.",
             hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
+        )
+    fitting = detect.fitting(model_dir, families.FAMILIES.values())
+    if fitting and spec.name not in fitting:
+        raise CheckpointError(
+            f"{model_dir} looks like a {' or '.join(fitting)} model, not like {spec.name}.",
+            hint=f"vfun train {fitting[0]}, or point --pretrained-model-name-or-path at a {spec.name} model.",
         )
     if not path.is_file():
         raise CheckpointError(

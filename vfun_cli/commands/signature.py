@@ -11,7 +11,7 @@ import typer
 
 from vfun_cli import console
 from vfun_cli.config import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
-from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, VfunError
+from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
 
 Command = Callable[..., None]
 
@@ -24,8 +24,9 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
             return [*result, *arguments[position:]]
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
-            argument = name.replace("_", "-") + equals + value
-        result.append(argument)
+            result.append(name.replace("_", "-") + equals + value)
+        else:
+            result.append(argument)
     return result
 
 
@@ -63,10 +64,24 @@ def with_boundary(body: Command) -> Command:
             if values.get("debug"):
                 console.err.print_exception()
             console.report(error)
+            if values.get("json"):
+                content = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
+                console.print_json({"error": content})
             raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort):
+            raise
         except KeyboardInterrupt:
             console.err.print("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:  # a mistake of ours: one message too, and how to tell us
+            if values.get("debug"):
+                raise
+            unexpected = RunError(
+                f"unexpected {type(error).__name__}: {error}",
+                hint="This is a fault of vfun. The same command with --debug shows where; please report that.",
+            )
+            console.report(unexpected)
+            raise typer.Exit(unexpected.exit_code) from None
 
     return run
 

@@ -1,7 +1,10 @@
 """The embedded default: option values that point a command at a tiny model and dataset, made on first use."""
 
 import importlib
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,7 @@ def make(spec: FamilySpec) -> dict[str, Any]:
     model, data = FOLDER / spec.name / "model", FOLDER / spec.name / "data"
     if not model.is_dir():
         console.hint(f"making the demo's tiny {spec.name} model in {model}")
-        module, name = spec.demo_builder.split(":")
-        _build_whole(model, getattr(importlib.import_module(module), name))
+        _build_whole(model, lambda folder: _model(spec, folder))
     if not data.is_dir():
         console.hint(f"making the demo's videos in {data}")
         _build_whole(data, lambda folder: _media(spec, folder))
@@ -29,6 +31,15 @@ def make(spec: FamilySpec) -> dict[str, Any]:
         "train_data_meta": data / "metadata.json",
         "output_dir": OUTPUT_DIR,
     }
+
+
+def _model(spec: FamilySpec, folder: Path) -> None:
+    module, name = spec.demo_builder.split(":")
+    build = getattr(importlib.import_module(module), name)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    build(folder)
 
 
 def _media(spec: FamilySpec, folder: Path) -> None:
@@ -43,5 +54,16 @@ def _build_whole(folder: Path, build: Any) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    build(partial)
+    with _quiet():
+        build(partial)
     partial.replace(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries keep to themselves what they think of a tiny random model."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -87,6 +87,8 @@ class FamilySpec:
     """Dimensions from the transformer's ``config.json``."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    recognises: Callable[[Mapping[str, object]], bool]
+    """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]

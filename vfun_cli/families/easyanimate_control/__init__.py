@@ -49,6 +49,12 @@ def complete_config(config: Mapping[str, object]) -> dict[str, object]:
     return {**CONFIG_DEFAULTS, **config}
 
 
+def _is_easyanimate(config: Mapping[str, object], *, t5: bool) -> bool:
+    """V5 reads two text encoders, the second a T5; V5.1 one."""
+    full = {**CONFIG_DEFAULTS, **config}
+    return config.get("_class_name") == "EasyAnimateTransformer3DModel" and bool(full["text_embed_dim_t5"]) == t5
+
+
 def read_dims(config: Mapping[str, object]) -> ModelDims:
     """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
     full = cast(Mapping[str, int], complete_config(config))
@@ -218,6 +224,7 @@ V5_1 = FamilySpec(
         }
     ),
     read_dims=read_dims,
+    recognises=lambda config: _is_easyanimate(config, t5=False),
     config_file="transformer/config.json",
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
@@ -261,6 +268,7 @@ V5 = replace(
         }
     ),
     check_options=_check("easyanimate-v5-control"),
+    recognises=lambda config: _is_easyanimate(config, t5=True),
     defaults={
         **DEFAULTS,
         "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5-12b-zh-Control",

@@ -46,6 +46,14 @@ def dims_reader(condition: Condition) -> Callable[[Mapping[str, object]], ModelD
     return read_dims
 
 
+def fits(config: Mapping[str, object], condition: Condition) -> bool:
+    """Whether ``transformer/config.json`` is of the model that ``condition`` trains."""
+    return (
+        config.get("_class_name") == "HunyuanVideoTransformer3DModel"
+        and config.get("image_condition_type") == _IMAGE_CONDITION[condition]
+    )
+
+
 def check_config(config: Mapping[str, object], condition: Condition) -> None:
     """Raise ConfigError, saying what the directory holds and which family fits, unless it fits ``condition``."""
     kind = config.get("_class_name", "HunyuanVideoTransformer3DModel")

@@ -160,6 +160,7 @@ SPEC = FamilySpec(
     # Wan2.1-Fun-14B-Control, the documents' model. V1.1 has one frame of tokens more, as its config.json says.
     dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
     read_dims=read_dims,
+    recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
     defaults=DEFAULTS,

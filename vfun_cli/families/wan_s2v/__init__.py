@@ -58,6 +58,7 @@ SPEC = FamilySpec(
     objective_options={"shift": 3.0},
     dims=RELEASED,
     read_dims=read_dims,
+    recognises=lambda config: config.get("model_type") == "s2v",
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
     defaults=DEFAULTS,

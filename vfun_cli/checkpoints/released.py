@@ -1,0 +1,60 @@
+"""Whether the weight files of a model directory are whole, from their headers: a second now instead of a failed launch.
+
+The names that a model needs are checked by the training processes, which build it; here only what the files say of
+themselves is compared: the index with its shards, each header with the length of its file.
+"""
+
+import json
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from vfun_cli.checkpoints.safetensors import read_file
+from vfun_cli.errors import CheckpointError
+
+INDEX = ".safetensors.index.json"
+LISTED = 5
+ZIP_START = b"PK"
+
+
+def check_weights(model_dir: Path) -> int:
+    """Check every safetensors and ``.pth`` file under the directory; the number of files checked.
+
+    Raises:
+        CheckpointError: a shard is missing or cut short, or lacks a tensor that the index places in it.
+    """
+    again = f"Download {model_dir} again: a part of it is missing or incomplete."
+    files = sorted(model_dir.rglob("*.safetensors"))
+    try:
+        held = {file: read_file(file).keys() for file in files}
+        for index in sorted(model_dir.rglob(f"*{INDEX}")):
+            _check_index(index, held)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=again) from error
+    pickles = sorted(model_dir.rglob("*.pth"))
+    for file in pickles:
+        with file.open("rb") as stream:
+            start = stream.read(len(ZIP_START))
+        # An archive's table of contents is at its end. Files from before torch 1.6 are no archives.
+        if not start or (start == ZIP_START and not zipfile.is_zipfile(file)):
+            raise CheckpointError(f"{file}: cut short, {file.stat().st_size} bytes are there.", hint=again)
+    return len(files) + len(pickles)
+
+
+def _check_index(index: Path, held: Mapping[Path, Collection[str]]) -> None:
+    try:
+        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(placed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
+    missing = [name for name in shards if index.parent / name not in held]
+    if missing:
+        raise CheckpointError(f"{index} names {len(shards)} shards, missing are: {_some(missing)}.")
+    lost = [name for name, shard in placed.items() if name not in held[index.parent / shard]]
+    if lost:
+        raise CheckpointError(f"{index} places tensors in shards that do not hold them: {_some(lost)}.")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
