@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vfun_cli import console, families, locate
-from vfun_cli.checkpoints.export import export
-from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite
 from vfun_cli.commands.signature import with_boundary
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -49,6 +47,10 @@ def export_bf16(
     Examples: [bold]vfun export-bf16 checkpoint-500[/bold] ·
     [bold]vfun export-bf16 output_dir/checkpoint-500 --output my-model --max-shard-size 5GB[/bold]
     """
+    from vfun_cli import locate
+    from vfun_cli.checkpoints.export import export
+    from vfun_cli.checkpoints.reader import open_checkpoint
+
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")
     found = locate.checkpoint(checkpoint, output_dir=locate.default_output_dir(demo=demo))

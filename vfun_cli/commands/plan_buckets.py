@@ -11,11 +11,6 @@ from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
-from vfun_cli.plan.picture import plot
-from vfun_cli.plan.preview import preview
-from vfun_cli.plan.report import plan_json, why, why_lines
-from vfun_cli.planning import plan_options
-from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
 from vfun_cli.resolve import resolve
 
 
@@ -51,6 +46,12 @@ def plan_buckets(
     Examples: [bold]vfun plan-buckets wan-s2v[/bold] · [bold]vfun plan-buckets wan-s2v --meta metadata.json
     --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
     """
+    from vfun_cli.plan.picture import plot
+    from vfun_cli.plan.preview import preview
+    from vfun_cli.plan.report import plan_json, why, why_lines
+    from vfun_cli.planning import plan_options
+    from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
+
     spec = families.find(family)
     if meta is not None:
         given["train_data_meta"] = meta

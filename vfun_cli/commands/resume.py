@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vfun_cli import families, identity, launching, locate
+from vfun_cli import families
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.resolve import resolve
@@ -40,6 +40,8 @@ def resume(
     Examples: [bold]vfun resume[/bold] · [bold]vfun resume output_dir/checkpoint-500[/bold] ·
     [bold]vfun resume --learning-rate 1e-5 --allow learning-rate[/bold]
     """
+    from vfun_cli import identity, launching, locate
+
     found = locate.checkpoint(run, output_dir=locate.default_output_dir(demo=demo))
     described = found.run.read_run()
     spec = families.find(described["family"])

@@ -1,17 +1,19 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vfun_cli import console, families, identity, launching, locate
+from vfun_cli import console, families
 from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config import RunConfig
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
-from vfun_cli.locate import Found
 from vfun_cli.resolve import resolve
+
+if TYPE_CHECKING:
+    from vfun_cli.locate import Found
 
 Family = Annotated[str | None, typer.Argument(help=FAMILY_HELP, show_default=False)]
 
@@ -62,6 +64,8 @@ def _run(
         _list_families(command)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
+    from vfun_cli import launching
+
     layer = demo_default.make(spec) if demo else None
     resolved = resolve(command, spec, given, demo=layer)
     found = _checkpoint_to_resume(resolved.config)
@@ -69,10 +73,12 @@ def _run(
     launching.carry_out(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
-def _checkpoint_to_resume(config: RunConfig) -> Found | None:
+def _checkpoint_to_resume(config: RunConfig) -> "Found | None":
     """What --resume-from-checkpoint names, as the original scripts have it; the run must still be the same."""
     if config.resume_from_checkpoint is None:
         return None
+    from vfun_cli import identity, locate
+
     found = locate.checkpoint(config.resume_from_checkpoint, output_dir=config.output_dir)
     identity.check(found.run.read_run(), config, ())
     return found

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,10 @@ from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_boundary
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
-from vfun_cli.metadata.checks import Report
-from vfun_cli.metadata.fix import write_fixed
-from vfun_cli.metadata.report import render, render_code, render_fixed, to_json, write_problems
-from vfun_cli.preparation import check_rows, check_rows_of_any_family
 from vfun_cli.resolve import resolve, setting
+
+if TYPE_CHECKING:
+    from vfun_cli.metadata.checks import Report
 
 
 @with_boundary
@@ -81,6 +80,9 @@ def validate_meta(
     Examples: [bold]vfun validate-meta[/bold] · [bold]vfun validate-meta metadata.json --family wan-s2v --deep[/bold] ·
     [bold]vfun validate-meta metadata.json --fix better.json[/bold]
     """
+    from vfun_cli.metadata.fix import write_fixed
+    from vfun_cli.metadata.report import render, render_code, render_fixed, to_json, write_problems
+
     if explain is not None:
         render_code(explain, console.out)
         return
@@ -99,7 +101,9 @@ def validate_meta(
         raise typer.Exit(MetadataError.exit_code)
 
 
-def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep: bool) -> Report:
+def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep: bool) -> "Report":
+    from vfun_cli.preparation import check_rows, check_rows_of_any_family
+
     if family is not None:
         spec = families.find(family)
         resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
