@@ -17,7 +17,7 @@ from vfun_cli.rundir import RunDir, write_atomically
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
-STEPS = 16
+STEPS = 24
 LAUNCH_TIMEOUT = 1500
 """Seconds; a launch of all families takes about two minutes on two quiet cores."""
 

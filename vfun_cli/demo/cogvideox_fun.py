@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vfun_cli.demo.t5_parts import write_t5
+from vfun_cli.demo.vae import make_certain
 from vfun_cli.families.cogvideox_fun.transformer import build_transformer
 
 LATENT_CHANNELS = 16
@@ -79,7 +80,9 @@ def build_model(folder: Path, seed: int = 0, **changes: object) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         _write_model(folder / "transformer", config, build_transformer(config))
-        _write_model(folder / "vae", VAE, AutoencoderKLCogVideoX.from_config(dict(VAE)))
+        vae = AutoencoderKLCogVideoX.from_config(dict(VAE))
+        make_certain(vae, LATENT_CHANNELS)
+        _write_model(folder / "vae", VAE, vae)
         write_t5(folder / "text_encoder", folder / "tokenizer", dim=TEXT_DIM)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     _write_json(folder / "model_index.json", INDEX)

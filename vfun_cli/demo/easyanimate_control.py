@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vfun_cli.demo.t5_parts import write_t5
+from vfun_cli.demo.vae import make_certain
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
 from vfun_cli.training.encoders.magvit_vae import SUPPORTED, vae_arguments
@@ -169,7 +170,9 @@ def _write_vae(folder: Path) -> None:
         **SUPPORTED,
     }
     _write_json(folder / "config.json", {"_class_name": "AutoencoderKLMagvit", **config})
-    _write_weights(folder, AutoencoderKLMagvit(**vae_arguments(config, "the tiny VAE")))
+    vae = AutoencoderKLMagvit(**vae_arguments(config, "the tiny VAE"))
+    make_certain(vae, vae.config.latent_channels)
+    _write_weights(folder, vae)
 
 
 def _write_weights(folder: Path, model: nn.Module) -> None:

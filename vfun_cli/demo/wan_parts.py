@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from vfun_cli.demo.vae import make_certain
 from vfun_cli.training.encoders import clip_vision, umt5, wan_vae
 
 TEXT_DIM = 32
@@ -42,7 +43,9 @@ def write_clip(folder: Path, *, tokens: int = CLIP_TOKENS) -> None:
 
 def vae_state(base_dim: int = 4) -> dict[str, Tensor]:
     """A small Wan2.1 VAE under its original names: diffusers' random module with its conversion run backwards."""
-    module = AutoencoderKLWan(base_dim=base_dim).state_dict()
+    vae = AutoencoderKLWan(base_dim=base_dim)
+    make_certain(vae, vae.config.z_dim)
+    module = vae.state_dict()
     names = {
         new: original
         for original in _vae_names()

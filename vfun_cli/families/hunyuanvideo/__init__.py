@@ -72,7 +72,7 @@ _DEMO: Mapping[str, Any] = {
     "video_sample_n_frames": 9,
     "dataloader_num_workers": 0,
     "lr_warmup_steps": 0,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-3,
     "max_grad_norm": 1.0,
     "max_train_steps": 4,
     "checkpointing_steps": 2,

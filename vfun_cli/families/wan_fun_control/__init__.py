@@ -180,7 +180,7 @@ SPEC = FamilySpec(
         "video_sample_stride": 2,
         "video_sample_n_frames": 9,
         "dataloader_num_workers": 1,
-        "learning_rate": 1e-3,
+        "learning_rate": 4e-3,
         "lr_warmup_steps": 0,
         "max_grad_norm": 1.0,
         "max_train_steps": 8,
