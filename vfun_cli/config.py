@@ -4,6 +4,7 @@ The command line, ``vfun.toml``, the environment, ``run.json``, the help texts a
 from the annotated fields of :class:`RunConfig`.
 """
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -420,8 +421,8 @@ def default_of(name: str) -> Any:
     return None if default is MISSING else default
 
 
-def parse(name: str, value: Any, source: str) -> Any:
-    """A value from text, TOML or JSON as the option's type.
+def parse(name: str, value: Any, where: str) -> Any:
+    """A value from text, TOML or JSON as the option's type; ``where`` starts the message of an error.
 
     Raises:
         ConfigError: unknown option, wrong type, out of range, or not one of the choices.
@@ -429,18 +430,20 @@ def parse(name: str, value: Any, source: str) -> Any:
     known = options()
     if name not in known:
         raise ConfigError(
-            f"{source}: unknown option {name!r}.{did_you_mean(name, known)}",
+            f"{where}: unknown option {name!r}.{did_you_mean(name, known)}",
             hint="vfun train --help lists the options.",
         )
     _, kind, opt = known[name]
-    parsed = _convert(kind, value, f"{source}: {name}")
+    parsed = _convert(kind, value, where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
         raise ConfigError(
-            f"{source}: {name} is {parsed!r}; choose one of: {', '.join(opt.choices)}."
-            f"{did_you_mean(str(parsed), opt.choices)}"
+            f"{where} is {parsed!r}; choose one of: {', '.join(opt.choices)}.{did_you_mean(str(parsed), opt.choices)}",
+            hint=_HELP,
         )
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise ConfigError(f"{where} is {parsed}; it takes a finite number.", hint=_HELP)
     if opt.minimum is not None and isinstance(parsed, int | float) and parsed < opt.minimum:
-        raise ConfigError(f"{source}: {name} is {parsed}, the least that makes sense is {opt.minimum:g}.")
+        raise ConfigError(f"{where} is {parsed}, the least that makes sense is {opt.minimum:g}.", hint=_HELP)
     return parsed
 
 
@@ -467,17 +470,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         }
         if str(value).lower() in words:
             return words[str(value).lower()]
-        raise ConfigError(f"{where} is {value!r}; it takes true or false.")
+        raise ConfigError(f"{where} is {value!r}; it takes true or false.", hint=_HELP)
     if isinstance(value, bool):
-        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.")
+        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.", hint=_HELP)
     try:
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return kind(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
+        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.", hint=_HELP) from None
 
 
+_HELP = "vfun train --help and docs/options.md say what each option takes."
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 

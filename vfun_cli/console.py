@@ -13,8 +13,17 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+_printed: list[int] = []
+
+
+def json_printed() -> bool:
+    """Whether this process has printed its JSON object."""
+    return bool(_printed)
+
+
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object with the schema number on stdout."""
+    _printed.append(len(content))
     json.dump({"schema": 1, **content}, sys.stdout, ensure_ascii=False)
     sys.stdout.write("\n")
 

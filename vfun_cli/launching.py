@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from vfun_cli import __version__, console, devices, supervise
 from vfun_cli.checkpoints.released import check_weights
-from vfun_cli.config import RunConfig
+from vfun_cli.config import RunConfig, options
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch import LaunchPlan, plan_launch
@@ -149,7 +149,9 @@ def print_dry_run(job: Job) -> None:
     """The same for people: options with sources, files, command, plan."""
     out = console.out
     out.print("[bold]Options[/bold]")
-    for name, value in job.config.to_json().items():
+    values = job.config.to_json()
+    for name in options(job.command):
+        value = values[name]
         out.print(
             f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]", soft_wrap=True
         )

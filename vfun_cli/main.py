@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vfun_cli import __version__
+from vfun_cli import __version__, console
 from vfun_cli.commands import export, plan_buckets, resume, train, validate_meta
 from vfun_cli.commands.signature import hyphenate
 
@@ -44,7 +44,12 @@ def _root(
 def main(argv: list[str] | None = None) -> None:
     """Entry point: ``--video_sample_size`` and ``--video-sample-size`` are the same option."""
     arguments = sys.argv[1:] if argv is None else argv
-    app(args=hyphenate(arguments), prog_name="vfun")
+    try:
+        app(args=hyphenate(arguments), prog_name="vfun")
+    except SystemExit as ended:
+        if ended.code and "--json" in arguments and not console.json_printed():
+            console.print_json({"error": {"exit_code": ended.code, "message": "usage", "hint": "see stderr"}})
+        raise
 
 
 if __name__ == "__main__":

@@ -83,6 +83,17 @@ def metadata_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _checked_clips(config: RunConfig, spec: FamilySpec, saved: Path) -> ClipTable:
+    """The table that the launch saved; from the rows themselves where only the files of a --dry-run were written."""
+    if saved.is_file():
+        return ClipTable.load(saved)
+    from vfun_cli.preparation import check_rows
+
+    report = check_rows(config, spec)
+    report.require_ok()
+    return report.table()
+
+
 def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any]) -> RunPlan:
     """The plan of a run from what its launch wrote.
 
@@ -95,7 +106,7 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
             f"{config.train_data_meta} changed since this run was launched.",
             hint="Start the run again, so that the rows are checked again.",
         )
-    table = ClipTable.load(Path(described["clips"]))
+    table = _checked_clips(config, spec, Path(described["clips"]))
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     records = {record.row: record for record in read_metadata(config.train_data_meta).records}
     return RunPlan(

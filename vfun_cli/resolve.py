@@ -64,13 +64,16 @@ def resolve(
     sources: dict[str, str] = {}
     for source, layer in layers:
         for name, value in layer.items():
-            values[name] = parse(name, value, source)
+            values[name] = parse(
+                name, value, f"--{name.replace('_', '-')}" if source == "option" else f"{source}: {name}"
+            )
             sources[name] = source
     if "default" in sources["train_data_dir"] and "default" not in sources["train_data_meta"]:
         values["train_data_dir"] = values["train_data_meta"].parent
         sources["train_data_dir"] = "folder of train_data_meta"
     if values["image_sample_size"] is None:
         values["image_sample_size"] = values["video_sample_size"]
+        sources["image_sample_size"] = "video_sample_size"
     _settle_placement(values, sources)
     _check(command, spec, values)
     return Resolved(config=RunConfig(**values), sources=sources)
@@ -95,9 +98,9 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
                 f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
                 hint=f"Families: {', '.join(FAMILIES)}.",
             )
-        _known(table, f"{path} [{name}]")
-    if family in tables:
-        yield f"{path} [{family}]", tables[family]
+        known = _known(table, f"{path} [{name}]")
+        if name == family:
+            yield f"{path} [{name}]", known
 
 
 def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -129,6 +132,9 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
 def _settle_placement(values: dict[str, Any], sources: dict[str, str]) -> None:
     """Fill in device, strategy and number of processes where they were left to us."""
     gpus = devices.gpu_count()
+    for name, open_value in (("device", "auto"), ("strategy", "auto"), ("num_processes", None)):
+        if values[name] == open_value:
+            sources[name] = "this machine"
     if values["device"] == "auto":
         values["device"] = "cuda" if gpus else "cpu"
     if values["strategy"] == "auto":

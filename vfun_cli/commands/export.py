@@ -16,7 +16,10 @@ FORMATS = ("same", "diffusers")
 @with_boundary
 def export_bf16(
     checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint: a path, or a bare name looked up in the output directory.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint: a path, or a bare name looked up in the output directory."
+        ),
     ],
     output: Annotated[
         Path | None,

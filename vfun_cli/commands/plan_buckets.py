@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, Json
+from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
@@ -17,7 +17,7 @@ from vfun_cli.resolve import resolve
 @with_options("plan-buckets")
 def plan_buckets(
     given: dict[str, Any],
-    family: Annotated[str, typer.Argument(help=FAMILY_HELP, show_default=False)],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
     meta: Annotated[
         Path | None, typer.Option("--meta", help="Short for --train-data-meta.", show_default=False)
     ] = None,

@@ -15,7 +15,7 @@ from vfun_cli.resolve import resolve
 if TYPE_CHECKING:
     from vfun_cli.locate import Found
 
-Family = Annotated[str | None, typer.Argument(help=FAMILY_HELP, show_default=False)]
+Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
 
 @with_options("train", idle=True, strategies=True)
@@ -61,7 +61,7 @@ def _run(
     as_json: bool,
 ) -> None:
     if family is None:
-        _list_families(command)
+        _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
     from vfun_cli import launching
@@ -84,7 +84,15 @@ def _checkpoint_to_resume(config: RunConfig) -> "Found | None":
     return found
 
 
-def _list_families(command: str) -> None:
-    console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:")
-    for spec in families.FAMILIES.values():
-        console.out.print(f"  [bold]{spec.name:26}[/bold] {spec.summary}", soft_wrap=True)
+def _list_families(command: str, *, as_json: bool) -> None:
+    summaries = {spec.name: spec.summary for spec in families.FAMILIES.values()}
+    if as_json:
+        console.print_json({"families": summaries})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for name, summary in summaries.items():
+        table.add_row(f"[bold]{name}[/bold]", summary)
+    console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:", table)
+    console.hint(f"vfun {command} FAMILY --help lists the options; --demo tries a family out on a tiny model.")

@@ -1,0 +1,96 @@
+"""Writes ``docs/options.md`` from the declarations in ``config``: ``python -m vfun_cli.docs``."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from vfun_cli import families
+from vfun_cli.config import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+
+INTRODUCTION = """# Options
+
+Made by `make docs` from `vfun_cli/config.py`; do not edit by hand.
+
+Each option is `--video-sample-size` or `--video_sample_size` on the command line, `video_sample_size` in `vfun.toml`
+and `VFUN_VIDEO_SAMPLE_SIZE` in the environment. What is typed wins over the environment, that over `vfun.toml` in
+the working directory, that over the family's default; `--dry-run` shows where each value came from. A switch is
+turned off with `--no-...`, or `false` in a file. Keys at the top of `vfun.toml` hold for every family, those
+in a table named after a family for that one:
+
+```toml
+output_dir = "runs/first"
+
+[wan-s2v]
+learning_rate = 1e-5
+```
+
+*Resume* says what a changed value means for `vfun resume`: **harmless** passes, **trajectory** is refused unless
+`--allow` names it, **layout** is refused.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    parts = [INTRODUCTION]
+    for panel, rows in groupby(options().items(), key=lambda item: item[1][2].panel):
+        parts.append(f"\n## {panel}\n\n| option | takes | default | resume | what it does |\n|---|---|---|---|---|\n")
+        parts += [_row(name, kind, opt) for name, (_, kind, opt) in rows]
+    parts.append("\n## Short for a strategy\n\n| flag | strategy |\n|---|---|\n")
+    parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
+    parts.append("\n## Taken from old scripts, without effect\n\n| flag | why |\n|---|---|\n")
+    parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IDLE_FLAGS.items()]
+    parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")
+    parts += [_family(name) for name in families.FAMILIES]
+    return "".join(parts)
+
+
+def _row(name: str, kind: Any, opt: Opt) -> str:
+    variables = "".join(f" Also `${variable}`." for variable in opt.variables)
+    default = _text(default_of(name))
+    return f"| `{name}` | {_takes(kind, opt)} | {default} | {opt.on_resume} | {_cell(opt.help)}{variables} |\n"
+
+
+def _takes(kind: Any, opt: Opt) -> str:
+    if opt.choices:
+        return ", ".join(f"`{choice}`" for choice in opt.choices)
+    arms = [arm for arm in get_args(kind) if arm is not type(None)] if get_origin(kind) is not tuple else []
+    plain = arms[0] if arms else kind
+    words = {int: "whole number", float: "number", bool: "on, off", str: "text", Path: "path"}
+    return words.get(plain, "list") + (f", {opt.unit}" if opt.unit else "")
+
+
+def _family(name: str) -> str:
+    spec = families.FAMILIES[name]
+    rows = [f"\n### {name}\n\n| option | train | lora |\n|---|---|---|\n"]
+    for option in options():
+        train = spec.defaults.get(option, default_of(option))
+        lora = spec.lora_defaults.get(option, train)
+        by_strategy = "".join(
+            f" ({strategy}: {_text(values[option])})"
+            for strategy, values in spec.strategy_defaults.items()
+            if option in values
+        )
+        if _text(train) != _text(default_of(option)) or _text(lora) != _text(train) or by_strategy:
+            rows.append(f"| `{option}` | {_text(train)}{by_strategy} | {_text(lora)} |\n")
+    return "".join(rows)
+
+
+def _text(value: Any) -> str:
+    if value is None or value in ((), ""):
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
