@@ -18,6 +18,8 @@ from vfun_cli.families.spec import FamilySpec, MetadataField
 
 # The documents' command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 640,
     "video_sample_size": 640,
     "token_sample_size": 640,
