@@ -16,9 +16,9 @@ err = Console(stderr=True, highlight=False)
 _printed: list[int] = []
 
 
-def json_printed() -> bool:
-    """Whether this process has printed its JSON object."""
-    return bool(_printed)
+def json_objects() -> int:
+    """How many JSON objects this process has printed."""
+    return len(_printed)
 
 
 def print_json(content: dict[str, Any]) -> None:

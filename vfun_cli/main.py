@@ -44,10 +44,11 @@ def _root(
 def main(argv: list[str] | None = None) -> None:
     """Entry point: ``--video_sample_size`` and ``--video-sample-size`` are the same option."""
     arguments = sys.argv[1:] if argv is None else argv
+    printed = console.json_objects()
     try:
         app(args=hyphenate(arguments), prog_name="vfun")
     except SystemExit as ended:
-        if ended.code and "--json" in arguments and not console.json_printed():
+        if ended.code and "--json" in arguments and console.json_objects() == printed:
             console.print_json({"error": {"exit_code": ended.code, "message": "usage", "hint": "see stderr"}})
         raise
 

@@ -68,7 +68,10 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
     try:
         return spec.read_dims(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the configuration of a {spec.name} transformer: {error!r}.") from None
+        raise CheckpointError(
+            f"{path} is not the configuration of a {spec.name} transformer: {type(error).__name__}: {error}.",
+            hint="Download the file again.",
+        ) from None
 
 
 def total_steps(config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable) -> int:

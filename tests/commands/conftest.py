@@ -1,0 +1,86 @@
+"""The vfun command as a function, and a folder with a demo to break."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vfun_cli import families
+from vfun_cli.demo import default as demo_default
+from vfun_cli.main import main
+
+DEMO_FAMILIES = ("wan-s2v", "cogvideox-fun")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+Vfun = Callable[..., Said]
+
+
+@pytest.fixture
+def vfun(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vfun:
+    """Runs vfun in this process, on a terminal of 80 columns that is none."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> Said:
+        capfd.readouterr()
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = capfd.readouterr()
+        return Said(code, said.out, said.err)
+
+    return run
+
+
+def vfun_process(*arguments: str, timeout: float = 300) -> Said:
+    """Runs vfun as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vfun_cli", *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demos of two families, made once; never run in."""
+    folder = tmp_path_factory.mktemp("pristine")
+    before = Path.cwd()
+    os.chdir(folder)
+    for name in DEMO_FAMILIES:
+        demo_default.make(families.find(name))
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def place(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with copies of the demos, free to break."""
+    folder = tmp_path / "place"
+    shutil.copytree(pristine, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Every file under a folder with the hash of its content, run directories left out."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "output_dir" not in path.relative_to(folder).parts
+    }

@@ -1,0 +1,320 @@
+"""What vfun says to twenty broken set-ups: the right exit code, one clear message, a next step, inputs untouched."""
+
+import json
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Vfun, digest, vfun_process
+from vfun_cli.rundir import RunDir
+
+MODEL = Path("vfun-demo/wan-s2v/model")
+DATA = Path("vfun-demo/wan-s2v/data")
+META = DATA / "metadata.json"
+OUTPUT = Path("vfun-demo/output_dir")
+TRAIN = ("train", "wan-s2v", "--demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A set-up that cannot work."""
+
+    name: str
+    code: int
+    words: tuple[str, ...]
+    """What the message says, whatever else it says."""
+    command: tuple[str, ...] = TRAIN
+    damage: Callable[[], object] = lambda: None
+
+
+def cut(path: Path, share: float) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+
+def first_shard() -> Path:
+    return min(MODEL.glob("*.safetensors"))
+
+
+def drop_a_tensor() -> None:
+    """Write the shard again without its last tensor; the index still places it there."""
+    content = first_shard().read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    last = max(names, key=lambda name: header[name]["data_offsets"][1])
+    start = header.pop(last)["data_offsets"][0]
+    text = json.dumps(header).encode()
+    first_shard().write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :][:start])
+
+
+def change_rows(change: Callable[[list[dict[str, str]]], object]) -> None:
+    rows = json.loads(META.read_text(encoding="utf-8"))
+    change(rows)
+    META.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def hold_a_run() -> None:
+    OUTPUT.mkdir(parents=True)
+    (OUTPUT / "run.json").write_text("{}")
+
+
+def hold_a_checkpoint_without_manifest() -> None:
+    hold_a_run()
+    (OUTPUT / "checkpoint-4").mkdir()
+    (OUTPUT / "checkpoint-4" / "state.json").write_text("{}")
+
+
+BROKEN = (
+    Broken(
+        name="no model directory",
+        command=(*TRAIN, "--pretrained-model-name-or-path", "models/none"),
+        code=5,
+        words=("models/none", "--pretrained-model-name-or-path"),
+    ),
+    Broken(
+        name="truncated shard",
+        damage=lambda: cut(first_shard(), 0.8),
+        code=5,
+        words=("diffusion_pytorch_model-00001-of-00002.safetensors", "truncated", "again"),
+    ),
+    Broken(
+        name="missing shard",
+        damage=lambda: first_shard().unlink(),
+        code=5,
+        words=("diffusion_pytorch_model-00001-of-00002.safetensors", "missing", "again"),
+    ),
+    Broken(name="missing key", damage=drop_a_tensor, code=5, words=("index.json", "do not hold", "again")),
+    Broken(
+        name="truncated VAE",
+        damage=lambda: cut(MODEL / "Wan2.1_VAE.pth", 0.5),
+        code=5,
+        words=("Wan2.1_VAE.pth", "cut short", "again"),
+    ),
+    Broken(
+        name="wrong family for the directory",
+        command=(*TRAIN, "--pretrained-model-name-or-path", "vfun-demo/cogvideox-fun/model"),
+        code=5,
+        words=("looks like a cogvideox-fun model", "vfun train cogvideox-fun"),
+    ),
+    Broken(
+        name="damaged configuration",
+        damage=lambda: (MODEL / "config.json").write_text("{"),
+        code=5,
+        words=("config.json",),
+    ),
+    Broken(
+        name="missing metadata",
+        command=(*TRAIN, "--train-data-meta", "none.json"),
+        code=3,
+        words=("none.json", "vfun validate-meta"),
+    ),
+    Broken(
+        name="row without audio",
+        damage=lambda: change_rows(lambda rows: rows[2].pop("audio_path")),
+        code=3,
+        words=("row 2", "audio_path", "vfun validate-meta"),
+    ),
+    Broken(
+        name="unreadable mp4",
+        damage=lambda: cut(DATA / "train/00000002.mp4", 0.3),
+        code=3,
+        words=("row 1", "train/00000002.mp4"),
+    ),
+    Broken(
+        name="text file named .mp4",
+        damage=lambda: (DATA / "train/00000004.mp4").write_text("no video, " * 300),
+        code=3,
+        words=("row 3", "train/00000004.mp4"),
+    ),
+    Broken(
+        name="zero-frame clip",
+        damage=lambda: (DATA / "train/00000001.mp4").write_bytes(b""),
+        code=3,
+        words=("row 0", "train/00000001.mp4"),
+    ),
+    Broken(
+        name="unknown option",
+        command=("train", "wan-s2v", "--lerning-rate", "1e-4"),
+        code=2,
+        words=("--lerning-rate", "--learning-rate"),
+    ),
+    Broken(name="unknown family", command=("train", "wan-s2w"), code=2, words=("wan-s2w", "Did you mean 'wan-s2v'?")),
+    Broken(
+        name="unknown key in vfun.toml",
+        damage=lambda: Path("vfun.toml").write_text("lerning_rate = 1e-4\n"),
+        code=2,
+        words=("vfun.toml", "lerning_rate", "Did you mean 'learning_rate'?"),
+    ),
+    Broken(
+        name="output directory in use",
+        damage=hold_a_run,
+        code=2,
+        words=("already holds a run", "vfun resume", "--output-dir", "--overwrite"),
+    ),
+    Broken(
+        name="no write permission",
+        damage=lambda: Path("a file").write_text(""),
+        command=(*TRAIN, "--output-dir", "a file/run"),
+        code=6,
+        words=("cannot write to a file/run", "--output-dir"),
+    ),
+    Broken(
+        name="impossible batch size",
+        command=(*TRAIN, "--train-batch-size", "100000"),
+        code=2,
+        words=("100000", "6 clips", "--train-batch-size"),
+    ),
+    Broken(
+        name="more processes than devices",
+        command=(*TRAIN, "--ddp", "--num-processes", "100000"),
+        code=6,
+        words=("100000 processes", "--num-processes"),
+    ),
+    Broken(
+        name="checkpoint without manifest",
+        damage=hold_a_checkpoint_without_manifest,
+        command=("resume", "--demo"),
+        code=5,
+        words=("checkpoint",),
+    ),
+    Broken(
+        name="export of a checkpoint without manifest",
+        damage=hold_a_checkpoint_without_manifest,
+        command=("export-bf16", "checkpoint-4", "--demo"),
+        code=5,
+        words=("checkpoint-4",),
+    ),
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
+def test_a_broken_setup_is_one_message_with_a_next_step(broken: Broken, place: Path, vfun: Vfun) -> None:
+    broken.damage()
+    before = digest(place)
+    started = time.monotonic()
+    said = vfun(*broken.command)
+    assert said.code == broken.code, said.err
+    text = " ".join(said.err.split())
+    assert all(word in text for word in broken.words), said.err
+    assert said.err.count("error:") + said.err.count("╭─ Error") == 1, said.err
+    assert "next:" in said.err or "Try 'vfun" in said.err, said.err
+    assert "Traceback" not in said.err and not said.out
+    assert digest(place) == before
+    assert not list(place.rglob("launcher.log")), "the launcher was started"
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
+def test_with_json_a_broken_setup_is_one_object(broken: Broken, place: Path, vfun: Vfun) -> None:
+    broken.damage()
+    said = vfun(*broken.command, "--json")
+    content = json.loads(said.out)
+    assert content["schema"] == 1 and content["error"]["exit_code"] == broken.code == said.code
+
+
+# The rest needs training processes.
+
+
+@pytest.fixture(scope="module")
+def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished demo run of four steps on one process."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(pristine, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        said = vfun_process(*TRAIN, "--max-train-steps", "4", "--checkpointing-steps", "2")
+    assert said.code == 0, said.err
+    return folder
+
+
+@pytest.mark.slow
+def test_resume_with_another_learning_rate_is_refused_and_allowed_by_name(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
+) -> None:
+    monkeypatch.chdir(trained)
+    before = digest(trained)
+    said = vfun("resume", "--demo", "--learning-rate", "0.5", "--max-train-steps", "6")
+    assert said.code == 5
+    assert "learning_rate 0.001 -> 0.5" in said.err and "--allow learning-rate" in said.err
+    assert "max_train_steps" not in said.err, "a longer run is the same run"
+    assert digest(trained) == before
+    allowed = vfun("resume", "--demo", "--learning-rate", "0.5", "--allow", "learning-rate", "--dry-run", "--json")
+    assert allowed.code == 0, allowed.err
+    assert json.loads(allowed.out)["config"]["learning_rate"] == 0.5
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "vfun_cli", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: RunDir, step: int, process: "subprocess.Popen[str]") -> None:
+    limit = time.monotonic() + 240
+    while time.monotonic() < limit:
+        lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
+        if any(json.loads(line).get("step", 0) >= step for line in lines):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("no step in time")
+
+
+def worker_pids(run_json: Path) -> dict[int, int]:
+    """Training processes of a run by rank, from /proc."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = dict(
+                entry.split(b"=", 1) for entry in (folder / "environ").read_bytes().split(b"\0") if b"=" in entry
+            )
+        except OSError:
+            continue
+        if str(run_json).encode() in arguments and b"-m" in arguments and b"RANK" in environment:
+            found.setdefault(int(environment[b"RANK"]), int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
+    process = start(place, *TRAIN, "--ddp", "--max-train-steps", "10000", "--dataloader-num-workers", "0")
+    run = RunDir(place / OUTPUT)
+    wait_for_step(run, 1, process)
+    pids = worker_pids(run.run_json)
+    assert set(pids) >= {0, 1}, pids
+    subprocess.run(["kill", "-9", str(pids[1])], check=True)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "rank 1" in err and "SIGKILL" in err and "Traceback" not in err, err
+    assert "vfun resume" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_goes_on(place: Path) -> None:
+    process = start(place, *TRAIN, "--max-train-steps", "10000", "--dataloader-num-workers", "0")
+    run = RunDir(place / OUTPUT)
+    wait_for_step(run, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "saved" in err and "vfun resume" in err and "Traceback" not in err
+    steps = [int(path.name.split("-")[1]) for path in run.root.glob("checkpoint-*[0-9]")]
+    last = max(steps)
+    again = start(place, "resume", "--demo", "--max-train-steps", str(last + 2), "--json")
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    assert json.loads(out)["step"] == last + 2
