@@ -1,12 +1,13 @@
 """One working directory with all demos for the whole session."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.integration.matrix import prepare_demo
+from tests.integration.matrix import all_runs, launch, prepare_demo
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     prepare_demo()
     yield folder
     os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def trained(workplace: Path) -> Callable[[str], None]:
+    """Trains everything of a strategy on its first call, in one launch."""
+
+    @cache
+    def run(strategy: str) -> None:
+        launch(all_runs(strategy))
+
+    return run

@@ -39,6 +39,50 @@ class Run:
         return Path("runs") / self.strategy / self.name
 
 
+CLIP_NORM = 1e-3
+
+_FP32 = {"mixed_precision": "no", "max_train_steps": 6}
+_SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3}
+_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1}
+_UNTRAINED = {"max_train_steps": 0}
+
+# Beside the matrix, one family under the options that a strategy could get wrong on its own.
+EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
+    "single": {
+        "fp32": {**_FP32, "gradient_accumulation_steps": 2},
+        "subset": _SUBSET,
+        "clipped": _CLIPPED,
+        "untrained": _UNTRAINED,
+        "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3},
+    },
+    "ddp": {"fp32": _FP32, "subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "fsdp": {"fp32": _FP32, "subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "zero2": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "zero3": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+}
+
+
+def straight(family: str, strategy: str) -> Run:
+    """All steps in one go."""
+    return Run(name=family, family=family, strategy=strategy)
+
+
+def resumed(family: str, strategy: str) -> Run:
+    """The second half again, from the first run's checkpoint in the middle."""
+    return Run(name=f"{family}-resumed", family=family, strategy=strategy, resume_from=family)
+
+
+def extra(name: str, strategy: str) -> Run:
+    """One of EXTRAS."""
+    return Run(name=name, family="wan-s2v", strategy=strategy, options=EXTRAS[strategy][name])
+
+
+def all_runs(strategy: str) -> list[Run]:
+    """Everything that one launch trains."""
+    runs = [make(family, strategy) for family in families.FAMILIES for make in (straight, resumed)]
+    return runs + [extra(name, strategy) for name in EXTRAS[strategy]]
+
+
 def memorised(family: str) -> dict[str, Any]:
     """Options that train one clip of the demo over and over, at the smallest size."""
     return {
@@ -95,9 +139,7 @@ def launch(runs: Sequence[Run]) -> None:
         "-m", "tests.integration.worker", str(list_file.absolute()),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
-        argv, capture_output=True, text=True, env=environment, timeout=LAUNCH_TIMEOUT, check=False
-    )
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=LAUNCH_TIMEOUT, check=False)
     if done.returncode:
         logs = "".join(path.read_text(errors="replace")[-3000:] for path in Path("runs").rglob("error-rank-*.json"))
         raise AssertionError(f"launch of {list_file} failed\n{done.stderr[-6000:]}\n{logs}")

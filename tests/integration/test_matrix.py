@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from tests.integration.matrix import STEPS, STRATEGIES, Run, launch, losses
+from tests.integration.matrix import STEPS, STRATEGIES, Run, losses, resumed, straight
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.rundir import RunDir
@@ -17,25 +16,6 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = tuple(families.FAMILIES)
 CELLS = [(family, strategy) for strategy in STRATEGIES for family in FAMILIES]
-
-
-def straight(family: str, strategy: str) -> Run:
-    return Run(name=family, family=family, strategy=strategy)
-
-
-def resumed(family: str, strategy: str) -> Run:
-    return Run(name=f"{family}-resumed", family=family, strategy=strategy, resume_from=family)
-
-
-@pytest.fixture(scope="session")
-def trained(workplace: Path) -> Callable[[str], None]:
-    """Trains all families under a strategy, once."""
-
-    @cache
-    def run(strategy: str) -> None:
-        launch([make(family, strategy) for family in FAMILIES for make in (straight, resumed)])
-
-    return run
 
 
 def export_of(run: Run) -> str:

@@ -1,0 +1,130 @@
+"""Whole runs through the command line: killed and resumed, on two machines, interrupted."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight
+from vfun_cli.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+Trained = Callable[[str], None]
+FAMILY = "wan-s2v"
+
+
+def vfun(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "vfun_cli", *map(str, arguments)]
+
+
+def options(output_dir: Path, **changes: object) -> list[str]:
+    values = {**memorised(FAMILY), "output_dir": output_dir, **changes}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def steps_of(run_dir: RunDir) -> list[int]:
+    if not run_dir.metrics.exists():
+        return []
+    lines = run_dir.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n") and "event" not in line]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def kill_all(process: "subprocess.Popen[str]") -> None:
+    """kill -9 for the command and for the launcher's group, which has a session of its own."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    children: dict[int, list[int]] = {}
+    for line in listing.splitlines()[1:]:
+        pid, parent = map(int, line.split())
+        children.setdefault(parent, []).append(pid)
+    found, pending = [], [process.pid]
+    while pending:
+        pid = pending.pop()
+        found.append(pid)
+        pending += children.get(pid, [])
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path, trained: Trained) -> None:
+    trained(strategy)
+    folder = Path("killed") / strategy
+    run = RunDir(folder)
+    process = start(vfun("train", FAMILY, "--demo", f"--strategy={strategy}", *options(folder)))
+    wait_for(lambda: run.checkpoint(STEPS // 2).exists() and max(steps_of(run), default=0) > STEPS // 2, process)
+    kill_all(process)
+    done = subprocess.run(vfun("resume", folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, strategy))
+    hashes = []
+    for root in (run.root, straight(FAMILY, strategy).folder):
+        command = vfun("export-bf16", root / f"checkpoint-{STEPS}", "--output", root / "cli-export", "--json")
+        hashes.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
+    """Two launchers on one host, one process each: the same losses as two processes under one launcher."""
+    trained("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = Path("two-machines")
+    both = [
+        start(
+            vfun("train", FAMILY, "--demo", "--ddp", *options(folder, max_train_steps=4), "--num-machines=2",
+                 "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
+                 f"--main-process-port={port}")
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in RunDir(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, "ddp"))[:4]
+
+
+def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> None:
+    trained("single")
+    folder = Path("interrupted")
+    run = RunDir(folder)
+    process = start(vfun("train", FAMILY, "--demo", *options(folder)))
+    wait_for(lambda: max(steps_of(run), default=0) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
+    assert saved >= 3 and run.checkpoint(saved).is_dir()
+    assert "Traceback" not in errors
+    done = subprocess.run(vfun("resume", folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, "single"))

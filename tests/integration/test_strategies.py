@@ -1,0 +1,102 @@
+"""What every strategy must do alike: averaging, precision, clipping, frozen weights, whole checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.matrix import CLIP_NORM, STEPS, STRATEGIES, Run, extra, losses, straight
+from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.export import export
+from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
+from vfun_cli.checkpoints.tensors import bf16_to_fp32, fp32_to_bf16
+from vfun_cli.rundir import RunDir
+
+pytestmark = pytest.mark.slow
+
+MODEL = Path("vfun-demo/wan-s2v/model")
+Trained = Callable[[str], None]
+
+
+def checkpoint(run: Run, step: int) -> CheckpointReader:
+    return open_checkpoint(RunDir(run.folder).checkpoint(step))
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    bits = np.empty(values.shape, dtype=np.uint16)
+    fp32_to_bf16(np.ascontiguousarray(values), bits)
+    return bf16_to_fp32(bits)
+
+
+def exported(run: Run, step: int) -> dict[str, np.ndarray]:
+    folder = RunDir(run.folder).root / "export"
+    export(RunDir(run.folder).checkpoint(step), folder, base_dir=MODEL, overwrite=True)
+    found = safetensors.read_files(sorted(folder.glob("*.safetensors")))
+    return {name: tensor.read() for name, tensor in found.items()}
+
+
+def released() -> dict[str, np.ndarray]:
+    found = safetensors.read_files(sorted(MODEL.glob("*.safetensors")))
+    return {name: tensor.read() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one_that_accumulates_two_micro_batches(strategy: str, trained: Trained) -> None:
+    trained("single")
+    trained(strategy)
+    one, two = losses(extra("fp32", "single")), losses(extra("fp32", strategy))
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_only_the_named_modules_change_and_all_of_them_learn(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    run = extra("subset", strategy)
+    reader = checkpoint(run, 3)
+    before, after = released(), exported(run, 3)
+    named = {name for name in before if "self_attn" in name}
+    assert set(reader.weights) == named and len(named) > 20
+    for name, moments in reader.moments.items():
+        assert np.abs(moments.exp_avg.read()).max() > 0, f"{name} got no gradient"
+    assert set(reader.moments) == named
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == named
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_are_clipped_to_the_norm(strategy: str, trained: Trained) -> None:
+    """After one step AdamW's first moment is a tenth of the clipped gradient."""
+    trained(strategy)
+    reader = checkpoint(extra("clipped", strategy), 1)
+    squares = sum(
+        float(np.square(moments.exp_avg.read(), dtype=np.float64).sum()) for moments in reader.moments.values()
+    )
+    assert np.sqrt(squares) == pytest.approx(0.1 * CLIP_NORM, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trained_weights_keep_a_float32_master(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    weights = checkpoint(straight("wan-s2v", strategy), STEPS).weights
+    finer = [name for name, tensor in weights.items() if not np.array_equal(tensor.read(), rounded(tensor.read()))]
+    assert len(finer) > 0.9 * len(weights)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_untrained_checkpoint_exports_the_released_weights(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    before, after = released(), exported(extra("untrained", strategy), 0)
+    assert sorted(before) == sorted(after)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], rounded(values), err_msg=name)
+
+
+def test_the_moving_average_is_saved_and_lags_behind(trained: Trained) -> None:
+    trained("single")
+    reader = checkpoint(extra("average", "single"), 3)
+    assert set(reader.ema) == set(reader.weights)
+    name = "blocks.0.self_attn.q.weight"
+    start, now, mean = released()[name], reader.weights[name].read(), reader.ema[name].read()
+    assert 0 < np.abs(mean - start).mean() < np.abs(now - start).mean()
