@@ -353,6 +353,25 @@ class RunConfig:
             on_resume="harmless",
         ),
     ] = None
+    max_hours: Annotated[
+        float | None,
+        Opt(
+            help="Save, stop and exit 75 at the first step boundary after this time; vfun resume continues.",
+            panel=OUTPUT,
+            unit="hours",
+            minimum=0,
+            on_resume="harmless",
+        ),
+    ] = None
+    max_restarts: Annotated[
+        int,
+        Opt(
+            help="Start a crashed run over from its newest checkpoint, at most this often.",
+            panel=OUTPUT,
+            minimum=0,
+            on_resume="harmless",
+        ),
+    ] = 0
     resume_from_checkpoint: Annotated[
         str | None,
         Opt(
@@ -438,12 +457,11 @@ def parse(name: str, value: Any, where: str) -> Any:
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
         raise ConfigError(
             f"{where} is {parsed!r}; choose one of: {', '.join(opt.choices)}.{did_you_mean(str(parsed), opt.choices)}",
-            hint=_HELP,
         )
     if isinstance(parsed, float) and not math.isfinite(parsed):
-        raise ConfigError(f"{where} is {parsed}; it takes a finite number.", hint=_HELP)
+        raise ConfigError(f"{where} is {parsed}; it takes a finite number.")
     if opt.minimum is not None and isinstance(parsed, int | float) and parsed < opt.minimum:
-        raise ConfigError(f"{where} is {parsed}, the least that makes sense is {opt.minimum:g}.", hint=_HELP)
+        raise ConfigError(f"{where} is {parsed}, the least that makes sense is {opt.minimum:g}.")
     return parsed
 
 
@@ -470,18 +488,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         }
         if str(value).lower() in words:
             return words[str(value).lower()]
-        raise ConfigError(f"{where} is {value!r}; it takes true or false.", hint=_HELP)
+        raise ConfigError(f"{where} is {value!r}; it takes true or false.")
     if isinstance(value, bool):
-        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.", hint=_HELP)
+        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.")
     try:
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return kind(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.", hint=_HELP) from None
+        raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
 
 
-_HELP = "vfun train --help and docs/options.md say what each option takes."
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 

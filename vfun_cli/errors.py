@@ -19,11 +19,13 @@ class VfunError(Exception):
     """Base of all errors that end a command with one message and an exit code."""
 
     exit_code = 1
+    usual_hint: str | None = None
+    """The next step where an error names none of its own."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class RunError(VfunError):
@@ -36,12 +38,14 @@ class ConfigError(VfunError):
     """An option, a configuration file or a combination of options is wrong."""
 
     exit_code = 2
+    usual_hint = "vfun COMMAND --help and docs/options.md say what each option takes."
 
 
 class MetadataError(VfunError):
     """The dataset or its metadata cannot be trained on."""
 
     exit_code = 3
+    usual_hint = "vfun validate-meta reports every problem of the metadata at once."
 
 
 class FitError(VfunError):
@@ -54,12 +58,14 @@ class CheckpointError(VfunError):
     """A checkpoint, a model directory or an export is not what it should be."""
 
     exit_code = 5
+    usual_hint = "Copy or download these files again, or name an older checkpoint."
 
 
 class EnvironmentFault(VfunError):
     """The machine lacks a package, a device or a permission."""
 
     exit_code = 6
+    usual_hint = "Mend this on the machine, or choose another place with --output-dir."
 
 
 class StoppedAtOnce(VfunError):
