@@ -1,8 +1,9 @@
 """Several runs inside one launch: ``accelerate launch ... -m tests.integration.worker LIST.json``.
 
 Starting two processes costs ten times a tiny training step, so the matrix launches once per strategy and loops over
-its runs here. Each run goes through ``session.train`` exactly as ``python -m vfun_cli.training`` calls it, in one process group; only what
-accelerate takes from the environment of a launch (the launch file's class names, the DeepSpeed file) is set per run.
+its runs here. Each run goes through ``run_rank`` exactly as ``python -m vfun_cli.training`` calls it, in one process
+group; only what accelerate takes from the environment of a launch (the launch file's class names, the DeepSpeed
+file) is set per run.
 """
 
 import json
