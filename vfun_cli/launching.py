@@ -1,7 +1,8 @@
 """One launch, from resolved options to a running job: shared by train, lora and resume."""
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from vfun_cli import __version__, console, devices, supervise
+from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.released import check_weights
 from vfun_cli.config import RunConfig, options
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
@@ -39,6 +41,8 @@ class Job:
     launch: LaunchPlan
     found: Found | None
     """The checkpoint to continue from."""
+    deadline: float | None
+    """When --max-hours is over, in seconds since 1970."""
 
     @property
     def config(self) -> RunConfig:
@@ -60,6 +64,7 @@ class Job:
             "metadata_sha256": metadata_digest(self.config.train_data_meta),
             "plan_digest": self.plans[0].digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
+            "deadline": self.deadline,
         }
 
 
@@ -93,6 +98,7 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
         found=found,
+        deadline=time.time() + 3600 * config.max_hours if config.max_hours is not None else None,
     )
 
 
@@ -138,7 +144,8 @@ def describe(job: Job) -> dict[str, Any]:
     return {
         "run_dir": str(job.run.root),
         "argv": job.launch.argv,
-        "files": {str(path): text for path, text in job.launch.files.items()} | {str(job.run_json): _run_text(job)},
+        "files": {str(path): text for path, text in job.launch.files.items()}
+        | {str(job.run_json.absolute()): _run_text(job)},
         "config": job.config.to_json(),
         "sources": job.resolved.sources,
         "plan": plan_json(job.spec, job.source.dims, job.source.options, job.source.table, job.plans),
@@ -175,13 +182,16 @@ def carry_out(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> Non
             print_dry_run(job)
         return
     show(job)
-    code = start(job, overwrite=overwrite, as_json=as_json)
+    with supervise.stop_requests(job.run) as stop:
+        code = start(job, stop, overwrite=overwrite, as_json=as_json)
     if code:
         raise typer.Exit(code)
 
 
-def start(job: Job, *, overwrite: bool, as_json: bool) -> int:
+def start(job: Job, stop: supervise.StopRequests, *, overwrite: bool, as_json: bool) -> int:
     """Write the run's files, run the job to its end and say how it went; the exit code.
+
+    A job that crashes starts over from its newest checkpoint, ``max_restarts`` times at most.
 
     Raises:
         VfunError: the directory is taken or cannot be written, or the run failed.
@@ -191,12 +201,20 @@ def start(job: Job, *, overwrite: bool, as_json: bool) -> int:
         claim(run, overwrite=overwrite)
     else:
         ensure_writable(run.root)
-    for path, text in job.launch.files.items():
-        write_atomically(path, text)
+    run.launch(config.machine_rank).mkdir(exist_ok=True)
     job.source.table.save(run.clips(config.machine_rank))
     write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
-    write_atomically(job.run_json, _run_text(job))
-    ended = supervise.run(job.launch.argv, run, config.machine_rank, job.found.step if job.found else 0)
+    ended = _run(job, stop)
+    for restart in range(1, config.max_restarts + 1):
+        if isinstance(ended, supervise.Ended) or stop.asked:
+            break
+        console.report(ended)
+        job = _continued(job)
+        start_from = job.found.checkpoint.name if job.found else "the beginning"
+        console.warn(f"restart {restart} of {config.max_restarts}, from {start_from}.")
+        ended = _run(job, stop)
+    if isinstance(ended, supervise.Crashed):
+        raise ended
     newest = run.checkpoint(ended.step)
     if as_json:
         console.print_json(
@@ -210,6 +228,32 @@ def start(job: Job, *, overwrite: bool, as_json: bool) -> int:
             console.out.print(f"done: {ended.step} steps, {escape(str(newest))}", soft_wrap=True)
         console.hint(f"vfun export-bf16 {newest}")
     return ended.exit_code
+
+
+def _run(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.Crashed:
+    """One launch to its end, or to its crash."""
+    if job.config.machine_rank == 0:
+        job.run.remove_leftovers()
+    for path, text in job.launch.files.items():
+        write_atomically(path, text)
+    write_atomically(job.run_json, _run_text(job))
+    try:
+        return supervise.run(
+            job.launch.argv, job.run, job.config.machine_rank, job.found.step if job.found else 0, stop
+        )
+    except supervise.Crashed as error:
+        return error
+    finally:
+        if job.config.machine_rank == 0:
+            job.run.remove_leftovers()
+
+
+def _continued(job: Job) -> Job:
+    """The same job from the newest checkpoint of its run; from where it began if there is none."""
+    complete = manifest.checkpoints(job.run.root)
+    found = Found(run=job.run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
+    launch = plan_launch(job.config, job.spec, job.run, job.run_json)
+    return replace(job, found=found or job.found, launch=launch)
 
 
 def _summary(job: Job) -> dict[str, Any]:

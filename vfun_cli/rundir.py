@@ -79,6 +79,16 @@ class RunDir:
         """The same checkpoint while it is being written."""
         return self.root / f".checkpoint-{step}.partial"
 
+    def replaced_checkpoint(self, step: int) -> Path:
+        """An earlier checkpoint of the same step, on its way out."""
+        return self.root / f".checkpoint-{step}.replaced"
+
+    def remove_leftovers(self) -> None:
+        """Delete what a crash left of checkpoints that were being written or removed; no process may be at work."""
+        for pattern in (".checkpoint-*.partial", ".checkpoint-*.replaced"):
+            for leftover in self.root.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.run_json.exists()
@@ -146,7 +156,7 @@ def _clear(run: RunDir) -> None:
         run.sanity_check,
         *run.root.glob("launch*"),
         *run.root.glob("checkpoint-*"),
-        *run.root.glob(".checkpoint-*.partial"),
+        *run.root.glob(".checkpoint-*"),
     ]
     for folder in folders:
         if folder.is_dir():

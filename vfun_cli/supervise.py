@@ -35,7 +35,15 @@ LINE_EVERY = 10.0
 """Seconds between progress lines when stderr is not a terminal."""
 
 # Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
-_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# torchrun answers SIGTERM by a second one to the ranks and SIGKILL after 30 seconds, which no large checkpoint keeps
+# to. Without that the launcher just ends, and the ranks notice and save in peace.
+_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
+}
+
+_MARK = "_VFUN_JOB"
 
 _ERRORS = {
     error.exit_code: error
@@ -52,11 +60,60 @@ class Ended:
     step: int
 
 
-def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) -> Ended:
+class Crashed(RunError):
+    """A training process died of something that may not happen again: starting over from a checkpoint makes sense."""
+
+
+class StopRequests:
+    """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self.asked: list[int] = []
+        self.job = f"{os.getpid()}-{time.time_ns()}"
+        """Marks the environment of all processes of this run."""
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.asked.append(number)
+        if len(self.asked) > 1:
+            kill(self.job)
+            return
+        if self.run_dir.logs.is_dir():
+            self.write()
+        console.err.print(
+            f"\n{self.reason}: saving at the next step boundary; once more to stop at once without saving."
+        )
+
+    @property
+    def reason(self) -> str:
+        """What the first request was."""
+        return "interrupted" if self.asked[0] == signal.SIGINT else "preempted"
+
+    def write(self) -> None:
+        """Leave the request for the ranks."""
+        write_atomically(self.run_dir.stop_request, self.reason)
+
+
+@contextmanager
+def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
+    """Take signals until the end of the block; no process of the job outlives it."""
+    stop = StopRequests(run_dir)
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop.ask) for number in handled}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        kill(stop.job)
+
+
+def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, stop: StopRequests) -> Ended:
     """Run the launch command to its end.
 
-    The launcher gets its own process group, so that Ctrl-C reaches this process alone: it asks the ranks to save and
-    stop at the next step; a second Ctrl-C ends them at once.
+    The launcher gets its own process group, so that Ctrl-C reaches this process alone. If the launcher is ended from
+    outside, the ranks save and stop by themselves, and are waited for.
 
     Raises:
         VfunError: the run failed; the message is the first failing rank's own.
@@ -64,6 +121,8 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) ->
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     for stale in [run_dir.stop_request, run_dir.outcome, *run_dir.logs.glob("error-rank-*.json")]:
         stale.unlink(missing_ok=True)
+    if stop.asked:
+        stop.write()
     log = run_dir.launcher_log(machine_rank)
     with log.open("ab") as output:
         start_of_run = output.tell()
@@ -73,13 +132,13 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int) ->
             stderr=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | _ENVIRONMENT | {_MARK: stop.job},
         )
-        with _signals(process, run_dir) as asked:
-            _watch(process, run_dir, first_step)
-    if process.returncode == 0:
+        _watch(process, run_dir, first_step, stop.job)
+    kill(stop.job)
+    if process.returncode == 0 or run_dir.outcome.exists():
         return _ended(run_dir)
-    if len(asked) > 1:
+    if len(stop.asked) > 1:
         raise StoppedAtOnce(
             "stopped at once; the steps since the last checkpoint are lost.", hint=f"vfun resume {run_dir.root}"
         )
@@ -93,44 +152,39 @@ def _ended(run_dir: RunDir) -> Ended:
     return Ended(exit_code=code, outcome=outcome, step=content.get("step", 0))
 
 
-@contextmanager
-def _signals(process: "subprocess.Popen[bytes]", run_dir: RunDir) -> Iterator[list[int]]:
-    """Ctrl-C and preemption become a stop request; the second one kills the whole process group."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            _kill(process)
-            return
-        reason = "interrupted" if number == signal.SIGINT else "preempted"
-        write_atomically(run_dir.stop_request, reason)
-        console.err.print(f"\n{reason}: saving at the next step boundary; once more to stop at once without saving.")
-
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, ask) for number in handled}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            _kill(process)
+def members(job: str) -> list[int]:
+    """The live processes of a job. Ranks have sessions of their own and may have lost their launcher, so neither
+    process group nor ancestry finds them; the mark in their environment does.
+    """
+    mark = f"{_MARK}={job}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes()
+        except OSError:  # gone, or another user's
+            continue
+        if mark in environment.split(b"\0"):
+            found.append(int(folder.name))
+    return found
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def kill(job: str) -> None:
+    """End every process of a job at once."""
+    for process in members(job):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
-def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int) -> None:
-    """Follow metrics.jsonl until the launcher ends."""
+def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int, job: str) -> None:
+    """Follow metrics.jsonl until the launcher ends, and the ranks too if it was ended from outside."""
     follow = _Follower(run_dir.metrics, first_step)
     shown = _Bar(first_step) if console.err.is_terminal else _Lines()
     with shown:
-        while process.poll() is None:
+        while process.poll() is None or (process.returncode < 0 and members(job)):
             for record in follow.new():
                 shown.show(record)
             time.sleep(POLL_SECONDS)
@@ -235,18 +289,21 @@ def _left(record: dict[str, Any]) -> str:
 def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
     """The first failing rank's message; without one, what the launcher's log tells."""
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error-rank-*.json")]
-    if errors:
+    text = log.read_bytes()[start:].decode(errors="replace")
+    killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
+    crashed = all(error["crash"] for error in errors)
+    if errors and not (killed and crashed):  # a killed rank leaves no message; its peers only lost the connection
         first = min(errors, key=lambda error: error["time"])
         others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
         kind = _ERRORS.get(first["exit_code"], RunError)
+        if first["crash"] and kind is RunError:
+            kind = Crashed
         return kind(f"rank {first['rank']}: {first['message']}{others}", hint=first["hint"] or f"The whole log: {log}")
-    text = log.read_bytes()[start:].decode(errors="replace")
-    killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
     hint = f"The whole log: {log}. Continue from the last checkpoint: vfun resume {run_dir.root}"
     if killed:
         rank, number = int(killed[1]), int(killed[2])
         name = signal.Signals(number).name
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
-        return RunError(f"rank {rank} was ended by {name}.{why}", hint=hint)
+        return Crashed(f"rank {rank} was ended by {name}.{why}", hint=hint)
     last = [line for line in text.splitlines() if line.strip()][-3:]
-    return RunError(f"the launcher ended with exit code {code}: " + " / ".join(last), hint=hint)
+    return Crashed(f"the launcher ended with exit code {code}: " + " / ".join(last), hint=hint)

@@ -24,7 +24,7 @@ def write_manifest(directory: Path) -> None:
     files = _files(directory)
     with ThreadPoolExecutor(_workers()) as pool:
         entries = list(pool.map(_flush_and_describe, files))
-    for folder in {file.parent for file in files}:
+    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
         fsync_directory(folder)
     listed = {str(file.relative_to(directory)): entry for file, entry in zip(files, entries, strict=True)}
     write_json(directory / MANIFEST, {"schema": SCHEMA, "files": listed})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.training.signals import StopFlag
 
 
 def main(argv: list[str]) -> int:
@@ -28,10 +29,14 @@ def run_rank(run_json: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         _send_output_to(run.rank_log(rank))
+    # The import of torch takes seconds, and a request to stop may come then already.
+    one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+    stop = StopFlag(run.stop_request, reads_file=one_of_machine, deadline=described.get("deadline"))
+    stop.listen()
     try:
         from vfun_cli.training.session import train
 
-        train(run, described)
+        train(run, described, stop)
     except BaseException as error:
         _leave_error(run, rank, error)
         traceback.print_exc()
@@ -56,9 +61,13 @@ def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
         "message": known.message,
         "hint": known.hint,
         "exit_code": known.exit_code,
+        "crash": known is not error,
         "traceback": traceback.format_exc(),
     }
-    write_atomically(run.rank_error(rank), json.dumps(content))
+    try:
+        write_atomically(run.rank_error(rank), json.dumps(content))
+    except OSError as unwritable:  # a full disk: the log of the launcher may lie there too, but nothing else is left
+        print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)
 
 
 def _translate(error: BaseException) -> VfunError:

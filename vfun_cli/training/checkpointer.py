@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from vfun_cli.checkpoints import manifest
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, RunError
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.ema import WeightAverage
 
@@ -61,12 +62,42 @@ class Checkpointer:
         Args:
             progress: what ``state.json`` says: step, epoch, position, strategy, world size, family.
         """
+        self.require_space(state)
+        partial, final = self.run.partial_checkpoint(progress["step"]), self.run.checkpoint(progress["step"])
+        try:
+            self._write(state, partial, final, progress)
+        except Exception as error:  # each library wraps the system's error in one of its own
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, the message needs a few bytes
+            raise RunError(
+                f"{final.name} could not be written to {self.run.root}: {_reason(error)}.",
+                hint=f"The checkpoints before it are whole. Make room or mend the directory, then: "
+                f"vfun resume {self.run.root}",
+            ) from error
+        return final
+
+    def require_space(self, state: TrainedState) -> None:
+        """Stop before a byte is written when the disk cannot take a checkpoint; all ranks stop together.
+
+        Raises:
+            RunError: how much is missing, or the run directory is gone.
+        """
+        found: list[str | None] = [None]
+        if state.accelerator.is_main_process:
+            found = [_lack_of_space(self.run.root, checkpoint_bytes(state))]
+        lack = broadcast_object_list(found)[0]
+        if lack is not None:
+            raise RunError(
+                f"no checkpoint can be written to {self.run.root}: {lack}.",
+                hint=f"The checkpoints there are whole. Make room (vfun checkpoints ls {self.run.root} shows what they "
+                f"take; --checkpoints-total-limit keeps fewer), then: vfun resume {self.run.root}",
+            )
+
+    def _write(self, state: TrainedState, partial: Path, final: Path, progress: dict[str, Any]) -> None:
         accelerator = state.accelerator
-        step = progress["step"]
-        partial, final = self.run.partial_checkpoint(step), self.run.checkpoint(step)
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / MODEL_DIR).mkdir(parents=True)
+            partial.mkdir()
+            (partial / MODEL_DIR).mkdir()
         accelerator.wait_for_everyone()
         self.format.save(state, partial / MODEL_DIR)
         if state.average is not None and accelerator.is_main_process:
@@ -78,13 +109,14 @@ class Checkpointer:
                 shutil.copy2(source, partial / CONFIG_DIR / name)
             (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **progress}, indent=2), encoding="utf-8")
             manifest.write_manifest(partial)
+            replaced = self.run.replaced_checkpoint(progress["step"])
             if final.exists():
-                shutil.rmtree(final)
+                final.replace(replaced)
             partial.replace(final)
             manifest.fsync_directory(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._retire(final)
         accelerator.wait_for_everyone()
-        return final
 
     def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns ``state.json``.
@@ -110,6 +142,44 @@ class Checkpointer:
         complete = [path for path in manifest.checkpoints(self.run.root) if path != newest]
         for path in complete[: max(0, len(complete) + 1 - self.keep)]:
             shutil.rmtree(path)
+
+
+def checkpoint_bytes(state: TrainedState) -> int:
+    """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
+    average, and what describes them.
+    """
+    trained = _trained(state)
+    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
+    copies = 3 + (state.average is not None)
+    return count * (4 * copies + 2) + len(trained) * _BYTES_TO_DESCRIBE + _BYTES_BESIDE
+
+
+_BYTES_TO_DESCRIBE = 8192
+"""A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
+
+_BYTES_BESIDE = 1 << 20
+
+
+def _lack_of_space(folder: Path, needed: int) -> str | None:
+    try:
+        free = shutil.disk_usage(folder).free
+    except FileNotFoundError:
+        return "the directory has vanished"
+    except OSError as error:
+        return str(error.strerror or error)
+    if free >= needed:
+        return None
+    return f"{needed - free:,} bytes are missing (it needs {needed:,}, {free:,} are free)"
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, if they are to be found below the wrappers."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return f"{below.strerror} ({below.filename})" if below.filename else below.strerror
+        below = below.__cause__ or below.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From the plan to decoded clips: this rank's micro-batches in order, decoded ahead by worker processes."""
 
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vfun_cli.errors import MetadataError, VfunError
 from vfun_cli.training.adapter import ModelAdapter, Sample, SampleRequest
+from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 600
 """Seconds without a decoded micro-batch before the run stops: decord can hang on a broken file."""
@@ -89,6 +91,8 @@ def load_ahead(
             yield loaded
     except RuntimeError as error:
         if "timed out" in str(error):
+            for process in multiprocessing.active_children():
+                process.kill()  # a hanging decoder hears nothing else, and would be waited for at the end
             raise MetadataError(
                 f"no clip was decoded for {LOAD_TIMEOUT} s: a file hangs its decoder.",
                 hint="vfun validate-meta --deep names files that hang.",
@@ -99,6 +103,7 @@ def load_ahead(
 def _start_worker(worker: int) -> None:
     """One thread a worker: with 8 workers a rank, more only fight over the cores."""
     torch.set_num_threads(1)
+    leave_signals_to_the_rank()
 
 
 def batch_keys(requests: Sequence[SampleRequest]) -> list[Any]:

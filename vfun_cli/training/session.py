@@ -23,12 +23,10 @@ from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.strategy import assert_strategy, make_accelerator, prepare_environment
 from vfun_cli.training.stream import micro_batches
-from vfun_cli.training.trainer import CONTINUE, INTERRUPTED, PREEMPTED, Trainer
-
-OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
+from vfun_cli.training.trainer import OUTCOMES, Trainer
 
 
-def train(run: RunDir, described: Mapping[str, Any]) -> None:
+def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     """Train the run that ``described`` (the content of run.json) resolves to."""
     config = RunConfig.from_json(described["config"])
     spec = families.find(described["family"])
@@ -36,8 +34,6 @@ def train(run: RunDir, described: Mapping[str, Any]) -> None:
     accelerator = make_accelerator(
         config.strategy, config.device, config.gradient_accumulation_steps, config.mixed_precision
     )
-    stop = StopFlag(run.stop_request, reads_file=accelerator.is_main_process)
-    stop.listen()
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
 
     plan = load_plan(config, spec, described)

@@ -18,10 +18,11 @@ from vfun_cli.training.data import LoadedBatch, batch_keys
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
-from vfun_cli.training.signals import StopFlag
+from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
 
-CONTINUE, INTERRUPTED, PREEMPTED = 0, 1, 2
-"""Why training stops, ordered: all ranks act on the largest value any of them saw."""
+CONTINUE = 0
+OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
+"""Why training ends; all ranks act on the largest reason any of them saw."""
 
 
 class Trainer:
@@ -56,7 +57,9 @@ class Trainer:
 
     def train(self, batches: Iterator[LoadedBatch], first_step: int) -> int:
         """Train from ``first_step`` (from 0) to the end; returns why it ended (``CONTINUE``: it is complete)."""
-        step, epoch, reason = first_step, 0, CONTINUE
+        step, epoch = first_step, 0
+        self.checkpointer.require_space(self.state)
+        reason = self.stop_reason()  # asked for while the model was loading
         while step < self.total_steps and reason == CONTINUE:
             micro_batches = [self.metrics.wait(batches) for _ in range(self.config.gradient_accumulation_steps)]
             if step == first_step and first_step == 0:
@@ -66,9 +69,15 @@ class Trainer:
             step += 1
             if step % self.config.checkpointing_steps == 0:
                 self.save(step, epoch)
+                reason = max(reason, self.stop_reason())  # asked for while saving
         if self.saved_step != step:
             self.save(step, epoch)
-        return reason
+        return reason if step < self.total_steps else CONTINUE
+
+    def stop_reason(self) -> int:
+        """The gravest stop reason of any rank."""
+        reasons = torch.tensor([self.stop.reason()], device=self.accelerator.device)
+        return int(self.accelerator.gather(reasons).max())
 
     def train_step(self, step: int, micro_batches: list[LoadedBatch]) -> int:
         """One optimizer step; returns the stop reason that all ranks agree on."""
