@@ -61,13 +61,41 @@ def export(
     parameter name into the released one. Raises ConfigError for a wrong option or an output that exists,
     CheckpointError for anything wrong with the checkpoint or the base, RunError when the disk is too full.
     """
+    check_output(output, dtype, overwrite=overwrite)
+    stem, sources = read_base(base_dir)
+    _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
+    return write_model(
+        stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
+        progress=progress, workers=workers,
+    )  # fmt: skip
+
+
+def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
+    """Raises ConfigError for an unknown dtype or an output that is taken."""
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    shard_bytes = parse_size(max_shard_size)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists already", hint="name another --output, or add --overwrite")
-    stem, sources = _base(base_dir)
-    _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
+
+
+def write_model(
+    stem: str,
+    sources: Mapping[str, TensorSource],
+    output: Path,
+    *,
+    base_dir: Path,
+    max_shard_size: str = "10GB",
+    dtype: str = "bf16",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> ExportResult:
+    """Stream tensors into ``<stem>*.safetensors`` of ``output``, with the configuration of ``base_dir``; verified.
+
+    Raises as ``export``.
+    """
+    check_output(output, dtype, overwrite=overwrite)
+    shard_bytes = parse_size(max_shard_size)
     entries = [
         Entry(name=name, dtype=converted_dtype(source.dtype, DTYPES[dtype]), shape=source.shape)
         for name, source in sources.items()
@@ -94,7 +122,7 @@ def export(
         _copy_configuration(base_dir, partial)
         _verify(partial, entries, digests, workers, counter.add)
         fsync_directory(partial)
-        _put_in_place(partial, output)
+        put_in_place(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -103,7 +131,7 @@ def export(
     )
 
 
-def _base(directory: Path) -> tuple[str, dict[str, TensorSource]]:
+def read_base(directory: Path) -> tuple[str, dict[str, TensorSource]]:
     """File name stem and tensors of the released transformer, in the order of its files."""
     stems = {_stem(path): None for path in sorted(directory.glob("*.safetensors"))}
     # a root directory may also hold encoders: the transformer's name wins, any other must be the only one
@@ -234,7 +262,7 @@ def _verify(
         )
 
 
-def _put_in_place(partial: Path, output: Path) -> None:
+def put_in_place(partial: Path, output: Path) -> None:
     """Rename the finished directory; an older export stays whole until then."""
     replaced = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

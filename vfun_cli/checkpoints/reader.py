@@ -67,8 +67,9 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         zero = _zero_folder(folder)
         if zero:
             return _zero(path, zero, state)
-        if (folder / "model.safetensors").is_file():
-            return _plain(path, folder, [folder / "model.safetensors"], state)
+        for file in (folder / "model.safetensors", folder / "adapter_model.safetensors"):  # full, LoRA
+            if file.is_file():
+                return _plain(path, folder, [file], state)
     if (path / "pytorch_model_fsdp_0" / ".metadata").is_file():
         return _dcp(path, path / "pytorch_model_fsdp_0", path / "optimizer_0", state)
     for folder in (path / "transformer", path):

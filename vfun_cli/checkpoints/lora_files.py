@@ -1,0 +1,198 @@
+"""LoRA files of every origin as pairs of matrices by layer: peft, diffusers, ComfyUI, kohya and the original scripts.
+
+The styles differ in prefix, in the words for the two matrices, in dots or underscores between the parts of a layer's
+name, and in where the strength is stated: an ``alpha`` tensor, ``adapter_config.json``, or nowhere.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.errors import CheckpointError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+DIFFUSERS_PREFIX = "transformer."
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "diffusion_model.", "lora_unet__", "lora_unet_")
+"""What the styles put before a layer's name; the longer of two that fit comes first."""
+
+TEXT_ENCODER = "lora_te"
+"""Keys of adapters for a text encoder, which vfun does not train."""
+
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:"
+    r"(?P<down>lora_A|lora_down)(?:\.default)?\.weight|"
+    r"(?P<up>lora_B|lora_up)(?:\.default)?\.weight|"
+    r"(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?|"
+    r"(?P<alpha>alpha))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The adapter of one layer."""
+
+    down: TensorSource
+    """A, [rank, in]."""
+    up: TensorSource
+    """B, [out, rank]."""
+    alpha: float | None = None
+    """The layer's own ``alpha`` tensor."""
+    magnitude: TensorSource | None = None
+    """DoRA's length of each output row, [out]."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A LoRA as it lies on disk."""
+
+    path: Path
+    pairs: Mapping[str, Pair]
+    """By layer name as stored, without the style's prefix; kohya's has ``_`` where the module has ``.``."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """``adapter_config.json``; empty where there is none."""
+    scaled: bool = False
+    """The style says that the update is B·A as it stands (diffusers without alphas)."""
+
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks that occur."""
+        return {pair.rank for pair in self.pairs.values()}
+
+    def scale(self, pair: Pair) -> float | None:
+        """What B·A is multiplied by; None if neither the file nor its configuration says so."""
+        if pair.alpha is not None:
+            return pair.alpha / pair.rank
+        if self.config:
+            return strength(float(self.config["lora_alpha"]), pair.rank, rslora=bool(self.config.get("use_rslora")))
+        return 1.0 if self.scaled else None
+
+
+def strength(alpha: float, rank: int, *, rslora: bool) -> float:
+    """The factor of B·A: alpha / rank, and alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def find_adapter(path: Path) -> Path:
+    """The LoRA file that a path means: itself, or the one in a directory or checkpoint.
+
+    Raises CheckpointError when there is none, or several.
+    """
+    if path.is_file():
+        return path
+    for known in (path / "model" / ADAPTER_FILE, path / ADAPTER_FILE):
+        if known.is_file():
+            return known
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    raise CheckpointError(
+        f"{path} is no LoRA: {f'it holds {len(found)} .safetensors files' if found else 'no .safetensors is there'}.",
+        hint="Name the file, a checkpoint of `vfun lora`, or a directory with adapter_model.safetensors.",
+    )
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Open a LoRA of any style.
+
+    Raises CheckpointError for a damaged file, half a pair, or tensors that belong to no LoRA.
+    """
+    file = find_adapter(path)
+    config = _read_config(file.parent / ADAPTER_CONFIG) if file.name == ADAPTER_FILE else {}
+    tensors = safetensors.read_file(file)
+    return AdapterFile(
+        path=file,
+        pairs=pairs_of(tensors, file),
+        config=config,
+        scaled=any(name.startswith(DIFFUSERS_PREFIX) for name in tensors),
+    )
+
+
+def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair]:
+    """Tensors by key, of any style, as pairs by layer. Raises CheckpointError as ``read_adapter``."""
+    layers: dict[str, dict[str, Any]] = {}
+    unknown = []
+    for name, source in tensors.items():
+        if name.startswith(TEXT_ENCODER):
+            continue
+        found = _KEY.fullmatch(name)
+        if found is None:
+            unknown.append(name)
+            continue
+        part = next(word for word in ("down", "up", "magnitude", "alpha") if found[word])
+        layers.setdefault(_without_prefix(found["layer"]), {})[part] = (
+            float(source.read().item()) if part == "alpha" else source
+        )
+    if unknown or not layers:
+        raise CheckpointError(
+            f"{where} is no LoRA that can be read: {len(unknown)} of {len(tensors)} tensors have other names"
+            f"{', e.g. ' + unknown[0] if unknown else ''}.",
+            hint="LoRA keys end in lora_A/lora_B.weight or lora_down/lora_up.weight.",
+        )
+    try:
+        pairs = {layer: Pair(**parts) for layer, parts in layers.items()}
+    except TypeError:
+        half = next(layer for layer, parts in layers.items() if not {"down", "up"} <= parts.keys())
+        raise CheckpointError(f"{where}: {half} has only one of its two matrices; the file is incomplete.") from None
+    for layer, pair in pairs.items():
+        if len(pair.down.shape) != 2 or len(pair.up.shape) != 2 or pair.up.shape[1] != pair.rank:
+            raise CheckpointError(
+                f"{where}: {layer} has matrices of shapes {pair.down.shape} and {pair.up.shape}, which do not multiply."
+            )
+    return pairs
+
+
+def match_layers(
+    stored: Collection[str], layers: Collection[str], released: Callable[[str], str], where: Path
+) -> dict[str, str]:
+    """The model's layer for every stored name, which may be the model's, the released one, or either with ``_``.
+
+    Raises CheckpointError naming what the model does not have.
+    """
+    known: dict[str, str] = {}
+    for layer in layers:
+        for name in (layer, released_layer(layer, released)):
+            known.setdefault(name, layer)
+            known.setdefault(name.replace(".", "_"), layer)
+    lost = [name for name in stored if name not in known]
+    if lost:
+        raise CheckpointError(
+            f"{where}: {len(lost)} of {len(stored)} adapters are for layers that this model does not have, "
+            f"e.g. {lost[0]}.",
+            hint="The LoRA belongs to another model.",
+        )
+    return {name: known[name] for name in stored}
+
+
+def released_layer(layer: str, released: Callable[[str], str]) -> str:
+    """A layer's released name, from the family's function for parameter names."""
+    return released(f"{layer}.weight").removesuffix(".weight")
+
+
+def _without_prefix(layer: str) -> str:
+    for prefix in PREFIXES:
+        layer = layer.removeprefix(prefix)
+    return layer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        float(content["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a LoRA's configuration: {error!r}.") from error
+    return dict(content)
