@@ -1,6 +1,7 @@
 """What vfun says to twenty broken set-ups: the right exit code, one clear message, a next step, inputs untouched."""
 
 import json
+import re
 import shutil
 import signal
 import struct
@@ -244,7 +245,7 @@ def test_resume_with_another_learning_rate_is_refused_and_allowed_by_name(
     before = digest(trained)
     said = vfun("resume", "--demo", "--learning-rate", "0.5", "--max-train-steps", "6")
     assert said.code == 5
-    assert "learning_rate 0.001 -> 0.5" in said.err and "--allow learning-rate" in said.err
+    assert re.search(r"learning_rate \S+ -> 0.5", said.err) and "--allow learning-rate" in said.err
     assert "max_train_steps" not in said.err, "a longer run is the same run"
     assert digest(trained) == before
     allowed = vfun("resume", "--demo", "--learning-rate", "0.5", "--allow", "learning-rate", "--dry-run", "--json")

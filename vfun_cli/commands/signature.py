@@ -43,7 +43,7 @@ def with_options(command: str, *, idle: bool = False, strategies: bool = False) 
         @functools.wraps(body)
         def run(**values: Any) -> None:
             typed = {name: values.pop(name) for name in [parameter.name for parameter in declared]}
-            with_boundary(body)(given=_given(typed), **values)
+            with_boundary(lambda **rest: body(given=_given(typed), **rest))(**values)
 
         parameters = [*own, *declared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

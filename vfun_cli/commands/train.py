@@ -46,7 +46,11 @@ def lora(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train LoRA adapters on a frozen model."""
+    """Train LoRA adapters on a frozen model.
+
+    Examples: [bold]vfun lora cogvideox-fun[/bold] · [bold]vfun lora wan-s2v --rank 32 --fsdp[/bold] ·
+    [bold]vfun lora cogvideox-fun --demo[/bold]
+    """
     _run("lora", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 

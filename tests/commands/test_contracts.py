@@ -1,0 +1,219 @@
+"""What every command keeps: names, dry runs that touch nothing, one JSON object, plain text where no terminal is."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import Vfun, digest, vfun_process
+from vfun_cli import families, main
+
+COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
+DRY = ("--demo", "--dry-run")
+
+
+def test_help_lists_the_six_commands(vfun: Vfun) -> None:
+    said = vfun("--help")
+    assert said.code == 0
+    assert all(f" {command} " in said.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_eighty_columns_and_shows_an_example(command: str, vfun: Vfun) -> None:
+    said = vfun(command, "--help")
+    assert said.code == 0 and max(map(len, said.out.splitlines())) <= 80
+    assert "Example" in said.out and "--json" in said.out and "--debug" in said.out
+
+
+def test_train_without_a_family_lists_the_families(vfun: Vfun) -> None:
+    said = vfun("train")
+    assert said.code == 2
+    assert [name for name in families.FAMILIES if f"  {name} " in said.out] == list(families.FAMILIES)
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("trian",), "train"),
+        (("plan-bucket",), "plan-buckets"),
+        (("lora", "cogvideox-fum"), "cogvideox-fun"),
+        (("plan-buckets", "wan-s2w"), "wan-s2v"),
+        (("validate-meta", "--famly", "wan-s2v"), "--family"),
+        (("train", "wan-s2v", "--zero_4"), "--zero3"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_right_one(typed: tuple[str, ...], meant: str, vfun: Vfun) -> None:
+    said = vfun(*typed)
+    assert said.code == 2 and meant in said.err
+
+
+def test_a_line_of_an_old_script_works_as_pasted(place: Path, vfun: Vfun) -> None:
+    pasted = shlex.split(
+        "--config_path=config/wan2.2/wan_civitai_s2v.yaml --video_sample_size=64 --token_sample_size=64 "
+        "--train_batch_size=1 --learning_rate=2e-05 --lr_scheduler=constant_with_warmup --mixed_precision=bf16 "
+        "--gradient_checkpointing --random_hw_adapt --training_with_video_token_length --enable_bucket "
+        "--uniform_sampling --low_vram --trainable_modules '.'"
+    )
+    said = vfun("train", "wan-s2v", *DRY, "--json", *pasted)
+    assert said.code == 0, said.err
+    config = json.loads(said.out)["config"]
+    assert (config["video_sample_size"], config["learning_rate"], config["low_vram"]) == (64, 2e-5, True)
+    assert "--config-path has no effect" in said.err
+
+
+def test_hyphens_and_underscores_name_the_same_options() -> None:
+    given = ["train", "--video_sample_size=6_4", "--output_dir", "my_run", "--", "--as_it_is"]
+    assert main.hyphenate(given) == ["train", "--video-sample-size=6_4", "--output-dir", "my_run", "--", "--as_it_is"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "wan-s2v", *DRY),
+        ("train", "wan-s2v", "--fsdp", *DRY),
+        ("train", "cogvideox-fun", "--zero3-offload", *DRY),
+        ("plan-buckets", "wan-s2v", "--demo"),
+        ("plan-buckets", "hunyuanvideo-t2v"),
+        ("validate-meta", "--family", "wan-s2v", "--demo"),
+    ],
+)
+def test_json_is_one_object_and_nothing_else(arguments: tuple[str, ...], place: Path, vfun: Vfun) -> None:
+    before = digest(place)
+    said = vfun(*arguments, "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["schema"] == 1
+    assert said.out.count("\n") == 1
+    assert digest(place) == before
+
+
+def test_json_of_the_families(vfun: Vfun) -> None:
+    said = vfun("train", "--json")
+    assert said.code == 2 and set(json.loads(said.out)["families"]) == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3", "zero3-offload"])
+def test_a_dry_run_shows_everything_and_writes_nothing(strategy: str, place: Path, vfun: Vfun) -> None:
+    said = vfun("train", "wan-s2v", *DRY, "--strategy", strategy, "--json")
+    content = json.loads(said.out)
+    assert content["config"]["strategy"] == strategy and content["sources"]["strategy"] == "option"
+    assert content["argv"][-1] in content["files"]
+    assert any(path.endswith("accelerate.yaml") for path in content["files"])
+    assert any(path.endswith("deepspeed.json") for path in content["files"]) == strategy.startswith("zero")
+    assert content["plan"]["ledger"]["rows"] == 6
+    assert not Path("vfun-demo/output_dir").exists()
+
+
+def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, vfun: Vfun) -> None:
+    before = digest(place)
+    said = vfun("train", "wan-s2v", "--fsdp", *DRY, "--seed", "7")
+    assert re.search(r"seed = 7 +option", said.out) and re.search(r"adam_epsilon = 1e-10 +wan-s2v default", said.out)
+    assert all(word in said.out for word in ("accelerate.yaml", "fsdp_config", "accelerate.commands.launch", "Epoch"))
+    assert "network_alpha" not in said.out, "an option of lora alone"
+    assert digest(place) == before and not Path("vfun-demo/output_dir").exists()
+
+
+def test_more_than_one_strategy_is_refused(place: Path, vfun: Vfun) -> None:
+    said = vfun("train", "wan-s2v", "--fsdp", "--zero2")
+    assert said.code == 2 and "fsdp, zero2" in said.err
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does(place: Path, vfun: Vfun) -> None:
+    broken = ("train", "wan-s2v", "--demo", "--train-data-meta", "none.json")
+    assert "Traceback" not in vfun(*broken).err
+    said = vfun(*broken, "--debug")
+    assert said.code == 3 and "Traceback" in said.err and "error:" in said.err
+
+
+def test_a_fault_of_ours_is_one_message_too(place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(families, "find", fail)
+    said = vfun("train", "wan-s2v")
+    assert said.code == 1 and "ZeroDivisionError: by nought" in said.err and "--debug" in said.err
+    assert "Traceback" not in said.err
+    with pytest.raises(ZeroDivisionError):
+        vfun("train", "wan-s2v", "--debug")
+
+
+def test_no_colour_when_not_a_terminal(place: Path) -> None:
+    for arguments in (["--help"], ["plan-buckets", "wan-s2v"], ["train", "nope"]):
+        said = vfun_process(*arguments)
+        assert "\x1b" not in said.out + said.err
+
+
+def test_no_color_is_heeded_on_a_terminal(place: Path) -> None:
+    """Under a pseudo-terminal: colours by default, none with NO_COLOR."""
+    script = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'vfun_cli', 'train', 'nope']) >> 8)"
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    seen = {}
+    for no_color in ("", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=environment | {"TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if no_color else {}),
+            check=False,
+        )
+        assert done.returncode == 2
+        seen[no_color] = done.stdout
+    assert re.search("\x1b\\[[0-9;]*3[0-9]m", seen[""])
+    assert not re.search("\x1b\\[[0-9;]*3[0-9]m", seen["1"])
+
+
+def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json")
+    assert said.code == 0
+    assert [line.split(" in ")[0] for line in said.err.splitlines()] == [
+        "making the demo's tiny hunyuanvideo-i2v model",
+        "making the demo's videos",
+    ]
+
+
+@pytest.mark.slow
+def test_the_argv_of_a_dry_run_run_by_hand_gives_the_same_losses(place: Path) -> None:
+    train = ("train", "cogvideox-fun", "--demo", "--ddp", "--max-train-steps", "3", "--dataloader-num-workers", "0")
+    plan = json.loads(vfun_process(*train, "--output-dir", "by-hand", "--dry-run", "--json").out)
+    assert not Path("by-hand").exists()
+    for name, text in plan["files"].items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text, encoding="utf-8")
+    subprocess.run(plan["argv"], check=True, capture_output=True, timeout=300)
+    assert vfun_process(*train, "--output-dir", "by-vfun").code == 0
+    assert losses(Path("by-hand")) == losses(Path("by-vfun"))
+    assert len(losses(Path("by-hand"))) == 3
+
+
+@pytest.mark.slow
+def test_paths_with_spaces_quotes_and_letters_of_any_alphabet(place: Path) -> None:
+    folder = place / "bücher 'und' \"Filme\" $HOME; 影片"
+    folder.mkdir()
+    data = folder / "data & metadata"
+    Path("vfun-demo/cogvideox-fun/data").rename(data)
+    model = folder / "ein modell"
+    Path("vfun-demo/cogvideox-fun/model").rename(model)
+    output = folder / "out put"
+    said = vfun_process(
+        "train", "cogvideox-fun", "--max-train-steps", "2", "--dataloader-num-workers", "0",
+        "--video-sample-size", "64", "--image-sample-size", "64", "--token-sample-size", "64",
+        "--video-sample-n-frames", "9", "--video-sample-stride", "1",
+        "--pretrained-model-name-or-path", str(model), "--train-data-meta", str(data / "metadata.json"),
+        "--output-dir", str(output), "--json",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert Path(json.loads(said.out)["checkpoint"]).is_dir() and len(losses(output)) == 2
+    exported = vfun_process("export-bf16", str(output / "checkpoint-2"), "--json")
+    assert exported.code == 0 and json.loads(exported.out)["verified"], exported.err
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]

@@ -1,0 +1,135 @@
+"""validate-meta and plan-buckets as typed: what they print, which row they mean, what they write."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import av
+import pytest
+from PIL import Image
+
+from tests.commands.conftest import Vfun
+from vfun_cli.metadata.codes import CODES
+
+DATA = Path("vfun-demo/wan-s2v/data")
+META = DATA / "metadata.json"
+
+
+def rows() -> list[dict[str, Any]]:
+    return json.loads(META.read_text(encoding="utf-8"))
+
+
+def write(changed: list[dict[str, Any]]) -> None:
+    META.write_text(json.dumps(changed), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
+def test_the_demo_is_clean(family: str, place: Path, vfun: Vfun) -> None:
+    said = vfun("validate-meta", "--family", family, "--demo", "--json", "--deep")
+    assert (said.code, json.loads(said.out)["problems"]) == (0, [])
+
+
+def test_a_clip_too_small_for_every_size_is_a_warning_before_the_plan_leaves_it_out(place: Path, vfun: Vfun) -> None:
+    """320x192 cannot become a 640 bucket; with the plan's own words."""
+    options = ("--train-data-meta", str(META), "--train-data-dir", str(DATA), "--video-sample-size", "384")
+    Path("vfun.toml").write_text("[wan-s2v]\nvideo_sample_size = 384\nrandom_hw_adapt = false\n")
+    said = vfun("validate-meta", str(META), "--family", "wan-s2v", "--json")
+    found = [(problem["row"], problem["code"]) for problem in json.loads(said.out)["problems"]]
+    planned = vfun("plan-buckets", "wan-s2v", "--json", *options)
+    ledger = json.loads(planned.out)["ledger"] if planned.code == 0 else {}
+    assert found == [(row, "too-small") for row in range(6)] or ledger
+    assert said.code == 0
+
+
+def test_an_untyped_picture_is_refused_by_a_family_that_trains_on_videos(place: Path, vfun: Vfun) -> None:
+    Image.new("RGB", (512, 512), "red").save(DATA / "train/still.jpg")
+    changed = rows()
+    changed[0] = {"file_path": "train/still.jpg", "audio_path": changed[0]["audio_path"], "text": "A still."}
+    write(changed)
+    said = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--json")
+    found = {(problem["row"], problem["code"]) for problem in json.loads(said.out)["problems"]}
+    assert (0, "unsupported-type") in found and said.code == 3
+
+
+def test_warnings_of_many_rows_are_one_line_and_a_command_before_training(place: Path, vfun: Vfun) -> None:
+    write([{**row, "text": ""} for row in rows()])
+    said = vfun("train", "wan-s2v", "--demo", "--dry-run")
+    assert said.code == 0
+    assert said.err.count("warning") == 1
+    assert "empty-caption: 6 rows, first row 0: the caption is empty" in said.err
+    assert f"vfun validate-meta {META} --family wan-s2v" in " ".join(said.err.split())
+
+
+def test_explain_prints_one_code_or_all(vfun: Vfun) -> None:
+    said = vfun("validate-meta", "--explain", "too-small")
+    assert said.code == 0 and "1.25" in said.out and "warning" in said.out
+    everything = vfun("validate-meta", "--explain", "all").out
+    assert all(name in everything for name in CODES)
+    assert vfun("validate-meta", "--explain", "to-small").code == 2
+
+
+@pytest.mark.parametrize(
+    "clip", ["2", "train/00000003.mp4", "00000003.mp4", "00000003.wav", "00000003", f"{DATA}/train/00000003.mp4"]
+)
+def test_why_takes_a_row_a_path_or_a_name(clip: str, place: Path, vfun: Vfun) -> None:
+    said = vfun("plan-buckets", "wan-s2v", "--demo", "--why", clip, "--json")
+    story = json.loads(said.out)
+    assert (story["row"], story["file"]) == (2, "train/00000003.mp4")
+    text = vfun("plan-buckets", "wan-s2v", "--demo", "--why", clip).out
+    assert "row 2 (train/00000003.mp4): video, 192x320" in text and "rank" in text
+
+
+def test_why_names_the_nearest_file_and_ambiguous_rows(place: Path, vfun: Vfun) -> None:
+    said = vfun("plan-buckets", "wan-s2v", "--demo", "--why", "train/0000003.mp4")
+    assert said.code == 2 and "Did you mean 'train/00000003.mp4'" in " ".join(said.err.split())
+    write([*rows(), {**rows()[2], "text": "Again."}])
+    said = vfun("plan-buckets", "wan-s2v", "--demo", "--why", "00000003.mp4")
+    assert said.code == 2 and "2 rows: 2, 6" in said.err
+
+
+def test_the_assignment_lists_every_sample_once(place: Path, vfun: Vfun) -> None:
+    said = vfun("plan-buckets", "wan-s2v", "--demo", "--json", "--assignment", "--world-size", "2", "--epochs", "3")
+    epochs = json.loads(said.out)["epochs"]
+    assert len(epochs) == 3
+    for epoch in epochs:
+        assert sorted(sample["row"] for batch in epoch["assignment"] for sample in batch["samples"]) == list(range(6))
+        assert {(batch["step"], batch["rank"]) for batch in epoch["assignment"]} == {
+            (step, rank) for step in range(3) for rank in range(2)
+        }
+
+
+def test_rows_that_state_everything_are_planned_without_their_files(place: Path, vfun: Vfun) -> None:
+    said = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--fix", "stated.json")
+    assert said.code == 0
+    before = vfun("plan-buckets", "wan-s2v", "--demo", "--json")
+    for path in (DATA / "train").iterdir():
+        path.unlink()
+    after = vfun("plan-buckets", "wan-s2v", "--demo", "--meta", "stated.json", "--json")
+    assert after.code == 0 and json.loads(after.out) == json.loads(before.out)
+
+
+def test_plots_are_pictures(place: Path, vfun: Vfun) -> None:
+    assert vfun("plan-buckets", "wan-s2v", "--demo", "--plot", "plan.svg").code == 0
+    assert ElementTree.parse("plan.svg").getroot().tag.endswith("svg")
+    assert vfun("plan-buckets", "wan-s2v", "--demo", "--plot", "plan.png").code == 0
+    with Image.open("plan.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_problems_go_to_a_file_and_max_bad_forgives(place: Path, vfun: Vfun) -> None:
+    (DATA / "train/00000002.mp4").unlink()
+    command = ("validate-meta", "--family", "wan-s2v", "--demo", "--problems", "problems.jsonl")
+    assert vfun(*command).code == 3
+    (problem,) = map(json.loads, Path("problems.jsonl").read_text().splitlines())
+    assert (problem["row"], problem["code"]) == (1, "missing-file")
+    assert vfun(*command, "--max-bad", "1").code == 0
+
+
+def test_a_second_validation_reads_no_headers(place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    first = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--json")
+    opened: list[Any] = []
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: opened.append(args))
+    assert vfun("validate-meta", "--family", "wan-s2v", "--demo", "--json") == first
+    assert opened == []
