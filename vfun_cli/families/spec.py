@@ -38,7 +38,8 @@ class MetadataField:
     required: bool = True
 
 
-def _unchanged(name: str) -> str:
+def unchanged(name: str) -> str:
+    """The name of a parameter in a format that has the same names."""
     return name
 
 
@@ -104,7 +105,7 @@ class FamilySpec:
     """Option values of the embedded default (tiny model, tiny media)."""
     demo_builder: str = ""
     """``module:function`` that writes the tiny model directory."""
-    export_names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": _unchanged})
+    export_names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": unchanged})
     """For each export format, the name of a transformer parameter in it; ``same`` is the released naming."""
     train_modes: tuple[str, ...] = ()
     check_options: Callable[[Mapping[str, object]], None] = lambda options: None

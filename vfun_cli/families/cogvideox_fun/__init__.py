@@ -7,7 +7,7 @@ trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` dra
 from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims, unchanged
 
 FRAMES_PER_LATENT = 4
 
@@ -165,6 +165,7 @@ SPEC = FamilySpec(
         # The document's "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
         "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
     },
+    export_names={"same": unchanged, "diffusers": unchanged},
     demo={
         "image_sample_size": 64,
         "video_sample_size": 64,

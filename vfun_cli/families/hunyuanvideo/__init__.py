@@ -14,7 +14,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     released_dims,
     sequence_tokens,
 )
-from vfun_cli.families.spec import FamilySpec, MetadataField
+from vfun_cli.families.spec import FamilySpec, MetadataField, unchanged
 
 # The documents' command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
@@ -98,6 +98,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         forward_flops=forward_flops,
         lora_defaults=_LORA,
         demo=_DEMO,
+        export_names={"same": unchanged, "diffusers": unchanged},
         **own,
     )
 
