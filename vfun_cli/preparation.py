@@ -22,7 +22,10 @@ from vfun_cli.metadata.checks import (
     table_without_files,
     validate,
 )
+from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.records import read_metadata
+from vfun_cli.metadata.report import summary_of_warnings
+from vfun_cli.plan.clips import dropped, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import EpochPlan, plan_epochs
 from vfun_cli.plan.sizes import fewest_frames
@@ -56,8 +59,9 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Re
 
     Raises:
         MetadataError: no metadata is named.
+        ConfigError: options with which nothing can be planned.
     """
-    return _validate(
+    report = _validate(
         config.train_data_meta,
         config.train_data_dir,
         spec.fields,
@@ -65,6 +69,28 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Re
         needs=clip_needs(config, spec),
         deep=deep,
     )
+    return report.plus(left_out_by_plan(config, spec, report))
+
+
+CODES_OF_REASONS = {"unsupported-type": "unsupported-type", "too-short": "clip-too-short", "too-small": "too-small"}
+"""What validation calls the plan's reasons; the other reasons are errors of the file, found before."""
+
+
+def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> list[Problem]:
+    """The rows without errors that the plan would still leave out, asked of the plan itself.
+
+    With the released model's dimensions: the data must not seem bad because the model directory is.
+    """
+    visual = next(field.name for field in spec.fields if field.media == "visual")
+    clips = prepare(spec, spec.dims, report.table(), plan_options(config))
+    problems = [
+        Problem(row=row, code=CODES_OF_REASONS[reason], message=words, field=visual)
+        for row, reason, words in dropped(clips)
+    ]
+    if problems and not clips.used.any():
+        message = f"the plan leaves out all {len(problems)} rows without errors"
+        problems.append(Problem(row=None, code="nothing-to-train", message=message))
+    return problems
 
 
 def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep: bool = False) -> Report:
@@ -102,21 +128,24 @@ def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
     )
 
 
-def plan_input(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput:
-    """Checked rows and the model's dimensions.
+def plan_input(
+    config: RunConfig, spec: FamilySpec, world_size: int | None = None, *, needs_model: bool = True
+) -> PlanInput:
+    """Checked rows and the model's dimensions; without ``needs_model``, released dimensions where there is no model.
 
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
         CheckpointError: no such model directory.
     """
     report = check_rows(config, spec)
-    for problem in report.problems:
-        if problem.severity == "warning":
-            console.warn(f"row {problem.row}: {problem.message}" if problem.row is not None else problem.message)
+    for line in summary_of_warnings(report):
+        console.warn(line)
+    if any(problem.severity == "warning" for problem in report.problems):
+        console.hint(f"vfun validate-meta {config.train_data_meta} --family {spec.name} shows the rows")
     report.require_ok()
     return PlanInput(
         spec=spec,
-        dims=read_dims(spec, config.pretrained_model_name_or_path),
+        dims=read_dims(spec, config.pretrained_model_name_or_path) if needs_model else dims_if_there(config, spec),
         options=plan_options(config, world_size),
         table=report.table(),
     )

@@ -30,16 +30,31 @@ def test_the_demo_is_clean(family: str, place: Path, vfun: Vfun) -> None:
     assert (said.code, json.loads(said.out)["problems"]) == (0, [])
 
 
-def test_a_clip_too_small_for_every_size_is_a_warning_before_the_plan_leaves_it_out(place: Path, vfun: Vfun) -> None:
-    """320x192 cannot become a 640 bucket; with the plan's own words."""
-    options = ("--train-data-meta", str(META), "--train-data-dir", str(DATA), "--video-sample-size", "384")
-    Path("vfun.toml").write_text("[wan-s2v]\nvideo_sample_size = 384\nrandom_hw_adapt = false\n")
-    said = vfun("validate-meta", str(META), "--family", "wan-s2v", "--json")
-    found = [(problem["row"], problem["code"]) for problem in json.loads(said.out)["problems"]]
-    planned = vfun("plan-buckets", "wan-s2v", "--json", *options)
-    ledger = json.loads(planned.out)["ledger"] if planned.code == 0 else {}
-    assert found == [(row, "too-small") for row in range(6)] or ledger
+def test_clips_too_small_for_every_size_are_told_before_the_plan_leaves_them_out(place: Path, vfun: Vfun) -> None:
+    folder = Path("vfun-demo/cogvideox-fun/data")
+    Image.new("RGB", (800, 800), "red").save(folder / "train/large.jpg")
+    changed = json.loads((folder / "metadata.json").read_text())
+    small = len(changed)
+    (folder / "metadata.json").write_text(
+        json.dumps([*changed, {"file_path": "train/large.jpg", "text": "Red.", "type": "image"}])
+    )
+    modes = "random_hw_adapt = false\ntraining_with_video_token_length = false\n"
+    Path("vfun.toml").write_text(f"video_sample_size = 384\nimage_sample_size = 384\n{modes}")
+    said = vfun("validate-meta", str(folder / "metadata.json"), "--family", "cogvideox-fun", "--json")
+    problems = json.loads(said.out)["problems"]
     assert said.code == 0
+    assert [(problem["row"], problem["code"]) for problem in problems] == [(row, "too-small") for row in range(small)]
+    assert problems[0]["message"] == "256x256 would be enlarged 1.50 times for the smallest bucket, 384x384"
+    said = vfun(
+        "plan-buckets",
+        "cogvideox-fun",
+        "--json",
+        "--meta",
+        str(folder / "metadata.json"),
+        "--train-data-dir",
+        str(folder),
+    )
+    assert json.loads(said.out)["ledger"]["dropped"] == {"too-small": small}
 
 
 def test_an_untyped_picture_is_refused_by_a_family_that_trains_on_videos(place: Path, vfun: Vfun) -> None:

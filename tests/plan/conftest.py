@@ -34,6 +34,7 @@ PLAIN = FamilySpec(
     objective="flow-matching",
     dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
     read_dims=lambda config: ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
+    recognises=lambda config: False,
     sequence_tokens=_tokens,
     forward_flops=_flops,
     defaults={},

@@ -141,6 +141,25 @@ def test_a_frame_in_a_damaged_stretch_is_an_error_that_names_it(film: Path, tmp_
         read_frames(tmp_path / "damaged.mp4", range(100), 32, 112)
 
 
+@pytest.mark.parametrize(("height", "width"), [(112, 32), (28, 16)])
+def test_a_film_recorded_on_its_side_comes_back_upright(height: int, width: int, tmp_path: Path) -> None:
+    """A phone's film: 112x32 stored, and a matrix that turns it by a quarter (ISO/IEC 14496-12, 8.3.2)."""
+    path = tmp_path / "turned.mp4"
+    write_video(path, numbered(100), NTSC)
+    plain = read_frames(path, [5, 98, 40], 32, 112)
+    content = bytearray(path.read_bytes())
+    matrix = content.find(b"tkhd") + 44
+    turned = (0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    content[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turned)
+    path.write_bytes(bytes(content))
+    upright = read_frames(path, [5, 98, 40], height, width)
+    assert upright.shape == (3, 3, height, width)
+    expected = resize_and_crop(plain.rot90(-1, (2, 3)), height, width)
+    assert (upright - expected).abs().mean() < 0.02
+    if width == 32:
+        assert numbers(upright.rot90(1, (2, 3))) == [5, 98, 40]
+
+
 def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     picture = np.zeros((40, 60, 3), np.uint8)
     picture[:, :30, 0] = 255  # red on the left

@@ -28,13 +28,22 @@ def plan_buckets(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs to plan.")] = 1,
-    why_row: Annotated[
-        int | None,
-        typer.Option("--why", metavar="ROW", help="Explain one clip, from its file to its bucket.", show_default=False),
+    why_clip: Annotated[
+        str | None,
+        typer.Option(
+            "--why",
+            metavar="CLIP",
+            help="Explain one clip, from its file to its bucket: a row number, or the path or name of a file.",
+            show_default=False,
+        ),
     ] = None,
     plot_to: Annotated[
         Path | None, typer.Option("--plot", help="Draw the plan as an .svg or .png picture.", show_default=False)
     ] = None,
+    assignment: Annotated[
+        bool,
+        typer.Option("--assignment", help="With --json: what each rank trains in each step.", show_default=False),
+    ] = False,
     demo: Demo = False,
     json: Json = False,
     debug: Debug = False,
@@ -46,6 +55,7 @@ def plan_buckets(
     Examples: [bold]vfun plan-buckets wan-s2v[/bold] · [bold]vfun plan-buckets wan-s2v --meta metadata.json
     --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
     """
+    from vfun_cli.metadata.records import find_row, read_metadata
     from vfun_cli.plan.picture import plot
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json, why, why_lines
@@ -58,8 +68,11 @@ def plan_buckets(
     resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
     config = resolved.config
     ranks = world_size or config.num_processes or 1
+    model = config.pretrained_model_name_or_path
+    if model is not None and not model.is_dir():
+        console.hint(f"{model} is not here: planned with the dimensions of the largest {spec.name} release")
     if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
-        if why_row is not None or plot_to is not None:
+        if why_clip is not None or plot_to is not None:
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
         dims = dims_if_there(config, spec)
         if json:
@@ -68,19 +81,23 @@ def plan_buckets(
             console.out.print(preview(spec, dims, plan_options(config, ranks)))
             console.hint("Name the metadata with --meta for the plan of its clips.")
         return
-    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks)
+    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
     plans = plan(source, epochs)
     known = (spec, source.dims)
     if plot_to is not None:
         plot(plot_to, *known, source.options, plans[0])
         console.hint(f"wrote {plot_to}")
-    if why_row is not None:
-        story = why(*known, source.table, source.options, why_row, plans)
+    if why_clip is not None:
+        assert config.train_data_meta is not None
+        metadata = read_metadata(config.train_data_meta)
+        row = find_row(metadata, why_clip, [field.name for field in spec.fields])
+        story = why(*known, source.table, source.options, row, plans)
+        story["file"] = next(record.fields.get("file_path") for record in metadata.records if record.row == row)
         if json:
             console.print_json(story)
         else:
             console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
     elif json:
-        console.print_json(plan_json(*known, source.options, source.table, plans))
+        console.print_json(plan_json(*known, source.options, source.table, plans, assignment=assignment))
     else:
         console.out.print(preview(*known, source.options, source.table, plans))

@@ -4,8 +4,8 @@ import math
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +114,11 @@ class Report:
         """The problems that keep a row, or the file, out of training."""
         return [problem for problem in self.problems if problem.severity == "error"]
 
+    def plus(self, problems: Iterable[Problem]) -> "Report":
+        """The report with further problems, such as those that only the plan knows of."""
+        together = sorted([*self.problems, *problems], key=_by_row)
+        return replace(self, problems=tuple(together), bad_rows=_bad_rows(together))
+
     def table(self) -> "ClipTable":
         """The rows without errors, for the plan."""
         return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
@@ -189,14 +194,20 @@ def validate(
         for row in looked_at:
             row.problems.extend(_check_decoded(row, decoded))
     _check_duplicates(rows)
-    problems = [*metadata.problems, *(problem for row in rows for problem in row.problems)]
-    problems.sort(key=lambda problem: -1 if problem.row is None else problem.row)
+    problems = sorted([*metadata.problems, *(problem for row in rows for problem in row.problems)], key=_by_row)
     clips = {row.record.row: clip for row in rows if (clip := row.clip()) is not None}
-    bad = {problem.row for problem in problems if problem.row is not None and problem.severity == "error"}
     return Report(
         metadata=metadata, media_types=tuple(media_types), problems=tuple(problems), clips=clips,
-        bad_rows=frozenset(bad),
+        bad_rows=_bad_rows(problems),
     )  # fmt: skip
+
+
+def _by_row(problem: Problem) -> int:
+    return -1 if problem.row is None else problem.row
+
+
+def _bad_rows(problems: Iterable[Problem]) -> frozenset[int]:
+    return frozenset(problem.row for problem in problems if problem.row is not None and problem.severity == "error")
 
 
 def table_without_files(metadata: Metadata) -> "ClipTable":

@@ -75,6 +75,13 @@ CODES: dict[str, Code] = {
             '["train/1.mp4", "A dog."] instead of {"file_path": "train/1.mp4", "text": "A dog."}',
             "Write the row as an object; in CSV put texts with commas in quotes.",
         ),
+        _code(
+            "nothing-to-train",
+            "error",
+            "Every good row would be left out of the plan; the rows say why.",
+            "a set of 320x192 clips with --video-sample-size 640 alone",
+            "Change the settings that the rows' messages name, or use other files.",
+        ),
         # What a row says
         _code(
             "missing-field",
@@ -254,6 +261,13 @@ CODES: dict[str, Code] = {
             "The video has fewer frames than the shortest clip of the settings needs.",
             "20 frames with --video-sample-stride 8 and at least 4 frames a clip: 25 needed",
             "Lower --video-sample-stride, or leave the row out.",
+        ),
+        _code(
+            "too-small",
+            "warning",
+            "The smallest training size would enlarge the clip by more than 1.25, so the plan leaves it out.",
+            "a 320x192 clip with --video-sample-size 640 and no smaller size to fall back on",
+            "Lower --video-sample-size (or --image-sample-size), or replace the file by a larger one.",
         ),
         _code(
             "wrong-size",

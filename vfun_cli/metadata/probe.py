@@ -27,8 +27,8 @@ CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
 SILENCE = 1e-3
 """-60 dB: nothing in the file is louder."""
-FACTS_VERSION = 1
-"""Raise it when a probe reports something new, so that old caches are not believed."""
+FACTS_VERSION = 2
+"""Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
 
 MediaKind = Literal["visual", "audio"]
 Progress = Callable[[int, int], None]
@@ -256,8 +256,11 @@ def _probe_video(container: "av.container.InputContainer", path: str) -> VisualF
         last = index[-1]
         truncated = container.size < last.pos + last.size
     if not frames or 0 < len(index) < frames:  # AVI counts frames that were never written
-        times = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
-        frames, variable = len(times), _uneven(times)
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+        times = sorted(stamp for stamp in stamps if stamp is not None)
+        frames, variable = len(stamps), _uneven(times)
+        if stamps and not times:  # a raw stream: FFmpeg would make up 25 frames a second
+            rate = Fraction(0)
         if variable and stream.time_base and times[-1] > times[0]:
             rate = Fraction(frames - 1) / ((times[-1] - times[0]) * stream.time_base)
     elif stream.average_rate != stream.base_rate:

@@ -3,11 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.metadata.codes import Problem
 
 Format = Literal["json", "jsonl", "csv"]
@@ -59,6 +60,37 @@ def read_metadata(path: str | Path) -> Metadata:
     if not text.strip():
         return _failed(path, kind, "empty-metadata", f"{path}: the file is empty")
     return _READERS[kind](path, text)
+
+
+def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:
+    """The row that ``wanted`` means: its number, or a path or name of a file in one of the fields ``names``.
+
+    Raises ConfigError when there is none, or more than one.
+    """
+    if wanted.isdecimal() and str(int(wanted)) == wanted:  # 00000003 is a name
+        return int(wanted)
+    files = {
+        (record.row, value)
+        for record in metadata.records
+        for name in names
+        if isinstance(value := record.fields.get(name), str)
+    }
+    for same in (lambda file: file == wanted, lambda file: Path(file).name == wanted, lambda file: _ends(wanted, file)):
+        rows = sorted({row for row, file in files if same(file)})
+        if len(rows) == 1:
+            return rows[0]
+        if rows:
+            shown = ", ".join(map(str, rows[:10])) + (" …" if len(rows) > 10 else "")
+            raise ConfigError(f"{wanted} is in {len(rows)} rows: {shown}", hint="Name one of them by its number.")
+    raise ConfigError(
+        f"{metadata.path} has no row with a file {wanted}.{did_you_mean(wanted, (file for _, file in files))}",
+        hint="Name a row by its number (from 0), or by its path or file name as the metadata has it.",
+    )
+
+
+def _ends(wanted: str, file: str) -> bool:
+    """Whether a path typed from elsewhere (``datasets/train/1.mp4``) or without its suffix means this file."""
+    return Path(wanted).parts[-len(Path(file).parts) :] == Path(file).parts or Path(file).stem == wanted
 
 
 def _format(path: Path, text: str) -> Format:

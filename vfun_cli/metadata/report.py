@@ -121,6 +121,17 @@ def codes_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary_of_warnings(report: Report) -> list[str]:
+    """One line a code, the commonest first: ``silent-audio: 12 rows, first row 3: nothing is louder …``."""
+    warnings = [problem for problem in report.problems if problem.severity == "warning"]
+    lines = []
+    for code, count in Counter(problem.code for problem in warnings).most_common():
+        first = next(problem for problem in warnings if problem.code == code)
+        where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}"
+        lines.append(f"{code}: {where}: {printable(first.message)}")
+    return lines
+
+
 def _codes_table(report: Report) -> Table:
     table = Table("code", "severity", "count", "first row", "example", title="Problems", title_justify="left")
     table.columns[2].justify = table.columns[3].justify = "right"

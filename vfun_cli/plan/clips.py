@@ -122,6 +122,25 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
     )  # fmt: skip
 
 
+def dropped(clips: Clips) -> list[tuple[int, str, str]]:
+    """(metadata row, name in REASONS, why in words) of every row that is not trained."""
+    found = []
+    for index in np.flatnonzero(~clips.used).tolist():
+        name = list(REASONS)[int(clips.reason[index])]
+        words = _too_small(clips, index) if name == "too-small" else REASONS[name]
+        found.append((int(clips.table.row[index]), name, words))
+    return found
+
+
+def _too_small(clips: Clips, index: int) -> str:
+    sizes = clips.sets[int(clips.table.is_image[index])]
+    assert sizes is not None
+    height, width = int(clips.table.height[index]), int(clips.table.width[index])
+    bucket = int(sizes.heights[clips.aspect[index], 0]), int(sizes.widths[clips.aspect[index], 0])
+    scale = max(bucket[0] / height, bucket[1] / width)
+    return f"{width}x{height} would be enlarged {scale:.2f} times for the smallest bucket, {bucket[1]}x{bucket[0]}"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
     """Draws of clips: who (entry of the table, copy, epoch) and the shape each became. Columns are per sample."""

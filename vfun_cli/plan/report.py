@@ -9,6 +9,7 @@ import numpy as np
 
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw, prepare
 from vfun_cli.plan.options import PlanOptions
@@ -134,10 +135,13 @@ def plan_json(
     options: PlanOptions,
     table: ClipTable | None = None,
     plans: Sequence[EpochPlan] = (),
+    *,
+    assignment: bool = False,
 ) -> dict[str, Any]:
     """What ``plan-buckets --json`` prints, without ``schema``. ``plans`` are consecutive epochs of one run.
 
-    Without plans, the size table alone. Counts are those of the first epoch; ``epochs`` has a line for each.
+    Without plans, the size table alone. Counts are those of the first epoch; ``epochs`` has a line for each, on
+    request (``assignment``) with every micro-batch. Training writes its own ``assignment_digest`` after each epoch.
     """
     rows = size_table(options, spec, dims)
     result: dict[str, Any] = {
@@ -179,6 +183,8 @@ def plan_json(
             "carried_out": each.ledger.carried_out,
             "mean_over_max_flops": round(mean_over_max(each), 6),
             "digest": each.digest(),
+            "assignment_digest": planned_digest(each),
+            **({"assignment": assignment_json(each)} if assignment else {}),
         }
         for each in plans
     ]
@@ -293,7 +299,8 @@ def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
 def why_lines(story: dict[str, Any]) -> list[str]:
     """The story of :func:`why` in sentences."""
     source = story["source"]
-    lines = [f"row {story['row']}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
+    file = f" ({story['file']})" if "file" in story else ""
+    lines = [f"row {story['row']}{file}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
     if story["kind"] == "video":
         lines.append(
             f"{source['frames']} frames at {source['fps']} fps, every {story['stride']}. frame: "

@@ -67,8 +67,8 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
             f"{path}: frame {bad[0]} was asked for, the file has {len(reader)} frames",
             hint="vfun validate-meta --deep lists every clip that is shorter than its header says",
         )
-    try:
-        frames = reader.get_batch(list(indices)).asnumpy()  # [F, h, w, 3] uint8
+    try:  # [F, h, w, 3] uint8
+        frames = _turned_frames(path, indices) if _is_turned(reader) else reader.get_batch(list(indices)).asnumpy()
     except Exception as error:  # decord raises whatever its C++ threw
         raise _undecodable(path, _first_bad_frame(reader, indices), error) from error
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
@@ -164,13 +164,32 @@ def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.Vide
         full_height, full_width = reader[0].shape[:2]
         reader.seek(0)
         cover = cover_size(full_height, full_width, height, width)
-        if full_height < cover[0] * DECODER_RESIZE_FROM:
+        if full_height < cover[0] * DECODER_RESIZE_FROM or _is_turned(reader):
             return reader, cover
         # Even sizes: swscale is slower and less exact on odd ones.
         small = [2 * round(side * DECODER_RESIZE_TO / 2) for side in cover]
         return decord.VideoReader(str(path), height=small[0], width=small[1], num_threads=1), cover
     except Exception as error:  # decord raises whatever its C++ threw
         raise _undecodable(path, 0, error) from error
+
+
+def _is_turned(reader: "decord.VideoReader") -> bool:
+    """Whether the file asks to be shown turned: decord then hands out four channels in false colours."""
+    channels: int = reader[0].shape[2]
+    reader.seek(0)
+    return channels != 3
+
+
+def _turned_frames(path: str | Path, indices: Sequence[int]) -> NDArray[np.uint8]:
+    """Frames of a file recorded on its side (phones), upright, [F, h, w, 3]; decoded from the start with PyAV."""
+    found: dict[int, NDArray[np.uint8]] = {}
+    with av.open(str(path)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in indices:
+                found[index] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            if index >= max(indices):
+                break
+    return np.stack([found[index] for index in indices])
 
 
 def _first_bad_frame(reader: "decord.VideoReader", indices: Sequence[int]) -> int:
