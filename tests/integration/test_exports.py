@@ -15,7 +15,6 @@ from tests.integration.matrix import STEPS, memorised, straight
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.checkpoints.tensors import bf16_to_fp32, fp32_to_bf16
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.planning import load_plan
@@ -39,9 +38,7 @@ DIFFUSERS_CLASSES = {
 
 
 def rounded(values: np.ndarray) -> Tensor:
-    bits = np.empty(values.shape, dtype=np.uint16)
-    fp32_to_bf16(np.ascontiguousarray(values, dtype=np.float32), bits)
-    return torch.from_numpy(bf16_to_fp32(bits).reshape(values.shape))
+    return torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16().float()
 
 
 def export_to(output: Path, spec: FamilySpec, form: str) -> None:

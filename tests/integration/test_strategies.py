@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.integration.matrix import CLIP_NORM, STEPS, STRATEGIES, Run, extra, losses, straight
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
-from vfun_cli.checkpoints.tensors import bf16_to_fp32, fp32_to_bf16
 from vfun_cli.rundir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -24,9 +24,7 @@ def checkpoint(run: Run, step: int) -> CheckpointReader:
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    bits = np.empty(values.shape, dtype=np.uint16)
-    fp32_to_bf16(np.ascontiguousarray(values), bits)
-    return bf16_to_fp32(bits)
+    return torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16().float().numpy()
 
 
 def exported(run: Run, step: int) -> dict[str, np.ndarray]:
