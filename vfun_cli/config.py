@@ -61,6 +61,7 @@ STRATEGY_FLAGS = {
     "use_deepspeed": "zero2",
 }
 
+BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -402,8 +403,39 @@ class RunConfig:
     ] = 32
     target_name: Annotated[
         tuple[str, ...],
-        Opt(help="Endings of module names that get adapters, comma-separated.", panel=LORA, commands=("lora",)),
+        Opt(
+            help="Endings of layer names that get adapters, comma-separated; the model's names or the released ones.",
+            panel=LORA,
+            commands=("lora",),
+        ),
     ] = ()
+    network_path: Annotated[
+        Path | None,
+        Opt(
+            help="Start from this LoRA: a checkpoint, or a file of peft, diffusers, ComfyUI or the original scripts.",
+            panel=LORA,
+            commands=("lora",),
+        ),
+    ] = None
+    lora_dropout: Annotated[
+        float, Opt(help="Chance to drop an input of the adapters.", panel=LORA, minimum=0, commands=("lora",))
+    ] = 0.0
+    use_dora: Annotated[
+        bool,
+        Opt(help="DoRA: train the length of each weight row beside its direction.", panel=LORA, commands=("lora",)),
+    ] = False
+    use_rslora: Annotated[
+        bool, Opt(help="Scale by network_alpha / sqrt(rank) instead.", panel=LORA, commands=("lora",))
+    ] = False
+    base_precision: Annotated[
+        str,
+        Opt(
+            help="How the frozen blocks are kept; fp8 and nf4 need a GPU and the single or ddp strategy.",
+            panel=LORA,
+            choices=BASE_PRECISIONS,
+            commands=("lora",),
+        ),
+    ] = "bf16"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import devices
+from vfun_cli import devices, lora_options
 from vfun_cli.config import RunConfig, default_of, options, parse
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
@@ -75,6 +75,9 @@ def resolve(
         values["image_sample_size"] = values["video_sample_size"]
         sources["image_sample_size"] = "video_sample_size"
     _settle_placement(values, sources)
+    if command == "lora":
+        values["target_name"] = lora_options.translate_targets(spec, values["target_name"])
+        lora_options.check(spec, values)
     _check(command, spec, values)
     return Resolved(config=RunConfig(**values), sources=sources)
 

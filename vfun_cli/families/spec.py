@@ -101,6 +101,10 @@ class FamilySpec:
     strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Where the seeds' command differs between strategies."""
     lora_defaults: Mapping[str, object] = field(default_factory=dict)
+    lora_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Spellings of ``target_name`` in the documents that name no layer, and the layers they mean."""
+    lora_formats: tuple[str, ...] = ("peft", "diffusers", "comfyui", "original")
+    """What ``export-bf16`` can make of a LoRA checkpoint."""
     demo: Mapping[str, object] = field(default_factory=dict)
     """Option values of the embedded default (tiny model, tiny media)."""
     demo_builder: str = ""

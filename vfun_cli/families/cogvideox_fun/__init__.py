@@ -165,6 +165,7 @@ SPEC = FamilySpec(
         # The document's "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
         "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
     },
+    lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
     export_names={"same": unchanged, "diffusers": unchanged},
     demo={
         "image_sample_size": 64,

@@ -242,6 +242,7 @@ V5_1 = FamilySpec(
         "learning_rate": 1e-4,
         "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
     },
+    lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
     demo=DEMO,
     demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
     export_names={"same": released_name, "diffusers": diffusers_name},

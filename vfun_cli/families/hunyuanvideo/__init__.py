@@ -66,6 +66,13 @@ _LORA: Mapping[str, Any] = {
     ),
 }
 
+_LORA_ALIASES = {
+    "ff.0": "ff.net.0.proj",
+    "ff.2": "ff.net.2",
+    "ff_context.0": "ff_context.net.0.proj",
+    "ff_context.2": "ff_context.net.2",
+}
+
 _DEMO: Mapping[str, Any] = {
     "image_sample_size": 64,
     "video_sample_size": 64,
@@ -97,6 +104,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,
         lora_defaults=_LORA,
+        lora_aliases=_LORA_ALIASES,
         demo=_DEMO,
         export_names={"same": unchanged, "diffusers": unchanged},
         **own,

@@ -1,0 +1,219 @@
+"""LoRA: adapters put into a transformer, filled from an existing LoRA, and collected into a checkpoint.
+
+All that ``vfun lora`` does otherwise than ``vfun train`` is here.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vfun_cli.checkpoints.lora_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PEFT_PREFIX,
+    match_layers,
+    read_adapter,
+    released_layer,
+    strength,
+)
+from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.training.checkpointer import OPTIMIZER_FILE, Format, TrainedState, trained_parameters
+from vfun_cli.training.whole import collect, restore
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+
+def add_adapters(transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> list[str]:
+    """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
+
+    A starts uniform (Kaiming, a = sqrt 5) from the run's seed, B zero. Everything is in the transformer's dtype.
+
+    Raises:
+        ConfigError: a target that matches no layer.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    released = spec.export_names["same"]
+    layers = choose_layers(linear, config.target_name, released, spec.modules_without_gradient(dims))
+    alpha = int(config.network_alpha) if config.network_alpha.is_integer() else config.network_alpha
+    transformer.requires_grad_(False)
+    torch.manual_seed(config.seed)  # the same A whatever was drawn while the model was loaded
+    setting = LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,  # peft says int, a fraction works as well
+        target_modules=layers,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        base_model_name_or_path=str(config.pretrained_model_name_or_path),
+    )
+    inject_adapter_in_model(setting, transformer, ADAPTER)
+    adapted = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    assert adapted == set(layers), f"peft adapted {sorted(adapted ^ set(layers))[:5]} otherwise than asked for"
+    return layers
+
+
+def choose_layers(
+    linear: Sequence[str], targets: Sequence[str], released: Callable[[str], str], without_gradient: Sequence[str] = ()
+) -> list[str]:
+    """The linear layers whose name, the module's or the released one, is a target or ends in ``.<target>``.
+
+    Layers inside ``without_gradient`` are left out: their adapters would never change.
+
+    Raises:
+        ConfigError: a target that matches nothing, with the nearest endings that there are.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        found = {layer for layer in linear if _ends(layer, target) or _ends(released_layer(layer, released), target)}
+        if not found:
+            near = _near_misses(linear, target, released)
+            raise ConfigError(
+                f"target_name: {target!r} is the ending of no linear layer of the transformer."
+                + (f" Near misses: {', '.join(near)}." if near else ""),
+                hint="Name endings such as to_q or attn1.to_q, comma-separated.",
+            )
+        chosen |= found
+    idle = tuple(f"{module}." for module in without_gradient)
+    layers = [layer for layer in linear if layer in chosen and not f"{layer}.".startswith(idle)]
+    if not layers:
+        raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
+    return layers
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _near_misses(linear: Sequence[str], target: str, released: Callable[[str], str]) -> list[str]:
+    """Endings like the target: what lies below it, if it is a module; else what is spelt alike."""
+    endings: dict[str, None] = {}
+    below: dict[str, None] = {}
+    for layer in linear:
+        for name in (layer, released_layer(layer, released)):
+            parts = name.split(".")
+            endings |= {".".join(parts[-count:]): None for count in range(1, min(len(parts), 4) + 1)}
+            if f".{target}." in f".{name}":
+                below[target + f".{name}".rpartition(f".{target}")[2]] = None
+    return list(below)[:4] or get_close_matches(target, list(endings), n=4, cutoff=0.5)
+
+
+def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec) -> None:
+    """Start the adapters from an existing LoRA of any style; layers it has none for start fresh.
+
+    A file of another strength is scaled, in B, so that the model starts from the same predictions. A file that states
+    no strength is taken to be of this run's, as the original scripts take it.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+        ConfigError: it holds adapters for layers that this run trains none in, or of another rank.
+    """
+    adapter = read_adapter(path)
+    modules = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    every = _every_linear(transformer)
+    places = match_layers(adapter.pairs, every, spec.export_names["same"], adapter.path)
+    lost = [layer for layer in places.values() if layer not in modules]
+    if lost:
+        raise ConfigError(
+            f"network_path {path} has adapters for {len(lost)} layers that --target-name leaves out, e.g. {lost[0]}.",
+            hint=f"Add {lost[0].rpartition('.')[2]} to --target-name.",
+        )
+    own = strength(config.network_alpha, config.rank, rslora=config.use_rslora)
+    for stored, pair in adapter.pairs.items():
+        module: Any = modules[places[stored]]
+        scale = adapter.scale(pair)
+        factor = 1.0 if scale is None else scale / own
+        _fill(module.lora_A[ADAPTER].weight, pair.down, stored)
+        _fill(module.lora_B[ADAPTER].weight, pair.up, stored, factor)
+        if pair.magnitude is not None and config.use_dora:
+            _fill(module.lora_magnitude_vector[ADAPTER].weight, pair.magnitude, stored)
+
+
+def _every_linear(transformer: nn.Module) -> list[str]:
+    """Names of all linear layers of the model as it was before the injection."""
+    names = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, source: TensorSource, name: str, factor: float = 1.0) -> None:
+    value = torch.from_numpy(source.read()).float()
+    if value.shape != parameter.shape:
+        raise CheckpointError(
+            f"the adapter of {name} has shape {list(value.shape)}, the layer takes {list(parameter.shape)}.",
+            hint="The LoRA belongs to another model, or --rank differs from its rank.",
+        )
+    parameter.copy_(value * factor)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(state: TrainedState, folder: Path) -> None:
+    """The whole adapter as peft stores it, in float32, and the whole optimizer; the same files for every strategy."""
+    weights, moments = collect(state)
+    if not state.accelerator.is_main_process:
+        return
+    setting = state.accelerator.unwrap_model(state.model).peft_config[ADAPTER].to_dict()
+    save_file({_peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
+    save_file(moments, folder / OPTIMIZER_FILE)
+    content = {name: setting[name] for name in _KEPT_SETTINGS} | {"inference_mode": True}
+    text = json.dumps(content, indent=2, default=sorted)  # peft keeps names in sets
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def load_adapter(state: TrainedState, folder: Path) -> None:
+    """Put a saved adapter and its optimizer back, under whatever strategy.
+
+    Raises:
+        CheckpointError: the checkpoint has other adapters than this run.
+    """
+    stored = load_file(folder / ADAPTER_FILE)
+    names = list(trained_parameters(state))
+    _require_same({_peft_key(name) for name in names}, stored, folder)
+    restore(state, {name: stored[_peft_key(name)] for name in names}, load_file(folder / OPTIMIZER_FILE))
+
+
+_KEPT_SETTINGS = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "bias",
+    "fan_in_fan_out",
+    "target_modules",
+)
+"""What defines the adapter. Versions of peft stop at, or warn of, settings that they do not know."""
+
+ADAPTER_FORMAT = Format(save_adapter, load_adapter)
+"""How a LoRA run's checkpoints hold its state."""
+
+
+def _peft_key(name: str) -> str:
+    """peft's key of a parameter: without the adapter's name, and DoRA's vector without ``.weight``."""
+    key = PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
+    return key.removesuffix(".weight") if ".lora_magnitude_vector." in key else key
+
+
+def _require_same(expected: Collection[str], stored: dict[str, Tensor], folder: Path) -> None:
+    other = sorted(set(expected) ^ stored.keys())
+    if other:
+        raise CheckpointError(
+            f"{folder} does not hold the adapters this run trains: {len(other)} differ, e.g. {other[0]}.",
+            hint="Resume with the --target-name, --use-dora and model of the run that wrote it.",
+        )

@@ -1,0 +1,112 @@
+"""Frozen linear layers kept in 8 or 4 bits and multiplied in the compute dtype, so that a 14B base fits a small card.
+
+fp8: e4m3 with one scale a row. nf4: the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), one scale
+for 64 weights. The weight is widened when it is used, forward and backward, and never kept wide.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution scaled to [-1, 1], with an exact zero (the paper's appendix E)."""
+
+NF4_BLOCK = 64
+"""Weights that share a scale."""
+
+FP8_LARGEST = 448.0
+"""Largest e4m3 number."""
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer: ``codes`` are bytes, ``scales`` float32; parameters, so that they move and count."""
+
+    def __init__(self, linear: nn.Linear, precision: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.precision = precision
+        codes, scales = _QUANTISE[precision](linear.weight.detach().float())
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.bias = linear.bias
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [out, in], widened."""
+        wide: Tensor = _WIDEN[self.precision](self.codes, self.scales, (self.out_features, self.in_features))
+        return wide.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Linear``, in the dtype of the input, or autocast's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        product: Tensor = _Product.apply(x, self)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ that widens W again for the gradient instead of keeping it: autograd would keep every layer's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.weight_as(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.weight_as(gradient.dtype), None
+
+
+def quantise_blocks(
+    transformer: nn.Module, block_classes: Collection[str], precision: str, device: torch.device
+) -> int:
+    """Replace the frozen linear layers inside the transformer's blocks, one at a time, on ``device``; how many.
+
+    What is outside the blocks (embeddings, the output layer) is small and stays as it is.
+    """
+    blocks = [module for module in transformer.modules() if type(module).__name__ in block_classes]
+    count = 0
+    for block in blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and not child.weight.requires_grad:
+                    setattr(parent, name, QuantisedLinear(child.to(device), precision))
+                    count += 1
+    return count
+
+
+def _to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / FP8_LARGEST
+    return (weight / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+
+def _from_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float() * scales
+
+
+def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    flat = weight.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
+    levels = torch.tensor(NF4_LEVELS, device=weight.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scales, middles).to(torch.uint8).flatten()
+    return nearest[0::2] << 4 | nearest[1::2], scales
+
+
+def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+    levels = torch.tensor(NF4_LEVELS, device=codes.device)
+    nearest = torch.stack((codes >> 4, codes & 15), dim=1).flatten().int()
+    wide = levels[nearest].view(-1, NF4_BLOCK) * scales
+    return wide.flatten()[: shape[0] * shape[1]].view(shape)
+
+
+_QUANTISE = {"fp8": _to_fp8, "nf4": _to_nf4}
+_WIDEN = {"fp8": _from_fp8, "nf4": _from_nf4}
