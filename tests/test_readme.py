@@ -1,0 +1,90 @@
+"""Every command that the README prints runs as it is printed there."""
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import vfun_process
+from vfun_cli import families
+from vfun_cli.demo import default as demo_default
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks() -> list[list[str]]:
+    """Lines of the README's sh blocks."""
+    return [block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+
+
+def starts_training(line: str) -> bool:
+    return re.match(r"vfun (train|lora|resume|export-bf16) ", line) is not None and "--dry-run" not in line
+
+
+@pytest.fixture(scope="module")
+def customer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data where the documents' variables say they are."""
+    folder = tmp_path_factory.mktemp("customer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        demo_default.make(families.find("wan-s2v"))
+    demo = folder / "vfun-demo" / "wan-s2v"
+    shutil.copytree(demo / "model", folder / "models/Diffusion_Transformer/Wan2.2-S2V-14B")
+    data = folder / "datasets/internal_datasets"
+    shutil.copytree(demo / "data", data)
+    (data / "metadata.json").rename(data / "metadata_control.json")
+    return folder
+
+
+def run_block(lines: list[str], folder: Path, patch: pytest.MonkeyPatch) -> int:
+    patch.chdir(folder)
+    patch.setenv("OMP_NUM_THREADS", "1")
+    ran = 0
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "export":
+            name, _, value = words[1].partition("=")
+            patch.setitem(os.environ, name, value)
+            continue
+        assert words[0] == "vfun", line
+        said = vfun_process(*words[1:])
+        assert said.code == 0, f"$ {line}\n{said.err}"
+        ran += 1
+    return ran
+
+
+def test_commands_that_start_nothing_run_as_printed(customer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [block for block in blocks() if not any(map(starts_training, block))]
+    assert sum(run_block(block, customer, monkeypatch) for block in quick) >= 5
+
+
+@pytest.mark.slow
+def test_commands_that_train_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = [block for block in blocks() if any(map(starts_training, block))]
+    assert sum(run_block(block, tmp_path, monkeypatch) for block in training) >= 4
+
+
+def test_every_family_and_strategy_is_named() -> None:
+    for name in [*families.FAMILIES, "--ddp", "--fsdp", "--zero2", "--zero3", "--zero3-offload"]:
+        assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *["docs/families.md"]])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_families_page_has_a_row_for_every_family_in_each_table() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    for name, spec in families.FAMILIES.items():
+        rows = re.findall(rf"^\| `{re.escape(name)}` \|.*", page, re.MULTILINE)
+        assert len(rows) >= 2, name
+        assert all(kind in rows[0] for kind in spec.media_types), name
+        assert all(f"`{field.name}`" in rows[0] for field in spec.fields if field.name != "file_path"), name
