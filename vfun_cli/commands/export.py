@@ -1,7 +1,7 @@
 """``vfun export-bf16``: a checkpoint as weights that other tools load."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,11 @@ from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite
 from vfun_cli.commands.signature import with_boundary
 from vfun_cli.errors import CheckpointError, ConfigError
 
-FORMATS = ("same", "diffusers")
+if TYPE_CHECKING:
+    from vfun_cli.checkpoints.export import ExportResult
+    from vfun_cli.families.spec import FamilySpec
+
+FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
 
 @with_boundary
@@ -27,8 +31,14 @@ def export_bf16(
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, e.g. 10GB or 500MB.")] = "10GB",
     format: Annotated[
-        str, typer.Option("--format", help="same: the naming of the model directory; diffusers: diffusers' naming.")
+        str,
+        typer.Option(
+            "--format",
+            help="same: the naming of the model directory; diffusers: diffusers' naming. Of a LoRA: peft (the same), "
+            "diffusers (load_lora_weights), comfyui, original (the original scripts' inference).",
+        ),
     ] = "same",
+    merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA: write the base with the adapter in it.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average (--use-ema).")] = False,
     model: Annotated[
         Path | None,
@@ -48,9 +58,11 @@ def export_bf16(
     Needs no GPU, no DeepSpeed and no training processes.
 
     Examples: [bold]vfun export-bf16 checkpoint-500[/bold] ·
-    [bold]vfun export-bf16 output_dir/checkpoint-500 --output my-model --max-shard-size 5GB[/bold]
+    [bold]vfun export-bf16 output_dir/checkpoint-500 --output my-model --max-shard-size 5GB[/bold] ·
+    [bold]vfun export-bf16 checkpoint-500 --format comfyui[/bold]
     """
     from vfun_cli import locate
+    from vfun_cli.checkpoints import lora_export
     from vfun_cli.checkpoints.export import export
     from vfun_cli.checkpoints.reader import open_checkpoint
 
@@ -59,22 +71,39 @@ def export_bf16(
     found = locate.checkpoint(checkpoint, output_dir=locate.default_output_dir(demo=demo))
     state = open_checkpoint(found.checkpoint).state
     spec = families.find(state["family"])
-    base = model or Path(state["run_config"]["pretrained_model_name_or_path"])
-    if not base.is_dir():
-        raise CheckpointError(
-            f"the run's model directory {base} is not there; its configuration and frozen weights are needed.",
-            hint="Name its new place with --pretrained-model-name-or-path.",
-        )
+    is_lora = state.get("kind") == "lora"
+    _check_format(format, spec, is_lora=is_lora, merge=merge)
     target = output or found.checkpoint.with_name(found.checkpoint.name + "-outputs")
-    result = export(
-        found.checkpoint,
-        target,
-        base_dir=base / Path(spec.config_file).parent,
-        names=spec.export_names[format],
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        weights="ema" if ema else "trained",
-    )
+    weights: lora_export.Weights = "ema" if ema else "trained"
+    released = spec.export_names["same"]
+    result: ExportResult
+    if is_lora and not merge:
+        style = "peft" if format == "same" else format
+        result = lora_export.export_adapter(
+            found.checkpoint, target, format=style, released=released, weights=weights, overwrite=overwrite
+        )
+    else:
+        base = _base_directory(model or Path(state["run_config"]["pretrained_model_name_or_path"]), spec)
+        if merge:
+            result = lora_export.merge_adapter(
+                found.checkpoint,
+                target,
+                base_dir=base,
+                released=released,
+                max_shard_size=max_shard_size,
+                weights=weights,
+                overwrite=overwrite,
+            )
+        else:
+            result = export(
+                found.checkpoint,
+                target,
+                base_dir=base,
+                names=spec.export_names[format],
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                weights=weights,
+            )
     content = {
         "output": str(result.output),
         "tensors": result.tensors,
@@ -88,3 +117,25 @@ def export_bf16(
         console.out.print(
             f"{result.tensors} tensors, {result.bytes:,} bytes, verified -> {result.output}", soft_wrap=True
         )
+
+
+def _check_format(format: str, spec: "FamilySpec", *, is_lora: bool, merge: bool) -> None:
+    """Raises ConfigError for a format that this checkpoint has no form in."""
+    if merge and not is_lora:
+        raise ConfigError("--merge is for LoRA checkpoints; this one holds the model's own weights.", hint="Drop it.")
+    possible = tuple(spec.export_names)
+    if is_lora:
+        possible = ("same",) if merge else ("same", *spec.lora_formats)
+    if format not in possible:
+        what = "a merged model" if merge else "a LoRA" if is_lora else "a full checkpoint"
+        raise ConfigError(f"--format {format}: {what} of {spec.name} comes as: {', '.join(possible)}.")
+
+
+def _base_directory(model: Path, spec: "FamilySpec") -> Path:
+    """The folder of the run's transformer. Raises CheckpointError if the model is not there."""
+    if not model.is_dir():
+        raise CheckpointError(
+            f"the run's model directory {model} is not there; its configuration and frozen weights are needed.",
+            hint="Name its new place with --pretrained-model-name-or-path.",
+        )
+    return model / Path(spec.config_file).parent
