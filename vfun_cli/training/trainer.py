@@ -120,6 +120,8 @@ class Trainer:
         with torch.no_grad():
             latents, conditions = self.adapter.encode(loaded.samples, keys)
             corrupted = self.objective.corrupt(latents, keys)
+        if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
+            torch.manual_seed(keys[0].entropy("dropout") % 2**63)
         mask = conditions.pop("loss_mask", None)
         prediction = self.adapter.predict(
             model, corrupted.noisy.to(self.dtype), corrupted.timesteps, _cast(conditions, self.dtype)
