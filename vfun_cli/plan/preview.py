@@ -26,6 +26,7 @@ MOST_BUCKETS = 12
 # Colours that keep their contrast on black and on white; no meaning hangs on them alone.
 CLIPS_STYLE = "color(33)"
 COMPUTE_STYLE = "color(162)"
+FLOP_UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -166,6 +167,12 @@ def _facts(facts: Sequence[tuple[str, str]]) -> Table:
     return grid
 
 
+def _flops(value: float) -> str:
+    """In the unit that leaves a number a person can read."""
+    unit, size = next(((unit, size) for unit, size in FLOP_UNITS if value >= size), FLOP_UNITS[-1])
+    return f"{value / size:,.1f} {unit}"
+
+
 def _amount(value: float) -> str:
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= unit:
@@ -185,7 +192,7 @@ def _total_facts(sums: Totals, spec: FamilySpec) -> list[tuple[str, str]]:
     facts = [
         ("steps", f"{sums.steps:,}, with {sums.samples:,} samples in {sums.micro_batches:,} micro-batches"),
         ("tokens", f"{_amount(sums.tokens)}, of them text, reference and motion {_percent(extra)}, padding 0%"),
-        ("compute", f"{sums.forward_flops / 1e15:,.1f} PFLOP in forward passes"),
+        ("compute", f"{_flops(sums.forward_flops)} in forward passes"),
     ]
     if sums.seconds_total:
         part = _percent(sums.seconds_kept / sums.seconds_total)
