@@ -1,4 +1,4 @@
-"""Writes ``docs/options.md`` from the declarations in ``config``: ``python -m vfun_cli.docs``."""
+"""Writes the generated pages of ``docs/`` from what the code declares: ``python -m vfun_cli.docs``."""
 
 from itertools import groupby
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any, get_args, get_origin
 
 from vfun_cli import families
 from vfun_cli.config import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.metadata.codes import CODES
 
-PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 INTRODUCTION = """# Options
 
@@ -31,8 +32,27 @@ learning_rate = 1e-5
 """
 
 
-def page() -> str:
-    """The whole page as Markdown."""
+PROBLEMS_INTRODUCTION = """# Problem codes
+
+Made by `make docs` from `vfun_cli/metadata/codes.py`; do not edit by hand.
+
+What `vfun validate-meta` can report. Only an error keeps a row out of training and makes exit code 3.
+`vfun validate-meta --explain CODE` prints one entry.
+"""
+
+
+def problems_page() -> str:
+    """Every problem code, what it means, an example and what to do."""
+    entries = [
+        f"\n## {code.name}\n\n*{code.severity.capitalize()}.* {code.explanation}\n\n"
+        f"For example: {code.example}\n\n{code.fix}\n"
+        for code in CODES.values()
+    ]
+    return PROBLEMS_INTRODUCTION + "".join(entries)
+
+
+def options_page() -> str:
+    """Every option by panel, the flags of old scripts, and the families' defaults."""
     parts = [INTRODUCTION]
     for panel, rows in groupby(options().items(), key=lambda item: item[1][2].panel):
         parts.append(f"\n## {panel}\n\n| option | takes | default | resume | what it does |\n|---|---|---|---|---|\n")
@@ -91,6 +111,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+PAGES = {"options.md": options_page, "problem-codes.md": problems_page}
+
 if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
+    DOCS.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
