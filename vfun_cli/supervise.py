@@ -6,14 +6,16 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.errors import (
@@ -216,22 +218,31 @@ class _Follower:
         return records
 
 
+class _TwoLines(Progress):
+    """A bar, and under it the facts of the last step: together they are too long for 80 columns."""
+
+    facts = "loading the model"
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar's line and the facts."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.facts, style="dim", overflow="ellipsis", no_wrap=True)
+
+
 class _Bar:
     """A Rich progress bar."""
 
     def __init__(self, first_step: int) -> None:
-        self.progress = Progress(
+        self.progress = _TwoLines(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
+            BarColumn(bar_width=None),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
             console=console.err,
+            expand=True,
         )
-        self.task: TaskID = self.progress.add_task(
-            "train", total=None, completed=first_step, facts="loading the model", left="?"
-        )
+        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, left="?")
         self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> "_Bar":
@@ -242,8 +253,9 @@ class _Bar:
         self.progress.stop()
 
     def show(self, record: dict[str, Any]) -> None:
+        self.progress.facts = _facts(record)
         self.progress.update(
-            self.task, completed=record["step"], total=record["total_steps"], facts=_facts(record), left=_left(record)
+            self.task, completed=record["step"], total=record["total_steps"], left=_left(record), refresh=True
         )
 
 
