@@ -1,13 +1,14 @@
 """The resume gate: what changed between a run and its continuation, and whether that makes it another run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import console
 from vfun_cli.config import RunConfig, default_of, options
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.planning import metadata_digest
+from vfun_cli.resolve import Resolved
 
 METADATA = "train_data_meta"
 
@@ -28,8 +29,11 @@ def changes(before: Mapping[str, Any], after: RunConfig) -> list[Change]:
     found = []
     for name, (_, _, opt) in options().items():
         earlier = before.get(name, default_of(name))
+        effect: str = opt.on_resume
+        if name == "gradient_accumulation_steps" and step_size(before) == step_size(now):
+            effect = "layout"  # the same steps, cut for another number of processes
         if now[name] != earlier:
-            found.append(Change(name=name, before=earlier, after=now[name], effect=opt.on_resume))
+            found.append(Change(name=name, before=earlier, after=now[name], effect=effect))
     return found
 
 
@@ -51,12 +55,6 @@ def check(described: Mapping[str, Any], after: RunConfig, allow: Sequence[str]) 
     meta = after.train_data_meta
     if meta is not None and meta.is_file() and metadata_digest(meta) != described["metadata_sha256"]:
         found.append(Change(name=METADATA, before="the file as it was", after="another content", effect="trajectory"))
-    layout = [change for change in found if change.effect == "layout"]
-    if layout:
-        raise CheckpointError(
-            f"the checkpoint was written under another layout: {_list(layout)}.",
-            hint="Resume with the strategy, device and number of processes of the run.",
-        )
     refused = [change for change in found if change.effect == "trajectory" and change.name not in allowed]
     if refused:
         flags = " ".join(f"--allow {change.name.replace('_', '-')}" for change in refused)
@@ -66,6 +64,31 @@ def check(described: Mapping[str, Any], after: RunConfig, allow: Sequence[str]) 
         )
     for change in found:
         console.warn(f"{change.name} changes from {change.before} to {change.after}.")
+    before, now = step_size(described["config"]), step_size(after.to_json())
+    if before != now:
+        console.warn(
+            f"a step now holds {now} micro-batches instead of {before}; the rest of the epoch is planned anew from "
+            "the clips that were not trained yet."
+        )
+
+
+def step_size(config: Mapping[str, Any]) -> int:
+    """Micro-batches of one optimizer step: processes x accumulation."""
+    return int(config["num_processes"]) * int(config["gradient_accumulation_steps"])
+
+
+def keep_step_size(described: Mapping[str, Any], resolved: Resolved, given: Mapping[str, Any]) -> Resolved:
+    """On another number of processes, accumulate so that a step stays what it was, where that divides.
+
+    Then the continuation takes the very steps of an uninterrupted run.
+    """
+    config, accumulation = resolved.config, "gradient_accumulation_steps"
+    whole = step_size(described["config"])
+    assert config.num_processes is not None
+    if accumulation in given or whole % config.num_processes:
+        return resolved
+    config = replace(config, gradient_accumulation_steps=whole // config.num_processes)
+    return Resolved(config=config, sources=resolved.sources | {accumulation: "the run's step size"})
 
 
 def _list(found: Sequence[Change]) -> str:

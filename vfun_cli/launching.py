@@ -1,6 +1,7 @@
 """One launch, from resolved options to a running job: shared by train, lora and resume."""
 
 import json
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,17 @@ from rich.markup import escape
 from vfun_cli import __version__, console, devices, supervise
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.released import check_weights
+from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config import RunConfig, options
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch import LaunchPlan, plan_launch
 from vfun_cli.locate import Found
+from vfun_cli.lora_options import check_network
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json
-from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.planning import metadata_digest
+from vfun_cli.plan.schedule import EpochPlan, Layout
+from vfun_cli.planning import earlier_layouts, metadata_digest
 from vfun_cli.preparation import PlanInput, plan, plan_input
 from vfun_cli.resolve import Resolved
 from vfun_cli.rundir import RunDir, claim, ensure_writable, write_atomically
@@ -49,6 +52,10 @@ class Job:
         """The resolved options."""
         return self.resolved.config
 
+    def earlier(self) -> list[Layout]:
+        """Sizes of the steps before the checkpoint, where they differ from this launch's."""
+        return earlier_layouts(read_state(self.found.checkpoint), self.source.options.slots) if self.found else []
+
     def description(self) -> dict[str, Any]:
         """What ``run.json`` says."""
         assert self.config.train_data_meta is not None
@@ -64,6 +71,7 @@ class Job:
             "metadata_sha256": metadata_digest(self.config.train_data_meta),
             "plan_digest": self.plans[0].digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
+            "layouts": [vars(layout) for layout in self.earlier()],
             "deadline": self.deadline,
         }
 
@@ -83,6 +91,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
             "no model directory is set.",
             hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.",
         )
+    if command == "lora" and config.network_path is not None and found is None:
+        check_network(config.network_path, config)
     source = plan_input(config, spec)
     check_batch(config, len(source.table))
     check_weights(config.pretrained_model_name_or_path)
@@ -222,11 +232,11 @@ def start(job: Job, stop: supervise.StopRequests, *, overwrite: bool, as_json: b
         )
     if ended.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
         console.err.print(f"{ended.outcome} after step {ended.step}; saved {escape(str(newest))}", soft_wrap=True)
-        console.hint(f"vfun resume {run.root}")
+        console.hint(f"next: vfun resume {shlex.quote(str(run.root))}")
     else:
         if not as_json:
             console.out.print(f"done: {ended.step} steps, {escape(str(newest))}", soft_wrap=True)
-        console.hint(f"vfun export-bf16 {newest}")
+        console.hint(f"next: vfun export-bf16 {shlex.quote(str(newest))}")
     return ended.exit_code
 
 

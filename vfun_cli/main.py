@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vfun_cli import __version__, console
-from vfun_cli.commands import export, plan_buckets, resume, train, validate_meta
+from vfun_cli.commands import checkpoints, export, plan_buckets, resume, train, validate_meta
 from vfun_cli.commands.signature import hyphenate
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("train", rich_help_panel="Run")(train.train)
 app.command("lora", rich_help_panel="Run")(train.lora)
 app.command("resume", rich_help_panel="Run")(resume.resume)
 app.command("export-bf16", rich_help_panel="Out")(export.export_bf16)
+app.add_typer(checkpoints.app, name="checkpoints", rich_help_panel="Out")
 
 
 def _version(asked: bool) -> None:

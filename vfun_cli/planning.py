@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.records import Record, read_metadata
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.schedule import count_steps
+from vfun_cli.plan.schedule import Layout, count_steps
 from vfun_cli.plan.table import ClipTable
 
 ENDLESS_EPOCHS = 1_000_000
@@ -33,6 +33,8 @@ class RunPlan:
     total_steps: int
     records: Mapping[int, Record]
     root: Path | None
+    earlier: tuple[Layout, ...] = ()
+    """Sizes of the steps before this launch, if they differed."""
 
 
 def plan_options(config: RunConfig, world_size: int | None = None) -> PlanOptions:
@@ -74,11 +76,29 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         ) from None
 
 
-def total_steps(config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable) -> int:
+def total_steps(
+    config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable, earlier: Sequence[Layout] = ()
+) -> int:
     """Optimizer steps of the run: the step limit if there is one, else what the epochs hold."""
     if config.max_train_steps is not None:
         return config.max_train_steps
-    return count_steps(spec, dims, table, plan_options(config), config.num_train_epochs)
+    return count_steps(spec, dims, table, plan_options(config), config.num_train_epochs, earlier)
+
+
+def earlier_layouts(state: Mapping[str, Any], slots: int) -> list[Layout]:
+    """The sizes that steps had up to a checkpoint, for a continuation whose steps hold ``slots`` micro-batches.
+
+    Args:
+        state: the checkpoint's ``state.json``.
+    """
+    layouts = [Layout(**entry) for entry in state.get("layouts", ())]
+    ran = state["world_size"] * state["run_config"]["gradient_accumulation_steps"]
+    began = layouts[-1].until if layouts else 0
+    if state["step"] > began and ran != slots:
+        layouts.append(Layout(until=state["step"], slots=ran))
+    elif state["step"] == began and layouts and layouts[-1].slots == slots:
+        layouts.pop()  # back to the size it had before, without a step in between
+    return layouts
 
 
 def metadata_digest(path: Path) -> str:
@@ -112,6 +132,7 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
     table = _checked_clips(config, spec, Path(described["clips"]))
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     records = {record.row: record for record in read_metadata(config.train_data_meta).records}
+    earlier = tuple(Layout(**entry) for entry in described.get("layouts", ()))
     return RunPlan(
         spec=spec,
         dims=dims,
@@ -120,5 +141,6 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
         records=records,
         root=config.train_data_dir,
         num_epochs=ENDLESS_EPOCHS if config.max_train_steps is not None else config.num_train_epochs,
-        total_steps=total_steps(config, spec, dims, table),
+        total_steps=total_steps(config, spec, dims, table, earlier),
+        earlier=earlier,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import families, launching
+from vfun_cli.checkpoints import manifest
 from vfun_cli.demo import default as demo_default
 from vfun_cli.locate import Found
 from vfun_cli.resolve import resolve
@@ -37,6 +38,12 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path("runs") / self.strategy / self.name
+
+    def checkpoint(self) -> Path | None:
+        """What the run continues from."""
+        if self.resume_from is None:
+            return None
+        return RunDir(Path("runs") / self.strategy / self.resume_from).checkpoint(STEPS // 2)
 
 
 CLIP_NORM = 1e-3
@@ -113,9 +120,8 @@ def write_run(run: Run) -> Path:
     given = {**memorised(run.family), **run.options, "strategy": run.strategy, "output_dir": run.folder}
     resolved = resolve(run.command, spec, given, demo=demo_default.make(spec), environ={})
     found = None
-    if run.resume_from is not None:
-        source = RunDir(Path("runs") / run.strategy / run.resume_from)
-        found = Found(run=source, checkpoint=source.checkpoint(STEPS // 2), step=STEPS // 2)
+    if (checkpoint := run.checkpoint()) is not None:
+        found = Found(run=RunDir(checkpoint.parent), checkpoint=checkpoint, step=manifest.step_of(checkpoint) or 0)
     job = launching.decide(run.command, spec, resolved, found=found)
     for path, text in job.launch.files.items():
         write_atomically(path, text)

@@ -46,7 +46,9 @@ def resume(
     described = found.run.read_run()
     spec = families.find(described["family"])
     before = described["config"] | {"output_dir": str(found.run.root)}
-    resolved = resolve(described["command"], spec, given, base=before)
+    if given.get("strategy") == "single":
+        given = {"num_processes": 1, **given}
+    resolved = identity.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
     identity.check(described | {"config": before}, resolved.config, allow or [])
     job = launching.decide(described["command"], spec, resolved, found=found)
     launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=json)

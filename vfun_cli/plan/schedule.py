@@ -8,7 +8,7 @@ was drawn in, so that its noise does not depend on the number of ranks.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,16 @@ class Carry:
     def from_json(cls, values: dict[str, list[int]]) -> "Carry":
         """The inverse of :meth:`to_json`."""
         return cls(**{name: np.array(values[name], dtype=np.int64) for name in ("row", "copy", "epoch")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many micro-batches an optimizer step had in a part of a run that is over."""
+
+    until: int
+    """The part's end, in optimizer steps of the run."""
+    slots: int
+    """World size x accumulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +183,18 @@ class EpochPlan:
         for step in self.steps[first_step:]:
             yield [self.micro_batch(number) for number in step[rank :: self.world_size].tolist()]
 
+    def cut(self, num_steps: int) -> "EpochPlan":
+        """The epoch's first steps alone; what the other steps hold is left over."""
+        other = self.steps[num_steps:].reshape(-1)
+        sizes = np.diff(self.offset)[other]
+        places = np.repeat(self.offset[other] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        left = Carry(
+            row=np.concatenate([self.carry.row, self.row[places]]),
+            copy=np.concatenate([self.carry.copy, self.copy[places]]),
+            epoch=np.concatenate([self.carry.epoch, self.sample_epoch[places]]),
+        )
+        return replace(self, steps=self.steps[:num_steps], carry=left)
+
     def digest(self) -> str:
         """SHA-256 over everything that decides the training: equal digests mean equal runs of this epoch."""
         sha = hashlib.sha256(DIGEST_FORMAT)
@@ -263,12 +285,12 @@ def _choose_runs(cost: FloatArray, carried: BoolArray, slots: int) -> IntArray:
     return chosen
 
 
-def _pooled(clips: Clips, carry: Carry, epoch: int) -> tuple[Samples, Samples]:
-    """This epoch's draws, and the carried samples with the shapes they drew in their own epochs."""
+def _pooled(clips: Clips, carry: Carry, epoch: int, *, draws: bool) -> tuple[Samples, Samples]:
+    """This epoch's draws, if it still draws, and the carried samples with the shapes of their own epochs."""
     order = np.argsort(clips.table.row, kind="stable")
     place = np.searchsorted(clips.table.row, carry.row, sorter=order)
     carried = draw(clips, order[place], carry.copy, carry.epoch)
-    return draw_epoch(clips, epoch), carried
+    return draw_epoch(clips, epoch) if draws else carried.take(np.zeros(0, np.int64)), carried
 
 
 def _full_batches(shapes: _Shapes, shape: IntArray) -> int:
@@ -289,9 +311,9 @@ def _borrow(clips: Clips, pool: Samples, epoch: int) -> list[Samples]:
             parts.append(draw_epoch(clips, epoch + 1 + len(parts)))
 
 
-def _plan(clips: Clips, epoch: int, carry: Carry, *, complete: bool) -> EpochPlan:
+def _plan(clips: Clips, epoch: int, carry: Carry, *, complete: bool, draws: bool = True) -> EpochPlan:
     options = clips.options
-    drawn, carried = _pooled(clips, carry, epoch)
+    drawn, carried = _pooled(clips, carry, epoch, draws=draws)
     pool = Samples.concatenate([carried, drawn])
     borrowed = _borrow(clips, pool, epoch) if complete else []
     if borrowed:
@@ -468,17 +490,66 @@ def plan_epochs(
             yield plan
 
 
-def count_steps(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, num_epochs: int) -> int:
+def plan_run(
+    spec: FamilySpec,
+    dims: ModelDims,
+    table: ClipTable,
+    options: PlanOptions,
+    num_epochs: int,
+    earlier: Sequence[Layout] = (),
+) -> Iterator[EpochPlan]:
+    """The plans of a run from its start, whose steps had other sizes in ``earlier`` parts; ``options`` hold since.
+
+    An epoch in which the size changed comes as two plans: its steps until then, and the rest of it under the new
+    size, made of exactly the samples that were not trained yet. What this yields is a pure function of the arguments.
+
+    Raises:
+        ConfigError: options that cannot work.
+        MetadataError: no row can be used.
+    """
+    epoch, step, left, draws = 0, 0, Carry.empty(), True
+    for layout in [*earlier, None]:
+        ran = replace(options, world_size=layout.slots, gradient_accumulation_steps=1) if layout else options
+        clips = checked_clips(spec, dims, table, ran)
+        while epoch < num_epochs and (layout is None or step < layout.until):
+            last_chance = step == 0 and epoch == num_epochs - 1
+            plan = _plan(clips, epoch, left, complete=last_chance, draws=draws)
+            draws = layout is None or plan.num_steps <= layout.until - step
+            if layout is not None and not draws:
+                plan = plan.cut(layout.until - step)
+            left, step, epoch = plan.carry, step + plan.num_steps, epoch + draws
+            yield plan
+
+
+def count_steps(
+    spec: FamilySpec,
+    dims: ModelDims,
+    table: ClipTable,
+    options: PlanOptions,
+    num_epochs: int,
+    earlier: Sequence[Layout] = (),
+) -> int:
     """Optimizer steps of a whole run, without planning its epochs.
 
-    Only whole micro-batches leave the pool, so after E epochs floor(sum over shapes of floor(clips / batch) / slots)
-    steps have been made, whatever was carried when. With one clip in a micro-batch the shapes do not matter.
+    Only whole micro-batches leave the pool, so after E epochs all of them but fewer than a step's are trained,
+    whatever was carried when; a change of the steps' size (``earlier``) divides what was left then by the new size.
     """
+    first, left = 0, _count_micro_batches(spec, dims, table, options, num_epochs)
+    for layout in earlier:
+        left -= (layout.until - first) * layout.slots
+        first = layout.until
+    return max(1, first + max(0, left) // options.slots)
+
+
+def _count_micro_batches(
+    spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, num_epochs: int
+) -> int:
+    """floor(clips / batch) summed over shapes; with one clip in a micro-batch the shapes do not matter."""
     clips = checked_clips(spec, dims, table, options)
     if options.train_batch_size == 1 and options.tokens_per_batch is None:
         videos = int(np.count_nonzero(clips.used & ~clips.table.is_image))
         images = int(np.count_nonzero(clips.used & clips.table.is_image))
-        return max(1, num_epochs * (videos * max(1, options.video_repeat) + images) // options.slots)
+        return num_epochs * (videos * max(1, options.video_repeat) + images)
     counts: dict[tuple[int, int, int, int], list[int]] = {}
     for epoch in range(num_epochs):
         shapes, shape = _shapes_of(draw_epoch(clips, epoch), clips)
@@ -487,4 +558,4 @@ def count_steps(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: Pl
         for kind, frames, height, width, batch, count in zip(*columns, number, strict=True):
             entry = counts.setdefault((int(kind), int(frames), int(height), int(width)), [int(batch), 0])
             entry[1] += int(count)
-    return max(1, sum(count // batch for batch, count in counts.values()) // options.slots)
+    return sum(count // batch for batch, count in counts.values())

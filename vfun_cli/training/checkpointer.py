@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.errors import CheckpointError, RunError
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.ema import WeightAverage
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
-STATE_FILE = "state.json"
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -50,9 +51,18 @@ class TrainedState:
 class Checkpointer:
     """Saves and restores the state of one run."""
 
-    def __init__(self, run: RunDir, strategy: str, *, keep: int | None, config_files: dict[str, Path]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        strategy: str,
+        *,
+        keep: int | None,
+        config_files: dict[str, Path],
+        format: "Format | None" = None,
+    ) -> None:
         self.run = run
-        self.format = FORMATS[strategy]
+        self.strategy = strategy
+        self.format = format or FORMATS[strategy]
         self.keep = keep
         self.config_files = config_files
 
@@ -126,7 +136,12 @@ class Checkpointer:
         """
         manifest.verify(checkpoint, deep=False)
         progress = read_state(checkpoint)
-        self.format.load(state, checkpoint / MODEL_DIR)
+        if self._is_native(progress, state.accelerator.num_processes):
+            self.format.load(state, checkpoint / MODEL_DIR)
+        else:
+            from vfun_cli.training.elastic import fill  # which builds on this module
+
+            fill(state, open_checkpoint(checkpoint))
         if state.average is not None:
             path = checkpoint / MODEL_DIR / EMA_FILE
             if not path.is_file():
@@ -135,6 +150,14 @@ class Checkpointer:
                 )
             state.average.load(load_file(path))
         return progress
+
+    def _is_native(self, progress: Mapping[str, Any], world_size: int) -> bool:
+        """Whether the strategy's own loader reads what another launch wrote; it restores the state bit for bit."""
+        if self.format is not FORMATS[self.strategy]:
+            return True  # adapters: one format for all strategies
+        if self.format.any_world_size:
+            return FORMATS.get(progress["strategy"]) == self.format
+        return (progress["strategy"], progress["world_size"]) == (self.strategy, world_size)
 
     def _retire(self, newest: Path) -> None:
         if self.keep is None:
@@ -148,7 +171,7 @@ def checkpoint_bytes(state: TrainedState) -> int:
     """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
     average, and what describes them.
     """
-    trained = _trained(state)
+    trained = trained_parameters(state)
     count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
     copies = 3 + (state.average is not None)
     return count * (4 * copies + 2) + len(trained) * _BYTES_TO_DESCRIBE + _BYTES_BESIDE
@@ -182,45 +205,34 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} has no readable {STATE_FILE}: {error}.") from None
-    return content
-
-
 @dataclass(frozen=True)
 class Format:
     """How one kind of strategy writes its weights and optimizer."""
 
     save: Callable[[TrainedState, Path], None]
     load: Callable[[TrainedState, Path], None]
+    any_world_size: bool = True
+    """Whether ``load`` reads what another number of processes wrote."""
 
 
 def _save_plain(state: TrainedState, folder: Path) -> None:
     """Whole tensors from rank 0: float32 weights, and the moments as ``<parameter>.<moment>``."""
     if not state.accelerator.is_main_process:
         return
-    trained = _trained(state)
+    trained = trained_parameters(state)
     save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
     moments = {}
     for name, parameter in trained.items():
-        for moment, value in _inner(state.optimizer).state[parameter].items():
+        for moment, value in inner_optimizer(state.optimizer).state[parameter].items():
             moments[f"{name}.{moment}"] = value.detach().contiguous()
     save_file(moments, folder / OPTIMIZER_FILE)
 
 
 def _load_plain(state: TrainedState, folder: Path) -> None:
     weights, moments = load_file(folder / WEIGHTS_FILE), load_file(folder / OPTIMIZER_FILE)
-    trained = _trained(state)
-    _same_names(set(trained), set(weights), folder)
-    optimizer = _inner(state.optimizer)
+    trained = trained_parameters(state)
+    require_names(set(trained), set(weights), folder)
+    optimizer = inner_optimizer(state.optimizer)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
@@ -242,7 +254,7 @@ def _save_sharded(state: TrainedState, folder: Path) -> None:
 def _load_sharded(state: TrainedState, folder: Path) -> None:
     content = _sharded(state)
     load_distributed(content, checkpoint_id=folder)
-    model, optimizer = state.model, _inner(state.optimizer)
+    model, optimizer = state.model, inner_optimizer(state.optimizer)
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_TRAINED_ONLY)
 
@@ -251,7 +263,7 @@ _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
 def _sharded(state: TrainedState) -> dict[str, Any]:
-    model, optimizer = state.model, _inner(state.optimizer)
+    model, optimizer = state.model, inner_optimizer(state.optimizer)
     return {
         "model": get_model_state_dict(model, options=_TRAINED_ONLY),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
@@ -278,24 +290,26 @@ FORMATS = {
     "single": Format(_save_plain, _load_plain),
     "ddp": Format(_save_plain, _load_plain),
     "fsdp": Format(_save_sharded, _load_sharded),
-    "zero2": Format(_save_engine, _load_engine),
-    "zero3": Format(_save_engine, _load_engine),
-    "zero3-offload": Format(_save_engine, _load_engine),
+    "zero2": Format(_save_engine, _load_engine, any_world_size=False),
+    "zero3": Format(_save_engine, _load_engine, any_world_size=False),
+    "zero3-offload": Format(_save_engine, _load_engine, any_world_size=False),
 }
 
 
-def _trained(state: TrainedState) -> dict[str, nn.Parameter]:
+def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, as the strategy keeps them."""
     transformer = state.accelerator.unwrap_model(state.model)
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
-def _same_names(expected: set[str], found: set[str], where: Path) -> None:
+def require_names(expected: set[str], found: set[str], where: Path) -> None:
+    """Raise CheckpointError unless a checkpoint holds exactly the weights that are trained."""
     if expected != found:
         missing, extra = sorted(expected - found)[:5], sorted(found - expected)[:5]
         raise CheckpointError(

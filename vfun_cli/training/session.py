@@ -72,6 +72,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             "world_size": accelerator.num_processes,
             "family": spec.name,
             "kind": described["command"],
+            "layouts": described.get("layouts", []),
             "run_config": config.to_json(),
         },
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vfun_cli.metadata.records import Record
-from vfun_cli.plan.schedule import EpochPlan, PlannedSample, plan_epochs
+from vfun_cli.plan.schedule import EpochPlan, PlannedSample, plan_run
 from vfun_cli.plan.schedule import MicroBatch as PlannedBatch
 from vfun_cli.planning import RunPlan
 from vfun_cli.training.adapter import SampleRequest
@@ -18,7 +18,7 @@ def micro_batches(plan: RunPlan, *, rank: int, first_step: int) -> Iterator[Micr
     """Every micro-batch of one rank in order, steps before ``first_step`` left out."""
     place = {int(row): position for position, row in enumerate(plan.table.row)}
     step = 0
-    for epoch_plan in plan_epochs(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs):
+    for epoch_plan in plan_run(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs, plan.earlier):
         skipped = min(max(0, first_step - step), epoch_plan.num_steps)
         step += skipped
         shares = _shares(epoch_plan)[skipped:]

@@ -1,0 +1,67 @@
+"""What two checkpoints have in common, tensor by tensor, whatever strategies wrote them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vfun_cli.checkpoints.reader import CheckpointReader
+from vfun_cli.checkpoints.tensors import TensorSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two sets of named tensors beside each other."""
+
+    equal: int
+    """Tensors with the same shape and the same values, bit for bit."""
+    different: dict[str, float]
+    """Largest absolute difference by name; infinite where the shapes differ."""
+    only_first: list[str]
+    only_second: list[str]
+
+    @property
+    def same(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (self.different or self.only_first or self.only_second)
+
+
+def compare_tensors(first: Mapping[str, TensorSource], second: Mapping[str, TensorSource]) -> Comparison:
+    """Read both sets once, one tensor of each at a time.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    equal, different = 0, {}
+    for name in first.keys() & second.keys():
+        distance = _distance(first[name], second[name])
+        if distance is None:
+            equal += 1
+        else:
+            different[name] = distance
+    return Comparison(
+        equal=equal,
+        different=dict(sorted(different.items())),
+        only_first=sorted(first.keys() - second.keys()),
+        only_second=sorted(second.keys() - first.keys()),
+    )
+
+
+def moments(checkpoint: CheckpointReader) -> dict[str, TensorSource]:
+    """The optimizer moments as ``<parameter>.<moment>``."""
+    return {
+        f"{name}.{key}": source
+        for name, found in checkpoint.moments.items()
+        for key, source in (("exp_avg", found.exp_avg), ("exp_avg_sq", found.exp_avg_sq))
+    }
+
+
+def _distance(first: TensorSource, second: TensorSource) -> float | None:
+    """None for equal tensors. A NaN differs from everything, by infinity."""
+    if first.shape != second.shape:
+        return float("inf")
+    a, b = first.read(), second.read()
+    if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+        return None
+    gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0)
+    return float("inf") if np.isnan(gap) else float(gap)
