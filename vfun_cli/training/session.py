@@ -10,16 +10,18 @@ import torch
 
 from vfun_cli import families
 from vfun_cli.config import RunConfig
-from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.planning import load_plan
 from vfun_cli.rundir import RunDir, write_atomically
 from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.training.checkpointer import Checkpointer, TrainedState
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable, make_optimizer
+from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.strategy import assert_strategy, make_accelerator, prepare_environment
 from vfun_cli.training.stream import micro_batches
@@ -40,9 +42,20 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     adapter_class = adapter_of(spec)
     adapter_setting = adapter_options(config, accelerator.device)
     adapter = adapter_class.from_pretrained(adapter_setting)
-    state = prepare_state(config, spec, plan.dims, adapter, accelerator)
+    lora = described["command"] == "lora"
+    if lora:
+        add_adapters(adapter.transformer, config, spec, plan.dims)
+        if config.network_path is not None and not described.get("resume"):
+            load_network(adapter.transformer, config.network_path, config, spec)
+    else:
+        choose_trainable(adapter.transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
+    state = prepare_state(config, spec, adapter, accelerator)
     checkpointer = Checkpointer(
-        run, config.strategy, keep=config.checkpoints_total_limit, config_files=_config_files(spec, config)
+        run,
+        config.strategy,
+        keep=config.checkpoints_total_limit,
+        config_files=_config_files(spec, config),
+        format=ADAPTER_FORMAT if lora else None,
     )
     first_step = 0
     if described.get("resume"):
@@ -89,16 +102,15 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     accelerator.wait_for_everyone()
 
 
-def prepare_state(
-    config: RunConfig, spec: FamilySpec, dims: ModelDims, adapter: ModelAdapter, accelerator: Any
-) -> TrainedState:
-    """Choose what trains, set precisions, and let the strategy wrap the transformer and the optimizer."""
+def prepare_state(config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any) -> TrainedState:
+    """Set precisions, and let the strategy wrap the transformer and the optimizer."""
     transformer = adapter.transformer
-    choose_trainable(transformer, config.trainable_modules, spec.modules_without_gradient(dims))
     if config.mixed_precision == "bf16":
         for parameter in transformer.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
+    if config.base_precision != "bf16":
+        quantise_blocks(transformer, spec.block_classes, config.base_precision, accelerator.device)
     if config.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
     transformer.train()
