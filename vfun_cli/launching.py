@@ -244,6 +244,8 @@ def _run(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.
     """One launch to its end, or to its crash."""
     if job.config.machine_rank == 0:
         job.run.remove_leftovers()
+        if job.found is not None:
+            manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     for path, text in job.launch.files.items():
         write_atomically(path, text)
     write_atomically(job.run_json, _run_text(job))

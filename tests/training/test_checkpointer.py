@@ -1,0 +1,240 @@
+"""Checkpoints of one process through faults of the disk and sudden deaths; launches are in tests/integration."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.errors import CheckpointError, RunError
+from vfun_cli.rundir import RunDir
+from vfun_cli.training.checkpointer import Checkpointer, TrainedState, checkpoint_bytes
+
+KILLS_LEAST = 20
+"""Steps of a save, seen from the file system, below which the kill test would not be testing."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(width: int = 8) -> TrainedState:
+    """A model that has made one step."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 2))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=False))
+    state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
+    step(state)
+    return state
+
+
+def step(state: TrainedState) -> None:
+    state.model(torch.ones(1, next(state.model.parameters()).shape[1])).sum().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    return RunDir(tmp_path / "run")
+
+
+def checkpointer(run: RunDir, keep: int | None = None) -> Checkpointer:
+    return Checkpointer(run, "single", keep=keep, config_files={"config.json": run.root.parent / "config.json"})
+
+
+def progress(step: int) -> dict[str, Any]:
+    return {"step": step, "strategy": "single", "world_size": 1, "family": "none", "run_config": {}}
+
+
+def weights(state: TrainedState) -> bytes:
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in state.model.parameters())
+
+
+def test_a_saved_state_comes_back_bit_for_bit(run: RunDir) -> None:
+    state = trained()
+    path = checkpointer(run).save(state, progress(1))
+    step(state)
+    after_two = weights(state)
+    fresh = trained()
+    with torch.no_grad():
+        next(fresh.model.parameters()).zero_()
+    assert checkpointer(run).load(fresh, path)["step"] == 1
+    step(fresh)
+    assert weights(fresh) == after_two
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(run: RunDir) -> None:
+    state, saver = trained(), checkpointer(run, keep=2)
+    for number in range(1, 5):
+        saver.save(state, progress(number))
+    assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_space_a_checkpoint_needs_is_known_beforehand(run: RunDir) -> None:
+    state = trained(width=700)
+    path = checkpointer(run).save(state, progress(1))
+    taken = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert taken <= checkpoint_bytes(state) <= 1.3 * taken + (2 << 20)
+
+
+def test_a_disk_without_room_stops_the_run_before_a_byte_is_written(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, saver = trained(), checkpointer(run)
+    saver.save(state, progress(1))
+    usage = shutil.disk_usage(run.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(RunError) as caught:
+        saver.save(state, progress(2))
+    assert f"{checkpoint_bytes(state) - 1000:,} bytes are missing" in caught.value.message
+    assert caught.value.exit_code == 1
+    assert sorted(path.name for path in run.root.iterdir()) == ["checkpoint-1"]
+    manifest.verify(run.checkpoint(1))
+
+
+def test_a_write_that_fails_half_way_leaves_the_checkpoint_before_it(run: RunDir) -> None:
+    state, saver = trained(width=700), checkpointer(run)
+    saver.save(state, progress(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"checkpoint-2 could not be written .*File too large") as caught:
+            saver.save(state, progress(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "vfun resume" in (caught.value.hint or "")
+    assert sorted(path.name for path in run.root.iterdir()) == ["checkpoint-1"]
+    manifest.verify(run.checkpoint(1))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
+def test_a_full_tmpfs_ends_in_the_same_error(run: RunDir) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(run.root)], check=False).returncode:
+        pytest.skip("no mounts here")
+    try:
+        state, saver = trained(width=500), checkpointer(run)
+        with pytest.raises(RunError, match="bytes are missing"):
+            for number in range(1, 5):
+                saver.save(state, progress(number))
+        whole = manifest.checkpoints(run.root)
+        assert whole
+        manifest.verify(whole[-1])
+    finally:
+        subprocess.run(["umount", str(run.root)], check=True)
+
+
+def test_a_vanished_run_directory_is_named_and_not_made_anew(run: RunDir) -> None:
+    state = trained()
+    shutil.rmtree(run.root)
+    with pytest.raises(RunError, match="vanished"):
+        checkpointer(run).save(state, progress(1))
+    assert not run.root.exists()
+
+
+def test_weights_of_another_model_are_refused(run: RunDir) -> None:
+    path = checkpointer(run).save(trained(), progress(1))
+    other = trained()
+    other.model.add_module("more", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"2 missing \['more.bias', 'more.weight'\]"):
+        checkpointer(run).load(other, path)
+
+
+FILES = ("model/model.safetensors", "model/optimizer.safetensors", "config/config.json", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone"])
+def test_damage_in_any_file_is_found(name: str, damage: str, run: RunDir) -> None:
+    path = checkpointer(run).save(trained(), progress(1))
+    file = path / name
+    content = bytearray(file.read_bytes())
+    if damage == "byte":
+        content[len(content) // 2] ^= 1
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[:-1] if damage == "cut" else content)
+    with pytest.raises(CheckpointError, match=name):
+        manifest.verify(path)
+    assert (damage == "byte") == manifest.is_complete(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"bytes": ', '"bytes": 1'),
+        lambda text: text.replace("model/model", "../model"),
+        lambda text: text[:-20],
+        lambda text: "[]",
+        lambda text: "",
+    ],
+)
+def test_an_edited_manifest_makes_no_checkpoint(edit: Callable[[str], str], run: RunDir) -> None:
+    path = checkpointer(run).save(trained(), progress(1))
+    file = path / manifest.MANIFEST
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(CheckpointError):
+        manifest.verify(path)
+    assert manifest.checkpoints(run.root) == []
+
+
+_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
+
+
+def _save_and_die(saver: Checkpointer, state: TrainedState, at: int, root: Path) -> bool:
+    """Save in a child that kills itself at its ``at``-th touch of the run directory; whether it lived."""
+    child = os.fork()
+    if child == 0:
+        left = [at]
+
+        def touch(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in _EVENTS and any(str(root) in str(argument) for argument in arguments):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(touch)
+        try:
+            saver.save(state, progress(3))
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run: RunDir) -> None:
+    """``kill -9`` at every touch of the file system in turn: while writing, renaming, and removing the old ones."""
+    state, saver = trained(), checkpointer(run, keep=2)
+    kills, lived = 0, False
+    while not lived:
+        shutil.rmtree(run.root)
+        run.root.mkdir()
+        saver.save(state, progress(1))
+        saver.save(state, progress(2))
+        saver.save(state, progress(3))  # written again: the one of the same step is replaced
+        lived = _save_and_die(saver, state, kills + 1, run.root)
+        newest = manifest.newest_checkpoint(run.root)
+        manifest.verify(newest)
+        assert open_checkpoint(newest).state["step"] in (2, 3)
+        saver.load(trained(), newest)
+        run.remove_leftovers()
+        assert {path.name for path in run.root.iterdir()} <= {"checkpoint-2", "checkpoint-3"}
+        kills += not lived
+    assert kills >= KILLS_LEAST
