@@ -142,7 +142,8 @@ def plan_input(
         console.warn(line)
     if any(problem.severity == "warning" for problem in report.problems):
         console.hint(f"vfun validate-meta {config.train_data_meta} --family {spec.name} shows the rows")
-    report.require_ok()
+    root = () if config.train_data_dir is None else ("--data-root", str(config.train_data_dir))
+    report.require_ok("--family", spec.name, *root)
     return PlanInput(
         spec=spec,
         dims=read_dims(spec, config.pretrained_model_name_or_path) if needs_model else dims_if_there(config, spec),

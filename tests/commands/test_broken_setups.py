@@ -122,7 +122,7 @@ BROKEN = (
         name="row without audio",
         damage=lambda: change_rows(lambda rows: rows[2].pop("audio_path")),
         code=3,
-        words=("row 2", "audio_path", "vfun validate-meta"),
+        words=("row 2", "audio_path", f"vfun validate-meta {META} --family wan-s2v --data-root {DATA}"),
     ),
     Broken(
         name="unreadable mp4",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -123,8 +124,11 @@ class Report:
         """The rows without errors, for the plan."""
         return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
 
-    def require_ok(self) -> None:
-        """Raise MetadataError with the first errors if there are any: training starts on good rows only."""
+    def require_ok(self, *options: str) -> None:
+        """Raise MetadataError with the first errors if there are any: training starts on good rows only.
+
+        ``options`` make ``vfun validate-meta`` check the same again: the message ends with that command.
+        """
         errors = self.errors
         if not errors:
             return
@@ -132,9 +136,10 @@ class Report:
         if len(errors) > 10:
             lines.append(f"  … and {len(errors) - 10} more")
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
+        command = shlex.join(["vfun", "validate-meta", str(self.metadata.path), *options])
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on\n" + "\n".join(lines),
-            hint=f"vfun validate-meta {self.metadata.path} shows all; --fix OUT writes a copy without them",
+            hint=f"{command} shows all; --fix OUT writes a copy without them",
         )
 
 
