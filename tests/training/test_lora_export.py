@@ -1,0 +1,259 @@
+"""Trained adapters in every format, read back by the real loaders: the same prediction, at the trained strength."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, WanPipeline
+from lora_sample import load_model, model_directory, options, predict, prepared, train, with_adapters
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.lora_export import FORMATS, export_adapter, merge_adapter
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.cogvideox_fun import SPEC
+from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer
+from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.main import app
+from vfun_cli.training.lora import load_network, save_adapter
+
+KINDS: dict[str, dict[str, Any]] = {
+    "half": {},  # as rank 64 with alpha 32
+    "double": {"network_alpha": 8.0},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+class Trained:
+    """A LoRA checkpoint, its base, and what the live model predicts."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test
+        self.config = config
+        self.base = model_directory(folder / "model")
+        state = prepared(with_adapters(self.base, config), config, Accelerator(cpu=True))
+        train(state, 6)
+        self.checkpoint = folder / "checkpoint-6"
+        (self.checkpoint / "model").mkdir(parents=True)
+        save_adapter(state, self.checkpoint / "model")
+        self.prediction = predict(state.model).detach()
+        assert (self.prediction - predict(load_model(self.base))).abs().max() > 0.05  # or nothing is compared
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("trained"), options(**KINDS[request.param]))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Trained:
+    return Trained(tmp_path, options())
+
+
+def through_peft(trained: Trained, folder: Path) -> torch.nn.Module:
+    loaded: torch.nn.Module = PeftModel.from_pretrained(load_model(trained.base), str(folder)).base_model.model
+    return loaded
+
+
+def through_the_transformer(trained: Trained, folder: Path) -> torch.nn.Module:
+    model = load_model(trained.base)
+    model.load_lora_adapter(load_file(folder / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    return model
+
+
+def through_the_pipeline(trained: Trained, folder: Path) -> torch.nn.Module:
+    model = load_model(trained.base)
+    pipeline = CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=CogVideoXDDIMScheduler()
+    )
+    pipeline.load_lora_weights(str(folder))
+    return model
+
+
+def through_training_on(trained: Trained, folder: Path) -> torch.nn.Module:
+    """Our own reader, in a run of another strength."""
+    config = options(network_alpha=3.0, use_dora=trained.config.use_dora)
+    model = with_adapters(trained.base, config)
+    load_network(model, folder, config, SPEC)
+    return model
+
+
+def by_hand(trained: Trained, folder: Path) -> torch.nn.Module:
+    """What the original's inference does: W + alpha / rank B A, the layer found by its name with underscores."""
+    model = load_model(trained.base)
+    layers = {name.replace(".", "_"): module for name, module in model.named_modules()}
+    tensors = load_file(folder / "checkpoint-6.safetensors")
+    names = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
+    assert len(names) == 10
+    for name in names:
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        plain_name = name.removeprefix("lora_unet__").removeprefix("diffusion_model.").replace(".", "_")
+        layers[plain_name].weight.data += tensors[f"{name}.alpha"] / up.shape[1] * up @ down
+    return model
+
+
+LOADERS: list[tuple[str, Callable[[Trained, Path], torch.nn.Module]]] = [
+    ("peft", through_peft),
+    ("peft", through_training_on),
+    ("diffusers", through_the_transformer),
+    ("diffusers", through_the_pipeline),
+    ("diffusers", through_training_on),
+    ("comfyui", by_hand),
+    ("comfyui", through_training_on),
+    ("original", by_hand),
+    ("original", through_training_on),
+]
+
+
+@pytest.mark.parametrize(("format", "loader"), LOADERS, ids=[f"{name}-{load.__name__}" for name, load in LOADERS])
+def test_every_loader_predicts_what_was_trained(
+    format: str, loader: Callable[[Trained, Path], torch.nn.Module], trained: Trained, tmp_path: Path
+) -> None:
+    if trained.config.use_dora and format in ("comfyui", "original"):
+        with pytest.raises(ConfigError, match="cannot carry DoRA"):
+            export_adapter(trained.checkpoint, tmp_path / "out", format=format)
+        return
+    result = export_adapter(trained.checkpoint, tmp_path / "out", format=format, dtype="fp32")
+    assert result.verified
+    torch.testing.assert_close(predict(loader(trained, result.output)), trained.prediction, atol=1e-5, rtol=0)
+
+
+def test_merged_weights_predict_what_was_trained(trained: Trained, tmp_path: Path) -> None:
+    merge_adapter(trained.checkpoint, tmp_path / "merged", base_dir=trained.base, dtype="fp32")
+    model = load_model(tmp_path / "merged")
+    assert not any(".lora_" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(predict(model), trained.prediction, atol=1e-5, rtol=0)
+
+
+def test_a_merge_in_bf16_is_the_float32_one_rounded(plain: Trained, tmp_path: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        merge_adapter(plain.checkpoint, tmp_path / dtype, base_dir=plain.base, dtype=dtype)
+    exact, rounded = (load_file(tmp_path / d / "diffusion_pytorch_model.safetensors") for d in ("fp32", "bf16"))
+    assert exact.keys() == rounded.keys() == load_file(plain.base / "diffusion_pytorch_model.safetensors").keys()
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
+def test_shards_of_a_merge_are_those_of_one_file(plain: Trained, tmp_path: Path) -> None:
+    one = merge_adapter(plain.checkpoint, tmp_path / "one", base_dir=plain.base)
+    many = merge_adapter(plain.checkpoint, tmp_path / "many", base_dir=plain.base, max_shard_size="20KB")
+    assert len(list(many.output.glob("*.safetensors"))) > 2
+    assert one.sha256 == many.sha256
+
+
+def test_exports_are_bf16(plain: Trained, tmp_path: Path) -> None:
+    for format in FORMATS:
+        folder = export_adapter(plain.checkpoint, tmp_path / format, format=format).output
+        tensors = load_file(next(folder.glob("*.safetensors")))
+        matrices = {value.dtype for value in tensors.values() if value.dim() == 2}
+        assert matrices == {torch.bfloat16}
+
+
+def wan_adapter(folder: Path) -> Path:
+    """A LoRA checkpoint of a Wan2.1-Fun block, by hand: rank 2, alpha 1."""
+    layers = ["attn1.to_q", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj"]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.blocks.0.{layer}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for layer in layers
+        for side, shape in (("A", (2, 8)), ("B", (8, 2)))
+    }
+    model = folder / "checkpoint-1/model"
+    model.mkdir(parents=True)
+    save_file(tensors, model / "adapter_model.safetensors")
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    return model.parent
+
+
+def product(tensors: dict[str, Tensor], layer: str) -> Tensor:
+    return tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+
+
+def test_wan_layers_get_their_released_names_and_diffusers_reads_them_at_the_right_strength(tmp_path: Path) -> None:
+    checkpoint = wan_adapter(tmp_path)
+    stored = load_file(checkpoint / "model/adapter_model.safetensors")
+    for format, key in (
+        ("comfyui", "diffusion_model.blocks.0.self_attn.q.alpha"),
+        ("original", "lora_unet__blocks_0_self_attn_q.alpha"),
+    ):
+        folder = export_adapter(
+            checkpoint, tmp_path / format, format=format, released=released_name, dtype="fp32"
+        ).output
+        assert load_file(folder / "checkpoint-1.safetensors")[key] == 1
+    comfyui = load_file(tmp_path / "comfyui/checkpoint-1.safetensors")
+    assert {name.rpartition(".lora_")[0] for name in comfyui if "lora_down" in name} == {
+        "diffusion_model.blocks.0.self_attn.q",
+        "diffusion_model.blocks.0.cross_attn.k_img",
+        "diffusion_model.blocks.0.cross_attn.v_img",
+        "diffusion_model.blocks.0.ffn.0",
+    }
+    read = WanPipeline.lora_state_dict(comfyui)
+    for layer in ("attn1.to_q", "attn2.add_k_proj", "ffn.net.0.proj"):
+        expected = 0.5 * product(stored, f"base_model.model.blocks.0.{layer}")
+        torch.testing.assert_close(product(read, f"transformer.blocks.0.{layer}"), expected)
+
+
+def test_what_cannot_be_exported_says_why(plain: Trained, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"comfyui.*Did you mean 'comfyui'"):
+        export_adapter(plain.checkpoint, tmp_path / "out", format="comfui")
+    with pytest.raises(ConfigError, match="exists already"):
+        export_adapter(plain.checkpoint, plain.base, format="peft")
+    with pytest.raises(CheckpointError, match="holds no ema weights"):
+        export_adapter(plain.checkpoint, tmp_path / "out", format="peft", weights="ema")
+    other = model_directory(tmp_path / "other")
+    (other / "diffusion_pytorch_model.safetensors").unlink()
+    save_file({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(3, 3)}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot take its adapter"):
+        merge_adapter(plain.checkpoint, tmp_path / "out", base_dir=other)
+    file = plain.checkpoint / "model/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if "0.attn1.to_q.lora_B" not in name}, file)
+    with pytest.raises(CheckpointError, match=r"attn1\.to_q has only one of its two matrices"):
+        export_adapter(plain.checkpoint, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_moving_average_is_exported_in_its_place(plain: Trained, tmp_path: Path) -> None:
+    weights = load_file(plain.checkpoint / "model/adapter_model.safetensors")
+    average = {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): 2 * value
+        for name, value in weights.items()
+    }
+    save_file(average, plain.checkpoint / "model/ema.safetensors")
+    folder = export_adapter(plain.checkpoint, tmp_path / "out", format="peft", dtype="fp32", weights="ema").output
+    exported = load_file(folder / "adapter_model.safetensors")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], 2 * value) for name, value in weights.items())
+
+
+def test_the_command_exports_and_merges(plain: Trained, tmp_path: Path) -> None:
+    model: Path = plain.base.parent
+    state = {
+        "schema": 1, "family": "cogvideox-fun", "kind": "lora", "step": 6, "strategy": "single", "world_size": 1,
+        "run_config": {"pretrained_model_name_or_path": str(model)},
+    }  # fmt: skip
+    (plain.checkpoint / "state.json").write_text(json.dumps(state))
+    manifest.write_manifest(plain.checkpoint)
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["export-bf16", str(plain.checkpoint), *arguments])
+
+    done = run("--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tensors"] == 20
+    assert (tmp_path / "checkpoint-6-outputs/adapter_config.json").is_file()
+    assert run("--merge", "--output", str(tmp_path / "merged")).exit_code == 0
+    assert isinstance(load_model(tmp_path / "merged"), CogVideoXFunTransformer)
+    refused = run("--merge", "--format", "comfyui", "--output", str(tmp_path / "no"))
+    assert refused.exit_code == 2
+    assert "a merged model of cogvideox-fun comes as: same" in " ".join(refused.stderr.split())
