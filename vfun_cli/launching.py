@@ -191,26 +191,30 @@ def carry_out(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> Non
         else:
             print_dry_run(job)
         return
+    if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
+        _tell_end(job, supervise.Ended(exit_code=0, outcome="completed", step=job.found.step), as_json=as_json)
+        console.hint("The run was complete; a larger --max-train-steps trains on.")
+        return
+    if job.found is None and job.config.machine_rank == 0:
+        claim(job.run, overwrite=overwrite)
+    else:
+        ensure_writable(job.run.root)
     show(job)
     with supervise.stop_requests(job.run) as stop:
-        code = start(job, stop, overwrite=overwrite, as_json=as_json)
+        code = start(job, stop, as_json=as_json)
     if code:
         raise typer.Exit(code)
 
 
-def start(job: Job, stop: supervise.StopRequests, *, overwrite: bool, as_json: bool) -> int:
+def start(job: Job, stop: supervise.StopRequests, *, as_json: bool) -> int:
     """Write the run's files, run the job to its end and say how it went; the exit code.
 
     A job that crashes starts over from its newest checkpoint, ``max_restarts`` times at most.
 
     Raises:
-        VfunError: the directory is taken or cannot be written, or the run failed.
+        VfunError: the run failed.
     """
     config, run = job.config, job.run
-    if job.found is None and config.machine_rank == 0:
-        claim(run, overwrite=overwrite)
-    else:
-        ensure_writable(run.root)
     run.launch(config.machine_rank).mkdir(exist_ok=True)
     job.source.table.save(run.clips(config.machine_rank))
     write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
@@ -225,7 +229,12 @@ def start(job: Job, stop: supervise.StopRequests, *, overwrite: bool, as_json: b
         ended = _run(job, stop)
     if isinstance(ended, supervise.Crashed):
         raise ended
-    newest = run.checkpoint(ended.step)
+    _tell_end(job, ended, as_json=as_json)
+    return ended.exit_code
+
+
+def _tell_end(job: Job, ended: supervise.Ended, *, as_json: bool) -> None:
+    run, newest = job.run, job.run.checkpoint(ended.step)
     if as_json:
         console.print_json(
             {"run_dir": str(run.root), "outcome": ended.outcome, "step": ended.step, "checkpoint": str(newest)}
@@ -237,15 +246,13 @@ def start(job: Job, stop: supervise.StopRequests, *, overwrite: bool, as_json: b
         if not as_json:
             console.out.print(f"done: {ended.step} steps, {escape(str(newest))}", soft_wrap=True)
         console.hint(f"next: vfun export-bf16 {shlex.quote(str(newest))}")
-    return ended.exit_code
 
 
 def _run(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.Crashed:
     """One launch to its end, or to its crash."""
-    if job.config.machine_rank == 0:
-        job.run.remove_leftovers()
-        if job.found is not None:
-            manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
+    job.run.remove_leftovers(job.config.machine_rank)
+    if job.found is not None and job.config.machine_rank == 0:
+        manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     for path, text in job.launch.files.items():
         write_atomically(path, text)
     write_atomically(job.run_json, _run_text(job))
@@ -256,8 +263,7 @@ def _run(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.
     except supervise.Crashed as error:
         return error
     finally:
-        if job.config.machine_rank == 0:
-            job.run.remove_leftovers()
+        job.run.remove_leftovers(job.config.machine_rank)
 
 
 def _continued(job: Job) -> Job:

@@ -209,6 +209,7 @@ def test_a_broken_setup_is_one_message_with_a_next_step(broken: Broken, place: P
     assert said.err.count("error:") + said.err.count("╭─ Error") == 1, said.err
     assert "next:" in said.err or "Try 'vfun" in said.err, said.err
     assert "Traceback" not in said.err and not said.out
+    assert "Bucket plan" not in said.err, "an error comes before the preview, not under it"
     assert digest(place) == before
     assert not list(place.rglob("launcher.log")), "the launcher was started"
     assert time.monotonic() - started < 20
@@ -251,6 +252,17 @@ def test_resume_with_another_learning_rate_is_refused_and_allowed_by_name(
     allowed = vfun("resume", "--demo", "--learning-rate", "0.5", "--allow", "learning-rate", "--dry-run", "--json")
     assert allowed.code == 0, allowed.err
     assert json.loads(allowed.out)["config"]["learning_rate"] == 0.5
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_says_so_and_starts_nothing(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
+) -> None:
+    monkeypatch.chdir(trained)
+    log = RunDir(trained / OUTPUT).launcher_log().read_bytes()
+    said = vfun("resume", "--demo")
+    assert said.code == 0 and "done: 4 steps" in said.out and "--max-train-steps" in said.err
+    assert RunDir(trained / OUTPUT).launcher_log().read_bytes() == log
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
