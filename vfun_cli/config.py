@@ -354,6 +354,14 @@ class RunConfig:
             on_resume="harmless",
         ),
     ] = None
+    async_checkpoint: Annotated[
+        bool,
+        Opt(
+            help="Train on while a checkpoint is written; it waits in this machine's memory (/dev/shm) meanwhile.",
+            panel=OUTPUT,
+            on_resume="harmless",
+        ),
+    ] = False
     max_hours: Annotated[
         float | None,
         Opt(

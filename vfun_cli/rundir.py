@@ -1,5 +1,6 @@
 """Every path of a run directory, and the rules about using one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -83,11 +84,21 @@ class RunDir:
         """An earlier checkpoint of the same step, on its way out."""
         return self.root / f".checkpoint-{step}.replaced"
 
-    def remove_leftovers(self) -> None:
+    @property
+    def staging(self) -> Path:
+        """Where a checkpoint waits in this machine's memory while it is written in the background."""
+        return Path("/dev/shm") / f"vfun-{hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]}"
+
+    def remove_leftovers(self, machine_rank: int) -> None:
         """Delete what a crash left of checkpoints that were being written or removed; no process may be at work."""
-        for pattern in (".checkpoint-*.partial", ".checkpoint-*.replaced"):
-            for leftover in self.root.glob(pattern):
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if machine_rank != 0:
+            return  # the first machine looks after the directory that all share
+        for leftover in self.root.glob(".checkpoint-*"):
+            if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""

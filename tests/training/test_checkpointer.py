@@ -17,7 +17,7 @@ from torch import nn
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.errors import CheckpointError, RunError
+from vfun_cli.errors import CheckpointError, FitError, RunError
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.checkpointer import Checkpointer, TrainedState, checkpoint_bytes
 
@@ -234,7 +234,46 @@ def test_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run: RunDir) ->
         manifest.verify(newest)
         assert open_checkpoint(newest).state["step"] in (2, 3)
         saver.load(trained(), newest)
-        run.remove_leftovers()
+        run.remove_leftovers(0)
         assert {path.name for path in run.root.iterdir()} <= {"checkpoint-2", "checkpoint-3"}
         kills += not lived
     assert kills >= KILLS_LEAST
+
+
+def test_a_checkpoint_in_the_background_holds_the_moment_it_was_taken(run: RunDir) -> None:
+    state, saver = trained(), checkpointer(run, keep=1)
+    taken = weights(state)
+    saver.save(state, progress(1), background=True)
+    step(state)
+    assert weights(state) != taken
+    saver.wait()
+    fresh = trained()
+    saver.load(fresh, run.checkpoint(1))
+    assert weights(fresh) == taken
+    saver.save(state, progress(2), background=True)
+    saver.save(state, progress(3))  # waits for the one before
+    assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-3"]
+    assert not run.staging.exists()
+    assert sorted(path.name for path in run.root.iterdir()) == ["checkpoint-3"]
+
+
+def test_a_failure_in_the_background_stops_the_run_later(run: RunDir) -> None:
+    state, saver = trained(), checkpointer(run)
+    saver.save(state, progress(1))
+    (run.root / ".checkpoint-2.partial").write_text("in the way")
+    saver.save(state, progress(2), background=True)
+    with pytest.raises(RunError, match="checkpoint-2 could not be written"):
+        saver.wait()
+    saver.wait()
+    assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-1"]
+
+
+def test_too_little_memory_for_the_background_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, usage = trained(), shutil.disk_usage
+
+    def small(folder: Path) -> Any:
+        return usage(folder)._replace(free=1000) if folder == run.staging.parent else usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    with pytest.raises(FitError, match=r"--async-checkpoint keeps .* bytes are missing"):
+        checkpointer(run).save(state, progress(1), background=True)

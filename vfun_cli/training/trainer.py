@@ -66,12 +66,14 @@ class Trainer:
                 self.metrics.show_first_batch(micro_batches[0].samples)
             epoch = micro_batches[0].batch.epoch
             reason = self.train_step(step, micro_batches)
+            self.checkpointer.check()
             step += 1
             if step % self.config.checkpointing_steps == 0:
-                self.save(step, epoch)
+                self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
                 reason = max(reason, self.stop_reason())  # asked for while saving
         if self.saved_step != step:
             self.save(step, epoch)
+        self.checkpointer.wait()
         return reason if step < self.total_steps else CONTINUE
 
     def stop_reason(self) -> int:
@@ -138,11 +140,11 @@ class Trainer:
         gathered = self.accelerator.gather(reasons.to(self.accelerator.device).unsqueeze(0)).cpu()
         return float(gathered[:, 0].mean()), int(gathered[:, 1].max())
 
-    def save(self, step: int, epoch: int) -> Path:
+    def save(self, step: int, epoch: int, *, background: bool = False) -> Path:
         """A checkpoint after ``step`` optimizer steps."""
         progress = {**self.description, "step": step, "epoch": epoch}
         with self.metrics.saving(step):
-            path = self.checkpointer.save(self.state, progress)
+            path = self.checkpointer.save(self.state, progress, background=background)
         self.saved_step = step
         return path
 
