@@ -56,7 +56,7 @@ _UNTRAINED = {"max_train_steps": 0}
 # Beside the matrix, one family under the options that a strategy could get wrong on its own.
 EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
-        "fp32": {**_FP32, "gradient_accumulation_steps": 2},
+        "fp32": _FP32,
         "subset": _SUBSET,
         "clipped": _CLIPPED,
         "untrained": _UNTRAINED,
@@ -105,6 +105,11 @@ def memorised(family: str) -> dict[str, Any]:
     }
 
 
+def together(strategy: str) -> dict[str, Any]:
+    """One process takes the two micro-batches of a step itself, so that all strategies train on the same."""
+    return {"gradient_accumulation_steps": 2 if strategy == "single" else 1}
+
+
 def prepare_demo() -> None:
     """The demo of every family in the working directory, with a one-clip metadata file beside each."""
     for spec in families.FAMILIES.values():
@@ -117,7 +122,13 @@ def prepare_demo() -> None:
 def write_run(run: Run) -> Path:
     """Everything that ``vfun train`` writes before it starts the processes; the path of run.json."""
     spec = families.find(run.family)
-    given = {**memorised(run.family), **run.options, "strategy": run.strategy, "output_dir": run.folder}
+    given = {
+        **memorised(run.family),
+        **together(run.strategy),
+        **run.options,
+        "strategy": run.strategy,
+        "output_dir": run.folder,
+    }
     resolved = resolve(run.command, spec, given, demo=demo_default.make(spec), environ={})
     found = None
     if (checkpoint := run.checkpoint()) is not None:

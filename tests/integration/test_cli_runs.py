@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight
+from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight, together
 from vfun_cli.rundir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     trained(strategy)
     folder = Path("killed") / strategy
     run = RunDir(folder)
-    process = start(vfun("train", FAMILY, "--demo", f"--strategy={strategy}", *options(folder)))
+    process = start(vfun("train", FAMILY, "--demo", f"--strategy={strategy}", *options(folder, **together(strategy))))
     wait_for(lambda: run.checkpoint(STEPS // 2).exists() and max(steps_of(run), default=0) > STEPS // 2, process)
     kill_all(process)
     done = subprocess.run(vfun("resume", folder), capture_output=True, text=True, check=False)
@@ -112,11 +112,26 @@ def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
     assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, "ddp"))[:4]
 
 
+def test_zero3_with_offload_trains_and_exports(workplace: Path, trained: Trained) -> None:
+    trained("zero3")
+    folder = Path("offload")
+    arguments = options(folder, max_train_steps=4, checkpointing_steps=4)
+    done = subprocess.run(
+        vfun("train", FAMILY, "--demo", "--zero3-offload", *arguments), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in RunDir(folder).metrics.read_text(encoding="utf-8").splitlines()]
+    found = [line["loss"] for line in lines if "loss" in line]
+    assert found == pytest.approx(losses(straight(FAMILY, "zero3"))[:4], rel=0.01)
+    export = vfun("export-bf16", folder / "checkpoint-4", "--json")
+    assert json.loads(subprocess.run(export, capture_output=True, text=True, check=True).stdout)["verified"]
+
+
 def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> None:
     trained("single")
     folder = Path("interrupted")
     run = RunDir(folder)
-    process = start(vfun("train", FAMILY, "--demo", *options(folder)))
+    process = start(vfun("train", FAMILY, "--demo", *options(folder, **together("single"))))
     wait_for(lambda: max(steps_of(run), default=0) >= 3, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -124,7 +139,10 @@ def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> N
     saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
     assert saved >= 3 and run.checkpoint(saved).is_dir()
     assert "Traceback" not in errors
-    done = subprocess.run(vfun("resume", folder), capture_output=True, text=True, check=False)
+    again = [*options(folder, **together("single")), "--resume-from-checkpoint=latest"]
+    done = subprocess.run(vfun("train", FAMILY, "--demo", *again), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, "single"))
+    assert list((folder / "logs" / "tensorboard").glob("events*"))
+    assert {path.suffix for path in (folder / "sanity_check").iterdir()} >= {".mp4", ".png", ".wav", ".txt"}

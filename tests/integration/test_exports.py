@@ -16,7 +16,7 @@ from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.demo import default as demo_default
-from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.spec import FamilySpec, unchanged
 from vfun_cli.planning import load_plan
 from vfun_cli.resolve import resolve
 from vfun_cli.rundir import RunDir
@@ -44,7 +44,14 @@ def rounded(values: np.ndarray) -> Tensor:
 def export_to(output: Path, spec: FamilySpec, form: str) -> None:
     checkpoint = RunDir(straight(spec.name, "single").folder).checkpoint(STEPS)
     base = Path("vfun-demo") / spec.name / "model" / Path(spec.config_file).parent
-    export(checkpoint, output, base_dir=base, names=spec.export_names[form], overwrite=True)
+    export(
+        checkpoint,
+        output,
+        base_dir=base,
+        names=spec.export_names["same"],
+        output_names=unchanged if form == "same" else spec.export_names[form],
+        overwrite=True,
+    )
 
 
 def model_directory_with_the_export(spec: FamilySpec, folder: Path) -> Path:

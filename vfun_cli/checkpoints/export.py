@@ -48,6 +48,7 @@ def export(
     *,
     base_dir: Path,
     names: Callable[[str], str] = lambda name: name,
+    output_names: Callable[[str], str] = lambda name: name,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
     weights: Literal["trained", "ema"] = "trained",
@@ -58,14 +59,15 @@ def export(
     """Write the whole transformer with the checkpoint's weights in it.
 
     ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``names`` turns a
-    parameter name into the released one. Raises ConfigError for a wrong option or an output that exists,
+    parameter name into the released one, ``output_names`` a released name into the one to write. Raises ConfigError for a wrong option or an output that exists,
     CheckpointError for anything wrong with the checkpoint or the base, RunError when the disk is too full.
     """
     check_output(output, dtype, overwrite=overwrite)
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
+    named = {output_names(name): source for name, source in sources.items()}
     return write_model(
-        stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
+        stem, named, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
         progress=progress, workers=workers,
     )  # fmt: skip
 

@@ -65,6 +65,7 @@ def export_bf16(
     from vfun_cli.checkpoints import lora_export
     from vfun_cli.checkpoints.export import export
     from vfun_cli.checkpoints.reader import open_checkpoint
+    from vfun_cli.families.spec import unchanged
 
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")
@@ -99,7 +100,8 @@ def export_bf16(
                 found.checkpoint,
                 target,
                 base_dir=base,
-                names=spec.export_names[format],
+                names=released,
+                output_names=unchanged if format == "same" else spec.export_names[format],
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 weights=weights,

@@ -110,7 +110,8 @@ class FamilySpec:
     demo_builder: str = ""
     """``module:function`` that writes the tiny model directory."""
     export_names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": unchanged})
-    """For each export format, the name of a transformer parameter in it; ``same`` is the released naming."""
+    """``same`` turns a transformer parameter's name into the released one; every other export format turns a released
+    name into its own."""
     train_modes: tuple[str, ...] = ()
     check_options: Callable[[Mapping[str, object]], None] = lambda options: None
     """Raises ConfigError for an option value that exists but cannot train this family."""
