@@ -1,0 +1,101 @@
+"""Requests to stop, from inside one process and over the processes of a job."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vfun_cli import supervise
+from vfun_cli.rundir import RunDir
+from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, PREEMPTION_SIGNALS, StopFlag
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    numbers = (*PREEMPTION_SIGNALS, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
+def test_the_first_signal_is_remembered_and_the_second_ends_the_process(number: int, tmp_path: Path) -> None:
+    flag = StopFlag(tmp_path / "request", reads_file=False)
+    flag.listen()
+    assert flag.reason() == 0
+    os.kill(os.getpid(), number)
+    assert flag.reason() == PREEMPTED
+    assert {signal.getsignal(each) for each in PREEMPTION_SIGNALS} == {signal.SIG_DFL}
+
+
+def test_the_end_of_the_launcher_does_not_count_as_a_second_signal(tmp_path: Path) -> None:
+    flag = StopFlag(tmp_path / "request", reads_file=False)
+    flag.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert flag.reason() == PREEMPTED
+
+
+def test_the_request_file_and_the_clock_are_read_by_one_rank_of_a_machine(tmp_path: Path) -> None:
+    request = tmp_path / "request"
+    request.write_text("interrupted")
+    assert StopFlag(request, reads_file=True).reason() == INTERRUPTED
+    assert StopFlag(request, reads_file=False).reason() == 0
+    request.write_text("preempted")
+    assert StopFlag(request, reads_file=True).reason() == PREEMPTED
+    request.unlink()
+    assert StopFlag(request, reads_file=True, deadline=time.time() - 1).reason() == PREEMPTED
+    assert StopFlag(request, reads_file=True, deadline=time.time() + 60).reason() == 0
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from vfun_cli.training.signals import StopFlag
+flag = StopFlag(Path(sys.argv[1]), reads_file=False)
+flag.listen()
+Path(sys.argv[1] + ".ready").touch()
+while not flag.reason():
+    time.sleep(0.01)
+Path(sys.argv[1] + ".saved").touch()
+"""
+
+
+def test_ranks_outlive_their_launcher_only_to_save(tmp_path: Path) -> None:
+    mark = tmp_path / "rank"
+    argv = f"[sys.executable, '-c', {RANK!r}, {str(mark)!r}]"
+    start = f"import subprocess, sys; subprocess.Popen({argv}, start_new_session=True).wait()"
+    launcher = subprocess.Popen([sys.executable, "-c", start])
+    _wait_for(Path(f"{mark}.ready"))
+    launcher.kill()
+    launcher.wait()
+    _wait_for(Path(f"{mark}.saved"))
+
+
+def test_the_second_request_reaches_processes_in_sessions_of_their_own(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    with supervise.stop_requests(run) as stop:
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+        process = subprocess.Popen(sleep, start_new_session=True, env=os.environ | {"_VFUN_JOB": stop.job})
+        assert supervise.members(stop.job) == [process.pid]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.stop_request.read_text() == "preempted"
+        assert process.poll() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert process.wait(10) == -signal.SIGKILL
+    assert supervise.members(stop.job) == []
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came")
