@@ -115,6 +115,17 @@ class RunConfig:
         ),
     ] = 8
 
+    on_bad_sample: Annotated[
+        str,
+        Opt(
+            help="What to do with a clip that turns out undecodable while training: stop names its row; skip goes on "
+            "without it and counts it.",
+            panel=DATA,
+            choices=("stop", "skip"),
+            on_resume="harmless",
+        ),
+    ] = "stop"
+
     video_sample_size: Annotated[
         int,
         Opt(

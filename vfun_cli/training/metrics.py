@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -103,9 +103,15 @@ class Metrics:
         """Note how long a checkpoint held the run up."""
         started = time.perf_counter()
         yield
-        if self.file is not None:
-            event = {"event": "checkpoint", "step": step, "seconds": round(time.perf_counter() - started, 3)}
-            self.file.write(json.dumps(event) + "\n")
+        self.event({"event": "checkpoint", "step": step, "seconds": round(time.perf_counter() - started, 3)})
+
+    def event(self, record: Mapping[str, Any] | None) -> None:
+        """Write something other than a step; what has ``"agree": false`` is said aloud too."""
+        if self.file is None or record is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        if record.get("agree") is False:
+            print(f"warning: epoch {record['epoch']} was not trained as planned: {record}", file=sys.stderr, flush=True)
 
     def show_first_batch(self, samples: list[Sample]) -> None:
         """Write the first samples of rank 0 as files that people can look at."""

@@ -17,6 +17,7 @@ from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.training.checkpointer import Checkpointer, TrainedState
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
@@ -70,6 +71,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         first_step=first_step,
         total_steps=plan.total_steps,
     )
+    ledger = EpochLedger(accelerator, first_step)
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
@@ -78,6 +80,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         objective=make_objective(spec.objective, spec.objective_options, adapter_setting.model_dir),
         checkpointer=checkpointer,
         metrics=metrics,
+        ledger=ledger,
         stop=stop,
         total_steps=plan.total_steps,
         description={
@@ -92,8 +95,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     batches = load_ahead(
         adapter_class,
         load_options(config),
-        micro_batches(plan, rank=accelerator.process_index, first_step=first_step),
+        micro_batches(plan, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
+        config.on_bad_sample,
     )
     reason = trainer.train(batches, first_step)
     metrics.close()

@@ -1,6 +1,6 @@
 """The plan as the loader wants it: this rank's micro-batches with paths and keys, from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,19 @@ from vfun_cli.training.data import MicroBatch
 from vfun_cli.training.randomness import SampleKey
 
 
-def micro_batches(plan: RunPlan, *, rank: int, first_step: int) -> Iterator[MicroBatch]:
-    """Every micro-batch of one rank in order, steps before ``first_step`` left out."""
+def micro_batches(
+    plan: RunPlan, *, rank: int, first_step: int, tell: Callable[[EpochPlan, int], None] = lambda epoch, step: None
+) -> Iterator[MicroBatch]:
+    """Every micro-batch of one rank in order, steps before ``first_step`` left out.
+
+    ``tell`` hears of every epoch of which a step is trained, with the step of the run that it starts at.
+    """
     place = {int(row): position for position, row in enumerate(plan.table.row)}
     step = 0
     for epoch_plan in plan_run(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs, plan.earlier):
         skipped = min(max(0, first_step - step), epoch_plan.num_steps)
+        if skipped < epoch_plan.num_steps:
+            tell(epoch_plan, step)
         step += skipped
         shares = _shares(epoch_plan)[skipped:]
         for share, batches in zip(shares, epoch_plan.micro_batches_for(rank, skipped), strict=True):

@@ -15,6 +15,7 @@ from vfun_cli.errors import RunError
 from vfun_cli.training.adapter import ModelAdapter
 from vfun_cli.training.checkpointer import Checkpointer, TrainedState
 from vfun_cli.training.data import LoadedBatch, batch_keys
+from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
@@ -38,6 +39,7 @@ class Trainer:
         objective: Objective,
         checkpointer: Checkpointer,
         metrics: Metrics,
+        ledger: EpochLedger,
         stop: StopFlag,
         total_steps: int,
         description: Mapping[str, Any],
@@ -49,6 +51,7 @@ class Trainer:
         self.objective = objective
         self.checkpointer = checkpointer
         self.metrics = metrics
+        self.ledger = ledger
         self.stop = stop
         self.total_steps = total_steps
         self.description = description
@@ -66,11 +69,13 @@ class Trainer:
                 self.metrics.show_first_batch(micro_batches[0].samples)
             epoch = micro_batches[0].batch.epoch
             reason = self.train_step(step, micro_batches)
+            self.metrics.event(self.ledger.step(micro_batches))
             self.checkpointer.check()
             step += 1
             if step % self.config.checkpointing_steps == 0:
                 self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
                 reason = max(reason, self.stop_reason())  # asked for while saving
+        self.metrics.event(self.ledger.close())
         if self.saved_step != step:
             self.save(step, epoch)
         self.checkpointer.wait()
@@ -99,7 +104,7 @@ class Trainer:
             total += loss.detach().float()
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model))
-        mean, reason = self.agree(total / len(micro_batches))
+        mean, reason = self.agree(total / len(micro_batches), sum(each.weight for each in micro_batches))
         self.metrics.step(
             step + 1,
             micro_batches,
@@ -128,17 +133,22 @@ class Trainer:
         prediction = self.adapter.predict(
             model, corrupted.noisy.to(self.dtype), corrupted.timesteps, _cast(conditions, self.dtype)
         )
-        return self.objective.loss(prediction, corrupted.target, mask)
+        return self.objective.loss(prediction, corrupted.target, mask) * loaded.weight
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters of the model, as accelerate's FSDP clipping expects them; frozen ones have no gradient."""
         return list(self.state.model.parameters())
 
-    def agree(self, loss: Tensor) -> tuple[float, int]:
-        """Mean loss over ranks and the gravest stop reason, in one collective."""
-        reasons = torch.tensor([loss.item(), float(self.stop.reason())], dtype=torch.float64)
+    def agree(self, loss: Tensor, weight: float) -> tuple[float, int]:
+        """Mean loss over what was trained on all ranks and the gravest stop reason, in one collective.
+
+        ``weight`` is the sum over this rank's micro-batches; it is less than their number where samples were skipped.
+        """
+        share = weight / self.config.gradient_accumulation_steps
+        reasons = torch.tensor([loss.item(), share, float(self.stop.reason())], dtype=torch.float64)
         gathered = self.accelerator.gather(reasons.to(self.accelerator.device).unsqueeze(0)).cpu()
-        return float(gathered[:, 0].mean()), int(gathered[:, 1].max())
+        trained = float(gathered[:, 1].sum())
+        return float(gathered[:, 0].sum()) / trained if trained else 0.0, int(gathered[:, 2].max())
 
     def save(self, step: int, epoch: int, *, background: bool = False) -> Path:
         """A checkpoint after ``step`` optimizer steps."""

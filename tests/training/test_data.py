@@ -1,0 +1,127 @@
+"""Loading ahead: the plan's order, bad samples by name, files that hang or crash their decoder."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from vfun_cli.errors import MetadataError, RunError
+from vfun_cli.training import data
+from vfun_cli.training.adapter import Sample, SampleRequest
+from vfun_cli.training.data import LoadedBatch, MicroBatch, load_ahead
+from vfun_cli.training.randomness import SampleKey
+
+
+def request(row: int) -> SampleRequest:
+    return SampleRequest(
+        key=SampleKey(seed=0, epoch=0, row=row), record={}, kind="video", frames=4, height=16, width=16, stride=1,
+        total_frames=10, fps=(25, 1),
+    )  # fmt: skip
+
+
+class Decoder:
+    """Decodes a row to its number; ``options`` say which rows are broken, and how."""
+
+    @staticmethod
+    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
+        row = request.key.row
+        if row in options.get("broken", ()):
+            raise MetadataError(f"{row}.mp4: frame 3 cannot be decoded")
+        if row in options.get("hanging", ()):
+            time.sleep(600)
+        if row in options.get("crashing", {}):
+            os.kill(os.getpid(), options["crashing"][row])
+        return {"pixels": torch.full((1,), float(row))}
+
+
+def stream(*batches: tuple[int, ...]) -> Iterator[MicroBatch]:
+    for step, rows in enumerate(batches):
+        yield MicroBatch(epoch=0, step=step, index=0, requests=tuple(map(request, rows)))
+
+
+def loaded(batches: Iterator[MicroBatch], workers: int, on_bad: str = "stop", **options: Any) -> list[LoadedBatch]:
+    return list(load_ahead(Decoder, options, batches, workers, on_bad))  # type: ignore[arg-type]
+
+
+def values(batch: LoadedBatch) -> list[int]:
+    return [int(sample["pixels"]) for sample in batch.samples]
+
+
+def outcome(batches: list[LoadedBatch]) -> list[tuple[list[int], float, list[int]]]:
+    """What each micro-batch computes, what it counts, which rows were skipped."""
+    return [(values(batch), batch.weight, [request.key.row for request, _ in batch.bad]) for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_micro_batches_come_in_the_order_of_the_plan(workers: int) -> None:
+    found = loaded(stream(*[(n, 100 + n) for n in range(10)]), workers)
+    assert [values(batch) for batch in found] == [[n, 100 + n] for n in range(10)]
+    assert [batch.batch.step for batch in found] == list(range(10))
+    assert all(batch.weight == 1 and batch.trained == batch.batch.requests for batch in found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_stops_the_run_with_its_row(workers: int) -> None:
+    with pytest.raises(MetadataError, match=r"row 5: 5\.mp4: frame 3") as caught:
+        loaded(stream((4,), (5,), (6,)), workers, broken=(5,))
+    assert "--on-bad-sample skip" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipping_keeps_every_pass_and_counts_nothing_for_what_is_missing(workers: int) -> None:
+    found = loaded(stream((0,), (1,), (2, 3, 4, 5), (6,)), workers, "skip", broken=(1, 3, 6))
+    assert outcome(found) == [
+        ([0], 1.0, []),
+        ([0], 0.0, [1]),  # the micro-batch before stands in
+        ([2, 4, 5], 0.75, [3]),
+        ([2, 4, 5], 0.0, [6]),
+    ]
+    assert [batch.batch.step for batch in found] == [0, 1, 2, 3]
+    for batch in found:
+        assert [request.key.row for request in batch.batch.requests] == values(batch)
+    assert [len(batch.trained) for batch in found] == [1, 0, 3, 0]
+
+
+def test_at_the_start_the_first_good_micro_batch_stands_in() -> None:
+    found = loaded(stream((0,), (1,), (2,)), 0, "skip", broken=(0, 1))
+    assert outcome(found) == [([2], 0.0, [0]), ([2], 0.0, [1]), ([2], 1.0, [])]
+
+
+def test_skipping_everything_is_an_error() -> None:
+    with pytest.raises(MetadataError, match="none of 2 micro-batches"):
+        loaded(stream((0,), (1,)), 0, "skip", broken=(0, 1))
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_file_that_hangs_its_decoder_is_named_or_skipped(on_bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LOAD_TIMEOUT", 3)
+    batches = stream((0,), (1,), (2,), (3,), (4,))
+    if on_bad == "stop":
+        with pytest.raises(MetadataError, match="row 2: decoding took longer than 3 s"):
+            loaded(batches, 2, on_bad, hanging=(2,))
+        return
+    found = loaded(batches, 2, on_bad, hanging=(2,))
+    assert outcome(found) == [([0], 1.0, []), ([1], 1.0, []), ([1], 0.0, [2]), ([3], 1.0, []), ([4], 1.0, [])]
+
+
+@pytest.mark.parametrize("row", [0, 3])
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_file_that_crashes_its_decoder_is_named_or_skipped(on_bad: str, row: int) -> None:
+    batches = stream(*((n,) for n in range(6)))
+    if on_bad == "stop":
+        with pytest.raises(MetadataError, match=f"row {row}: the decoder crashed"):
+            loaded(batches, 2, on_bad, crashing={row: signal.SIGSEGV})
+        return
+    found = loaded(batches, 2, on_bad, crashing={row: signal.SIGSEGV})
+    assert [batch.weight for batch in found] == [float(n != row) for n in range(6)]
+    assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != row]
+
+
+def test_a_decoding_process_without_memory_is_not_the_fault_of_its_file() -> None:
+    with pytest.raises(RunError, match=r"ended with \[-9\]") as caught:
+        loaded(stream((0,), (1,)), 2, "skip", crashing={1: signal.SIGKILL})
+    assert "--dataloader-num-workers" in str(caught.value.hint)
