@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vfun_cli.rundir import RunDir, write_atomically
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+COMMANDS = ("train", "lora")
 STEPS = 24
 LAUNCH_TIMEOUT = 1500
 """Seconds; a launch of all families takes about two minutes on two quiet cores."""
@@ -69,14 +70,15 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def straight(family: str, strategy: str) -> Run:
+def straight(family: str, strategy: str, command: str = "train") -> Run:
     """All steps in one go."""
-    return Run(name=family, family=family, strategy=strategy)
+    return Run(name=f"{command}-{family}", family=family, strategy=strategy, command=command)
 
 
-def resumed(family: str, strategy: str) -> Run:
+def resumed(family: str, strategy: str, command: str = "train") -> Run:
     """The second half again, from the first run's checkpoint in the middle."""
-    return Run(name=f"{family}-resumed", family=family, strategy=strategy, resume_from=family)
+    first = straight(family, strategy, command)
+    return replace(first, name=f"{first.name}-resumed", resume_from=first.name)
 
 
 def extra(name: str, strategy: str) -> Run:
@@ -86,7 +88,12 @@ def extra(name: str, strategy: str) -> Run:
 
 def all_runs(strategy: str) -> list[Run]:
     """Everything that one launch trains."""
-    runs = [make(family, strategy) for family in families.FAMILIES for make in (straight, resumed)]
+    runs = [
+        make(family, strategy, command)
+        for command in COMMANDS
+        for family in families.FAMILIES
+        for make in (straight, resumed)
+    ]
     return runs + [extra(name, strategy) for name in EXTRAS[strategy]]
 
 

@@ -59,8 +59,9 @@ def export(
     """Write the whole transformer with the checkpoint's weights in it.
 
     ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``names`` turns a
-    parameter name into the released one, ``output_names`` a released name into the one to write. Raises ConfigError for a wrong option or an output that exists,
-    CheckpointError for anything wrong with the checkpoint or the base, RunError when the disk is too full.
+    parameter name into the released one, ``output_names`` a released name into the one to write. Raises ConfigError
+    for a wrong option or an output that exists, CheckpointError for anything wrong with the checkpoint or the base,
+    RunError when the disk is too full.
     """
     check_output(output, dtype, overwrite=overwrite)
     stem, sources = read_base(base_dir)
