@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The support table of the README, from the outcomes of ``test_matrix.py``: a cell is what its tests said."""
-    if not session.config.getoption("--write-matrix"):
+    if not session.config.getoption("--write-matrix", default=False):
         return
     outcomes: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     for item in session.items:

@@ -1,4 +1,4 @@
-"""Family x strategy, full and LoRA: trains, falls on a memorised clip, resumes bit-equal, exports. Two CPU processes."""
+"""Family x strategy, full and LoRA: trains, falls on a memorised clip, resumes bit-equal, exports."""
 
 import math
 from collections.abc import Callable
