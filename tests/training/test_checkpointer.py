@@ -51,10 +51,11 @@ def step(state: TrainedState) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(tmp_path: Path) -> Iterator[RunDir]:
     (tmp_path / "run").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    return RunDir(tmp_path / "run")
+    yield RunDir(tmp_path / "run")
+    shutil.rmtree(RunDir(tmp_path / "run").staging, ignore_errors=True)
 
 
 def checkpointer(run: RunDir, keep: int | None = None) -> Checkpointer:
