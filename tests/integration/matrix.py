@@ -137,14 +137,17 @@ def write_run(run: Run) -> Path:
         "output_dir": run.folder,
     }
     resolved = resolve(run.command, spec, given, demo=demo_default.make(spec), environ={})
-    found = None
-    if (checkpoint := run.checkpoint()) is not None:
+    checkpoint, found = run.checkpoint(), None
+    if checkpoint is not None and checkpoint.exists():
         found = Found(run=RunDir(checkpoint.parent), checkpoint=checkpoint, step=manifest.step_of(checkpoint) or 0)
     job = launching.decide(run.command, spec, resolved, found=found)
     for path, text in job.launch.files.items():
         write_atomically(path, text)
     job.source.table.save(job.run.clips())
-    write_atomically(job.run_json, json.dumps(job.description()))
+    described = job.description()
+    if checkpoint is not None:  # of the same layout where this launch has yet to write it: nothing to tell but its path
+        described["resume"] = str(checkpoint.absolute())
+    write_atomically(job.run_json, json.dumps(described))
     return job.run_json.absolute()
 
 
