@@ -1,5 +1,6 @@
 """Loading ahead: the plan's order, bad samples by name, files that hang or crash their decoder."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -69,6 +70,9 @@ def test_a_bad_sample_stops_the_run_with_its_row(workers: int) -> None:
     with pytest.raises(MetadataError, match=r"row 5: 5\.mp4: frame 3") as caught:
         loaded(stream((4,), (5,), (6,)), workers, broken=(5,))
     assert "--on-bad-sample skip" in str(caught.value.hint)
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert multiprocessing.active_children() == []  # a rank that fails must not wait for them for ever
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -150,14 +150,14 @@ def load_ahead(
         MetadataError: a clip that cannot be decoded, with its row; or with "skip", no clip that can.
         RunError: a decoding process ran out of memory.
     """
-    decoded = _decoded(adapter, options, batches, workers)
-    if on_bad_sample == "skip":
-        yield from _with_stand_ins(decoded)
-        return
-    for loaded in decoded:
-        for _, error in loaded.bad:
-            raise error
-        yield loaded
+    with closing(_decoded(adapter, options, batches, workers)) as decoded:
+        if on_bad_sample == "skip":
+            yield from _with_stand_ins(decoded)
+            return
+        for loaded in decoded:
+            for _, error in loaded.bad:
+                raise error
+            yield loaded
 
 
 def _with_stand_ins(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
@@ -184,7 +184,7 @@ def _stand_in(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
 
 def _decoded(
     adapter: type[ModelAdapter], options: Mapping[str, Any], batches: Iterator[MicroBatch], workers: int
-) -> Iterator[LoadedBatch]:
+) -> Generator[LoadedBatch, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
 
@@ -254,7 +254,8 @@ def _watched(loader: DataLoader[LoadedBatch], at_work: AtWork) -> Iterator[tuple
     finally:
         done.set()
         watcher.join()
-        del iterator
+        for process in started:
+            process.kill()  # they ignore the signal by which Python ends its helpers, and would be waited for
 
 
 def _faults(at_work: AtWork, ended: _Ended) -> dict[tuple[int, int], str]:
