@@ -7,6 +7,7 @@ trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` dra
 from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.documented import COMMON
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims, unchanged
 
 FRAMES_PER_LATENT = 4
@@ -98,34 +99,21 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
 
 
 DEFAULTS: Mapping[str, object] = {
+    **COMMON,
     "pretrained_model_name_or_path": "models/Diffusion_Transformer/CogVideoX-Fun-2b-InP",
-    "train_data_dir": "datasets/internal_datasets/",
     "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 512,
     "video_sample_size": 512,
     "token_sample_size": 512,
     "video_sample_stride": 3,
     "video_sample_n_frames": 49,
-    "train_batch_size": 1,
     "video_repeat": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
     "checkpointing_steps": 50,
     "learning_rate": 1e-4,
     "lr_scheduler": "constant",  # the script's own default; the command line names none
     "lr_warmup_steps": 0,
-    "seed": 42,
     "output_dir": "output_dir",
-    "gradient_checkpointing": True,
-    "mixed_precision": "bf16",
     "adam_weight_decay": 3e-2,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
     "low_vram": True,
     "train_mode": "inpaint",
 }

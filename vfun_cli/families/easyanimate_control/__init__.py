@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import cast
 
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
 
@@ -147,36 +148,18 @@ def _check(family: str) -> Callable[[Mapping[str, object]], None]:
 
 
 DEFAULTS: Mapping[str, object] = {
-    "train_data_dir": "datasets/internal_datasets/",
+    **FULL_FINE_TUNE,
     "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 1024,
     "video_sample_size": 256,
     "token_sample_size": 512,
     "video_sample_stride": 3,
     "video_sample_n_frames": 49,
-    "train_batch_size": 1,
     "video_repeat": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
     "checkpointing_steps": 100,
-    "learning_rate": 2e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 100,
-    "seed": 42,
     "output_dir": "output_dir",
-    "gradient_checkpointing": True,
-    "mixed_precision": "bf16",
     "adam_weight_decay": 5e-3,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
-    "uniform_sampling": True,
     "control_ref_image": "first_frame",
-    "trainable_modules": (".",),
 }
 """What the documents' commands of both families say."""
 

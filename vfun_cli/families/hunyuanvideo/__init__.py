@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.hunyuanvideo.sizes import (
     PATCH_SIZE,
     SHIFT,
@@ -18,36 +19,18 @@ from vfun_cli.families.spec import FamilySpec, MetadataField, unchanged
 
 # The documents' command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
-    "train_data_dir": "datasets/internal_datasets/",
+    **FULL_FINE_TUNE,
     "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 640,
     "video_sample_size": 640,
     "token_sample_size": 640,
     "video_sample_stride": 2,
     "video_sample_n_frames": 81,
-    "train_batch_size": 1,
     "video_repeat": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
     "checkpointing_steps": 50,
-    "learning_rate": 2e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 100,
-    "seed": 42,
     "output_dir": "output_dir2",
-    "gradient_checkpointing": True,
-    "mixed_precision": "bf16",
     "adam_weight_decay": 3e-2,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
-    "uniform_sampling": True,
     "low_vram": True,
-    "trainable_modules": (".",),
 }
 
 # Attention and feed-forward of both streams. The original's "ff.0, ff.2" name no module of this model.
@@ -117,7 +100,11 @@ T2V = _spec(
     adapter="vfun_cli.families.hunyuanvideo.adapter:TextToVideoAdapter",
     media_types=("video", "image"),
     block_classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-    defaults={**_DEFAULTS, "train_mode": "normal"},
+    defaults={
+        **_DEFAULTS,
+        "pretrained_model_name_or_path": "models/Diffusion_Transformer/HunyuanVideo",
+        "train_mode": "normal",
+    },
     train_modes=("normal",),
     demo_builder="vfun_cli.demo.hunyuanvideo:build_t2v",
 )
@@ -129,7 +116,11 @@ I2V = _spec(
     # The first latent frame is given. A picture has no other, so it teaches this model nothing.
     media_types=("video",),
     block_classes=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
-    defaults={**_DEFAULTS, "train_mode": "i2v"},
+    defaults={
+        **_DEFAULTS,
+        "pretrained_model_name_or_path": "models/Diffusion_Transformer/HunyuanVideo-I2V",
+        "train_mode": "i2v",
+    },
     train_modes=("i2v",),
     demo_builder="vfun_cli.demo.hunyuanvideo:build_i2v",
 )

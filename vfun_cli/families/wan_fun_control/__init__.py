@@ -14,6 +14,7 @@
 from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
 
@@ -104,39 +105,21 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
 
 
 DEFAULTS: dict[str, object] = {
+    **FULL_FINE_TUNE,
     "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.1-Fun-14B-Control",
-    "train_data_dir": "datasets/internal_datasets/",
     "train_data_meta": "datasets/internal_datasets/metadata.json",
     "image_sample_size": 1024,
     "video_sample_size": 256,
     "token_sample_size": 512,
     "video_sample_stride": 2,
     "video_sample_n_frames": 81,
-    "train_batch_size": 1,
     "video_repeat": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
     "checkpointing_steps": 50,
-    "learning_rate": 2e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 100,
-    "seed": 42,
     "output_dir": "output_dir",
-    "gradient_checkpointing": True,
-    "mixed_precision": "bf16",
     "adam_weight_decay": 3e-2,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
-    "uniform_sampling": True,
     "low_vram": True,
     "train_mode": "control_object",
     "control_ref_image": "first_frame",
-    "trainable_modules": ".",
 }
 """The document's command line, as typed there."""
 

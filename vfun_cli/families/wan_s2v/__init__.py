@@ -1,38 +1,21 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
+from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.spec import FamilySpec, MetadataField
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, RELEASED, forward_flops, read_dims, sequence_tokens
 
 DEFAULTS: dict[str, object] = {
+    **FULL_FINE_TUNE,
     "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.2-S2V-14B",
-    "train_data_dir": "datasets/internal_datasets/",
     "train_data_meta": "datasets/internal_datasets/metadata_control.json",
     "video_sample_size": 640,
     "token_sample_size": 640,
     "video_sample_stride": 1,
     "video_sample_n_frames": 80,
-    "train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
     "checkpointing_steps": 50,
-    "learning_rate": 2e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 100,
-    "seed": 42,
     "output_dir": "output_dir",
-    "gradient_checkpointing": True,
-    "mixed_precision": "bf16",
     "adam_weight_decay": 3e-2,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
-    "uniform_sampling": True,
     "low_vram": True,
-    "trainable_modules": ".",
 }
 """The document's command line, as typed there; its four strategies use the same values."""
 

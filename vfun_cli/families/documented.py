@@ -1,0 +1,30 @@
+"""What the documents' command lines of all families have in common."""
+
+from collections.abc import Mapping
+
+COMMON: Mapping[str, object] = {
+    "train_data_dir": "datasets/internal_datasets/",
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "seed": 42,
+    "gradient_checkpointing": True,
+    "mixed_precision": "bf16",
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+}
+
+FULL_FINE_TUNE: Mapping[str, object] = {
+    **COMMON,
+    "learning_rate": 2e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+    "uniform_sampling": True,
+    "trainable_modules": ".",
+}
+"""Everything but CogVideoX-Fun, whose document trains LoRA."""
