@@ -1,6 +1,5 @@
 """EasyAnimate Control in the trainer's terms: what is decoded, encoded and handed to the transformer."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, POINT_AT, V5, V5_1, check_options, complete_config
+from vfun_cli.errors import ConfigError
+from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, check_options, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
@@ -20,6 +19,7 @@ from vfun_cli.training.encoders.bert_t5 import PaddedText, load_bert, load_t5
 from vfun_cli.training.encoders.magvit_vae import MagvitVAE
 from vfun_cli.training.encoders.placement import encoding_on
 from vfun_cli.training.encoders.qwen2_vl import Qwen2VLText
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.randomness import SampleKey
 
 TEXT_DROP = 0.10
@@ -175,20 +175,6 @@ class EasyAnimateV5(EasyAnimateControl):
                 folder / "text_encoder_2", folder / "tokenizer_2", dtype=dtype, length=CAPTION_TOKENS
             ),
         }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory. Raises CheckpointError if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}",
-            hint=POINT_AT,
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")
-    return found
 
 
 def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> None:

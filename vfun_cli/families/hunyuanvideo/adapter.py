@@ -1,6 +1,5 @@
 """HunyuanVideo in the terms of the trainer: released folders in, latents, conditions and predictions out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +17,7 @@ from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
 from vfun_cli.training.encoders.placement import encoding_on
-from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
 from vfun_cli.training.randomness import SampleKey
 
 TEXT_DROP = 0.1
@@ -169,7 +168,7 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
 
     Raises ConfigError if the directory is another family's, CheckpointError if the tensors do not fit.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     check_config(config, condition)
     model = empty_model(lambda: HunyuanVideoTransformer3DModel.from_config(config))
     load_weights(model, safetensors_files(folder), where=str(folder))
@@ -178,7 +177,7 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
 
 def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
     """The released VAE. Raises CheckpointError if the tensors do not fit."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
     load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
     return model
@@ -186,19 +185,9 @@ def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
 
 def _check_shift(path: Path) -> None:
     """The objective trains with the released models' shift; raise CheckpointError if the scheduler has another."""
-    shift = _read_json(path).get("shift")
+    shift = read_json(path).get("shift")
     if shift != SHIFT:
         raise CheckpointError(
             f"{path} has shift {shift}; the released HunyuanVideo models have {SHIFT}, and so does the training",
             hint="use the scheduler folder of the released model",
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
-        ) from error
