@@ -4,9 +4,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import numpy as np
+
 from vfun_cli import families
 from vfun_cli.config import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
 from vfun_cli.metadata.codes import CODES
+from vfun_cli.plan.table import ClipTable
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -111,9 +114,43 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def preview_picture() -> tuple[str, str]:
+    """What ``plan-buckets`` prints for a made-up set of 2,000 films, as SVG and as plain text."""
+    import io
+
+    from rich.console import Console
+
+    from vfun_cli.plan.options import PlanOptions
+    from vfun_cli.plan.preview import preview
+    from vfun_cli.plan.schedule import plan_epochs
+
+    spec = families.FAMILIES["wan-s2v"]
+    options = PlanOptions.pick(spec.defaults, world_size=8)
+    plans = list(plan_epochs(spec, spec.dims, _films(2000), options, 1))
+    console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True, color_system="256")
+    console.print(preview(spec, spec.dims, options, _films(2000), plans))
+    text = console.export_text(clear=False)
+    return console.export_svg(title="vfun plan-buckets wan-s2v --world-size 8", unique_id="plan"), text
+
+
+def _films(count: int) -> ClipTable:
+    """Films of six aspects and three frame rates, half a second to twenty seconds long; equal on every machine."""
+    sizes = ((1280, 720), (1920, 1080), (720, 1280), (640, 640), (854, 480), (480, 360))
+    rates = ((25, 1), (30000, 1001), (24, 1))
+    place = np.arange(count)
+    size = np.array(sizes)[place * 7 % 13 % len(sizes)]
+    return ClipTable.from_columns(
+        width=size[:, 0], height=size[:, 1], frames=12 + place * 37 % 480,
+        fps=[rates[index] for index in (place * 5 % 11 % len(rates)).tolist()],
+    )  # fmt: skip
+
+
+PREVIEW = Path("images") / "plan-preview.svg"
 PAGES = {"options.md": options_page, "problem-codes.md": problems_page}
 
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")
+    (DOCS / PREVIEW).parent.mkdir(exist_ok=True)
+    (DOCS / PREVIEW).write_text(preview_picture()[0], encoding="utf-8")
