@@ -19,7 +19,7 @@ from vfun_cli.rundir import RunDir, write_atomically
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 COMMANDS = ("train", "lora")
-STEPS = 24
+STEPS = {"train": 24, "lora": 12}
 LAUNCH_TIMEOUT = 1500
 """Seconds; a launch of all families takes about two minutes on two quiet cores."""
 
@@ -44,7 +44,11 @@ class Run:
         """What the run continues from."""
         if self.resume_from is None:
             return None
-        return RunDir(Path("runs") / self.strategy / self.resume_from).checkpoint(STEPS // 2)
+        return RunDir(Path("runs") / self.strategy / self.resume_from).checkpoint(STEPS[self.command] // 2)
+
+    def last_checkpoint(self) -> Path:
+        """Where the run ended."""
+        return RunDir(self.folder).checkpoint(STEPS[self.command])
 
 
 CLIP_NORM = 1e-3
@@ -81,6 +85,11 @@ def resumed(family: str, strategy: str, command: str = "train") -> Run:
     return replace(first, name=f"{first.name}-resumed", resume_from=first.name)
 
 
+def unlearning(family: str) -> Run:
+    """Adapters that stay what they were: the losses that the draws of a run have on their own."""
+    return replace(straight(family, "single", "lora"), name=f"unlearning-{family}", options={"learning_rate": 0})
+
+
 def extra(name: str, strategy: str) -> Run:
     """One of EXTRAS."""
     return Run(name=name, family="wan-s2v", strategy=strategy, options=EXTRAS[strategy][name])
@@ -94,10 +103,12 @@ def all_runs(strategy: str) -> list[Run]:
         for family in families.FAMILIES
         for make in (straight, resumed)
     ]
+    if strategy == "single":
+        runs += [unlearning(family) for family in families.FAMILIES]
     return runs + [extra(name, strategy) for name in EXTRAS[strategy]]
 
 
-def memorised(family: str) -> dict[str, Any]:
+def memorised(family: str, command: str = "train") -> dict[str, Any]:
     """Options that train one clip of the demo over and over, at the smallest size."""
     return {
         "train_data_meta": f"vfun-demo/{family}/data/one-clip.json",
@@ -106,8 +117,8 @@ def memorised(family: str) -> dict[str, Any]:
         "token_sample_size": 64,
         "video_sample_n_frames": 8 if family == "wan-s2v" else 9,
         "dataloader_num_workers": 1,
-        "max_train_steps": STEPS,
-        "checkpointing_steps": STEPS // 2,
+        "max_train_steps": STEPS[command],
+        "checkpointing_steps": STEPS[command] // 2,
         "lr_scheduler": "constant",
     }
 
@@ -130,7 +141,7 @@ def write_run(run: Run) -> Path:
     """Everything that ``vfun train`` writes before it starts the processes; the path of run.json."""
     spec = families.find(run.family)
     given = {
-        **memorised(run.family),
+        **memorised(run.family, run.command),
         **together(run.strategy),
         **run.options,
         "strategy": run.strategy,

@@ -77,7 +77,10 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     folder = Path("killed") / strategy
     run = RunDir(folder)
     process = start(vfun("train", FAMILY, "--demo", f"--strategy={strategy}", *options(folder, **together(strategy))))
-    wait_for(lambda: run.checkpoint(STEPS // 2).exists() and max(steps_of(run), default=0) > STEPS // 2, process)
+    wait_for(
+        lambda: run.checkpoint(STEPS["train"] // 2).exists() and max(steps_of(run), default=0) > STEPS["train"] // 2,
+        process,
+    )
     kill_all(process)
     done = subprocess.run(vfun("resume", folder), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -85,7 +88,7 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     assert [line["loss"] for line in lines if "loss" in line] == losses(straight(FAMILY, strategy))
     hashes = []
     for root in (run.root, straight(FAMILY, strategy).folder):
-        command = vfun("export-bf16", root / f"checkpoint-{STEPS}", "--output", root / "cli-export", "--json")
+        command = vfun("export-bf16", root / f"checkpoint-{STEPS['train']}", "--output", root / "cli-export", "--json")
         hashes.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["sha256"])
     assert hashes[0] == hashes[1]
 

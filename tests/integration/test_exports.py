@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.matrix import STEPS, memorised, straight
+from tests.integration.matrix import memorised, straight
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
@@ -42,7 +42,7 @@ def rounded(values: np.ndarray) -> Tensor:
 
 
 def export_to(output: Path, spec: FamilySpec, form: str) -> None:
-    checkpoint = RunDir(straight(spec.name, "single").folder).checkpoint(STEPS)
+    checkpoint = straight(spec.name, "single").last_checkpoint()
     base = Path("vfun-demo") / spec.name / "model" / Path(spec.config_file).parent
     export(
         checkpoint,
@@ -82,7 +82,7 @@ def test_the_export_predicts_like_the_trained_weights(
     run = RunDir(straight(family, "single").folder)
     loaded, config = adapter_from(spec, model_directory_with_the_export(spec, tmp_path))
     live, _ = adapter_from(spec, Path("vfun-demo") / family / "model")
-    weights = open_checkpoint(run.checkpoint(STEPS)).weights
+    weights = open_checkpoint(straight(family, "single").last_checkpoint()).weights
     with torch.no_grad():
         for name, parameter in live.transformer.named_parameters():
             source = weights[name].read() if name in weights else parameter.numpy()  # frozen ones are in no checkpoint
@@ -108,7 +108,7 @@ def test_the_export_loads_with_diffusers(family: str, trained: Callable[[str], N
     kind = getattr(importlib.import_module("diffusers"), DIFFUSERS_CLASSES[family])
     model, report = kind.from_pretrained(tmp_path / "export", output_loading_info=True, low_cpu_mem_usage=False)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    weights = open_checkpoint(RunDir(straight(family, "single").folder).checkpoint(STEPS)).weights
+    weights = open_checkpoint(straight(family, "single").last_checkpoint()).weights
     found = dict(model.named_parameters())
     assert len(set(weights) & set(found)) > 0.9 * len(weights)
     for name in set(weights) & set(found):

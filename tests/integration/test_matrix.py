@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from tests.integration.matrix import COMMANDS, STEPS, STRATEGIES, Run, losses, resumed, straight
+from tests.integration.matrix import COMMANDS, STEPS, STRATEGIES, Run, losses, resumed, straight, unlearning
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
@@ -18,15 +18,12 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = tuple(families.FAMILIES)
 CELLS = [(command, family, strategy) for strategy in STRATEGIES for command in COMMANDS for family in FAMILIES]
-FALL = {"train": 0.8, "lora": 0.9}
-"""The last quarter's mean loss over the first's, at most; adapters of a random base learn more slowly."""
-
 cells = pytest.mark.parametrize(("command", "family", "strategy"), CELLS)
 Trained = Callable[[str], None]
 
 
 def weights_of(run: Run) -> dict[str, np.ndarray]:
-    weights = open_checkpoint(RunDir(run.folder).checkpoint(STEPS)).weights
+    weights = open_checkpoint(run.last_checkpoint()).weights
     return {name: tensor.read() for name, tensor in weights.items()}
 
 
@@ -35,9 +32,7 @@ def export_of(run: Run) -> str:
     spec = families.find(run.family)
     base = Path("vfun-demo") / run.family / "model" / Path(spec.config_file).parent
     output = RunDir(run.folder).root / "export"
-    done = export(
-        RunDir(run.folder).checkpoint(STEPS), output, base_dir=base, names=spec.export_names["same"], overwrite=True
-    )
+    done = export(run.last_checkpoint(), output, base_dir=base, names=spec.export_names["same"], overwrite=True)
     assert done.verified
     return done.sha256
 
@@ -46,9 +41,13 @@ def export_of(run: Run) -> str:
 def test_loss_falls_on_a_memorised_clip(command: str, family: str, strategy: str, trained: Trained) -> None:
     trained(strategy)
     found = losses(straight(family, strategy, command))
-    quarter = STEPS // 4
-    assert len(found) == STEPS and all(math.isfinite(loss) for loss in found)
-    assert mean(found[-quarter:]) <= FALL[command] * mean(found[:quarter]), found
+    assert len(found) == STEPS[command] and all(math.isfinite(loss) for loss in found)
+    quarter = len(found) // 4
+    if command == "train":
+        assert mean(found[-quarter:]) <= 0.8 * mean(found[:quarter]), found
+    else:  # few steps: against the same draws without learning, so that easy and hard timesteps do not matter
+        trained("single")
+        assert mean(found[-quarter:]) <= 0.95 * mean(losses(unlearning(family))[-quarter:]), found
 
 
 @cells
@@ -57,7 +56,7 @@ def test_a_resumed_run_is_bit_equal_to_the_straight_one(
 ) -> None:
     trained(strategy)
     again, whole = resumed(family, strategy, command), straight(family, strategy, command)
-    assert losses(again) == losses(whole)[STEPS // 2 :]
+    assert losses(again) == losses(whole)[STEPS[command] // 2 :]
     expected = weights_of(whole)
     for name, values in weights_of(again).items():
         np.testing.assert_array_equal(values, expected.pop(name), err_msg=name)
@@ -69,7 +68,7 @@ def test_a_resumed_run_is_bit_equal_to_the_straight_one(
 @pytest.mark.parametrize(("family", "strategy"), [(family, strategy) for strategy in STRATEGIES for family in FAMILIES])
 def test_lora_trains_whole_adapters_and_nothing_else(family: str, strategy: str, trained: Trained) -> None:
     trained(strategy)
-    reader = open_checkpoint(RunDir(straight(family, strategy, "lora").folder).checkpoint(STEPS))
+    reader = open_checkpoint(straight(family, strategy, "lora").last_checkpoint())
     down = {name for name in reader.weights if ".lora_A." in name}
     up = {name for name in reader.weights if ".lora_B." in name}
     assert down and set(reader.weights) == down | up
