@@ -17,9 +17,9 @@ from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec, unchanged
-from vfun_cli.planning import load_plan
 from vfun_cli.resolve import resolve
 from vfun_cli.rundir import RunDir
+from vfun_cli.runplan import load_plan
 from vfun_cli.training.adapter import ModelAdapter
 from vfun_cli.training.data import batch_keys
 from vfun_cli.training.session import adapter_of, adapter_options, load_options

@@ -18,9 +18,9 @@ from lora_sample import load_model, options, prepared, train
 from torch.distributed.tensor import DTensor
 
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
-from vfun_cli.training.checkpointer import TrainedState, trained_parameters
 from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import add_adapters, load_adapter, save_adapter
+from vfun_cli.training.state import TrainedState, trained_parameters
 from vfun_cli.training.strategy import make_accelerator
 
 STRATEGIES = ("fsdp", "zero3", "zero2")

@@ -19,7 +19,8 @@ from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError, FitError, RunError
 from vfun_cli.rundir import RunDir
-from vfun_cli.training.checkpointer import Checkpointer, TrainedState, checkpoint_bytes
+from vfun_cli.training.checkpointer import Checkpointer, checkpoint_bytes
+from vfun_cli.training.state import TrainedState
 
 KILLS_LEAST = 20
 """Steps of a save, seen from the file system, below which the kill test would not be testing."""

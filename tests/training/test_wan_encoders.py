@@ -78,7 +78,7 @@ def test_padding_a_text_adds_zero_rows_and_refuses_too_long_ones() -> None:
 
 
 def test_a_model_folder_without_text_encoder_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="models_t5_umt5-xxl-enc-bf16.pth"):
+    with pytest.raises(CheckpointError, match=r"models_t5_umt5-xxl-enc-bf16\.pth"):
         UMT5TextEncoder.from_files(tmp_path, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth"):
         WanVAE.from_file(tmp_path / "Wan2.1_VAE.pth", dtype=torch.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vfun_cli.checkpoints.reader import CheckpointReader
-from vfun_cli.training.checkpointer import TrainedState, require_names, trained_parameters
+from vfun_cli.training.state import TrainedState, require_names, trained_parameters
 from vfun_cli.training.whole import STEP, restore
 
 

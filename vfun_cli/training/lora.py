@@ -28,7 +28,8 @@ from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.training.checkpointer import OPTIMIZER_FILE, Format, TrainedState, trained_parameters
+from vfun_cli.training.formats import OPTIMIZER_FILE, Format
+from vfun_cli.training.state import TrainedState, trained_parameters
 from vfun_cli.training.whole import collect, restore
 
 ADAPTER = "default"

@@ -11,10 +11,10 @@ import torch
 from vfun_cli import families
 from vfun_cli.config import RunConfig
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.planning import load_plan
 from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.runplan import load_plan
 from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
-from vfun_cli.training.checkpointer import Checkpointer, TrainedState
+from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
 from vfun_cli.training.ledger import EpochLedger
@@ -24,6 +24,7 @@ from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.signals import StopFlag
+from vfun_cli.training.state import TrainedState
 from vfun_cli.training.strategy import assert_strategy, make_accelerator, prepare_environment
 from vfun_cli.training.stream import micro_batches
 from vfun_cli.training.trainer import OUTCOMES, Trainer

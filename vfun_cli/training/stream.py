@@ -8,7 +8,7 @@ import numpy as np
 from vfun_cli.metadata.records import Record
 from vfun_cli.plan.schedule import EpochPlan, PlannedSample, plan_run
 from vfun_cli.plan.schedule import MicroBatch as PlannedBatch
-from vfun_cli.planning import RunPlan
+from vfun_cli.runplan import RunPlan
 from vfun_cli.training.adapter import SampleRequest
 from vfun_cli.training.data import MicroBatch
 from vfun_cli.training.randomness import SampleKey

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.training.adapter import ModelAdapter
-from vfun_cli.training.checkpointer import Checkpointer, TrainedState
+from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import LoadedBatch, batch_keys
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
 from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
+from vfun_cli.training.state import TrainedState
 
 CONTINUE = 0
 OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vfun_cli.training.checkpointer import MOMENTS, TrainedState, inner_optimizer, trained_parameters
+from vfun_cli.training.state import MOMENTS, TrainedState, inner_optimizer, trained_parameters
 
 STEP = "step"
 
