@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format docs clean
+.PHONY: demo test test-fast test-long lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m vfun_cli.demo.tour
 
-test: lint $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: lint test-fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not long"
+
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -37,13 +37,9 @@ TABLE = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-matrix", action="store_true", help="Write the README's support table from the results.")
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The support table of the README, from the outcomes of ``test_matrix.py``: a cell is what its tests said."""
-    if not session.config.getoption("--write-matrix", default=False):
+    """With WRITE_MATRIX=1, the README's support table from the outcomes of ``test_matrix.py``."""
+    if not os.environ.get("WRITE_MATRIX"):
         return
     outcomes: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     for item in session.items:

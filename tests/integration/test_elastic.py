@@ -15,7 +15,7 @@ from tests.integration.matrix import STRATEGIES, Run, losses
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 FAMILY = "wan-s2v"
 CHANGED, LAST = 2, 4

@@ -16,7 +16,7 @@ from vfun_cli.checkpoints.compare import compare_tensors
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS = 6
 GRACE = 60
