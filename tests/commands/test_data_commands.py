@@ -82,6 +82,8 @@ def test_explain_prints_one_code_or_all(vfun: Vfun) -> None:
     everything = vfun("validate-meta", "--explain", "all").out
     assert all(name in everything for name in CODES)
     assert vfun("validate-meta", "--explain", "to-small").code == 2
+    (code,) = json.loads(vfun("validate-meta", "--explain", "too-small", "--json").out)["codes"]
+    assert (code["name"], code["severity"]) == ("too-small", "warning")
 
 
 @pytest.mark.parametrize(

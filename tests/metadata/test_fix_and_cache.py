@@ -16,7 +16,7 @@ from vfun_cli.metadata.checks import Report, Settings, table_without_files, vali
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.records import read_metadata
-from vfun_cli.metadata.report import codes_markdown, render, render_code, render_fixed, to_json, write_problems
+from vfun_cli.metadata.report import codes_json, render, render_code, render_fixed, to_json, write_problems
 
 
 def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, check: Callable[..., Report]) -> None:
@@ -150,7 +150,7 @@ def test_the_summary_shows_counts_rows_and_totals(check: Callable[..., Report], 
     text = console.export_text()
     for part in ("missing-file", "1 of 2 rows cannot be trained on", "64x48", "24 (1)", "left out row 1", "-60 dB"):
         assert part in text
-    assert codes_markdown().count("\n") == len(CODES) + 2
+    assert [code["name"] for code in codes_json("all")["codes"]] == list(CODES)
 
 
 def test_an_unknown_code_is_answered_with_the_nearest() -> None:

@@ -81,10 +81,13 @@ def validate_meta(
     [bold]vfun validate-meta metadata.json --fix better.json[/bold]
     """
     from vfun_cli.metadata.fix import write_fixed
-    from vfun_cli.metadata.report import render, render_code, render_fixed, to_json, write_problems
+    from vfun_cli.metadata.report import codes_json, render, render_code, render_fixed, to_json, write_problems
 
     if explain is not None:
-        render_code(explain, console.out)
+        if json:
+            console.print_json(codes_json(explain))
+        else:
+            render_code(explain, console.out)
         return
     given = {"train_data_meta": meta, "train_data_dir": data_root, "video_sample_stride": stride}
     report = _check(family, {name: value for name, value in given.items() if value is not None}, demo=demo, deep=deep)

@@ -98,6 +98,12 @@ def render_fixed(fixed: Fixed, console: Console) -> None:
         console.print(f"  left out row {row}: {', '.join(dict.fromkeys(codes))}")
 
 
+def codes_json(name: str) -> dict[str, Any]:
+    """The same as an object, for programs."""
+    codes = CODES.values() if name == "all" else [explain(name)]
+    return {"codes": [dict(vars(code)) for code in codes]}
+
+
 def render_code(name: str, console: Console) -> None:
     """One code of ``--explain``, or the list of them for ``all``. Raises ConfigError for an unknown one."""
     if name == "all":
@@ -110,15 +116,6 @@ def render_code(name: str, console: Console) -> None:
     console.print(f"[bold]{code.name}[/] ([{COLOURS[code.severity]}]{code.severity}[/])")
     for label, text in (("what", code.explanation), ("example", code.example), ("fix", code.fix)):
         console.print(f"  {label:8}{escape(text)}")
-
-
-def codes_markdown() -> str:
-    """The table of codes for the docs."""
-    lines = ["| code | severity | what | example | way out |", "|---|---|---|---|---|"]
-    for code in CODES.values():
-        cells = (f"`{code.name}`", code.severity, code.explanation, code.example, code.fix)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def summary_of_warnings(report: Report) -> list[str]:
