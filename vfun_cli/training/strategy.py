@@ -26,6 +26,8 @@ def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precis
     """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
     settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
     if strategy.startswith("zero"):
+        if device == "cpu":
+            use_gloo_alone()
         backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
         return Accelerator(**settings, kwargs_handlers=[backend])
     settings["mixed_precision"] = mixed_precision
@@ -41,6 +43,13 @@ def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precis
     # A bucket view saves a copy of every gradient.
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if strategy == "ddp" else []
     return Accelerator(**settings, cpu=True, kwargs_handlers=handlers)
+
+
+def use_gloo_alone() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives: gloo does the same without a compiler."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
