@@ -2,11 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.config import RunConfig
@@ -54,8 +63,10 @@ EVERY_FIELD = (
 """What rows may hold when no family is named."""
 
 
-def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Report:
+def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | None = None) -> Report:
     """Validate the metadata of a run as its family and settings need it.
+
+    With ``deep_timeout`` everything is decoded too, at most so many seconds a file.
 
     Raises:
         MetadataError: no metadata is named.
@@ -67,7 +78,7 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep: bool = False) -> Re
         spec.fields,
         spec.media_types,
         needs=clip_needs(config, spec),
-        deep=deep,
+        deep_timeout=deep_timeout,
     )
     return report.plus(left_out_by_plan(config, spec, report))
 
@@ -93,13 +104,13 @@ def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> lis
     return problems
 
 
-def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep: bool = False) -> Report:
-    """Validate what every family needs.
+def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep_timeout: float | None = None) -> Report:
+    """Validate what every family needs; ``deep_timeout`` as in :func:`check_rows`.
 
     Raises:
         MetadataError: no metadata is named.
     """
-    return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep=deep)
+    return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
 def _validate(
@@ -109,14 +120,16 @@ def _validate(
     media_types: Sequence[MediaType],
     *,
     needs: ClipNeeds | None,
-    deep: bool,
+    deep_timeout: float | None,
 ) -> Report:
     if meta is None:
         raise MetadataError(
             "no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo needs neither."
         )
     with progress() as stage:
-        settings = Settings(cache=CACHE.expanduser(), deep=deep, progress=stage)
+        settings = Settings(cache=CACHE.expanduser(), progress=stage)
+        if deep_timeout is not None:
+            settings = replace(settings, deep=True, deep_timeout=deep_timeout)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
 
 
@@ -177,10 +190,18 @@ def plan(source: PlanInput, epochs: int) -> list[EpochPlan]:
     return list(islice(plan_epochs(source.spec, source.dims, source.table, source.options, ENDLESS_EPOCHS), epochs))
 
 
+class _Rate(ProgressColumn):
+    """Files a second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty until there is something to measure."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="dim")
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """A progress bar with rate and time left for the stages of a validation; silent when not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bars:
 
         def stage(name: str) -> Callable[[int, int], None]:

@@ -150,3 +150,8 @@ def test_a_second_validation_reads_no_headers(place: Path, vfun: Vfun, monkeypat
     monkeypatch.setattr(av, "open", lambda *args, **kwargs: opened.append(args))
     assert vfun("validate-meta", "--family", "wan-s2v", "--demo", "--json") == first
     assert opened == []
+
+
+def test_deep_gives_a_file_so_many_seconds(place: Path, vfun: Vfun) -> None:
+    said = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--deep", "--deep-timeout", "0", "--json")
+    assert {problem["code"] for problem in json.loads(said.out)["problems"]} == {"decode-timeout"}

@@ -48,12 +48,12 @@ def encode_video(
     return path
 
 
-def write_sound(path: Path, *, seconds: float = 1.0, rate: int = 16000, level: float = 0.3) -> Path:
+def write_sound(path: Path, *, seconds: float = 1.0, rate: int = 16000, level: float = 0.3, channels: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = level * np.sin(np.arange(round(seconds * rate)) * 0.2)
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
+        file.setnchannels(channels)
         file.setsampwidth(2)
         file.setframerate(rate)
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
+        file.writeframes(np.repeat(samples * 32767, channels).astype("<i2").tobytes())
     return path

@@ -144,6 +144,7 @@ DAMAGE: list[tuple[str, Damage]] = [
     ("audio-longer", on("wav/1.wav", lambda path: write_sound(path, seconds=3))),
     ("audio-offset", with_late_sound),
     ("silent-audio", on("wav/1.wav", lambda path: write_sound(path, level=0.0))),
+    ("many-channels", on("wav/1.wav", lambda path: write_sound(path, channels=6))),
     ("odd-sample-rate", on("wav/1.wav", lambda path: write_sound(path, rate=11025))),
 ]  # fmt: skip
 

@@ -51,6 +51,9 @@ def validate_meta(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
+    deep_timeout: Annotated[
+        float, typer.Option("--deep-timeout", min=0, help="Seconds that --deep gives to each file.")
+    ] = 60.0,
     fix: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +93,8 @@ def validate_meta(
             render_code(explain, console.out)
         return
     given = {"train_data_meta": meta, "train_data_dir": data_root, "video_sample_stride": stride}
-    report = _check(family, {name: value for name, value in given.items() if value is not None}, demo=demo, deep=deep)
+    typed = {name: value for name, value in given.items() if value is not None}
+    report = _check(family, typed, demo=demo, deep_timeout=deep_timeout if deep else None)
     if problems is not None:
         write_problems(report, problems)
     if json:
@@ -104,16 +108,17 @@ def validate_meta(
         raise typer.Exit(MetadataError.exit_code)
 
 
-def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep: bool) -> "Report":
+def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeout: float | None) -> "Report":
     from vfun_cli.preparation import check_rows, check_rows_of_any_family
 
     if family is not None:
         spec = families.find(family)
         resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
-        return check_rows(resolved.config, spec, deep=deep)
+        return check_rows(resolved.config, spec, deep_timeout=deep_timeout)
     if demo:
         raise ConfigError("--demo needs to know which family's demo.", hint="Add --family wan-s2v.")
     meta = given.get("train_data_meta") or setting("train_data_meta", os.environ, Path())
     root = given.get("train_data_dir") or setting("train_data_dir", os.environ, Path())
     meta = Path(meta) if meta else None
-    return check_rows_of_any_family(meta, Path(root) if root else (meta.parent if meta else None), deep=deep)
+    folder = Path(root) if root else (meta.parent if meta else None)
+    return check_rows_of_any_family(meta, folder, deep_timeout=deep_timeout)

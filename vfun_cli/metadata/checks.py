@@ -520,6 +520,8 @@ def _check_audio(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
         yield row.problem("silent-audio", "nothing is louder than -60 dB", name)
     if audio.rate not in USUAL_RATES:
         yield row.problem("odd-sample-rate", f"{audio.rate} Hz", name)
+    if audio.channels > 2:
+        yield row.problem("many-channels", f"{audio.channels} channels", name)
     if audio.offset > AUDIO_TOLERANCE:
         yield row.problem("audio-offset", f"the sound starts {float(audio.offset):.3f} s late", name)
     if not isinstance(facts, VisualFacts) or not facts.duration:

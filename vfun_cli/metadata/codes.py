@@ -356,6 +356,13 @@ CODES: dict[str, Code] = {
             "Replace the audio, or leave the row out.",
         ),
         _code(
+            "many-channels",
+            "note",
+            "The sound has more than two channels; they are averaged, so speech in one of them becomes faint.",
+            "a 5.1 film sound, where the speech is in the centre channel",
+            "Extract the channel that holds the speech: ffmpeg -i in.mp4 -af pan=mono|c0=FC out.wav",
+        ),
+        _code(
             "odd-sample-rate",
             "note",
             "An unusual sampling rate, or one below the 16 kHz that the audio encoder hears. It is resampled.",

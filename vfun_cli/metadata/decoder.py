@@ -53,7 +53,8 @@ def main() -> None:
         try:
             answer = decode_visual(path) if kind == "visual" else decode_audio(path)
         except Exception as error:  # decoders raise whatever their C code threw
-            why = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+            said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+            why = said.splitlines()[-1][:200]
             answer = f"decode-error|{why}"
         print(answer, file=out, flush=True)
 
