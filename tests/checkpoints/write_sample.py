@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from vfun_cli.training.strategy import use_gloo_alone
+
 STRATEGIES = (
     "single",
     "fsdp",
@@ -198,6 +200,7 @@ def main(directory: Path) -> None:
     import deepspeed
 
     torch.set_num_threads(1)
+    use_gloo_alone()
     deepspeed.init_distributed(dist_backend="gloo")
     write_fsdp(directory / "fsdp", split=False)
     write_fsdp(directory / "fsdp-original", split=True)
