@@ -31,12 +31,13 @@ def encoders(value: Any, seen: set[int]) -> list[nn.Module]:
     seen.add(id(value))
     if isinstance(value, nn.Module):
         return [value]
-    found = []
-    for part in (
-        vars(value).values() if hasattr(value, "__dict__") and type(value).__module__.startswith("vfun") else ()
-    ):
-        found += encoders(part, seen)
-    return found
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif type(value).__module__.startswith("vfun_cli") and hasattr(value, "__dict__"):
+        parts = list(vars(value).values())
+    else:
+        parts = []
+    return [module for part in parts for module in encoders(part, seen)]
 
 
 def request(spec: FamilySpec, config: Any) -> SampleRequest:
