@@ -83,7 +83,8 @@ def compose(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: Epoch
         Label(
             x=MARGIN, y=76, fill="faint",
             text=f"{ledger.used:,} of {ledger.rows:,} rows in {len(plan.buckets):,} buckets, "
-            f"{plan.num_steps:,} steps on {plan.world_size} ranks, {plan.tokens.sum() / 1e6:,.1f} M tokens",
+            f"{plan.num_steps:,} steps on {plan.world_size} rank{'s' * (plan.world_size != 1)}, "
+            f"{int(plan.tokens.sum()):,} tokens",
         ),
     ]  # fmt: skip
     rows = size_table(options, spec, dims)
@@ -91,7 +92,7 @@ def compose(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: Epoch
     map_end = _map(scene, 116, plan)
     top = max(sizes_end, map_end) + 44
     scene.append(Label(x=MARGIN, y=top, text="Time on the ranks", size=15, bold=True))
-    _legend(scene, MARGIN + 150, top, (("compute", "computing (mean)"), ("waiting", "waiting for the slowest rank")))
+    _legend(scene, MARGIN + 172, top, (("compute", "computing (mean)"), ("waiting", "waiting for the slowest rank")))
     planned = planned_rounds(plan)[:STRIP_ROUNDS]
     independent = independent_rounds(plan, len(planned), plan.world_size)
     tallest = max((float(rounds.max()) for rounds in (planned, independent) if rounds.size), default=1.0)
