@@ -23,6 +23,10 @@ LOAD_TIMEOUT = 300
 """Seconds of decoding one micro-batch before its file counts as one that hangs decord. The other ranks wait meanwhile,
 and NCCL gives up after 600."""
 
+PROCESSES = multiprocessing.get_context("forkserver")
+"""A training process has threads (gloo, autograd, TensorBoard); a plain fork of it copies the locks they hold and can
+wait for them for ever. The fork server is a process without threads that has imported what decoding needs."""
+
 FAULTS_OF_FILES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 """Ends of a decoding process that are its file's doing; a killed one ran out of memory."""
 
@@ -103,7 +107,7 @@ class AtWork:
 
     def __init__(self, workers: int) -> None:
         # process, step, index, nanoseconds; zero where nothing is decoded
-        self.numbers = multiprocessing.Array("q", 4 * workers, lock=False)
+        self.numbers = PROCESSES.Array("q", 4 * workers, lock=False)
 
     def begin(self, batch: MicroBatch) -> None:
         """Called in a decoding process."""
@@ -187,6 +191,7 @@ def _decoded(
 ) -> Generator[LoadedBatch, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
+    PROCESSES.set_forkserver_preload([__name__, adapter.__module__])
 
     def handed_out(source: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in source:
@@ -202,6 +207,7 @@ def _decoded(
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_start_worker,
+            multiprocessing_context=PROCESSES if workers else None,
         )
         try:
             with _watched(loader, at_work) as (decoded, ended):
