@@ -25,7 +25,7 @@ from vfun_cli.training.data import batch_keys
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 from vfun_cli.training.stream import micro_batches
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 FAMILIES = tuple(families.FAMILIES)
 DIFFUSERS_CLASSES = {

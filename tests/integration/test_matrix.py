@@ -14,7 +14,7 @@ from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 FAMILIES = tuple(families.FAMILIES)
 CELLS = [(command, family, strategy) for strategy in STRATEGIES for command in COMMANDS for family in FAMILIES]
