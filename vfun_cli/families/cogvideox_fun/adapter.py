@@ -104,10 +104,6 @@ class CogVideoXFunAdapter:
         prediction: Tensor = transformer(frames_first, conditions["text"].to(noisy), timesteps)
         return prediction.transpose(1, 2)
 
-    def export_name(self, parameter: str) -> str:
-        """The released names are diffusers' names."""
-        return parameter
-
     def _latents(self, pixels: Tensor, keys: Sequence[SampleKey], purpose: str) -> Tensor:
         """Sampled latents [B, 16, f, h, w] of pixels [B, 3, F, H, W], each clip with its own noise."""
         shape = self.vae.latent_shape(*pixels.shape[2:])
