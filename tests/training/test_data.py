@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing import resource_sharer
 from typing import Any
 
 import pytest
@@ -34,6 +35,10 @@ class Decoder:
             raise MetadataError(f"{row}.mp4: frame 3 cannot be decoded")
         if row in options.get("hanging", ()):
             time.sleep(600)
+        if row in options.get("losing_contact", ()):
+            time.sleep(0.2)  # the row before is on offer by then
+            resource_sharer.stop()  # and can no longer be fetched
+            time.sleep(3)
         if row in options.get("crashing", {}):
             os.kill(os.getpid(), options["crashing"][row])
         return {"pixels": torch.full((1,), float(row))}
@@ -123,6 +128,15 @@ def test_a_file_that_crashes_its_decoder_is_named_or_skipped(on_bad: str, row: i
     found = loaded(batches, 2, on_bad, crashing={row: signal.SIGSEGV})
     assert [batch.weight for batch in found] == [float(n != row) for n in range(6)]
     assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != row]
+
+
+def test_a_micro_batch_that_cannot_be_fetched_from_an_ending_process_is_decoded_again() -> None:
+    options = {"losing_contact": {3}, "crashing": {3: signal.SIGSEGV}}
+    found = []
+    for batch in load_ahead(Decoder, options, stream(*((n,) for n in range(6))), 2, "skip"):  # type: ignore[arg-type]
+        found.append(batch)
+        time.sleep(1)  # the next one is fetched when the other process has gone on to row 3
+    assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != 3]
 
 
 def test_a_decoding_process_without_memory_is_not_the_fault_of_its_file() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ and NCCL gives up after 600."""
 PROCESSES = multiprocessing.get_context("forkserver")
 """A training process has threads (gloo, autograd, TensorBoard); a plain fork of it copies the locks they hold and can
 wait for them for ever. The fork server is a process without threads that has imported what decoding needs."""
+
+END_TIMEOUT = 10
+"""Seconds between losing contact with a decoding process and its end; a large one takes a while to write its core."""
 
 FAULTS_OF_FILES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 """Ends of a decoding process that are its file's doing; a killed one ran out of memory."""
@@ -209,16 +213,17 @@ def _decoded(
             worker_init_fn=_start_worker,
             multiprocessing_context=PROCESSES if workers else None,
         )
-        try:
-            with _watched(loader, at_work) as (decoded, ended):
+        with _watched(loader, at_work) as (decoded, ended):
+            try:
                 for loaded in decoded:
                     waiting.popleft()
                     yield loaded
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            faults = _faults(at_work, ended)
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                dead = "DataLoader worker" in str(error) or (_lost_contact(error) and ended.one_within(END_TIMEOUT))
+                if not dead:
+                    raise
+                faults = _faults(at_work, ended)
         # All that was handed out is decoded again, but not what hung or crashed.
         again = [replace(batch, fault=faults.get(batch.place)) for batch in waiting]
         batches = chain(again, batches)
@@ -231,6 +236,15 @@ class _Ended:
 
     processes: dict[int, Any]
     too_slow: set[int]
+
+    def one_within(self, seconds: float) -> bool:
+        """Whether a process has ended, or does so in this time."""
+        return bool(wait([process.sentinel for process in self.processes.values()], timeout=seconds))
+
+
+def _lost_contact(error: Exception) -> bool:
+    """A micro-batch is fetched from the process that decoded it; while that one is ending, the fetch fails first."""
+    return isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
 
 
 @contextmanager
