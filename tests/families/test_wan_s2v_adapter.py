@@ -17,17 +17,20 @@ from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.adapter import (
     BLACK,
     Decisions,
+    Source,
     WanS2VAdapter,
+    compose,
     control_clip,
     decide,
     history_indices,
-    plan_motion,
+    source_of,
 )
-from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
+from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.encoders.wan_vae import noise_shape
+from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.media import write_video, write_wav
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Given, Plain, cook
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120
 NTSC = Fraction(30000, 1001)
@@ -99,25 +102,46 @@ def request_for(media: dict[str, str], *, row: int = 0, without: str = "", **cha
     return dataclasses.replace(request, **changes)
 
 
-def load(media: dict[str, str], **changes: Any) -> Sample:
-    return WanS2VAdapter.load(request_for(media, **changes), {"control_ref_image": "random"})
+def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """What belongs to a clip, decoded, before any decision about it."""
+    source = source_of(request_for(media, **changes))
+    clips = {name: getattr(source, name) for name in ("pixels", "history", "control", "audio")}
+    decoded = cook({name: recipe for name, recipe in clips.items() if recipe is not None})
+    return {"history": None, "control": None, **decoded, "fps": source.fps}
 
 
-def small_sample(seed: int, *, has_motion: bool) -> Sample:
-    """A sample of random pixels, 4 frames of 16 x 16, for tests of the VAE's inputs."""
+def read(media: dict[str, str], row: int) -> dict[str, Any]:
+    """What the encoders read."""
+    inputs = WanS2VAdapter.inputs(request_for(media, row=row), {"control_ref_image": "random"})
+    return prepared(inputs).values
+
+
+def small_source(seed: int, *, history: int, text: str = "hello") -> Source:
+    """Random pixels, 4 frames of 16 x 16, for tests of the VAE's inputs."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
-    motion = torch.rand(73, 3, 16, 16, generator=generator) * 2 - 1
-    return {
-        "pixels": pixels,
-        "reference": pixels[:1],
-        "control": torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1,
-        "motion": motion if has_motion else torch.zeros_like(motion),
-        "has_motion": has_motion,
-        "audio": torch.randn(int(4 * 16000 / 16), generator=generator),
-        "clip_fps": Fraction(16),
-        "text": "hello",
-    }
+    pixels, past, control = (torch.rand(frames, 3, 16, 16, generator=generator) * 2 - 1 for frames in (4, history, 4))
+    return Source(
+        pixels=Given(pixels),
+        history=Given(past) if history else None,
+        control=Given(control),
+        audio=Given(torch.randn(int(4 * 16000 / 16), generator=generator)),
+        fps=Fraction(16),
+        text=text,
+        frames=4,
+        size=(16, 16),
+    )
+
+
+def pixels_of(clip: Any) -> Tensor:
+    """A clip of a small source, decoded."""
+    return cook({"clip": clip})["clip"]
+
+
+def encoded(adapter: WanS2VAdapter, sources: list[Source], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
+    """The sources as their keys decide."""
+    decisions = [decide(key, frames=4, control_ref_image="first_frame") for key in keys]
+    samples = [prepared(compose(source, each)) for source, each in zip(sources, decisions, strict=True)]
+    return encode(adapter, samples, keys)
 
 
 def key_where(frames: int = 4, **wanted: Any) -> SampleKey:
@@ -129,9 +153,10 @@ def key_where(frames: int = 4, **wanted: Any) -> SampleKey:
 
 def direct(adapter: WanS2VAdapter, key: SampleKey, part: str, *clips: Tensor) -> Tensor:
     """Latents [16, f, h, w] of clips one after another, straight from the VAE with this sample's noise."""
-    clip = torch.cat(clips)
-    noise = key.normal(f"posterior-{part}", noise_shape(clip))
-    return adapter.vae.encode(clip.transpose(0, 1)[None], noise[None])[0]
+    clip = torch.cat(clips).transpose(0, 1)[None]
+    vae = adapter.encoders["vae"]
+    noise = key.normal(f"posterior-{part}", tuple(vae.encode(clip)[0].shape))
+    return vae.encode(clip, noise[None])[0]
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -140,12 +165,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_a_loaded_clip_is_a_function_of_its_key(media: dict[str, str]) -> None:
     first, again, other = load(media, row=1), load(media, row=1), load(media, row=2)
-    for name in ("pixels", "reference", "control", "motion", "audio"):
+    for name in ("pixels", "control", "history", "audio"):
         assert torch.equal(first[name], again[name])
     assert not torch.equal(first["pixels"], other["pixels"])
     assert first["pixels"].shape == first["control"].shape == (FRAMES, 3, SIDE, SIDE)
-    assert first["motion"].shape == (73, 3, SIDE, SIDE) and first["reference"].shape == (1, 3, SIDE, SIDE)
-    assert {first[name].dtype for name in ("pixels", "control", "motion", "audio")} == {torch.float32}
+    assert {first[name].dtype for name in ("pixels", "control", "history", "audio")} == {torch.float32}
 
 
 def source_frame(pixels: Tensor) -> Tensor:
@@ -158,10 +182,9 @@ def test_history_runs_up_to_the_clip_at_its_stride_and_control_shows_the_same_fr
     shown = source_frame(sample["pixels"])
     assert (shown.diff() - 2).abs().max() < 0.8
     count = frame_indices(request_for(media, row=1))[0] // 2
-    assert sample["has_motion"] and 1 < count < 73
-    assert sample["motion"][:-count].abs().max() == 0
+    assert 1 < count < 73 and len(sample["history"]) == count
     age = torch.arange(count, 0, -1)
-    assert (source_frame(sample["motion"][-count:]) - (shown[0] - 2 * age)).abs().max() < 1.5
+    assert (source_frame(sample["history"]) - (shown[0] - 2 * age)).abs().max() < 1.5
     assert (source_frame(sample["control"]) - (SOURCE_FRAMES - 1 - shown)).abs().max() < 1.5
 
 
@@ -179,9 +202,15 @@ def test_history_is_at_most_73_frames_and_ends_one_stride_before_the_clip() -> N
     assert len(indices) == 73 and indices[-1] == 498 and set(np.diff(indices)) == {3}
 
 
-def test_a_clip_at_the_start_has_grey_history(media: dict[str, str]) -> None:
-    whole = load(media, frames=60, total_frames=119)
-    assert not whole["has_motion"] and whole["motion"].abs().max() == 0
+def test_a_clip_at_the_start_has_no_history(media: dict[str, str]) -> None:
+    assert load(media, frames=60, total_frames=119)["history"] is None
+
+
+def test_a_short_history_is_filled_up_with_grey(media: dict[str, str]) -> None:
+    rows = (row for row in range(100) if load(media, row=row)["history"] is not None)
+    row = next(row for row in rows if len(read(media, row)["clip"]) == 73 + FRAMES)
+    history, clip = load(media, row=row)["history"], read(media, row)["clip"]
+    assert torch.equal(clip[73 - len(history) : 73], history) and clip[: 73 - len(history)].abs().max() == 0
 
 
 @pytest.mark.parametrize(("fps", "stride"), [(NTSC, 2), (Fraction(25), 1), (Fraction(24000, 1001), 1)])
@@ -189,9 +218,9 @@ def test_sound_is_exactly_as_long_as_the_clip_and_gives_one_feature_a_frame(
     fps: Fraction, stride: int, media: dict[str, str], adapter: WanS2VAdapter
 ) -> None:
     sample = load(media, fps=(fps.numerator, fps.denominator), stride=stride, frames=40)
-    assert sample["clip_fps"] == fps / stride
+    assert sample["fps"] == fps / stride
     assert len(sample["audio"]) == round(40 * stride / fps * 16000)
-    features = adapter.speech.encode(sample["audio"], fps=sample["clip_fps"], frames=40)
+    features = adapter.encoders["speech"].encode(sample["audio"], fps=sample["fps"], frames=40)
     assert features.shape == (40, 25, 32)
     assert features[:-1].abs().amax(dim=(1, 2)).min() > 0
 
@@ -204,18 +233,19 @@ def test_sound_behind_the_last_source_frame_is_silence(media: dict[str, str]) ->
 
 
 def test_a_row_without_control_trains_with_a_black_one(media: dict[str, str]) -> None:
-    sample = load(media, without="control_file_path")
-    assert sample["control"] is None
-    control = control_clip(sample, KEEP_ALL)
-    assert control.shape == sample["pixels"].shape and (control == BLACK).all()
+    source = source_of(request_for(media, without="control_file_path"))
+    assert source.control is None
+    control = pixels_of(control_clip(source, KEEP_ALL))
+    assert control.shape == (FRAMES, 3, SIDE, SIDE) and (control == BLACK).all()
 
 
 def test_a_cut_tail_blackens_the_control_from_its_frame_on() -> None:
-    sample = small_sample(0, has_motion=False)
-    control = control_clip(sample, dataclasses.replace(KEEP_ALL, silent_from=3))
-    assert torch.equal(control[:3], sample["control"][:3]) and (control[3:] == BLACK).all()
-    assert not (sample["control"] == BLACK).all()
-    assert (control_clip(sample, dataclasses.replace(KEEP_ALL, drop_control=True)) == BLACK).all()
+    source = small_source(0, history=0)
+    control = pixels_of(control_clip(source, dataclasses.replace(KEEP_ALL, silent_from=3)))
+    whole = pixels_of(control_clip(source, KEEP_ALL))
+    assert len(control) == 4 and torch.equal(control[:3], whole[:3]) and (control[3:] == BLACK).all()
+    assert not (whole == BLACK).all()
+    assert (pixels_of(control_clip(source, dataclasses.replace(KEEP_ALL, drop_control=True))) == BLACK).all()
 
 
 def test_drops_happen_at_their_rates_and_independently() -> None:
@@ -248,9 +278,9 @@ def test_first_frame_mode_always_takes_the_first_frame_and_other_words_are_refus
 def test_real_history_is_untouched_encoded_with_the_clip_and_seen(adapter: WanS2VAdapter) -> None:
     # Even where the first frame could stand in for a history: it is for clips that have none.
     key = key_where(first_frame_as_history=True)
-    sample = small_sample(1, has_motion=True)
-    latents, conditions = adapter.encode([sample], [key])
-    together = direct(adapter, key, "clip", sample["motion"], sample["pixels"])
+    source = small_source(1, history=73)
+    latents, conditions = encoded(adapter, [source], [key])
+    together = direct(adapter, key, "clip", pixels_of(source.history), pixels_of(source.pixels))
     assert latents.shape == (1, 16, 1, 2, 2) and conditions["motion_latents"].shape == (1, 16, 19, 2, 2)
     close(latents[0], together[:, 19:])
     close(conditions["motion_latents"][0], together[:, :19])
@@ -259,54 +289,52 @@ def test_real_history_is_untouched_encoded_with_the_clip_and_seen(adapter: WanS2
 
 def test_a_clip_without_history_can_get_its_first_frame_as_the_end_of_one(adapter: WanS2VAdapter) -> None:
     key = key_where(first_frame_as_history=True)
-    sample = small_sample(2, has_motion=False)
-    latents, conditions = adapter.encode([sample], [key])
-    history = (torch.zeros(67, 3, 16, 16), sample["reference"].expand(6, -1, -1, -1))
-    together = direct(adapter, key, "clip", *history, sample["pixels"])
+    source = small_source(2, history=0)
+    latents, conditions = encoded(adapter, [source], [key])
+    pixels = pixels_of(source.pixels)
+    history = (torch.zeros(67, 3, 16, 16), pixels[:1].expand(6, -1, -1, -1))
+    together = direct(adapter, key, "clip", *history, pixels)
     close(latents[0], together[:, 19:])
     close(conditions["motion_latents"][0], together[:, :19])
     assert conditions["drop_motion"].tolist() == [False]
-    assert sample["motion"].abs().max() == 0
 
 
-@pytest.mark.parametrize("has_motion", [False, True])
-def test_otherwise_the_clip_follows_its_reference_and_motion_is_dropped(
-    has_motion: bool, adapter: WanS2VAdapter
-) -> None:
+@pytest.mark.parametrize("history", [0, 73])
+def test_otherwise_the_clip_follows_its_reference_and_motion_is_dropped(history: int, adapter: WanS2VAdapter) -> None:
     # With a real history this is the sample whose history the 10 % drop takes away.
-    key = key_where(drop_history=has_motion)
-    sample = small_sample(3, has_motion=has_motion)
-    latents, conditions = adapter.encode([sample], [key])
-    close(latents[0], direct(adapter, key, "clip", sample["reference"], sample["pixels"])[:, 1:])
+    key = key_where(drop_history=history > 0)
+    source = small_source(3, history=history)
+    latents, conditions = encoded(adapter, [source], [key])
+    pixels = pixels_of(source.pixels)
+    close(latents[0], direct(adapter, key, "clip", pixels[:1], pixels)[:, 1:])
     close(conditions["motion_latents"][0], direct(adapter, key, "history", torch.zeros(73, 3, 16, 16)))
     assert conditions["drop_motion"].tolist() == [True] and conditions["drop_motion"].device.type == "cpu"
 
 
 def test_control_and_reference_latents_are_those_of_the_vae(adapter: WanS2VAdapter) -> None:
-    key, sample = key_where(), small_sample(4, has_motion=True)
-    _, conditions = adapter.encode([sample], [key])
-    control = sample["control"]
+    key, source = key_where(), small_source(4, history=73)
+    _, conditions = encoded(adapter, [source], [key])
+    control, pixels = pixels_of(source.control), pixels_of(source.pixels)
     close(conditions["control_latents"][0], direct(adapter, key, "control", control[:1], control)[:, 1:])
-    close(conditions["ref_latents"][0], direct(adapter, key, "reference", sample["reference"]))
-    sample["control"] = None
-    _, conditions = adapter.encode([sample], [key])
+    close(conditions["ref_latents"][0], direct(adapter, key, "reference", pixels[:1]))
+    _, conditions = encoded(adapter, [dataclasses.replace(source, control=None)], [key])
     black = torch.full((5, 3, 16, 16), -1.0)
     close(conditions["control_latents"][0], direct(adapter, key, "control", black)[:, 1:])
 
 
 def test_text_is_zero_padded_and_sound_is_transposed_dropped_and_cut(adapter: WanS2VAdapter) -> None:
-    sample = small_sample(5, has_motion=False)
-    _, conditions = adapter.encode([sample], [key_where()])
-    [states] = adapter.text.encode(["hello"])
+    source = small_source(5, history=0)
+    _, conditions = encoded(adapter, [source], [key_where()])
+    [states] = adapter.encoders["text"].encode(["hello"])
     close(conditions["text_embeds"][0, : len(states)], states)
     assert conditions["text_embeds"].shape == (1, 64, 32)
     assert conditions["text_embeds"][0, len(states) :].abs().max() == 0
-    features = adapter.speech.encode(sample["audio"], fps=Fraction(16), frames=4)
+    features = adapter.encoders["speech"].encode(pixels_of(source.audio), fps=Fraction(16), frames=4)
     close(conditions["audio"][0], features.permute(1, 2, 0))
-    _, cut = adapter.encode([sample], [key_where(silent_from=2)])
+    _, cut = encoded(adapter, [source], [key_where(silent_from=2)])
     close(cut["audio"][0, ..., :2], conditions["audio"][0, ..., :2])
     assert cut["audio"][0, ..., 2:].abs().max() == 0 and conditions["audio"][0, ..., 2].abs().max() > 0
-    _, silent = adapter.encode([sample], [key_where(drop_audio=True)])
+    _, silent = encoded(adapter, [source], [key_where(drop_audio=True)])
     assert silent["audio"].abs().max() == 0
 
 
@@ -315,28 +343,29 @@ def test_a_dropped_text_is_empty_and_the_reference_is_the_drawn_frame(media: dic
     for row in range(30):
         drawn = decide(SampleKey(seed=7, epoch=0, row=row), frames=FRAMES, control_ref_image="random")
         if drawn.drop_text not in texts:
-            sample = load(media, row=row)
-            texts[drawn.drop_text] = sample["text"]
-            assert torch.equal(sample["reference"][0], sample["pixels"][drawn.reference])
+            seen = read(media, row)
+            texts[drawn.drop_text] = seen["text"]
+            assert torch.equal(seen["reference"][0], load(media, row=row)["pixels"][drawn.reference])
     assert texts == {True: "", False: "someone speaks"}
 
 
+def test_with_variants_only_so_many_starts_are_drawn_and_drops_stay_random(media: dict[str, str]) -> None:
+    keys = [SampleKey(seed=7, epoch=epoch, row=3, variants=2) for epoch in range(60)]
+    drawn = [WanS2VAdapter.inputs(request_for(media, key=key), {"control_ref_image": "random"}) for key in keys]
+    assert len({each["audio"] for each in drawn}) == 2 == len({each["reference"] for each in drawn})
+    assert len({decide(key, frames=FRAMES, control_ref_image="random").silent_from for key in keys} - {None}) <= 2
+    assert {each["text"].recipe for each in drawn} == {Plain(""), Plain("someone speaks")}
+
+
 def test_a_batch_of_two_equals_two_batches_of_one(adapter: WanS2VAdapter, model_dir: Path) -> None:
-    samples = [small_sample(6, has_motion=True), small_sample(7, has_motion=False)]
-    samples[1]["text"] = "another, longer text"
+    sources = [small_source(6, history=73), small_source(7, history=0, text="another, longer text")]
     keys = [key_where(silent_from=1), key_where()]
-    batching = WanS2VAdapter(
-        transformer=adapter.transformer,
-        vae=type(adapter.vae)(adapter.vae.model, mini_batch=2),
-        text=adapter.text,
-        speech=adapter.speech,
-        options=options_for(model_dir, low_vram=True),
-    )
-    latents, conditions = batching.encode(samples, keys)
+    batching = WanS2VAdapter.from_pretrained(options_for(model_dir, low_vram=True, vae_mini_batch=2))
+    latents, conditions = encoded(batching, sources, keys)
     assert latents.dtype == torch.float32 and latents.shape[0] == 2
     assert conditions["drop_motion"].tolist() == [False, True]
-    for index, (sample, key) in enumerate(zip(samples, keys, strict=True)):
-        alone, alone_conditions = adapter.encode([sample], [key])
+    for index, (source, key) in enumerate(zip(sources, keys, strict=True)):
+        alone, alone_conditions = encoded(adapter, [source], [key])
         close(latents[index], alone[0])
         assert set(conditions) == set(alone_conditions) and len(conditions) == 6
         for name, value in conditions.items():
@@ -347,8 +376,8 @@ def test_the_transformer_reads_what_the_adapter_makes_of_a_real_clip(
     media: dict[str, str], adapter: WanS2VAdapter
 ) -> None:
     requests = [request_for(media, row=row) for row in (1, 2)]
-    samples = [WanS2VAdapter.load(request, {"control_ref_image": "first_frame"}) for request in requests]
-    latents, conditions = adapter.encode(samples, [request.key for request in requests])
+    samples = [prepared(WanS2VAdapter.inputs(request, {"control_ref_image": "first_frame"})) for request in requests]
+    latents, conditions = encode(adapter, samples, [request.key for request in requests])
     assert latents.shape == (2, 16, 2, 8, 8) and conditions["audio"].shape == (2, 25, 32, FRAMES)
     prediction = adapter.predict(adapter.transformer, latents, torch.tensor([500.0, 20.0]), conditions)
     assert prediction.shape == latents.shape and prediction.isfinite().all() and prediction.requires_grad
@@ -357,19 +386,20 @@ def test_the_transformer_reads_what_the_adapter_makes_of_a_real_clip(
 
 def test_bfloat16_encoders_keep_latents_and_sound_in_float32(model_dir: Path) -> None:
     adapter = WanS2VAdapter.from_pretrained(options_for(model_dir, compute_dtype=torch.bfloat16))
-    latents, conditions = adapter.encode([small_sample(8, has_motion=False)], [key_where()])
+    latents, conditions = encoded(adapter, [small_source(8, history=0)], [key_where()])
     assert latents.dtype == conditions["audio"].dtype == conditions["control_latents"].dtype == torch.float32
     assert {p.dtype for p in adapter.transformer.parameters()} == {torch.float32}
-    assert {p.dtype for p in adapter.speech.parameters()} == {torch.float32}
-    assert {p.dtype for p in adapter.vae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in adapter.encoders["speech"].parameters()} == {torch.float32}
+    assert {p.dtype for p in adapter.encoders["vae"].parameters()} == {torch.bfloat16}
 
 
-def test_plan_motion_leaves_its_inputs_alone() -> None:
-    sample = small_sample(9, has_motion=False)
-    before = sample["motion"].clone()
-    chosen = dataclasses.replace(KEEP_ALL, first_frame_as_history=True)
-    plan_motion(sample["pixels"], sample["motion"], False, sample["reference"], chosen)
-    assert torch.equal(sample["motion"], before)
+def test_encoders_are_loaded_when_they_are_first_used(model_dir: Path) -> None:
+    adapter = WanS2VAdapter.from_pretrained(options_for(model_dir))
+    assert not adapter.encoders.loaded
+    adapter.encoders.run("text", ["hello"])
+    assert set(adapter.encoders.loaded) == {"text"}
+    adapter.encoders.load()
+    assert set(adapter.encoders.loaded) == {"vae", "text", "speech"}
 
 
 @pytest.mark.parametrize(

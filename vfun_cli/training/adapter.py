@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,17 @@ class SampleRequest:
     """Source frame rate as (numerator, denominator)."""
 
 
-Sample = dict[str, Any]
-"""What ``load`` returns: tensors by name, plus ``text``. Pixels are float32 in [-1, 1], [F, 3, H, W]."""
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One thing that a sample needs encoded."""
+
+    encoder: str | None
+    """Which of the adapter's encoders reads it; None: it goes as it is into ``assemble``, as ``value``."""
+    recipe: Recipe
+
+
+Inputs = dict[str, Input]
+"""Everything that one sample needs, by the family's names."""
 
 Conditions = dict[str, Any]
 """What ``predict`` needs beside latents and timesteps; tensors are batched along dim 0."""
@@ -61,22 +72,31 @@ class ModelAdapter(Protocol):
     """
 
     transformer: nn.Module
+    encoders: Encoders
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "ModelAdapter":
-        """Load everything from the released directory layout, offline. Unknown or missing keys are errors.
+        """Load the transformer from the released directory layout, offline. Unknown or missing keys are errors.
 
+        The encoders are loaded when they are first used, or by ``encoders.load()``.
         The transformer comes back in float32 on the CPU; the trainer casts and moves it.
         """
         ...
 
     @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """Decode and transform one clip. Runs in a loader worker; a pure function of the request."""
+    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """What the encoders must read for this clip; nothing is decoded. A pure function of the request.
+
+        Draws that decide it (start, reference frame, mask) are made with ``request.key.content``.
+        """
         ...
 
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
-        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch; no gradients."""
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, from what the encoders gave; no gradients.
+
+        Everything that is random at each step happens here: drops, sampling of posteriors. ``outputs`` has an entry for
+        every input of each sample.
+        """
         ...
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

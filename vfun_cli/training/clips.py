@@ -1,9 +1,7 @@
-"""Which source frames a clip consists of, and its pixels."""
-
-from torch import Tensor
+"""Which source frames a clip consists of."""
 
 from vfun_cli.training.adapter import SampleRequest
-from vfun_cli.training.media import read_frames, read_image
+from vfun_cli.training.recipes import Clip, Frames, Media, Picture
 
 WHOLE = (0.0, 1.0)
 
@@ -24,16 +22,13 @@ def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHO
             f"{request.frames} frames at stride {request.stride} span {span} source frames, "
             f"the clip has {request.total_frames}, {first} to {end} of them usable"
         )
-    start = first + int(request.key.numpy("start").integers(0, room + 1))
+    start = first + int(request.key.content.numpy("start").integers(0, room + 1))
     return list(range(start, start + span, request.stride))
 
 
-def read_clip(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> Tensor:
-    """Pixels of one video or image, float32 [F, 3, H, W] in [-1, 1]; an image is a clip of one frame.
-
-    Raises MetadataError if the file cannot be decoded.
-    """
-    path = request.record[field]
+def clip_of(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> Clip:
+    """The pixels of one video or image of a request, [F, 3, H, W]; an image is a clip of one frame."""
+    media, size = Media(request.record[field]), (request.height, request.width)
     if request.kind == "image":
-        return read_image(path, request.height, request.width)
-    return read_frames(path, frame_indices(request, usable_span), request.height, request.width)
+        return Picture(media, size)
+    return Frames(media, tuple(frame_indices(request, usable_span)), size)

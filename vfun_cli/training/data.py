@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vfun_cli.errors import MetadataError, RunError, VfunError
-from vfun_cli.training.adapter import ModelAdapter, Sample, SampleRequest
+from vfun_cli.training.adapter import ModelAdapter, SampleRequest
+from vfun_cli.training.encoding import Sample, load
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
@@ -94,7 +95,7 @@ class ClipDataset(Dataset[LoadedBatch]):
             try:
                 if batch.fault is not None:
                     raise MetadataError(batch.fault, hint=_DEEP_HINT)
-                samples.append(self.adapter.load(request, self.options))
+                samples.append(load(self.adapter, request, self.options))
                 good.append(request)
             except VfunError as error:
                 hint = f"{error.hint or _DEEP_HINT}; or train without such clips: --on-bad-sample skip"

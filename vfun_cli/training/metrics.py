@@ -15,8 +15,8 @@ from vfun_cli.config import RunConfig
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.rundir import RunDir
 from vfun_cli.training import media
-from vfun_cli.training.adapter import Sample
 from vfun_cli.training.data import LoadedBatch
+from vfun_cli.training.recipes import cook
 
 LINE_EVERY = 5.0
 """Seconds between progress lines."""
@@ -113,13 +113,15 @@ class Metrics:
         if record.get("agree") is False:
             print(f"warning: epoch {record['epoch']} was not trained as planned: {record}", file=sys.stderr, flush=True)
 
-    def show_first_batch(self, samples: list[Sample]) -> None:
-        """Write the first samples of rank 0 as files that people can look at."""
+    def show_first_batch(self, loaded: LoadedBatch) -> None:
+        """Write what the encoders see of the first samples of rank 0 as files that people can look at."""
         if not self.writes:
             return
-        for number, sample in enumerate(samples):
-            for name, value in sample.items():
-                _write_sample(self.run.sanity_check / f"sample-{number}-{name}", value, sample)
+        for number, (sample, request) in enumerate(zip(loaded.samples, loaded.batch.requests, strict=True)):
+            values = cook({name: each.recipe for name, each in sample.inputs.items()})
+            for name, value in values.items():
+                stem = self.run.sanity_check / f"sample-{number}-{name}"
+                _write_value(stem, value, Fraction(*request.fps) / request.stride)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -143,17 +145,20 @@ class Metrics:
         )
 
 
-def _write_sample(stem: Path, value: Any, sample: Sample) -> None:
+def _write_value(stem: Path, value: Any, fps: Fraction) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(value, str):
+    if isinstance(value, tuple):
+        for part in value:
+            _write_value(stem, part, fps)
+    elif isinstance(value, str):
         stem.with_suffix(".txt").write_text(value + "\n", encoding="utf-8")
     elif isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == 3:
         if value.shape[0] == 1:
             media.write_png(stem.with_suffix(".png"), value[0])
         else:
-            media.write_video(stem.with_suffix(".mp4"), value, sample.get("clip_fps", Fraction(16)))
-    elif getattr(value, "ndim", 0) == 1 and len(value) > 1:
-        media.write_wav(stem.with_suffix(".wav"), torch.as_tensor(value).numpy(), 16000)
+            media.write_video(stem.with_suffix(".mp4"), value, fps)
+    elif isinstance(value, torch.Tensor) and value.ndim == 1:
+        media.write_wav(stem.with_suffix(".wav"), value.numpy(), 16000)
 
 
 def _drop_later_steps(path: Path, first_step: int) -> None:

@@ -5,7 +5,7 @@ whatever the number of ranks (the idea of ``fold_in`` in big_vision).
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ class SampleKey:
     epoch: int
     row: int
     copy: int = 0
+    variants: int = 0
+    """How many epochs draw what the encoders see anew before it repeats; 0: all of them."""
+
+    @property
+    def content(self) -> "SampleKey":
+        """The key of draws that decide what an encoder sees: with ``variants``, only so many of them are different."""
+        return replace(self, epoch=self.epoch % self.variants) if self.variants else self
 
     def entropy(self, purpose: str) -> int:
         """A 128-bit integer for this sample and purpose; purposes are independent of each other."""

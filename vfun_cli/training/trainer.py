@@ -15,6 +15,7 @@ from vfun_cli.errors import RunError
 from vfun_cli.training.adapter import ModelAdapter
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import LoadedBatch, batch_keys
+from vfun_cli.training.encoding import encode
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Objective
@@ -67,7 +68,7 @@ class Trainer:
         while step < self.total_steps and reason == CONTINUE:
             micro_batches = [self.metrics.wait(batches) for _ in range(self.config.gradient_accumulation_steps)]
             if step == first_step and first_step == 0:
-                self.metrics.show_first_batch(micro_batches[0].samples)
+                self.metrics.show_first_batch(micro_batches[0])
             epoch = micro_batches[0].batch.epoch
             reason = self.train_step(step, micro_batches)
             self.metrics.event(self.ledger.step(micro_batches))
@@ -126,7 +127,7 @@ class Trainer:
         """The loss of one micro-batch. Encoding, noise and error are float32; the model sees the compute dtype."""
         keys = batch_keys(loaded.batch.requests)
         with torch.no_grad():
-            latents, conditions = self.adapter.encode(loaded.samples, keys)
+            latents, conditions = encode(self.adapter, loaded.samples, keys)
             corrupted = self.objective.corrupt(latents, keys)
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS
 from vfun_cli.families.wan_s2v.transformer import load_transformer
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import frame_indices
 from vfun_cli.training.encoders import umt5, wan_vae, wav2vec2
-from vfun_cli.training.encoders.placement import encoding_on
+from vfun_cli.training.encoders.clip_vae import draw
+from vfun_cli.training.encoders.frozen import Encoders, Output
+from vfun_cli.training.encoders.frozen import Source as EncoderSource
 from vfun_cli.training.encoders.umt5 import UMT5TextEncoder, pad_text
-from vfun_cli.training.encoders.wan_vae import WanVAE, noise_shape
+from vfun_cli.training.encoders.wan_vae import WanVAE
 from vfun_cli.training.encoders.wav2vec2 import SpeechEncoder
-from vfun_cli.training.media import read_audio, read_frames
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Clip, Filled, Frames, Joined, Media, Plain, Recipe, Size, Sound, Together
 
 DROP = 0.1
 """Probability of leaving out the text, the control, the sound, the end of both, or the history."""
@@ -31,7 +33,10 @@ REFERENCE_FIRST = 0.4
 REFERENCE_HISTORY = 6
 """Frames of history that the reference frame takes over: two latents."""
 BLACK = -1.0
+GREY = 0.0
 SAMPLE_RATE = 16000
+LATENTS = ("clip", "reference", "control", "history")
+"""Inputs that the VAE reads; the last one only where motion is dropped."""
 LAYOUT = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, wav2vec2.FOLDER)
 """What a released directory holds beside the transformer's safetensors."""
 
@@ -57,14 +62,14 @@ def decide(key: SampleKey, *, frames: int, control_ref_image: str) -> Decisions:
 
     Raises ConfigError for an unknown ``control_ref_image``.
     """
-    reference = _reference_frame(key, frames, control_ref_image)
+    reference = _reference_frame(key.content, frames, control_ref_image)
     cut_tail = key.chance("drop-tail", DROP)
     return Decisions(
         drop_text=key.chance("drop-text", DROP),
         drop_control=key.chance("drop-control", DROP),
         drop_audio=key.chance("drop-audio", DROP),
         drop_history=key.chance("drop-history", DROP),
-        silent_from=int(key.numpy("tail-start").integers(1, frames)) if cut_tail else None,
+        silent_from=int(key.content.numpy("tail-start").integers(1, frames)) if cut_tail else None,
         reference=reference,
         first_frame_as_history=reference == 0 and key.chance("first-frame-as-history", FIRST_FRAME_AS_HISTORY),
     )
@@ -79,36 +84,76 @@ def _reference_frame(key: SampleKey, frames: int, control_ref_image: str) -> int
 
 
 @dataclass(frozen=True, kw_only=True)
-class MotionPlan:
-    """What the VAE encodes for one clip and its history, [F, 3, H, W] each."""
+class Source:
+    """One clip with what belongs to it; clips are [F, 3, H, W]."""
 
-    clip: Tensor
-    """Context frames followed by the clip."""
-    history: Tensor | None
-    """History encoded by itself, or None where it is the context of ``clip``."""
+    pixels: Clip
+    history: Clip | None
+    """What came before, at most 73 frames; None at the start of the video."""
+    control: Clip | None
+    audio: Recipe
+    """Mono samples at 16 kHz, exactly as long as the clip."""
+    fps: Fraction
+    """Frames of the clip a second."""
+    text: str
+    frames: int
+    size: Size
 
-    @property
-    def dropped(self) -> bool:
-        """Whether the transformer leaves the motion tokens out."""
-        return self.history is not None
+
+def source_of(request: SampleRequest) -> Source:
+    """The clip, its history, its control video of the same frames, and its sound."""
+    size = (request.height, request.width)
+    clip = frame_indices(request)
+    video = Media(request.record["file_path"])
+    history = history_indices(clip[0], request.stride)
+    control = request.record.get("control_file_path")
+    return Source(
+        pixels=Frames(video, tuple(clip), size),
+        history=Frames(video, tuple(history), size) if history else None,
+        control=Frames(Media(control), tuple(clip), size) if control else None,
+        audio=clip_audio(request, clip[0]),
+        fps=Fraction(*request.fps) / request.stride,
+        text=request.record["text"],
+        frames=request.frames,
+        size=size,
+    )
 
 
-def plan_motion(
-    pixels: Tensor, history: Tensor, has_history: bool, reference: Tensor, decisions: Decisions
-) -> MotionPlan:
-    """Choose how the clip [F, 3, H, W] meets its history [73, 3, H, W].
+def compose(source: Source, decisions: Decisions) -> Inputs:
+    """What the encoders read of a clip, as decided."""
+    reference = source.pixels.take([decisions.reference])
+    motion = motion_clips(source, reference, decisions)
+    control = control_clip(source, decisions)
+    recipes = {
+        **motion,
+        "reference": reference,
+        # 4k frames behind a copy of their first one make 1 + 4k; the copy's latent is cut off in ``assemble``.
+        "control": Joined((control.take([0]), control)),
+    }
+    return {
+        **{name: Input(encoder="vae", recipe=recipe) for name, recipe in recipes.items()},
+        "text": Input(encoder="text", recipe=Plain("" if decisions.drop_text else source.text)),
+        "audio": Input(encoder="speech", recipe=Together((source.audio, Plain(source.fps), Plain(source.frames)))),
+    }
 
-    Real history stays untouched, is encoded with the clip and is seen. A clip without history either gets its first
-    frame as the end of a grey history, or is encoded behind the reference image and its motion tokens are dropped: the
-    first segment of the inference pipeline. (The original's "has motion" test is inverted; see docs/compatibility.md.)
+
+def motion_clips(source: Source, reference: Clip, decisions: Decisions) -> dict[str, Recipe]:
+    """How the clip meets its history: ``clip`` is the context frames followed by the clip.
+
+    Real history stays untouched, is encoded with the clip and is seen; it is right-aligned in 73 frames, grey where
+    there is none. A clip without history either gets its first frame as the end of a grey history, or is encoded behind
+    the reference image and its motion tokens are dropped (there is a ``history`` of its own then): the first segment of
+    the inference pipeline. (The original's "has motion" test is inverted; see docs/compatibility.md.)
     """
-    if decisions.drop_history:
-        history, has_history = torch.zeros_like(history), False
-    if not has_history and not decisions.first_frame_as_history:
-        return MotionPlan(clip=torch.cat([reference, pixels]), history=history)
-    if not has_history:
-        history = torch.cat([history[:-REFERENCE_HISTORY], reference.expand(REFERENCE_HISTORY, -1, -1, -1)])
-    return MotionPlan(clip=torch.cat([history, pixels]), history=None)
+    pixels, size = source.pixels, source.size
+    if source.history is not None and not decisions.drop_history:
+        missing = MOTION_FRAMES - source.history.count
+        grey = (Filled(GREY, missing, size),) if missing else ()
+        return {"clip": Joined((*grey, source.history, pixels))}
+    if decisions.first_frame_as_history:
+        grey_first = Filled(GREY, MOTION_FRAMES - REFERENCE_HISTORY, size)
+        return {"clip": Joined((grey_first, reference.take([0] * REFERENCE_HISTORY), pixels))}
+    return {"clip": Joined((reference, pixels)), "history": Filled(GREY, MOTION_FRAMES, size)}
 
 
 def history_indices(start: int, stride: int) -> list[int]:
@@ -119,92 +164,58 @@ def history_indices(start: int, stride: int) -> list[int]:
 class WanS2VAdapter:
     """The transformer, its three encoders, and the dialect between them."""
 
-    def __init__(
-        self,
-        *,
-        transformer: nn.Module,
-        vae: WanVAE,
-        text: UMT5TextEncoder,
-        speech: SpeechEncoder,
-        options: AdapterOptions,
-    ) -> None:
+    def __init__(self, *, transformer: nn.Module, encoders: Encoders, options: AdapterOptions) -> None:
         self.transformer = transformer
-        self.vae = vae
-        self.text = text
-        self.speech = speech
+        self.text_len = int(cast(Any, transformer).config["text_len"])
+        self.encoders = encoders
         self.options = options
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "WanS2VAdapter":
-        """Everything from the released directory, offline; the transformer float32, the speech encoder float32.
+        """The transformer of the released directory in float32, offline; its encoders when they are needed.
 
-        Raises CheckpointError if a file is missing or does not fit, or if the parts do not fit each other.
+        Raises CheckpointError if a file is missing or does not fit; an encoder that does not fit raises it when loaded.
         """
-        folder = options.model_dir
-        require_layout(folder)
-        transformer: Any = load_transformer(folder)
-        vae = WanVAE.from_file(folder / wan_vae.WEIGHTS, dtype=options.compute_dtype, mini_batch=options.vae_mini_batch)
-        text = UMT5TextEncoder.from_files(
-            folder, dtype=options.compute_dtype, text_len=int(transformer.config["text_len"])
-        )
-        speech = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)
-        sizes = {
-            "text_dim": (transformer.config["text_dim"], text.dim, umt5.WEIGHTS),
-            "audio_dim": (transformer.config["audio_dim"], speech.dim, wav2vec2.FOLDER),
-            "audio layers": (NUM_AUDIO_LAYERS, speech.num_states, wav2vec2.FOLDER),
-        }
-        for name, (wanted, found, part) in sizes.items():
-            if wanted != found:
-                raise CheckpointError(
-                    f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
-                    hint="all parts must come from one released model: download them again",
-                )
-        return cls(transformer=transformer, vae=vae, text=text, speech=speech, options=options)
+        require_layout(options.model_dir)
+        transformer: Any = load_transformer(options.model_dir)
+        return cls(transformer=transformer, encoders=encoders_of(options, transformer.config), options=options)
 
     @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """Decode one clip with its history, control and sound.
+    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`. Raises ConfigError for an unknown reference option."""
+        return compose(source_of(request), _decide(request.key, request.frames, options))
 
-        pixels [F, 3, H, W]; reference [1, 3, H, W]; control [F, 3, H, W], or None for a row without; motion
-        [73, 3, H, W], right-aligned, grey where there is no history; has_motion; audio [samples] at 16 kHz, exactly
-        F / clip_fps seconds; clip_fps, an exact Fraction; text.
-        Raises MetadataError for media that cannot be decoded, ConfigError for an unknown ``control_ref_image``.
-        """
-        record, size = request.record, (request.height, request.width)
-        decisions = _decide(request.key, request.frames, options)
-        clip = frame_indices(request)
-        history = history_indices(clip[0], request.stride)
-        # One pass over the file: history ends where the clip begins.
-        frames = read_frames(record["file_path"], [*history, *clip], *size)
-        pixels = frames[len(history) :]
-        motion = torch.zeros(MOTION_FRAMES, *pixels.shape[1:])
-        if history:
-            motion[-len(history) :] = frames[: len(history)]
-        control = record.get("control_file_path")
-        return {
-            "pixels": pixels,
-            "reference": pixels[decisions.reference : decisions.reference + 1],
-            "control": read_frames(control, clip, *size) if control else None,
-            "motion": motion,
-            "has_motion": bool(history),
-            "audio": clip_audio(request, clip[0]),
-            "clip_fps": Fraction(*request.fps) / request.stride,
-            "text": "" if decisions.drop_text else record["text"],
-        }
-
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, F, h, w] float32 and the transformer's other inputs, on the device of the options.
 
         text_embeds [B, text_len, text_dim]; control_latents [B, 16, F, h, w]; ref_latents [B, 16, 1, h, w];
         motion_latents [B, 16, 19, h, w]; audio [B, 25, audio_dim, 4 F] float32; drop_motion [B] bool on the CPU,
         because the transformer's sequence length depends on it.
         """
-        ref_image = {"control_ref_image": self.options.control_ref_image}
-        decisions = [_decide(key, len(sample["pixels"]), ref_image) for key, sample in zip(keys, samples, strict=True)]
-        latents, conditions = self._encode_pixels(samples, keys, decisions)
-        conditions["text_embeds"] = self._encode_text([sample["text"] for sample in samples])
-        conditions["audio"] = self._encode_audio(samples, decisions)
-        return latents, conditions
+        dropped = ["history" in output for output in outputs]
+        drawn = [
+            {part: draw(output[part], key, f"posterior-{part}") for part in LATENTS if part in output}
+            for output, key in zip(outputs, keys, strict=True)
+        ]
+        contexts = [1 if gone else MOTION_LATENTS for gone in dropped]
+        motion = [each["history"] if "history" in each else each["clip"][:, :MOTION_LATENTS] for each in drawn]
+        text = [output["text"]["states"] for output in outputs]
+        latents = torch.stack([each["clip"][:, context:] for each, context in zip(drawn, contexts, strict=True)])
+        return latents, {
+            "control_latents": torch.stack([each["control"][:, 1:] for each in drawn]),
+            "ref_latents": torch.stack([each["reference"] for each in drawn]),
+            "motion_latents": torch.stack(motion),
+            "drop_motion": torch.tensor(dropped),
+            "text_embeds": pad_text(text, self.text_len),
+            "audio": torch.stack([self._heard(output, key) for output, key in zip(outputs, keys, strict=True)]),
+        }
+
+    def _heard(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
+        """Speech features [25, audio_dim, n] float32, silent when dropped or from a cut tail on."""
+        features = output["audio"]["features"].clone()  # [n, 25, audio_dim]
+        decisions = _decide(key, len(features), {"control_ref_image": self.options.control_ref_image})
+        features[0 if decisions.drop_audio else decisions.silent_from or len(features) :] = 0
+        return features.permute(1, 2, 0)
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The transformer's velocity, [B, 16, F, h, w]."""
@@ -220,61 +231,8 @@ class WanS2VAdapter:
         )
         return prediction
 
-    def _encode_pixels(
-        self, samples: Sequence[Sample], keys: Sequence[SampleKey], decisions: Sequence[Decisions]
-    ) -> tuple[Tensor, Conditions]:
-        """The clip's latents and the conditions that are latents too. One pass, so that equal shapes share batches."""
-        plans = [
-            plan_motion(sample["pixels"], sample["motion"], sample["has_motion"], sample["reference"], decision)
-            for sample, decision in zip(samples, decisions, strict=True)
-        ]
-        controls = [control_clip(sample, decision) for sample, decision in zip(samples, decisions, strict=True)]
-        jobs: dict[tuple[int, str], Tensor] = {}
-        for index, (sample, plan, control) in enumerate(zip(samples, plans, controls, strict=True)):
-            jobs[index, "clip"] = plan.clip
-            jobs[index, "reference"] = sample["reference"]
-            # 4k frames behind a copy of their first one make 1 + 4k; the copy's latent is cut off below.
-            jobs[index, "control"] = torch.cat([control[:1], control])
-            if plan.history is not None:
-                jobs[index, "history"] = plan.history
-        noises = [keys[index].normal(f"posterior-{part}", noise_shape(clip)) for (index, part), clip in jobs.items()]
-        with encoding_on(self.vae, self.options.device, low_vram=self.options.low_vram):
-            encoded = dict(zip(jobs, self.vae.encode_clips(list(jobs.values()), noises), strict=True))
 
-        def stacked(part: str, frames: slice) -> Tensor:
-            return torch.stack([encoded[index, part][:, frames] for index in range(len(samples))])
-
-        contexts = [1 if plan.dropped else MOTION_LATENTS for plan in plans]
-        latents = [encoded[index, "clip"][:, context:] for index, context in enumerate(contexts)]
-        motion = [
-            encoded[index, "history"] if plan.dropped else encoded[index, "clip"][:, :MOTION_LATENTS]
-            for index, plan in enumerate(plans)
-        ]
-        return torch.stack(latents), {
-            "control_latents": stacked("control", slice(1, None)),
-            "ref_latents": stacked("reference", slice(None)),
-            "motion_latents": torch.stack(motion),
-            "drop_motion": torch.tensor([plan.dropped for plan in plans]),
-        }
-
-    def _encode_text(self, texts: Sequence[str]) -> Tensor:
-        with encoding_on(self.text, self.options.device, low_vram=self.options.low_vram):
-            return pad_text(self.text.encode(texts), self.text.text_len)
-
-    def _encode_audio(self, samples: Sequence[Sample], decisions: Sequence[Decisions]) -> Tensor:
-        """[B, 25, audio_dim, n] float32."""
-        features = []
-        with encoding_on(self.speech, self.options.device, low_vram=self.options.low_vram):
-            for sample, decision in zip(samples, decisions, strict=True):
-                per_frame = self.speech.encode(
-                    sample["audio"], fps=sample["clip_fps"], frames=len(sample["pixels"])
-                )  # [n, 25, audio_dim]
-                per_frame[0 if decision.drop_audio else decision.silent_from or len(per_frame) :] = 0
-                features.append(per_frame.permute(1, 2, 0))
-        return torch.stack(features)
-
-
-def clip_audio(request: SampleRequest, start: int) -> Tensor:
+def clip_audio(request: SampleRequest, start: int) -> Sound:
     """The clip's sound [samples] at 16 kHz, exactly ``frames * stride / fps`` seconds from source frame ``start``.
 
     The last clip frame lasts a stride, so the sound may end up to ``stride - 1`` source frames behind the file's last
@@ -283,18 +241,62 @@ def clip_audio(request: SampleRequest, start: int) -> Tensor:
     fps = Fraction(*request.fps)
     wanted = request.frames * request.stride
     there = min(wanted, request.total_frames - start)
-    samples = torch.from_numpy(read_audio(request.record["audio_path"], start / fps, there / fps, SAMPLE_RATE))
-    return nn.functional.pad(samples, (0, round(wanted / fps * SAMPLE_RATE) - len(samples)))
+    return Sound(
+        Media(request.record["audio_path"]), start / fps, there / fps, SAMPLE_RATE, round(wanted / fps * SAMPLE_RATE)
+    )
 
 
-def control_clip(sample: Sample, decisions: Decisions) -> Tensor:
+def control_clip(source: Source, decisions: Decisions) -> Clip:
     """The control video [F, 3, H, W] that the model sees: black without one, when dropped, or from a cut tail on."""
-    if sample["control"] is None or decisions.drop_control:
-        return torch.full_like(sample["pixels"], BLACK)
-    control: Tensor = sample["control"].clone()
-    if decisions.silent_from is not None:
-        control[decisions.silent_from :] = BLACK
-    return control
+    if source.control is None or decisions.drop_control:
+        return Filled(BLACK, source.frames, source.size)
+    if decisions.silent_from is None:
+        return source.control
+    shown = source.control.take(range(decisions.silent_from))
+    return Joined((shown, Filled(BLACK, source.frames - decisions.silent_from, source.size)))
+
+
+def encoders_of(options: AdapterOptions, config: Mapping[str, Any]) -> Encoders:
+    """VAE, text and speech encoder of the released directory; the last one in float32 always."""
+    folder, dtype = options.model_dir, options.compute_dtype
+
+    def load_text() -> UMT5TextEncoder:
+        encoder = UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=int(config["text_len"]))
+        _require_size(folder, "text_dim", config["text_dim"], encoder.dim, umt5.WEIGHTS)
+        return encoder
+
+    def load_speech() -> SpeechEncoder:
+        encoder = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)
+        _require_size(folder, "audio_dim", config["audio_dim"], encoder.dim, wav2vec2.FOLDER)
+        _require_size(folder, "audio layers", NUM_AUDIO_LAYERS, encoder.num_states, wav2vec2.FOLDER)
+        return encoder
+
+    vae = folder / wan_vae.WEIGHTS
+    return Encoders(
+        {
+            "vae": EncoderSource(
+                load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+                files=(vae,),
+                settings=str(dtype),
+            ),
+            "text": EncoderSource(
+                load=load_text,
+                files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
+                settings=f"{dtype} {config['text_len']}",
+            ),
+            "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
+        },
+        options.device,
+        low_vram=options.low_vram,
+    )
+
+
+def _require_size(folder: Path, name: str, wanted: int, found: int, part: str) -> None:
+    if wanted != found:
+        raise CheckpointError(
+            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
+            hint="all parts must come from one released model: download them again",
+        )
 
 
 def require_layout(folder: Path) -> None:

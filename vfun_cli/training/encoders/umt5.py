@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_pth, load_weights
 
@@ -79,6 +80,10 @@ class UMT5TextEncoder(nn.Module):
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Hidden states [len_i, dim] of texts, without padding rows."""
         return self.encode_ids(self.tokenize(texts))
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``states`` [len_i, dim] of each text."""
+        return [{"states": states} for states in self.encode(inputs)]
 
 
 def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:

@@ -1,28 +1,28 @@
 """The VAE of Wan2.1: its ``.pth`` file in diffusers' AutoencoderKLWan, and the latents that Wan models train on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.encoders.clip_vae import ClipVAE
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_pth, load_weights
 
 WEIGHTS = "Wan2.1_VAE.pth"
 Z_DIM = 16
 FRAMES_PER_LATENT = 4
-PIXELS_PER_LATENT = 8
 STAGES = 4
 """Resolution stages of the Wan2.1 VAE, and of diffusers' conversion of its names."""
 BLOCKS_PER_STAGE = 3
 """Two residual blocks and one down-sampler; the last stage has no down-sampler."""
 
 
-class WanVAE(nn.Module):
+class WanVAE(ClipVAE):
     """Pixels to normalised latents, in mini-batches."""
 
     def __init__(self, model: AutoencoderKLWan, *, mini_batch: int = 1) -> None:
@@ -44,12 +44,11 @@ class WanVAE(nn.Module):
         """
         return cls(load_wan_vae(load_pth(path), dtype=dtype, where=str(path)), mini_batch=mini_batch)
 
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents [B, z, f, h, w] float32 of pixels [B, 3, F, H, W] in [-1, 1]; F = 1 + 4k, f = 1 + k.
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (mu - mean) / std and deviation exp(logvar / 2) [B, z, f, h, w] float32; F = 1 + 4k, f = 1 + k.
 
-        z = (mu - mean) / std + exp(logvar / 2) * noise, logvar clamped to [-30, 20]. The released models were trained
-        with noise that is NOT divided by std, unlike diffusers' order of sampling and normalising.
-        ``noise`` is standard normal [B, z, f, h, w] on any device; None gives the posterior's mode.
+        logvar is clamped to [-30, 20]. The released models were trained with noise that is NOT divided by std, unlike
+        diffusers' order of sampling and normalising. The networks run in their own dtype.
 
         Raises ValueError for another number of frames: the encoder would drop the remainder without a word.
         """
@@ -58,40 +57,9 @@ class WanVAE(nn.Module):
             raise ValueError(
                 f"the Wan VAE encodes 1 + 4k frames, got {frames}; it would drop the last {(frames - 1) % 4}"
             )
-        parts = [self._posterior(part) for part in pixels.split(self.mini_batch)]
-        mu = torch.cat([mean for mean, _ in parts])
-        latents = (mu - self.mean) / self.std
-        if noise is None:
-            return latents
-        deviation = torch.cat([deviation for _, deviation in parts])
-        return latents + deviation * noise.to(latents)
-
-    def encode_clips(self, clips: Sequence[Tensor], noises: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [z, f, h, w] float32 of clips [F, 3, H, W] of any lengths; clips of one shape share mini-batches.
-
-        ``noises`` are standard normal [z, f, h, w], one for each clip: ``noise_shape`` of its shape.
-        """
-        latents: dict[int, Tensor] = {}
-        shapes = [clip.shape for clip in clips]
-        for shape in dict.fromkeys(shapes):
-            members = [index for index, other in enumerate(shapes) if other == shape]
-            pixels = torch.stack([clips[index].transpose(0, 1) for index in members])
-            encoded = self.encode(pixels, torch.stack([noises[index] for index in members]))
-            latents.update(zip(members, encoded, strict=True))
-        return [latents[index] for index in range(len(clips))]
-
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, float32. The networks run in their own dtype."""
-        with torch.no_grad():
-            posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
-        mu, logvar = posterior.parameters.float().chunk(2, dim=1)
-        return mu, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-
-
-def noise_shape(clip: Tensor) -> tuple[int, int, int, int]:
-    """Shape [z, f, h, w] of the latents of a clip [1 + 4k, 3, H, W]."""
-    frames, _, height, width = clip.shape
-    return Z_DIM, 1 + (frames - 1) // FRAMES_PER_LATENT, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
+        mu, logvar = moments.float().chunk(2, dim=1)
+        return (mu - self.mean) / self.std, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
 
 def load_wan_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) -> AutoencoderKLWan:

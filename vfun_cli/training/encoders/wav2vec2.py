@@ -1,6 +1,7 @@
 """Speech features per video frame from a wav2vec 2.0 folder, as Wan-S2V reads them."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.encoders.pretrained import load_model
 
@@ -88,6 +90,10 @@ class SpeechEncoder(nn.Module):
     def encode(self, waveform: Tensor, *, fps: Fraction, frames: int) -> Tensor:
         """[frames, layers + 1, hidden] of a clip of ``frames`` frames at ``fps`` and its sound of the same length."""
         return share_out(self.features_30hz(waveform), fps=fps, frames=frames)
+
+    def outputs(self, inputs: Sequence[tuple[Tensor, Fraction, int]]) -> list[Output]:
+        """``features`` [frames, layers + 1, hidden] of each (waveform, frames a second, frames)."""
+        return [{"features": self.encode(waveform, fps=fps, frames=frames)} for waveform, fps, frames in inputs]
 
 
 def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
