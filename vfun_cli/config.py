@@ -61,6 +61,9 @@ STRATEGY_FLAGS = {
     "use_deepspeed": "zero2",
 }
 
+DEFAULT_VARIANTS = 4
+"""Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
+
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -125,6 +128,26 @@ class RunConfig:
             on_resume="harmless",
         ),
     ] = "stop"
+
+    cache: Annotated[
+        Path | None,
+        Opt(
+            help="Keep what the encoders give in this folder, and take it from there; several runs may share it. "
+            "vfun cache fills it ahead.",
+            panel=DATA,
+            on_resume="harmless",
+        ),
+    ] = None
+    cache_variants: Annotated[
+        int | None,
+        Opt(
+            help="Draw the start, the size and all else that encoders see anew for so many epochs, then repeat them; "
+            f"by default {DEFAULT_VARIANTS} with --cache, and without it never repeat.",
+            panel=DATA,
+            minimum=1,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
 
     video_sample_size: Annotated[
         int,

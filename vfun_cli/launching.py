@@ -34,7 +34,7 @@ class Job:
     """A launch that is fully decided and not yet started."""
 
     command: str
-    """``train`` or ``lora``."""
+    """``train``, ``lora`` or ``cache``."""
     spec: FamilySpec
     resolved: Resolved
     source: PlanInput
@@ -46,6 +46,8 @@ class Job:
     """The checkpoint to continue from."""
     deadline: float | None
     """When --max-hours is over, in seconds since 1970."""
+    prune: bool = False
+    """Filling a cache: delete what the plan does not need."""
 
     @property
     def config(self) -> RunConfig:
@@ -73,6 +75,7 @@ class Job:
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
             "layouts": [vars(layout) for layout in self.earlier()],
             "deadline": self.deadline,
+            "prune": self.prune,
         }
 
 
@@ -214,11 +217,9 @@ def start(job: Job, stop: supervise.StopRequests, *, as_json: bool) -> int:
     Raises:
         VfunError: the run failed.
     """
-    config, run = job.config, job.run
-    run.launch(config.machine_rank).mkdir(exist_ok=True)
-    job.source.table.save(run.clips(config.machine_rank))
-    write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
-    ended = _run(job, stop)
+    config = job.config
+    write_plan(job)
+    ended = run_once(job, stop)
     for restart in range(1, config.max_restarts + 1):
         if isinstance(ended, supervise.Ended) or stop.asked:
             break
@@ -226,7 +227,7 @@ def start(job: Job, stop: supervise.StopRequests, *, as_json: bool) -> int:
         job = _continued(job)
         start_from = job.found.checkpoint.name if job.found else "the beginning"
         console.warn(f"restart {restart} of {config.max_restarts}, from {start_from}.")
-        ended = _run(job, stop)
+        ended = run_once(job, stop)
     if isinstance(ended, supervise.Crashed):
         raise ended
     _tell_end(job, ended, as_json=as_json)
@@ -248,7 +249,15 @@ def _tell_end(job: Job, ended: supervise.Ended, *, as_json: bool) -> None:
         console.hint(f"next: vfun export-bf16 {shlex.quote(str(newest))}")
 
 
-def _run(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.Crashed:
+def write_plan(job: Job) -> None:
+    """What the training processes make their plan from."""
+    run, machine = job.run, job.config.machine_rank
+    run.launch(machine).mkdir(parents=True, exist_ok=True)
+    job.source.table.save(run.clips(machine))
+    write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
+
+
+def run_once(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.Crashed:
     """One launch to its end, or to its crash."""
     job.run.remove_leftovers(job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vfun_cli import __version__, console
-from vfun_cli.commands import checkpoints, export, plan_buckets, resume, train, validate_meta
+from vfun_cli.commands import cache, checkpoints, export, plan_buckets, resume, train, validate_meta
 from vfun_cli.commands.signature import hyphenate
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 app.command("validate-meta", rich_help_panel="Data")(validate_meta.validate_meta)
 app.command("plan-buckets", rich_help_panel="Data")(plan_buckets.plan_buckets)
+app.command("cache", rich_help_panel="Data")(cache.cache)
 app.command("train", rich_help_panel="Run")(train.train)
 app.command("lora", rich_help_panel="Run")(train.lora)
 app.command("resume", rich_help_panel="Run")(resume.resume)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import devices, lora_options
-from vfun_cli.config import RunConfig, default_of, options, parse
+from vfun_cli.config import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 
@@ -74,6 +74,9 @@ def resolve(
     if values["image_sample_size"] is None:
         values["image_sample_size"] = values["video_sample_size"]
         sources["image_sample_size"] = "video_sample_size"
+    if values["cache"] is not None and values["cache_variants"] is None:
+        values["cache_variants"] = DEFAULT_VARIANTS
+        sources["cache_variants"] = "default with a cache"
     _settle_placement(values, sources)
     if command == "lora":
         values["target_name"] = lora_options.translate_targets(spec, values["target_name"])

@@ -60,6 +60,10 @@ class RunDir:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
 
+    def filled(self, rank: int) -> Path:
+        """What a rank did that filled a cache, as JSON."""
+        return self.logs / f"filled-rank-{rank}.json"
+
     def rank_error(self, rank: int) -> Path:
         """The error that ended a rank, as JSON."""
         return self.logs / f"error-rank-{rank}.json"

@@ -92,6 +92,11 @@ class StopRequests:
         """What the first request was."""
         return "interrupted" if self.asked[0] == signal.SIGINT else "preempted"
 
+    @property
+    def exit_code(self) -> int:
+        """What a job ends with that kept to the first request."""
+        return EXIT_INTERRUPTED if self.reason == "interrupted" else EXIT_PREEMPTED
+
     def write(self) -> None:
         """Leave the request for the ranks."""
         write_atomically(self.run_dir.stop_request, self.reason)
@@ -279,6 +284,8 @@ class _Lines:
 
 
 def _facts(record: dict[str, Any]) -> str:
+    if "loss" not in record:
+        return f"{record['step']} clips encoded"
     facts = [
         f"loss {record['loss']:.4f}",
         f"lr {record['learning_rate']:.1e}",

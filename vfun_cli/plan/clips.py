@@ -170,7 +170,8 @@ class Samples:
 def draw(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Samples:
     """The shapes that these samples take: a pure function of (seed, epoch, row, copy) and the clip itself."""
     seed, row = clips.options.seed, clips.table.row[clip]
-    chance = uniform("size", seed, epoch, row, copy)
+    variant = epoch % clips.options.cache_variants if clips.options.cache_variants else epoch
+    chance = uniform("size", seed, variant, row, copy)
     is_image = clips.table.is_image[clip]
     frames, height, width = (np.zeros(len(clip), dtype=np.int64) for _ in range(3))
     for image, sizes in enumerate(clips.sets):
@@ -185,7 +186,7 @@ def draw(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Sampl
             height[here] = sizes.heights[aspect, size]
             width[here] = sizes.widths[aspect, size]
     if clips.options.random_frame_crop:
-        frames = np.minimum(frames, _frame_crop(clips, row, copy, epoch))
+        frames = np.minimum(frames, _frame_crop(clips, row, copy, variant))
     frames = np.minimum(frames, clips.available[clip])
     values, inverse = np.unique(frames, return_inverse=True)
     rounded = np.array([round_frames(int(value), clips.spec, clips.dims) for value in values], dtype=np.int64)
@@ -193,11 +194,11 @@ def draw(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Sampl
     return Samples(clip=clip, copy=copy, epoch=epoch, frames=frames, height=height, width=width, is_image=is_image)
 
 
-def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, epoch: IntArray) -> IntArray:
+def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) -> IntArray:
     """Most frames of each sample under random_frame_crop: the full length, or one of the shorter ones alike."""
     fewest = fewest_frames(clips.spec)
     lengths = np.arange(fewest, max(fewest, clips.options.video_sample_n_frames) + 1, 4)
-    chance = uniform("frames", clips.options.seed, epoch, row, copy)
+    chance = uniform("frames", clips.options.seed, variant, row, copy)
     shorter = ((chance - FULL_LENGTH_SHARE) / (1 - FULL_LENGTH_SHARE) * (len(lengths) - 1)).astype(np.int64)
     return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])
 

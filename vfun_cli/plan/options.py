@@ -27,6 +27,8 @@ class PlanOptions:
     gradient_accumulation_steps: int = 1
     seed: int = 42
     world_size: int = 1
+    cache_variants: int | None = None
+    """Epochs after which sizes and lengths repeat; None: never."""
     heaviest_first: bool = False
     """Open each epoch with its most expensive step, so that what does not fit fails at once."""
     tokens_per_batch: int | None = None

@@ -34,9 +34,12 @@ def run_rank(run_json: Path) -> int:
     stop = StopFlag(run.stop_request, reads_file=one_of_machine, deadline=described.get("deadline"))
     stop.listen()
     try:
-        from vfun_cli.training.session import train
+        if described["command"] == "cache":
+            from vfun_cli.training.fill import fill as work
+        else:
+            from vfun_cli.training.session import train as work
 
-        train(run, described, stop)
+        work(run, described, stop)
     except BaseException as error:
         _leave_error(run, rank, error)
         traceback.print_exc()

@@ -83,6 +83,11 @@ class ModelAdapter(Protocol):
         """
         ...
 
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """The encoders of the released directory alone, none of them loaded yet."""
+        ...
+
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
         """What the encoders must read for this clip; nothing is decoded. A pure function of the request.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vfun_cli.errors import MetadataError, RunError, VfunError
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
+from vfun_cli.training.cache import Cache
 from vfun_cli.training.encoding import Sample, load
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
@@ -83,9 +84,12 @@ class LoadedBatch:
 class ClipDataset(Dataset[LoadedBatch]):
     """Decodes whole micro-batches; the sampler hands it the requests themselves."""
 
-    def __init__(self, adapter: type[ModelAdapter], options: Mapping[str, Any], at_work: "AtWork") -> None:
+    def __init__(
+        self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache | None, at_work: "AtWork"
+    ) -> None:
         self.adapter = adapter
         self.options = options
+        self.cache = cache
         self.at_work = at_work
 
     def __getitem__(self, batch: Any) -> LoadedBatch:
@@ -95,7 +99,7 @@ class ClipDataset(Dataset[LoadedBatch]):
             try:
                 if batch.fault is not None:
                     raise MetadataError(batch.fault, hint=_DEEP_HINT)
-                samples.append(load(self.adapter, request, self.options))
+                samples.append(load(self.adapter, request, self.options, self.cache))
                 good.append(request)
             except VfunError as error:
                 hint = f"{error.hint or _DEEP_HINT}; or train without such clips: --on-bad-sample skip"
@@ -149,6 +153,7 @@ def load_ahead(
     batches: Iterator[MicroBatch],
     workers: int,
     on_bad_sample: str = "stop",
+    cache: Cache | None = None,
 ) -> Iterator[LoadedBatch]:
     """Decoded micro-batches in plan order; deterministic whatever the number of workers.
 
@@ -159,7 +164,7 @@ def load_ahead(
         MetadataError: a clip that cannot be decoded, with its row; or with "skip", no clip that can.
         RunError: a decoding process ran out of memory.
     """
-    with closing(_decoded(adapter, options, batches, workers)) as decoded:
+    with closing(_decoded(adapter, options, batches, workers, cache)) as decoded:
         if on_bad_sample == "skip":
             yield from _with_stand_ins(decoded)
             return
@@ -192,7 +197,11 @@ def _stand_in(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
 
 
 def _decoded(
-    adapter: type[ModelAdapter], options: Mapping[str, Any], batches: Iterator[MicroBatch], workers: int
+    adapter: type[ModelAdapter],
+    options: Mapping[str, Any],
+    batches: Iterator[MicroBatch],
+    workers: int,
+    cache: Cache | None,
 ) -> Generator[LoadedBatch, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
@@ -206,7 +215,7 @@ def _decoded(
     while True:
         at_work = AtWork(workers)
         loader = DataLoader(
-            ClipDataset(adapter, options, at_work),
+            ClipDataset(adapter, options, cache, at_work),
             batch_size=None,
             sampler=_Stream(handed_out(batches)),
             num_workers=workers,

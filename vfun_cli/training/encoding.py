@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vfun_cli.training.adapter import Conditions, Inputs, ModelAdapter, SampleRequest
+from vfun_cli.training.cache import Cache
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import cook
@@ -21,25 +22,42 @@ class Sample:
     values: dict[str, Any]
     """What the encoders must read, decoded, by the inputs' names."""
     found: dict[str, Output] = field(default_factory=dict)
-    """What needs no encoder any more."""
+    """What the cache had."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Where the cache wants what it had not."""
 
 
-def load(adapter: type[ModelAdapter], request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-    """Decode one clip. Raises MetadataError for media that cannot be decoded."""
-    return prepared(adapter.inputs(request, options))
+def load(
+    adapter: type[ModelAdapter], request: SampleRequest, options: Mapping[str, Any], cache: Cache | None = None
+) -> Sample:
+    """Decode of one clip what the cache does not have. Raises MetadataError for media that cannot be decoded."""
+    return prepared(adapter.inputs(request, options), cache)
 
 
-def prepared(inputs: Inputs) -> Sample:
-    """A sample with everything decoded. Raises MetadataError for media that cannot be."""
-    return Sample(inputs=inputs, values=cook({name: each.recipe for name, each in inputs.items()}))
+def prepared(inputs: Inputs, cache: Cache | None = None) -> Sample:
+    """A sample of which everything is decoded or found. Raises MetadataError for media that cannot be decoded."""
+    found: dict[str, Output] = {}
+    keys: dict[str, str] = {}
+    if cache is not None:
+        keys = {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}
+        found = {name: output for name, key in keys.items() if (output := cache.read(key)) is not None}
+    values = cook({name: each.recipe for name, each in inputs.items() if name not in found})
+    return Sample(
+        inputs=inputs, values=values, found=found, keys={name: key for name, key in keys.items() if name in values}
+    )
 
 
-def encode(adapter: ModelAdapter, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
-    """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients."""
-    return adapter.assemble(outputs_of(adapter.encoders, samples), keys)
+def encode(
+    adapter: ModelAdapter, samples: Sequence[Sample], keys: Sequence[SampleKey], cache: Cache | None = None
+) -> tuple[Tensor, Conditions]:
+    """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients.
+
+    What had to be encoded is added to the cache.
+    """
+    return adapter.assemble(outputs_of(adapter.encoders, samples, cache), keys)
 
 
-def outputs_of(encoders: Encoders, samples: Sequence[Sample]) -> list[dict[str, Output]]:
+def outputs_of(encoders: Encoders, samples: Sequence[Sample], cache: Cache | None = None) -> list[dict[str, Output]]:
     """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once."""
     outputs: list[dict[str, Output]] = [
         {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
@@ -56,6 +74,8 @@ def outputs_of(encoders: Encoders, samples: Sequence[Sample]) -> list[dict[str, 
         made = encoders.run(encoder, [samples[index].values[name] for index, name in places])
         for (index, name), output in zip(places, made, strict=True):
             outputs[index][name] = output
+            if cache is not None:
+                cache.write(samples[index].keys[name], output)
     return outputs
 
 

@@ -206,7 +206,7 @@ class Kitchen:
 
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         self.wanted: dict[tuple[Media, Size], set[int]] = defaultdict(set)
-        for leaf in _leaves(recipes):
+        for leaf in leaves(recipes):
             if isinstance(leaf, Frames):
                 self.wanted[leaf.media, leaf.size] |= set(leaf.indices)
         self.decoded: dict[tuple[Media, Size], tuple[dict[int, int], Tensor]] = {}
@@ -242,12 +242,12 @@ def describe(value: Any, digest: Callable[[Path], str]) -> str:
     return repr(value)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """All dataclasses inside, from the outside in."""
     if isinstance(value, (tuple, list)):
         for each in value:
-            yield from _leaves(each)
+            yield from leaves(each)
     elif is_dataclass(value) and not isinstance(value, type):
         yield value
         for field in fields(value):
-            yield from _leaves(getattr(value, field.name))
+            yield from leaves(getattr(value, field.name))

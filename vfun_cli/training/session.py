@@ -14,6 +14,7 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.rundir import RunDir, write_atomically
 from vfun_cli.runplan import load_plan
 from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
@@ -44,6 +45,11 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     adapter_class = adapter_of(spec)
     adapter_setting = adapter_options(config, accelerator.device)
     adapter = adapter_class.from_pretrained(adapter_setting)
+    cache = None
+    if config.cache is None:
+        adapter.encoders.load()
+    else:  # what it has needs no encoder
+        cache = Cache.for_encoders(config.cache, adapter.encoders)
     lora = described["command"] == "lora"
     if lora:
         add_adapters(adapter.transformer, config, spec, plan.dims)
@@ -82,6 +88,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         checkpointer=checkpointer,
         metrics=metrics,
         ledger=ledger,
+        cache=cache,
         stop=stop,
         total_steps=plan.total_steps,
         description={
@@ -99,6 +106,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         micro_batches(plan, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
         config.on_bad_sample,
+        cache,
     )
     reason = trainer.train(batches, first_step)
     metrics.close()

@@ -51,7 +51,13 @@ def _shares(plan: EpochPlan) -> list[float]:
 def _request(plan: RunPlan, batch: PlannedBatch, sample: PlannedSample, position: int) -> SampleRequest:
     table = plan.table
     return SampleRequest(
-        key=SampleKey(seed=plan.options.seed, epoch=sample.epoch, row=sample.row, copy=sample.copy),
+        key=SampleKey(
+            seed=plan.options.seed,
+            epoch=sample.epoch,
+            row=sample.row,
+            copy=sample.copy,
+            variants=plan.options.cache_variants or 0,
+        ),
         record=_absolute(plan, plan.records[sample.row]),
         kind=batch.kind,
         frames=batch.shape.frames,

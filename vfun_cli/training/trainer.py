@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.training.adapter import ModelAdapter
+from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import LoadedBatch, batch_keys
 from vfun_cli.training.encoding import encode
@@ -42,6 +43,7 @@ class Trainer:
         checkpointer: Checkpointer,
         metrics: Metrics,
         ledger: EpochLedger,
+        cache: Cache | None,
         stop: StopFlag,
         total_steps: int,
         description: Mapping[str, Any],
@@ -54,6 +56,7 @@ class Trainer:
         self.checkpointer = checkpointer
         self.metrics = metrics
         self.ledger = ledger
+        self.cache = cache
         self.stop = stop
         self.total_steps = total_steps
         self.description = description
@@ -127,7 +130,7 @@ class Trainer:
         """The loss of one micro-batch. Encoding, noise and error are float32; the model sees the compute dtype."""
         keys = batch_keys(loaded.batch.requests)
         with torch.no_grad():
-            latents, conditions = encode(self.adapter, loaded.samples, keys)
+            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache)
             corrupted = self.objective.corrupt(latents, keys)
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)

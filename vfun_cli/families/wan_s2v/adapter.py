@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS
-from vfun_cli.families.wan_s2v.transformer import load_transformer
+from vfun_cli.families.wan_s2v import SPEC
+from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS, read_dims
+from vfun_cli.families.wan_s2v.transformer import load_transformer, read_config
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import frame_indices
 from vfun_cli.training.encoders import umt5, wan_vae, wav2vec2
@@ -178,7 +179,43 @@ class WanS2VAdapter:
         """
         require_layout(options.model_dir)
         transformer: Any = load_transformer(options.model_dir)
-        return cls(transformer=transformer, encoders=encoders_of(options, transformer.config), options=options)
+        return cls(transformer=transformer, encoders=cls.encoders_of(options), options=options)
+
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """VAE, text and speech encoder of the released directory; the last one in float32 always."""
+        folder, dtype = options.model_dir, options.compute_dtype
+        config = read_dims(read_config(folder / SPEC.config_file)).extra
+
+        def load_text() -> UMT5TextEncoder:
+            encoder = UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=int(config["text_len"]))
+            _require_size(folder, "text_dim", config["text_dim"], encoder.dim, umt5.WEIGHTS)
+            return encoder
+
+        def load_speech() -> SpeechEncoder:
+            encoder = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)
+            _require_size(folder, "audio_dim", config["audio_dim"], encoder.dim, wav2vec2.FOLDER)
+            _require_size(folder, "audio layers", NUM_AUDIO_LAYERS, encoder.num_states, wav2vec2.FOLDER)
+            return encoder
+
+        vae = folder / wan_vae.WEIGHTS
+        return Encoders(
+            {
+                "vae": EncoderSource(
+                    load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+                    files=(vae,),
+                    settings=str(dtype),
+                ),
+                "text": EncoderSource(
+                    load=load_text,
+                    files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
+                    settings=f"{dtype} {config['text_len']}",
+                ),
+                "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
+            },
+            options.device,
+            low_vram=options.low_vram,
+        )
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
@@ -254,41 +291,6 @@ def control_clip(source: Source, decisions: Decisions) -> Clip:
         return source.control
     shown = source.control.take(range(decisions.silent_from))
     return Joined((shown, Filled(BLACK, source.frames - decisions.silent_from, source.size)))
-
-
-def encoders_of(options: AdapterOptions, config: Mapping[str, Any]) -> Encoders:
-    """VAE, text and speech encoder of the released directory; the last one in float32 always."""
-    folder, dtype = options.model_dir, options.compute_dtype
-
-    def load_text() -> UMT5TextEncoder:
-        encoder = UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=int(config["text_len"]))
-        _require_size(folder, "text_dim", config["text_dim"], encoder.dim, umt5.WEIGHTS)
-        return encoder
-
-    def load_speech() -> SpeechEncoder:
-        encoder = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)
-        _require_size(folder, "audio_dim", config["audio_dim"], encoder.dim, wav2vec2.FOLDER)
-        _require_size(folder, "audio layers", NUM_AUDIO_LAYERS, encoder.num_states, wav2vec2.FOLDER)
-        return encoder
-
-    vae = folder / wan_vae.WEIGHTS
-    return Encoders(
-        {
-            "vae": EncoderSource(
-                load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-                files=(vae,),
-                settings=str(dtype),
-            ),
-            "text": EncoderSource(
-                load=load_text,
-                files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
-                settings=f"{dtype} {config['text_len']}",
-            ),
-            "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
-        },
-        options.device,
-        low_vram=options.low_vram,
-    )
 
 
 def _require_size(folder: Path, name: str, wanted: int, found: int, part: str) -> None:

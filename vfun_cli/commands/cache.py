@@ -1,0 +1,102 @@
+"""``vfun cache``: encode everything that a run will need, before it."""
+
+import json as json_
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vfun_cli import console, families
+from vfun_cli.commands.flags import Debug, Demo, Json
+from vfun_cli.commands.signature import with_options
+from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.resolve import Resolved, resolve
+
+
+@with_options("train", idle=True, strategies=True)
+def cache(
+    given: dict[str, Any],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every entry of the cache, and encode nothing.", show_default=False)
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete the entries that this run does not need.", show_default=False)
+    ] = False,
+    demo: Demo = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fill the --cache of a run ahead, with the options of the run: latents, texts, sounds, pictures.
+
+    Stopped or killed, the same command goes on where it was. A run whose entries are all there loads no encoder.
+
+    Examples: [bold]vfun cache wan-s2v --cache latents[/bold] · [bold]vfun cache wan-s2v --cache latents --prune[/bold]
+    · [bold]vfun cache wan-s2v --cache latents --verify[/bold]
+    """
+    spec = families.find(family)
+    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
+    folder = resolved.config.cache
+    if folder is None:
+        raise ConfigError("no cache is named.", hint=f"vfun cache {spec.name} --cache FOLDER")
+    if verify:
+        _verify(folder, as_json=json)
+        return
+    from vfun_cli import launching, supervise
+    from vfun_cli.rundir import claim
+
+    job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
+    if job.config.machine_rank == 0:
+        claim(job.run, overwrite=True)
+    console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
+    with supervise.stop_requests(job.run) as stop:
+        launching.write_plan(job)
+        ended = launching.run_once(job, stop)
+    if isinstance(ended, supervise.Crashed):
+        raise ended
+    ranks = [json_.loads(path.read_text(encoding="utf-8")) for path in sorted(job.run.logs.glob("filled-rank-*.json"))]
+    encoded, stopped = sum(rank["encoded"] for rank in ranks), any(rank["reason"] for rank in ranks)
+    size = sum(path.stat().st_size for path in folder.glob("entries/??/*.safetensors"))
+    if json:
+        console.print_json({"cache": str(folder), "complete": not stopped, "encoded": encoded, "bytes": size})
+    else:
+        console.out.print(
+            f"{'stopped' if stopped else 'done'}: {encoded} clips encoded, {size / 2**30:.2f} GiB in "
+            f"{escape(str(folder))}",
+            soft_wrap=True,
+        )
+    if stopped:
+        console.hint("The same command goes on from here.")
+        raise typer.Exit(stop.exit_code)
+
+
+def _for_filling(resolved: Resolved, folder: Path) -> Resolved:
+    """The same data and plan, with processes that hold no transformer; their logs lie inside the cache."""
+    config = resolved.config
+    strategy = "single" if config.num_processes == 1 else "ddp"
+    return replace(resolved, config=replace(config, output_dir=folder / "fill", strategy=strategy))
+
+
+def _verify(folder: Path, *, as_json: bool) -> None:
+    from vfun_cli.training.cache import DamagedEntry, entries, read_entry
+
+    damaged, good = [], 0
+    for path in entries(folder):
+        try:
+            read_entry(path)
+            good += 1
+        except DamagedEntry as error:
+            damaged.append(str(path))
+            console.warn(str(error))
+    if as_json:
+        console.print_json({"cache": str(folder), "good": good, "damaged": damaged})
+    if damaged:
+        raise CheckpointError(
+            f"{len(damaged)} of {good + len(damaged)} entries in {folder} are damaged.",
+            hint="Training encodes them again by itself; deleting the files is safe.",
+        )
+    if not as_json:
+        console.out.print(f"{good} entries, all whole")

@@ -1,0 +1,187 @@
+"""Encoder outputs on disk, under names that say what they were made from.
+
+    DIR/entries/3f/3fa9….safetensors   one output; named by the digest of recipe, media, encoder and code
+    DIR/files/….json                   digests of files that were read once, by path, size and times
+
+Whatever changes what an encoder would give changes the name, so nothing is ever stale and several runs may fill one
+directory at once: an entry is written beside its place and renamed, and two that write the same one write the same.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vfun_cli.errors import EnvironmentFault
+from vfun_cli.rundir import write_atomically
+from vfun_cli.training import encoders, media
+from vfun_cli.training.adapter import Input
+from vfun_cli.training.encoders.frozen import Encoders, Output
+from vfun_cli.training.recipes import describe, leaves
+
+SUFFIX = ".safetensors"
+CHUNK = 1 << 22
+ABANDONED = 3600
+"""Seconds after which a file that is being written is not."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of one run; handed to the decoding processes, which look entries up."""
+
+    root: Path
+    encoders: Mapping[str, str]
+    """What tells each encoder apart: the digest of its files, its settings."""
+
+    @classmethod
+    def for_encoders(cls, root: Path, loaded_from: Encoders) -> "Cache":
+        """Reads the encoders' files once (about a second a gigabyte); later runs remember their digests."""
+        identities = {
+            name: f"{name} {source.settings} {' '.join(_digest_of(root, path) for path in source.files)}"
+            for name, source in loaded_from.sources.items()
+        }
+        return cls(root.absolute(), identities)
+
+    def key(self, wanted: Input) -> str:
+        """The name of what this input gives."""
+        assert wanted.encoder is not None
+        text = "\n".join(
+            (
+                code_digest(frozenset(type(leaf).__module__ for leaf in leaves(wanted.recipe))),
+                self.encoders[wanted.encoder],
+                describe(wanted.recipe, self.digest),
+            )
+        )
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def path(self, key: str) -> Path:
+        """Where an entry lies."""
+        return self.root / "entries" / key[:2] / f"{key}{SUFFIX}"
+
+    def has(self, key: str) -> bool:
+        """Whether there is such an entry."""
+        return self.path(key).exists()
+
+    def read(self, key: str) -> Output | None:
+        """An entry, or None; a damaged one is reported, deleted and None."""
+        path = self.path(key)
+        try:
+            return read_entry(path)
+        except FileNotFoundError:
+            return None
+        except DamagedEntry as error:
+            print(f"warning: {error}; it is encoded again", file=sys.stderr, flush=True)
+            path.unlink(missing_ok=True)
+            return None
+
+    def write(self, key: str, output: Output) -> None:
+        """Add an entry. Raises EnvironmentFault if the disk cannot take it."""
+        path = self.path(key)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in output.items()}
+        partial = path.with_name(f".{key}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, {"content": content_digest(tensors)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise EnvironmentFault(
+                f"cannot write {path}: {error}.",
+                hint="Make room, put --cache on another disk, or train without it; what is there already stays good.",
+            ) from error
+
+    def digest(self, path: Path) -> str:
+        """What is in a media file."""
+        return _digest_of(self.root, path)
+
+
+class DamagedEntry(Exception):
+    """A file of the cache that does not hold what was written."""
+
+
+def read_entry(path: Path) -> Output:
+    """The tensors of one entry. Raises FileNotFoundError, or DamagedEntry for other bytes than were written."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            stated = (file.metadata() or {}).get("content")
+    except (SafetensorError, OSError) as error:
+        raise DamagedEntry(f"{path} is damaged ({error})") from None
+    if stated != content_digest(tensors):
+        raise DamagedEntry(f"{path} is damaged: its content is not what was written")
+    return tensors
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def entries(root: Path) -> Iterator[Path]:
+    """All entries of a cache."""
+    yield from (root / "entries").glob(f"??/*{SUFFIX}")
+
+
+def partials(root: Path) -> Iterator[Path]:
+    """What processes that were killed left behind, and what live ones are writing."""
+    yield from (root / "entries").glob("??/.*")
+
+
+def prune(root: Path, wanted: Collection[str]) -> None:
+    """Delete all entries but these, and what killed processes left behind an hour or more ago."""
+    for path in entries(root):
+        if path.name.removesuffix(SUFFIX) not in wanted:
+            path.unlink(missing_ok=True)
+    for path in partials(root):
+        if time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink(missing_ok=True)
+
+
+@cache
+def code_digest(modules: frozenset[str]) -> str:
+    """Of the source files that decide what an encoder sees, ``modules`` among them, and how it is run."""
+    folder = Path(str(encoders.__file__)).parent
+    files = {Path(str(sys.modules[name].__file__)) for name in modules} | {Path(str(media.__file__))}
+    texts = [file.read_bytes() for file in [*sorted(files), *sorted(folder.glob("*.py"))]]
+    return hashlib.blake2b(b"".join(texts), digest_size=16).hexdigest()
+
+
+def _digest_of(root: Path, path: Path) -> str:
+    """Of a file's bytes, or of a folder's files; remembered as long as size, times and inode stay."""
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path)} {_digest_of(root, file)}" for file in inside]
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    path = path.absolute()
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    note = root / "files" / f"{hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()}.json"
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["stamp"] == stamp:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError):
+        pass  # not read yet, or the note is half written by an older crash: read the file itself
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    write_atomically(note, json.dumps({"path": str(path), "stamp": stamp, "digest": found.hexdigest()}))
+    return found.hexdigest()
