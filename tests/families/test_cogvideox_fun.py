@@ -1,7 +1,9 @@
 """CogVideoX-Fun from a tiny released directory: options, sizes, masks, encoders, conditioning, prediction."""
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,18 @@ from vfun_cli.config import parse
 from vfun_cli.demo.cogvideox_fun import PAIRED, ROTARY, TRANSFORMER, build_model
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
-from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter, add_noise, join
+from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter, add_noise, compose, join
 from vfun_cli.families.cogvideox_fun.masks import IMAGE_MODES, VIDEO_MODES, Draw, draw_mask
 from vfun_cli.families.spec import ModelDims
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, frames_at
-from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
-from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Inputs, SampleRequest
+from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
+from vfun_cli.training.encoding import encode, load, prepared
 from vfun_cli.training.media import write_png, write_video
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Given, Plain, cook, describe
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
 CPU = torch.device("cpu")
@@ -82,11 +86,15 @@ def request(media: Path, kind: str = "video", *, frames: int = 5, row: int = 0) 
     )
 
 
-def clip(mask: Tensor, seed: int = 0) -> Sample:
+def clip(mask: Tensor, seed: int = 0, noise: SampleKey | None = None) -> Inputs:
     """A clip of noise with a mask [F, 1, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.rand(len(mask), 3, *mask.shape[2:], generator=generator) * 2 - 1
-    return {"text": "a red ball", "pixels": pixels, "mask": mask, "known": pixels.masked_fill(mask, -1.0)}
+    return compose(Given(pixels), "a red ball", Given(mask), noise=noise)
+
+
+def encoded(adapter: CogVideoXFunAdapter, samples: list[Inputs], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
+    return encode(adapter, [prepared(inputs) for inputs in samples], keys)
 
 
 def first_frame_known(frames: int = 5) -> Tensor:
@@ -157,6 +165,17 @@ def test_normal_mode_on_an_inp_model_says_why_not(folders: dict[str, Path]) -> N
 def test_a_folder_without_a_transformer_names_the_file_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"transformer/config\.json"):
         CogVideoXFunAdapter.from_pretrained(options(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_missing_encoder_folder_is_named_before_the_transformer_is_read(
+    part: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["2b"], tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"model/{part}:"):
+        CogVideoXFunAdapter.from_pretrained(options(tmp_path / "model"))
 
 
 def test_the_demo_model_is_the_same_every_time(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -274,7 +293,7 @@ def test_vae_encodes_as_the_original(tmp_path: Path) -> None:
         pixels = tensors.get(f"f{frames}.x", given)
         mean, logvar = tensors[f"f{frames}.mean"], tensors[f"f{frames}.logvar"]
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
-        assert tuple(mean.shape[1:]) == vae.latent_shape(*pixels.shape[2:])
+        assert vae.scale == read_scale(tmp_path) == 1.15258426
         torch.testing.assert_close(vae.encode(pixels), mean * 1.15258426, atol=1e-5, rtol=0)
         if frames <= 13:
             sampled = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise) * 1.15258426
@@ -294,7 +313,7 @@ def test_vae_mini_batches_change_nothing_and_odd_lengths_are_refused(tmp_path: P
 def test_captions_fill_226_tokens_and_the_encoder_sees_the_padding(
     adapters: dict[str, CogVideoXFunAdapter], folders: dict[str, Path]
 ) -> None:
-    encoder = adapters["2b"].text
+    encoder = adapters["2b"].encoders["text"]
     ids = encoder.tokenize(["a red ball", "a very long caption " * 90])
     assert ids.shape == (2, 226)
     whole = T5EncoderModel.from_pretrained(folders["2b"] / "text_encoder", dtype=torch.float32)
@@ -332,9 +351,17 @@ def test_known_pixels_get_a_little_noise_and_black_ones_none() -> None:
     assert logs.std().item() == pytest.approx(0.5, abs=0.06)
 
 
-def test_only_models_that_want_it_get_noise_on_known_pixels(adapters: dict[str, CogVideoXFunAdapter]) -> None:
-    sample, key = clip(first_frame_known()), SampleKey(0, 0, 0)
-    quiet, noisy = (adapters[name].encode([sample], [key])[1]["inpaint"] for name in ("2b", "5b"))
+def test_only_models_that_want_it_get_noise_on_known_pixels(
+    adapters: dict[str, CogVideoXFunAdapter], media: Path
+) -> None:
+    asked = request(media)
+    made = []
+    for name in ("2b", "5b"):
+        adapter = adapters[name]
+        made.append(
+            encode(adapter, [load(CogVideoXFunAdapter, asked, adapter.input_options)], [asked.key])[1]["inpaint"]
+        )
+    quiet, noisy = made
     assert torch.equal(quiet[:, 0], noisy[:, 0])
     assert (quiet[:, 1:] - noisy[:, 1:]).abs().max() > 1e-4
 
@@ -344,22 +371,46 @@ def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str,
     part = everything.clone()
     part[..., :8] = False
     keys = [SampleKey(0, 0, row) for row in range(60)]
-    _, conditions = adapters["2b"].encode([clip(everything)] * 60 + [clip(part)] * 60, keys * 2)
+    _, conditions = encoded(adapters["2b"], [clip(everything)] * 60 + [clip(part)] * 60, keys * 2)
     given = conditions["inpaint"].flatten(1).any(1)
     assert 0 < given[:60].sum() <= 14
     assert given[60:].all()
 
 
 def test_one_caption_in_ten_is_left_out(media: Path) -> None:
-    texts = [CogVideoXFunAdapter.load(request(media, "image", row=row), {})["text"] for row in range(300)]
-    assert set(texts) == {"", "a red ball"}
-    assert texts.count("") / 300 == pytest.approx(0.1, abs=0.05)
+    normal = {"train_mode": "normal"}
+    made = [CogVideoXFunAdapter.inputs(request(media, "image", row=row), normal) for row in range(300)]
+    texts = [inputs["text"].recipe for inputs in made]
+    assert set(texts) == {Plain(""), Plain("a red ball")}
+    assert texts.count(Plain("")) / 300 == pytest.approx(0.1, abs=0.05)
+
+
+def test_masks_and_their_noise_are_drawn_and_described_by_what_decides_them(media: Path) -> None:
+    def seen(epoch: int, noisy: bool, variants: int = 0) -> tuple[dict[str, Tensor], list[str]]:
+        asked = replace(request(media, "image"), key=SampleKey(0, epoch, 1, variants=variants))
+        inputs = CogVideoXFunAdapter.inputs(asked, {"add_noise_in_inpaint_model": noisy})
+        recipes = {name: inputs[name].recipe for name in ("mask", "known")}
+        assert inputs["mask"].encoder is None
+        return cook(recipes), [describe(recipe, str) for recipe in recipes.values()]
+
+    drawn = draw_mask(SampleKey(0, 2, 1).numpy("mask"), 1, 32, 48)
+    assert not drawn.all()
+    plain, texts = seen(2, noisy=False)
+    assert np.array_equal(plain["mask"][:, 0].numpy(), drawn)
+    noisy, noisy_texts = seen(2, noisy=True)
+    expected = add_noise(plain["known"].transpose(0, 1), SampleKey(0, 2, 1)).transpose(0, 1)
+    assert torch.equal(noisy["known"], expected) and not torch.equal(expected, plain["known"])
+    assert noisy_texts[0] == texts[0] and noisy_texts[1] != texts[1]
+    assert seen(5, True, variants=3)[1] == noisy_texts == seen(2, True, variants=4)[1]
+    assert torch.equal(seen(5, True, variants=3)[0]["known"], noisy["known"])
+    assert not set(seen(5, True)[1]) & set(noisy_texts)
 
 
 def test_target_and_known_latents_have_noise_of_their_own(adapters: dict[str, CogVideoXFunAdapter]) -> None:
     sample = clip(torch.zeros(5, 1, 32, 48, dtype=torch.bool))
-    sample["known"] = sample["pixels"]
-    latents, conditions = adapters["2b"].encode([sample], [SampleKey(0, 0, 0)])
+    values = prepared(sample).values
+    assert torch.equal(values["known"], values["clip"])
+    latents, conditions = encoded(adapters["2b"], [sample], [SampleKey(0, 0, 0)])
     assert not torch.equal(latents, conditions["inpaint"][:, 1:])
 
 
@@ -372,14 +423,18 @@ def test_a_row_becomes_a_loss_with_gradients(
     kind: str, name: str, adapters: dict[str, CogVideoXFunAdapter], folders: dict[str, Path], media: Path
 ) -> None:
     adapter, asked = adapters[name], request(media, kind)
-    sample = adapter.load(asked, {"train_mode": "normal" if name == "normal" else None})
-    assert sample["pixels"].shape == (asked.frames, 3, 32, 48)
-    assert ("mask" in sample) == ("known" in sample) == (name != "normal")
+    mode = "normal" if name == "normal" else None
+    sample = load(type(adapter), asked, {"train_mode": mode} | adapter.input_options)
+    seen = sample.values
+    assert seen["clip"].shape == (asked.frames, 3, 32, 48)
+    assert ("mask" in seen) == ("known" in seen) == (name != "normal")
     if name != "normal":
-        assert sample["mask"].shape == (asked.frames, 1, 32, 48)
-        assert torch.equal(sample["known"], sample["pixels"].masked_fill(sample["mask"], -1.0))
+        assert seen["mask"].shape == (asked.frames, 1, 32, 48)
+        quiet = load(type(adapter), asked, {"add_noise_in_inpaint_model": False}).values["known"]
+        assert torch.equal(quiet, seen["clip"].masked_fill(seen["mask"], -1.0))
+        assert torch.equal(seen["known"], quiet) == (name == "2b" or bool(seen["mask"].all()))
 
-    latents, conditions = adapter.encode([sample], [asked.key])
+    latents, conditions = encode(adapter, [sample], [asked.key])
     assert latents.shape == (1, 16, 2 if kind == "video" else 1, 4, 6)
     objective = make_objective(SPEC.objective, SPEC.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [asked.key])
@@ -392,20 +447,21 @@ def test_a_row_becomes_a_loss_with_gradients(
 
 def test_mask_enters_between_noise_and_known_latents(adapters: dict[str, CogVideoXFunAdapter]) -> None:
     adapter = adapters["2b"]
-    latents, conditions = adapter.encode([clip(first_frame_known())], [SampleKey(0, 0, 0)])
+    latents, conditions = encoded(adapter, [clip(first_frame_known())], [SampleKey(0, 0, 0)])
     seen: list[Tensor] = []
     hook = adapter.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     adapter.predict(adapter.transformer, latents, torch.tensor([500]), conditions)
     hook.remove()
     assert torch.equal(seen[0][:, :, :16], latents.transpose(1, 2))
-    scale = adapter.vae.scale
+    scale = adapter.encoders["vae"].scale
+    assert scale == adapter.scale
     assert torch.equal(seen[0][0, :, 16], torch.tensor([scale, 0.0]).view(2, 1, 1).expand(2, 4, 6))
     assert torch.equal(seen[0][:, :, 17:], conditions["inpaint"][:, 1:].transpose(1, 2))
 
 
 def test_bf16_encoders_and_inputs_run_without_autocast(folders: dict[str, Path]) -> None:
     adapter = CogVideoXFunAdapter.from_pretrained(options(folders["5b"], compute_dtype=torch.bfloat16))
-    latents, conditions = adapter.encode([clip(first_frame_known())], [SampleKey(0, 0, 0)])
+    latents, conditions = encoded(adapter, [clip(first_frame_known())], [SampleKey(0, 0, 0)])
     assert latents.dtype == conditions["inpaint"].dtype == torch.float32
     assert conditions["text"].dtype == torch.bfloat16
     half = adapter.transformer.to(torch.bfloat16)

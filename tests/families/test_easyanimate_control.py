@@ -17,12 +17,14 @@ from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1
 from vfun_cli.families.easyanimate_control.adapter import EasyAnimateControl, EasyAnimateV5, EasyAnimateV51
 from vfun_cli.families.easyanimate_control.names import released_name
-from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
+from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.encoders.magvit_vae import MagvitVAE
+from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
+from vfun_cli.training.encoding import encode, load, prepared
 from vfun_cli.training.media import write_png, write_video
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Given, Plain
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = {V5_1.name: (EasyAnimateV51, build_v5_1), V5.name: (EasyAnimateV5, build_v5)}
@@ -47,10 +49,22 @@ def options(folder: Path, **changes: Any) -> AdapterOptions:
     return AdapterOptions(**{"model_dir": folder, "compute_dtype": torch.float32, "device": CPU, **changes})
 
 
-def clip(frames: int = 5, height: int = 32, width: int = 48, seed: int = 0) -> Sample:
+def clip(frames: int = 5, height: int = 32, width: int = 48, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     pixels, control = (torch.rand(frames, 3, height, width, generator=generator) * 2 - 1 for _ in range(2))
     return {"text": "a red ball", "pixels": pixels, "control": control}
+
+
+def encoded(
+    adapter: EasyAnimateControl, samples: list[dict[str, Any]], keys: list[SampleKey]
+) -> tuple[torch.Tensor, Conditions]:
+    """The samples as their keys decide."""
+    mode = adapter.train_mode(adapter.options.train_mode)
+    made = []
+    for sample, key in zip(samples, keys, strict=True):
+        caption = "" if key.chance("text-drop", 0.1) else sample["text"]
+        made.append(adapter.compose(Given(sample["pixels"]), Given(sample["control"]), caption, train_mode=mode))
+    return encode(adapter, [prepared(inputs) for inputs in made], keys)
 
 
 def key_where(**drops: bool) -> SampleKey:
@@ -121,6 +135,23 @@ def test_a_missing_encoder_folder_is_named(part: str, folders, tmp_path: Path) -
         EasyAnimateV5.from_pretrained(options(tmp_path / "model"))
 
 
+def test_a_vae_without_weights_is_named_before_the_transformer_is_read(folders, tmp_path: Path) -> None:
+    shutil.copytree(folders[V5.name], tmp_path / "model")
+    for part in ("vae", "transformer"):
+        (tmp_path / "model" / part / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no weights in .*vae"):
+        EasyAnimateV5.from_pretrained(options(tmp_path / "model"))
+
+
+def test_an_encoder_folder_without_its_model_is_named_when_encoders_load(folders, tmp_path: Path) -> None:
+    shutil.copytree(folders[V5.name], tmp_path / "model")
+    (tmp_path / "model/text_encoder_2/config.json").unlink()
+    adapter = EasyAnimateV5.from_pretrained(options(tmp_path / "model"))
+    assert not adapter.encoders.loaded
+    with pytest.raises(CheckpointError, match=r"text_encoder_2: config\.json"):
+        adapter.encoders.load()
+
+
 # --- encoders ---
 
 
@@ -138,7 +169,7 @@ def test_vae_encodes_as_the_original(tmp_path: Path) -> None:
     for case in ("f1", "f5", "f9", "f13"):
         pixels, mean, logvar = (tensors[f"{case}.{name}"] for name in ("x", "mean", "logvar"))
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
-        assert tuple(mean.shape[1:]) == vae.latent_shape(*pixels.shape[2:])
+        assert mean.shape[1] == latent_channels(tmp_path)
         torch.testing.assert_close(vae.encode(pixels), mean * 0.7125, atol=1e-5, rtol=0)
         sampled = (mean + torch.exp(0.5 * logvar) * noise) * 0.7125
         torch.testing.assert_close(vae.encode(pixels, noise), sampled, atol=1e-5, rtol=0)
@@ -164,7 +195,7 @@ def test_vae_settings_that_encode_differently_are_refused(setting: dict, tmp_pat
 
 
 def test_qwen_states_are_the_last_but_one_of_the_whole_model(adapters, folders) -> None:
-    encoder = adapters[V5_1.name].text["encoder_hidden_states"]
+    encoder = adapters[V5_1.name].encoders["encoder_hidden_states"]
     captions = ["a red ball", "", "a very long caption " * 40]
     ids, mask = encoder.tokenize(captions)
     assert ids.shape == mask.shape == (3, 256)
@@ -176,7 +207,7 @@ def test_qwen_states_are_the_last_but_one_of_the_whole_model(adapters, folders) 
 
 
 def test_qwen_captions_are_chats_padded_right_and_cut_at_the_end(adapters) -> None:
-    encoder = adapters[V5_1.name].text["encoder_hidden_states"]
+    encoder = adapters[V5_1.name].encoders["encoder_hidden_states"]
     ids, mask = encoder.tokenize(["a red ball", "x" * 1000])
     text = encoder.tokenizer.decode(ids[0][mask[0].bool()])
     assert text.endswith("<|im_start|>user\na red ball<|im_end|>\n<|im_start|>assistant\n")
@@ -186,7 +217,7 @@ def test_qwen_captions_are_chats_padded_right_and_cut_at_the_end(adapters) -> No
 
 
 def test_bert_and_t5_get_special_tokens_and_no_mask(adapters, folders) -> None:
-    bert, t5 = (adapters[V5.name].text[name] for name in ("encoder_hidden_states", "encoder_hidden_states_t5"))
+    bert, t5 = (adapters[V5.name].encoders[name] for name in ("encoder_hidden_states", "encoder_hidden_states_t5"))
     for encoder, kind, folder in ((bert, BertModel, "text_encoder"), (t5, T5EncoderModel, "text_encoder_2")):
         ids = encoder.tokenize(["a red ball"])
         assert ids.shape == (1, 256)
@@ -207,31 +238,54 @@ def test_bert_and_t5_get_special_tokens_and_no_mask(adapters, folders) -> None:
 
 def test_v5_1_conditions_are_control_then_the_first_frame_at_latent_frame_0(adapters) -> None:
     adapter, sample, key = adapters[V5_1.name], clip(frames=9), key_where()
-    latents, conditions = adapter.encode([sample], [key])
+    latents, conditions = encoded(adapter, [sample], [key])
     control = conditions["control_latents"]
     assert latents.shape == (1, 16, 3, 4, 6)
     assert control.shape == (1, 32, 3, 4, 6)
 
-    def encoded(pixels: torch.Tensor, purpose: str) -> torch.Tensor:
-        video = pixels.transpose(0, 1)[None]
-        return adapter.vae.encode(video, key.normal(purpose, adapter.vae.latent_shape(*video.shape[2:]))[None])
+    def direct(pixels: torch.Tensor, purpose: str) -> torch.Tensor:
+        vae, video = adapter.encoders["vae"], pixels.transpose(0, 1)[None]
+        return vae.encode(video, key.normal(purpose, tuple(vae.encode(video).shape[1:]))[None])
 
-    assert torch.equal(latents, encoded(sample["pixels"], "vae-clip"))
-    assert torch.equal(control[:, :16], encoded(sample["control"], "vae-control"))
-    assert torch.equal(control[:, 16:, :1], encoded(sample["pixels"][:1], "vae-reference"))
+    assert torch.equal(latents, direct(sample["pixels"], "vae-clip"))
+    assert torch.equal(control[:, :16], direct(sample["control"], "vae-control"))
+    assert torch.equal(control[:, 16:, :1], direct(sample["pixels"][:1], "vae-reference"))
     assert not control[:, 16:, 1:].any()
 
 
 @pytest.mark.parametrize("what", ["control", "reference", "text"])
 def test_each_condition_is_dropped_alone(what: str, adapters) -> None:
     adapter, sample = adapters[V5_1.name], clip()
-    _, conditions = adapter.encode([sample], [key_where(**{what: True})])
+    _, conditions = encoded(adapter, [sample], [key_where(**{what: True})])
     control, reference = conditions["control_latents"].chunk(2, dim=1)
     assert control.any() == (what != "control")
     assert reference.any() == (what != "reference")
     caption = "" if what == "text" else sample["text"]
-    expected = adapter.text["encoder_hidden_states"].encode([caption])
+    expected = adapter.encoders["encoder_hidden_states"].encode([caption])
     assert torch.equal(conditions["encoder_hidden_states"], expected)
+
+
+def test_one_caption_in_ten_is_left_out_of_every_text_encoder(media: Path) -> None:
+    requests = [request(media, "image", row=row) for row in range(300)]
+    texts = []
+    for asked in requests:
+        inputs = EasyAnimateV5.inputs(asked, {})
+        assert inputs["encoder_hidden_states"].recipe == inputs["encoder_hidden_states_t5"].recipe
+        texts.append(inputs["encoder_hidden_states"].recipe)
+    assert set(texts) == {Plain(""), Plain("a red ball")}
+    assert [asked.key.chance("text-drop", 0.1) for asked in requests] == [text == Plain("") for text in texts]
+
+
+def test_with_variants_starts_repeat_and_the_reference_is_there_before_its_drop(media: Path) -> None:
+    keys = [SampleKey(42, 0, 3), *(SampleKey(42, epoch, 3, variants=2) for epoch in range(40))]
+    made = [EasyAnimateV51.inputs(request(media, "video", key=key), {}) for key in keys]
+    assert len({inputs["clip"].recipe for inputs in made[1:]}) == 2 == len({inputs["reference"] for inputs in made[1:]})
+    assert made[0]["clip"] == made[1]["clip"]
+    assert {inputs["encoder_hidden_states"].recipe for inputs in made} == {Plain(""), Plain("a red ball")}
+    assert all(
+        "reference" not in EasyAnimateV51.inputs(request(media, kind), options)
+        for kind, options in (("image", {}), ("video", {"train_mode": "control"}))
+    )
 
 
 def test_drops_happen_as_often_as_specified() -> None:
@@ -242,7 +296,7 @@ def test_drops_happen_as_often_as_specified() -> None:
 
 
 def test_the_reference_of_an_image_is_empty_for_it_would_be_the_target(adapters) -> None:
-    latents, conditions = adapters[V5_1.name].encode([clip(frames=1)], [key_where()])
+    latents, conditions = encoded(adapters[V5_1.name], [clip(frames=1)], [key_where()])
     control, reference = conditions["control_latents"].chunk(2, dim=1)
     assert latents.shape[2] == 1
     assert control.any()
@@ -250,7 +304,7 @@ def test_the_reference_of_an_image_is_empty_for_it_would_be_the_target(adapters)
 
 
 def test_v5_has_control_alone_and_two_text_streams(adapters) -> None:
-    _, conditions = adapters[V5.name].encode([clip(), clip(seed=1)], [key_where(), key_where(control=True)])
+    _, conditions = encoded(adapters[V5.name], [clip(), clip(seed=1)], [key_where(), key_where(control=True)])
     assert conditions["control_latents"].shape == (2, 16, 2, 4, 6)
     assert conditions["control_latents"][0].any()
     assert not conditions["control_latents"][1].any()
@@ -261,8 +315,8 @@ def test_v5_has_control_alone_and_two_text_streams(adapters) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sample_is_encoded_alike_alone_and_in_company(name: str, adapters) -> None:
     adapter, samples, keys = adapters[name], [clip(seed=1), clip(seed=2)], [key_where(), key_where(text=True)]
-    latents, conditions = adapter.encode(samples, keys)
-    alone, own = adapter.encode(samples[1:], keys[1:])
+    latents, conditions = encoded(adapter, samples, keys)
+    alone, own = encoded(adapter, samples[1:], keys[1:])
     torch.testing.assert_close(latents[1:], alone, atol=1e-5, rtol=0)
     for condition, value in conditions.items():
         torch.testing.assert_close(value[1:], own[condition], atol=1e-5, rtol=0)
@@ -272,8 +326,8 @@ def test_a_sample_is_encoded_alike_alone_and_in_company(name: str, adapters) -> 
 def test_low_vram_changes_no_number(adapters, folders) -> None:
     low = EasyAnimateV51.from_pretrained(options(folders[V5_1.name], low_vram=True))
     sample, key = clip(), key_where()
-    latents, conditions = low.encode([sample], [key])
-    same, others = adapters[V5_1.name].encode([sample], [key])
+    latents, conditions = encoded(low, [sample], [key])
+    same, others = encoded(adapters[V5_1.name], [sample], [key])
     assert torch.equal(latents, same)
     assert all(torch.equal(conditions[name], others[name]) for name in others)
 
@@ -297,10 +351,9 @@ def request(folder: Path, kind: str, row: int = 3, **changes: Any) -> SampleRequ
     names = ("clip.mp4", "control.mp4") if kind == "video" else ("image.png", "control.png")
     record = {"file_path": str(folder / names[0]), "control_file_path": str(folder / names[1]), "text": "a red ball"}
     video = kind == "video"
-    given = {"frames": 9 if video else 1, "total_frames": 20 if video else 1, "stride": 1}
-    return SampleRequest(
-        key=SampleKey(42, 0, row), record=record, kind=kind, height=32, width=48, fps=(16, 1), **{**given, **changes}
-    )
+    given: dict[str, Any] = {"frames": 9 if video else 1, "total_frames": 20 if video else 1, "stride": 1}
+    given |= {"key": SampleKey(42, 0, row), **changes}
+    return SampleRequest(record=record, kind=kind, height=32, width=48, fps=(16, 1), **given)
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
@@ -308,13 +361,14 @@ def request(folder: Path, kind: str, row: int = 3, **changes: Any) -> SampleRequ
 def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters, folders, media: Path) -> None:
     adapter = adapters[name]
     asked = request(media, kind)
-    sample = adapter.load(asked, {})
-    assert sample["pixels"].shape == sample["control"].shape == (asked.frames, 3, 32, 48)
+    sample = load(type(adapter), asked, {})
+    pixels, control = sample.values["clip"], sample.values["control"]
+    assert pixels.shape == control.shape == (asked.frames, 3, 32, 48)
     if kind == "video":
-        torch.testing.assert_close(sample["pixels"], -sample["control"], atol=0.05, rtol=0)
-        assert (sample["pixels"].mean(dim=(1, 2, 3)).diff() > 0).all()
+        torch.testing.assert_close(pixels, -control, atol=0.05, rtol=0)
+        assert (pixels.mean(dim=(1, 2, 3)).diff() > 0).all()
 
-    latents, conditions = adapter.encode([sample], [asked.key])
+    latents, conditions = encode(adapter, [sample], [asked.key])
     objective = make_objective(adapter.spec.objective, adapter.spec.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [asked.key])
     prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
@@ -327,7 +381,7 @@ def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_encoders_and_inputs_run_without_autocast(name: str, folders) -> None:
     adapter = FAMILIES[name][0].from_pretrained(options(folders[name], compute_dtype=torch.bfloat16))
-    latents, conditions = adapter.encode([clip()], [key_where()])
+    latents, conditions = encoded(adapter, [clip()], [key_where()])
     assert latents.dtype == torch.float32
     assert conditions["encoder_hidden_states"].dtype == torch.bfloat16
     assert next(adapter.transformer.parameters()).dtype == torch.float32

@@ -25,7 +25,7 @@ class SampleKey:
     @property
     def content(self) -> "SampleKey":
         """The key of draws that decide what an encoder sees: with ``variants``, only so many of them are different."""
-        return replace(self, epoch=self.epoch % self.variants) if self.variants else self
+        return replace(self, epoch=self.epoch % self.variants, variants=0) if self.variants else self
 
     def entropy(self, purpose: str) -> int:
         """A 128-bit integer for this sample and purpose; purposes are independent of each other."""

@@ -1,6 +1,7 @@
 """CogVideoX-Fun in the trainer's terms: what is decoded, encoded and handed to the transformer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.masks import draw_mask
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
-from vfun_cli.training.clips import read_clip
-from vfun_cli.training.encoders.bert_t5 import PaddedText, load_t5
-from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE
-from vfun_cli.training.encoders.placement import encoding_on
-from vfun_cli.training.loading import read_json
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.training.clips import clip_of
+from vfun_cli.training.encoders.bert_t5 import load_t5
+from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
+from vfun_cli.training.encoders.frozen import Encoders, Output, Source
+from vfun_cli.training.encoders.pretrained import text_source
+from vfun_cli.training.loading import read_json, safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Clip, Kitchen, Plain, Recipe, Size
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
@@ -25,76 +29,98 @@ EMPTY_DROP = 0.9
 """How often a clip without any known pixel gets zeros instead of the latents of an all-masked clip."""
 MASKED = -1.0
 """What pixels to be generated are set to: black."""
+NOISY = "add_noise_in_inpaint_model"
+"""The transformer's setting that its known pixels get noise."""
+
+
+@dataclass(frozen=True)
+class DrawnMask:
+    """Where the model generates: bool [F, 1, H, W].
+
+    It is drawn on the clip as it is trained: the original draws it on a longer one and cuts it, so masks lose their
+    known last frames.
+    """
+
+    key: SampleKey
+    frames: int
+    size: Size
+
+    def cook(self, kitchen: Kitchen) -> Tensor:
+        """See :class:`~vfun_cli.training.recipes.Recipe`."""
+        return torch.from_numpy(draw_mask(self.key.numpy("mask"), self.frames, *self.size)).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The pixels that the model is given, float32 [F, 3, H, W]: black where it generates."""
+
+    pixels: Clip
+    mask: Recipe
+    noise: SampleKey | None
+    """Whose noise they get; None: none."""
+
+    def cook(self, kitchen: Kitchen) -> Tensor:
+        """See :class:`~vfun_cli.training.recipes.Recipe`."""
+        known = self.pixels.cook(kitchen).masked_fill(self.mask.cook(kitchen), MASKED)
+        return known if self.noise is None else add_noise(known.transpose(0, 1), self.noise).transpose(0, 1)
 
 
 class CogVideoXFunAdapter:
     """Noisy latents beside a mask and the latents of the known pixels, with a caption."""
 
     def __init__(
-        self,
-        *,
-        transformer: CogVideoXFunTransformer,
-        vae: CogVideoXVAE,
-        text: PaddedText,
-        options: AdapterOptions,
+        self, *, transformer: CogVideoXFunTransformer, encoders: Encoders, scale: float, options: AdapterOptions
     ) -> None:
         self.transformer = transformer
-        self.vae = vae
-        self.text = text
+        self.encoders = encoders
+        self.scale = scale
+        """What the VAE's latents are multiplied with, and the mask like them."""
         self.options = options
         self.inpaint = train_mode(options.train_mode) == "inpaint"
         self._check_channels()
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "CogVideoXFunAdapter":
-        """Load the released directory, offline; the transformer in float32, the encoders in the compute dtype.
+        """The transformer of the released directory in float32, offline; its encoders when they are needed.
 
         Raises:
             CheckpointError: a file is missing, or is another model's.
             ConfigError: the model was not made for the train mode.
         """
-        folder, dtype = options.model_dir, options.compute_dtype
+        folder = options.model_dir
         config = read_json(folder / SPEC.config_file)
-        length = read_dims(config).extra["text_tokens"]
+        encoders = encoders_of(options, length=read_dims(config).extra["text_tokens"])
         return cls(
+            scale=read_scale(folder / "vae"),
+            encoders=encoders,
             transformer=load_transformer(folder / "transformer", config),
-            vae=CogVideoXVAE.from_folder(folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch),
-            text=load_t5(folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
             options=options,
         )
 
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """What ``inputs`` must know of the model, beside the configuration's options."""
+        return {NOISY: bool(self.transformer.config[NOISY])}
+
     @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """``pixels`` [F, 3, H, W] and ``text``; to inpaint also ``mask`` [F, 1, H, W] and ``known`` [F, 3, H, W].
-
-        ``mask`` is True where the model generates, ``known`` is black there. It is drawn on the clip as it is trained:
-        the original draws it on a longer one and cuts it, so masks lose their known last frames.
-        """
+    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; ``options`` has the model's :attr:`input_options`."""
         key = request.key
-        pixels = read_clip(request)
-        sample: Sample = {
-            "pixels": pixels,
-            "text": "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or "",
-        }
-        if train_mode(options.get("train_mode")) == "inpaint":
-            drawn = draw_mask(key.numpy("mask"), request.frames, request.height, request.width)
-            mask = torch.from_numpy(drawn).unsqueeze(1)
-            sample |= {"mask": mask, "known": pixels.masked_fill(mask, MASKED)}
-        return sample
+        caption = "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or ""
+        if train_mode(options.get("train_mode")) != "inpaint":
+            return compose(clip_of(request), caption)
+        mask = DrawnMask(key.content, request.frames, (request.height, request.width))
+        return compose(clip_of(request), caption, mask, noise=key.content if options[NOISY] else None)
 
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32; ``text`` [B, 226, channels], to inpaint also ``inpaint`` [B, 17, f, h, w].
 
         The clips of a micro-batch have one shape.
         """
-        options = self.options
-        conditions: Conditions = {}
-        with encoding_on(self.vae, options.device, low_vram=options.low_vram):
-            latents = self._latents(_stack(samples, "pixels"), keys, "vae-clip")
-            if self.inpaint:
-                conditions["inpaint"] = self._inpaint(samples, keys)
-        with encoding_on(self.text, options.device, low_vram=options.low_vram):
-            conditions["text"] = self.text.encode([sample["text"] for sample in samples])
+        latents = sample_posteriors([output["clip"] for output in outputs], keys, "vae-clip")
+        conditions: Conditions = {"text": torch.stack([output["text"]["states"] for output in outputs])}
+        if self.inpaint:
+            conditions["inpaint"] = self._inpaint(outputs, keys)
         return latents, conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -104,20 +130,13 @@ class CogVideoXFunAdapter:
         prediction: Tensor = transformer(frames_first, conditions["text"].to(noisy), timesteps)
         return prediction.transpose(1, 2)
 
-    def _latents(self, pixels: Tensor, keys: Sequence[SampleKey], purpose: str) -> Tensor:
-        """Sampled latents [B, 16, f, h, w] of pixels [B, 3, F, H, W], each clip with its own noise."""
-        shape = self.vae.latent_shape(*pixels.shape[2:])
-        return self.vae.encode(pixels, torch.stack([key.normal(purpose, shape) for key in keys]))
-
-    def _inpaint(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> Tensor:
+    def _inpaint(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> Tensor:
         """Mask and latents of the known pixels, [B, 17, f, h, w] float32; zeros for most clips without any."""
-        known, mask = _stack(samples, "known"), _stack(samples, "mask")
-        if self.transformer.config.add_noise_in_inpaint_model:
-            known = torch.stack([add_noise(clip, key) for clip, key in zip(known, keys, strict=True)])
-        inpaint = join(self._latents(known, keys, "vae-known"), mask, self.vae.scale)
+        masks = [output["mask"]["value"] for output in outputs]  # [F, 1, H, W] each
+        known = sample_posteriors([output["known"] for output in outputs], keys, "vae-known")
+        inpaint = join(known, torch.stack(masks).transpose(1, 2), self.scale)
         keep = [
-            not (sample["mask"].all() and key.chance("empty-drop", EMPTY_DROP))
-            for sample, key in zip(samples, keys, strict=True)
+            not (mask.all() and key.chance("empty-drop", EMPTY_DROP)) for mask, key in zip(masks, keys, strict=True)
         ]
         return inpaint * torch.tensor(keep, device=inpaint.device).view(-1, 1, 1, 1, 1)
 
@@ -136,6 +155,30 @@ class CogVideoXFunAdapter:
             + (": an InP model is trained to inpaint, text to video included" if fitting == "inpaint" else ""),
             hint=f"use --train-mode {fitting}" if fitting else "use a CogVideoX-Fun InP model",
         )
+
+
+def encoders_of(options: AdapterOptions, *, length: int) -> Encoders:
+    """``vae`` and ``text``, with captions of ``length`` tokens. Raises CheckpointError for missing parts."""
+    folder, dtype = options.model_dir, options.compute_dtype
+    vae = folder / "vae"
+    sources = {
+        "vae": Source(
+            load=lambda: CogVideoXVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+            files=(vae / "config.json", *safetensors_files(vae)),
+            settings=str(dtype),
+        ),
+        "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
+    }
+    return Encoders(sources, options.device, low_vram=options.low_vram)
+
+
+def compose(pixels: Clip, caption: str, mask: Recipe | None = None, *, noise: SampleKey | None = None) -> Inputs:
+    """``clip`` and ``text``; with a mask also ``mask``, and ``known``: the known pixels, with the noise of a key."""
+    inputs = {"clip": Input(encoder="vae", recipe=pixels), "text": Input(encoder="text", recipe=Plain(caption))}
+    if mask is None:
+        return inputs
+    known = Known(pixels, mask, noise)
+    return inputs | {"mask": Input(encoder=None, recipe=mask), "known": Input(encoder="vae", recipe=known)}
 
 
 def train_mode(asked: str | None) -> str:
@@ -166,8 +209,3 @@ def join(latents: Tensor, mask: Tensor, scale: float) -> Tensor:
     if frames > 1:
         parts.append(F.interpolate(known[:, :, 1:], (frames - 1, *size), mode="trilinear", align_corners=False))
     return torch.cat([torch.cat(parts, dim=2) * scale, latents], dim=1)
-
-
-def _stack(samples: Sequence[Sample], name: str) -> Tensor:
-    """[B, C, F, H, W] of every sample's [F, C, H, W]."""
-    return torch.stack([sample[name] for sample in samples]).transpose(1, 2)

@@ -1,7 +1,6 @@
 """EasyAnimate Control in the trainer's terms: what is decoded, encoded and handed to the transformer."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,42 +12,37 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, check_options, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
-from vfun_cli.training.clips import read_clip
-from vfun_cli.training.encoders.bert_t5 import PaddedText, load_bert, load_t5
-from vfun_cli.training.encoders.magvit_vae import MagvitVAE
-from vfun_cli.training.encoders.placement import encoding_on
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.training.clips import clip_of
+from vfun_cli.training.encoders.bert_t5 import load_bert, load_t5
+from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.frozen import Encoders, Output, Source
+from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
+from vfun_cli.training.encoders.pretrained import text_source
 from vfun_cli.training.encoders.qwen2_vl import Qwen2VLText
-from vfun_cli.training.loading import read_json
+from vfun_cli.training.loading import read_json, safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Clip, Plain
 
 TEXT_DROP = 0.10
 CONTROL_DROP = 0.20
 REFERENCE_DROP = 0.20
 """Independent of each other, per sample (spec section 6)."""
 
-TextEncoders = dict[str, Qwen2VLText | PaddedText]
-"""By the name of the transformer's argument that reads their output."""
+TextEncoders = Mapping[str, tuple[Callable[..., Any], str, str]]
+"""By the name of the transformer's argument that reads their output: what loads them, model and tokenizer folder."""
 
 
-class EasyAnimateControl(ABC):
+class EasyAnimateControl:
     """What V5.1 and V5 share; a subclass says how it reads captions."""
 
     spec: ClassVar[FamilySpec]
+    text: ClassVar[TextEncoders]
 
-    def __init__(
-        self,
-        transformer: EasyAnimateTransformer3DModel,
-        vae: MagvitVAE,
-        text: TextEncoders,
-        options: AdapterOptions,
-    ) -> None:
+    def __init__(self, transformer: EasyAnimateTransformer3DModel, encoders: Encoders, options: AdapterOptions) -> None:
         self.transformer: EasyAnimateTransformer3DModel = transformer
-        self.vae = vae
-        self.text = text
+        self.encoders = encoders
         self.options = options
-        self.train_mode = options.train_mode or self.spec.train_modes[0]
-        self._check_channels()
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "EasyAnimateControl":
@@ -62,49 +56,72 @@ class EasyAnimateControl(ABC):
             "control_ref_image": options.control_ref_image,
         }
         check_options(asked, cls.spec.name)
-        folder, dtype = options.model_dir, options.compute_dtype
+        folder = options.model_dir
         config = complete_config(read_json(folder / cls.spec.config_file))
         _check_family(config, cls.spec, folder)
-        vae = MagvitVAE.from_folder(folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch)
-        text = cls.load_text(folder, dtype)
-        transformer = load_transformer(folder / "transformer", config)
-        return cls(transformer, vae, text, options)
+        encoders = cls.encoders_of(options)
+        _check_channels(config, latent_channels(folder / "vae"), cls.train_mode(options.train_mode), folder)
+        return cls(load_transformer(folder / "transformer", config), encoders, options)
 
-    @staticmethod
-    @abstractmethod
-    def load_text(folder: Path, dtype: torch.dtype) -> TextEncoders:
-        """The text encoders of a model directory."""
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """``vae``, and the text encoders by the transformer's arguments. Raises CheckpointError for missing parts."""
+        folder, dtype = options.model_dir, options.compute_dtype
+        vae = folder / "vae"
+        text = {
+            argument: text_source(load, folder / model, folder / tokenizer, dtype=dtype, length=CAPTION_TOKENS)
+            for argument, (load, model, tokenizer) in cls.text.items()
+        }
+        sources = {
+            "vae": Source(
+                load=lambda: MagvitVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+                files=(vae / "config.json", *safetensors_files(vae)),
+                settings=str(dtype),
+            ),
+            **text,
+        }
+        return Encoders(sources, options.device, low_vram=options.low_vram)
 
-    @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """``text``, ``pixels`` and ``control``, both float32 [F, 3, H, W]; the control clip shows the same frames."""
+    @classmethod
+    def train_mode(cls, asked: str | None) -> str:
+        """The train mode of a run that may not have named one."""
+        return asked or cls.spec.train_modes[0]
+
+    @classmethod
+    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
         usable = V5_1.usable_span
+        caption = "" if request.key.chance("text-drop", TEXT_DROP) else str(request.record["text"])
+        pixels = clip_of(request, usable_span=usable)
+        control = clip_of(request, "control_file_path", usable_span=usable)
+        return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.get("train_mode")))
+
+    @classmethod
+    def compose(cls, pixels: Clip, control: Clip, caption: str, *, train_mode: str) -> Inputs:
+        """``clip`` and ``control``, each text encoder's caption; ``reference``: the first frame, if the mode has one.
+
+        An image has none: its reference would be the target itself. (The original means to skip images and compares the
+        number of channels instead of frames.)
+        """
+        clips = {"clip": pixels, "control": control}
+        if train_mode == "control_ref" and pixels.count > 1:
+            clips["reference"] = pixels.take([0])
         return {
-            "text": request.record["text"],
-            "pixels": read_clip(request, usable_span=usable),
-            "control": read_clip(request, "control_file_path", usable_span=usable),
+            **{name: Input(encoder="vae", recipe=clip) for name, clip in clips.items()},
+            **{argument: Input(encoder=argument, recipe=Plain(caption)) for argument in cls.text},
         }
 
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, C, F, H, W] and ``control_latents`` [B, C or 2C, F, H, W], float32; text [B, 256, channels] each.
 
         The control latents and the reference are each left out of one sample in five, the caption of one in ten.
         """
-        with encoding_on(self.vae, self.options.device, low_vram=self.options.low_vram):
-            latents = self._encode_pixels([sample["pixels"] for sample in samples], keys, "vae-clip")
-            control = self._encode_pixels([sample["control"] for sample in samples], keys, "vae-control")
-            conditioning = [_drop(control, keys, "control-drop", CONTROL_DROP)]
-            if self.train_mode == "control_ref":
-                conditioning.append(self._reference(samples, keys, like=latents))
-        captions = [
-            "" if key.chance("text-drop", TEXT_DROP) else str(sample["text"])
-            for sample, key in zip(samples, keys, strict=True)
-        ]
-        conditions: Conditions = {"control_latents": torch.cat(conditioning, dim=1)}
-        for argument, encoder in self.text.items():
-            with encoding_on(encoder, self.options.device, low_vram=self.options.low_vram):
-                conditions[argument] = encoder.encode(captions)
-        return latents, conditions
+        latents = _sampled(outputs, keys, "clip")
+        conditioning = [_drop(_sampled(outputs, keys, "control"), keys, "control-drop", CONTROL_DROP)]
+        if self.train_mode(self.options.train_mode) == "control_ref":
+            conditioning.append(_reference(outputs, keys, like=latents))
+        text = {argument: torch.stack([output[argument]["states"] for output in outputs]) for argument in self.text}
+        return latents, {"control_latents": torch.cat(conditioning, dim=1), **text}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """[B, C, F, H, W] like ``noisy``; everything enters in the dtype of ``noisy``, timesteps as they are."""
@@ -112,69 +129,37 @@ class EasyAnimateControl(ABC):
         prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
 
-    def _encode_pixels(self, clips: Sequence[Tensor], keys: Sequence[SampleKey], purpose: str) -> Tensor:
-        """Sampled latents [B, C, f, h, w] of clips [F, 3, H, W], each with its own noise."""
-        pixels = torch.stack(list(clips)).transpose(1, 2).to(self.options.device)  # [B, 3, F, H, W]
-        shape = self.vae.latent_shape(*pixels.shape[2:])
-        return self.vae.encode(pixels, torch.stack([key.normal(purpose, shape) for key in keys]))
-
-    def _reference(self, samples: Sequence[Sample], keys: Sequence[SampleKey], *, like: Tensor) -> Tensor:
-        """The clip's first frame at latent frame 0, zeros after it, [B, C, F, H, W].
-
-        Zeros alone for an image, where the reference would be the target itself: the original means to skip images
-        and compares the number of channels instead of frames.
-        """
-        reference = torch.zeros_like(like)
-        if like.shape[2] > 1:
-            first = self._encode_pixels([sample["pixels"][:1] for sample in samples], keys, "vae-reference")
-            reference[:, :, :1] = _drop(first, keys, "reference-drop", REFERENCE_DROP)
-        return reference
-
-    def _check_channels(self) -> None:
-        """The train mode decides how many channels enter the transformer."""
-        latent, has = self.vae.latent_channels, self.transformer.config.in_channels
-        parts = {"control": 2, "control_ref": 3}
-        if has == parts[self.train_mode] * latent:
-            return
-        fitting = next((mode for mode, count in parts.items() if has == count * latent), None)
-        raise ConfigError(
-            f"train_mode {self.train_mode!r} gives the transformer {parts[self.train_mode] * latent} channels "
-            f"(noisy, control{', reference' if self.train_mode == 'control_ref' else ''}); "
-            f"the model in {self.options.model_dir} reads {has}",
-            hint=f"use --train_mode={fitting}" if fitting else "this is not a Control model: use a ...-zh-Control one",
-        )
-
 
 class EasyAnimateV51(EasyAnimateControl):
     """V5.1: captions through Qwen2-VL, flow matching."""
 
     spec = V5_1
-
-    @staticmethod
-    def load_text(folder: Path, dtype: torch.dtype) -> TextEncoders:
-        """Qwen2-VL."""
-        encoder = Qwen2VLText.from_folders(
-            folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=CAPTION_TOKENS
-        )
-        return {"encoder_hidden_states": encoder}
+    text: ClassVar[TextEncoders] = {"encoder_hidden_states": (Qwen2VLText.from_folders, "text_encoder", "tokenizer")}
 
 
 class EasyAnimateV5(EasyAnimateControl):
     """V5: captions through BERT and mT5, DDPM."""
 
     spec = V5
+    text: ClassVar[TextEncoders] = {
+        "encoder_hidden_states": (load_bert, "text_encoder", "tokenizer"),
+        "encoder_hidden_states_t5": (load_t5, "text_encoder_2", "tokenizer_2"),
+    }
+    """In the order in which the transformer joins them."""
 
-    @staticmethod
-    def load_text(folder: Path, dtype: torch.dtype) -> TextEncoders:
-        """BERT, then mT5: the order in which the transformer joins them."""
-        return {
-            "encoder_hidden_states": load_bert(
-                folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=CAPTION_TOKENS
-            ),
-            "encoder_hidden_states_t5": load_t5(
-                folder / "text_encoder_2", folder / "tokenizer_2", dtype=dtype, length=CAPTION_TOKENS
-            ),
-        }
+
+def _check_channels(config: Mapping[str, Any], latent: int, train_mode: str, folder: Path) -> None:
+    """The train mode decides how many channels enter the transformer."""
+    has = config["in_channels"]
+    parts = {"control": 2, "control_ref": 3}
+    if has == parts[train_mode] * latent:
+        return
+    fitting = next((mode for mode, count in parts.items() if has == count * latent), None)
+    raise ConfigError(
+        f"train_mode {train_mode!r} gives the transformer {parts[train_mode] * latent} channels "
+        f"(noisy, control{', reference' if train_mode == 'control_ref' else ''}); the model in {folder} reads {has}",
+        hint=f"use --train_mode={fitting}" if fitting else "this is not a Control model: use a ...-zh-Control one",
+    )
 
 
 def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> None:
@@ -186,6 +171,19 @@ def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> 
             f"{folder} looks like {other}, not {spec.name}: its transformer reads {streams} text stream(s)",
             hint=f"run vfun train {other}",
         )
+
+
+def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], part: str) -> Tensor:
+    """Latents [B, C, f, h, w] of one input, each with its own noise."""
+    return sample_posteriors([output[part] for output in outputs], keys, f"vae-{part}")
+
+
+def _reference(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], *, like: Tensor) -> Tensor:
+    """The clip's first frame at latent frame 0, zeros after it, [B, C, F, H, W]; zeros alone for images."""
+    reference = torch.zeros_like(like)
+    if "reference" in outputs[0]:
+        reference[:, :, :1] = _drop(_sampled(outputs, keys, "reference"), keys, "reference-drop", REFERENCE_DROP)
+    return reference
 
 
 def _drop(latents: Tensor, keys: Sequence[SampleKey], purpose: str, probability: float) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel, BertTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
@@ -38,6 +39,10 @@ class PaddedText(nn.Module):
         with torch.no_grad():
             states: Tensor = self.model(input_ids=ids.to(next(self.model.parameters()).device)).last_hidden_state
         return states
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``states`` [length, hidden] of each caption."""
+        return [{"states": states} for states in self.encode(inputs)]
 
 
 def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:

@@ -1,6 +1,6 @@
 """Models and tokenizers of transformers from a local folder, strictly: what does not fit is an error."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.encoders.frozen import Source
 from vfun_cli.training.encoders.placement import freeze
 
 
@@ -64,3 +65,21 @@ def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
             f"no {kind.__name__} in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
             hint="download the folder again",
         ) from error
+
+
+def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> Source:
+    """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens.
+
+    Raises CheckpointError at once for a folder that is not there: loading comes after gigabytes of other parts.
+    """
+    for folder in (model, tokenizer):
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: there is no such folder",
+                hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            )
+    return Source(
+        load=lambda: load(model, tokenizer, dtype=dtype, length=length),
+        files=(model, tokenizer),
+        settings=f"{dtype} {length}",
+    )

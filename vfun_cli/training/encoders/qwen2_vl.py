@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
@@ -62,3 +63,7 @@ class Qwen2VLText(nn.Module):
             ).hidden_states
         last_but_one: Tensor = states[-2]
         return last_but_one
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``states`` [length, hidden] of each caption."""
+        return [{"states": states} for states in self.encode(inputs)]
