@@ -1,6 +1,9 @@
 """``vfun cache``: encode everything that a run will need, before it."""
 
 import json as json_
+import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,11 +49,10 @@ def cache(
         _verify(folder, as_json=json)
         return
     from vfun_cli import launching, supervise
-    from vfun_cli.rundir import claim
+    from vfun_cli.rundir import ensure_writable
 
     job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
-    if job.config.machine_rank == 0:
-        claim(job.run, overwrite=True)
+    ensure_writable(job.run.root)
     console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
     with supervise.stop_requests(job.run) as stop:
         launching.write_plan(job)
@@ -59,6 +61,7 @@ def cache(
         raise ended
     ranks = [json_.loads(path.read_text(encoding="utf-8")) for path in sorted(job.run.logs.glob("filled-rank-*.json"))]
     encoded, stopped = sum(rank["encoded"] for rank in ranks), any(rank["reason"] for rank in ranks)
+    shutil.rmtree(job.run.root)  # an error leaves its logs
     size = sum(path.stat().st_size for path in folder.glob("entries/??/*.safetensors"))
     if json:
         console.print_json({"cache": str(folder), "complete": not stopped, "encoded": encoded, "bytes": size})
@@ -74,10 +77,14 @@ def cache(
 
 
 def _for_filling(resolved: Resolved, folder: Path) -> Resolved:
-    """The same data and plan, with processes that hold no transformer; their logs lie inside the cache."""
+    """The same data and plan, with processes that hold no transformer; their logs lie inside the cache.
+
+    Several commands may fill one cache at once, so each has a folder of its own.
+    """
     config = resolved.config
     strategy = "single" if config.num_processes == 1 else "ddp"
-    return replace(resolved, config=replace(config, output_dir=folder / "fill", strategy=strategy))
+    run = folder / "fill" / f"{time.time_ns()}-{os.getpid()}"
+    return replace(resolved, config=replace(config, output_dir=run, strategy=strategy))
 
 
 def _verify(folder: Path, *, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,7 +95,8 @@ class Cache:
             save_file(tensors, partial, {"content": content_digest(tensors)})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise EnvironmentFault(
                 f"cannot write {path}: {error}.",
                 hint="Make room, put --cache on another disk, or train without it; what is there already stays good.",
