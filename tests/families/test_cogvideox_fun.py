@@ -103,6 +103,12 @@ def first_frame_known(frames: int = 5) -> Tensor:
     return mask
 
 
+def settings(name: str) -> dict[str, Any]:
+    """The spec's ``input_settings`` of a model."""
+    config = {**TRANSFORMER, **MODELS[name]}
+    return {key: config[key] for key in SPEC.input_settings}
+
+
 def dims(name: str) -> ModelDims:
     return read_dims({**TRANSFORMER, **MODELS[name]})
 
@@ -358,9 +364,7 @@ def test_only_models_that_want_it_get_noise_on_known_pixels(
     made = []
     for name in ("2b", "5b"):
         adapter = adapters[name]
-        made.append(
-            encode(adapter, [load(CogVideoXFunAdapter, asked, adapter.input_options)], [asked.key])[1]["inpaint"]
-        )
+        made.append(encode(adapter, [load(CogVideoXFunAdapter, asked, settings(name))], [asked.key])[1]["inpaint"])
     quiet, noisy = made
     assert torch.equal(quiet[:, 0], noisy[:, 0])
     assert (quiet[:, 1:] - noisy[:, 1:]).abs().max() > 1e-4
@@ -424,7 +428,7 @@ def test_a_row_becomes_a_loss_with_gradients(
 ) -> None:
     adapter, asked = adapters[name], request(media, kind)
     mode = "normal" if name == "normal" else None
-    sample = load(type(adapter), asked, {"train_mode": mode} | adapter.input_options)
+    sample = load(type(adapter), asked, {"train_mode": mode} | settings(name))
     seen = sample.values
     assert seen["clip"].shape == (asked.frames, 3, 32, 48)
     assert ("mask" in seen) == ("known" in seen) == (name != "normal")

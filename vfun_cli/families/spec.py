@@ -88,6 +88,8 @@ class FamilySpec:
     """Dimensions from the transformer's ``config.json``."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    input_settings: tuple[str, ...] = ()
+    """Keys of that file that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
     recognises: Callable[[Mapping[str, object]], bool]
     """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]

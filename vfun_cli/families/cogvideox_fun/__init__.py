@@ -144,6 +144,7 @@ SPEC = FamilySpec(
     read_dims=read_dims,
     recognises=lambda config: config.get("_class_name") == "CogVideoXTransformer3DModel",
     config_file="transformer/config.json",
+    input_settings=("add_noise_in_inpaint_model",),
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
     defaults=DEFAULTS,

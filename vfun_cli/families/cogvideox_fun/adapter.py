@@ -88,23 +88,33 @@ class CogVideoXFunAdapter:
             ConfigError: the model was not made for the train mode.
         """
         folder = options.model_dir
-        config = read_json(folder / SPEC.config_file)
-        encoders = encoders_of(options, length=read_dims(config).extra["text_tokens"])
+        encoders = cls.encoders_of(options)  # first: it finds out what is missing before gigabytes are read
         return cls(
             scale=read_scale(folder / "vae"),
             encoders=encoders,
-            transformer=load_transformer(folder / "transformer", config),
+            transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.config_file)),
             options=options,
         )
 
-    @property
-    def input_options(self) -> dict[str, Any]:
-        """What ``inputs`` must know of the model, beside the configuration's options."""
-        return {NOISY: bool(self.transformer.config[NOISY])}
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """``vae`` and ``text``. Raises CheckpointError for missing parts."""
+        folder, dtype = options.model_dir, options.compute_dtype
+        length = read_dims(read_json(folder / SPEC.config_file)).extra["text_tokens"]
+        vae = folder / "vae"
+        sources = {
+            "vae": Source(
+                load=lambda: CogVideoXVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+                files=(vae / "config.json", *safetensors_files(vae)),
+                settings=str(dtype),
+            ),
+            "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
+        }
+        return Encoders(sources, options.device, low_vram=options.low_vram)
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; ``options`` has the model's :attr:`input_options`."""
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
         caption = "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or ""
         if train_mode(options.get("train_mode")) != "inpaint":
@@ -155,21 +165,6 @@ class CogVideoXFunAdapter:
             + (": an InP model is trained to inpaint, text to video included" if fitting == "inpaint" else ""),
             hint=f"use --train-mode {fitting}" if fitting else "use a CogVideoX-Fun InP model",
         )
-
-
-def encoders_of(options: AdapterOptions, *, length: int) -> Encoders:
-    """``vae`` and ``text``, with captions of ``length`` tokens. Raises CheckpointError for missing parts."""
-    folder, dtype = options.model_dir, options.compute_dtype
-    vae = folder / "vae"
-    sources = {
-        "vae": Source(
-            load=lambda: CogVideoXVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-            files=(vae / "config.json", *safetensors_files(vae)),
-            settings=str(dtype),
-        ),
-        "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
-    }
-    return Encoders(sources, options.device, low_vram=options.low_vram)
 
 
 def compose(pixels: Clip, caption: str, mask: Recipe | None = None, *, noise: SampleKey | None = None) -> Inputs:
