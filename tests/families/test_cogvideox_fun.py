@@ -360,12 +360,9 @@ def test_known_pixels_get_a_little_noise_and_black_ones_none() -> None:
 def test_only_models_that_want_it_get_noise_on_known_pixels(
     adapters: dict[str, CogVideoXFunAdapter], media: Path
 ) -> None:
-    asked = request(media)
-    made = []
-    for name in ("2b", "5b"):
-        adapter = adapters[name]
-        made.append(encode(adapter, [load(CogVideoXFunAdapter, asked, settings(name))], [asked.key])[1]["inpaint"])
-    quiet, noisy = made
+    asked, adapter = request(media), adapters["5b"]  # one model, so that its weights make no difference
+    samples = [load(CogVideoXFunAdapter, asked, settings(name)) for name in ("2b", "5b")]
+    quiet, noisy = (encode(adapter, [sample], [asked.key])[1]["inpaint"] for sample in samples)
     assert torch.equal(quiet[:, 0], noisy[:, 0])
     assert (quiet[:, 1:] - noisy[:, 1:]).abs().max() > 1e-4
 
