@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo import I2V, T2V
 from vfun_cli.families.hunyuanvideo.adapter import (
     TEXT_DROP,
@@ -22,10 +22,13 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     TextToVideoAdapter,
 )
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.training.adapter import AdapterOptions, SampleRequest
+from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.training.encoding import encode, prepared
+from vfun_cli.training.encoding import load as load_clip
 from vfun_cli.training.media import write_png, write_video
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Given, Plain, Together
 
 SPECS = {"t2v": T2V, "i2v": I2V}
 KINDS: Mapping[str, type[HunyuanVideoAdapter]] = {"t2v": TextToVideoAdapter, "i2v": ImageToVideoAdapter}
@@ -71,8 +74,16 @@ def sample(shape: ClipShape, row: int = 0, text: str = "a red balloon rises over
     return {"pixels": pixels, "text": text}
 
 
+def encoded(
+    adapter: HunyuanVideoAdapter, samples: list[dict[str, Any]], keys: list[SampleKey]
+) -> tuple[Tensor, Conditions]:
+    """The samples as their keys decide."""
+    given = zip(samples, keys, strict=True)
+    return encode(adapter, [prepared(adapter.compose(Given(s["pixels"]), s["text"], key)) for s, key in given], keys)
+
+
 def run(adapter: HunyuanVideoAdapter, shape: ClipShape, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    latents, conditions = adapter.encode([sample(shape, row) for row in rows], [key(row) for row in rows])
+    latents, conditions = encoded(adapter, [sample(shape, row) for row in rows], [key(row) for row in rows])
     timesteps = torch.linspace(900.0, 100.0, len(rows))
     return adapter.predict(adapter.transformer, latents, timesteps, conditions), latents, conditions
 
@@ -103,7 +114,7 @@ def test_planned_flops_are_what_torch_counts(
     name: str, shape: ClipShape, adapters: dict[str, HunyuanVideoAdapter], folders: dict[str, Path]
 ) -> None:
     adapter, spec = adapters[name], SPECS[name]
-    latents, conditions = adapter.encode([sample(shape)], [key(0)])
+    latents, conditions = encoded(adapter, [sample(shape)], [key(0)])
     # The counter does not know the fused CPU attention, it does know the matrix products of the plain one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         adapter.predict(adapter.transformer, latents, torch.tensor([500.0]), conditions)
@@ -147,21 +158,23 @@ def test_image_to_video_leaves_out_the_given_frame_only(adapters: dict[str, Huny
 def test_the_condition_latent_is_the_mode_of_the_image_alone(adapters: dict[str, HunyuanVideoAdapter]) -> None:
     adapter = adapters["i2v"]
     clip = sample(SHAPES[4])
-    _, conditions = adapter.encode([clip], [key(0)])
+    _, conditions = encoded(adapter, [clip], [key(0)])
     image = clip["pixels"][None, :1].transpose(1, 2)
     with torch.no_grad():
-        mode = adapter.vae.model.encode(image).latent_dist.mode() * 0.476986
-        of_clip = adapter.vae.model.encode(clip["pixels"][None].transpose(1, 2)).latent_dist.mode() * 0.476986
+        mode = adapter.encoders["vae"].model.encode(image).latent_dist.mode() * 0.476986
+        of_clip = (
+            adapter.encoders["vae"].model.encode(clip["pixels"][None].transpose(1, 2)).latent_dist.mode() * 0.476986
+        )
     assert torch.allclose(conditions["first_latent"], mode, atol=1e-6)
     assert (of_clip[:, :, :1] - mode).abs().max() > 1e-2  # the window's normalisation makes them differ
 
 
 def test_latents_are_a_scaled_posterior_sample_drawn_by_the_key(adapters: dict[str, HunyuanVideoAdapter]) -> None:
     adapter, shape = adapters["t2v"], SHAPES[4]
-    latents, _ = adapter.encode([sample(shape)], [key(0)])
-    again, _ = adapter.encode([sample(shape)], [SampleKey(seed=1, epoch=1, row=0)])
+    latents, _ = encoded(adapter, [sample(shape)], [key(0)])
+    again, _ = encoded(adapter, [sample(shape)], [SampleKey(seed=1, epoch=1, row=0)])
     with torch.no_grad():
-        posterior = adapter.vae.model.encode(sample(shape)["pixels"][None].transpose(1, 2)).latent_dist
+        posterior = adapter.encoders["vae"].model.encode(sample(shape)["pixels"][None].transpose(1, 2)).latent_dist
     deviation = (latents / 0.476986 - posterior.mean) / posterior.std
     assert abs(deviation.mean()) < 0.1 and deviation.std() == pytest.approx(1, abs=0.1)
     assert latents.dtype == torch.float32
@@ -173,7 +186,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(name: str, adapters: dict[st
     adapter = adapters[name]
     alone, latents, _ = run(adapter, SHAPES[3], [KEPT[0]])
     samples = [sample(SHAPES[3], KEPT[0]), sample(SHAPES[3], KEPT[1], text="a much longer caption " * 60)]
-    both_latents, both = adapter.encode(samples, [key(KEPT[0]), key(KEPT[1])])
+    both_latents, both = encoded(adapter, samples, [key(KEPT[0]), key(KEPT[1])])
     together = adapter.predict(adapter.transformer, both_latents, torch.tensor([900.0, 100.0]), both)
     assert torch.equal(latents[0], both_latents[0])
     assert torch.allclose(alone[0], together[0], atol=1e-5)
@@ -184,9 +197,9 @@ def test_one_caption_in_ten_is_left_out_of_both_encoders(name: str, adapters: di
     share = sum(key(row).chance("text-drop", TEXT_DROP) for row in range(2000)) / 2000
     assert share == pytest.approx(0.1, abs=0.02)
     adapter, shape = adapters[name], SHAPES[3]
-    _, dropped = adapter.encode([sample(shape)], [key(DROPPED[0])])
-    _, empty = adapter.encode([sample(shape, text="")], [key(KEPT[0])])
-    _, kept = adapter.encode([sample(shape)], [key(KEPT[0])])
+    _, dropped = encoded(adapter, [sample(shape)], [key(DROPPED[0])])
+    _, empty = encoded(adapter, [sample(shape, text="")], [key(KEPT[0])])
+    _, kept = encoded(adapter, [sample(shape)], [key(KEPT[0])])
     for what in ("text", "text_mask", "pooled"):
         assert torch.equal(dropped[what], empty[what])
         assert not torch.equal(dropped[what], kept[what])
@@ -207,10 +220,10 @@ def test_a_clip_goes_from_its_file_to_gradients(
         key=key(0), record={"file_path": str(path), "text": "a light goes on"}, kind="video", frames=9, height=64,
         width=80, stride=2, total_frames=30, fps=(24, 1),
     )  # fmt: skip
-    loaded = adapter.load(request, {})
-    assert loaded["pixels"].shape == (9, 3, 64, 80) and loaded["text"] == "a light goes on"
+    loaded = load_clip(KINDS[name], request, {})
+    assert loaded.values["clip"].shape == (9, 3, 64, 80) and loaded.values["pooled"] == "a light goes on"
 
-    latents, conditions = adapter.encode([loaded], [request.key])
+    latents, conditions = encode(adapter, [loaded], [request.key])
     objective = make_objective(SPECS[name].objective, SPECS[name].objective_options, folders[name])
     corrupted = objective.corrupt(latents, [request.key])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
@@ -221,7 +234,7 @@ def test_a_clip_goes_from_its_file_to_gradients(
     assert SPECS[name].modules_without_gradient(SPECS[name].dims) == ()
     for parameter, tensor in adapter.transformer.named_parameters():
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all(), parameter
-    assert not any(p.requires_grad for p in [*adapter.vae.parameters(), *adapter.prompt.parameters()])
+    assert not any(p.requires_grad for part in adapter.encoders.values() for p in part.parameters())
 
 
 def test_a_picture_is_a_clip_of_one_frame(adapters: dict[str, HunyuanVideoAdapter], tmp_path: Path) -> None:
@@ -230,8 +243,8 @@ def test_a_picture_is_a_clip_of_one_frame(adapters: dict[str, HunyuanVideoAdapte
         key=key(0), record={"file_path": str(tmp_path / "picture.png")}, kind="image", frames=1, height=64, width=64,
         stride=1, total_frames=1, fps=(0, 1),
     )  # fmt: skip
-    loaded = adapters["t2v"].load(request, {})
-    latents, conditions = adapters["t2v"].encode([loaded, loaded], [key(0), key(1)])
+    loaded = load_clip(KINDS["t2v"], request, {})
+    latents, conditions = encode(adapters["t2v"], [loaded, loaded], [key(0), key(1)])
     assert latents.shape == (2, 16, 1, 8, 8)
     prediction = adapters["t2v"].predict(adapters["t2v"].transformer, latents, torch.tensor([5.0, 9.0]), conditions)
     assert prediction.shape == latents.shape
@@ -241,7 +254,7 @@ def test_a_picture_is_a_clip_of_one_frame(adapters: dict[str, HunyuanVideoAdapte
 def test_guidance_is_six_thousand_in_the_compute_dtype(folders: dict[str, Path], adapters: dict[str, Any]) -> None:
     bf16 = load("t2v", folders["t2v"], compute_dtype=torch.bfloat16)
     for adapter, value in ((adapters["t2v"], 6000.0), (bf16, 6016.0)):
-        _, conditions = adapter.encode([sample(SHAPES[0])], [key(0)])
+        _, conditions = encoded(adapter, [sample(SHAPES[0])], [key(0)])
         assert conditions["guidance"].tolist() == [value]
 
 
@@ -266,6 +279,37 @@ def test_the_demo_model_is_the_same_bytes_every_time(folders: dict[str, Path], t
     assert len(made) > 10
     for name, content in made.items():
         assert (folders["i2v"] / name).read_bytes() == content, name
+
+
+def test_encoders_are_loaded_when_they_are_first_used(folders: dict[str, Path]) -> None:
+    adapter = load("i2v", folders["i2v"])
+    assert not adapter.encoders.loaded
+    adapter.encoders.run("pooled", ["hello"])
+    assert set(adapter.encoders.loaded) == {"pooled"}
+    adapter.encoders.load()
+    assert set(adapter.encoders.loaded) == {"vae", "prompt", "pooled"}
+
+
+def test_with_variants_only_so_many_starts_are_drawn_and_captions_stay_random() -> None:
+    keys = [SampleKey(seed=1, epoch=epoch, row=0, variants=2) for epoch in range(60)]
+    drawn = []
+    for each in keys:
+        request = SampleRequest(
+            key=each, record={"file_path": "clip.mp4", "text": "a light"}, kind="video", frames=9, height=64,
+            width=80, stride=2, total_frames=300, fps=(24, 1),
+        )  # fmt: skip
+        drawn.append(ImageToVideoAdapter.inputs(request, {}))
+    assert len({inputs["clip"] for inputs in drawn}) == 2 == len({inputs["image"] for inputs in drawn})
+    assert {inputs["pooled"].recipe for inputs in drawn} == {Plain(""), Plain("a light")}
+    for inputs in drawn:
+        assert inputs["image"].recipe == inputs["clip"].recipe.take([0])  # type: ignore[attr-defined]
+        assert inputs["prompt"].recipe == Together((inputs["pooled"].recipe, inputs["image"].recipe))
+
+
+def test_a_directory_of_the_other_family_is_said_to_be_its(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("i2v", folders["t2v"])
+    assert "hunyuanvideo-t2v" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -154,6 +154,32 @@ def test_pooled_text_is_diffusers_pooled_text(t2v: Path) -> None:
     assert torch.equal(pooled, expected)
 
 
+def test_outputs_are_the_rows_of_a_batch(llama: LlamaPrompt, llava: LlavaPrompt, t2v: Path) -> None:
+    clip = ClipPooledText.from_folders(t2v / "text_encoder_2", t2v / "tokenizer_2", dtype=torch.float32)
+    captions, (_, pixels) = ["a red balloon", "word " * 400], pictures(2)
+    cases: list[tuple[Any, list[Any], dict[str, Tensor]]] = [
+        (llama, captions, dict(zip(("states", "mask"), llama.encode(captions), strict=True))),
+        (
+            llava,
+            [(caption, image[None]) for caption, image in zip(captions, pixels, strict=True)],
+            dict(zip(("states", "mask"), llava.encode(captions, pixels), strict=True)),
+        ),
+        (clip, captions, {"pooled": clip.encode(captions)}),
+    ]
+    for encoder, inputs, expected in cases:
+        outputs = encoder.outputs(inputs)
+        assert len(outputs) == 2
+        for index, output in enumerate(outputs):
+            assert output.keys() == expected.keys()
+            assert all(torch.equal(output[name], expected[name][index]) for name in expected)
+
+
+def test_images_of_different_sizes_go_through_llava_together(llava: LlavaPrompt) -> None:
+    _, pixels = pictures(1)
+    [first, second] = llava.outputs([("a cat", pixels), ("a cat", pixels[:, :, :30])])
+    assert first["states"].shape == second["states"].shape == (396, 32)
+
+
 def test_an_encoder_with_a_missing_tensor_is_an_error(t2v: Path, tmp_path: Path) -> None:
     for file in (t2v / "text_encoder").iterdir():
         (tmp_path / file.name).symlink_to(file)

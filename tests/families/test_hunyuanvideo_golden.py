@@ -38,7 +38,7 @@ def adapter_of(case: str, folder: Path) -> HunyuanVideoAdapter:
     """Prediction needs the transformer alone."""
     kind = ADAPTERS[case]
     transformer = load_transformer(released(case, folder), kind.condition)
-    return kind(transformer=transformer, vae=None, prompt=None, pooled=None, options=None)  # type: ignore[arg-type]
+    return kind(transformer=transformer, encoders=None, options=None)  # type: ignore[arg-type]
 
 
 def predict(adapter: HunyuanVideoAdapter, io: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,10 +116,18 @@ def test_the_vae_tiles_as_the_original(tmp_path: Path) -> None:
     for name, shape in {"v25": (25, 64, 64), "tile": (5, 288, 320), "both": (21, 288, 64)}.items():
         inputs[name] = torch.rand((1, 3, *shape), generator=torch.Generator().manual_seed(2)) * 2 - 1
     for name, pixels in inputs.items():
-        mean, std = vae._posterior(pixels)
-        assert torch.allclose(mean, golden[f"{name}.mean"], atol=1e-5), name
-        assert torch.allclose(std, torch.exp(0.5 * golden[f"{name}.logvar"]), atol=1e-5), name
+        mean, std = vae.posterior(pixels)
+        assert torch.allclose(mean / 0.476986, golden[f"{name}.mean"], atol=1e-5), name
+        assert torch.allclose(std / 0.476986, torch.exp(0.5 * golden[f"{name}.logvar"]), atol=1e-5), name
     assert torch.allclose(vae.encode(inputs["v9"]), golden["v9.mean"] * 0.476986, atol=1e-5)
+
+
+def test_the_vae_refuses_frames_that_would_make_a_latent_of_their_own(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "vae/config.json", tmp_path)
+    shutil.copy(GOLDEN / "vae/weights.safetensors", tmp_path / "diffusion_pytorch_model.safetensors")
+    vae = HunyuanVAE(load_vae(tmp_path, torch.float32))
+    with pytest.raises(ValueError, match="got 8"):
+        vae.outputs([torch.zeros(8, 3, 16, 16)])
 
 
 def test_the_released_image_to_video_model_has_12_821_012_544_parameters() -> None:

@@ -1,5 +1,6 @@
 """The Wan2.1-Fun Control family: tokens, FLOPs and conditions against a live tiny model and real tiny media."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from vfun_cli.families.wan_fun_control import IMAGE_DIM, IMAGE_TOKENS, SPEC, rea
 from vfun_cli.families.wan_fun_control.adapter import WanFunControlAdapter, choose
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer
-from vfun_cli.training.adapter import AdapterOptions, Sample, SampleRequest
+from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.training.encoders.frozen import Encoders
+from vfun_cli.training.encoders.wan_vae import WanVAE
+from vfun_cli.training.encoding import encode, load, prepared
 from vfun_cli.training.loading import read_safetensors, safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Given, Plain
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -50,13 +55,18 @@ def adapter_with(folder: Path) -> Callable[..., WanFunControlAdapter]:
     def make(**changes: Any) -> WanFunControlAdapter:
         return WanFunControlAdapter(
             transformer=loaded.transformer,
-            vae=loaded.vae,
-            text=loaded.text,
-            clip=loaded.clip,
+            encoders=encoders_like(loaded.encoders, options(folder, **changes)),
             options=options(folder, **changes),
         )
 
     return make
+
+
+def encoders_like(loaded: Encoders, options: AdapterOptions) -> Encoders:
+    """The same encoders, their VAE with the options' mini-batch."""
+    encoders = Encoders(loaded.sources, options.device)
+    encoders.loaded = {**loaded, "vae": WanVAE(loaded["vae"].model, mini_batch=options.vae_mini_batch)}
+    return encoders
 
 
 def options(folder: Path, **changes: Any) -> AdapterOptions:
@@ -73,9 +83,21 @@ def keys(count: int) -> list[SampleKey]:
     return [SampleKey(seed=1, epoch=0, row=row) for row in range(count)]
 
 
-def clip(frames: int = 5, text: str = "a dog", side: int = 32) -> Sample:
+def clip(frames: int = 5, text: str = "a dog", side: int = 32) -> dict[str, Any]:
     pixels = torch.rand(frames, 3, side, side, generator=torch.Generator().manual_seed(frames)) * 2 - 1
     return {"pixels": pixels, "control": -pixels, "text": text}
+
+
+def encoded(
+    adapter: WanFunControlAdapter, samples: list[dict[str, Any]], keys: list[SampleKey]
+) -> tuple[torch.Tensor, Conditions]:
+    """The samples as their keys decide."""
+    modes = {"train_mode": adapter.options.train_mode, "control_ref_image": adapter.options.control_ref_image}
+    inputs = [
+        adapter.compose(Given(sample["pixels"]), Given(sample["control"]), sample["text"], key, **modes)
+        for sample, key in zip(samples, keys, strict=True)
+    ]
+    return encode(adapter, [prepared(each) for each in inputs], keys)
 
 
 def live_model(*, reference: bool, dim: int = 64) -> WanFunControlTransformer:
@@ -208,7 +230,7 @@ def test_a_v11_model_that_never_sees_a_reference_says_so(adapter_with, caplog):
 def test_what_a_sample_does_not_keep_is_zeros(adapter_with):
     drawn = {key: choose(key, 5, train_mode="control_object", control_ref_image="random") for key in keys(60)}
     chosen = list({str(choice): key for key, choice in drawn.items()}.values())  # one of each kind
-    latents, conditions = adapter_with().encode([clip(side=16)] * len(chosen), chosen)
+    latents, conditions = encoded(adapter_with(), [clip(side=16)] * len(chosen), chosen)
     control = conditions["control"]
     parts = {
         "control": control[:, :16],
@@ -227,8 +249,8 @@ def test_what_a_sample_does_not_keep_is_zeros(adapter_with):
 @pytest.mark.parametrize("mode", ["inpaint", "control_ref"])
 def test_the_modes_of_the_documents_and_of_the_script_are_one(adapter_with, mode):
     samples = [clip(), clip()]
-    latents, conditions = adapter_with(train_mode=mode).encode(samples, keys(2))
-    expected, expected_conditions = adapter_with(train_mode="control_object").encode(samples, keys(2))
+    latents, conditions = encoded(adapter_with(train_mode=mode), samples, keys(2))
+    expected, expected_conditions = encoded(adapter_with(train_mode="control_object"), samples, keys(2))
     assert torch.equal(latents, expected)
     assert conditions.keys() == expected_conditions.keys()
     assert all(torch.equal(conditions[name], expected_conditions[name]) for name in conditions)
@@ -240,20 +262,20 @@ def test_reference_and_clip_embedding_are_of_the_chosen_frame(adapter_with):
     drawn = {key: choose(key, 9, train_mode="control_object", control_ref_image="random") for key in keys(50)}
     key, choice = next((k, c) for k, c in drawn.items() if c.reference and c.image)
     index = choice.picture
-    _, conditions = adapter.encode([sample], [key])
+    _, conditions = encoded(adapter, [sample], [key])
     frame = sample["pixels"][index : index + 1]
     noise = key.normal("picture posterior", (16, 1, 4, 4))[None]
-    latent = adapter.vae.encode(frame.transpose(0, 1)[None], noise)[:, :, 0]
+    latent = adapter.encoders["vae"].encode(frame.transpose(0, 1)[None], noise)[:, :, 0]
     torch.testing.assert_close(conditions["reference"], latent)
-    torch.testing.assert_close(conditions["image"], adapter.clip.encode(frame))
+    torch.testing.assert_close(conditions["image"], adapter.encoders["clip"].encode(frame))
 
 
 def test_a_sample_is_encoded_alike_whatever_its_neighbours(adapter_with):
     adapter = adapter_with(vae_mini_batch=2)
     batch = [clip(text="a dog"), clip(text="a much longer sentence about cats"), clip(text="")]
-    latents, conditions = adapter.encode(batch, keys(3))
+    latents, conditions = encoded(adapter, batch, keys(3))
     for row, (sample, key) in enumerate(zip(batch, keys(3), strict=True)):
-        alone, alone_conditions = adapter.encode([sample], [key])
+        alone, alone_conditions = encoded(adapter, [sample], [key])
         torch.testing.assert_close(latents[row : row + 1], alone)
         for name, value in alone_conditions.items():
             torch.testing.assert_close(conditions[name][row : row + 1], value)
@@ -293,11 +315,12 @@ def test_a_control_clip_shows_the_frames_of_its_video(tmp_path):
         "control_file_path": str(tmp_path / "control.mp4"),
         "text": "grey",
     }
-    samples = [WanFunControlAdapter.load(request(record, kind="video", frames=9, row=row), {}) for row in range(12)]
+    requests = [request(record, kind="video", frames=9, row=row) for row in range(12)]
+    samples = [load(WanFunControlAdapter, each, {}).values for each in requests]
     for sample in samples:
-        assert sample["pixels"].shape == (9, 3, 48, 64)
-        assert torch.equal(sample["pixels"], sample["control"])
-    assert len({sample["pixels"][0].mean().item() for sample in samples}) > 3  # clips start at different frames
+        assert sample["clip"].shape == (9, 3, 48, 64)
+        assert torch.equal(sample["clip"], sample["control"])
+    assert len({sample["clip"][0].mean().item() for sample in samples}) > 3  # clips start at different frames
 
 
 def test_a_missing_control_is_black_for_videos_and_images(tmp_path):
@@ -307,8 +330,8 @@ def test_a_missing_control_is_black_for_videos_and_images(tmp_path):
     image = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
     cases = (request(video, kind="video", frames=5, total=20), request(image, kind="image", frames=1, total=1))
     for case in cases:
-        sample = WanFunControlAdapter.load(case, {})
-        assert sample["control"].shape == sample["pixels"].shape == (case.frames, 3, 48, 64)
+        sample = load(WanFunControlAdapter, case, {}).values
+        assert sample["control"].shape == sample["clip"].shape == (case.frames, 3, 48, 64)
         assert (sample["control"] == -1).all()
 
 
@@ -316,9 +339,53 @@ def test_texts_are_dropped_one_time_in_ten(tmp_path):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "picture.png")
     record = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
     texts = [
-        WanFunControlAdapter.load(request(record, kind="image", frames=1, row=row), {})["text"] for row in range(300)
+        load(WanFunControlAdapter, request(record, kind="image", frames=1, row=row), {}).values["text"]
+        for row in range(300)
     ]
     assert texts.count("") / 300 == pytest.approx(0.1, abs=0.05)
+
+
+def test_with_variants_only_so_many_clips_and_pictures_are_drawn_and_drops_stay_random():
+    record = {"file_path": "clip.mp4", "control_file_path": "control.mp4", "text": "grey"}
+    keys = [SampleKey(seed=3, epoch=epoch, row=0, variants=3) for epoch in range(90)]
+    requests = [dataclasses.replace(request(record, kind="video", frames=9), key=key) for key in keys]
+    drawn = [WanFunControlAdapter.inputs(each, {"control_ref_image": "random"}) for each in requests]
+    for name in ("clip", "control", "picture", "image"):
+        assert 1 < len({each[name] for each in drawn}) <= 3, name
+    assert {each["text"].recipe for each in drawn} == {Plain(""), Plain("grey")}
+    kept = {choose(key, 9, train_mode="control_object", control_ref_image="random").control for key in keys}
+    assert kept == {True, False}
+
+
+def test_the_picture_that_is_encoded_is_the_one_that_is_chosen():
+    record = {"file_path": "clip.mp4", "text": "grey"}
+    for row in range(30):
+        case = request(record, kind="video", frames=9, row=row)
+        inputs = WanFunControlAdapter.inputs(case, {"control_ref_image": "random"})
+        choice = choose(case.key, 9, train_mode="", control_ref_image="random")
+        assert inputs["picture"].recipe == inputs["image"].recipe == inputs["clip"].recipe.take([choice.picture])
+
+
+def test_mode_control_encodes_no_picture_and_trains_with_zeros(adapter_with):
+    adapter = adapter_with(train_mode="control")
+    del adapter.encoders.loaded["clip"]
+    latents, conditions = encoded(adapter, [clip(), clip()], keys(2))
+    assert "clip" not in adapter.encoders.loaded
+    expected, others = encoded(adapter_with(train_mode="control_object"), [clip(), clip()], keys(2))
+    assert torch.equal(latents, expected) and torch.equal(conditions["control"][:, :16], others["control"][:, :16])
+    assert not conditions["control"][:, 16:].any()
+    assert conditions.keys() == others.keys()
+    for name in ("reference", "image"):
+        assert not conditions[name].any() and conditions[name].dtype == others[name].dtype
+    assert conditions["reference"].shape == others["reference"].shape
+    assert conditions["image"].shape == (2, IMAGE_TOKENS, 32)
+
+
+def test_encoders_are_loaded_when_they_are_first_used(folder):
+    adapter = WanFunControlAdapter.from_pretrained(options(folder))
+    assert not adapter.encoders.loaded
+    adapter.encoders.run("text", ["hello"])
+    assert set(adapter.encoders.loaded) == {"text"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -327,7 +394,7 @@ def test_a_micro_batch_goes_through_the_whole_model(tmp_path, dtype, frames):
     build_model(tmp_path, seed=0)
     adapter = WanFunControlAdapter.from_pretrained(options(tmp_path, compute_dtype=dtype, low_vram=True))
     adapter.transformer.to(dtype)
-    latents, conditions = adapter.encode([clip(frames), clip(frames, text="")], keys(2))
+    latents, conditions = encoded(adapter, [clip(frames), clip(frames, text="")], keys(2))
     assert latents.dtype == torch.float32
     conditions = {name: tensor.to(dtype) for name, tensor in conditions.items()}
     assert conditions["text"].shape == (2, 512, 32) and conditions["image"].shape == (2, 257, 32)

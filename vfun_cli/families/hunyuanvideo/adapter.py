@@ -10,92 +10,125 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, SHIFT, Condition, check_config
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
-from vfun_cli.training.clips import read_clip
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.training.clips import clip_of
 from vfun_cli.training.encoders.clip_text import ClipPooledText
+from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.frozen import Encoders, Output, Source
 from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.training.encoders.placement import encoding_on
 from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Clip, Plain, Together
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
 GUIDANCE_SCALE = 6.0
 """The embedded guidance that these guidance-distilled models are trained and sampled at."""
+ENCODERS = (
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "text_encoder_2/config.json",
+    "tokenizer_2",
+)
+"""What the encoders of both families are loaded from, beside weights."""
 
 
 class HunyuanVideoAdapter:
     """What the two families share: VAE, pooled CLIP text, transformer, guidance."""
 
     condition: ClassVar[Condition]
+    layout: ClassVar[tuple[str, ...]] = ENCODERS
+    """Files and folders that must be there before gigabytes are read."""
 
     def __init__(
         self,
         *,
         transformer: HunyuanVideoTransformer3DModel,
-        vae: HunyuanVAE,
-        prompt: nn.Module,
-        pooled: ClipPooledText,
+        encoders: Encoders,
         options: AdapterOptions,
     ) -> None:
         self.transformer = transformer
-        self.vae = vae
-        self.prompt = prompt
-        self.pooled = pooled
+        self.encoders = encoders
         self.options = options
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> Self:
-        """The released diffusers directory, offline; transformer float32, encoders in the compute dtype.
+        """The transformer of the released diffusers directory in float32, offline; its encoders when they are needed.
 
-        Raises CheckpointError for an incomplete or foreign directory, ConfigError for another family's.
+        Raises CheckpointError for an incomplete or foreign directory, ConfigError for another family's; an encoder that
+        does not fit raises it when loaded.
         """
-        folder, dtype = options.model_dir, options.compute_dtype
+        folder = options.model_dir
         _check_shift(folder / "scheduler" / "scheduler_config.json")
-        return cls(
-            transformer=load_transformer(folder / "transformer", cls.condition),
-            vae=HunyuanVAE(load_vae(folder / "vae", dtype), mini_batch=options.vae_mini_batch),
-            prompt=cls._load_prompt(folder, dtype),
-            pooled=ClipPooledText.from_folders(folder / "text_encoder_2", folder / "tokenizer_2", dtype=dtype),
-            options=options,
-        )
+        check_config(read_json(folder / "transformer" / "config.json"), cls.condition)
+        encoders = cls.encoders_of(options)
+        transformer = load_transformer(folder / "transformer", cls.condition)
+        return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
-    def _load_prompt(cls, folder: Path, dtype: torch.dtype) -> nn.Module:
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """``vae``, ``prompt`` and ``pooled``. Raises CheckpointError naming all parts that are missing."""
+        folder, dtype = options.model_dir, options.compute_dtype
+        _require(folder, cls.layout)
+        vae, model, tokenizer = folder / "vae", folder / "text_encoder_2", folder / "tokenizer_2"
+        sources = {
+            "vae": Source(
+                load=lambda: HunyuanVAE(load_vae(vae, dtype), mini_batch=options.vae_mini_batch),
+                files=(vae / "config.json", *safetensors_files(vae)),
+                settings=str(dtype),
+            ),
+            "prompt": cls._prompt_source(folder, dtype),
+            "pooled": Source(
+                load=lambda: ClipPooledText.from_folders(model, tokenizer, dtype=dtype),
+                files=(model, tokenizer),
+                settings=str(dtype),
+            ),
+        }
+        return Encoders(sources, options.device, low_vram=options.low_vram)
+
+    @classmethod
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
         raise NotImplementedError
 
-    @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """``pixels`` [F, 3, H, W] float32 in [-1, 1] and ``text``. Raises MetadataError for an unreadable file."""
-        return {"pixels": read_clip(request), "text": request.record.get("text") or ""}
+    @classmethod
+    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`."""
+        return cls.compose(clip_of(request), str(request.record.get("text") or ""), request.key)
 
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+    @classmethod
+    def compose(cls, pixels: Clip, text: str, key: SampleKey) -> Inputs:
+        """``clip``, ``prompt`` and ``pooled``; the caption is empty for both encoders one time in ten."""
+        caption = Plain("" if key.chance("text-drop", TEXT_DROP) else text)
+        return {
+            "clip": Input(encoder="vae", recipe=pixels),
+            "pooled": Input(encoder="pooled", recipe=caption),
+            **cls._condition_inputs(pixels, caption),
+        }
+
+    @classmethod
+    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
+        """``prompt``, and what else the family reads."""
+        raise NotImplementedError
+
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32 and what ``predict`` needs; the clips of a micro-batch have one shape."""
-        device, low_vram = self.options.device, self.options.low_vram
-        pixels = torch.stack([sample["pixels"] for sample in samples]).transpose(1, 2)  # [B, 3, F, H, W]
-        captions = [
-            "" if key.chance("text-drop", TEXT_DROP) else str(sample["text"])
-            for sample, key in zip(samples, keys, strict=True)
-        ]
-        with encoding_on(self.vae, device, low_vram=low_vram):
-            latents = self.vae.encode(pixels, keys)
-            conditions = self._image_conditions(pixels, latents)
-        with encoding_on(self.prompt, device, low_vram=low_vram):
-            text, mask = self._encode_prompt(captions, pixels)
-        with encoding_on(self.pooled, device, low_vram=low_vram):
-            pooled = self.pooled.encode(captions)
+        latents = sample_posteriors([output["clip"] for output in outputs], keys, "posterior")
         # In bf16 this is 6016, not 6000: the value the released models are sampled with.
-        guidance = torch.full((len(samples),), GUIDANCE_SCALE, device=device, dtype=self.options.compute_dtype) * 1000
-        return latents, {**conditions, "text": text, "text_mask": mask, "pooled": pooled, "guidance": guidance}
+        scale = torch.full((len(keys),), GUIDANCE_SCALE, device=latents.device, dtype=self.options.compute_dtype)
+        return latents, {
+            **self._image_conditions(outputs, latents),
+            "text": torch.stack([output["prompt"]["states"] for output in outputs]),
+            "text_mask": torch.stack([output["prompt"]["mask"] for output in outputs]),
+            "pooled": torch.stack([output["pooled"]["pooled"] for output in outputs]),
+            "guidance": scale * 1000,
+        }
 
-    def _image_conditions(self, pixels: Tensor, latents: Tensor) -> Conditions:
-        """Conditions taken from the clip itself; the VAE is on its device while this runs."""
+    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]], latents: Tensor) -> Conditions:
+        """Conditions taken from the clip itself."""
         return {}
-
-    def _encode_prompt(self, captions: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Velocity [B, 16, f, h, w], in the compute dtype like the inputs."""
@@ -116,46 +149,55 @@ class TextToVideoAdapter(HunyuanVideoAdapter):
     """Captions only; every latent frame is noised and counts."""
 
     condition = "t2v"
-    prompt: LlamaPrompt
 
     @classmethod
-    def _load_prompt(cls, folder: Path, dtype: torch.dtype) -> LlamaPrompt:
-        return LlamaPrompt.from_folders(
-            folder / "text_encoder", folder / "tokenizer", dtype=dtype, max_length=PROMPT_TOKENS
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
+        model, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        return Source(
+            load=lambda: LlamaPrompt.from_folders(model, tokenizer, dtype=dtype, max_length=PROMPT_TOKENS),
+            files=(model, tokenizer),
+            settings=f"{dtype} {PROMPT_TOKENS}",
         )
 
-    def _encode_prompt(self, captions: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prompt.encode(captions)
+    @classmethod
+    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
+        return {"prompt": Input(encoder="prompt", recipe=caption)}
 
 
 class ImageToVideoAdapter(HunyuanVideoAdapter):
     """The first frame is given, to LLaVA as an image and to the transformer as its first latent frame."""
 
     condition = "i2v"
-    prompt: LlavaPrompt
+    layout = (*ENCODERS, "image_processor/preprocessor_config.json")
 
     @classmethod
-    def _load_prompt(cls, folder: Path, dtype: torch.dtype) -> LlavaPrompt:
-        return LlavaPrompt.from_folders(
-            folder / "text_encoder",
-            folder / "tokenizer",
-            folder / "image_processor",
-            dtype=dtype,
-            max_length=PROMPT_TOKENS,
-            interleave=IMAGE_INTERLEAVE,
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
+        folders = folder / "text_encoder", folder / "tokenizer", folder / "image_processor"
+        return Source(
+            load=lambda: LlavaPrompt.from_folders(
+                *folders, dtype=dtype, max_length=PROMPT_TOKENS, interleave=IMAGE_INTERLEAVE
+            ),
+            files=folders,
+            settings=f"{dtype} {PROMPT_TOKENS} {IMAGE_INTERLEAVE}",
         )
 
-    def _image_conditions(self, pixels: Tensor, latents: Tensor) -> Conditions:
-        """The latent of the image alone, as in inference, and the mask that leaves it out of the loss.
+    @classmethod
+    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
+        """``prompt`` reads caption and first frame, ``image`` is the first frame alone, as in inference.
 
         The clip's own first latent will not do: the encoder normalises over the whole temporal window.
         """
+        first = pixels.take([0])
+        return {
+            "prompt": Input(encoder="prompt", recipe=Together((caption, first))),
+            "image": Input(encoder="vae", recipe=first),
+        }
+
+    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]], latents: Tensor) -> Conditions:
+        """The most probable latent of the image, and the mask that leaves it out of the loss."""
         mask = latents.new_ones(len(latents), 1, latents.shape[2], 1, 1)
         mask[:, :, :1] = 0
-        return {"first_latent": self.vae.encode(pixels[:, :, :1]), "loss_mask": mask}
-
-    def _encode_prompt(self, captions: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prompt.encode(captions, pixels[:, :, 0])
+        return {"first_latent": torch.stack([output["image"]["mean"] for output in outputs]), "loss_mask": mask}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """As the base class, with the given latent in place of the first noisy frame."""
@@ -181,6 +223,16 @@ def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
     model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
     load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
     return model
+
+
+def _require(folder: Path, layout: Sequence[str]) -> None:
+    """Raise CheckpointError naming every file and folder of ``layout`` that is not there."""
+    missing = [name for name in layout if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a complete HunyuanVideo directory: no {', '.join(missing)}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        )
 
 
 def _check_shift(path: Path) -> None:

@@ -12,25 +12,28 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.spec import ClipShape
-from vfun_cli.families.wan_fun_control import LATENT_CHANNELS, SPEC, TEXT_TOKENS
+from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS
 from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Sample, SampleRequest
-from vfun_cli.training.clips import read_clip
-from vfun_cli.training.encoders import clip_vision, wan_vae
+from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.training.clips import clip_of
+from vfun_cli.training.encoders import clip_vision, umt5, wan_vae
+from vfun_cli.training.encoders.clip_vae import sample_posteriors
 from vfun_cli.training.encoders.clip_vision import ClipImageEncoder
-from vfun_cli.training.encoders.placement import encoding_on
+from vfun_cli.training.encoders.frozen import Encoders, Output, Source
 from vfun_cli.training.encoders.umt5 import UMT5TextEncoder, pad_text
 from vfun_cli.training.encoders.wan_vae import WanVAE
 from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Clip, Filled, Plain
 
 DROP = 0.1
 """Probability, for each condition on its own, of training a sample without it."""
 FIRST_FRAME = 0.4
 """Probability of frame 0 with ``control_ref_image=random``; the other frames share the rest."""
 BLACK = -1.0
+LAYOUT = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
+"""What a released directory holds beside the transformer's safetensors."""
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,8 @@ def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: s
 
     A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both.
     """
-    picture = 0
-    if control_ref_image == "random" and frames > 1:
-        draw = key.numpy("picture")
-        picture = 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
-    with_picture = train_mode != "control"
+    picture = picture_frame(key, frames, control_ref_image)
+    with_picture = has_picture(train_mode)
     return Choice(
         picture=picture,
         control=not key.chance("drop control", DROP),
@@ -66,6 +66,19 @@ def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: s
     )
 
 
+def has_picture(train_mode: str) -> bool:
+    """Whether the mode trains with a start image or reference at all."""
+    return train_mode != "control"
+
+
+def picture_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
+    """Clip frame that is the picture; 0 unless it is random."""
+    if control_ref_image != "random" or frames == 1:
+        return 0
+    draw = key.content.numpy("picture")
+    return 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
+
+
 class WanFunControlAdapter:
     """Noisy latents beside the latents of a control clip and of a start image, with text, CLIP and a reference."""
 
@@ -73,18 +86,15 @@ class WanFunControlAdapter:
         self,
         *,
         transformer: WanFunControlTransformer,
-        vae: WanVAE,
-        text: UMT5TextEncoder,
-        clip: ClipImageEncoder,
+        encoders: Encoders,
         options: AdapterOptions,
     ) -> None:
         self.transformer: nn.Module = transformer
-        self.vae = vae
-        self.text = text
-        self.clip = clip
+        self.encoders = encoders
         self.options = options
         self.has_reference = transformer.has_reference
-        if self.has_reference and options.train_mode != "control" and options.control_ref_image == "first_frame":
+        self.image_dim = int(transformer.config["image_dim"])
+        if self.has_reference and has_picture(options.train_mode) and options.control_ref_image == "first_frame":
             log.warning(
                 "control_ref_image is first_frame: frame 0 trains as start image, so the reference branch (ref_conv) "
                 "of this V1.1 checkpoint sees zeros only. --control-ref-image random trains both."
@@ -92,67 +102,107 @@ class WanFunControlAdapter:
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "WanFunControlAdapter":
-        """Load the released directory, offline; the transformer in float32, the encoders in the compute dtype.
+        """The transformer of the released directory in float32, offline; its encoders when they are needed.
 
         Raises:
-            CheckpointError: a file is missing, or is another model's.
+            CheckpointError: a file is missing, or is another model's; an encoder's is found out when it is loaded.
         """
+        encoders = cls.encoders_of(options)
+        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """VAE, text and image encoder of the released directory. Raises CheckpointError naming all missing parts."""
         folder, dtype = options.model_dir, options.compute_dtype
-        return cls(
-            transformer=load_transformer(folder),
-            vae=WanVAE.from_file(folder / wan_vae.WEIGHTS, dtype=dtype, mini_batch=options.vae_mini_batch),
-            text=UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=TEXT_TOKENS),
-            clip=ClipImageEncoder.from_file(folder / clip_vision.WEIGHTS, dtype=dtype),
-            options=options,
+        require_layout(folder)
+        vae, clip = folder / wan_vae.WEIGHTS, folder / clip_vision.WEIGHTS
+        return Encoders(
+            {
+                "vae": Source(
+                    load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
+                    files=(vae,),
+                    settings=str(dtype),
+                ),
+                "clip": Source(
+                    load=lambda: ClipImageEncoder.from_file(clip, dtype=dtype), files=(clip,), settings=str(dtype)
+                ),
+                "text": Source(
+                    load=lambda: UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=TEXT_TOKENS),
+                    files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
+                    settings=f"{dtype} {TEXT_TOKENS}",
+                ),
+            },
+            options.device,
+            low_vram=options.low_vram,
         )
 
-    @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        """``pixels`` and ``control`` [F, 3, H, W] of the same source frames, and ``text``, empty one time in ten.
+    @classmethod
+    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; the control clip shows the same frames as the clip.
 
         A row without a control clip trains with a black one.
         """
-        pixels = read_clip(request)
+        pixels = clip_of(request)
         has_control = bool(request.record.get("control_file_path"))
-        return {
-            "pixels": pixels,
-            "control": read_clip(request, "control_file_path") if has_control else torch.full_like(pixels, BLACK),
-            "text": "" if request.key.chance("text", DROP) else request.record["text"],
-        }
+        black = Filled(BLACK, request.frames, (request.height, request.width))
+        return cls.compose(
+            pixels,
+            clip_of(request, "control_file_path") if has_control else black,
+            request.record["text"],
+            request.key,
+            train_mode=options.get("train_mode") or "",
+            control_ref_image=options.get("control_ref_image", "first_frame"),
+        )
 
-    def encode(self, samples: Sequence[Sample], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+    @classmethod
+    def compose(
+        cls, pixels: Clip, control: Clip, text: str, key: SampleKey, *, train_mode: str, control_ref_image: str
+    ) -> Inputs:
+        """``clip``, ``control`` and ``text``, empty one time in ten; ``picture`` and ``image``, if the mode has them.
+
+        These two are one frame of the clip, for the VAE and for CLIP. Whether the sample keeps them is decided later.
+        """
+        inputs = {
+            "clip": Input(encoder="vae", recipe=pixels),
+            "control": Input(encoder="vae", recipe=control),
+            "text": Input(encoder="text", recipe=Plain("" if key.chance("text", DROP) else text)),
+        }
+        if has_picture(train_mode):
+            picture = pixels.take([picture_frame(key, pixels.count, control_ref_image)])
+            inputs["picture"] = Input(encoder="vae", recipe=picture)
+            inputs["image"] = Input(encoder="clip", recipe=picture)
+        return inputs
+
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, F, H, W] float32 and what ``predict`` reads beside them.
 
         ``control`` [B, 32, F, H, W]: latents of the control clip, then of the start image in latent frame 0;
         ``text`` [B, 512, text_dim]; ``image`` [B, 257, image_dim]; V1.1 also ``reference`` [B, 16, H, W].
         """
         options = self.options
-        pixels = torch.stack([sample["pixels"] for sample in samples])  # [B, F, 3, H, W]
-        control = torch.stack([sample["control"] for sample in samples])
+        latents = _sampled(outputs, keys, "clip")
+        frames = 1 + wan_vae.FRAMES_PER_LATENT * (latents.shape[2] - 1)
         choices = [
-            choose(key, pixels.shape[1], train_mode=options.train_mode, control_ref_image=options.control_ref_image)
+            choose(key, frames, train_mode=options.train_mode, control_ref_image=options.control_ref_image)
             for key in keys
         ]
-        picture = pixels[range(len(keys)), [choice.picture for choice in choices]]  # [B, 3, H, W]
-        with self._encoding(self.vae):
-            latents = self._latents(pixels, keys, "clip")
-            control_latents = self._latents(control, keys, "control")
-            picture_latents = self._latents(picture.unsqueeze(1), keys, "picture")[:, :, 0]  # [B, 16, H, W]
-        with self._encoding(self.clip):
-            image = self.clip.encode(picture)
-        with self._encoding(self.text):
-            text = pad_text(self.text.encode([sample["text"] for sample in samples]), TEXT_TOKENS)
+        if has_picture(options.train_mode):
+            picture = _sampled(outputs, keys, "picture")[:, :, 0]  # [B, 16, H, W]
+            image = torch.stack([output["image"]["states"] for output in outputs])
+        else:
+            picture = torch.zeros_like(latents[:, :, 0])
+            image = latents.new_zeros(len(keys), IMAGE_TOKENS, self.image_dim, dtype=options.compute_dtype)
 
-        control_latents = _keep(control_latents, [choice.control for choice in choices])
+        control = _keep(_sampled(outputs, keys, "control"), [choice.control for choice in choices])
         start = torch.zeros_like(latents)
-        start[:, :, 0] = _keep(picture_latents, [choice.start for choice in choices])
+        start[:, :, 0] = _keep(picture, [choice.start for choice in choices])
         conditions = {
-            "control": torch.cat([control_latents, start], dim=1),
-            "text": text,
+            "control": torch.cat([control, start], dim=1),
+            "text": pad_text([output["text"]["states"] for output in outputs], TEXT_TOKENS),
             "image": _keep(image, [choice.image for choice in choices]),
         }
         if self.has_reference:
-            conditions["reference"] = _keep(picture_latents, [choice.reference for choice in choices])
+            conditions["reference"] = _keep(picture, [choice.reference for choice in choices])
         return latents, conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -160,15 +210,21 @@ class WanFunControlAdapter:
         latents = torch.cat([noisy, conditions["control"]], dim=1)
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
 
-    def _encoding(self, module: nn.Module) -> Any:
-        return encoding_on(module, self.options.device, low_vram=self.options.low_vram)
 
-    def _latents(self, pixels: Tensor, keys: Sequence[SampleKey], what: str) -> Tensor:
-        """A posterior sample [B, 16, F, H, W] of pixels [B, F, 3, H, W], with noise of the sample's own."""
-        _, frames, _, height, width = pixels.shape
-        shape = (LATENT_CHANNELS, *SPEC.latent_shape(ClipShape(frames=frames, height=height, width=width)))
-        noise = torch.stack([key.normal(f"{what} posterior", shape) for key in keys])
-        return self.vae.encode(pixels.transpose(1, 2), noise)
+def require_layout(folder: Path) -> None:
+    """Look for every part before the first gigabyte is read. Raises CheckpointError naming all that are missing."""
+    missing = [name for name in LAYOUT if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a Wan2.1-Fun Control directory: no {', '.join(missing)}",
+            hint=f"it holds diffusion_pytorch_model*.safetensors and {', '.join(LAYOUT)}; "
+            "vfun train wan-fun-control --demo makes a tiny one",
+        )
+
+
+def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], part: str) -> Tensor:
+    """Latents [B, 16, F, H, W] of one input, each with noise of its sample's own."""
+    return sample_posteriors([output[part] for output in outputs], keys, f"{part} posterior")
 
 
 def _keep(tensor: Tensor, kept: Sequence[bool]) -> Tensor:

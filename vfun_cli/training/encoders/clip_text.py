@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
 MAX_LENGTH = 77
@@ -33,3 +34,7 @@ class ClipPooledText(nn.Module):
         with torch.no_grad():
             pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
         return pooled
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``pooled`` [dim] of each caption."""
+        return [{"pooled": pooled} for pooled in self.encode(inputs)]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_pth, load_weights
 
@@ -92,6 +93,10 @@ class ClipImageEncoder(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """Hidden states [B, tokens, width] of frames [B, 3, H, W] in [-1, 1]."""
         return self.encode_pixel_values(self.preprocess(frames.to(self.model.device)))
+
+    def outputs(self, inputs: Sequence[Tensor]) -> list[Output]:
+        """``states`` [tokens, width] of clips of one frame, [1, 3, H, W] each."""
+        return [{"states": self.encode(clip)[0]} for clip in inputs]
 
     def encode_pixel_values(self, pixel_values: Tensor) -> Tensor:
         """Hidden states [B, tokens, width] of preprocessed pictures [B, 3, S, S], one picture at a time."""

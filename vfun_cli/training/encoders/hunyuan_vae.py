@@ -1,16 +1,16 @@
 """The VAE of HunyuanVideo with the tiling its latents are defined by."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor, nn
+from torch import Tensor
 
+from vfun_cli.training.encoders.clip_vae import ClipVAE
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.randomness import SampleKey
+
+FRAMES_PER_LATENT = 4
 
 
-class HunyuanVAE(nn.Module):
+class HunyuanVAE(ClipVAE):
     """Pixels to scaled latents, in mini-batches."""
 
     def __init__(self, model: AutoencoderKLHunyuanVideo, *, mini_batch: int = 1) -> None:
@@ -21,22 +21,15 @@ class HunyuanVAE(nn.Module):
         self.model.enable_tiling()
         self.mini_batch = mini_batch
 
-    def encode(self, pixels: Tensor, keys: Sequence[SampleKey] | None = None) -> Tensor:
-        """Latents [B, z, f, h, w] float32 of pixels [B, 3, F, H, W] in [-1, 1]; F = 4k + 1, f = k + 1.
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [B, z, f, h, w] float32, both times scaling_factor; F = 4k + 1, f = k + 1.
 
-        keys: draw from the posterior, each clip by its own key; None takes the mode.
+        Raises ValueError for another number of frames: its last ones would make a latent of their own.
         """
-        parts = [self._posterior(part) for part in torch.split(pixels, self.mini_batch)]
-        latents = torch.cat([mean for mean, _ in parts])
-        if keys is not None:
-            std = torch.cat([std for _, std in parts])
-            noise = torch.stack([key.normal("posterior", tuple(latents.shape[1:])) for key in keys])
-            latents = latents + std * noise.to(latents.device)
-        scale: float = self.model.config.scaling_factor
-        return latents * scale
-
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, float32."""
+        frames = pixels.shape[2]
+        if frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(f"the HunyuanVideo VAE encodes 4k + 1 frames, got {frames}")
         with torch.no_grad():
             posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        scale = float(self.model.config.scaling_factor)
+        return posterior.mean.float() * scale, posterior.std.float() * scale

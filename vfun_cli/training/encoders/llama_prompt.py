@@ -8,6 +8,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
@@ -51,3 +52,7 @@ class LlamaPrompt(nn.Module):
         with torch.no_grad():
             states = self.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         return states[HIDDEN_STATE][:, CROP_START:], mask[:, CROP_START:]
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``states`` [max_length, dim] and ``mask`` [max_length] of each caption."""
+        return [{"states": states, "mask": mask} for states, mask in zip(*self.encode(inputs), strict=True)]

@@ -1,6 +1,6 @@
 """The caption and image states of HunyuanVideo image-to-video: LLaVA behind an instruction template."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from vfun_cli.errors import CheckpointError, MetadataError
+from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.llama_prompt import HIDDEN_STATE
 from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
 
@@ -82,10 +83,10 @@ class LlavaPrompt(nn.Module):
             interleave=interleave,
         )
 
-    def encode(self, captions: Sequence[str], images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: Sequence[str], images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """States [B, L, dim] and mask [B, L] int64, valid rows first; L = 576 / interleave + max_length - 4.
 
-        images: [B, 3, H, W] in [-1, 1].
+        images: one [3, H, W] in [-1, 1] for each caption.
         Raises MetadataError if a caption contains the image token.
         """
         ids, mask = self._tokenize(captions)
@@ -105,6 +106,12 @@ class LlavaPrompt(nn.Module):
         rows = torch.stack([self._rows(row) for row in ids]).to(device)  # [B, L]
         states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
         return states, long_mask.to(device).gather(1, rows)
+
+    def outputs(self, inputs: Sequence[tuple[str, Tensor]]) -> list[Output]:
+        """``states`` [L, dim] and ``mask`` [L] of each caption with its image, a clip [1, 3, H, W]."""
+        captions = [caption for caption, _ in inputs]
+        found = self.encode(captions, [image[0] for _, image in inputs])
+        return [{"states": states, "mask": mask} for states, mask in zip(*found, strict=True)]
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, 103 + max_length], the image as one token."""
