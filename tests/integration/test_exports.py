@@ -22,6 +22,7 @@ from vfun_cli.rundir import RunDir
 from vfun_cli.runplan import load_plan
 from vfun_cli.training.adapter import ModelAdapter
 from vfun_cli.training.data import batch_keys
+from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 from vfun_cli.training.stream import micro_batches
 
@@ -90,11 +91,11 @@ def test_the_export_predicts_like_the_trained_weights(
 
     plan = load_plan(config, spec, run.read_run())
     batch = next(micro_batches(plan, rank=0, first_step=0))
-    samples = [adapter_of(spec).load(request, load_options(config)) for request in batch.requests]
+    samples = [prepared(adapter_of(spec).inputs(each, load_options(config, spec))) for each in batch.requests]
     predictions = []
     for adapter in (live, loaded):
         with torch.no_grad():
-            latents, conditions = adapter.encode(samples, batch_keys(batch.requests))
+            latents, conditions = encode(adapter, samples, batch_keys(batch.requests))
             conditions.pop("loss_mask", None)
             predictions.append(adapter.predict(adapter.transformer, latents, torch.tensor([500]), conditions))
     torch.testing.assert_close(predictions[1], predictions[0], rtol=0, atol=1e-6)

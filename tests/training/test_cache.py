@@ -66,7 +66,7 @@ def request_for(spec: FamilySpec, folder: Path | None = None, **changes: Any) ->
 
 
 def inputs_for(spec: FamilySpec, request: SampleRequest) -> Inputs:
-    return adapter_of(spec).inputs(request, load_options(config_of(spec)))
+    return adapter_of(spec).inputs(request, load_options(config_of(spec), spec))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,7 @@ from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.resolve import resolve
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
+from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
@@ -66,12 +67,14 @@ def test_a_training_step_leaves_the_encoders_alone(
     spec = families.find(family)
     config = resolve("train", spec, {"mixed_precision": "no"}, demo=demo_default.make(spec), environ={}).config
     adapter: ModelAdapter = adapter_of(spec).from_pretrained(adapter_options(config, torch.device("cpu")))
+    adapter.encoders.load()
     frozen = encoders(adapter, {id(adapter.transformer)})
     assert len(frozen) >= 2, "at least a VAE and a text encoder"
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in frozen]
 
     sample = request(spec, config)
-    latents, conditions = adapter.encode([adapter_of(spec).load(sample, load_options(config))], [sample.key])
+    inputs = adapter_of(spec).inputs(sample, load_options(config, spec))
+    latents, conditions = encode(adapter, [prepared(inputs)], [sample.key])
     objective = make_objective(spec.objective, spec.objective_options, Path(config.pretrained_model_name_or_path))
     corrupted = objective.corrupt(latents, [sample.key])
     mask = conditions.pop("loss_mask", None)

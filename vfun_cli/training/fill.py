@@ -36,7 +36,7 @@ def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     adapter = adapter_of(spec)
     encoders = adapter.encoders_of(adapter_options(config, accelerator.device))
     cache = Cache.for_encoders(config.cache, encoders)
-    options = load_options(config)
+    options = load_options(config, spec)
     needed = Needed(adapter, options, cache)
     plan = load_plan(config, spec, described)
     work = list(needed.missing(plan, accelerator.process_index))

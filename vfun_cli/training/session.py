@@ -19,6 +19,7 @@ from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
 from vfun_cli.training.ledger import EpochLedger
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
@@ -102,7 +103,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     )
     batches = load_ahead(
         adapter_class,
-        load_options(config),
+        load_options(config, spec),
         micro_batches(plan, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
         config.on_bad_sample,
@@ -157,9 +158,12 @@ def adapter_options(config: RunConfig, device: torch.device) -> AdapterOptions:
     )
 
 
-def load_options(config: RunConfig) -> dict[str, Any]:
-    """What decoding a clip depends on beside the request."""
-    return {"control_ref_image": config.control_ref_image, "train_mode": config.train_mode}
+def load_options(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
+    """What the inputs of a clip depend on beside the request: options of the run, settings of the model."""
+    assert config.pretrained_model_name_or_path is not None
+    model = read_json(config.pretrained_model_name_or_path / spec.config_file)
+    settings = {name: model.get(name) for name in spec.input_settings}
+    return {"control_ref_image": config.control_ref_image, "train_mode": config.train_mode, **settings}
 
 
 def _config_files(spec: FamilySpec, config: RunConfig) -> dict[str, Path]:
