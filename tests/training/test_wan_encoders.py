@@ -150,6 +150,9 @@ def test_clip_reads_the_visual_tower_of_the_whole_file_and_is_strict_about_it(tm
     torch.save(whole | {"log_scale": torch.zeros(()), "textual.a": torch.zeros(1)}, path)
     encoder = ClipImageEncoder.from_file(path, dtype=torch.float32, heads=4)
     assert encoder.encode(torch.zeros(1, 3, 40, 60)).shape == (1, 17, 64)
+    clips = [torch.full((1, 3, 40, 60), 0.5), torch.zeros(1, 3, 32, 32)]
+    for clip, output in zip(clips, encoder.outputs(clips), strict=True):
+        assert output.keys() == {"states"} and torch.equal(output["states"], encoder.encode(clip)[0])
     del whole["visual.transformer.2.mlp.0.bias"]
     torch.save(whole, path)
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.fc1\.bias"):

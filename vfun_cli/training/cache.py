@@ -23,15 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.rundir import write_atomically
-from vfun_cli.training import encoders, media
+from vfun_cli.training import encoders, media, randomness
 from vfun_cli.training.adapter import Input
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.recipes import describe, leaves
 
 SUFFIX = ".safetensors"
 CHUNK = 1 << 22
+FAMILIES = Path(str(families.__file__)).parent
 ABANDONED = 3600
 """Seconds after which a file that is being written is not."""
 
@@ -158,11 +160,15 @@ def prune(root: Path, wanted: Collection[str]) -> None:
 
 @cache
 def code_digest(modules: frozenset[str]) -> str:
-    """Of the source files that decide what an encoder sees, ``modules`` among them, and how it is run."""
-    folder = Path(str(encoders.__file__)).parent
-    files = {Path(str(sys.modules[name].__file__)) for name in modules} | {Path(str(media.__file__))}
-    texts = [file.read_bytes() for file in [*sorted(files), *sorted(folder.glob("*.py"))]]
-    return hashlib.blake2b(b"".join(texts), digest_size=16).hexdigest()
+    """Of the source files that decide what an encoder sees and how it is run.
+
+    ``modules`` define the recipe; one that is a family's own is taken with all of its family's folder.
+    """
+    own = {Path(str(sys.modules[name].__file__)) for name in modules}
+    files = {Path(str(module.__file__)) for module in (media, randomness)} | own
+    for folder in {Path(str(encoders.__file__)).parent} | {file.parent for file in own if FAMILIES in file.parents}:
+        files |= set(folder.glob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(files)), digest_size=16).hexdigest()
 
 
 def _digest_of(root: Path, path: Path) -> str:

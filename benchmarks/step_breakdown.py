@@ -1,0 +1,181 @@
+"""Where the time of a step goes, with the encoders working at every step (as the originals do) and from a full cache.
+
+Trains the embedded default through the product's own loop on two CPU processes and one, and times its parts from
+outside: waiting for decoded clips, encoding, forward, backward (with the collectives inside it), clipping and
+optimizer. The same steps run twice, so losses must agree to 1e-5; what DDP and FSDP add to single is communication.
+
+    python benchmarks/step_breakdown.py
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+FAMILIES = ("wan-s2v", "cogvideox-fun")
+STRATEGIES = ("single", "ddp", "fsdp")
+STEPS, WARM_UP = 10, 2
+RESULTS = Path(__file__).parent / "results" / "step_breakdown.json"
+
+
+def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None) -> tuple[Path, list[str]]:
+    """Everything ``vfun train`` writes before it launches, and its launch command."""
+    from vfun_cli import families, launching
+    from vfun_cli.demo import default
+    from vfun_cli.resolve import resolve
+    from vfun_cli.rundir import write_atomically
+
+    spec = families.find(family)
+    given = {
+        "strategy": strategy, "max_train_steps": STEPS, "checkpointing_steps": 10**6, "cache": cache,
+        "cache_variants": 1, "video_repeat": 4, "output_dir": folder, "dataloader_num_workers": 1,
+        "report_to": "none", "lr_scheduler": "constant",
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    resolved = resolve("train", spec, given, demo=default.make(spec), environ={})
+    job = launching.decide("train", spec, resolved)
+    for path, text in job.launch.files.items():
+        write_atomically(path, text)
+    launching.write_plan(job)
+    write_atomically(job.run_json, json.dumps(job.description()))
+    argv = job.launch.argv[: job.launch.argv.index("vfun_cli.training") - 1]
+    return job.run_json, [*argv, str(Path(__file__).absolute()), "--rank", str(job.run_json.absolute())]
+
+
+def fill(family: str, strategy: str, folder: Path, cache: Path) -> None:
+    """The cache of that very run, by the product's command."""
+    run_json, _ = run_json_of(family, strategy, folder, cache)
+    described = json.loads(run_json.read_text())
+    options = [
+        f"--{name.replace('_', '-')}={described['config'][name]}"
+        for name in ("strategy", "max_train_steps", "cache_variants", "video_repeat", "num_processes")
+    ]
+    argv = [sys.executable, "-m", "vfun_cli", "cache", family, "--demo", "--cache", str(cache), *options]
+    subprocess.run(argv, check=True, capture_output=True)
+
+
+def timed_rank(run_json: Path) -> int:
+    """One rank of the job with stopwatches around the parts of a step."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from vfun_cli import families
+    from vfun_cli.training import trainer
+    from vfun_cli.training.__main__ import run_rank
+    from vfun_cli.training.session import adapter_of
+
+    spent: dict[str, list[float]] = defaultdict(list)
+    current: dict[str, float] = defaultdict(float)
+
+    def watch(owner: Any, name: str, part: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                current[part] += time.perf_counter() - began
+
+        setattr(owner, name, timed)
+
+    described = json.loads(run_json.read_text())
+    adapter = adapter_of(families.find(described["family"]))
+    watch(trainer, "encode", "encode")
+    watch(adapter, "predict", "forward")
+    watch(Accelerator, "backward", "backward")
+    watch(Accelerator, "clip_grad_norm_", "clip and optimizer")
+    watch(AcceleratedOptimizer, "step", "clip and optimizer")
+    step = trainer.Trainer.train_step
+
+    def timed_step(self: Any, *args: Any) -> Any:
+        current.clear()
+        began = time.perf_counter()
+        result = step(self, *args)
+        current["whole"] = time.perf_counter() - began
+        for part, seconds in current.items():
+            spent[part].append(seconds)
+        return result
+
+    trainer.Trainer.train_step = timed_step  # type: ignore[method-assign]
+    code = run_rank(run_json)
+    if os.environ.get("RANK", "0") == "0":
+        run_json.with_name("spent.json").write_text(json.dumps(spent))
+    return code
+
+
+def measure(family: str, strategy: str, folder: Path, cache: Path | None) -> dict[str, Any]:
+    """Seconds of each part of a step (mean after warm-up), and the losses."""
+    run_json, argv = run_json_of(family, strategy, folder, cache)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spent = json.loads(run_json.with_name("spent.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record][WARM_UP:]
+    parts = {part: mean(seconds[WARM_UP:]) for part, seconds in spent.items()}
+    parts["wait for data"] = mean(record["data_wait"] for record in steps)
+    parts["rest of the step"] = parts["whole"] - sum(
+        parts.get(part, 0) for part in ("encode", "forward", "backward", "clip and optimizer")
+    )
+    return {"seconds": parts, "losses": [record["loss"] for record in steps]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank is not None:
+        sys.exit(timed_rank(given.rank))
+    import torch
+
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "torch": torch.__version__,
+        "command": "python benchmarks/step_breakdown.py",
+        "runs": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for family in FAMILIES:
+            for strategy in STRATEGIES:
+                name = f"{family} {strategy}"
+                cache = Path("cache").absolute()
+                fill(family, strategy, Path("filling"), cache)
+                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None)
+                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache)
+                apart = max(abs(a - b) for a, b in zip(encoded["losses"], cached["losses"], strict=True))
+                assert apart <= 1e-5, f"{name}: losses differ by {apart}"
+                whole = {
+                    kind: each["seconds"]["whole"] + each["seconds"]["wait for data"]
+                    for kind, each in (("encoded", encoded), ("cached", cached))
+                }
+                result["runs"][name] = {
+                    "encoding at every step": shares(encoded["seconds"], whole["encoded"]),
+                    "from the cache": shares(cached["seconds"], whole["cached"]),
+                    "step time cached / encoded": round(whole["cached"] / whole["encoded"], 3),
+                    "largest difference of losses": apart,
+                }
+                print(name, json.dumps(result["runs"][name], indent=1), flush=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def shares(seconds: dict[str, float], whole: float) -> dict[str, Any]:
+    """Seconds of a step, and the share of each part."""
+    parts = {part: value for part, value in seconds.items() if part != "whole"}
+    return {"seconds a step": round(whole, 4), **{part: round(value / whole, 4) for part, value in parts.items()}}
+
+
+if __name__ == "__main__":
+    main()
