@@ -19,6 +19,7 @@ from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
+from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable, make_optimizer
@@ -51,6 +52,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             load_network(adapter.transformer, config.network_path, config, spec)
     else:
         choose_trainable(adapter.transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
+    costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator)
     checkpointer = Checkpointer(
         run,
@@ -65,10 +67,10 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     metrics = Metrics(
         run,
         config,
-        spec,
-        plan.dims,
+        costs=costs,
+        peak_flops=peak_flops(accelerator.device, config.peak_tflops),
+        device=accelerator.device,
         writes=accelerator.is_main_process,
-        world_size=accelerator.num_processes,
         first_step=first_step,
         total_steps=plan.total_steps,
     )
