@@ -28,6 +28,7 @@ from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.training.files import ALL_LOADED, LeftInFiles
 from vfun_cli.training.formats import OPTIMIZER_FILE, Format
 from vfun_cli.training.state import TrainedState, trained_parameters
 from vfun_cli.training.whole import collect, restore
@@ -36,7 +37,9 @@ ADAPTER = "default"
 """peft's name of the one adapter."""
 
 
-def add_adapters(transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> list[str]:
+def add_adapters(
+    transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, left: LeftInFiles = ALL_LOADED
+) -> list[str]:
     """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
 
     A starts uniform (Kaiming, a = sqrt 5) from the run's seed, B zero. Everything is in the transformer's dtype.
@@ -60,9 +63,24 @@ def add_adapters(transformer: nn.Module, config: RunConfig, spec: FamilySpec, di
         base_model_name_or_path=str(config.pretrained_model_name_or_path),
     )
     inject_adapter_in_model(setting, transformer, ADAPTER)
-    adapted = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-    assert adapted == set(layers), f"peft adapted {sorted(adapted ^ set(layers))[:5]} otherwise than asked for"
+    adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    other = sorted(adapted.keys() ^ set(layers))
+    assert not other, f"peft adapted {other[:5]} otherwise than asked for"
+    if config.use_dora and left.stored:
+        for module in adapted.values():
+            _measure(module, left)
     return layers
+
+
+def _measure(module: Any, left: LeftInFiles) -> None:
+    """DoRA's magnitudes again, which peft took from weights that are still in their files."""
+    with left.lent(module.get_base_layer()):
+        module.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=module.lora_A[ADAPTER].weight,
+            lora_B=module.lora_B[ADAPTER].weight,
+            scaling=module.scaling[ADAPTER],
+        )
 
 
 def choose_layers(
