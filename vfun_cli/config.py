@@ -326,6 +326,18 @@ class RunConfig:
         Opt(help="Keep the encoders off the accelerator except while they work.", panel=MEMORY, on_resume="harmless"),
     ] = False
 
+    peak_tflops: Annotated[
+        float | None,
+        Opt(
+            help="Peak of one device in dense bf16 matrix products, to tell the share of it that is used (MFU); known "
+            "for common GPUs.",
+            panel=MEMORY,
+            unit="TFLOP/s",
+            minimum=0.001,
+            on_resume="harmless",
+        ),
+    ] = None
+
     strategy: Annotated[
         str,
         Opt(

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from vfun_cli import __version__, console, devices, supervise
+from vfun_cli import __version__, console, devices, lock, supervise
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.released import check_weights
 from vfun_cli.checkpoints.state import read_state
@@ -24,9 +24,10 @@ from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json
 from vfun_cli.plan.schedule import EpochPlan, Layout
 from vfun_cli.planning import earlier_layouts, metadata_digest
+from vfun_cli.preemption import NothingToSave
 from vfun_cli.preparation import PlanInput, plan, plan_input
 from vfun_cli.resolve import Resolved
-from vfun_cli.rundir import RunDir, claim, ensure_writable, write_atomically
+from vfun_cli.rundir import RunDir, clear, ensure_writable, refuse_used, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +199,16 @@ def carry_out(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> Non
         _tell_end(job, supervise.Ended(exit_code=0, outcome="completed", step=job.found.step), as_json=as_json)
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return
-    if job.found is None and job.config.machine_rank == 0:
-        claim(job.run, overwrite=overwrite)
-    else:
-        ensure_writable(job.run.root)
-    show(job)
-    with supervise.stop_requests(job.run) as stop:
-        code = start(job, stop, as_json=as_json)
+    begins = job.found is None and job.config.machine_rank == 0
+    if begins and not overwrite:
+        refuse_used(job.run)
+    ensure_writable(job.run.root)
+    with lock.held(job.run, job.config.machine_rank):
+        if begins and job.run.holds_run():
+            clear(job.run)
+        show(job)
+        with supervise.stop_requests(job.run) as stop:
+            code = start(job, stop, as_json=as_json)
     if code:
         raise typer.Exit(code)
 
@@ -262,6 +266,8 @@ def run_once(job: Job, stop: supervise.StopRequests) -> supervise.Ended | superv
     job.run.remove_leftovers(job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
+    if stop.asked:  # before run.json makes a run of the directory, which only a checkpoint can continue
+        raise NothingToSave() if stop.reason == "preempted" else KeyboardInterrupt
     for path, text in job.launch.files.items():
         write_atomically(path, text)
     write_atomically(job.run_json, _run_text(job))

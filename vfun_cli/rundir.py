@@ -126,22 +126,14 @@ class RunDir:
         return content
 
 
-def claim(run: RunDir, *, overwrite: bool) -> None:
-    """Make the directory ready for a new run.
-
-    Raises:
-        ConfigError: it holds a run already.
-        EnvironmentFault: it cannot be written.
-    """
+def refuse_used(run: RunDir) -> None:
+    """Raise ConfigError if the directory holds a run already."""
     if run.holds_run():
-        if not overwrite:
-            raise ConfigError(
-                f"{run.root} already holds a run.",
-                hint=f"vfun resume {run.root} to continue it, --output-dir for another directory, or --overwrite to "
-                "delete it.",
-            )
-        _clear(run)
-    ensure_writable(run.root)
+        raise ConfigError(
+            f"{run.root} already holds a run.",
+            hint=f"vfun resume {run.root} to continue it, --output-dir for another directory, or --overwrite to "
+            "delete it.",
+        )
 
 
 def ensure_writable(folder: Path) -> None:
@@ -162,8 +154,8 @@ def ensure_writable(folder: Path) -> None:
         ) from None
 
 
-def _clear(run: RunDir) -> None:
-    """Delete what a run wrote, and only that: other files in the directory stay."""
+def clear(run: RunDir) -> None:
+    """Make room for a new run: delete what a run wrote, and only that: other files in the directory stay."""
     for path in (run.run_json, run.plan_json, run.metrics):
         path.unlink(missing_ok=True)
     folders = [

@@ -293,6 +293,8 @@ def _facts(record: dict[str, Any]) -> str:
     ]
     total = record["seconds"] + record["data_wait"]
     facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
+    if record.get("mfu") is not None:
+        facts.append(f"mfu {100 * record['mfu']:.1f}%")
     if record["memory_bytes"]:
         facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join(facts)

@@ -16,10 +16,11 @@ RECORD: dict[str, Any] = {
     "tokens_per_second": 37440.0,
     "seconds": 2.0,
     "data_wait": 0.1,
+    "mfu": 0.4321,
     "memory_bytes": 120 * 2**30,
     "seconds_left": 36_000 * 3,
 }
-FACTS = ("0.1235", "2.0e-05", "37440 tok/s", "wait 5%", "120.0 GiB", "30:00:00", "12345/20000")
+FACTS = ("0.1235", "2.0e-05", "37440 tok/s", "wait 5%", "mfu 43.2%", "120.0 GiB", "30:00:00", "12345/20000")
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:

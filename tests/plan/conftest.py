@@ -37,6 +37,7 @@ PLAIN = FamilySpec(
     recognises=lambda config: False,
     sequence_tokens=_tokens,
     forward_flops=_flops,
+    attention_flops=_flops,
     defaults={},
 )
 

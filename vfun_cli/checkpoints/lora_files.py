@@ -19,12 +19,21 @@ from vfun_cli.errors import CheckpointError
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"
+"""peft's name of the one adapter that a run trains."""
 DIFFUSERS_PREFIX = "transformer."
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "diffusion_model.", "lora_unet__", "lora_unet_")
 """What the styles put before a layer's name; the longer of two that fit comes first."""
 
 TEXT_ENCODER = "lora_te"
 """Keys of adapters for a text encoder, which vfun does not train."""
+
+
+def peft_key(name: str) -> str:
+    """peft's key of a parameter: without the adapter's name, and DoRA's vector without ``.weight``."""
+    key = PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
+    return key.removesuffix(".weight") if ".lora_magnitude_vector." in key else key
+
 
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:"

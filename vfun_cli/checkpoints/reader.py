@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
 from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
 from vfun_cli.errors import CheckpointError
@@ -67,9 +68,10 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         zero = _zero_folder(folder)
         if zero:
             return _zero(path, zero, state)
-        for file in (folder / "model.safetensors", folder / "adapter_model.safetensors"):  # full, LoRA
-            if file.is_file():
-                return _plain(path, folder, [file], state)
+        if (folder / "model.safetensors").is_file():
+            return _plain(path, folder, [folder / "model.safetensors"], state)
+        if (folder / ADAPTER_FILE).is_file():
+            return _plain(path, folder, [folder / ADAPTER_FILE], state, key=peft_key)
     if (path / "pytorch_model_fsdp_0" / ".metadata").is_file():
         return _dcp(path, path / "pytorch_model_fsdp_0", path / "optimizer_0", state)
     for folder in (path / "transformer", path):
@@ -107,7 +109,10 @@ def _ema(folder: Path) -> dict[str, TensorSource]:
 # plain -------------------------------------------------------------------------------------------------------------
 
 
-def _plain(path: Path, folder: Path, files: list[Path], state: dict[str, Any]) -> CheckpointReader:
+def _plain(
+    path: Path, folder: Path, files: list[Path], state: dict[str, Any], key: Callable[[str], str] = _clean
+) -> CheckpointReader:
+    """``key`` makes the weights' names of those that the moments are stored under."""
     weights = {_clean(name): tensor for name, tensor in safetensors.read_files(files).items()}
 
     def moments() -> dict[str, Moments]:
@@ -118,7 +123,7 @@ def _plain(path: Path, folder: Path, files: list[Path], state: dict[str, Any]) -
         names = [name.removesuffix(".exp_avg") for name in found if name.endswith(".exp_avg")]
         try:
             return {
-                name: Moments(
+                key(name): Moments(
                     exp_avg=found[f"{name}.exp_avg"],
                     exp_avg_sq=found[f"{name}.exp_avg_sq"],
                     step=int(found[f"{name}.step"].read().item()),

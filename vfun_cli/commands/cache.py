@@ -16,6 +16,7 @@ from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.preemption import nothing_to_save
 from vfun_cli.resolve import Resolved, resolve
 
 
@@ -54,7 +55,7 @@ def cache(
     job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
     ensure_writable(job.run.root)
     console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
-    with supervise.stop_requests(job.run) as stop:
+    with nothing_to_save(), supervise.stop_requests(job.run) as stop:
         launching.write_plan(job)
         ended = launching.run_once(job, stop)
     if isinstance(ended, supervise.Crashed):

@@ -7,6 +7,7 @@ import typer
 from vfun_cli import families
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
 from vfun_cli.commands.signature import with_options
+from vfun_cli.preemption import nothing_to_save
 from vfun_cli.resolve import resolve
 
 Run = Annotated[
@@ -40,6 +41,13 @@ def resume(
     Examples: [bold]vfun resume[/bold] · [bold]vfun resume output_dir/checkpoint-500[/bold] ·
     [bold]vfun resume --learning-rate 1e-5 --allow learning-rate[/bold]
     """
+    with nothing_to_save():
+        _continue(given, run, allow, demo=demo, dry_run=dry_run, as_json=json)
+
+
+def _continue(
+    given: dict[str, Any], run: str | None, allow: list[str] | None, *, demo: bool, dry_run: bool, as_json: bool
+) -> None:
     from vfun_cli import identity, launching, locate
 
     found = locate.checkpoint(run, output_dir=locate.default_output_dir(demo=demo))
@@ -51,4 +59,4 @@ def resume(
     resolved = identity.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
     identity.check(described | {"config": before}, resolved.config, allow or [])
     job = launching.decide(described["command"], spec, resolved, found=found)
-    launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=json)
+    launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=as_json)

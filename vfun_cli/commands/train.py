@@ -10,6 +10,7 @@ from vfun_cli.commands.signature import with_options
 from vfun_cli.config import RunConfig
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
+from vfun_cli.preemption import nothing_to_save
 from vfun_cli.resolve import resolve
 
 if TYPE_CHECKING:
@@ -68,13 +69,14 @@ def _run(
         _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
-    from vfun_cli import launching
+    with nothing_to_save():
+        from vfun_cli import launching
 
-    layer = demo_default.make(spec) if demo else None
-    resolved = resolve(command, spec, given, demo=layer)
-    found = _checkpoint_to_resume(resolved.config)
-    job = launching.decide(command, spec, resolved, found=found)
-    launching.carry_out(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+        layer = demo_default.make(spec) if demo else None
+        resolved = resolve(command, spec, given, demo=layer)
+        found = _checkpoint_to_resume(resolved.config)
+        job = launching.decide(command, spec, resolved, found=found)
+        launching.carry_out(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
 def _checkpoint_to_resume(config: RunConfig) -> "Found | None":

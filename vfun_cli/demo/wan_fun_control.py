@@ -25,6 +25,7 @@ CONFIG: dict[str, object] = {
     "freq_dim": 32,
     "text_dim": wan_parts.TEXT_DIM,
     "text_len": 512,
+    "image_dim": wan_parts.CLIP_DIM,  # the released config.json leaves it out: 1280
     "eps": 1e-6,
 }
 

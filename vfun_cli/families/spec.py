@@ -96,6 +96,8 @@ class FamilySpec:
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]
     """FLOPs of one forward pass on one clip (a multiply-add counts two)."""
+    attention_flops: Callable[[ClipShape, ModelDims], float]
+    """The part of them in products of two activations (attention); the rest multiplies weights, frozen or trained."""
     modules_without_gradient: Callable[[ModelDims], tuple[str, ...]] = lambda dims: ()
     """Names of transformer modules whose parameters never get a gradient other than zero; the trainer freezes them."""
     defaults: Mapping[str, object]

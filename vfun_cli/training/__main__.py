@@ -7,6 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
+from vfun_cli import lock
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.rundir import RunDir, write_atomically
 from vfun_cli.training.signals import StopFlag
@@ -34,6 +35,7 @@ def run_rank(run_json: Path) -> int:
     stop = StopFlag(run.stop_request, reads_file=one_of_machine, deadline=described.get("deadline"))
     stop.listen()
     try:
+        lock.take_part(run, described["config"]["machine_rank"])
         if described["command"] == "cache":
             from vfun_cli.training.fill import fill as work
         else:

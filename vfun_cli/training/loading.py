@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.files import left_in_files, replace_parameter
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -135,6 +136,7 @@ def load_weights(
     rename: Callable[[str], str] | None = None,
     dtype: torch.dtype = torch.float32,
     where: str,
+    transformer: bool = False,
 ) -> None:
     """Give every parameter and persistent buffer of ``model`` its tensor. In place; the model may be on meta.
 
@@ -142,10 +144,12 @@ def load_weights(
     rename: from a name in the checkpoint to the name in the model.
     dtype: what floating-point tensors are cast to; others stay as they are.
     where: the file or folder, for the error message.
+    transformer: this is the model that is trained, whose weights ``LeftInFiles`` may leave in their files.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
+    left = left_in_files() if transformer else None
     first = _first_names(model)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
     state: dict[str, Tensor] = {}
@@ -161,15 +165,19 @@ def load_weights(
         elif tuple(tensor.shape) != wanted[name]:
             misshapen.append(f"{name} is {list(tensor.shape)}, the model has {list(wanted[name])}")
         else:
-            state[first[name]] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state[first[name]] = tensor.to(dtype) if left is None and tensor.is_floating_point() else tensor
         given.add(name)
     covered = {first[name] for name in given & wanted.keys()}
     missing = [name for name in wanted if first[name] not in covered]
     _refuse_mismatch(where, type(model).__name__, missing, unexpected, misshapen)
-    model.load_state_dict({name: state[first[name]] for name in wanted}, strict=True, assign=True)
+    if left is not None:
+        left.leave(model, {name: state.pop(name) for name, _ in model.named_parameters()}, dtype)
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        wanted = {name: shape for name, shape in wanted.items() if first[name] in state}  # buffers
+    model.load_state_dict({name: state[first[name]] for name in wanted}, strict=left is None, assign=True)
     for name in wanted:
         if first[name] != name:
-            _set_parameter(model, name, model.get_parameter(first[name]))
+            replace_parameter(model, name, model.get_parameter(first[name]))
     _refuse_meta(model)
 
 
@@ -187,11 +195,6 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     """For every name of the state dict the first name of the same tensor; they differ for tied parameters."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
-
-
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
 
 
 def _refuse_mismatch(

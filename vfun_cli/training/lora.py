@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vfun_cli.checkpoints.lora_files import (
+    ADAPTER,
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    PEFT_PREFIX,
     match_layers,
+    peft_key,
     read_adapter,
     released_layer,
     strength,
@@ -28,15 +29,15 @@ from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.training.files import ALL_LOADED, LeftInFiles
 from vfun_cli.training.formats import OPTIMIZER_FILE, Format
 from vfun_cli.training.state import TrainedState, trained_parameters
 from vfun_cli.training.whole import collect, restore
 
-ADAPTER = "default"
-"""peft's name of the one adapter."""
 
-
-def add_adapters(transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> list[str]:
+def add_adapters(
+    transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, left: LeftInFiles = ALL_LOADED
+) -> list[str]:
     """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
 
     A starts uniform (Kaiming, a = sqrt 5) from the run's seed, B zero. Everything is in the transformer's dtype.
@@ -60,9 +61,24 @@ def add_adapters(transformer: nn.Module, config: RunConfig, spec: FamilySpec, di
         base_model_name_or_path=str(config.pretrained_model_name_or_path),
     )
     inject_adapter_in_model(setting, transformer, ADAPTER)
-    adapted = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-    assert adapted == set(layers), f"peft adapted {sorted(adapted ^ set(layers))[:5]} otherwise than asked for"
+    adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    other = sorted(adapted.keys() ^ set(layers))
+    assert not other, f"peft adapted {other[:5]} otherwise than asked for"
+    if config.use_dora and left.stored:
+        for module in adapted.values():
+            _measure(module, left)
     return layers
+
+
+def _measure(module: Any, left: LeftInFiles) -> None:
+    """DoRA's magnitudes again, which peft took from weights that are still in their files."""
+    with left.lent(module.get_base_layer()):
+        module.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=module.lora_A[ADAPTER].weight,
+            lora_B=module.lora_B[ADAPTER].weight,
+            scaling=module.scaling[ADAPTER],
+        )
 
 
 def choose_layers(
@@ -167,7 +183,7 @@ def save_adapter(state: TrainedState, folder: Path) -> None:
     if not state.accelerator.is_main_process:
         return
     setting = state.accelerator.unwrap_model(state.model).peft_config[ADAPTER].to_dict()
-    save_file({_peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
+    save_file({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
     save_file(moments, folder / OPTIMIZER_FILE)
     content = {name: setting[name] for name in _KEPT_SETTINGS} | {"inference_mode": True}
     text = json.dumps(content, indent=2, default=sorted)  # peft keeps names in sets
@@ -182,8 +198,8 @@ def load_adapter(state: TrainedState, folder: Path) -> None:
     """
     stored = load_file(folder / ADAPTER_FILE)
     names = list(trained_parameters(state))
-    _require_same({_peft_key(name) for name in names}, stored, folder)
-    restore(state, {name: stored[_peft_key(name)] for name in names}, load_file(folder / OPTIMIZER_FILE))
+    _require_same({peft_key(name) for name in names}, stored, folder)
+    restore(state, {name: stored[peft_key(name)] for name in names}, load_file(folder / OPTIMIZER_FILE))
 
 
 _KEPT_SETTINGS = (
@@ -203,12 +219,6 @@ _KEPT_SETTINGS = (
 
 ADAPTER_FORMAT = Format(save_adapter, load_adapter)
 """How a LoRA run's checkpoints hold its state."""
-
-
-def _peft_key(name: str) -> str:
-    """peft's key of a parameter: without the adapter's name, and DoRA's vector without ``.weight``."""
-    key = PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".")
-    return key.removesuffix(".weight") if ".lora_magnitude_vector." in key else key
 
 
 def _require_same(expected: Collection[str], stored: dict[str, Tensor], folder: Path) -> None:

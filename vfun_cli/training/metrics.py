@@ -1,25 +1,44 @@
 """What rank 0 tells about the run: metrics.jsonl, TensorBoard or W&B, a line every few seconds, the first batch."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vfun_cli.config import RunConfig
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.rundir import RunDir
 from vfun_cli.training import media
 from vfun_cli.training.data import LoadedBatch
+from vfun_cli.training.meter import Costs
 from vfun_cli.training.recipes import cook
+from vfun_cli.training.transfer import Clock
 
 LINE_EVERY = 5.0
 """Seconds between progress lines."""
+
+
+class Measured(NamedTuple):
+    """What a rank knows of its own step when it hands it to the device; gathered from all ranks as numbers."""
+
+    flops: float
+    """Model FLOPs of its micro-batches."""
+    tokens: float
+    """Tokens computed."""
+    idle_tokens: float
+    """Those of samples that stand in for others and train nothing."""
+    samples: float
+    """Clips trained on."""
+    waited: float
+    """Seconds the micro-batches were not there yet."""
+    memory: float
+    """Most bytes so far: of the device's memory, or of this process's on a CPU."""
 
 
 class Metrics:
@@ -29,16 +48,19 @@ class Metrics:
         self,
         run: RunDir,
         config: RunConfig,
-        spec: FamilySpec,
-        dims: ModelDims,
         *,
+        costs: Costs,
+        peak_flops: float | None,
+        device: torch.device,
         writes: bool,
-        world_size: int,
         first_step: int,
         total_steps: int,
     ) -> None:
-        self.run, self.spec, self.dims, self.writes = run, spec, dims, writes
-        self.world_size, self.total_steps = world_size, total_steps
+        self.run, self.costs, self.peak_flops, self.device, self.writes = run, costs, peak_flops, device, writes
+        self.total_steps = total_steps
+        self.clock = Clock(device)
+        self.free_since = self.clock.mark()
+        """When the device was done with the step before, or with a checkpoint."""
         self.waited = 0.0
         self.last_line = 0.0
         self.done_share, self.done_seconds = 0.0, 0.0
@@ -56,6 +78,19 @@ class Metrics:
         self.waited += time.perf_counter() - started
         return loaded
 
+    def measure(self, micro_batches: list[LoadedBatch]) -> Measured:
+        """What this rank contributes to the step it is about to start; cheap, on every rank."""
+        flops, tokens, idle, samples = 0.0, 0, 0, 0
+        for loaded in micro_batches:
+            for request in loaded.batch.requests:
+                cost = self.costs.of(request.frames, request.height, request.width)
+                flops += cost.flops
+                tokens += cost.tokens
+                idle += cost.tokens * loaded.stands_in
+            samples += len(loaded.trained)
+        waited, self.waited = self.waited, 0.0
+        return Measured(flops, tokens, idle, samples, waited, _memory(self.device))
+
     def step(
         self,
         step: int,
@@ -64,13 +99,25 @@ class Metrics:
         loss: float,
         rate: float,
         grad_norm: float | None,
-        seconds: float,
+        masked_tokens: float,
+        ranks: list[Measured],
+        began: Any,
+        ended: Any,
     ) -> None:
-        """Record optimizer step ``step`` (from 1)."""
+        """Record optimizer step ``step`` (from 1), which the device has finished.
+
+        ``ranks`` is what each rank measured, ``began`` and ``ended`` are marks of the clock. ``masked_tokens`` are
+        those of all ranks that the model was told to overlook.
+        """
+        seconds, before = self.clock.seconds(began, ended), self.clock.seconds(self.free_since, began)
+        self.free_since = ended
         if self.file is None:
-            self.waited = 0.0
             return
-        tokens = sum(self._tokens(loaded) for loaded in micro_batches) * self.world_size
+        whole = max(seconds + before, 1e-9)
+        flops, tokens = sum(rank.flops for rank in ranks), sum(rank.tokens for rank in ranks)
+        achieved = flops / whole / len(ranks)
+        # While the host waits for the next clips, the device may still be busy with the last ones.
+        waited = min(ranks[0].waited, before)
         record = {
             "step": step,
             "total_steps": self.total_steps,
@@ -79,21 +126,29 @@ class Metrics:
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "seconds": round(seconds, 4),
-            "data_wait": round(self.waited, 4),
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / max(seconds + self.waited, 1e-9), 1),
-            "memory_bytes": _memory(),
-            "seconds_left": self._seconds_left(step, micro_batches[0].batch.share, seconds + self.waited),
+            "data_wait": round(waited, 4),
+            "data_wait_share": round(waited / whole, 4),
+            "data_wait_slowest": round(max(rank.waited for rank in ranks), 4),
+            "tokens": int(tokens),
+            "tokens_per_second": round(tokens / whole, 1),
+            "samples_per_second": round(sum(rank.samples for rank in ranks) / whole, 3),
+            "tflops": float(f"{achieved / 1e12:.4g}"),
+            "mfu": None if self.peak_flops is None else round(achieved / self.peak_flops, 4),
+            "mean_over_max_flops": round(flops / len(ranks) / max(rank.flops for rank in ranks), 4),
+            "padding": round((sum(rank.idle_tokens for rank in ranks) + masked_tokens) / tokens, 4),
+            "memory_bytes": int(max(rank.memory for rank in ranks)),
+            "compiled_graphs": _compiled_graphs(),
+            "seconds_left": self._seconds_left(step, micro_batches[0].batch.share, whole),
         }
-        self.waited = 0.0
         self.file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.log(record)
         if time.monotonic() - self.last_line > LINE_EVERY or step == self.total_steps:
             self.last_line = time.monotonic()
+            mfu = "" if record["mfu"] is None else f"  mfu {100 * achieved / (self.peak_flops or 1):.1f}%"
             print(
                 f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {rate:.2e}  "
-                f"{record['tokens_per_second']:.0f} tokens/s",
+                f"{record['tokens_per_second']:.0f} tokens/s{mfu}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -103,6 +158,7 @@ class Metrics:
         """Note how long a checkpoint held the run up."""
         started = time.perf_counter()
         yield
+        self.free_since = self.clock.mark()
         self.event({"event": "checkpoint", "step": step, "seconds": round(time.perf_counter() - started, 3)})
 
     def event(self, record: Mapping[str, Any] | None) -> None:
@@ -136,14 +192,6 @@ class Metrics:
         self.done_seconds += seconds
         return round((self.total_steps - step) * self.done_seconds / self.done_share, 1)
 
-    def _tokens(self, loaded: LoadedBatch) -> int:
-        return sum(
-            self.spec.sequence_tokens(
-                ClipShape(frames=request.frames, height=request.height, width=request.width), self.dims
-            )
-            for request in loaded.batch.requests
-        )
-
 
 def _write_value(stem: Path, value: Any, fps: Fraction) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +218,29 @@ def _drop_later_steps(path: Path, first_step: int) -> None:
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _memory() -> int | None:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; nothing is imported to find out that there are none."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return 0 if compiler is None else compiler.counters["stats"]["unique_graphs"]
+
+
+_CURVES = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "samples_per_second",
+    "tflops",
+    "mfu",
+    "data_wait",
+    "memory_bytes",
+)
 
 
 class _TensorBoard:
@@ -181,7 +250,7 @@ class _TensorBoard:
         self.writer = SummaryWriter(str(run.logs / "tensorboard"))
 
     def log(self, record: dict[str, Any]) -> None:
-        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"):
+        for name in _CURVES:
             if record[name] is not None:
                 self.writer.add_scalar(f"train/{name}", record[name], record["step"])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.transfer import upload
 
 NUM_TIMESTEPS = 1000
 
@@ -43,7 +44,7 @@ class Objective(Protocol):
 
 
 def _noise(latents: Tensor, keys: Sequence[SampleKey]) -> Tensor:
-    return torch.stack([key.normal("noise", tuple(latents.shape[1:])) for key in keys]).to(latents.device)
+    return upload(torch.stack([key.normal("noise", tuple(latents.shape[1:])) for key in keys]), latents.device)
 
 
 def _timestep_indices(keys: Sequence[SampleKey]) -> list[int]:
@@ -73,7 +74,7 @@ class FlowMatching:
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""
-        sigma = self.sigmas()[_timestep_indices(keys)].to(latents.device)
+        sigma = upload(self.sigmas()[_timestep_indices(keys)], latents.device)
         noise = _noise(latents, keys)
         wide = sigma.view(-1, 1, 1, 1, 1)
         return Corrupted(
@@ -96,9 +97,10 @@ class DDPM:
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """noisy = sqrt(a) x + sqrt(1 - a) n; target is v = sqrt(a) n - sqrt(1 - a) x, or the noise."""
-        indices = torch.tensor(_timestep_indices(keys), device=latents.device)
+        drawn = torch.tensor(_timestep_indices(keys))
+        indices = upload(drawn, latents.device)
         noise = _noise(latents, keys)
-        alpha = self.alphas_cumprod.to(latents.device)[indices].view(-1, 1, 1, 1, 1)
+        alpha = upload(self.alphas_cumprod[drawn], latents.device).view(-1, 1, 1, 1, 1)
         signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
         velocity = self.prediction_type == "v_prediction"
         return Corrupted(

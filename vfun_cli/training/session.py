@@ -3,10 +3,13 @@
 import importlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
 
 from vfun_cli import families
 from vfun_cli.config import RunConfig
@@ -18,9 +21,11 @@ from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.files import ALL_LOADED, LeftInFiles, fill_shards
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
+from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable, make_optimizer
@@ -45,7 +50,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     plan = load_plan(config, spec, described)
     adapter_class = adapter_of(spec)
     adapter_setting = adapter_options(config, accelerator.device)
-    adapter = adapter_class.from_pretrained(adapter_setting)
+    left = LeftInFiles()
+    with left.transformer() if config.strategy == "fsdp" else nullcontext():
+        adapter = adapter_class.from_pretrained(adapter_setting)
     cache = None
     if config.cache is None:
         adapter.encoders.load()
@@ -53,12 +60,13 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         cache = Cache.for_encoders(config.cache, adapter.encoders)
     lora = described["command"] == "lora"
     if lora:
-        add_adapters(adapter.transformer, config, spec, plan.dims)
+        add_adapters(adapter.transformer, config, spec, plan.dims, left)
         if config.network_path is not None and not described.get("resume"):
             load_network(adapter.transformer, config.network_path, config, spec)
     else:
         choose_trainable(adapter.transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
-    state = prepare_state(config, spec, adapter, accelerator)
+    costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
+    state = prepare_state(config, spec, adapter, accelerator, left)
     checkpointer = Checkpointer(
         run,
         config.strategy,
@@ -72,10 +80,10 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     metrics = Metrics(
         run,
         config,
-        spec,
-        plan.dims,
+        costs=costs,
+        peak_flops=peak_flops(accelerator.device, config.peak_tflops),
+        device=accelerator.device,
         writes=accelerator.is_main_process,
-        world_size=accelerator.num_processes,
         first_step=first_step,
         total_steps=plan.total_steps,
     )
@@ -116,9 +124,12 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     accelerator.wait_for_everyone()
 
 
-def prepare_state(config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any) -> TrainedState:
+def prepare_state(
+    config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any, left: LeftInFiles = ALL_LOADED
+) -> TrainedState:
     """Set precisions, and let the strategy wrap the transformer and the optimizer."""
     transformer = adapter.transformer
+    left.to_meta(transformer)
     if config.mixed_precision == "bf16":
         for parameter in transformer.parameters():
             if not parameter.requires_grad:
@@ -128,13 +139,32 @@ def prepare_state(config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, ac
     if config.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
     transformer.train()
-    if not config.strategy.startswith("zero"):
-        transformer.to(accelerator.device)
-    optimizer = make_optimizer(transformer, config, accelerator.device)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    wrap = _shard if config.strategy == "fsdp" else _wrap
+    model, optimizer = wrap(config, transformer, accelerator, left)
     assert_strategy(config.strategy, model)
     average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
     return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
+
+
+def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, left: LeftInFiles) -> tuple[nn.Module, Any]:
+    """As accelerate does it, from a model that has its weights."""
+    if not config.strategy.startswith("zero"):
+        transformer.to(accelerator.device)
+    model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
+    return model, optimizer
+
+
+def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, left: LeftInFiles) -> tuple[nn.Module, Any]:
+    """FSDP: sharded first, then each rank reads its shards; the optimizer knows only those."""
+    files = left.by_name(transformer)
+    sharded = fsdp2_prepare_model(accelerator, transformer)
+    fill_shards(sharded, files, accelerator.device)
+    optimizer = make_optimizer(sharded, config, accelerator.device)
+    shards = list(optimizer.param_groups[0]["params"])
+    model, optimizer = accelerator.prepare(sharded, optimizer)
+    # accelerate looks parameters up by the address of their data, and all shards without rows have the same.
+    optimizer.param_groups[0]["params"] = shards
+    return model, optimizer
 
 
 def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:

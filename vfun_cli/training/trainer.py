@@ -1,8 +1,8 @@
 """Owns time: the one loop that trains every family, full or LoRA, under every strategy."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,33 @@ from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import LoadedBatch, batch_keys
 from vfun_cli.training.encoding import encode
 from vfun_cli.training.ledger import EpochLedger
-from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
 from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
 from vfun_cli.training.state import TrainedState
+from vfun_cli.training.transfer import Download, upload
 
 CONTINUE = 0
 OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
 """Why training ends; all ranks act on the largest reason any of them saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A step that was handed to the device. What came of it is read after the next one was handed over too, so that
+    the device never runs out of work because the host reads a number.
+    """
+
+    step: int
+    """From 0."""
+    micro_batches: list[LoadedBatch]
+    rate: float
+    ranks: Tensor
+    """[ranks, numbers] float64 on the device: loss, gradient norm, masked tokens, weight, stop reason, then the fields
+    of ``Measured``."""
+    began: Any
+    ended: Any
 
 
 class Trainer:
@@ -62,6 +80,8 @@ class Trainer:
         self.description = description
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.saved_step: int | None = None
+        self.unread: tuple[Launched, Download] | None = None
+        """The newest step, and its numbers on their way to the host."""
 
     def train(self, batches: Iterator[LoadedBatch], first_step: int) -> int:
         """Train from ``first_step`` (from 0) to the end; returns why it ended (``CONTINUE``: it is complete)."""
@@ -73,13 +93,20 @@ class Trainer:
             if step == first_step and first_step == 0:
                 self.metrics.show_first_batch(micro_batches[0])
             epoch = micro_batches[0].batch.epoch
-            reason = self.train_step(step, micro_batches)
-            self.metrics.event(self.ledger.step(micro_batches))
+            launched = self.launch(step, micro_batches)
+            reason = self.read()
+            self.unread = launched, Download(launched.ranks)
+            epoch_record = self.ledger.step(micro_batches)
             self.checkpointer.check()
             step += 1
-            if step % self.config.checkpointing_steps == 0:
+            saves = step % self.config.checkpointing_steps == 0
+            if saves or epoch_record is not None:
+                reason = max(reason, self.read())  # no checkpoint of a state that a bad loss has spoilt
+                self.metrics.event(epoch_record)
+            if saves:
                 self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
                 reason = max(reason, self.stop_reason())  # asked for while saving
+        reason = max(reason, self.read())
         self.metrics.event(self.ledger.close())
         if self.saved_step != step:
             self.save(step, epoch)
@@ -91,43 +118,91 @@ class Trainer:
         reasons = torch.tensor([self.stop.reason()], device=self.accelerator.device)
         return int(self.accelerator.gather(reasons).max())
 
-    def train_step(self, step: int, micro_batches: list[LoadedBatch]) -> int:
-        """One optimizer step; returns the stop reason that all ranks agree on."""
-        started = time.perf_counter()
+    def launch(self, step: int, micro_batches: list[LoadedBatch]) -> Launched:
+        """Hand one optimizer step to the device. Nothing in it waits for the device."""
         model, optimizer, accelerator = self.state.model, self.state.optimizer, self.accelerator
+        began = self.metrics.clock.mark()
         rate = learning_rate(step, self.config, self.total_steps)
         set_learning_rate(optimizer, rate)
         total, norm = torch.zeros((), device=accelerator.device), None
+        masked = torch.zeros((), device=accelerator.device)
         for loaded in micro_batches:
             with accelerator.accumulate(model):
-                loss = self.loss(model, loaded)
+                loss, overlooked = self.loss(model, loaded)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach().float()
+            masked += overlooked
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model))
-        mean, reason = self.agree(total / len(micro_batches), sum(each.weight for each in micro_batches))
-        self.metrics.step(
-            step + 1,
-            micro_batches,
-            loss=mean,
+        ranks = self.gather(
+            (total / len(micro_batches), _on_device(norm, accelerator.device), masked),
+            (
+                sum(each.weight for each in micro_batches) / self.config.gradient_accumulation_steps,
+                self.stop.reason(),
+                *self.metrics.measure(micro_batches),
+            ),
+        )
+        return Launched(
+            step=step,
+            micro_batches=micro_batches,
             rate=rate,
-            grad_norm=_number(norm),
-            seconds=time.perf_counter() - started,
+            ranks=ranks,
+            began=began,
+            ended=self.metrics.clock.mark(),
+        )
+
+    def gather(self, on_device: tuple[Tensor, ...], on_host: tuple[float, ...]) -> Tensor:
+        """[ranks, numbers] float64 on the device: a step's numbers of all ranks, in one collective."""
+        device = self.accelerator.device
+        known = upload(torch.tensor(on_host, dtype=torch.float64), device)
+        mine = torch.cat([torch.stack([value.detach().double() for value in on_device]), known])
+        ranks: Tensor = self.accelerator.gather(mine.unsqueeze(0))
+        return ranks
+
+    def read(self) -> int:
+        """What came of the newest step, if that was not read yet: record it; the gravest stop reason of any rank.
+
+        Raises:
+            RunError: its loss is not a number; on all ranks alike.
+        """
+        if self.unread is None:
+            return CONTINUE
+        (launched, download), self.unread = self.unread, None
+        ranks = download.numbers()
+        # A rank that skipped samples trained on less; each counts by its weight.
+        losses, norms, masked, weights, reasons = (
+            list(column) for column in zip(*(row[:5] for row in ranks), strict=True)
+        )
+        mean = sum(losses) / sum(weights) if sum(weights) else 0.0
+        self.metrics.step(
+            launched.step + 1,
+            launched.micro_batches,
+            loss=mean,
+            rate=launched.rate,
+            grad_norm=norms[0] if math.isfinite(norms[0]) else None,
+            masked_tokens=sum(masked),
+            ranks=[Measured(*row[5:]) for row in ranks],
+            began=launched.began,
+            ended=launched.ended,
         )
         if not math.isfinite(mean):
-            rows = [key.row for loaded in micro_batches for key in batch_keys(loaded.batch.requests)]
+            rows = [key.row for loaded in launched.micro_batches for key in batch_keys(loaded.batch.requests)]
             raise RunError(
-                f"the loss of step {step + 1} is {mean}; rank {accelerator.process_index} trained on rows {rows}.",
+                f"the loss of step {launched.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
+                f"rows {rows}.",
                 hint="Resume from the last checkpoint with a lower --learning-rate, or look at those rows.",
             )
-        return reason
+        return int(max(reasons))
 
-    def loss(self, model: nn.Module, loaded: LoadedBatch) -> Tensor:
-        """The loss of one micro-batch. Encoding, noise and error are float32; the model sees the compute dtype."""
+    def loss(self, model: nn.Module, loaded: LoadedBatch) -> tuple[Tensor, Tensor | int]:
+        """The loss of one micro-batch, and how many of its tokens are masked.
+
+        Encoding, noise and error are float32; the model sees the compute dtype.
+        """
         keys = batch_keys(loaded.batch.requests)
         with torch.no_grad():
             latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache)
@@ -138,22 +213,15 @@ class Trainer:
         prediction = self.adapter.predict(
             model, corrupted.noisy.to(self.dtype), corrupted.timesteps, _cast(conditions, self.dtype)
         )
-        return self.objective.loss(prediction, corrupted.target, mask) * loaded.weight
+        seen = conditions.get("text_mask")
+        return (
+            self.objective.loss(prediction, corrupted.target, mask) * loaded.weight,
+            0 if seen is None else (seen == 0).sum(),
+        )
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters of the model, as accelerate's FSDP clipping expects them; frozen ones have no gradient."""
         return list(self.state.model.parameters())
-
-    def agree(self, loss: Tensor, weight: float) -> tuple[float, int]:
-        """Mean loss over what was trained on all ranks and the gravest stop reason, in one collective.
-
-        ``weight`` is the sum over this rank's micro-batches; it is less than their number where samples were skipped.
-        """
-        share = weight / self.config.gradient_accumulation_steps
-        reasons = torch.tensor([loss.item(), share, float(self.stop.reason())], dtype=torch.float64)
-        gathered = self.accelerator.gather(reasons.to(self.accelerator.device).unsqueeze(0)).cpu()
-        trained = float(gathered[:, 1].sum())
-        return float(gathered[:, 0].sum()) / trained if trained else 0.0, int(gathered[:, 2].max())
 
     def save(self, step: int, epoch: int, *, background: bool = False) -> Path:
         """A checkpoint after ``step`` optimizer steps."""
@@ -172,8 +240,9 @@ def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _number(norm: Any) -> float | None:
-    if norm is None:
-        return None
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(whole)
+def _on_device(norm: Any, device: torch.device) -> Tensor:
+    """The gradient norm as every strategy has it: a tensor, one in parts, a number, or none (NaN)."""
+    if isinstance(norm, Tensor):
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole.to(device)
+    return torch.full((), math.nan if norm is None else float(norm), device=device)

@@ -91,11 +91,16 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     token_latents = size["patch_frames"] * size["patch"] ** 2
     per_token = 4 * dim * dim + 2 * dim * dims.ffn_dim  # q, k, v, out and the feed-forward, in multiply-adds
     modulation = 2 * size["time_dim"] * 6 * dim
-    blocks = dims.num_layers * (length * per_token + 2 * length * length * dim + modulation)
+    blocks = dims.num_layers * (length * per_token + modulation)
     patches = video * token_latents * dim * (size["in_channels"] + size["out_channels"])
     captions = size["text_tokens"] * size["text_dim"] * dim
     time = dim * size["time_dim"] + size["time_dim"] ** 2 + 2 * size["time_dim"] * dim
-    return 2.0 * (blocks + patches + captions + time)
+    return attention_flops(shape, dims) + 2.0 * (blocks + patches + captions + time)
+
+
+def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Scores and weighted sums over the joint sequence."""
+    return 4.0 * dims.num_layers * dims.dim * sequence_tokens(shape, dims) ** 2
 
 
 DEFAULTS: Mapping[str, object] = {
@@ -147,6 +152,7 @@ SPEC = FamilySpec(
     input_settings=("add_noise_in_inpaint_model",),
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
+    attention_flops=attention_flops,
     defaults=DEFAULTS,
     lora_defaults={
         "rank": 64,

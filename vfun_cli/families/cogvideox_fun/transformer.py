@@ -122,7 +122,7 @@ def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
 def load_transformer(folder: Path, config: Mapping[str, Any]) -> CogVideoXFunTransformer:
     """The transformer of a released model directory in float32 on the CPU. Raises CheckpointError on any misfit."""
     model = empty_model(lambda: build_transformer(config))
-    load_weights(model, safetensors_files(folder), dtype=torch.float32, where=str(folder))
+    load_weights(model, safetensors_files(folder), dtype=torch.float32, where=str(folder), transformer=True)
     return model
 
 

@@ -90,14 +90,18 @@ def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
     dim, time_dim, patch = dims.dim, dims.extra["time_dim"], V5_1.patch_size[1] * V5_1.patch_size[2]
     video, length = V5_1.video_tokens(clip), sequence_tokens(clip, dims)
     per_token = 4 * dim * dim + 2 * dim * dims.ffn_dim  # q, k, v, out and the feed-forward, in multiply-adds
-    attention = 2 * length * length * dim
     modulation = 2 * time_dim * 6 * dim
-    blocks = dims.num_layers * (length * per_token + attention + modulation)
+    blocks = dims.num_layers * (length * per_token + modulation)
     blocks -= (dims.num_layers - dims.extra["mmdit_layers"]) * (length - video) * dim * dim
     patches = video * patch * dim * (dims.extra["in_channels"] + dims.extra["out_channels"])
     captions = CAPTION_TOKENS * dims.extra["text_channels"] * dim
     time = dim * time_dim + time_dim * time_dim + 2 * time_dim * dim
-    return 2.0 * (blocks + patches + captions + time)
+    return attention_flops(clip, dims) + 2.0 * (blocks + patches + captions + time)
+
+
+def attention_flops(clip: ClipShape, dims: ModelDims) -> float:
+    """Scores and weighted sums over the joint sequence."""
+    return 4.0 * dims.num_layers * dims.dim * sequence_tokens(clip, dims) ** 2
 
 
 def modules_without_gradient(dims: ModelDims) -> tuple[str, ...]:
@@ -211,6 +215,7 @@ V5_1 = FamilySpec(
     config_file="transformer/config.json",
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
+    attention_flops=attention_flops,
     modules_without_gradient=modules_without_gradient,
     check_options=_check("easyanimate-v5.1-control"),
     defaults={

@@ -76,5 +76,12 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
     """The transformer of a released model directory in float32 on the CPU. Raises CheckpointError on any misfit."""
     model = empty_model(lambda: build_transformer(config))
-    load_weights(model, safetensors_files(folder), rename=diffusers_name, dtype=torch.float32, where=str(folder))
+    load_weights(
+        model,
+        safetensors_files(folder),
+        rename=diffusers_name,
+        dtype=torch.float32,
+        where=str(folder),
+        transformer=True,
+    )
     return model

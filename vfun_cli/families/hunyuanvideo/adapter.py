@@ -213,7 +213,7 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
     config = read_json(folder / "config.json")
     check_config(config, condition)
     model = empty_model(lambda: HunyuanVideoTransformer3DModel.from_config(config))
-    load_weights(model, safetensors_files(folder), where=str(folder))
+    load_weights(model, safetensors_files(folder), where=str(folder), transformer=True)
     return model
 
 

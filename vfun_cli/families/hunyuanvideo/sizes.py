@@ -139,11 +139,10 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     patch = PATCH_SIZE[1] * PATCH_SIZE[2]
     # A token_replace block modulates the given frame on its own, so its adaptive norm runs twice.
     norms = 1 + x["token_replace"]
-    attention = 2 * joint * joint * d
-    dual = joint * (4 * d * d + 2 * d * f) + attention + (norms + 1) * 6 * d * d
-    single = joint * (3 * d * d + d * f + (d + f) * d) + attention + norms * 3 * d * d
+    dual = joint * (4 * d * d + 2 * d * f) + (norms + 1) * 6 * d * d
+    single = joint * (3 * d * d + d * f + (d + f) * d) + norms * 3 * d * d
     # The refiner's feed-forward is always four times its width, whatever mlp_ratio is.
-    refiner = text * 12 * d * d + 2 * text * text * d + 2 * d * d
+    refiner = text * 12 * d * d + 2 * d * d
     timestep = 256 * d + d * d
     embeddings = (
         video * d * x["in_channels"] * patch
@@ -156,4 +155,11 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     macs = (
         embeddings + x["num_refiner_layers"] * refiner + dims.num_layers * dual + x["num_single_layers"] * single + head
     )
-    return 2.0 * macs
+    return attention_flops(shape, dims) + 2.0 * macs
+
+
+def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Scores and weighted sums over the joint sequence, and over the text in its refiner."""
+    text, extra = dims.extra["text_tokens"], dims.extra
+    blocks = (dims.num_layers + extra["num_single_layers"]) * sequence_tokens(shape, dims) ** 2
+    return 4.0 * dims.dim * (blocks + extra["num_refiner_layers"] * text**2)

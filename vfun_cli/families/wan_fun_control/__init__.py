@@ -25,7 +25,7 @@ TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
 """Rows of the CLIP embedding."""
 IMAGE_DIM = 1280
-"""Width of the CLIP embedding."""
+"""Width of the CLIP embedding, where config.json does not state it (the released ones do not)."""
 LATENT_CHANNELS = 16
 
 HINT = "wan-fun-control trains Wan2.1-Fun-Control and Wan2.1-Fun-V1.1-Control, 1.3B and 14B."
@@ -56,6 +56,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
     check_variant(config.get("in_dim"), camera=bool(config.get("add_control_adapter")))
     sizes = {key: config.get(key) for key in ("dim", "ffn_dim", "num_layers")}
     sizes |= {"text_dim": config.get("text_dim", 4096), "freq_dim": config.get("freq_dim", 256)}
+    sizes |= {"image_dim": config.get("image_dim", IMAGE_DIM)}
     numbers = {key: value for key, value in sizes.items() if isinstance(value, int)}
     if missing := [key for key in sizes if key not in numbers]:
         raise CheckpointError(f"config.json states no {', '.join(missing)}: not a Wan transformer's.", hint=HINT)
@@ -66,6 +67,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
         extra={
             "text_dim": numbers["text_dim"],
             "freq_dim": numbers["freq_dim"],
+            "image_dim": numbers["image_dim"],
             "reference": int(bool(config.get("add_ref_conv", False))),
         },
     )
@@ -84,24 +86,29 @@ def sequence_tokens(shape: ClipShape, dims: ModelDims) -> int:
 
 def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     """Matrix products, convolutions and attention of one forward pass; a multiply-add counts two."""
-    dim, text_dim, freq_dim = dims.dim, dims.extra["text_dim"], dims.extra["freq_dim"]
+    dim, text_dim, freq_dim, image_dim = dims.dim, *(dims.extra[key] for key in ("text_dim", "freq_dim", "image_dim"))
     video, reference = SPEC.video_tokens(shape), _reference_tokens(shape, dims)
     tokens, context = video + reference, TEXT_TOKENS + IMAGE_TOKENS
     patch = SPEC.patch_size[0] * SPEC.patch_size[1] * SPEC.patch_size[2]
     block = (
         6 * tokens * dim * dim  # self-attention q, k, v, o and cross-attention q, o
         + 2 * context * dim * dim  # k, v of text and of the CLIP embedding
-        + 2 * tokens * (tokens + context) * dim  # scores and weighted sums
         + 2 * tokens * dim * dims.ffn_dim
     )
     outside = (
         (video * CONTROL_IN_DIM + reference * LATENT_CHANNELS) * patch * dim
         + TEXT_TOKENS * (text_dim + dim) * dim
-        + IMAGE_TOKENS * (IMAGE_DIM + dim) * IMAGE_DIM
+        + IMAGE_TOKENS * (image_dim + dim) * image_dim
         + (freq_dim + 7 * dim) * dim  # timestep embedding and its six modulation vectors
         + tokens * dim * LATENT_CHANNELS * patch
     )
-    return 2.0 * (dims.num_layers * block + outside)
+    return attention_flops(shape, dims) + 2.0 * (dims.num_layers * block + outside)
+
+
+def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Scores and weighted sums of self-attention, and of cross-attention to text and the CLIP embedding."""
+    tokens = sequence_tokens(shape, dims)
+    return 4.0 * dims.num_layers * dims.dim * tokens * (tokens + TEXT_TOKENS + IMAGE_TOKENS)
 
 
 DEFAULTS: dict[str, object] = {
@@ -146,6 +153,7 @@ SPEC = FamilySpec(
     recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
+    attention_flops=attention_flops,
     defaults=DEFAULTS,
     strategy_defaults={"zero3": {"train_mode": "inpaint"}},
     lora_defaults={

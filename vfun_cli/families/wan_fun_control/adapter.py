@@ -242,7 +242,7 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
     files = safetensors_files(folder)
     config = transformer_config(_shapes(files), _config(folder / SPEC.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config))
-    load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder))
+    load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
     return model
 
 

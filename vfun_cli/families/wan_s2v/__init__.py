@@ -2,7 +2,14 @@
 
 from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.spec import FamilySpec, MetadataField
-from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, RELEASED, forward_flops, read_dims, sequence_tokens
+from vfun_cli.families.wan_s2v.sizes import (
+    MOTION_FRAMES,
+    RELEASED,
+    attention_flops,
+    forward_flops,
+    read_dims,
+    sequence_tokens,
+)
 
 DEFAULTS: dict[str, object] = {
     **FULL_FINE_TUNE,
@@ -44,6 +51,7 @@ SPEC = FamilySpec(
     recognises=lambda config: config.get("model_type") == "s2v",
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
+    attention_flops=attention_flops,
     defaults=DEFAULTS,
     lora_formats=("peft", "comfyui", "original"),  # diffusers has no Wan-S2V
     lora_defaults={"rank": 64, "network_alpha": 32, "target_name": "q,k,v,ffn.0,ffn.2", "learning_rate": 1e-4},

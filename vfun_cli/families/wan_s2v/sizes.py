@@ -75,11 +75,11 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     text, tokens = extra["text_len"], extra["num_audio_token"]
     square = dim * dim
 
-    self_attention = 4 * length * square + 2 * length * length * dim
-    cross_attention = 2 * (length + text) * square + 2 * length * text * dim
+    self_attention = 4 * length * square
+    cross_attention = 2 * (length + text) * square
     feed_forward = 2 * length * dim * dims.ffn_dim
     audio_keys = frames * (tokens + 1)
-    injection = 2 * (video + audio_keys) * square + 2 * video * (tokens + 1) * dim + 2 * frames * square
+    injection = 2 * (video + audio_keys + frames) * square
 
     patch = 4 * extra["in_dim"] * dim
     fine = reference
@@ -91,7 +91,14 @@ def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
 
     macs = dims.num_layers * (self_attention + cross_attention + feed_forward)
     macs += extra["audio_layers"] * injection + embeddings + head + _audio_encoder_macs(shape.frames, dims)
-    return 2.0 * macs
+    return attention_flops(shape, dims) + 2.0 * macs
+
+
+def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
+    """Scores and weighted sums: of all tokens, to the text, and of each latent frame to its audio tokens."""
+    video, length = token_counts(shape)[0], sequence_tokens(shape, dims)
+    blocks = dims.num_layers * length * (length + dims.extra["text_len"])
+    return 4.0 * dims.dim * (blocks + dims.extra["audio_layers"] * video * (dims.extra["num_audio_token"] + 1))
 
 
 def _audio_encoder_macs(frames: int, dims: ModelDims) -> int:

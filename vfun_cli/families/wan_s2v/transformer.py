@@ -566,7 +566,7 @@ def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
     """
     config = read_config(model_dir / "config.json")
     model = empty_model(lambda: WanS2VTransformer3DModel(**config))
-    load_weights(model, safetensors_files(model_dir), where=str(model_dir))
+    load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
     return model
 
 

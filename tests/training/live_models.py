@@ -1,0 +1,132 @@
+"""The tiny live transformer of every family with what its encoders say about a clip."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfun_cli import families
+from vfun_cli.config import RunConfig
+from vfun_cli.demo import default as demo_default
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.planning import read_dims
+from vfun_cli.resolve import resolve
+from vfun_cli.training.adapter import ModelAdapter, SampleRequest
+from vfun_cli.training.objectives import make_objective
+from vfun_cli.training.optim import choose_trainable
+from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.session import adapter_of, adapter_options, load_options
+
+FAMILIES = tuple(families.FAMILIES)
+SMALL, TALL = (8, 64, 64), (16, 96, 64)
+"""Frames, height, width; one frame more where the family counts so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the trainer hands to ``predict`` and to the loss for one clip."""
+
+    shape: ClipShape
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    mask: Tensor | None
+    conditions: dict[str, Any]
+
+    def to(self, where: Any) -> "Inputs":
+        """Floating tensors in a dtype, or all tensors on a device."""
+
+        def moved(value: Any) -> Any:
+            cast = isinstance(value, Tensor) and (not isinstance(where, torch.dtype) or value.is_floating_point())
+            return value.to(where) if cast else value
+
+        conditions = {name: moved(value) for name, value in self.conditions.items()}
+        if "drop_motion" in conditions:  # kept on the host: the length of the sequence depends on it
+            conditions["drop_motion"] = self.conditions["drop_motion"]
+        return Inputs(
+            shape=self.shape, noisy=moved(self.noisy), timesteps=moved(self.timesteps), target=self.target,
+            mask=self.mask, conditions=conditions,
+        )  # fmt: skip
+
+    def enlarged(self, high: int, wide: int) -> "Inputs":
+        """The same without values for a picture this many times as high and as wide."""
+        *_, height, width = self.noisy.shape
+
+        def larger(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.shape[-2:] == (height, width):
+                return torch.empty(*value.shape[:-2], height * high, width * wide, device="meta")
+            return value
+
+        meta = self.to("meta")
+        shape = replace(self.shape, height=self.shape.height * high, width=self.shape.width * wide)
+        conditions = {name: larger(value) for name, value in meta.conditions.items()}
+        return replace(meta, shape=shape, noisy=larger(meta.noisy), conditions=conditions)
+
+
+class LiveModel:
+    """A family's demo: its adapter and its inputs at any shape."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.spec: FamilySpec = families.find(family)
+        demo = {
+            name: folder / value if isinstance(value, Path) else value
+            for name, value in demo_default.make(self.spec).items()
+        }
+        self.config: RunConfig = resolve("train", self.spec, {"mixed_precision": "no"}, demo=demo, environ={}).config
+        assert self.config.pretrained_model_name_or_path is not None
+        self.folder = self.config.pretrained_model_name_or_path
+        self.adapter: ModelAdapter = adapter_of(self.spec).from_pretrained(
+            adapter_options(self.config, torch.device("cpu"))
+        )
+        self.dims: ModelDims = read_dims(self.spec, self.folder)
+        self.objective = make_objective(self.spec.objective, self.spec.objective_options, self.folder)
+
+    def transformer(self) -> nn.Module:
+        """A fresh one with the demo's weights, all that can be trained chosen."""
+        fresh = adapter_of(self.spec).from_pretrained(adapter_options(self.config, torch.device("cpu"))).transformer
+        choose_trainable(fresh, (".",), self.spec.modules_without_gradient(self.dims))
+        return fresh.train()
+
+    @cache  # noqa: B019 (a handful of shapes of seven models)
+    def inputs(self, frames: int, height: int, width: int) -> Inputs:
+        """The encoded and noised clip; of the first key that does not drop what would shorten the sequence."""
+        frames += self.spec.frame_rule == "4k+1"
+        if self.spec.adjust_frames is not None:
+            frames = self.spec.adjust_frames(frames, self.dims)
+        for row in range(20):
+            request = self._request(row, frames, height, width)
+            sample = adapter_of(self.spec).load(request, load_options(self.config))
+            latents, conditions = self.adapter.encode([sample], [request.key])
+            if not bool(torch.as_tensor(conditions.get("drop_motion", False)).any()):
+                break
+        corrupted = self.objective.corrupt(latents, [request.key])
+        return Inputs(
+            shape=ClipShape(frames=frames, height=height, width=width), noisy=corrupted.noisy,
+            timesteps=corrupted.timesteps, target=corrupted.target, mask=conditions.pop("loss_mask", None),
+            conditions=conditions,
+        )  # fmt: skip
+
+    def loss(self, transformer: nn.Module, inputs: Inputs) -> Tensor:
+        """As the trainer computes it."""
+        conditions = dict(inputs.conditions)
+        prediction = self.adapter.predict(transformer, inputs.noisy, inputs.timesteps, conditions)
+        return self.objective.loss(prediction, inputs.target, inputs.mask)
+
+    def _request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
+        root = Path(self.config.train_data_dir or "")
+        record = {
+            "file_path": str(root / "train/00000001.mp4"),
+            "control_file_path": str(root / "control/00000001.mp4"),
+            "audio_path": str(root / "wav/00000001.wav"),
+            "text": "a red circle moves",
+            "type": "video",
+        }
+        fields = {field.name for field in self.spec.fields} | {"text", "type"}
+        return SampleRequest(
+            key=SampleKey(seed=1, epoch=0, row=row),
+            record={name: value for name, value in record.items() if name in fields},
+            kind="video", frames=frames, height=height, width=width, stride=1, total_frames=40, fps=(16, 1),
+        )  # fmt: skip

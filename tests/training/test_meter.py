@@ -1,0 +1,99 @@
+"""The meter: FLOPs as torch counts them on the live models, and peaks of devices by their names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from live_models import FAMILIES, SMALL, TALL, Inputs, LiveModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vfun_cli.config import RunConfig
+from vfun_cli.families.spec import ModelDims
+from vfun_cli.resolve import resolve
+from vfun_cli.training.lora import add_adapters
+from vfun_cli.training.meter import Costs, peak_flops, peak_of, trained_share
+
+LIVE = Callable[[str], LiveModel]
+LAYERS = 16
+"""Of the counted models: in the demos' two, the gradient of the inputs, which nobody computes, is up to 8 %."""
+
+
+def grown(live: LiveModel) -> tuple[nn.Module, ModelDims]:
+    """The demo's transformer with more layers, without weights."""
+    small: Any = live.transformer()
+    changes: dict[str, Any] = {"num_layers": LAYERS}
+    if live.spec.name == "wan-s2v":
+        changes["audio_inject_layers"] = list(range(0, LAYERS, 2))
+    config = {name: value for name, value in small.config.items() if not name.startswith("_")} | changes
+    own = {"has_reference": True} if live.spec.name == "wan-fun-control" else {}
+    with torch.device("meta"):
+        model = type(small)(**config, **own)
+    released = {"dim": live.dims.dim, "ffn_dim": live.dims.ffn_dim, "in_dim": 48, "add_ref_conv": True, "image_dim": 32}
+    dims = live.spec.read_dims({**config, **(released | changes if own else {}), "text_dim": config.get("text_dim")})
+    return model.train(), dims
+
+
+def counted(live: LiveModel, model: nn.Module, inputs: Inputs) -> float:
+    """FLOPs of forward and backward. The fused CPU attention has no entry in torch's counter, its parts have."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        live.adapter.predict(model, inputs.noisy, inputs.timesteps, dict(inputs.conditions)).float().mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("shape", "high", "wide"), [(SMALL, 1, 1), (SMALL, 2, 4), (TALL, 1, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_training_are_those_of_the_live_model(
+    family: str, shape: tuple[int, int, int], high: int, wide: int, live_model: LIVE
+) -> None:
+    live = live_model(family)
+    inputs = live.inputs(*shape).enlarged(high, wide)
+    model, dims = grown(live)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(live.spec.modules_without_gradient(dims)))
+    share = trained_share(model)
+    cost = Costs(spec=live.spec, dims=dims, share=share).of(
+        inputs.shape.frames, inputs.shape.height, inputs.shape.width
+    )
+    assert cost.flops == pytest.approx(counted(live, model, inputs), rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_lora_training_leave_out_the_frozen_weights_gradients(family: str, live_model: LIVE) -> None:
+    live = live_model(family)
+    inputs = live.inputs(*SMALL).enlarged(4, 6)
+    model, dims = grown(live)
+    targets = resolve("lora", live.spec, {}, demo=None, environ={}).config.target_name
+    with torch.device("meta"):
+        add_adapters(model, RunConfig(rank=4, network_alpha=4.0, target_name=targets), live.spec, dims)
+    share = trained_share(model)
+    assert 0 < share.trained == share.added < share.base
+    cost = Costs(spec=live.spec, dims=dims, share=share).of(
+        inputs.shape.frames, inputs.shape.height, inputs.shape.width
+    )
+    assert cost.flops == pytest.approx(counted(live, model, inputs), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_device_is_known_by_its_name_or_has_no_peak(name: str, peak: float | None) -> None:
+    assert peak_of(name) == peak
+
+
+def test_a_stated_peak_goes_before_the_table_and_a_cpu_has_none() -> None:
+    assert peak_flops(torch.device("cpu"), 1.5) == 1.5e12
+    assert peak_flops(torch.device("cpu"), None) is None

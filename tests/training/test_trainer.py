@@ -1,0 +1,193 @@
+"""The loop: a step that never waits for the device, and what is read of it one step later."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from live_models import FAMILIES, SMALL, LiveModel
+from torch import nn
+
+from vfun_cli.config import RunConfig
+from vfun_cli.errors import RunError
+from vfun_cli.families.spec import ClipShape
+from vfun_cli.rundir import RunDir
+from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.meter import Costs, trained_share
+from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.objectives import Corrupted
+from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.signals import PREEMPTED
+from vfun_cli.training.state import TrainedState
+from vfun_cli.training.trainer import CONTINUE, Trainer
+
+LIVE = Callable[[str], LiveModel]
+META = torch.device("meta")
+
+
+def batch(step: int, shape: ClipShape) -> LoadedBatch:
+    request = SampleRequest(
+        key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", frames=shape.frames, height=shape.height,
+        width=shape.width, stride=1, total_frames=40, fps=(16, 1),
+    )  # fmt: skip
+    return LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[{}])
+
+
+class Saves:
+    """Notes which steps were saved."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def require_space(self, state: Any) -> None: ...
+    def check(self) -> None: ...
+    def wait(self) -> None: ...
+
+    def save(self, state: Any, progress: dict[str, Any], *, background: bool) -> Path:
+        self.steps.append(progress["step"])
+        return Path()
+
+
+class Parts:
+    """A trainer over any model, adapter and objective, in one process."""
+
+    def __init__(self, folder: Path, model: nn.Module, live: Any, adapter: Any, objective: Any, **options: Any) -> None:
+        device = next(model.parameters()).device
+        self.config = RunConfig(mixed_precision="no", lr_scheduler="constant", report_to="none", **options)
+        accelerator: Any = Accelerator(cpu=True)
+        accelerator.device_placement = False
+        run = RunDir(folder)
+        self.metrics_file = run.metrics
+        self.saves, self.stop = Saves(), SimpleNamespace(reason=lambda: CONTINUE)
+        costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
+        optimizer = make_optimizer(model, self.config, torch.device("cpu"))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if device == META:
+            accelerator.state.device = META
+        checkpointer: Any = self.saves
+        ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
+        stop: Any = self.stop
+        self.accelerator = accelerator
+        self.trainer = Trainer(
+            config=self.config, accelerator=accelerator, adapter=adapter,
+            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
+            checkpointer=checkpointer, ledger=ledger, stop=stop, total_steps=6, description={},
+            metrics=Metrics(
+                run, self.config, costs=costs, peak_flops=None, device=torch.device("cpu"), writes=True, first_step=0,
+                total_steps=6,
+            ),
+        )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        return [line for line in found if "event" not in line]
+
+
+@pytest.fixture
+def device_restored() -> Iterator[None]:
+    accelerator: Any = Accelerator(cpu=True)
+    before = accelerator.state.device
+    yield
+    accelerator.state.device = before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_reads_nothing_from_the_device(
+    family: str, live_model: LIVE, tmp_path: Path, device_restored: None
+) -> None:
+    """On meta there is nothing to read: an item(), a copy to the host or a shape from values ends in an error."""
+    live = live_model(family)
+    inputs = live.inputs(*SMALL)
+
+    class Encoded:
+        """Encoders have put everything on the device."""
+
+        def encode(self, samples: Any, keys: Any) -> Any:
+            meta = inputs.to("meta")
+            return meta.noisy, dict(meta.conditions) | ({} if inputs.mask is None else {"loss_mask": meta.mask})
+
+        predict = staticmethod(live.adapter.predict)
+
+    parts = Parts(tmp_path, live.transformer().to("meta"), live, Encoded(), live.objective)
+    launched = parts.trainer.launch(0, [batch(0, inputs.shape)])
+    assert launched.ranks.device == META and launched.ranks.shape == (1, 11)
+    with pytest.raises(NotImplementedError):
+        launched.ranks.cpu()
+    with pytest.raises(RuntimeError):
+        launched.ranks[0, 0].item()
+
+
+class Line(nn.Module):
+    """One weight; its prediction is the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, 1, 1, 1))
+
+
+class Steps:
+    """An adapter, and an objective whose loss is bad at one step."""
+
+    def __init__(self, bad_step: int | None = None) -> None:
+        self.bad_step, self.trained = bad_step, 0
+
+    def encode(self, samples: Any, keys: Any) -> Any:
+        self.trained += 1
+        return torch.zeros(1, 1, 1, 1, 1), {}
+
+    def predict(self, model: nn.Module, noisy: torch.Tensor, timesteps: Any, conditions: Any) -> torch.Tensor:
+        return next(model.parameters()) + noisy
+
+    def corrupt(self, latents: torch.Tensor, keys: Any) -> Corrupted:
+        value = torch.nan if keys[0].row == self.bad_step else 0.0
+        return Corrupted(noisy=latents, timesteps=torch.zeros(1), target=latents + value)
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any) -> torch.Tensor:
+        return (prediction - target).square().mean()
+
+
+SHAPE = ClipShape(frames=9, height=64, width=64)
+
+
+def made(live: LiveModel, folder: Path, steps: Steps, **options: Any) -> Parts:
+    return Parts(folder, Line(), live, steps, steps, **options)
+
+
+@pytest.mark.parametrize(("every", "bad"), [(2, 3), (50, 3), (2, 4), (50, 5)])
+def test_a_bad_loss_names_its_own_step_and_rows_and_is_never_saved(
+    every: int, bad: int, live_model: LIVE, tmp_path: Path
+) -> None:
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(bad), checkpointing_steps=every)
+    with pytest.raises(RunError, match=rf"loss of step {bad + 1} is nan; rank 0 trained on rows \[{bad}\]"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    assert parts.saves.steps == [step for step in (2, 4, 6) if every == 2 and step <= bad]
+    assert [line["step"] for line in parts.lines()] == list(range(1, bad + 2))
+
+
+def test_a_wish_to_stop_is_heard_one_step_later_and_saved_where_it_stops(live_model: LIVE, tmp_path: Path) -> None:
+    steps = Steps()
+    parts = made(live_model("cogvideox-fun"), tmp_path, steps)
+    parts.stop.reason = lambda: PREEMPTED if steps.trained >= 2 else CONTINUE
+    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == PREEMPTED
+    assert steps.trained == 3 and parts.saves.steps == [3]
+    assert [line["step"] for line in parts.lines()] == [1, 2, 3]
+
+
+def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Path) -> None:
+    live = live_model("cogvideox-fun")
+    parts = made(live, tmp_path, Steps())
+    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
+    lines = parts.lines()
+    tokens = live.spec.sequence_tokens(SHAPE, live.dims)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and parts.saves.steps == [6]
+    assert all(earlier["loss"] > later["loss"] for earlier, later in itertools.pairwise(lines))
+    for line in lines:
+        assert (line["tokens"], line["mfu"], line["padding"], line["mean_over_max_flops"]) == (tokens, None, 0, 1)
+        assert line["memory_bytes"] > 1e7 and line["tflops"] > 0 and line["samples_per_second"] > 0

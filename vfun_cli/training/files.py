@@ -1,0 +1,129 @@
+"""Weights that stay in their files until it is known which part of them a rank keeps.
+
+    left = LeftInFiles()
+    with left.transformer():
+        adapter = Adapter.from_pretrained(options)   # the transformer's parameters stand for values in mapped files
+    left.to_meta(transformer)
+    model = fully_shard(transformer)
+    left.fill(model, device)                         # each rank reads its own rows
+
+A mapped file is in the page cache once for all ranks of a machine, so that together they hold one copy of the model.
+Loading first and sharding afterwards takes a whole float32 copy for each rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class LeftInFiles:
+    """Parameters without values, and the mapped tensors that have them. Empty unless ``transformer`` was entered."""
+
+    def __init__(self) -> None:
+        self.stored: dict[nn.Parameter, Tensor] = {}
+
+    @contextmanager
+    def transformer(self) -> Iterator[None]:
+        """Inside, ``load_weights`` leaves what it is told to be a transformer's."""
+        token = _LEFT.set(self)
+        try:
+            yield
+        finally:
+            _LEFT.reset(token)
+
+    def leave(self, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Let every parameter of ``model`` stand for the tensor in ``state``, to be cast to ``dtype`` when it is read.
+
+        A stand-in is one zero seen as a whole tensor: on the CPU, because peft puts an adapter where its layer is, and
+        an adapter drawn on meta would have no values.
+        """
+        stand_ins: dict[int, nn.Parameter] = {}
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            stand_in = stand_ins.get(id(parameter))  # a tied parameter stays one
+            if stand_in is None:
+                zero = torch.zeros((), dtype=dtype if state[name].is_floating_point() else state[name].dtype)
+                stand_in = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+                stand_ins[id(parameter)] = stand_in
+                self.stored[stand_in] = state[name]
+            replace_parameter(model, name, stand_in)
+
+    def to_meta(self, model: nn.Module) -> None:
+        """Turn the stand-ins into parameters on meta, which take a cast without becoming real."""
+        moved: dict[nn.Parameter, nn.Parameter] = {}
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if parameter not in self.stored:
+                continue
+            if parameter not in moved:
+                hollow = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                moved[parameter] = nn.Parameter(hollow, requires_grad=parameter.requires_grad)
+            replace_parameter(model, name, moved[parameter])
+        self.stored = {moved[parameter]: tensor for parameter, tensor in self.stored.items()}
+
+    def value(self, parameter: nn.Parameter) -> Tensor:
+        """All of a parameter's values: its own, or read from the file."""
+        if parameter not in self.stored:
+            return parameter.detach()
+        return _read(self.stored[parameter], parameter.dtype)
+
+    @contextmanager
+    def lent(self, module: nn.Module) -> Iterator[None]:
+        """Inside, a module has its whole weights: one layer's at a time is little."""
+        own = dict(module.named_parameters())
+        for name, parameter in own.items():
+            replace_parameter(module, name, nn.Parameter(self.value(parameter), requires_grad=parameter.requires_grad))
+        try:
+            yield
+        finally:
+            for name, parameter in own.items():
+                replace_parameter(module, name, parameter)
+
+    def by_name(self, model: nn.Module) -> dict[str, Tensor]:
+        """The mapped tensors by the name of their parameter; sharding replaces parameters and keeps names."""
+        return {
+            name: self.stored[parameter] for name, parameter in model.named_parameters() if parameter in self.stored
+        }
+
+
+ALL_LOADED = LeftInFiles()
+"""For a model that has its weights."""
+
+
+def left_in_files() -> LeftInFiles | None:
+    """Where ``load_weights`` leaves a transformer's weights, if they are to be left."""
+    return _LEFT.get()
+
+
+@torch.no_grad()
+def fill_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a sharded model on meta its memory, and each shard its rows of the mapped tensor. In place.
+
+    FSDP2 shards along the first dimension as ``torch.chunk`` splits: equal parts, the last ones shorter or empty.
+    """
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for name, parameter in model.named_parameters():
+        if name not in files:
+            continue
+        assert isinstance(parameter, DTensor)
+        whole, shard = files[name], parameter.to_local()
+        part = -(-len(whole) // parameter.device_mesh.size())
+        first = parameter.device_mesh.get_local_rank() * part
+        shard.copy_(_read(whole[first : first + part], shard.dtype))
+
+
+def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another parameter in the place of that name."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
+
+
+def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with values as ``load_weights`` and the cast of frozen weights give them: by way of float32."""
+    wide = stored.to(torch.float32) if stored.is_floating_point() else stored
+    return wide.to(dtype, copy=wide is stored)
+
+
+_LEFT: ContextVar[LeftInFiles | None] = ContextVar("left in files", default=None)

@@ -1,0 +1,116 @@
+"""How much arithmetic a step is, and how much of a device's peak that comes to."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+
+PEAKS: dict[str, float] = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 matrix products with float32 accumulation, FLOP/s, from NVIDIA's data sheets, by a part of the device's
+name; of several that fit, the longest counts."""
+
+SLOWER = ("Laptop", "MIG", "D")
+"""Words that name a slower device or a slice of one."""
+
+
+def peak_flops(device: torch.device, stated_tflops: float | None) -> float | None:
+    """The device's peak in FLOP/s: what the user stated, else the table's; None where neither knows."""
+    if stated_tflops is not None:
+        return stated_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a device with this name, None if the table has none or only a part of the device is there."""
+    words = f" {name.replace('-', ' ')} "
+    if any(f" {slower} " in words for slower in SLOWER):
+        return None
+    fitting = [part for part in PEAKS if f" {part} " in words]
+    return PEAKS[max(fitting, key=len)] if fitting else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedShare:
+    """Which part of a transformer's weights is trained: it decides what the backward pass multiplies."""
+
+    base: int
+    """Weights of the model itself."""
+    added: int
+    """Weights of adapters beside them."""
+    trained: int
+    """Weights that get a gradient, of either kind."""
+
+
+def trained_share(transformer: nn.Module) -> TrainedShare:
+    """Counted on the transformer before a strategy cuts it up, adapters (peft's ``lora_`` layers) included."""
+    counts = {"base": 0, "added": 0, "trained": 0}
+    for name, parameter in transformer.named_parameters():
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        counts["added" if ".lora_" in name else "base"] += size
+        counts["trained"] += size * parameter.requires_grad
+    return TrainedShare(**counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCost:
+    """What one clip costs."""
+
+    tokens: int
+    flops: float
+    """Forward and backward, what checkpointing computes a second time left out: model FLOPs."""
+
+
+@dataclass(kw_only=True)
+class Costs:
+    """Tokens and training FLOPs of clips, each shape computed once.
+
+    Of the forward pass's FLOPs, A multiply activations with each other (attention) and W activations with weights.
+    The backward pass takes 2 A, W for the gradient of the activations, and W times the trained share of the weights for
+    theirs: 3 (A + W) when everything trains, 2 W + 3 A and the adapters' own when a LoRA does. Adapters are counted by
+    their size. That the gradient of the model's very inputs is not computed is left out of account, and so is that it
+    does not go below the first trained layer, which matters if only late blocks are trained.
+    """
+
+    spec: FamilySpec
+    dims: ModelDims
+    share: TrainedShare
+    known: dict[tuple[int, int, int], ClipCost] = field(default_factory=dict)
+
+    def of(self, frames: int, height: int, width: int) -> ClipCost:
+        """The cost of a clip of this many pixels."""
+        key = (frames, height, width)
+        if key not in self.known:
+            self.known[key] = self._cost(ClipShape(frames=frames, height=height, width=width))
+        return self.known[key]
+
+    def _cost(self, shape: ClipShape) -> ClipCost:
+        attention = self.spec.attention_flops(shape, self.dims)
+        weights = self.spec.forward_flops(shape, self.dims) - attention
+        share = self.share
+        passed = weights * (share.base + share.added) / share.base
+        flops = 3 * attention + 2 * passed + weights * share.trained / share.base
+        return ClipCost(tokens=self.spec.sequence_tokens(shape, self.dims), flops=flops)
