@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,7 +187,7 @@ def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Pat
     lines = parts.lines()
     tokens = live.spec.sequence_tokens(SHAPE, live.dims)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and parts.saves.steps == [6]
-    assert all(earlier["loss"] > later["loss"] for earlier, later in zip(lines, lines[1:], strict=False))
+    assert all(earlier["loss"] > later["loss"] for earlier, later in pairwise(lines))
     for line in lines:
         assert (line["tokens"], line["mfu"], line["padding"], line["mean_over_max_flops"]) == (tokens, None, 0, 1)
         assert line["memory_bytes"] > 1e7 and line["tflops"] > 0 and line["samples_per_second"] > 0
