@@ -1,6 +1,6 @@
 """Host memory that the ranks of an FSDP run take to load the model, as multiples of one float32 copy of it.
 
-    python benchmarks/fsdp_loading.py [--size 14:1,2,4:both] [--size 28:1,2,4:in-files] [--scratch DIR]
+    python benchmarks/fsdp_loading.py [--size 5:1,2,4:both] [--size 28:1,2,4:in-files] [--scratch DIR]
 
 Writes a synthetic Wan2.2-S2V directory (bfloat16, as released, in shards of about a gigabyte; all values zero, so the
 files are sparse) of 67 million parameters a block, and lets processes of a gloo group load and shard its transformer
@@ -165,7 +165,7 @@ def main() -> None:
         rank(Path(arguments.rank_of[0]), arguments.rank_of[1])
         return
     rows = []
-    for size in arguments.size or ["7:1,2,4:both", "28:1,2,4:in-files"]:
+    for size in arguments.size or ["5:1,2,4:both", "28:1,2,4:in-files"]:
         blocks, ranks, ways = size.split(":")
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             parameters = write_model(Path(scratch) / "model", int(blocks))
@@ -173,7 +173,7 @@ def main() -> None:
                 rows += [measure(Path(scratch) / "model", way, int(number), parameters) for number in ranks.split(",")]
     content = {
         "date": date.today().isoformat(),
-        "command": "python benchmarks/fsdp_loading.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/fsdp_loading.py", *sys.argv[1:]]),
         "machine": {
             "cores": os.cpu_count(),
             "processor": platform.processor() or platform.machine(),

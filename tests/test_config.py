@@ -19,7 +19,7 @@ COMMON = {
     "num_train_epochs": 100,
     "checkpointing_steps": 50,
     "seed": 42,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "block",
     "mixed_precision": "bf16",
     "adam_weight_decay": 3e-2,
     "adam_epsilon": 1e-10,

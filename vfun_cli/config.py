@@ -39,6 +39,8 @@ class Opt:
     panel: str
     unit: str = ""
     choices: tuple[str, ...] = ()
+    switch: tuple[str, str] | None = None
+    """What the option means as a switch, off and on: ``--no-name`` or false, ``--name`` alone or true."""
     variables: tuple[str, ...] = ()
     """Environment variables that the original scripts export, read beside ``VFUN_<NAME>``."""
     minimum: float | None = None
@@ -311,13 +313,41 @@ class RunConfig:
     )
 
     gradient_checkpointing: Annotated[
-        bool,
+        str,
         Opt(
-            help="Recompute each block in the backward pass instead of keeping its activations.",
+            help="What the backward pass computes again instead of keeping it: nothing; each block whole; or all of a "
+            "block but its matrix products and attention (selective). Alone, it means block.",
             panel=MEMORY,
+            choices=("none", "block", "selective"),
+            switch=("none", "block"),
             on_resume="harmless",
         ),
-    ] = True
+    ] = "block"
+    compile: Annotated[
+        bool,
+        Opt(
+            help="Compile the transformer's blocks, once for each shape of the plan; not for ZeRO-3.",
+            panel=MEMORY,
+        ),
+    ] = False
+    fsdp_prefetch: Annotated[
+        int,
+        Opt(
+            help="Gather the weights of this many blocks ahead (FSDP); each takes a block's memory.",
+            panel=MEMORY,
+            unit="blocks",
+            minimum=0,
+            on_resume="harmless",
+        ),
+    ] = 0
+    fsdp_reduce_dtype: Annotated[
+        str,
+        Opt(
+            help="Type in which FSDP sums gradients over ranks: bf16 halves the traffic and rounds every gradient.",
+            panel=MEMORY,
+            choices=("fp32", "bf16"),
+        ),
+    ] = "fp32"
     vae_mini_batch: Annotated[
         int, Opt(help="Clips the VAE encodes at a time.", panel=MEMORY, minimum=1, on_resume="harmless")
     ] = 1
@@ -539,7 +569,7 @@ def parse(name: str, value: Any, where: str) -> Any:
             hint="vfun train --help lists the options.",
         )
     _, kind, opt = known[name]
-    parsed = _convert(kind, value, where)
+    parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
         raise ConfigError(
             f"{where} is {parsed!r}; choose one of: {', '.join(opt.choices)}.{did_you_mean(str(parsed), opt.choices)}",
@@ -549,6 +579,12 @@ def parse(name: str, value: Any, where: str) -> Any:
     if opt.minimum is not None and isinstance(parsed, int | float) and parsed < opt.minimum:
         raise ConfigError(f"{where} is {parsed}, the least that makes sense is {opt.minimum:g}.")
     return parsed
+
+
+def _switched(value: Any, switch: tuple[str, str]) -> Any:
+    """The value that a switch's true or false stands for; any other as it is."""
+    on = value if isinstance(value, bool) else _BOOLEAN_WORDS.get(str(value).lower())
+    return value if on is None else switch[on]
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -562,18 +598,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        words = {
-            "1": True,
-            "true": True,
-            "yes": True,
-            "on": True,
-            "0": False,
-            "false": False,
-            "no": False,
-            "off": False,
-        }
-        if str(value).lower() in words:
-            return words[str(value).lower()]
+        if str(value).lower() in _BOOLEAN_WORDS:
+            return _BOOLEAN_WORDS[str(value).lower()]
         raise ConfigError(f"{where} is {value!r}; it takes true or false.")
     if isinstance(value, bool):
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.")
@@ -584,6 +610,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     except (TypeError, ValueError):
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
 
+
+_BOOLEAN_WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
 
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config import default_of
 from vfun_cli.demo.default import OUTPUT_DIR as DEMO_OUTPUT_DIR
@@ -53,4 +54,8 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
 
 def _newest(run: RunDir) -> Found:
     path = manifest.newest_checkpoint(run.root)
-    return Found(run=run, checkpoint=path, step=manifest.step_of(path) or 0)
+    step = manifest.step_of(path) or 0
+    for other in sorted(run.root.glob("checkpoint-*")):
+        if (manifest.step_of(other) or 0) > step:
+            console.warn(f"passed over {other}, which is newer and damaged: vfun checkpoints verify says how.")
+    return Found(run=run, checkpoint=path, step=step)

@@ -109,6 +109,21 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
             yield f"{path} [{name}]", known
 
 
+def _check_speed(values: Mapping[str, Any]) -> None:
+    """Options that only some strategies can follow."""
+    strategy = values["strategy"]
+    for name in ("fsdp_prefetch", "fsdp_reduce_dtype"):
+        if strategy != "fsdp" and values[name] != default_of(name):
+            raise ConfigError(f"{name} is about FSDP; the strategy is {strategy}.", hint="Drop it, or add --fsdp.")
+    if values["compile"] and strategy.startswith("zero3"):
+        raise ConfigError(
+            "compile cannot be combined with ZeRO-3, which gathers each layer's weights in the middle of a block.",
+            hint="Choose --fsdp, which gathers whole blocks, or drop --compile.",
+        )
+    if values["compile"] and values["base_precision"] != "bf16":
+        raise ConfigError("compile and a quantised base cannot be combined.", hint="Drop one of them.")
+
+
 def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     names = {name.replace("-", "_"): value for name, value in layer.items()}
     for name in names:
@@ -174,6 +189,7 @@ def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
             f"use_ema needs whole weights on a rank; strategy {values['strategy']} shards them.",
             hint="Drop --use-ema, or choose --ddp.",
         )
+    _check_speed(values)
     mode = values["train_mode"]
     if mode is not None and mode not in spec.train_modes:
         known = ", ".join(spec.train_modes) or "none: leave --train-mode out"

@@ -309,6 +309,11 @@ def _left(record: dict[str, Any]) -> str:
 
 def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
     """The first failing rank's message; without one, what the launcher's log tells."""
+    if not log.exists():
+        return RunError(
+            f"the run directory {run_dir.root} vanished while it was trained in; nothing can be saved there.",
+            hint=f"If it was moved, move it back, then: vfun resume {run_dir.root}",
+        )
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error-rank-*.json")]
     text = log.read_bytes()[start:].decode(errors="replace")
     killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)

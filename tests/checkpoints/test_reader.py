@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from write_sample import STRATEGIES, sample_moments, sample_weights
 
+from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.pickles import TorchArchive
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError
@@ -137,6 +139,23 @@ def test_truncated_files_are_errors_of_the_checkpoint(
         for source in reader.weights.values():
             source.read()
     assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_changed_byte_in_any_file_of_any_strategy_is_named(samples: Path, tmp_path: Path, strategy: str) -> None:
+    checkpoint = shutil.copytree(samples / strategy, tmp_path / "checkpoint-1")
+    manifest.write_manifest(checkpoint)
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != manifest.MANIFEST]
+    assert files
+    for path in files:
+        whole = path.read_bytes()
+        damaged = bytearray(whole or b"?")
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=re.escape(path.name)):
+            manifest.verify(checkpoint)
+        path.write_bytes(whole)
+    manifest.verify(checkpoint)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])

@@ -16,6 +16,7 @@ from vfun_cli.demo import default as demo_default
 from vfun_cli.main import main
 
 DEMO_FAMILIES = ("wan-s2v", "cogvideox-fun")
+TRAIN = ("train", "wan-s2v", "--demo")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ def place(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     folder = tmp_path / "place"
     shutil.copytree(pristine, folder)
     monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished demo run of four steps on one process; never changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(pristine, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        said = vfun_process(*TRAIN, "--max-train-steps", "4", "--checkpointing-steps", "2")
+    assert said.code == 0, said.err
     return folder
 
 

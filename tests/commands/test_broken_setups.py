@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import Vfun, digest, vfun_process
+from tests.commands.conftest import TRAIN, Vfun, digest
 from vfun_cli.rundir import RunDir
 
 MODEL = Path("vfun-demo/wan-s2v/model")
 DATA = Path("vfun-demo/wan-s2v/data")
 META = DATA / "metadata.json"
 OUTPUT = Path("vfun-demo/output_dir")
-TRAIN = ("train", "wan-s2v", "--demo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,18 +222,6 @@ def test_with_json_a_broken_setup_is_one_object(broken: Broken, place: Path, vfu
 
 
 # The rest needs training processes.
-
-
-@pytest.fixture(scope="module")
-def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished demo run of four steps on one process."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(pristine, folder, dirs_exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        said = vfun_process(*TRAIN, "--max-train-steps", "4", "--checkpointing-steps", "2")
-    assert said.code == 0, said.err
-    return folder
 
 
 @pytest.mark.slow

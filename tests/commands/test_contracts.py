@@ -73,6 +73,20 @@ def test_hyphens_and_underscores_name_the_same_options() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--gradient_checkpointing", "--fsdp"], ["--gradient-checkpointing=block", "--fsdp"]),
+        (["--gradient-checkpointing"], ["--gradient-checkpointing=block"]),
+        (["--no_gradient_checkpointing"], ["--gradient-checkpointing=none"]),
+        (["--gradient_checkpointing", "selective"], ["--gradient-checkpointing", "selective"]),
+        (["--gradient-checkpointing=none"], ["--gradient-checkpointing=none"]),
+    ],
+)
+def test_gradient_checkpointing_is_a_switch_and_a_choice(typed: list[str], meant: list[str]) -> None:
+    assert main.hyphenate(typed) == meant
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("train", "wan-s2v", *DRY),

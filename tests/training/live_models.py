@@ -15,6 +15,7 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.planning import read_dims
 from vfun_cli.resolve import resolve
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
+from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
 from vfun_cli.training.randomness import SampleKey
@@ -98,8 +99,8 @@ class LiveModel:
             frames = self.spec.adjust_frames(frames, self.dims)
         for row in range(20):
             request = self._request(row, frames, height, width)
-            sample = adapter_of(self.spec).load(request, load_options(self.config))
-            latents, conditions = self.adapter.encode([sample], [request.key])
+            sample = prepared(adapter_of(self.spec).inputs(request, load_options(self.config, self.spec)))
+            latents, conditions = encode(self.adapter, [sample], [request.key])
             if not bool(torch.as_tensor(conditions.get("drop_motion", False)).any()):
                 break
         corrupted = self.objective.corrupt(latents, [request.key])

@@ -45,7 +45,7 @@ def load_model(folder: Path) -> CogVideoXFunTransformer:
 def options(**given: Any) -> RunConfig:
     small: dict[str, Any] = {
         "rank": 4, "network_alpha": 2.0, "target_name": TARGETS, "mixed_precision": "no", "strategy": "single",
-        "learning_rate": 1e-2, "adam_weight_decay": 1e-2, "gradient_checkpointing": False,
+        "learning_rate": 1e-2, "adam_weight_decay": 1e-2, "gradient_checkpointing": "none",
     }  # fmt: skip
     return RunConfig(**(small | given))
 

@@ -144,6 +144,23 @@ def test_a_full_tmpfs_ends_in_the_same_error(run: RunDir) -> None:
         subprocess.run(["umount", str(run.root)], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
+def test_a_directory_that_became_read_only_leaves_the_checkpoint_before_it(run: RunDir) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(run.root)], check=False).returncode:
+        pytest.skip("no mounts here")
+    try:
+        state, saver = trained(), checkpointer(run)
+        saver.save(state, progress(1))
+        subprocess.run(["mount", "-o", "remount,ro", str(run.root)], check=True)
+        with pytest.raises(RunError, match=r"checkpoint-2 could not be written.*Read-only file system") as caught:
+            saver.save(state, progress(2))
+        assert "vfun resume" in (caught.value.hint or "")
+        assert [path.name for path in run.root.iterdir()] == ["checkpoint-1"]
+        manifest.verify(run.checkpoint(1))
+    finally:
+        subprocess.run(["umount", str(run.root)], check=True)
+
+
 def test_a_vanished_run_directory_is_named_and_not_made_anew(run: RunDir) -> None:
     state = trained()
     shutil.rmtree(run.root)

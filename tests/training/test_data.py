@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing import resource_sharer
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.training import data
-from vfun_cli.training.adapter import Sample, SampleRequest
+from vfun_cli.training.adapter import Input, Inputs, SampleRequest
 from vfun_cli.training.data import LoadedBatch, MicroBatch, load_ahead
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.recipes import Kitchen
 
 
 def request(row: int) -> SampleRequest:
@@ -25,23 +27,33 @@ def request(row: int) -> SampleRequest:
     )  # fmt: skip
 
 
-class Decoder:
-    """Decodes a row to its number; ``options`` say which rows are broken, and how."""
+@dataclass(frozen=True)
+class Row:
+    """A row as its number; ``faults`` say which rows are broken, and how."""
 
-    @staticmethod
-    def load(request: SampleRequest, options: Mapping[str, Any]) -> Sample:
-        row = request.key.row
-        if row in options.get("broken", ()):
-            raise MetadataError(f"{row}.mp4: frame 3 cannot be decoded")
-        if row in options.get("hanging", ()):
+    row: int
+    faults: Any
+
+    def cook(self, kitchen: Kitchen) -> torch.Tensor:
+        if self.row in self.faults.get("broken", ()):
+            raise MetadataError(f"{self.row}.mp4: frame 3 cannot be decoded")
+        if self.row in self.faults.get("hanging", ()):
             time.sleep(600)
-        if row in options.get("losing_contact", ()):
+        if self.row in self.faults.get("losing_contact", ()):
             time.sleep(0.2)  # the row before is on offer by then
             resource_sharer.stop()  # and can no longer be fetched
             time.sleep(3)
-        if row in options.get("crashing", {}):
-            os.kill(os.getpid(), options["crashing"][row])
-        return {"pixels": torch.full((1,), float(row))}
+        if self.row in self.faults.get("crashing", {}):
+            os.kill(os.getpid(), self.faults["crashing"][self.row])
+        return torch.full((1,), float(self.row))
+
+
+class Decoder:
+    """Takes nothing but pixels."""
+
+    @staticmethod
+    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        return {"pixels": Input(encoder="vae", recipe=Row(request.key.row, dict(options)))}
 
 
 def stream(*batches: tuple[int, ...]) -> Iterator[MicroBatch]:
@@ -54,7 +66,7 @@ def loaded(batches: Iterator[MicroBatch], workers: int, on_bad: str = "stop", **
 
 
 def values(batch: LoadedBatch) -> list[int]:
-    return [int(sample["pixels"]) for sample in batch.samples]
+    return [int(sample.values["pixels"]) for sample in batch.samples]
 
 
 def outcome(batches: list[LoadedBatch]) -> list[tuple[list[int], float, list[int]]]:

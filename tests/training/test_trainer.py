@@ -1,8 +1,8 @@
 """The loop: a step that never waits for the device, and what is read of it one step later."""
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ from vfun_cli.families.spec import ClipShape
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.adapter import SampleRequest
 from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoders.frozen import Encoders
+from vfun_cli.training.encoding import Sample
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Corrupted
@@ -37,7 +39,9 @@ def batch(step: int, shape: ClipShape) -> LoadedBatch:
         key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", frames=shape.frames, height=shape.height,
         width=shape.width, stride=1, total_frames=40, fps=(16, 1),
     )  # fmt: skip
-    return LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[{}])
+    return LoadedBatch(
+        batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[Sample(inputs={}, values={})]
+    )
 
 
 class Saves:
@@ -78,7 +82,7 @@ class Parts:
         self.trainer = Trainer(
             config=self.config, accelerator=accelerator, adapter=adapter,
             state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
-            checkpointer=checkpointer, ledger=ledger, stop=stop, total_steps=6, description={},
+            checkpointer=checkpointer, ledger=ledger, cache=None, stop=stop, total_steps=6, description={},
             metrics=Metrics(
                 run, self.config, costs=costs, peak_flops=None, device=torch.device("cpu"), writes=True, first_step=0,
                 total_steps=6,
@@ -109,7 +113,9 @@ def test_a_step_reads_nothing_from_the_device(
     class Encoded:
         """Encoders have put everything on the device."""
 
-        def encode(self, samples: Any, keys: Any) -> Any:
+        encoders = Encoders({}, META)
+
+        def assemble(self, outputs: Any, keys: Any) -> Any:
             meta = inputs.to("meta")
             return meta.noisy, dict(meta.conditions) | ({} if inputs.mask is None else {"loss_mask": meta.mask})
 
@@ -138,7 +144,9 @@ class Steps:
     def __init__(self, bad_step: int | None = None) -> None:
         self.bad_step, self.trained = bad_step, 0
 
-    def encode(self, samples: Any, keys: Any) -> Any:
+    encoders = Encoders({}, torch.device("cpu"))
+
+    def assemble(self, outputs: Any, keys: Any) -> Any:
         self.trained += 1
         return torch.zeros(1, 1, 1, 1, 1), {}
 
@@ -187,7 +195,7 @@ def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Pat
     lines = parts.lines()
     tokens = live.spec.sequence_tokens(SHAPE, live.dims)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and parts.saves.steps == [6]
-    assert all(earlier["loss"] > later["loss"] for earlier, later in itertools.pairwise(lines))
+    assert all(earlier["loss"] > later["loss"] for earlier, later in pairwise(lines))
     for line in lines:
         assert (line["tokens"], line["mfu"], line["padding"], line["mean_over_max_flops"]) == (tokens, None, 0, 1)
         assert line["memory_bytes"] > 1e7 and line["tflops"] > 0 and line["samples_per_second"] > 0

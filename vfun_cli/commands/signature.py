@@ -17,16 +17,27 @@ Command = Callable[..., None]
 
 
 def hyphenate(arguments: Sequence[str]) -> list[str]:
-    """``--video_sample_size=640`` pasted from an old script becomes ``--video-sample-size=640``."""
+    """``--video_sample_size=640`` pasted from an old script becomes ``--video-sample-size=640``.
+
+    An option with a value that is also a switch (``Opt.switch``) gets that value where it stands alone or is negated.
+    """
+    switches = {_long(name): (opt.switch, opt.choices) for name, (_, _, opt) in options().items() if opt.switch}
     result: list[str] = []
     for position, argument in enumerate(arguments):
         if argument == "--":
             return [*result, *arguments[position:]]
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            result.append(name.replace("_", "-") + equals + value)
-        else:
+        if not argument.startswith("--"):
             result.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        negated = name.replace("--no-", "--", 1)
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if negated != name and negated in switches:
+            name, equals, value = negated, "=", switches[negated][0][0]
+        elif not equals and name in switches and following not in switches[name][1]:
+            equals, value = "=", switches[name][0][1]
+        result.append(name + equals + value)
     return result
 
 
@@ -132,6 +143,8 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     if default not in (None, ()):
         shown = ",".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}, unless the family says otherwise]"
+    if opt.switch is not None:
+        help_text += f" {_no(name)} means {opt.switch[0]}."
     variables = " ".join(opt.variables)
     if variables:
         help_text += f" [${variables}]"
@@ -140,7 +153,11 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
 
 
 def _names(name: str, kind: Any) -> list[str]:
-    return [f"{_long(name)}/--no-{_long(name)[2:]}"] if kind is bool else [_long(name)]
+    return [f"{_long(name)}/{_no(name)}"] if kind is bool else [_long(name)]
+
+
+def _no(name: str) -> str:
+    return f"--no-{_long(name)[2:]}"
 
 
 def _long(name: str) -> str:

@@ -9,7 +9,7 @@ COMMON: Mapping[str, object] = {
     "dataloader_num_workers": 8,
     "num_train_epochs": 100,
     "seed": 42,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "block",
     "mixed_precision": "bf16",
     "adam_epsilon": 1e-10,
     "vae_mini_batch": 1,

@@ -70,6 +70,8 @@ def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
         "traceback": traceback.format_exc(),
     }
     try:
+        if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back
+            raise FileNotFoundError(f"{run.root} has vanished")
         write_atomically(run.rank_error(rank), json.dumps(content))
     except OSError as unwritable:  # a full disk: the log of the launcher may lie there too, but nothing else is left
         print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)

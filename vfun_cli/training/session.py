@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
@@ -14,9 +14,11 @@ from torch import nn
 from vfun_cli import families
 from vfun_cli.config import RunConfig
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.rundir import RunDir, write_atomically
 from vfun_cli.runplan import load_plan
 from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
@@ -32,7 +34,7 @@ from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state import TrainedState
-from vfun_cli.training.strategy import assert_strategy, make_accelerator, prepare_environment
+from vfun_cli.training.strategy import assert_strategy, make_accelerator, prefetch_blocks, prepare_environment
 from vfun_cli.training.stream import micro_batches
 from vfun_cli.training.trainer import OUTCOMES, Trainer
 
@@ -43,7 +45,11 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     spec = families.find(described["family"])
     prepare_environment(config.device)
     accelerator = make_accelerator(
-        config.strategy, config.device, config.gradient_accumulation_steps, config.mixed_precision
+        config.strategy,
+        config.device,
+        config.gradient_accumulation_steps,
+        config.mixed_precision,
+        config.fsdp_reduce_dtype,
     )
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
 
@@ -65,6 +71,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             load_network(adapter.transformer, config.network_path, config, spec)
     else:
         choose_trainable(adapter.transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
+    checkpoint_blocks(adapter.transformer, spec.block_classes, config.gradient_checkpointing)
+    if config.compile:
+        compile_blocks(adapter.transformer, spec.block_classes, most_shapes(spec, plan.dims, plan.options))
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator, left)
     checkpointer = Checkpointer(
@@ -136,12 +145,13 @@ def prepare_state(
                 parameter.data = parameter.data.to(torch.bfloat16)
     if config.base_precision != "bf16":
         quantise_blocks(transformer, spec.block_classes, config.base_precision, accelerator.device)
-    if config.gradient_checkpointing:
-        cast(Any, transformer).enable_gradient_checkpointing()
     transformer.train()
+    blocks = find_blocks(transformer, spec.block_classes)
     wrap = _shard if config.strategy == "fsdp" else _wrap
     model, optimizer = wrap(config, transformer, accelerator, left)
     assert_strategy(config.strategy, model)
+    if config.fsdp_prefetch:
+        prefetch_blocks(blocks, config.fsdp_prefetch)
     average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
     return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
 

@@ -5,6 +5,7 @@ set-up here keeps the real strategies on gloo, and ``assert_strategy`` refuses a
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vfun_cli.errors import RunError
 
 
-def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precision: str) -> Accelerator:
+def make_accelerator(
+    strategy: str, device: str, accumulation: int, mixed_precision: str, reduce_dtype: str = "fp32"
+) -> Accelerator:
     """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
     settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
     if strategy.startswith("zero"):
@@ -37,7 +40,7 @@ def make_accelerator(strategy: str, device: str, accumulation: int, mixed_precis
             state = PartialState(cpu=True)
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
-        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(mixed_precision))
+        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(mixed_precision, reduce_dtype))
     if device == "cuda":
         return Accelerator(**settings)
     # A bucket view saves a copy of every gradient.
@@ -52,15 +55,25 @@ def use_gloo_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(mixed_precision: str, reduce_dtype: str) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launch file says (through accelerate's environment), with a precision policy of our own.
 
     accelerate's policy casts every float input of the forward pass, which rounds the timestep 999 to 1000 in bf16:
-    18 % relative error of a tiny Wan-S2V prediction against 0.9 % without. It also reduces gradients in bf16.
+    18 % relative error of a tiny Wan-S2V prediction against 0.9 % without. It also reduces gradients in bf16, which
+    here has to be asked for.
     """
     dtype = torch.bfloat16 if mixed_precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduced = torch.bfloat16 if reduce_dtype == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def prefetch_blocks(blocks: Sequence[nn.Module], ahead: int) -> None:
+    """Let FSDP gather the weights of ``ahead`` blocks early: the following ones forward, the earlier ones backward."""
+    sharded: list[Any] = [block for block in blocks if isinstance(block, FSDPModule)]
+    for index, block in enumerate(sharded):
+        block.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + ahead])
+        block.set_modules_to_backward_prefetch(sharded[max(0, index - ahead) : index][::-1])
 
 
 def prepare_environment(device: str) -> None:

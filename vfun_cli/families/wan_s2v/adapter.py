@@ -177,14 +177,17 @@ class WanS2VAdapter:
 
         Raises CheckpointError if a file is missing or does not fit; an encoder that does not fit raises it when loaded.
         """
-        require_layout(options.model_dir)
-        transformer: Any = load_transformer(options.model_dir)
-        return cls(transformer=transformer, encoders=cls.encoders_of(options), options=options)
+        encoders = cls.encoders_of(options)
+        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
-        """VAE, text and speech encoder of the released directory; the last one in float32 always."""
+        """VAE, text and speech encoder of the released directory; the last one in float32 always.
+
+        Raises CheckpointError naming all parts that are missing.
+        """
         folder, dtype = options.model_dir, options.compute_dtype
+        require_layout(folder)
         config = read_dims(read_config(folder / SPEC.config_file)).extra
 
         def load_text() -> UMT5TextEncoder:

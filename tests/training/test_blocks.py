@@ -1,0 +1,162 @@
+"""Checkpointing and compiling blocks: same losses, same gradients, nothing compiled twice."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from live_models import FAMILIES, SMALL, TALL, Inputs, LiveModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vfun_cli.errors import EnvironmentFault
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.shapes import most_shapes
+from vfun_cli.training import blocks
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
+
+LIVE = Callable[[str], LiveModel]
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("how", ["block", "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_neither_loss_nor_gradients(family: str, how: str, live_model: LIVE) -> None:
+    live = live_model(family)
+    found = {}
+    for kind in ("none", how):
+        model = live.transformer()
+        checkpoint_blocks(model, live.spec.block_classes, kind)
+        loss = live.loss(model, live.inputs(*SMALL))
+        loss.backward()
+        found[kind] = loss.detach(), gradients(model)
+    (loss, exact), (recomputed_loss, recomputed) = found["none"], found[how]
+    assert torch.equal(loss, recomputed_loss) and exact.keys() == recomputed.keys()
+    for name, gradient in exact.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def products_of_backward(live: LiveModel, how: str) -> int:
+    """Matrix products and attentions in the backward pass, what it computes again included."""
+    model, products = live.transformer(), 0
+    checkpoint_blocks(model, live.spec.block_classes, how)
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            nonlocal products
+            products += operation in blocks.KEPT_PRODUCTS
+            return operation(*arguments, **(named or {}))
+
+    loss = live.loss(model, live.inputs(*SMALL))
+    with Products():
+        loss.backward()
+    return products
+
+
+@pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
+def test_selective_checkpointing_repeats_no_product(family: str, live_model: LIVE) -> None:
+    live = live_model(family)
+    needed, whole, selective = (products_of_backward(live, how) for how in ("none", "block", "selective"))
+    assert selective == needed < whole
+
+
+def run(live: LiveModel, dtype: torch.dtype, backend: str | None, steps: list[Inputs]) -> list[float]:
+    model = live.transformer().to(dtype)
+    if backend is not None:
+        compile_blocks(model, live.spec.block_classes, 8, backend=backend)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    losses = []
+    for inputs in steps:
+        loss = live.loss(model, inputs.to(dtype))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("family", "backend"), [*((family, "aot_eager") for family in FAMILIES), ("cogvideox-fun", "inductor")]
+)
+def test_compiled_losses_are_the_eager_ones_and_no_shape_is_compiled_twice(
+    family: str, backend: str, dtype: torch.dtype, tolerance: float, live_model: LIVE, nothing_compiled: None
+) -> None:
+    live = live_model(family)
+    small, tall = live.inputs(*SMALL), live.inputs(*TALL)
+    stats: Any = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    eager = run(live, dtype, None, [small, tall, small, tall])
+
+    def noting(steps: list[Inputs]) -> Iterator[Inputs]:
+        for inputs in steps:
+            yield inputs
+            graphs.append(stats["unique_graphs"])
+
+    compiled = run(live, dtype, backend, noting([small, tall, small, tall]))  # type: ignore[arg-type]
+    assert compiled == pytest.approx(eager, rel=tolerance)
+    kinds = len(live.spec.block_classes)
+    assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3], graphs
+    assert graphs[1] <= 2 * (kinds + 1), "blocks of a kind share what is compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["block", "selective"])
+@pytest.mark.parametrize("family", ["wan-s2v", "hunyuanvideo-i2v", "cogvideox-fun"])
+def test_checkpointed_blocks_compile_with_the_same_gradients(
+    family: str, how: str, live_model: LIVE, nothing_compiled: None
+) -> None:
+    live, found = live_model(family), []
+    for backend in (None, "aot_eager"):
+        model = live.transformer()
+        checkpoint_blocks(model, live.spec.block_classes, how)
+        if backend is not None:
+            compile_blocks(model, live.spec.block_classes, 2, backend=backend)
+        live.loss(model, live.inputs(*SMALL)).backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_more_shapes_than_were_planned_end_the_run(live_model: LIVE, nothing_compiled: None) -> None:
+    live = live_model("cogvideox-fun")
+    model = live.transformer()
+    compile_blocks(model, live.spec.block_classes, 1, backend="aot_eager")
+    torch._dynamo.config.recompile_limit = 1
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for shape in (SMALL, TALL):
+            live.loss(model, live.inputs(*shape)).backward()
+
+
+def test_without_a_compiler_compile_says_so(live_model: LIVE, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = live_model("cogvideox-fun")
+    monkeypatch.setattr(blocks.shutil, "which", lambda name: None)
+    with pytest.raises(EnvironmentFault, match="needs a C\\+\\+ compiler"):
+        compile_blocks(live.transformer(), live.spec.block_classes, 1)
+
+
+def test_blocks_are_found_under_every_family_by_their_class(live_model: LIVE) -> None:
+    for family in FAMILIES:
+        live = live_model(family)
+        assert len(find_blocks(live.adapter.transformer, live.spec.block_classes)) >= live.dims.num_layers
+
+
+def test_a_plan_has_no_more_shapes_than_foreseen(live_model: LIVE) -> None:
+    spec = live_model("wan-s2v").spec
+    options = PlanOptions.pick(spec.defaults)
+    foreseen = most_shapes(spec, spec.dims, options)
+    assert 0 < foreseen <= most_shapes(spec, spec.dims, PlanOptions.pick(spec.defaults, train_batch_size=2)) / 2

@@ -1,0 +1,100 @@
+"""What is done to every transformer block before a strategy wraps the model: recomputation and compilation.
+
+Both replace the block's ``forward``, not the block: its class, its names in a state dict and the hooks by which FSDP
+gathers its weights stay where they are, outside of what is recomputed or compiled.
+"""
+
+import shutil
+from collections.abc import Collection
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from vfun_cli.errors import EnvironmentFault
+
+aten = torch.ops.aten
+
+KEPT_PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_fused_attention_overrideable.default,
+    }
+)
+"""What selective checkpointing keeps: the results of matrix products and attention, nearly all of a block's FLOPs.
+Norms, modulation, rotations, activations and casts, nearly all of its tensors, are computed again."""
+
+
+def find_blocks(transformer: nn.Module, block_classes: Collection[str]) -> list[nn.Module]:
+    """The transformer's blocks in order."""
+    return [module for module in transformer.modules() if type(module).__name__ in block_classes]
+
+
+def checkpoint_blocks(transformer: nn.Module, block_classes: Collection[str], how: str) -> None:
+    """``block``: keep what enters a block and compute it again; ``selective``: keep its products; ``none``: all."""
+    if how == "block":
+        cast(Any, transformer).enable_gradient_checkpointing()
+    elif how == "selective":
+        for block in find_blocks(transformer, block_classes):
+            recomputed = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_selective_contexts)
+            block.forward = recomputed
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(
+    transformer: nn.Module, block_classes: Collection[str], most_shapes: int, *, backend: str = "inductor"
+) -> None:
+    """Compile each kind of block once for every shape; blocks of a kind share what is compiled.
+
+    ``most_shapes`` is how many the plan can have. Whatever cannot be compiled, or is compiled more often than shapes
+    can explain, ends the run: nothing falls back to slow execution unseen.
+
+    Raises:
+        EnvironmentFault: no C++ compiler where one is needed.
+    """
+    if backend == "inductor":
+        require_compiler()
+    import torch._dynamo.config as limits
+
+    blocks = find_blocks(transformer, block_classes)
+    limits.fail_on_recompile_limit_hit = True
+    # Blocks of a class may differ (EasyAnimate's last has no text half), and a forward without gradients is another.
+    limits.recompile_limit = 2 * len(blocks) * most_shapes
+    limits.accumulated_recompile_limit = limits.recompile_limit * (1 + len(block_classes))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
+
+
+def require_compiler() -> None:
+    """Raise EnvironmentFault without a C++ compiler: torch.compile would fail deep in the first step."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:
+        raise EnvironmentFault(f"--compile needs a C++ compiler: {error}", hint=_INSTALL) from error
+    if shutil.which(compiler) is None:
+        raise EnvironmentFault(f"--compile needs a C++ compiler, {compiler} is not there.", hint=_INSTALL)
+
+
+_INSTALL = "Install g++ (or set CXX), or train without --compile."
