@@ -15,7 +15,7 @@ import pytest
 from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight, together
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 Trained = Callable[[str], None]
 FAMILY = "wan-s2v"

@@ -26,7 +26,7 @@ from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 from vfun_cli.training.stream import micro_batches
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 FAMILIES = tuple(families.FAMILIES)
 DIFFUSERS_CLASSES = {

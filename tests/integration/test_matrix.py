@@ -14,7 +14,7 @@ from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 FAMILIES = tuple(families.FAMILIES)
 CELLS = [(command, family, strategy) for strategy in STRATEGIES for command in COMMANDS for family in FAMILIES]

@@ -13,7 +13,7 @@ from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
 from vfun_cli.rundir import RunDir
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 MODEL = Path("vfun-demo/wan-s2v/model")
 Trained = Callable[[str], None]
