@@ -119,6 +119,7 @@ def transformer_config(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
         "freq_dim": shapes["time_embedding.0.weight"][1],
         "text_dim": shapes["text_embedding.0.weight"][1],
+        "image_dim": shapes["img_emb.proj.0.weight"][0],
         "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         "add_ref_conv": "ref_conv.weight" in shapes,
     }
@@ -149,7 +150,7 @@ def transformer_config(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
         "ffn_dim": found["ffn_dim"],
         "num_layers": found["num_layers"],
         "eps": config.get("eps", 1e-6),
-        "image_dim": shapes["img_emb.proj.0.weight"][0],
+        "image_dim": found["image_dim"],
         "added_kv_proj_dim": dim,
     }
 
