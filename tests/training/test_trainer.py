@@ -123,7 +123,7 @@ def test_a_step_reads_nothing_from_the_device(
 
     parts = Parts(tmp_path, live.transformer().to("meta"), live, Encoded(), live.objective)
     launched = parts.trainer.launch(0, [batch(0, inputs.shape)])
-    assert launched.ranks.device == META and launched.ranks.shape == (1, 11)
+    assert launched.ranks.device == META and launched.ranks.shape == (1, 12)
     with pytest.raises(NotImplementedError):
         launched.ranks.cpu()
     with pytest.raises(RuntimeError):

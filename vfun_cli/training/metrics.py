@@ -39,6 +39,8 @@ class Measured(NamedTuple):
     """Seconds the micro-batches were not there yet."""
     memory: float
     """Most bytes so far: of the device's memory, or of this process's on a CPU."""
+    graphs: float
+    """What torch.compile has made so far."""
 
 
 class Metrics:
@@ -89,7 +91,7 @@ class Metrics:
                 idle += cost.tokens * loaded.stands_in
             samples += len(loaded.trained)
         waited, self.waited = self.waited, 0.0
-        return Measured(flops, tokens, idle, samples, waited, _memory(self.device))
+        return Measured(flops, tokens, idle, samples, waited, _memory(self.device), _compiled_graphs())
 
     def step(
         self,
@@ -137,7 +139,7 @@ class Metrics:
             "mean_over_max_flops": round(flops / len(ranks) / max(rank.flops for rank in ranks), 4),
             "padding": round((sum(rank.idle_tokens for rank in ranks) + masked_tokens) / tokens, 4),
             "memory_bytes": int(max(rank.memory for rank in ranks)),
-            "compiled_graphs": _compiled_graphs(),
+            "compiled_graphs": int(max(rank.graphs for rank in ranks)),
             "seconds_left": self._seconds_left(step, micro_batches[0].batch.share, whole),
         }
         self.file.write(json.dumps(record) + "\n")
