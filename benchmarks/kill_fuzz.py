@@ -1,19 +1,25 @@
-"""Kill -9 at random moments of whole jobs, over the strategies: no kill may cost more than the steps since a save.
+"""Kill -9 at random moments, over the strategies: no kill may cost more than the steps since a save.
 
-Every round of a strategy starts one job and kills all its processes again and again: half of the kills at a random
-moment, half inside a save, which is found by the directory that a save writes into. After each kill every checkpoint
-that counts as complete is verified byte by byte, and the job is resumed. When it ends, its weights must equal those of
-an undisturbed run bit for bit.
+One job after the other is started, and all its ranks are killed again and again: half of the kills at a random
+moment (loading, a step, a save), half inside a save, which is found by the directory that a save writes into. After
+each kill every checkpoint that counts as complete is verified byte by byte, and the job is resumed from the newest.
+When it ends, its weights and moments must equal those of an undisturbed run bit for bit.
+
+The ranks get the environment of ``accelerate launch``, recorded once a strategy, but are forked from a process that
+has imported torch and DeepSpeed already, which makes a kill cost four seconds instead of fifteen.
 
     python benchmarks/kill_fuzz.py --kills 200
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,63 +28,112 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+from vfun_cli import families, launching
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.compare import compare_tensors, moments
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.demo import default as demo_default
+from vfun_cli.locate import Found
+from vfun_cli.resolve import resolve
+from vfun_cli.rundir import RunDir, write_atomically
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24
+LONGEST_WAIT = 4.0
+"""Seconds from a start within which a kill at a random moment falls: loading takes two, a step with its save less."""
 RESULTS = Path(__file__).parent / "results" / "kill_fuzz.json"
+DUMP = """import json, os, sys
+with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}", "w") as file:
+    json.dump(dict(os.environ), file)
+"""
 
 
-def start(*arguments: str) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {"KILL_FUZZ": str(os.getpid()), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "vfun_cli", *arguments]
-    return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+def write_job(run: RunDir, strategy: str, *, cache: Path) -> launching.Job:
+    """What ``vfun train`` and ``vfun resume`` write before they start the ranks."""
+    spec = families.find("wan-s2v")
+    given = {
+        "strategy": strategy, "output_dir": run.root, "max_train_steps": STEPS, "checkpointing_steps": 1,
+        "checkpoints_total_limit": 3, "report_to": "none", "dataloader_num_workers": 1, "cache": cache,
+    }  # fmt: skip
+    resolved = resolve("train", spec, given, demo=demo_default.make(spec), environ={})
+    run.remove_leftovers(0)
+    complete = manifest.checkpoints(run.root)
+    found = Found(run=run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
+    job = launching.decide("train", spec, resolved, found=found)
+    for path, text in job.launch.files.items():
+        write_atomically(path, text)
+    launching.write_plan(job)
+    write_atomically(job.run_json, json.dumps(job.description()))
+    return job
 
 
-def kill_all() -> None:
-    """Every process of the job, wherever it moved to: they inherit a mark."""
-    mark = f"KILL_FUZZ={os.getpid()}".encode()
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), 9)
-        except OSError:
-            continue
+def environments(job: launching.Job, folder: Path) -> list[dict[str, str]]:
+    """What ``accelerate launch`` gives each rank of this strategy."""
+    script = folder / "dump.py"
+    script.write_text(DUMP)
+    argv = job.launch.argv[: job.launch.argv.index("vfun_cli.training") - 1]
+    target = folder / f"environment-{job.config.strategy}"
+    subprocess.run([*argv, str(script), str(target)], check=True, capture_output=True)
+    found = sorted(folder.glob(f"{target.name}.*"))
+    return [json.loads(path.read_text()) for path in found]
 
 
-def train(run: RunDir, strategy: str) -> "subprocess.Popen[bytes]":
-    return start(
-        "train", "wan-s2v", "--demo", "--strategy", strategy, "--output-dir", str(run.root), "--max-train-steps",
-        str(STEPS), "--checkpointing-steps", "1", "--checkpoints-total-limit", "3", "--report-to", "none",
-    )  # fmt: skip
+def start(job: launching.Job, ranks: list[dict[str, str]]) -> list[int]:
+    """Fork the ranks; each leads a session of its own, with its decoding processes in it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [_fork(job, environment | {"MASTER_PORT": str(port)}) for environment in ranks]
 
 
-def wait_for_kill(run: RunDir, job: "subprocess.Popen[bytes]", inside_save: bool, rng: random.Random) -> str | None:
-    """Until the moment has come; what the job was doing, or None if it ended before."""
-    delay, began = rng.uniform(0, 3), None
-    while job.poll() is None:
-        saving = any(run.root.glob(".checkpoint-*"))
-        training = saving or (run.metrics.exists() and run.metrics.stat().st_size > 0)
-        if inside_save and saving:
-            time.sleep(rng.uniform(0, 0.3))
-            return "save" if any(run.root.glob(".checkpoint-*")) else "step after a save"
-        if training and began is None:
-            began = time.monotonic()
-        if not inside_save and began is not None and time.monotonic() - began > delay:
-            return "save" if saving else "step"
-        time.sleep(0.002)
+def _fork(job: launching.Job, environment: dict[str, str]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(environment)
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # there is no agent: rank 0 keeps the store
+        log = os.open(job.run.launcher_log(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        from vfun_cli.training.__main__ import main
+
+        code = main([str(job.run_json)])
+    except BaseException:
+        code = 70
+    os._exit(code)
+
+
+def kill(ranks: list[int]) -> None:
+    """All ranks and what they started."""
+    for rank in ranks:
+        os.killpg(rank, signal.SIGKILL)
+    for rank in ranks:
+        os.waitpid(rank, 0)
+
+
+def ended(ranks: list[int]) -> list[int] | None:
+    """Exit codes once all ranks have ended by themselves."""
+    if all(os.waitid(os.P_PID, rank, os.WEXITED | os.WNOHANG | os.WNOWAIT) for rank in ranks):
+        return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     return None
 
 
-def undisturbed(root: Path, strategy: str) -> Path:
-    run = RunDir(root / f"{strategy}-undisturbed")
-    job = train(run, strategy)
-    _, said = job.communicate()
-    assert job.returncode == 0, said.decode()
-    return run.checkpoint(STEPS)
+def wait_for_kill(run: RunDir, ranks: list[int], inside_save: bool, rng: random.Random) -> str | None:
+    """Until the moment has come; what the job was doing, or None if it ended before."""
+    began, delay = time.monotonic(), rng.uniform(0, LONGEST_WAIT)
+    while True:
+        if all(os.waitid(os.P_PID, rank, os.WEXITED | os.WNOHANG | os.WNOWAIT) for rank in ranks):
+            return None
+        saving = any(run.root.glob(".checkpoint-*"))
+        if inside_save and saving:
+            time.sleep(rng.uniform(0, 0.1))
+            return "save" if any(run.root.glob(".checkpoint-*")) else "step after a save"
+        if not inside_save and time.monotonic() - began > delay:
+            return "save" if saving else "loading or a step"
+        time.sleep(0.002)
 
 
 def verify_all(run: RunDir) -> int:
@@ -90,38 +145,48 @@ def verify_all(run: RunDir) -> int:
     return manifest.step_of(complete[-1]) or 0 if complete else 0
 
 
+def finish(run: RunDir, ranks: list[int]) -> None:
+    """Wait for the ranks' own end."""
+    while (codes := ended(ranks)) is None:
+        time.sleep(0.05)
+    assert not any(codes), f"{codes}\n{run.launcher_log().read_text()[-3000:]}"
+
+
 def fuzz(root: Path, strategy: str, kills: int, rng: random.Random, seen: Counter[str]) -> None:
-    expected = undisturbed(root, strategy)
+    straight = RunDir(root / f"{strategy}-undisturbed")
+    job = write_job(straight, strategy, cache=root / "cache")
+    ranks_of = environments(job, root)
+    straight.logs.mkdir(exist_ok=True)
+    finish(straight, start(job, ranks_of))
+    expected = straight.checkpoint(STEPS)
     done, rounds = 0, 0
     while done < kills:
         rounds += 1
-        run = RunDir(root / f"{strategy}-{rounds}")
-        job, newest = train(run, strategy), 0
+        run, newest = RunDir(root / f"{strategy}-{rounds}"), 0
+        run.logs.mkdir(parents=True)
         while True:
-            doing = wait_for_kill(run, job, rng.random() < 0.5, rng) if done < kills else None
+            ranks = start(write_job(run, strategy, cache=root / "cache"), ranks_of)
+            doing = wait_for_kill(run, ranks, rng.random() < 0.5, rng) if done < kills else None
             if doing is None:
-                _, said = job.communicate()
-                assert job.returncode == 0, said.decode()
+                finish(run, ranks)
                 break
-            kill_all()
-            job.communicate()
+            kill(ranks)
             done += 1
             seen[doing] += 1
             step = verify_all(run)
             assert step >= newest, f"{run.root}: step {newest} was whole, now {step} is the newest"
             newest = step
             print(f"{strategy} kill {done}/{kills} inside a {doing}, newest whole checkpoint {step}", flush=True)
-            job = start("resume", str(run.root)) if newest else restart(run, strategy)
         first, last = open_checkpoint(expected), open_checkpoint(run.checkpoint(STEPS))
         assert compare_tensors(first.weights, last.weights).same, f"{run.root}: other weights"
         assert compare_tensors(moments(first), moments(last)).same, f"{run.root}: other moments"
         shutil.rmtree(run.root)
 
 
-def restart(run: RunDir, strategy: str) -> "subprocess.Popen[bytes]":
-    """Nothing was saved yet: from the start."""
-    shutil.rmtree(run.root, ignore_errors=True)
-    return train(run, strategy)
+def import_all() -> None:
+    """What the ranks would import one by one; nothing here may start a thread."""
+    for name in ("deepspeed", "vfun_cli.families.wan_s2v.adapter", "vfun_cli.training.session"):
+        importlib.import_module(name)
 
 
 def main() -> None:
@@ -132,6 +197,9 @@ def main() -> None:
     rng, seen, began = random.Random(given.seed), Counter[str](), time.monotonic()
     result = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     result |= {"command": " ".join(["python", *sys.argv]), "python": platform.python_version()}
+    # Before torch is there: as vfun sets it for its ranks. Threads that spin would take the processors from each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    import_all()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         share, more = divmod(given.kills, len(STRATEGIES))
