@@ -55,7 +55,7 @@ def test_a_misspelt_word_is_answered_with_the_right_one(typed: tuple[str, ...], 
 
 def test_a_line_of_an_old_script_works_as_pasted(place: Path, vfun: Vfun) -> None:
     pasted = shlex.split(
-        "--config_path=config/wan2.2/wan_civitai_s2v.yaml --video_sample_size=64 --token_sample_size=64 "
+        "--config_path=config/wan2.2/wan_civitai_s2v.yaml --video_sample_size=96 --token_sample_size=96 "
         "--train_batch_size=1 --learning_rate=2e-05 --lr_scheduler=constant_with_warmup --mixed_precision=bf16 "
         "--gradient_checkpointing --random_hw_adapt --training_with_video_token_length --enable_bucket "
         "--uniform_sampling --low_vram --trainable_modules '.'"
@@ -63,7 +63,7 @@ def test_a_line_of_an_old_script_works_as_pasted(place: Path, vfun: Vfun) -> Non
     said = vfun("train", "wan-s2v", *DRY, "--json", *pasted)
     assert said.code == 0, said.err
     config = json.loads(said.out)["config"]
-    assert (config["video_sample_size"], config["learning_rate"], config["low_vram"]) == (64, 2e-5, True)
+    assert (config["video_sample_size"], config["learning_rate"], config["low_vram"]) == (96, 2e-5, True)
     assert "--config-path has no effect" in said.err
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfun_cli.errors import MetadataError
+from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.plan.balance import independent_balance, mean_over_max
@@ -361,3 +361,14 @@ def test_a_table_survives_its_file(tmp_path: Any, mixed: Callable[..., ClipTable
     table.save(tmp_path / "clips.npz")
     again = ClipTable.load(tmp_path / "clips.npz")
     assert all(np.array_equal(column, vars(again)[name]) for name, column in vars(table).items())
+
+
+def test_clips_narrower_than_the_transformer_takes_are_refused_with_their_size(plain: FamilySpec) -> None:
+    wide = ClipTable.from_columns(width=[640], height=[360], frames=[100], fps=[(25, 1)], is_image=[False])
+    square = ClipTable.from_columns(width=[360], height=[360], frames=[100], fps=[(25, 1)], is_image=[False])
+    picked = options(video_sample_size=64, token_sample_size=64)
+    needy = replace(plain, smallest_side=64)
+    with pytest.raises(ConfigError, match=r"train at 80x48; .* at least 64 pixels a side") as caught:
+        prepare(needy, needy.dims, wide, picked)
+    assert "--video-sample-size" in str(caught.value.hint)
+    assert prepare(needy, needy.dims, square, picked).used.all() and prepare(plain, plain.dims, wide, picked).used.all()

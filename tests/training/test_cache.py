@@ -246,8 +246,8 @@ def test_a_cache_that_cannot_be_written_says_so(cache: Cache, tmp_path: Path) ->
 def fill(folder: Path, *more: str) -> "subprocess.Popen[str]":
     argv = [
         sys.executable, "-m", "vfun_cli", "cache", "wan-s2v", "--demo", "--cache", str(folder), "--strategy", "single",
-        "--max-train-steps", "6", "--cache-variants", "2", "--video-sample-size", "64", "--image-sample-size", "64",
-        "--token-sample-size", "64", *more,
+        "--max-train-steps", "6", "--cache-variants", "2", "--video-sample-size", "96", "--image-sample-size", "96",
+        "--token-sample-size", "96", *more,
     ]  # fmt: skip
     marked = os.environ | {"CACHE_TEST": str(folder)}
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=marked)

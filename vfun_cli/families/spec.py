@@ -88,6 +88,8 @@ class FamilySpec:
     """Dimensions from the transformer's ``config.json``."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    smallest_side: int = 16
+    """Pixels; the transformer refuses clips that are narrower or lower."""
     input_settings: tuple[str, ...] = ()
     """Keys of that file that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
     recognises: Callable[[Mapping[str, object]], bool]

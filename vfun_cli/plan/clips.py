@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.plan.draws import uniform
 from vfun_cli.plan.options import PlanOptions
@@ -116,10 +117,30 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
     reason = np.full(num_rows, USED, dtype=np.int64)
     for code, name in reversed(list(enumerate(REASONS))):
         reason[faults[name]] = code
+    for is_image, sizes in enumerate(sets):
+        if sizes is not None:
+            _require_sides(sizes, aspect[(reason == USED) & (table.is_image == bool(is_image))], spec)
     return Clips(
         table=table, options=options, spec=spec, dims=dims, sets=(sets[0], sets[1]), reason=reason, stride=stride,
         available=available, aspect=aspect, allowed=allowed,
     )  # fmt: skip
+
+
+def _require_sides(sizes: SizeSet, aspect: IntArray, spec: FamilySpec) -> None:
+    """Refuse settings whose smallest bucket, for the aspects there are, is narrower than the transformer takes.
+
+    Raises:
+        ConfigError: naming the bucket.
+    """
+    kinds = np.unique(aspect)
+    sides = np.stack([sizes.heights[kinds, 0], sizes.widths[kinds, 0]], axis=1)
+    narrow = np.flatnonzero(sides.min(axis=1) < spec.smallest_side)
+    if len(narrow):
+        height, width = sides[narrow[0]].tolist()
+        raise ConfigError(
+            f"clips would train at {width}x{height}; {spec.name} needs at least {spec.smallest_side} pixels a side.",
+            hint="Use a larger --video-sample-size and --token-sample-size.",
+        )
 
 
 def dropped(clips: Clips) -> list[tuple[int, str, str]]:

@@ -48,6 +48,7 @@ SPEC = FamilySpec(
     objective_options={"shift": 3.0},
     dims=RELEASED,
     read_dims=read_dims,
+    smallest_side=64,
     recognises=lambda config: config.get("model_type") == "s2v",
     sequence_tokens=sequence_tokens,
     forward_flops=forward_flops,
