@@ -141,8 +141,7 @@ def prepare_demo() -> None:
 def write_run(run: Run) -> Path:
     """Everything that ``vfun train`` writes before it starts the processes; the path of run.json.
 
-    All runs share one cache, which saves half of their time; the runs of ``test_cli_runs.py`` go without and must give
-    the same losses.
+    All runs share one cache, which saves half of their time. What a cache changes is tested in ``test_cache.py``.
     """
     spec = families.find(run.family)
     given = {
