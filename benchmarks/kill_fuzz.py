@@ -39,8 +39,8 @@ from vfun_cli.rundir import RunDir, write_atomically
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24
-LONGEST_WAIT = 4.0
-"""Seconds from a start within which a kill at a random moment falls: loading takes two, a step with its save less."""
+SAVES_SPARED = 3
+"""A kill inside a save falls into one of the first so many after a start, so that jobs get on."""
 RESULTS = Path(__file__).parent / "results" / "kill_fuzz.json"
 DUMP = """import json, os, sys
 with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}", "w") as file:
@@ -121,14 +121,16 @@ def ended(ranks: list[int]) -> list[int] | None:
     return None
 
 
-def wait_for_kill(run: RunDir, ranks: list[int], inside_save: bool, rng: random.Random) -> str | None:
+def wait_for_kill(run: RunDir, ranks: list[int], inside_save: bool, longest: float, rng: random.Random) -> str | None:
     """Until the moment has come; what the job was doing, or None if it ended before."""
-    began, delay = time.monotonic(), rng.uniform(0, LONGEST_WAIT)
+    began, delay, spared = time.monotonic(), rng.uniform(0, longest), rng.randrange(SAVES_SPARED)
+    seen: set[str] = set()
     while True:
         if all(os.waitid(os.P_PID, rank, os.WEXITED | os.WNOHANG | os.WNOWAIT) for rank in ranks):
             return None
+        seen |= {path.name for path in run.root.glob(".checkpoint-*")}
         saving = any(run.root.glob(".checkpoint-*"))
-        if inside_save and saving:
+        if inside_save and saving and len(seen) > spared:
             time.sleep(rng.uniform(0, 0.1))
             return "save" if any(run.root.glob(".checkpoint-*")) else "step after a save"
         if not inside_save and time.monotonic() - began > delay:
@@ -157,7 +159,15 @@ def fuzz(root: Path, strategy: str, kills: int, rng: random.Random, seen: Counte
     job = write_job(straight, strategy, cache=root / "cache")
     ranks_of = environments(job, root)
     straight.logs.mkdir(exist_ok=True)
-    finish(straight, start(job, ranks_of))
+    finish(straight, start(job, ranks_of))  # fills the cache and the page cache
+    shutil.rmtree(straight.root)
+    straight.logs.mkdir(parents=True)
+    began = time.monotonic()
+    ranks = start(write_job(straight, strategy, cache=root / "cache"), ranks_of)
+    while not straight.checkpoint(1).exists():
+        time.sleep(0.01)
+    longest = 2 * (time.monotonic() - began)  # a kill at a random moment: while loading, or as long after it
+    finish(straight, ranks)
     expected = straight.checkpoint(STEPS)
     done, rounds = 0, 0
     while done < kills:
@@ -166,7 +176,7 @@ def fuzz(root: Path, strategy: str, kills: int, rng: random.Random, seen: Counte
         run.logs.mkdir(parents=True)
         while True:
             ranks = start(write_job(run, strategy, cache=root / "cache"), ranks_of)
-            doing = wait_for_kill(run, ranks, rng.random() < 0.5, rng) if done < kills else None
+            doing = wait_for_kill(run, ranks, rng.random() < 0.5, longest, rng) if done < kills else None
             if doing is None:
                 finish(run, ranks)
                 break
