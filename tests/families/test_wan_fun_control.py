@@ -134,7 +134,7 @@ def test_planned_tokens_and_flops_are_those_of_the_live_model(shape, reference):
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     with FlopCounterMode(display=False) as counter:
         run_live(model, shape)
-    dims = read_dims({**CONFIG, "add_ref_conv": reference})
+    dims = read_dims({**CONFIG, "image_dim": IMAGE_DIM, "add_ref_conv": reference})
     assert lengths == [SPEC.sequence_tokens(shape, dims)]
     assert SPEC.forward_flops(shape, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
