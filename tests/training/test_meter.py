@@ -43,6 +43,7 @@ def counted(live: LiveModel, model: nn.Module, inputs: Inputs) -> float:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "high", "wide"), [(SMALL, 1, 1), (SMALL, 2, 4), (TALL, 1, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_of_training_are_those_of_the_live_model(
@@ -60,6 +61,7 @@ def test_flops_of_training_are_those_of_the_live_model(
     assert cost.flops == pytest.approx(counted(live, model, inputs), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_of_lora_training_leave_out_the_frozen_weights_gradients(family: str, live_model: LIVE) -> None:
     live = live_model(family)
