@@ -96,7 +96,7 @@ def timed_rank(run_json: Path) -> int:
     watch(Accelerator, "backward", "backward")
     watch(Accelerator, "clip_grad_norm_", "clip and optimizer")
     watch(AcceleratedOptimizer, "step", "clip and optimizer")
-    step = trainer.Trainer.train_step
+    step = trainer.Trainer.launch
 
     def timed_step(self: Any, *args: Any) -> Any:
         current.clear()
@@ -107,7 +107,7 @@ def timed_rank(run_json: Path) -> int:
             spent[part].append(seconds)
         return result
 
-    trainer.Trainer.train_step = timed_step  # type: ignore[method-assign]
+    trainer.Trainer.launch = timed_step  # type: ignore[method-assign]
     code = run_rank(run_json)
     if os.environ.get("RANK", "0") == "0":
         run_json.with_name("spent.json").write_text(json.dumps(spent))

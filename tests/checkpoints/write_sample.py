@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from vfun_cli.training.ending import end_with
 from vfun_cli.training.strategy import use_gloo_alone
 
 STRATEGIES = (
@@ -195,7 +196,7 @@ def write_zero(directory: Path, stage: int, *, tag: str, round_robin: bool = Fal
     engine.save_checkpoint(str(directory), tag=tag, exclude_frozen_parameters=True)
 
 
-def main(directory: Path) -> None:
+def main(directory: Path) -> int:
     """Write every sample."""
     import deepspeed
 
@@ -211,7 +212,8 @@ def main(directory: Path) -> None:
     write_zero(directory / "zero3-original", 3, tag="pytorch_model")
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    end_with(lambda: main(Path(sys.argv[1])))

@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState, GradientState
 
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
+from vfun_cli.training.ending import end_with
 
 
-def main(list_file: str) -> None:
+def main(list_file: str) -> int:
     for run_json in json.loads(Path(list_file).read_text(encoding="utf-8")):
         described = json.loads(Path(run_json).read_text(encoding="utf-8"))
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
@@ -26,7 +27,8 @@ def main(list_file: str) -> None:
         GradientState._reset_state()
         if run_rank(Path(run_json)):
             print(f"FAILED {run_json}", file=sys.stderr)
-            sys.exit(1)
+            return 1
+    return 0
 
 
 def take_launch_file(path: Path) -> None:
@@ -41,4 +43,4 @@ def take_launch_file(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    end_with(lambda: main(sys.argv[1]))

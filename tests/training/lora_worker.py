@@ -18,6 +18,7 @@ from lora_sample import load_model, options, prepared, train
 from torch.distributed.tensor import DTensor
 
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
+from vfun_cli.training.ending import end_with
 from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import add_adapters, load_adapter, save_adapter
 from vfun_cli.training.state import TrainedState, trained_parameters
@@ -74,7 +75,7 @@ def save(state: TrainedState, folder: Path) -> None:
     state.accelerator.wait_for_everyone()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> int:
     torch.set_num_threads(1)
     for strategy in STRATEGIES:
         state = start(strategy, folder)
@@ -92,7 +93,8 @@ def main(folder: Path) -> None:
         state = start(strategy, folder)
         load_adapter(state, folder / before / "trained")
         save(state, folder / before / "restored")
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    end_with(lambda: main(Path(sys.argv[1])))

@@ -10,6 +10,7 @@ from pathlib import Path
 from vfun_cli import lock
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.training.ending import end_with
 from vfun_cli.training.signals import StopFlag
 
 
@@ -93,4 +94,4 @@ def _first_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))
