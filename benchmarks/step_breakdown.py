@@ -1,8 +1,9 @@
 """Where the time of a step goes, with the encoders working at every step (as the originals do) and from a full cache.
 
 Trains the embedded default through the product's own loop on two CPU processes and one, and times its parts from
-outside: waiting for decoded clips, encoding, forward, backward (with the collectives inside it), clipping and
-optimizer. The same steps run twice, so losses must agree to 1e-5; what DDP and FSDP add to single is communication.
+outside: waiting for decoded clips, encoding, forward, backward, clipping and optimizer. How long collectives are on
+their way is read from a profile of a few more steps; under DDP most of that time lies inside the backward pass, under
+FSDP inside forward and backward, so it is no part of its own. The same steps run twice: losses must agree to 1e-5.
 
     python benchmarks/step_breakdown.py
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 FAMILIES = ("wan-s2v", "cogvideox-fun")
 STRATEGIES = ("single", "ddp", "fsdp")
-STEPS, WARM_UP = 10, 2
+STEPS, WARM_UP, PROFILED = 10, 2, 3
 RESULTS = Path(__file__).parent / "results" / "step_breakdown.json"
 
 
@@ -37,7 +38,7 @@ def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None) ->
 
     spec = families.find(family)
     given = {
-        "strategy": strategy, "max_train_steps": STEPS, "checkpointing_steps": 10**6, "cache": cache,
+        "strategy": strategy, "max_train_steps": STEPS + PROFILED, "checkpointing_steps": 10**6, "cache": cache,
         "cache_variants": 1, "video_repeat": 4, "output_dir": folder, "dataloader_num_workers": 1,
         "report_to": "none", "lr_scheduler": "constant",
     }  # fmt: skip
@@ -68,6 +69,7 @@ def timed_rank(run_json: Path) -> int:
     """One rank of the job with stopwatches around the parts of a step."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from torch.profiler import ProfilerActivity, profile
 
     from vfun_cli import families
     from vfun_cli.training import trainer
@@ -98,7 +100,14 @@ def timed_rank(run_json: Path) -> int:
     watch(AcceleratedOptimizer, "step", "clip and optimizer")
     step = trainer.Trainer.launch
 
+    profiler = profile(activities=[ProfilerActivity.CPU])
+
     def timed_step(self: Any, *args: Any) -> Any:
+        if len(spent["whole"]) == STEPS:
+            profiler.start()
+            spent["profiled"] = [0.0]
+        if "profiled" in spent:
+            return step(self, *args)
         current.clear()
         began = time.perf_counter()
         result = step(self, *args)
@@ -109,6 +118,9 @@ def timed_rank(run_json: Path) -> int:
 
     trainer.Trainer.launch = timed_step  # type: ignore[method-assign]
     code = run_rank(run_json)
+    profiler.stop()
+    collectives = sum(event.time_range.elapsed_us() for event in profiler.events() if event.name.startswith("gloo:"))
+    spent["profiled"] = [collectives / PROFILED / 1e6]
     if os.environ.get("RANK", "0") == "0":
         run_json.with_name("spent.json").write_text(json.dumps(spent))
     return code
@@ -122,13 +134,15 @@ def measure(family: str, strategy: str, folder: Path, cache: Path | None) -> dic
     assert done.returncode == 0, done.stderr[-3000:]
     spent = json.loads(run_json.with_name("spent.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record][WARM_UP:]
+    losses = [record["loss"] for record in records if "loss" in record]
+    steps = [record for record in records if "loss" in record][WARM_UP:STEPS]
+    collectives = spent.pop("profiled")[0]
     parts = {part: mean(seconds[WARM_UP:]) for part, seconds in spent.items()}
     parts["wait for data"] = mean(record["data_wait"] for record in steps)
     parts["rest of the step"] = parts["whole"] - sum(
         parts.get(part, 0) for part in ("encode", "forward", "backward", "clip and optimizer")
     )
-    return {"seconds": parts, "losses": [record["loss"] for record in steps]}
+    return {"seconds": {**parts, "collectives, inside the others": collectives}, "losses": losses}
 
 
 def main() -> None:

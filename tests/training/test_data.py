@@ -142,6 +142,7 @@ def test_a_file_that_crashes_its_decoder_is_named_or_skipped(on_bad: str, row: i
     assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != row]
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_cannot_be_fetched_from_an_ending_process_is_decoded_again() -> None:
     options = {"losing_contact": {3}, "crashing": {3: signal.SIGSEGV}}
     found = []

@@ -12,6 +12,8 @@ from lora_sample import model_directory
 from lora_worker import STRATEGIES
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("lora_worker.py")
 
 
