@@ -7,9 +7,10 @@ import time
 import traceback
 from pathlib import Path
 
-from vfun_cli import lock
+from vfun_cli import families, lock
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.training import forkserver
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.signals import StopFlag
 
@@ -37,6 +38,8 @@ def run_rank(run_json: Path) -> int:
     stop.listen()
     try:
         lock.take_part(run, described["config"]["machine_rank"])
+        if described["config"]["dataloader_num_workers"]:
+            forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
             from vfun_cli.training.fill import fill as work
         else:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vfun_cli.errors import MetadataError, RunError, VfunError
+from vfun_cli.training import forkserver
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
 from vfun_cli.training.cache import Cache
 from vfun_cli.training.encoding import Sample, load
@@ -25,10 +26,6 @@ from vfun_cli.training.signals import leave_signals_to_the_rank
 LOAD_TIMEOUT = 300
 """Seconds of decoding one micro-batch before its file counts as one that hangs decord. The other ranks wait meanwhile,
 and NCCL gives up after 600."""
-
-PROCESSES = multiprocessing.get_context("forkserver")
-"""A training process has threads (gloo, autograd, TensorBoard); a plain fork of it copies the locks they hold and can
-wait for them for ever. The fork server is a process without threads that has imported what decoding needs."""
 
 END_TIMEOUT = 10
 """Seconds between losing contact with a decoding process and its end; a large one takes a while to write its core."""
@@ -116,7 +113,7 @@ class AtWork:
 
     def __init__(self, workers: int) -> None:
         # process, step, index, nanoseconds; zero where nothing is decoded
-        self.numbers = PROCESSES.Array("q", 4 * workers, lock=False)
+        self.numbers = forkserver.PROCESSES.Array("q", 4 * workers, lock=False)
 
     def begin(self, batch: MicroBatch) -> None:
         """Called in a decoding process."""
@@ -205,7 +202,8 @@ def _decoded(
 ) -> Generator[LoadedBatch, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
-    PROCESSES.set_forkserver_preload([__name__, adapter.__module__])
+    if workers:
+        forkserver.start(adapter.__module__)
 
     def handed_out(source: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in source:
@@ -221,7 +219,7 @@ def _decoded(
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_start_worker,
-            multiprocessing_context=PROCESSES if workers else None,
+            multiprocessing_context=forkserver.PROCESSES if workers else None,
         )
         with _watched(loader, at_work) as (decoded, ended):
             try:
