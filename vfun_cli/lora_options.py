@@ -38,6 +38,8 @@ def check(spec: FamilySpec, values: Mapping[str, Any]) -> None:
             "trainable_modules chooses weights of the model; LoRA trains adapters only.",
             hint="Choose layers with --target-name, or use vfun train.",
         )
+    if not values["network_alpha"] > 0:
+        raise ConfigError(f"network_alpha is {values['network_alpha']:g}: the adapters would have no effect.")
     if not values["lora_dropout"] < 1:
         raise ConfigError(f"lora_dropout is {values['lora_dropout']}; it is a probability below 1.")
     if values["use_dora"] and values["strategy"].startswith("zero3"):

@@ -1,6 +1,7 @@
 """Adapters: which layers get them, what they start from, what a checkpoint holds of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,31 @@ def test_a_file_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
         load_network(with_adapters(base, config), tmp_path / "other.safetensors", config, SPEC)
 
 
+def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.add_q_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    model = nn.ModuleDict({"transformer_blocks": nn.ModuleList([Block(), Block()])})
+    spec = replace(SPEC, modules_without_gradient=lambda dims: ("transformer_blocks.1.add_q_proj",))
+    config = options(rank=2, network_alpha=2.0, target_name=("to_q", "add_q_proj"))
+    add_adapters(model, config, spec, spec.dims)
+    layers = [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("to_q", "add_q_proj")]
+    stored = {
+        f"transformer.{layer}.lora_{side}.weight": torch.ones(shape)
+        for layer in layers
+        for side, shape in (("A", (2, 8)), ("B", (8, 2)))
+    }
+    save_file(stored, tmp_path / "all.safetensors")
+    load_network(model, tmp_path / "all.safetensors", config, spec)
+    assert "1 layers without any effect in this model, e.g. transformer_blocks.1.add_q_proj" in capsys.readouterr().err
+    loaded = {name for name, value in model.named_parameters() if ".lora_B." in name and (value == 1).all()}
+    assert loaded == {f"{layer}.lora_B.default.weight" for layer in layers[:3]}
+
+
 def test_rank_and_strength_of_a_file_are_told_before_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
     kohya, peft = (GOLDEN / f"lora_{style}/checkpoint-1.safetensors" for style in ("kohya", "peft"))
     with pytest.raises(ConfigError, match="has rank 4, this run has rank 8") as caught:
@@ -154,6 +180,8 @@ def test_what_lora_cannot_do_is_refused_before_the_launch() -> None:
         settings("wan-s2v", trainable_modules="self_attn")
     with pytest.raises(ConfigError, match="use_dora needs a layer's whole weight"):
         settings("wan-s2v", use_dora=True, strategy="zero3")
+    with pytest.raises(ConfigError, match="network_alpha is 0"):
+        settings("wan-s2v", network_alpha=0)
     with pytest.raises(ConfigError, match="probability below 1"):
         settings("wan-s2v", lora_dropout=1.0)
     assert parse("base_precision", "bf16", "") == "bf16"

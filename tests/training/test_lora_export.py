@@ -1,7 +1,7 @@
 """Trained adapters in every format, read back by the real loaders: the same prediction, at the trained strength."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, WanPipeline
-from lora_sample import load_model, model_directory, options, predict, prepared, train, with_adapters
-from peft import PeftModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline
+from lora_sample import TARGETS, load_model, model_directory, options, predict, prepared, train, with_adapters
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.lora_export import FORMATS, export_adapter, merge_adapter
+from vfun_cli.checkpoints.lora_files import read_adapter
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_place
+from vfun_cli.families.spec import ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.main import app
 from vfun_cli.training.lora import load_network, save_adapter
@@ -201,6 +204,96 @@ def test_wan_layers_get_their_released_names_and_diffusers_reads_them_at_the_rig
     for layer in ("attn1.to_q", "attn2.add_k_proj", "ffn.net.0.proj"):
         expected = 0.5 * product(stored, f"base_model.model.blocks.0.{layer}")
         torch.testing.assert_close(product(read, f"transformer.blocks.0.{layer}"), expected)
+
+
+HUNYUAN = ModelDims(dim=3072, ffn_dim=4 * 3072, num_layers=1)
+HUNYUAN_LAYERS = {
+    "transformer_blocks.0.attn.to_q": (3072, 3072),
+    "transformer_blocks.0.attn.to_k": (3072, 3072),
+    "transformer_blocks.0.attn.to_v": (3072, 3072),
+    "transformer_blocks.0.attn.add_v_proj": (3072, 3072),
+    "transformer_blocks.0.attn.to_add_out": (3072, 3072),
+    "transformer_blocks.0.ff.net.0.proj": (12288, 3072),
+    "transformer_blocks.0.ff_context.net.2": (3072, 12288),
+    "single_transformer_blocks.1.attn.to_q": (3072, 3072),
+    "single_transformer_blocks.1.attn.to_v": (3072, 3072),
+    "single_transformer_blocks.1.proj_mlp": (12288, 3072),
+    "single_transformer_blocks.2.attn.to_k": (3072, 3072),
+    "single_transformer_blocks.2.proj_out": (3072, 15360),
+}
+
+
+def hunyuan_adapter(folder: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
+    """Rank 2, alpha 1, at the width that diffusers' reader of joint layers takes for granted."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, (rows, columns) in layers.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    model = folder / "checkpoint-1/model"
+    model.mkdir(parents=True)
+    save_file(tensors, model / "adapter_model.safetensors")
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    return model.parent
+
+
+def test_layers_that_comfyui_joins_become_one_with_the_same_update(tmp_path: Path) -> None:
+    checkpoint = hunyuan_adapter(tmp_path, HUNYUAN_LAYERS)
+    stored = load_file(checkpoint / "model/adapter_model.safetensors")
+    folder = export_adapter(
+        checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN), dtype="fp32"
+    ).output
+    written = load_file(folder / "checkpoint-1.safetensors")
+    assert {name.rpartition(".")[0] for name in written if name.endswith(".alpha")} == {
+        "diffusion_model.double_blocks.0.img_attn_qkv",
+        "diffusion_model.double_blocks.0.txt_attn_qkv",
+        "diffusion_model.double_blocks.0.txt_attn_proj",
+        "diffusion_model.double_blocks.0.img_mlp.fc1",
+        "diffusion_model.double_blocks.0.txt_mlp.fc2",
+        "diffusion_model.single_blocks.1.linear1",
+        "diffusion_model.single_blocks.2.linear1",
+        "diffusion_model.single_blocks.2.linear2",
+    }
+    assert written["diffusion_model.double_blocks.0.img_attn_qkv.lora_up.weight"].shape == (3 * 3072, 6)
+    assert written["diffusion_model.single_blocks.2.linear1.lora_up.weight"].shape == (7 * 3072, 2)
+    for name in [name for name in written if name.endswith(".alpha")]:  # diffusers' reader knows no alpha here
+        rank = len(written[name.replace(".alpha", ".lora_down.weight")])
+        assert written.pop(name) == rank
+    renamed = {
+        name.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value for name, value in written.items()
+    }
+    read = HunyuanVideoPipeline.lora_state_dict(renamed)
+    for layer in HUNYUAN_LAYERS:
+        expected = 0.5 * product(stored, f"base_model.model.{layer}")
+        torch.testing.assert_close(product(read, f"transformer.{layer}"), expected)
+    absent = "transformer.single_transformer_blocks.2.attn.to_v"
+    assert not product(read, absent).any()
+
+
+def test_a_layer_that_comfyui_loads_no_lora_for_is_refused(tmp_path: Path) -> None:
+    checkpoint = hunyuan_adapter(tmp_path, {"proj_out": (64, 3072)})
+    with pytest.raises(ConfigError, match="ComfyUI loads no LoRA for proj_out"):
+        export_adapter(
+            checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_diffusers_saves_itself_is_read_at_its_strength(trained: Trained, tmp_path: Path) -> None:
+    if trained.config.use_dora or trained.config.use_rslora:
+        return
+    model = with_adapters(trained.base, trained.config)
+    load_network(model, trained.checkpoint, trained.config, SPEC)
+    setting = {**model.peft_config["default"].to_dict(), "target_modules": sorted(TARGETS)}
+    CogVideoXPipeline.save_lora_weights(
+        str(tmp_path),
+        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata={name: setting[name] for name in ("r", "lora_alpha", "target_modules")},
+    )
+    own = trained.config.network_alpha / trained.config.rank
+    adapter = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {adapter.scale(pair) for pair in adapter.pairs.values()} == {own}
+    torch.testing.assert_close(predict(through_training_on(trained, tmp_path)), trained.prediction, atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_exported_says_why(plain: Trained, tmp_path: Path) -> None:

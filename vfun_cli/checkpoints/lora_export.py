@@ -7,8 +7,9 @@
 | comfyui | ``<name>.safetensors``, keys ``diffusion_model.<layer>.lora_down.weight`` | ``alpha`` tensors |
 | original | ``<name>.safetensors``, keys ``lora_unet__<layer>.lora_down.weight`` | ``alpha`` tensors |
 
-``comfyui`` and ``original`` call the layers what the released model calls them, ``peft`` and ``diffusers`` what the
-module does.
+``original`` calls the layers what the released model calls them, ``peft`` and ``diffusers`` what the module does.
+``comfyui`` takes the released names too, or the family's own places: where ComfyUI joins several layers into one, their
+pairs become one of their ranks' sum, with the strength multiplied into B.
 """
 
 import json
@@ -27,6 +28,7 @@ from vfun_cli.checkpoints.export import DTYPES, ExportResult, check_output, put_
 from vfun_cli.checkpoints.lora_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
+    COMFYUI_PREFIX,
     DIFFUSERS_PREFIX,
     PEFT_PREFIX,
     AdapterFile,
@@ -39,6 +41,7 @@ from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, STORAGE, Array, TensorSource, convert
 from vfun_cli.checkpoints.writer import Entry, content_hash, plan_shards, write_shards
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
+from vfun_cli.families.spec import Place
 
 FORMATS = ("peft", "diffusers", "comfyui", "original")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -55,6 +58,7 @@ def export_adapter(
     *,
     format: str,
     released: Callable[[str], str] = lambda name: name,
+    place: Callable[[str], Place] | None = None,
     dtype: str = "bf16",
     weights: Weights = "trained",
     overwrite: bool = False,
@@ -63,9 +67,11 @@ def export_adapter(
 
     Args:
         released: from a parameter's name in the module to its released name.
+        place: from a layer's name in the module to its place in ComfyUI; by default its released name.
 
     Raises:
-        ConfigError: unknown format or type, an output that exists, DoRA in a format that cannot carry it.
+        ConfigError: unknown format or type, an output that exists, DoRA in a format that cannot carry it, a layer
+            without a place.
         CheckpointError: the checkpoint is damaged or holds no LoRA.
     """
     if format not in FORMATS:
@@ -79,7 +85,10 @@ def export_adapter(
             f"--format {format} cannot carry DoRA's magnitudes.",
             hint="Use --merge, --format peft or --format diffusers.",
         )
-    tensors = _STYLES[format](adapter, released, DTYPES[dtype])
+    if format == "comfyui" and place is not None:
+        tensors = _joined(adapter, place, DTYPES[dtype])
+    else:
+        tensors = _STYLES[format](adapter, released, DTYPES[dtype])
     names = {"peft": ADAPTER_FILE, "diffusers": DIFFUSERS_FILE}
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -204,11 +213,34 @@ def _plain(adapter: AdapterFile, prefix: str, dtype: str, *, folded: bool) -> Te
 
 
 def _comfyui(adapter: AdapterFile, released: Callable[[str], str], dtype: str) -> Tensors:
-    return _kohya(adapter, lambda layer: f"diffusion_model.{released_layer(layer, released)}", dtype)
+    return _kohya(adapter, lambda layer: f"{COMFYUI_PREFIX}{released_layer(layer, released)}", dtype)
 
 
 def _original(adapter: AdapterFile, released: Callable[[str], str], dtype: str) -> Tensors:
     return _kohya(adapter, lambda layer: "lora_unet__" + released_layer(layer, released).replace(".", "_"), dtype)
+
+
+def _joined(adapter: AdapterFile, place: Callable[[str], Place], dtype: str) -> Tensors:
+    """B of a joint layer has each part's rows in the columns of that part's rank, and zeros for what is not trained."""
+    parts: dict[str, list[tuple[Place, Pair]]] = {}
+    for layer, pair in adapter.pairs.items():
+        found = place(layer)
+        parts.setdefault(found.name, []).append((found, pair))
+    tensors: Tensors = {}
+    for name, members in parts.items():
+        members.sort(key=lambda member: member[0].first_row)
+        ranks = sum(pair.rank for _, pair in members)
+        up = np.zeros((members[0][0].rows or members[0][1].up.shape[0], ranks), np.float32)
+        column = 0
+        for where, pair in members:
+            rows = slice(where.first_row, where.first_row + pair.up.shape[0])
+            up[rows, column : column + pair.rank] = _float(pair.up) * np.float32(_scale(adapter, pair))
+            column += pair.rank
+        down = np.concatenate([_float(pair.down) for _, pair in members])
+        tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = ("F32", np.array(ranks, np.float32))
+        tensors[f"{COMFYUI_PREFIX}{name}.lora_down.weight"] = _stored(down, dtype)
+        tensors[f"{COMFYUI_PREFIX}{name}.lora_up.weight"] = _stored(up, dtype)
+    return tensors
 
 
 def _kohya(adapter: AdapterFile, key: Callable[[str], str], dtype: str) -> Tensors:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
 """peft's name of the one adapter that a run trains."""
 DIFFUSERS_PREFIX = "transformer."
-PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, "diffusion_model.", "lora_unet__", "lora_unet_")
+COMFYUI_PREFIX = "diffusion_model."
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFYUI_PREFIX, "lora_unet__", "lora_unet_")
 """What the styles put before a layer's name; the longer of two that fit comes first."""
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+"""Key of the safetensors header."""
 
 TEXT_ENCODER = "lora_te"
 """Keys of adapters for a text encoder, which vfun does not train."""
@@ -71,9 +75,9 @@ class AdapterFile:
     pairs: Mapping[str, Pair]
     """By layer name as stored, without the style's prefix; kohya's has ``_`` where the module has ``.``."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """``adapter_config.json``; empty where there is none."""
+    """``adapter_config.json``, or what diffusers writes of it into the file's header; empty where there is neither."""
     scaled: bool = False
-    """The style says that the update is B·A as it stands (diffusers without alphas)."""
+    """The style says that the update is B·A as it stands (diffusers and ComfyUI without alphas)."""
 
     @property
     def ranks(self) -> set[int]:
@@ -119,14 +123,34 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises CheckpointError for a damaged file, half a pair, or tensors that belong to no LoRA.
     """
     file = find_adapter(path)
-    config = _read_config(file.parent / ADAPTER_CONFIG) if file.name == ADAPTER_FILE else {}
     tensors = safetensors.read_file(file)
+    config = _read_config(file.parent / ADAPTER_CONFIG) if file.name == ADAPTER_FILE else _config_of_diffusers(file)
     return AdapterFile(
         path=file,
-        pairs=pairs_of(tensors, file),
+        pairs=_with_own_alphas(pairs_of(tensors, file), config),
         config=config,
-        scaled=any(name.startswith(DIFFUSERS_PREFIX) for name in tensors),
+        scaled=any(name.startswith((DIFFUSERS_PREFIX, COMFYUI_PREFIX)) for name in tensors),
     )
+
+
+def _with_own_alphas(pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> dict[str, Pair]:
+    """peft's ``alpha_pattern``: layers, by the ending of their name, of another alpha than the rest."""
+    own: dict[str, Pair] = {}
+    for layer, pair in pairs.items():
+        alpha = next(
+            (
+                float(value)
+                for ending, value in config.get("alpha_pattern", {}).items()
+                if re.fullmatch(rf"(.*\.)?({ending})", layer)
+            ),
+            None,
+        )
+        if alpha is None or pair.alpha is not None:
+            own[layer] = pair
+        else:  # as the alpha of a pair counts: by its rank
+            factor = strength(alpha, pair.rank, rslora=bool(config.get("use_rslora")))
+            own[layer] = replace(pair, alpha=factor * pair.rank)
+    return own
 
 
 def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair]:
@@ -194,6 +218,25 @@ def _without_prefix(layer: str) -> str:
     for prefix in PREFIXES:
         layer = layer.removeprefix(prefix)
     return layer
+
+
+def _config_of_diffusers(file: Path) -> dict[str, Any]:
+    """The part of the header in which diffusers keeps the adapter's configuration; without it, diffusers takes 1."""
+    stated = safetensors.read_metadata(file).get(DIFFUSERS_METADATA)
+    if stated is None:
+        return {}
+    try:
+        content = json.loads(stated)
+        config = {
+            name.removeprefix(DIFFUSERS_PREFIX): value
+            for name, value in content.items()
+            if name.startswith(DIFFUSERS_PREFIX)
+        }
+        if config:
+            float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its {DIFFUSERS_METADATA} is damaged: {error!r}.") from error
+    return config
 
 
 def _read_config(path: Path) -> dict[str, Any]:

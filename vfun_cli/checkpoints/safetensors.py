@@ -13,25 +13,45 @@ from typing import Any
 from vfun_cli.checkpoints.tensors import STORAGE, FileReader, TensorSource, at
 from vfun_cli.errors import CheckpointError
 
+METADATA = "__metadata__"
+"""Key of the header."""
+
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the format."""
 
 
 def read_file(path: Path) -> dict[str, TensorSource]:
     """The tensors of one file in the order of their bytes. Raises CheckpointError when the file is damaged."""
+    header, data, size = _read_header(path)
+    header.pop(METADATA, None)
+    try:
+        entries = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
+        return {name: _tensor(path, name, entry, data, size) for name, entry in entries}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is damaged ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file's header says beside its tensors. Raises CheckpointError when the file is damaged."""
+    stated = _read_header(path)[0].get(METADATA, {})
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{path}: its safetensors header is damaged ({METADATA} is no table)")
+    return stated
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the bytes of tensors begin, and the file's size."""
     with FileReader(path) as file:
-        size = file.size
         length = int.from_bytes(file.read(0, 8), "little")
-        if length > min(MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path}: not a whole safetensors file (header of {length} bytes in {size})")
+        if length > min(MAX_HEADER, file.size - 8):
+            raise CheckpointError(f"{path}: not a whole safetensors file (header of {length} bytes in {file.size})")
         try:
             header = json.loads(file.read(8, length))
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
-            tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: its safetensors header is damaged ({error})") from error
-    return tensors
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path}: its safetensors header is damaged (no table)")
+        return header, 8 + length, file.size
 
 
 def read_files(paths: list[Path]) -> dict[str, TensorSource]:

@@ -1,5 +1,7 @@
 """``vfun export-bf16``: a checkpoint as weights that other tools load."""
 
+import json as json_
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +14,7 @@ from vfun_cli.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.export import ExportResult
-    from vfun_cli.families.spec import FamilySpec
+    from vfun_cli.families.spec import FamilySpec, Place
 
 FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
@@ -79,9 +81,14 @@ def export_bf16(
     released = spec.export_names["same"]
     result: ExportResult
     if is_lora and not merge:
-        style = "peft" if format == "same" else format
         result = lora_export.export_adapter(
-            found.checkpoint, target, format=style, released=released, weights=weights, overwrite=overwrite
+            found.checkpoint,
+            target,
+            format="peft" if format == "same" else spec.lora_formats[format],
+            released=released,
+            place=_comfyui_places(spec, found.checkpoint),
+            weights=weights,
+            overwrite=overwrite,
         )
     else:
         base = _base_directory(model or Path(state["run_config"]["pretrained_model_name_or_path"]), spec)
@@ -119,6 +126,16 @@ def export_bf16(
         console.out.print(
             f"{result.tensors} tensors, {result.bytes:,} bytes, verified -> {result.output}", soft_wrap=True
         )
+
+
+def _comfyui_places(spec: "FamilySpec", checkpoint: Path) -> "Callable[[str], Place] | None":
+    """Where ComfyUI looks for the layers of the model that a checkpoint belongs to."""
+    place = spec.comfyui_place
+    if place is None:
+        return None
+    config = json_.loads((checkpoint / "config" / Path(spec.config_file).name).read_text(encoding="utf-8"))
+    dims = spec.read_dims(config)
+    return lambda layer: place(layer, dims)
 
 
 def _check_format(format: str, spec: "FamilySpec", *, is_lora: bool, merge: bool) -> None:

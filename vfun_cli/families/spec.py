@@ -38,6 +38,16 @@ class MetadataField:
     required: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where another program keeps a layer: under a name of its own, maybe as some rows of a joint layer."""
+
+    name: str
+    first_row: int = 0
+    rows: int | None = None
+    """Of the joint layer; None: the layer is one there too."""
+
+
 def unchanged(name: str) -> str:
     """The name of a parameter in a format that has the same names."""
     return name
@@ -109,8 +119,13 @@ class FamilySpec:
     lora_defaults: Mapping[str, object] = field(default_factory=dict)
     lora_aliases: Mapping[str, str] = field(default_factory=dict)
     """Spellings of ``target_name`` in the documents that name no layer, and the layers they mean."""
-    lora_formats: tuple[str, ...] = ("peft", "diffusers", "comfyui", "original")
-    """What ``export-bf16`` can make of a LoRA checkpoint."""
+    lora_formats: Mapping[str, str] = field(
+        default_factory=lambda: {name: name for name in ("peft", "diffusers", "comfyui", "original")}
+    )
+    """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
+    ComfyUI nodes of some families read the original's keys."""
+    comfyui_place: Callable[[str, ModelDims], Place] | None = None
+    """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
     demo: Mapping[str, object] = field(default_factory=dict)
     """Option values of the embedded default (tiny model, tiny media)."""
     demo_builder: str = ""

@@ -38,7 +38,7 @@ def run_rank(run_json: Path) -> int:
     stop.listen()
     try:
         lock.take_part(run, described["config"]["machine_rank"])
-        if described["config"]["dataloader_num_workers"]:
+        if described["config"]["dataloader_num_workers"] and _cores_to_spare():
             forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
             from vfun_cli.training.fill import fill as work
@@ -51,6 +51,11 @@ def run_rank(run_json: Path) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _cores_to_spare() -> bool:
+    """Whether a second process of each rank can import beside it: with fewer cores, both take longer."""
+    return (os.cpu_count() or 1) >= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _send_output_to(path: Path) -> None:

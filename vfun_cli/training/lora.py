@@ -4,6 +4,7 @@ All that ``vfun lora`` does otherwise than ``vfun train`` is here.
 """
 
 import json
+import sys
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -126,11 +127,14 @@ def _near_misses(linear: Sequence[str], target: str, released: Callable[[str], s
     return list(below)[:4] or get_close_matches(target, list(endings), n=4, cutoff=0.5)
 
 
-def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec) -> None:
+def load_network(
+    transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec, dims: ModelDims | None = None
+) -> None:
     """Start the adapters from an existing LoRA of any style; layers it has none for start fresh.
 
     A file of another strength is scaled, in B, so that the model starts from the same predictions. A file that states
-    no strength is taken to be of this run's, as the original scripts take it.
+    no strength is taken to be of this run's, as the original scripts take it. Adapters of layers that never get a
+    gradient have no effect, and are left out with a notice.
 
     Raises:
         CheckpointError: it does not fit the model.
@@ -140,7 +144,16 @@ def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: Fa
     modules = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     every = _every_linear(transformer)
     places = match_layers(adapter.pairs, every, spec.export_names["same"], adapter.path)
-    lost = [layer for layer in places.values() if layer not in modules]
+    idle = tuple(f"{module}." for module in spec.modules_without_gradient(dims or spec.dims))
+    without_effect = [layer for layer in places.values() if f"{layer}.".startswith(idle)]
+    if without_effect:
+        print(
+            f"warning: {path} has adapters for {len(without_effect)} layers without any effect in this model, "
+            f"e.g. {without_effect[0]}; they are left out",
+            file=sys.stderr,
+            flush=True,
+        )
+    lost = [layer for layer in places.values() if layer not in modules and layer not in without_effect]
     if lost:
         raise ConfigError(
             f"network_path {path} has adapters for {len(lost)} layers that --target-name leaves out, e.g. {lost[0]}.",
@@ -148,6 +161,8 @@ def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: Fa
         )
     own = strength(config.network_alpha, config.rank, rslora=config.use_rslora)
     for stored, pair in adapter.pairs.items():
+        if places[stored] in without_effect:
+            continue
         module: Any = modules[places[stored]]
         scale = adapter.scale(pair)
         factor = 1.0 if scale is None else scale / own

@@ -68,7 +68,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     if lora:
         add_adapters(adapter.transformer, config, spec, plan.dims, left)
         if config.network_path is not None and not described.get("resume"):
-            load_network(adapter.transformer, config.network_path, config, spec)
+            load_network(adapter.transformer, config.network_path, config, spec, plan.dims)
     else:
         choose_trainable(adapter.transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
     checkpoint_blocks(adapter.transformer, spec.block_classes, config.gradient_checkpointing)

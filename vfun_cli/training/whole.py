@@ -131,13 +131,14 @@ def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | N
     if key is not None and not any(key in kept for kept in moments.values()):
         return None
     piece = _piece(zero, parameter)
+    device = state.accelerator.device  # not DeepSpeed's: with offload that is the CPU, where NCCL sums nothing
     if key == STEP:
-        count = torch.zeros((), device=zero.device)
+        count = torch.zeros((), device=device)
         if piece is not None:
             count += moments[piece.master][key].to(count.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=zero.dp_process_group)
         return count
-    whole = torch.zeros(_numel(parameter), device=zero.device)
+    whole = torch.zeros(_numel(parameter), device=device)
     if piece is not None:
         source = piece.master if key is None else moments[piece.master][key]
         whole.narrow(0, piece.offset, piece.count).copy_(piece.inside(source.detach()))
@@ -156,7 +157,8 @@ def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], momen
         piece.inside(piece.master.data).copy_(weights[name].flatten()[part])
         for key, value in moments_of(name, moments).items():
             if key == STEP:
-                kept[piece.master][key] = value.clone()
+                # Where the master is, as fused AdamW needs it; each master its own, for the optimizer counts in place.
+                kept[piece.master][key] = value.clone().to(piece.master.device)
                 continue
             if kept[piece.master].get(key) is None:
                 kept[piece.master][key] = torch.zeros_like(piece.master.data)

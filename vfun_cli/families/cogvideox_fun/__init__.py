@@ -162,6 +162,8 @@ SPEC = FamilySpec(
     },
     lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
     export_names={"same": unchanged, "diffusers": unchanged},
+    # ComfyUI runs this model in nodes that split a LoRA's keys at the first dot: the original's have one alone.
+    lora_formats={"peft": "peft", "diffusers": "diffusers", "comfyui": "original", "original": "original"},
     demo={
         "image_sample_size": 64,
         "video_sample_size": 64,

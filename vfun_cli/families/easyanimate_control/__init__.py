@@ -234,6 +234,8 @@ V5_1 = FamilySpec(
     demo=DEMO,
     demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
     export_names={"same": released_name, "diffusers": diffusers_name},
+    # diffusers' transformer and pipeline of this model load no LoRA; ComfyUI runs it in the original's own nodes.
+    lora_formats={"peft": "peft", "comfyui": "original", "original": "original"},
     train_modes=TRAIN_MODES,
 )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfun_cli.families.documented import FULL_FINE_TUNE
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_place
 from vfun_cli.families.hunyuanvideo.sizes import (
     PATCH_SIZE,
     SHIFT,
@@ -92,6 +93,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         lora_aliases=_LORA_ALIASES,
         demo=_DEMO,
         export_names={"same": unchanged, "diffusers": unchanged},
+        comfyui_place=comfyui_place,
         **own,
     )
 

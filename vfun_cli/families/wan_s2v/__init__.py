@@ -54,7 +54,7 @@ SPEC = FamilySpec(
     forward_flops=forward_flops,
     attention_flops=attention_flops,
     defaults=DEFAULTS,
-    lora_formats=("peft", "comfyui", "original"),  # diffusers has no Wan-S2V
+    lora_formats={"peft": "peft", "comfyui": "comfyui", "original": "original"},  # diffusers has no Wan-S2V
     lora_defaults={"rank": 64, "network_alpha": 32, "target_name": "q,k,v,ffn.0,ffn.2", "learning_rate": 1e-4},
     demo={
         "video_sample_size": 96,
