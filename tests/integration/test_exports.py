@@ -1,6 +1,7 @@
 """Exported directories load where people load them and predict what was trained, rounded to bf16."""
 
 import importlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tests.integration.matrix import memorised, straight
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
+from vfun_cli.checkpoints.lora_export import open_adapter
+from vfun_cli.checkpoints.lora_files import released_layer
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.demo import default as demo_default
-from vfun_cli.families.spec import FamilySpec, unchanged
+from vfun_cli.families.spec import FamilySpec, Place, unchanged
+from vfun_cli.main import app
 from vfun_cli.resolve import resolve
 from vfun_cli.rundir import RunDir
 from vfun_cli.runplan import load_plan
@@ -89,16 +96,80 @@ def test_the_export_predicts_like_the_trained_weights(
             source = weights[name].read() if name in weights else parameter.numpy()  # frozen ones are in no checkpoint
             parameter.copy_(rounded(source))
 
-    plan = load_plan(config, spec, run.read_run())
-    batch = next(micro_batches(plan, rank=0, first_step=0))
+    expected = prediction_of(live, live.transformer, spec, config, run)
+    torch.testing.assert_close(
+        prediction_of(loaded, loaded.transformer, spec, config, run), expected, rtol=0, atol=1e-6
+    )
+
+
+def prediction_of(adapter: ModelAdapter, transformer: Any, spec: FamilySpec, config: Any, run: RunDir) -> Tensor:
+    """What a transformer says of the run's first clip."""
+    batch = next(micro_batches(load_plan(config, spec, run.read_run()), rank=0, first_step=0))
     samples = [prepared(adapter_of(spec).inputs(each, load_options(config, spec))) for each in batch.requests]
-    predictions = []
-    for adapter in (live, loaded):
-        with torch.no_grad():
-            latents, conditions = encode(adapter, samples, batch_keys(batch.requests))
-            conditions.pop("loss_mask", None)
-            predictions.append(adapter.predict(adapter.transformer, latents, torch.tensor([500]), conditions))
-    torch.testing.assert_close(predictions[1], predictions[0], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        latents, conditions = encode(adapter, samples, batch_keys(batch.requests))
+        conditions.pop("loss_mask", None)
+        return adapter.predict(transformer, latents, torch.tensor([500]), conditions)
+
+
+def through_peft(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
+    return PeftModel.from_pretrained(transformer, str(folder)).base_model.model
+
+
+def through_diffusers(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
+    transformer.load_lora_adapter(load_file(folder / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    return transformer
+
+
+def by_key(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
+    """What ComfyUI and the originals' inference do: W + alpha / rank B A, of a joint layer its rows."""
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    comfyui = any(key.startswith("diffusion_model.") for key in tensors)
+    dims = spec.read_dims(json.loads((Path("vfun-demo") / spec.name / "model" / spec.config_file).read_text()))
+    used = set()
+    for layer, module in transformer.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        place = Place(name=released_layer(layer, spec.export_names["same"]))
+        if comfyui and spec.comfyui_place is not None and "blocks." in layer:
+            place = spec.comfyui_place(layer, dims)
+        name = f"diffusion_model.{place.name}" if comfyui else f"lora_unet__{place.name.replace('.', '_')}"
+        if f"{name}.alpha" in tensors:
+            used.add(name)
+            rows = slice(place.first_row, place.first_row + module.out_features)
+            up, down = tensors[f"{name}.lora_up.weight"].float(), tensors[f"{name}.lora_down.weight"].float()
+            module.weight.data += tensors[f"{name}.alpha"] / len(down) * up[rows] @ down
+    assert used == {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
+    return transformer
+
+
+READERS = {"peft": through_peft, "diffusers": through_diffusers, "comfyui": by_key, "original": by_key}
+LORA_FORMATS = [(spec.name, form) for spec in families.FAMILIES.values() for form in spec.lora_formats]
+
+
+@pytest.mark.parametrize(("family", "form"), LORA_FORMATS)
+def test_a_trained_lora_predicts_the_same_in_every_format(
+    family: str, form: str, trained: Callable[[str], None], tmp_path: Path
+) -> None:
+    trained("single")
+    spec = families.find(family)
+    lora = straight(family, "single", "lora")
+    argv = ["export-bf16", str(lora.last_checkpoint()), "--format", form, "--output", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(app, argv)
+    assert done.exit_code == 0, done.output
+    adapter, config = adapter_from(spec, Path("vfun-demo") / family / "model")
+    run = RunDir(lora.folder)
+    untrained = prediction_of(adapter, adapter.transformer, spec, config, run)
+    found = prediction_of(adapter, READERS[form](adapter.transformer, tmp_path / "out", spec), spec, config, run)
+
+    live, _ = adapter_from(spec, Path("vfun-demo") / family / "model")
+    pairs = open_adapter(lora.last_checkpoint()).pairs
+    for layer, pair in pairs.items():  # rank 64, alpha 32
+        update = 0.5 * rounded(pair.up.read()) @ rounded(pair.down.read())
+        live.transformer.get_submodule(layer).weight.data += update
+    expected = prediction_of(live, live.transformer, spec, config, run)
+    assert len(pairs) > 5 and (expected - untrained).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(DIFFUSERS_CLASSES))

@@ -1,5 +1,6 @@
 """Family x strategy, full and LoRA: trains, falls on a memorised clip, resumes bit-equal, exports."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_a_resumed_run_is_bit_equal_to_the_straight_one(
 @pytest.mark.parametrize(("family", "strategy"), [(family, strategy) for strategy in STRATEGIES for family in FAMILIES])
 def test_lora_trains_whole_adapters_and_nothing_else(family: str, strategy: str, trained: Trained) -> None:
     trained(strategy)
+    trained("single")
     reader = open_checkpoint(straight(family, strategy, "lora").last_checkpoint())
     down = {name for name in reader.weights if ".lora_A." in name}
     up = {name for name in reader.weights if ".lora_B." in name}
@@ -76,6 +78,22 @@ def test_lora_trains_whole_adapters_and_nothing_else(family: str, strategy: str,
     for name, moments in reader.moments.items():
         assert np.abs(moments.exp_avg.read()).max() > 0, f"{name} got no gradient"
     assert set(reader.moments) == down | up
+    expected = open_checkpoint(straight(family, "single", "lora").last_checkpoint()).weights
+    assert {name: tensor.shape for name, tensor in reader.weights.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+
+
+@pytest.mark.parametrize(("family", "strategy"), [(family, strategy) for strategy in STRATEGIES for family in FAMILIES])
+def test_lora_leaves_every_weight_of_the_model_as_it_was(family: str, strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    logs = RunDir(straight(family, strategy, "lora").folder).logs
+    noted = [json.loads(path.read_text()) for path in sorted(logs.glob("frozen-rank-*.json"))]
+    assert len(noted) == (1 if strategy == "single" else 2)
+    for rank in noted:
+        assert rank["before"] == rank["after"]
+        assert len(rank["before"]) > 20
+    assert any(not digest.startswith("0 ") for rank in noted for digest in rank["before"].values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -48,6 +48,21 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(strategy: st
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_adapters_are_the_same_whatever_trained_them(strategy: str, trained: Trained) -> None:
+    trained("single")
+    trained(strategy)
+    runs = extra("lora-fp32", "single"), extra("lora-fp32", strategy)
+    one, two = (losses(run) for run in runs)
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-4)
+    expected, found = (checkpoint(run, 6).weights for run in runs)
+    assert found.keys() == expected.keys() and len(found) > 20
+    for name, source in expected.items():
+        values = source.read()
+        np.testing.assert_allclose(found[name].read(), values, rtol=0, atol=1e-3 * np.abs(values).max(), err_msg=name)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_only_the_named_modules_change_and_all_of_them_learn(strategy: str, trained: Trained) -> None:
     trained(strategy)

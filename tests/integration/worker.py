@@ -6,13 +6,19 @@ group; only what accelerate takes from the environment of a launch (the launch f
 file) is set per run.
 """
 
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor import DTensor
 
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
@@ -25,10 +31,45 @@ def main(list_file: str) -> int:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if run_rank(Path(run_json)):
+        with frozen_weights_noted(RunDir(Path(described["run_dir"]))):
+            failed = run_rank(Path(run_json))
+        if failed:
             print(f"FAILED {run_json}", file=sys.stderr)
             return 1
     return 0
+
+
+@contextmanager
+def frozen_weights_noted(run: RunDir) -> Iterator[None]:
+    """Leave a digest of this rank's frozen weights before and after training in the run's logs."""
+    from vfun_cli.training.trainer import Trainer
+
+    train = Trainer.train
+
+    def noted(self: Trainer, *given: Any) -> int:
+        before = frozen_weights(self.state.model)
+        reason = train(self, *given)
+        content = {"before": before, "after": frozen_weights(self.state.model)}
+        (run.logs / f"frozen-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
+        return reason
+
+    Trainer.train = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train = train  # type: ignore[method-assign]
+
+
+def frozen_weights(model: torch.nn.Module) -> dict[str, str]:
+    """A digest of what lies on this rank of each parameter that is not trained."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            mine: torch.Tensor = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 keeps a part there
+            local = mine.to_local() if isinstance(mine, DTensor) else mine
+            values = local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = f"{local.numel()} {hashlib.sha256(values).hexdigest()}"
+    return found
 
 
 def take_launch_file(path: Path) -> None:
