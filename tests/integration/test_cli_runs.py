@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight, together
+from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.rundir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -129,6 +132,29 @@ def test_zero3_with_offload_trains_and_exports(workplace: Path, trained: Trained
     assert found == pytest.approx(losses(straight(FAMILY, "zero3"))[:4], rel=0.01)
     export = vfun("export-bf16", folder / "checkpoint-4", "--json")
     assert json.loads(subprocess.run(export, capture_output=True, text=True, check=True).stdout)["verified"]
+
+
+def test_lora_with_offload_trains_on_from_a_file_and_resumes_its_dropout(workplace: Path, trained: Trained) -> None:
+    trained("zero3")
+    run = RunDir(Path("lora-offload"))
+    network = straight(FAMILY, "zero3", "lora").last_checkpoint()
+    arguments = options(run.root, max_train_steps=4, checkpointing_steps=2, lora_dropout=0.1, network_path=network)
+    command = vfun("lora", FAMILY, "--demo", "--zero3-offload", *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    def found() -> list[float]:
+        lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    first, adapter = found(), (run.checkpoint(4) / "model" / ADAPTER_FILE).read_bytes()
+    # The same clips as at the first steps of the run that the file came from, which knew nothing then.
+    assert mean(first) < 0.95 * mean(losses(straight(FAMILY, "zero3", "lora"))[:4])
+    shutil.rmtree(run.checkpoint(4))
+    again = subprocess.run(vfun("resume", run.root), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert found() == first
+    assert (run.checkpoint(4) / "model" / ADAPTER_FILE).read_bytes() == adapter
 
 
 def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> None:

@@ -1,0 +1,294 @@
+"""The training step on one GPU at real width: tokens/s, MFU, peak memory, the first size that does not fit, a profile.
+
+    python benchmarks/gpu_step.py                      # both families, as many blocks as fit
+    python benchmarks/gpu_step.py --device cpu --tiny  # the same path at toy width, to see that it runs
+
+The transformer has the released width and fewer blocks; its weights are random, which costs as much as trained ones.
+The clips are real files read through the family's own inputs and the demo's small encoders, once, as a full cache has
+them; steps are the trainer's own. MFU is stated against the data sheet and against this card's measured matrix product.
+Published anchors: 33 % for Wan 14B on 128 Hopper GPUs, 18 to 23 % for plain FSDP. The aim: 45 %.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from plan_sets import write_result
+
+from vfun_cli import families
+from vfun_cli.config import RunConfig
+from vfun_cli.demo import default as demo_default
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.plan.shapes import most_shapes
+from vfun_cli.planning import plan_options
+from vfun_cli.resolve import resolve
+from vfun_cli.rundir import RunDir
+from vfun_cli.training import media
+from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
+from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoding import Sample, outputs_of, prepared
+from vfun_cli.training.meter import Costs, peak_flops, trained_share
+from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.objectives import make_objective
+from vfun_cli.training.optim import choose_trainable
+from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.session import adapter_of, adapter_options, load_options, prepare_state
+from vfun_cli.training.trainer import Trainer
+
+WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "wan-s2v": (
+        {"dim": 5120, "ffn_dim": 13824, "num_heads": 40},
+        {"dim": 64, "ffn_dim": 128, "num_heads": 4},
+        40,
+    ),
+    "cogvideox-fun": (
+        {"num_attention_heads": 48, "attention_head_dim": 64},
+        {"num_attention_heads": 2, "attention_head_dim": 32},
+        42,
+    ),
+}
+"""Released and toy width by the keys of the configuration, and the released number of blocks."""
+
+SHAPES = {"real": ((48, 512, 512), (80, 640, 640)), "tiny": ((8, 64, 64),)}
+"""Frames, height, width; one frame more where the family counts so."""
+MODES = [(checkpointing, compiled) for checkpointing in ("none", "block", "selective") for compiled in (False, True)]
+STEPS, WARM_UP = 8, 3
+BYTES_A_WEIGHT = 18
+"""float32 weight, gradient and two moments, and the bf16 copy of autocast."""
+SHARE_FOR_WEIGHTS = 0.6
+
+
+def matrix_ceiling(device: torch.device) -> float:
+    """FLOP/s of a bf16 product of 8192 x 8192 matrices, the best of ten."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        wait(device)
+        best = min(best, (time.perf_counter() - began) / 5)
+    return 2 * size**3 / best
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+
+
+def write_clip(folder: Path, frames: int, size: int) -> dict[str, Any]:
+    """A video with sound and control, long and large enough."""
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.random((frames, 3, size, size), dtype=np.float32)) * 2 - 1
+    for name in ("clip.mp4", "control.mp4"):
+        media.write_video(folder / name, pixels, Fraction(16))
+    media.write_wav(folder / "sound.wav", rng.standard_normal(frames * 1000).astype(np.float32) / 10, 16000)
+    return {
+        "file_path": str(folder / "clip.mp4"), "control_file_path": str(folder / "control.mp4"),
+        "audio_path": str(folder / "sound.wav"), "text": "waves roll in", "type": "video",
+    }  # fmt: skip
+
+
+class Bench:
+    """One family at one width: its clips, encoded once, and a trainer for each mode."""
+
+    def __init__(self, family: str, device: str, tiny: bool, folder: Path) -> None:
+        self.spec: FamilySpec = families.find(family)
+        given = {"strategy": "single", "device": device, "max_train_steps": 10**6, "lr_scheduler": "constant"}
+        given |= {"report_to": "none", "output_dir": folder / "run", "checkpointing_steps": 10**6}
+        self.config: RunConfig = resolve(
+            "train", self.spec, given, demo=demo_default.make(self.spec), environ={}
+        ).config
+        self.device = torch.device(device)
+        self.adapter = adapter_of(self.spec).from_pretrained(adapter_options(self.config, self.device))
+        wide, narrow, self.most_blocks = WIDTHS[family]
+        small = self.adapter.transformer
+        own = {name: value for name, value in dict(small.config).items() if not name.startswith("_")}
+        self.kind, self.settings = type(small), own | (narrow if tiny else wide)
+        self.record = write_clip(folder, 200, 64 if tiny else 640)
+        self.folder = folder
+
+    def blocks_that_fit(self) -> int:
+        """By the memory of their weights, gradients and moments."""
+        with torch.device("meta"):
+            counts = [
+                sum(p.numel() for p in self.kind.from_config(self.settings | {"num_layers": n}).parameters())
+                for n in (4, 5)
+            ]
+        if self.device.type != "cuda":
+            return 4
+        room = torch.cuda.get_device_properties(self.device).total_memory * SHARE_FOR_WEIGHTS / BYTES_A_WEIGHT
+        return int(min(self.most_blocks, max(4, 4 + (room - counts[0]) // (counts[1] - counts[0]))))
+
+    def loaded(self, shape: tuple[int, int, int]) -> LoadedBatch:
+        """A micro-batch of one clip, as a full cache has it."""
+        frames, height, width = shape
+        frames += self.spec.frame_rule == "4k+1"
+        fields = {field.name for field in self.spec.fields} | {"text", "type"}
+        for row in range(20):
+            request = SampleRequest(
+                key=SampleKey(seed=1, epoch=0, row=row), kind="video", frames=frames, height=height, width=width,
+                record={name: value for name, value in self.record.items() if name in fields}, stride=1,
+                total_frames=200, fps=(16, 1),
+            )  # fmt: skip
+            inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
+            if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
+                break
+        made = outputs_of(self.adapter.encoders, [prepared(inputs)])[0]
+        sample = Sample(inputs=inputs, values={}, found=made)
+        return LoadedBatch(batch=MicroBatch(epoch=0, step=0, index=0, requests=(request,)), samples=[sample])
+
+    def trainer(self, blocks: int, checkpointing: str, compiled: bool) -> Trainer:
+        settings = self.settings | {"num_layers": blocks}
+        with self.device:
+            torch.manual_seed(0)
+            transformer = self.kind.from_config(settings)
+        config, dims = self.config, self.spec.read_dims(settings)
+        self.adapter.transformer = transformer
+        choose_trainable(transformer, (".",), self.spec.modules_without_gradient(dims))
+        checkpoint_blocks(transformer, self.spec.block_classes, checkpointing)
+        if compiled:
+            compile_blocks(transformer, self.spec.block_classes, most_shapes(self.spec, dims, plan_options(config)))
+        accelerator: Any = Accelerator(cpu=self.device.type == "cpu", mixed_precision="bf16")
+        costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
+        idle: Any = SimpleNamespace(reason=lambda: 0)
+        return Trainer(
+            config=config, accelerator=accelerator, adapter=self.adapter, checkpointer=idle, ledger=idle, stop=idle,
+            state=prepare_state(config, self.spec, self.adapter, accelerator), cache=None, total_steps=10**6,
+            objective=make_objective(
+                self.spec.objective, self.spec.objective_options, config.pretrained_model_name_or_path
+            ),
+            description={},
+            metrics=Metrics(
+                RunDir(self.folder), config, costs=costs, peak_flops=None, device=self.device, writes=False,
+                first_step=0, total_steps=10**6,
+            ),
+        )  # fmt: skip
+
+    def measure(self, blocks: int, shape: tuple[int, int, int], checkpointing: str, compiled: bool) -> dict[str, Any]:
+        """Seconds of a step in steady state and what follows from it; ``does not fit`` instead of numbers."""
+        free(self.device)
+        row = {"shape": list(shape), "blocks": blocks, "checkpointing": checkpointing, "compile": compiled}
+        try:
+            loaded = self.loaded(shape)
+            trainer = self.trainer(blocks, checkpointing, compiled)
+            for number in range(WARM_UP):
+                trainer.launch(number, [replace_key(loaded, number)])
+            wait(self.device)
+            began = time.perf_counter()
+            for number in range(WARM_UP, WARM_UP + STEPS):
+                trainer.launch(number, [replace_key(loaded, number)])
+            wait(self.device)
+        except torch.OutOfMemoryError:
+            return {**row, "does_not_fit": True}
+        seconds = (time.perf_counter() - began) / STEPS
+        request = loaded.batch.requests[0]
+        cost = trainer.metrics.costs.of(request.frames, request.height, request.width)
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        return {
+            **row, "tokens": cost.tokens, "seconds": round(seconds, 4), "tokens_per_second": round(cost.tokens / seconds),
+            "tflops": float(f"{cost.flops / seconds / 1e12:.4g}"), "peak_memory_bytes": memory,
+        }  # fmt: skip
+
+    def profile(self, blocks: int, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+        """What the device spends its time on, block checkpointing without compile: the fifteen largest."""
+        from torch.profiler import ProfilerActivity, profile
+
+        free(self.device)
+        loaded, trainer = self.loaded(shape), self.trainer(blocks, "block", False)
+        for number in range(WARM_UP):
+            trainer.launch(number, [loaded])
+        cuda = self.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+            trainer.launch(WARM_UP, [loaded])
+            wait(self.device)
+        key = "self_device_time_total" if cuda else "self_cpu_time_total"
+        events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+        whole = sum(getattr(event, key) for event in events)
+        return [
+            {"kernel": event.key[:100], "share": round(getattr(event, key) / whole, 4), "calls": event.count}
+            for event in events[:15]
+        ]
+
+
+def replace_key(loaded: LoadedBatch, number: int) -> LoadedBatch:
+    """The same clip with the noise and the timestep of another epoch."""
+    (request,) = loaded.batch.requests
+    other = replace(request, key=replace(request.key, epoch=number))
+    return replace(loaded, batch=replace(loaded.batch, requests=(other,)))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy width and clips; nothing is written")
+    parser.add_argument("--families", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    ceiling = matrix_ceiling(device)
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "matrix_product_tflops": round(ceiling / 1e12, 2),
+        "data_sheet_tflops": (peak_flops(device, None) or 0) / 1e12 or None,
+    }
+    print(found, flush=True)
+    with TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        for family in given.families:
+            folder = Path(family).absolute()
+            folder.mkdir()
+            bench = Bench(family, given.device, given.tiny, folder)
+            blocks = bench.blocks_that_fit()
+            rows = []
+            for shape in SHAPES["tiny" if given.tiny else "real"]:
+                for checkpointing, compiled in MODES:
+                    row = bench.measure(blocks, shape, checkpointing, compiled)
+                    if "tflops" in row:
+                        row["mfu_of_matrix_product"] = round(row["tflops"] * 1e12 / ceiling, 4)
+                    rows.append(row)
+                    print(row, flush=True)
+            found[family] = {"width": bench.settings, "rows": rows, "profile": bench.profile(blocks, rows[0]["shape"])}
+            if not given.tiny:
+                found[family]["first_size_that_does_not_fit"] = first_too_large(bench, blocks)
+            print(found[family], flush=True)
+    if not given.tiny:
+        write_result("gpu_step", found)
+
+
+def first_too_large(bench: Bench, blocks: int) -> dict[str, Any] | None:
+    """Squares of 80 frames, 128 pixels larger each time, with block checkpointing."""
+    for side in range(640, 2049, 128):
+        row = bench.measure(blocks, (80, side, side), "block", False)
+        if "does_not_fit" in row:
+            return row
+    return None
+
+
+if __name__ == "__main__":
+    main()
