@@ -41,6 +41,7 @@ from vfun_cli.training.adapter import SampleRequest
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
 from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoding import Sample, outputs_of, prepared
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
@@ -56,8 +57,8 @@ WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         40,
     ),
     "cogvideox-fun": (
-        {"num_attention_heads": 48, "attention_head_dim": 64},
-        {"num_attention_heads": 2, "attention_head_dim": 32},
+        {"num_attention_heads": 48, "attention_head_dim": 64, "use_rotary_positional_embeddings": True},
+        {"num_attention_heads": 2, "attention_head_dim": 32, "use_rotary_positional_embeddings": True},
         42,
     ),
 }
@@ -126,9 +127,9 @@ class Bench:
         self.device = torch.device(device)
         self.adapter = adapter_of(self.spec).from_pretrained(adapter_options(self.config, self.device))
         wide, narrow, self.most_blocks = WIDTHS[family]
-        small = self.adapter.transformer
-        own = {name: value for name, value in dict(small.config).items() if not name.startswith("_")}
-        self.kind, self.settings = type(small), own | (narrow if tiny else wide)
+        stated = read_json(adapter_options(self.config, self.device).model_dir / self.spec.config_file)
+        own = {name: value for name, value in stated.items() if not name.startswith("_") and name != "model_type"}
+        self.kind, self.settings = type(self.adapter.transformer), own | (narrow if tiny else wide)
         self.record = write_clip(folder, 200, 64 if tiny else 640)
         self.folder = folder
 
@@ -136,8 +137,7 @@ class Bench:
         """By the memory of their weights, gradients and moments."""
         with torch.device("meta"):
             counts = [
-                sum(p.numel() for p in self.kind.from_config(self.settings | {"num_layers": n}).parameters())
-                for n in (4, 5)
+                sum(p.numel() for p in self.kind(**self.settings | {"num_layers": n}).parameters()) for n in (4, 5)
             ]
         if self.device.type != "cuda":
             return 4
@@ -166,7 +166,7 @@ class Bench:
         settings = self.settings | {"num_layers": blocks}
         with self.device:
             torch.manual_seed(0)
-            transformer = self.kind.from_config(settings)
+            transformer = self.kind(**settings)
         config, dims = self.config, self.spec.read_dims(settings)
         self.adapter.transformer = transformer
         choose_trainable(transformer, (".",), self.spec.modules_without_gradient(dims))
@@ -210,9 +210,13 @@ class Bench:
         cost = trainer.metrics.costs.of(request.frames, request.height, request.width)
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         return {
-            **row, "tokens": cost.tokens, "seconds": round(seconds, 4), "tokens_per_second": round(cost.tokens / seconds),
-            "tflops": float(f"{cost.flops / seconds / 1e12:.4g}"), "peak_memory_bytes": memory,
-        }  # fmt: skip
+            **row,
+            "tokens": cost.tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(cost.tokens / seconds),
+            "tflops": float(f"{cost.flops / seconds / 1e12:.4g}"),
+            "peak_memory_bytes": memory,
+        }
 
     def profile(self, blocks: int, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
         """What the device spends its time on, block checkpointing without compile: the fifteen largest."""
