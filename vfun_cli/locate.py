@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.config import default_of
 from vfun_cli.demo.default import OUTPUT_DIR as DEMO_OUTPUT_DIR
 from vfun_cli.errors import CheckpointError
@@ -50,6 +51,24 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
         return _newest(RunDir(path))
     manifest.verify(path, deep=False)
     return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
+
+
+def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
+    """A checkpoint that accelerate's save_state left for the original scripts, or None.
+
+    It has neither our manifest nor our folders; an incomplete one of ours has the latter.
+    """
+    path = next((each for each in (Path(name), output_dir / name) if each.is_dir()), None)
+    if path is None or any((path / ours).exists() for ours in ("model", STATE_FILE, manifest.MANIFEST)):
+        return None
+    theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
+    return path if any(each.exists() for each in theirs) else None
+
+
+def model_directory() -> Path | None:
+    """The model that the environment or vfun.toml names."""
+    named = setting("pretrained_model_name_or_path", os.environ, Path())
+    return None if named is None else Path(named)
 
 
 def _newest(run: RunDir) -> Found:

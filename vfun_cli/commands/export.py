@@ -40,13 +40,14 @@ def export_bf16(
             "diffusers (load_lora_weights), comfyui, original (the original scripts' inference).",
         ),
     ] = "same",
+    dtype: Annotated[str, typer.Option("--dtype", help="Type of the weights: bf16, fp16 or fp32.")] = "bf16",
     merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA: write the base with the adapter in it.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average (--use-ema).")] = False,
     model: Annotated[
         Path | None,
         typer.Option(
             "--pretrained-model-name-or-path",
-            help="Model directory the run started from, if it has moved.",
+            help="Model directory the run started from: if it has moved, or for a checkpoint of the original scripts.",
             show_default=False,
         ),
     ] = None,
@@ -71,45 +72,55 @@ def export_bf16(
 
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")
-    found = locate.checkpoint(checkpoint, output_dir=locate.default_output_dir(demo=demo))
-    state = open_checkpoint(found.checkpoint).state
-    spec = families.find(state["family"])
+    output_dir = locate.default_output_dir(demo=demo)
+    original = locate.original_checkpoint(checkpoint, output_dir=output_dir)
+    path = original or locate.checkpoint(checkpoint, output_dir=output_dir).checkpoint
+    state = open_checkpoint(path).state
+    if original is None:
+        spec = families.find(state["family"])
+        released = spec.export_names["same"]
+        trained = model or Path(state["run_config"]["pretrained_model_name_or_path"])
+    else:  # their parameters have the released names
+        spec, trained = _what_was_trained(original, model or locate.model_directory())
+        released = unchanged
     is_lora = state.get("kind") == "lora"
     _check_format(format, spec, is_lora=is_lora, merge=merge)
-    target = output or found.checkpoint.with_name(found.checkpoint.name + "-outputs")
+    target = output or path.with_name(path.name + "-outputs")
     weights: lora_export.Weights = "ema" if ema else "trained"
-    released = spec.export_names["same"]
     result: ExportResult
     if is_lora and not merge:
         result = lora_export.export_adapter(
-            found.checkpoint,
+            path,
             target,
             format="peft" if format == "same" else spec.lora_formats[format],
             released=released,
-            place=_comfyui_places(spec, found.checkpoint),
+            place=_comfyui_places(spec, path),
+            dtype=dtype,
             weights=weights,
             overwrite=overwrite,
         )
     else:
-        base = _base_directory(model or Path(state["run_config"]["pretrained_model_name_or_path"]), spec)
+        base = _base_directory(trained, spec)
         if merge:
             result = lora_export.merge_adapter(
-                found.checkpoint,
+                path,
                 target,
                 base_dir=base,
                 released=released,
                 max_shard_size=max_shard_size,
+                dtype=dtype,
                 weights=weights,
                 overwrite=overwrite,
             )
         else:
             result = export(
-                found.checkpoint,
+                path,
                 target,
                 base_dir=base,
                 names=released,
                 output_names=unchanged if format == "same" else spec.export_names[format],
                 max_shard_size=max_shard_size,
+                dtype=dtype,
                 overwrite=overwrite,
                 weights=weights,
             )
@@ -126,6 +137,23 @@ def export_bf16(
         console.out.print(
             f"{result.tensors} tensors, {result.bytes:,} bytes, verified -> {result.output}", soft_wrap=True
         )
+
+
+def _what_was_trained(checkpoint: Path, model: Path | None) -> tuple["FamilySpec", Path]:
+    """The family of a checkpoint of the original scripts, which does not say it, from the model's directory.
+
+    Raises CheckpointError without such a directory.
+    """
+    from vfun_cli.families import detect
+
+    fitting = [] if model is None else detect.fitting(model, families.FAMILIES.values())
+    if model is None or not fitting:
+        what = "" if model is None else f" {model} holds no model of a known family."
+        raise CheckpointError(
+            f"{checkpoint} is a checkpoint of the original scripts, which does not say what was trained.{what}",
+            hint="Name the directory of the model that was trained: --pretrained-model-name-or-path DIR",
+        )
+    return families.find(fitting[0]), model
 
 
 def _comfyui_places(spec: "FamilySpec", checkpoint: Path) -> "Callable[[str], Place] | None":
