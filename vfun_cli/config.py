@@ -353,7 +353,12 @@ class RunConfig:
     ] = 1
     low_vram: Annotated[
         bool,
-        Opt(help="Keep the encoders off the accelerator except while they work.", panel=MEMORY, on_resume="harmless"),
+        Opt(
+            help="Keep the encoders off the accelerator except while they work; a text encoder that the ranks share "
+            "(FSDP, ZeRO-3) stays.",
+            panel=MEMORY,
+            on_resume="harmless",
+        ),
     ] = False
 
     peak_tflops: Annotated[

@@ -62,7 +62,7 @@ def outputs_of(encoders: Encoders, samples: Sequence[Sample], cache: Cache | Non
     outputs: list[dict[str, Output]] = [
         {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
     ]
-    jobs: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    jobs: dict[str, list[tuple[int, str]]] = defaultdict(list, {name: [] for name in encoders.together})
     for index, sample in enumerate(samples):
         for name, value in sample.values.items():
             encoder = sample.inputs[name].encoder

@@ -23,6 +23,7 @@ from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
 from vfun_cli.training.data import load_ahead
 from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.encoders.spread import Spread
 from vfun_cli.training.files import ALL_LOADED, LeftInFiles, fill_shards
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.loading import read_json
@@ -59,6 +60,8 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     left = LeftInFiles()
     with left.transformer() if config.strategy == "fsdp" else nullcontext():
         adapter = adapter_class.from_pretrained(adapter_setting)
+    if config.strategy.startswith(("fsdp", "zero3")) and accelerator.num_processes > 1:
+        adapter.encoders.spread_over(Spread.over_all_ranks(accelerator.device))
     cache = None
     if config.cache is None:
         adapter.encoders.load()

@@ -157,6 +157,7 @@ class TextToVideoAdapter(HunyuanVideoAdapter):
             load=lambda: LlamaPrompt.from_folders(model, tokenizer, dtype=dtype, max_length=PROMPT_TOKENS),
             files=(model, tokenizer),
             settings=f"{dtype} {PROMPT_TOKENS}",
+            filler="",
         )
 
     @classmethod
@@ -179,6 +180,7 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
             ),
             files=folders,
             settings=f"{dtype} {PROMPT_TOKENS} {IMAGE_INTERLEAVE}",
+            filler=("", torch.zeros(1, 3, 64, 64)),
         )
 
     @classmethod

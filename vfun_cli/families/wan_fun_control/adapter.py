@@ -130,6 +130,7 @@ class WanFunControlAdapter:
                     load=lambda: UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=TEXT_TOKENS),
                     files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
                     settings=f"{dtype} {TEXT_TOKENS}",
+                    filler="",
                 ),
             },
             options.device,

@@ -213,6 +213,7 @@ class WanS2VAdapter:
                     load=load_text,
                     files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
                     settings=f"{dtype} {config['text_len']}",
+                    filler="",
                 ),
                 "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
             },

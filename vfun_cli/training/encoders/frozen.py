@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vfun_cli.training.encoders.placement import encoding_on
+from vfun_cli.training.encoders.spread import Spread
 
 Output = dict[str, Tensor]
 """What an encoder makes of one input, by the encoder's names; the tensors of a VAE are ``mean`` and ``std``."""
@@ -32,6 +33,8 @@ class Source:
     """Files and folders that its outputs depend on."""
     settings: str
     """What else they depend on, such as its dtype."""
+    filler: Any = None
+    """Of a large encoder, which ranks may share: what a rank without inputs of its own reads while the others work."""
 
 
 class Encoders(Mapping[str, Any]):
@@ -42,11 +45,14 @@ class Encoders(Mapping[str, Any]):
         self.device = device
         self.low_vram = low_vram
         self.loaded: dict[str, Any] = {}
+        self.spread: Spread | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The encoder itself, loaded now if it was not."""
         if name not in self.loaded:
             self.loaded[name] = self.sources[name].load()
+            if self.spread is not None and name in self.together:
+                self.spread.shard(self.loaded[name])
         return self.loaded[name]
 
     def __iter__(self) -> Any:
@@ -57,16 +63,31 @@ class Encoders(Mapping[str, Any]):
         """How many there are, loaded or not."""
         return len(self.sources)
 
+    def spread_over(self, ranks: Spread) -> None:
+        """Share the large encoders among ranks; before any is loaded. From now on the ranks run them together."""
+        self.spread = ranks
+
+    @property
+    def together(self) -> list[str]:
+        """The encoders that all ranks run at once, with or without inputs of their own."""
+        return [name for name, source in self.sources.items() if self.spread and source.filler is not None]
+
     def load(self) -> None:
         """All that are not there yet. Raises CheckpointError if a part is missing or does not fit."""
         for name in self.sources:
             self[name]
 
     def run(self, name: str, inputs: Sequence[Any]) -> list[Output]:
-        """What the encoder makes of the inputs, on its device."""
-        if not inputs:
+        """What the encoder makes of the inputs, on its device.
+
+        One of ``together`` computes as often on every rank, and stays on the device, where it takes a part of its size.
+        """
+        shared = name in self.together
+        count = self.spread.most(len(inputs)) if self.spread is not None and shared else len(inputs)
+        if count == 0:
             return []
+        read = [*inputs, *[self.sources[name].filler] * (count - len(inputs))]
         module = self[name]
-        with encoding_on(module, self.device, low_vram=self.low_vram):
-            found: list[Output] = module.outputs(inputs)
-        return found
+        with encoding_on(module, self.device, low_vram=self.low_vram and not shared):
+            found: list[Output] = module.outputs(read)
+        return found[: len(inputs)]

@@ -68,7 +68,7 @@ def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
 
 
 def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> Source:
-    """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens.
+    """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens. Ranks may share it.
 
     Raises CheckpointError at once for a folder that is not there: loading comes after gigabytes of other parts.
     """
@@ -82,4 +82,5 @@ def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype
         load=lambda: load(model, tokenizer, dtype=dtype, length=length),
         files=(model, tokenizer),
         settings=f"{dtype} {length}",
+        filler="",
     )

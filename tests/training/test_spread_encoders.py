@@ -1,0 +1,50 @@
+"""Text encoders that two ranks share give what whole ones give, whatever each rank has to encode."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vfun_cli import families
+from vfun_cli.demo import default as demo_default
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("spread_worker.py")
+FAMILIES = tuple(families.FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spread")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for spec in families.FAMILIES.values():
+            demo_default.make(spec)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ran = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_spread_text_encoder_says_what_the_whole_one_says(family: str, folder: Path) -> None:
+    ranks = [torch.load(folder / f"{family}-{rank}.pt") for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys() and len(ranks[0]) >= 1
+    for name in ranks[0]:
+        for found, calls in zip(ranks, ([1, 2, 1], [1, 1, 0]), strict=True):
+            assert [len(call) for call in found[name]["shared"]] == calls
+            for number, (alone, shared) in enumerate(zip(found[name]["alone"], found[name]["shared"], strict=True)):
+                # A rank that fills up computes a larger batch, which may round bfloat16 otherwise.
+                tolerance = 0.02 if number else 0.0
+                for one, other in zip(alone, shared, strict=True):
+                    assert one.keys() == other.keys()
+                    for key in one:
+                        torch.testing.assert_close(other[key], one[key], rtol=0, atol=tolerance)
+        parts = [found[name]["here"] for found in ranks]
+        assert max(parts) < 0.6 * ranks[0][name]["everything"]
+        assert ranks[0][name]["everything"] <= sum(parts)

@@ -1,0 +1,52 @@
+"""A large text encoder spread over the ranks, where the strategy spreads the transformer.
+
+Each rank keeps a part of every block and gathers a block's weights while it computes, so the ranks run such an encoder
+together: all of them, equally often, or each would wait for the others for ever.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The ranks that share an encoder."""
+
+    mesh: DeviceMesh
+    hosts: Any
+    """A process group on which the ranks agree without waiting for what is queued on their devices."""
+
+    @classmethod
+    def over_all_ranks(cls, device: torch.device) -> "Spread":
+        """Collective: every rank of the job calls it."""
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return cls(mesh=mesh, hosts=dist.new_group(backend="gloo"))
+
+    def shard(self, encoder: nn.Module) -> None:
+        """Leave this rank its part of each block, on its device; the weights come back together block by block."""
+        model = encoder.get_submodule("model")
+        for block in _blocks(model):
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        kind = type(model)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        # transformers looks up what a model can give (its hidden states) by how its class is printed.
+        type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
+
+    def most(self, count: int) -> int:
+        """The largest count of any rank."""
+        counts = torch.tensor([count])
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self.hosts)
+        return int(counts)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost lists of modules."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
