@@ -11,6 +11,14 @@ from safetensors.numpy import save_file
 from write_sample import FROZEN, SHAPES, sample_moments, sample_weights
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever reads ``samples`` waits for a launch."""
+    for item in items:
+        if "samples" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one checkpoint per strategy, all of the same weights."""

@@ -82,7 +82,7 @@ def export_adapter(
     adapter = open_adapter(checkpoint, weights)
     if format in WITHOUT_DORA and any(pair.magnitude for pair in adapter.pairs.values()):
         raise ConfigError(
-            f"--format {format} cannot carry DoRA's magnitudes.",
+            f"LoRA files of the {format} style cannot carry DoRA's magnitudes.",
             hint="Use --merge, --format peft or --format diffusers.",
         )
     if format == "comfyui" and place is not None:
