@@ -213,6 +213,13 @@ def test_conditions_are_kept_as_often_as_the_released_models_saw_them(modes, exp
     assert shares(**modes) == pytest.approx(expected, abs=0.025)
 
 
+def test_images_keep_their_only_picture() -> None:
+    keys = [SampleKey(seed=3, epoch=0, row=row) for row in range(200)]
+    for mode in ("first_frame", "random"):
+        choices = [choose(key, 1, train_mode="inpaint", control_ref_image=mode) for key in keys]
+        assert all(choice.start and not choice.reference for choice in choices)
+
+
 def test_a_random_picture_is_frame_0_or_evenly_a_later_one():
     picked = [choose(key, 5, train_mode="control_ref", control_ref_image="random").picture for key in keys(4000)]
     assert [picked.count(i) / 4000 for i in range(5)] == pytest.approx([0.4, 0.15, 0.15, 0.15, 0.15], abs=0.025)

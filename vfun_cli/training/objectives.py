@@ -1,5 +1,6 @@
 """The mathematics of training: what noise is added, what is predicted, how the error counts. All in float32."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ class DDPM:
     alphas_cumprod: Tensor
     """[1000] float32"""
     prediction_type: str
+    outlier: float = math.inf
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """noisy = sqrt(a) x + sqrt(1 - a) n; target is v = sqrt(a) n - sqrt(1 - a) x, or the noise."""
@@ -110,8 +112,9 @@ class DDPM:
         )
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """Plain mean squared error."""
-        return _weighted_mean((prediction.float() - target).square(), mask)
+        """Mean squared error over elements; outliers, where the family has them, count as zero."""
+        difference = prediction.float() - target
+        return _weighted_mean(difference.square() * (difference.abs() <= self.outlier), mask)
 
 
 def make_objective(name: str, settings: Mapping[str, Any], model_dir: Path) -> Objective:
@@ -135,7 +138,7 @@ def _ddpm(settings: Mapping[str, Any], model_dir: Path) -> Objective:
     kind = scheduler.config.prediction_type
     if kind not in ("v_prediction", "epsilon"):
         raise CheckpointError(f"{folder}: prediction_type {kind!r} cannot be trained; known: v_prediction, epsilon.")
-    return DDPM(alphas_cumprod=scheduler.alphas_cumprod.float(), prediction_type=kind)
+    return DDPM(alphas_cumprod=scheduler.alphas_cumprod.float(), prediction_type=kind, **settings)
 
 
 OBJECTIVES: dict[str, Callable[[Mapping[str, Any], Path], Objective]] = {

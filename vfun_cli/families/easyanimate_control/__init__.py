@@ -245,7 +245,7 @@ V5 = replace(
     summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
     adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
     objective="ddpm",
-    objective_options={},  # betas and prediction type are in the model directory's scheduler/
+    objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
     dims=read_dims(
         {
             "num_attention_heads": 48,
@@ -267,7 +267,7 @@ V5 = replace(
         "train_mode": "control",
     },
     demo_builder="vfun_cli.demo.easyanimate_control:build_v5",
-    train_modes=TRAIN_MODES[::-1],
+    train_modes=("control",),
 )
 
 SPECS = {spec.name: spec for spec in (V5_1, V5)}

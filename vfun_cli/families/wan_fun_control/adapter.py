@@ -53,14 +53,15 @@ class Choice:
 def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: str) -> Choice:
     """Draw one sample's conditions.
 
-    A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both.
+    A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both. Images keep
+    theirs.
     """
     picture = picture_frame(key, frames, control_ref_image)
     with_picture = has_picture(train_mode)
     return Choice(
         picture=picture,
         control=not key.chance("drop control", DROP),
-        start=with_picture and picture == 0 and not key.chance("drop start", DROP),
+        start=with_picture and picture == 0 and (frames == 1 or not key.chance("drop start", DROP)),
         reference=with_picture and picture > 0 and not key.chance("drop reference", DROP),
         image=with_picture and not key.chance("drop image", DROP),
     )
