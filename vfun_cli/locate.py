@@ -38,10 +38,8 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
     """
     if name is None or name == "latest":
         return _newest(RunDir(output_dir))
-    path = Path(name)
-    if not path.exists() and (output_dir / name).exists():
-        path = output_dir / name
-    if not path.exists():
+    path = _existing(name, output_dir)
+    if path is None:
         near = ", ".join(found.name for found in manifest.checkpoints(output_dir)[-5:]) or "none"
         raise CheckpointError(
             f"there is no {name}, neither here nor in {output_dir}.",
@@ -58,7 +56,7 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
 
     It has neither our manifest nor our folders; an incomplete one of ours has the latter.
     """
-    path = next((each for each in (Path(name), output_dir / name) if each.is_dir()), None)
+    path = _existing(name, output_dir)
     if path is None or any((path / ours).exists() for ours in ("model", STATE_FILE, manifest.MANIFEST)):
         return None
     theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
@@ -69,6 +67,11 @@ def model_directory() -> Path | None:
     """The model that the environment or vfun.toml names."""
     named = setting("pretrained_model_name_or_path", os.environ, Path())
     return None if named is None else Path(named)
+
+
+def _existing(name: str, output_dir: Path) -> Path | None:
+    """What people mean by a path or a bare name."""
+    return next((path for path in (Path(name), output_dir / name) if path.exists()), None)
 
 
 def _newest(run: RunDir) -> Found:

@@ -55,7 +55,7 @@ def settings(family: str, **given: Any) -> dict[str, Any]:
 def test_files_of_the_original_start_a_run_with_their_predictions(file: str, base: Path) -> None:
     config = options(target_name=("to_q", "to_k", "to_v"))
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / file, config, SPEC)
+    load_network(model, GOLDEN / file, config, SPEC, SPEC.dims)
     expected = load_file(GOLDEN / FILES[file] / "io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
     assert (predict(load_model(base)) - expected).abs().max() > 1e-3  # the adapter matters
@@ -64,7 +64,7 @@ def test_files_of_the_original_start_a_run_with_their_predictions(file: str, bas
 def test_a_file_of_another_strength_starts_with_the_same_predictions(base: Path) -> None:
     config = options(target_name=("to_q", "to_k", "to_v"), network_alpha=4.0)
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC)
+    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims)
     expected = load_file(GOLDEN / "lora_kohya/io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
 
@@ -72,7 +72,7 @@ def test_a_file_of_another_strength_starts_with_the_same_predictions(base: Path)
 def test_layers_the_file_does_not_hold_start_fresh(base: Path) -> None:
     config = options()
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC)
+    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims)
     expected = load_file(GOLDEN / "lora_kohya/io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
 
@@ -80,7 +80,9 @@ def test_layers_the_file_does_not_hold_start_fresh(base: Path) -> None:
 def test_a_file_with_layers_that_are_not_trained_is_refused(base: Path) -> None:
     config = options(target_name=("to_q",))
     with pytest.raises(ConfigError, match=r"4 layers that --target-name leaves out") as caught:
-        load_network(with_adapters(base, config), GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC)
+        load_network(
+            with_adapters(base, config), GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims
+        )
     assert caught.value.hint is not None and "to_" in caught.value.hint
 
 
@@ -89,7 +91,7 @@ def test_a_file_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     save_file({f"double_{name}": value for name, value in stored.items()}, tmp_path / "other.safetensors")
     config = options()
     with pytest.raises(CheckpointError, match="6 of 6 adapters are for layers that this model does not have"):
-        load_network(with_adapters(base, config), tmp_path / "other.safetensors", config, SPEC)
+        load_network(with_adapters(base, config), tmp_path / "other.safetensors", config, SPEC, SPEC.dims)
 
 
 def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
@@ -111,7 +113,7 @@ def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
         for side, shape in (("A", (2, 8)), ("B", (8, 2)))
     }
     save_file(stored, tmp_path / "all.safetensors")
-    load_network(model, tmp_path / "all.safetensors", config, spec)
+    load_network(model, tmp_path / "all.safetensors", config, spec, spec.dims)
     assert "1 layers without any effect in this model, e.g. transformer_blocks.1.add_q_proj" in capsys.readouterr().err
     loaded = {name for name, value in model.named_parameters() if ".lora_B." in name and (value == 1).all()}
     assert loaded == {f"{layer}.lora_B.default.weight" for layer in layers[:3]}

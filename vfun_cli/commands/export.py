@@ -94,7 +94,7 @@ def export_bf16(
             target,
             format="peft" if format == "same" else spec.lora_formats[format],
             released=released,
-            place=_comfyui_places(spec, path),
+            place=_comfyui_places(spec, path) if format == "comfyui" else None,
             dtype=dtype,
             weights=weights,
             overwrite=overwrite,

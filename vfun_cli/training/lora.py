@@ -103,11 +103,17 @@ def choose_layers(
                 hint="Name endings such as to_q or attn1.to_q, comma-separated.",
             )
         chosen |= found
-    idle = tuple(f"{module}." for module in without_gradient)
-    layers = [layer for layer in linear if layer in chosen and not f"{layer}.".startswith(idle)]
+    idle = _inside(linear, without_gradient)
+    layers = [layer for layer in linear if layer in chosen and layer not in idle]
     if not layers:
         raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
     return layers
+
+
+def _inside(layers: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The layers that are one of the modules or lie in one."""
+    starts = tuple(f"{module}." for module in modules)
+    return [layer for layer in layers if f"{layer}.".startswith(starts)]
 
 
 def _ends(name: str, target: str) -> bool:
@@ -127,9 +133,7 @@ def _near_misses(linear: Sequence[str], target: str, released: Callable[[str], s
     return list(below)[:4] or get_close_matches(target, list(endings), n=4, cutoff=0.5)
 
 
-def load_network(
-    transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec, dims: ModelDims | None = None
-) -> None:
+def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> None:
     """Start the adapters from an existing LoRA of any style; layers it has none for start fresh.
 
     A file of another strength is scaled, in B, so that the model starts from the same predictions. A file that states
@@ -144,8 +148,8 @@ def load_network(
     modules = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     every = _every_linear(transformer)
     places = match_layers(adapter.pairs, every, spec.export_names["same"], adapter.path)
-    idle = tuple(f"{module}." for module in spec.modules_without_gradient(dims or spec.dims))
-    without_effect = [layer for layer in places.values() if f"{layer}.".startswith(idle)]
+    absent = [layer for layer in places.values() if layer not in modules]
+    without_effect = _inside(absent, spec.modules_without_gradient(dims))
     if without_effect:
         print(
             f"warning: {path} has adapters for {len(without_effect)} layers without any effect in this model, "
@@ -153,7 +157,7 @@ def load_network(
             file=sys.stderr,
             flush=True,
         )
-    lost = [layer for layer in places.values() if layer not in modules and layer not in without_effect]
+    lost = [layer for layer in absent if layer not in without_effect]
     if lost:
         raise ConfigError(
             f"network_path {path} has adapters for {len(lost)} layers that --target-name leaves out, e.g. {lost[0]}.",
@@ -161,9 +165,9 @@ def load_network(
         )
     own = strength(config.network_alpha, config.rank, rslora=config.use_rslora)
     for stored, pair in adapter.pairs.items():
-        if places[stored] in without_effect:
+        module: Any = modules.get(places[stored])
+        if module is None:  # without effect
             continue
-        module: Any = modules[places[stored]]
         scale = adapter.scale(pair)
         factor = 1.0 if scale is None else scale / own
         _fill(module.lora_A[ADAPTER].weight, pair.down, stored)

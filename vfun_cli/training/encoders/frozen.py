@@ -51,8 +51,9 @@ class Encoders(Mapping[str, Any]):
         """The encoder itself, loaded now if it was not."""
         if name not in self.loaded:
             self.loaded[name] = self.sources[name].load()
-            if self.spread is not None and name in self.together:
-                self.spread.shard(self.loaded[name])
+            ranks = self._sharing(name)
+            if ranks is not None:
+                ranks.shard(self.loaded[name])
         return self.loaded[name]
 
     def __iter__(self) -> Any:
@@ -70,7 +71,11 @@ class Encoders(Mapping[str, Any]):
     @property
     def together(self) -> list[str]:
         """The encoders that all ranks run at once, with or without inputs of their own."""
-        return [name for name, source in self.sources.items() if self.spread and source.filler is not None]
+        return [name for name in self.sources if self._sharing(name) is not None]
+
+    def _sharing(self, name: str) -> Spread | None:
+        """The ranks that run this encoder together; None if each has its own."""
+        return None if self.sources[name].filler is None else self.spread
 
     def load(self) -> None:
         """All that are not there yet. Raises CheckpointError if a part is missing or does not fit."""
@@ -82,12 +87,12 @@ class Encoders(Mapping[str, Any]):
 
         One of ``together`` computes as often on every rank, and stays on the device, where it takes a part of its size.
         """
-        shared = name in self.together
-        count = self.spread.most(len(inputs)) if self.spread is not None and shared else len(inputs)
+        ranks = self._sharing(name)
+        count = len(inputs) if ranks is None else ranks.most(len(inputs))
         if count == 0:
             return []
         read = [*inputs, *[self.sources[name].filler] * (count - len(inputs))]
         module = self[name]
-        with encoding_on(module, self.device, low_vram=self.low_vram and not shared):
+        with encoding_on(module, self.device, low_vram=self.low_vram and ranks is None):
             found: list[Output] = module.outputs(read)
         return found[: len(inputs)]
