@@ -1,14 +1,13 @@
 """Checkpoints written by the real engines, made once per session."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from write_sample import FROZEN, SHAPES, sample_moments, sample_weights
+
+from tests.two_ranks import run_on_two_ranks
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,11 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one checkpoint per strategy, all of the same weights."""
     directory = tmp_path_factory.mktemp("samples")
-    script = Path(__file__).with_name("write_sample.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([*command, str(directory)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_on_two_ranks(Path(__file__).with_name("write_sample.py"), directory)
     model = directory / "single" / "model"
     model.mkdir(parents=True)
     save_file(sample_weights(), model / "model.safetensors")

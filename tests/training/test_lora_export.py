@@ -162,15 +162,13 @@ def test_exports_are_bf16(plain: Trained, tmp_path: Path) -> None:
         assert matrices == {torch.bfloat16}
 
 
-def wan_adapter(folder: Path) -> Path:
-    """A LoRA checkpoint of a Wan2.1-Fun block, by hand: rank 2, alpha 1."""
-    layers = ["attn1.to_q", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj"]
+def adapter_of_layers(folder: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
+    """A LoRA checkpoint by hand, for layers of these [out, in] features: rank 2, alpha 1."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"base_model.model.blocks.0.{layer}.lora_{side}.weight": torch.randn(shape, generator=generator)
-        for layer in layers
-        for side, shape in (("A", (2, 8)), ("B", (8, 2)))
-    }
+    tensors = {}
+    for layer, (rows, columns) in layers.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
     model = folder / "checkpoint-1/model"
     model.mkdir(parents=True)
     save_file(tensors, model / "adapter_model.safetensors")
@@ -183,7 +181,8 @@ def product(tensors: dict[str, Tensor], layer: str) -> Tensor:
 
 
 def test_wan_layers_get_their_released_names_and_diffusers_reads_them_at_the_right_strength(tmp_path: Path) -> None:
-    checkpoint = wan_adapter(tmp_path)
+    layers = ("attn1.to_q", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj")
+    checkpoint = adapter_of_layers(tmp_path, {f"blocks.0.{layer}": (8, 8) for layer in layers})
     stored = load_file(checkpoint / "model/adapter_model.safetensors")
     for format, key in (
         ("comfyui", "diffusion_model.blocks.0.self_attn.q.alpha"),
@@ -221,24 +220,11 @@ HUNYUAN_LAYERS = {
     "single_transformer_blocks.2.attn.to_k": (3072, 3072),
     "single_transformer_blocks.2.proj_out": (3072, 15360),
 }
-
-
-def hunyuan_adapter(folder: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
-    """Rank 2, alpha 1, at the width that diffusers' reader of joint layers takes for granted."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer, (rows, columns) in layers.items():
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
-    model = folder / "checkpoint-1/model"
-    model.mkdir(parents=True)
-    save_file(tensors, model / "adapter_model.safetensors")
-    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
-    return model.parent
+"""At the width that diffusers' reader of joint layers takes for granted."""
 
 
 def test_layers_that_comfyui_joins_become_one_with_the_same_update(tmp_path: Path) -> None:
-    checkpoint = hunyuan_adapter(tmp_path, HUNYUAN_LAYERS)
+    checkpoint = adapter_of_layers(tmp_path, HUNYUAN_LAYERS)
     stored = load_file(checkpoint / "model/adapter_model.safetensors")
     folder = export_adapter(
         checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN), dtype="fp32"
@@ -271,7 +257,7 @@ def test_layers_that_comfyui_joins_become_one_with_the_same_update(tmp_path: Pat
 
 
 def test_a_layer_that_comfyui_loads_no_lora_for_is_refused(tmp_path: Path) -> None:
-    checkpoint = hunyuan_adapter(tmp_path, {"proj_out": (64, 3072)})
+    checkpoint = adapter_of_layers(tmp_path, {"proj_out": (64, 3072)})
     with pytest.raises(ConfigError, match="ComfyUI loads no LoRA for proj_out"):
         export_adapter(
             checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN)

@@ -1,9 +1,6 @@
 """Adapters under FSDP2, ZeRO-3 and ZeRO-2 with two processes: whole files, exact to restore, whatever sharded them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,8 @@ import torch
 from lora_sample import model_directory
 from lora_worker import STRATEGIES
 from safetensors.torch import load_file
+
+from tests.two_ranks import run_on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -21,10 +20,7 @@ WORKER = Path(__file__).with_name("lora_worker.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     model_directory(folder / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ran = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-5000:]
+    run_on_two_ranks(WORKER, folder)
     return folder
 
 

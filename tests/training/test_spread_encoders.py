@@ -1,13 +1,11 @@
 """Text encoders that two ranks share give what whole ones give, whatever each rank has to encode."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.two_ranks import run_on_two_ranks
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 
@@ -24,10 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for spec in families.FAMILIES.values():
             demo_default.make(spec)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ran = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-5000:]
+    run_on_two_ranks(WORKER, folder)
     return folder
 
 
