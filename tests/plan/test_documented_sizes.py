@@ -107,6 +107,10 @@ def test_the_chances_of_sizes_are_those_of_the_original_scripts(family: str) -> 
     alone = chosen(spec, **sizes(1, 1024, 1024), random_hw_adapt=True, training_with_video_token_length=False)
     drawn = np.diff(size_set("video", alone, spec, spec.dims).cumulative[-1], prepend=0)
     assert drawn[-1] == pytest.approx(full) and np.allclose(drawn[:-1], (1 - full) / (len(drawn) - 1))
+    if "image" in spec.media_types:
+        images = chosen(spec, **sizes(1, 256, 1024))
+        drawn = np.diff(size_set("image", images, spec, spec.dims).cumulative[-1], prepend=0)
+        assert drawn[-1] == pytest.approx(full) and np.allclose(drawn[:-1], (1 - full) / 4)
     by_token = chosen(spec, **sizes(1, 256, 1024), token_sample_size=512, training_with_video_token_length=True)
     found = size_set("video", by_token, spec, spec.dims)
     drawn = np.diff(found.cumulative[-1], prepend=0)

@@ -69,7 +69,7 @@ def test_both_orders_of_the_two_sizes_give_the_documents_range(
     assert list(rows) == [256, 384, 512, 640, 768, 896, 1024]
     assert (rows[256][0], rows[1024][0]) == (49, last)
     images = [row for row in size_table(chosen, plain, plain.dims) if row.kind == "image"]
-    assert [(row.size, row.frames) for row in images] == [(size, 1) for size in rows]
+    assert [(row.size, row.frames) for row in images] == [(size, 1) for size in (256, 512, 682, 819, 1024)]
 
 
 def test_the_high_end_belongs_to_the_range_even_off_the_grid(speech: FamilySpec) -> None:
@@ -149,6 +149,18 @@ def test_probabilities_favour_what_the_family_says(plain: FamilySpec) -> None:
     assert np.allclose(np.diff(half[2, :2], prepend=0), [0.5, 0.5])
     full = size_set("image", options(video_sample_size=1024, random_hw_adapt=True), plain, plain.dims).cumulative
     assert np.allclose(np.diff(full[4], prepend=0), [0.25 / 3, 0.25 / 3, 0.25 / 3, 0.75])
+
+
+def test_images_shrink_by_the_same_divisors_whether_or_not_token_lengths_shorten_videos(plain: FamilySpec) -> None:
+    both = options(video_sample_size=256, image_sample_size=1024, **TOKEN_LENGTH)
+    alone = replace(both, training_with_video_token_length=False)
+    length = replace(both, random_hw_adapt=False)
+    expected = size_set("image", both, plain, plain.dims)
+    assert expected.sizes[0].base == 256 and expected.sizes[-1].base == 1024
+    assert np.allclose(np.diff(expected.cumulative[5], prepend=0), [0.0625] * 4 + [0.75])
+    for chosen in (alone, length):
+        found = size_set("image", chosen, plain, plain.dims)
+        assert found.sizes == expected.sizes and np.array_equal(found.cumulative, expected.cumulative)
 
 
 def test_source_frames_needed_is_where_a_clip_becomes_usable(plain: FamilySpec, speech: FamilySpec) -> None:

@@ -81,10 +81,11 @@ class FamilySpec:
     """Shortens a clip that already obeys the frame rule to one the model can take (CogVideoX-V1.5: an even number
     of latent frames). Never lengthens it; applied to videos only."""
     token_size_share: float | None = None
-    """In token-length mode, the probability of the size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
+    """In token-length mode, the probability of the video size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
     None draws all sizes alike."""
     full_size_share: float = 0.75
-    """With ``random_hw_adapt`` alone, the probability of the full size (the Wan scripts: 0.9)."""
+    """Probability of the full size among images of adaptive sizes, and among videos with ``random_hw_adapt`` alone (the
+    Wan scripts: 0.9)."""
     motion_frames: int = 0
     """Pixel frames of history before the clip that the model reads (Wan-S2V: 73)."""
     block_classes: tuple[str, ...]

@@ -35,7 +35,8 @@ ASPECTS: tuple[tuple[float, int, int], ...] = (
 ASPECT_BASE = 512
 SQUARE = ASPECTS.index((1.0, 512, 512))
 
-# random_hw_adapt alone divides the full size by one of these; larger sizes have more to choose from.
+# Images in every adaptive mode, and videos with random_hw_adapt alone, divide the full size by one of these; larger
+# sizes have more to choose from.
 DIVISORS: tuple[tuple[int, tuple[Fraction, ...]], ...] = (
     (1536, (Fraction(1), Fraction(5, 4), Fraction(3, 2), Fraction(2), Fraction(5, 2), Fraction(3))),
     (1024, (Fraction(1), Fraction(5, 4), Fraction(3, 2), Fraction(2))),
@@ -127,22 +128,21 @@ def _divided(size: int, *further: Fraction) -> list[Fraction]:
 
 def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
     """Base sizes of videos or images, smallest first, as the documents describe the three modes."""
-    if options.training_with_video_token_length:
-        return _token_length_bases(options, spec)
-    image_size = options.image_sample_size or options.video_sample_size
-    if not options.random_hw_adapt:
+    if not (options.random_hw_adapt or options.training_with_video_token_length):
+        image_size = options.image_sample_size or options.video_sample_size
         return [Fraction(options.video_sample_size if kind == "video" else image_size)]
     if kind == "video":
-        return _divided(options.low)
+        by_tokens = options.training_with_video_token_length
+        return _token_length_bases(options, spec) if by_tokens else _divided(options.low)
     further = [Fraction(options.high, options.low)] if options.high >= IMAGE_RANGE_FROM else []
     return _divided(options.high, *further)
 
 
-def _cumulative(sizes: tuple[Size, ...], options: PlanOptions, spec: FamilySpec) -> NDArray[np.float64]:
+def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: FamilySpec) -> NDArray[np.float64]:
     """Running probabilities for each number of allowed sizes; one favourite, the others alike."""
     rows = np.ones((len(sizes) + 1, len(sizes)))
     for allowed in range(1, len(sizes) + 1):
-        if options.training_with_video_token_length:
+        if kind == "video" and options.training_with_video_token_length:
             share = spec.token_size_share
             favourite = min(range(allowed), key=lambda i: abs(sizes[i].base - options.token_sample_size))
         else:
@@ -191,7 +191,7 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
         sizes=tuple(sizes),
         heights=np.ascontiguousarray(sides[:, 0]),
         widths=np.ascontiguousarray(sides[:, 1]),
-        cumulative=_cumulative(tuple(sizes), options, spec),
+        cumulative=_cumulative(kind, tuple(sizes), options, spec),
     )
 
 
