@@ -282,10 +282,7 @@ def test_with_variants_starts_repeat_and_the_reference_is_there_before_its_drop(
     assert len({inputs["clip"].recipe for inputs in made[1:]}) == 2 == len({inputs["reference"] for inputs in made[1:]})
     assert made[0]["clip"] == made[1]["clip"]
     assert {inputs["encoder_hidden_states"].recipe for inputs in made} == {Plain(""), Plain("a red ball")}
-    assert all(
-        "reference" not in EasyAnimateV51.inputs(request(media, kind), options)
-        for kind, options in (("image", {}), ("video", {"train_mode": "control"}))
-    )
+    assert "reference" not in EasyAnimateV51.inputs(request(media, "video"), {"train_mode": "control"})
 
 
 def test_drops_happen_as_often_as_specified() -> None:
@@ -295,12 +292,15 @@ def test_drops_happen_as_often_as_specified() -> None:
         assert share == pytest.approx(probability, abs=0.02)
 
 
-def test_the_reference_of_an_image_is_empty_for_it_would_be_the_target(adapters) -> None:
-    latents, conditions = encoded(adapters[V5_1.name], [clip(frames=1)], [key_where()])
-    control, reference = conditions["control_latents"].chunk(2, dim=1)
+@pytest.mark.parametrize("dropped", [False, True])
+def test_an_image_is_its_own_reference_and_loses_it_as_a_video_does(dropped: bool, adapters, media: Path) -> None:
+    key = key_where(reference=dropped)
+    latents, conditions = encoded(adapters[V5_1.name], [clip(frames=1)], [key])
+    reference = conditions["control_latents"][:, 16:]
     assert latents.shape[2] == 1
-    assert control.any()
-    assert not reference.any()
+    assert reference.any() == (not dropped)
+    inputs = EasyAnimateV51.inputs(request(media, "image"), {})
+    assert inputs["reference"].recipe == inputs["clip"].recipe
 
 
 def test_v5_has_control_alone_and_two_text_streams(adapters) -> None:

@@ -100,11 +100,10 @@ class EasyAnimateControl:
     def compose(cls, pixels: Clip, control: Clip, caption: str, *, train_mode: str) -> Inputs:
         """``clip`` and ``control``, each text encoder's caption; ``reference``: the first frame, if the mode has one.
 
-        An image has none: its reference would be the target itself. (The original means to skip images and compares the
-        number of channels instead of frames.)
+        An image is its own reference (spec section 6), as the released weights were trained.
         """
         clips = {"clip": pixels, "control": control}
-        if train_mode == "control_ref" and pixels.count > 1:
+        if train_mode == "control_ref":
             clips["reference"] = pixels.take([0])
         return {
             **{name: Input(encoder="vae", recipe=clip) for name, clip in clips.items()},
@@ -179,10 +178,9 @@ def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey],
 
 
 def _reference(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], *, like: Tensor) -> Tensor:
-    """The clip's first frame at latent frame 0, zeros after it, [B, C, F, H, W]; zeros alone for images."""
+    """The clip's first frame at latent frame 0, zeros after it, [B, C, F, H, W]."""
     reference = torch.zeros_like(like)
-    if "reference" in outputs[0]:
-        reference[:, :, :1] = _drop(_sampled(outputs, keys, "reference"), keys, "reference-drop", REFERENCE_DROP)
+    reference[:, :, :1] = _drop(_sampled(outputs, keys, "reference"), keys, "reference-drop", REFERENCE_DROP)
     return reference
 
 
