@@ -26,7 +26,7 @@ from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.training.encoders.frozen import Encoders
 from vfun_cli.training.encoders.wan_vae import WanVAE
 from vfun_cli.training.encoding import encode, load, prepared
-from vfun_cli.training.loading import read_safetensors, safetensors_files
+from vfun_cli.training.loading import read_json, read_safetensors, safetensors_files
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Given, Plain
 
@@ -395,15 +395,18 @@ def test_encoders_are_loaded_when_they_are_first_used(folder):
     assert set(adapter.encoders.loaded) == {"text"}
 
 
+@pytest.mark.parametrize("reference", [True, False], ids=["V1.1", "V1.0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frames", [1, 5])
-def test_a_micro_batch_goes_through_the_whole_model(tmp_path, dtype, frames):
-    build_model(tmp_path, seed=0)
+def test_a_micro_batch_goes_through_the_whole_model(tmp_path, dtype, frames, reference):
+    build_model(tmp_path, seed=0, reference=reference)
+    assert ("add_ref_conv" in read_json(tmp_path / "config.json")) == reference
     adapter = WanFunControlAdapter.from_pretrained(options(tmp_path, compute_dtype=dtype, low_vram=True))
     adapter.transformer.to(dtype)
     latents, conditions = encoded(adapter, [clip(frames), clip(frames, text="")], keys(2))
     assert latents.dtype == torch.float32
     conditions = {name: tensor.to(dtype) for name, tensor in conditions.items()}
+    assert ("reference" in conditions) == reference
     assert conditions["text"].shape == (2, 512, 32) and conditions["image"].shape == (2, 257, 32)
     prediction = adapter.predict(adapter.transformer, latents.to(dtype), torch.tensor([900.0, 12.5]), conditions)
     assert prediction.shape == latents.shape == (2, 16, (frames - 1) // 4 + 1, 4, 4)

@@ -8,10 +8,11 @@ from statistics import mean
 
 import numpy as np
 import pytest
+import torch
 
 from tests.integration.matrix import COMMANDS, STEPS, STRATEGIES, Run, losses, resumed, straight, unlearning
 from vfun_cli import families
-from vfun_cli.checkpoints.export import export
+from vfun_cli.checkpoints.export import export, read_base
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.rundir import RunDir
 
@@ -26,6 +27,10 @@ Trained = Callable[[str], None]
 def weights_of(run: Run) -> dict[str, np.ndarray]:
     weights = open_checkpoint(run.last_checkpoint()).weights
     return {name: tensor.read() for name, tensor in weights.items()}
+
+
+def in_bf16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values.copy()).bfloat16().float().numpy()
 
 
 def export_of(run: Run) -> str:
@@ -64,6 +69,10 @@ def test_a_resumed_run_is_bit_equal_to_the_straight_one(
     assert not expected
     if command == "train":
         assert export_of(again) == export_of(whole)
+        exported = read_base(RunDir(whole.folder).root / "export")[1]
+        released = families.find(family).export_names["same"]
+        for name, values in weights_of(whole).items():
+            np.testing.assert_array_equal(exported[released(name)].read(), in_bf16(values), err_msg=name)
 
 
 @pytest.mark.parametrize(("family", "strategy"), [(family, strategy) for strategy in STRATEGIES for family in FAMILIES])

@@ -1,4 +1,4 @@
-"""A tiny Wan2.1-Fun-V1.1 Control model in the released directory layout."""
+"""A tiny Wan2.1-Fun Control model, V1.1 or V1.0, in the released directory layout."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,16 @@ CONFIG: dict[str, object] = {
 }
 
 
-def build_model(folder: Path, seed: int = 0) -> None:
-    """Write transformer, VAE, text encoder, tokenizer and CLIP into ``folder``. The same seed gives the same bytes."""
+def build_model(folder: Path, seed: int = 0, *, reference: bool = True) -> None:
+    """Write transformer, VAE, text encoder, tokenizer and CLIP into ``folder``. The same seed gives the same bytes.
+
+    Without ``reference`` it is a V1.0: no ``ref_conv``, and a configuration that does not know the word.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = WanFunControlTransformer(
-            has_reference=True,
+            has_reference=reference,
             num_attention_heads=4,
             attention_head_dim=16,
             in_channels=CONTROL_IN_DIM,
@@ -52,4 +55,5 @@ def build_model(folder: Path, seed: int = 0) -> None:
         wan_parts.write_clip(folder)
     state = {released_name(name): tensor.bfloat16().contiguous() for name, tensor in transformer.state_dict().items()}
     save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    config = {name: value for name, value in CONFIG.items() if reference or "ref_conv" not in name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
