@@ -7,123 +7,9 @@ from typing import Any
 import pytest
 
 from vfun_cli import docs, families
-from vfun_cli.config import RunConfig, default_of, options, parse
+from vfun_cli.config import RunConfig, default_of, options
 from vfun_cli.errors import ConfigError
 from vfun_cli.resolve import Resolved, resolve
-
-# What the five documents type, family by family; values as typed there.
-COMMON = {
-    "train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 8,
-    "num_train_epochs": 100,
-    "checkpointing_steps": 50,
-    "seed": 42,
-    "gradient_checkpointing": "block",
-    "mixed_precision": "bf16",
-    "adam_weight_decay": 3e-2,
-    "adam_epsilon": 1e-10,
-    "vae_mini_batch": 1,
-    "max_grad_norm": 0.05,
-    "random_hw_adapt": True,
-    "training_with_video_token_length": True,
-    "enable_bucket": True,
-}
-FULL = {
-    **COMMON,
-    "learning_rate": 2e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 100,
-    "uniform_sampling": True,
-    "trainable_modules": (".",),
-}
-MODELS = "models/Diffusion_Transformer/"
-DATA = {"train_data_dir": "datasets/internal_datasets", "train_data_meta": "datasets/internal_datasets/metadata.json"}
-
-
-def sizes(image: int | None, video: int, token: int, stride: int, frames: int) -> dict[str, Any]:
-    found = {
-        "video_sample_size": video,
-        "token_sample_size": token,
-        "video_sample_stride": stride,
-        "video_sample_n_frames": frames,
-    }
-    return found if image is None else {**found, "image_sample_size": image, "video_repeat": 1}
-
-
-S2V = {
-    **FULL,
-    **sizes(None, 640, 640, 1, 80),
-    "low_vram": True,
-    "output_dir": "output_dir",
-    "pretrained_model_name_or_path": MODELS + "Wan2.2-S2V-14B",
-    "train_data_dir": "datasets/internal_datasets",
-    "train_data_meta": "datasets/internal_datasets/metadata_control.json",
-}
-HUNYUAN = {
-    **FULL,
-    **DATA,
-    **sizes(640, 640, 640, 2, 81),
-    "low_vram": True,
-    "output_dir": "output_dir2",
-}
-EASYANIMATE = {
-    **FULL,
-    **DATA,
-    **sizes(1024, 256, 512, 3, 49),
-    "checkpointing_steps": 100,
-    "adam_weight_decay": 5e-3,
-    "low_vram": False,
-    "output_dir": "output_dir",
-}
-WAN_FUN = {
-    **FULL,
-    **DATA,
-    **sizes(1024, 256, 512, 2, 81),
-    "low_vram": True,
-    "control_ref_image": "first_frame",
-    "output_dir": "output_dir",
-    "pretrained_model_name_or_path": MODELS + "Wan2.1-Fun-14B-Control",
-}
-COGVIDEOX = {
-    **COMMON,
-    **DATA,
-    **sizes(512, 512, 512, 3, 49),
-    "learning_rate": 1e-4,
-    "low_vram": True,
-    "rank": 64,
-    "network_alpha": 32,
-    "train_mode": "inpaint",
-    "output_dir": "output_dir",
-    "pretrained_model_name_or_path": MODELS + "CogVideoX-Fun-2b-InP",
-}
-SEEDS: list[tuple[str, str, str, dict[str, Any]]] = [
-    *[("train", "wan-s2v", strategy, S2V) for strategy in ("single", "zero2", "zero3", "fsdp")],
-    *[
-        ("train", "hunyuanvideo-t2v", strategy, {**HUNYUAN, "train_mode": "normal"})
-        for strategy in ("single", "zero2", "fsdp")
-    ],
-    ("train", "hunyuanvideo-i2v", "fsdp", {**HUNYUAN, "train_mode": "i2v"}),
-    *[
-        (
-            "train",
-            "easyanimate-v5.1-control",
-            strategy,
-            {**EASYANIMATE, "loss_type": "flow", "train_mode": "control_ref", "control_ref_image": "first_frame"},
-        )
-        for strategy in ("single", "zero2")
-    ],
-    *[
-        ("train", "easyanimate-v5-control", strategy, {**EASYANIMATE, "loss_type": "ddpm"})
-        for strategy in ("single", "zero2")
-    ],
-    *[
-        ("train", "wan-fun-control", strategy, {**WAN_FUN, "train_mode": "control_object"})
-        for strategy in ("single", "zero2")
-    ],
-    ("train", "wan-fun-control", "zero3", {**WAN_FUN, "train_mode": "inpaint"}),
-    *[("lora", "cogvideox-fun", strategy, COGVIDEOX) for strategy in ("single", "zero2", "fsdp")],
-]
 
 
 def settle(
@@ -137,20 +23,6 @@ def settle(
     if toml is not None:
         (folder / "vfun.toml").write_text(toml, encoding="utf-8")
     return resolve(command, families.find(family), given or {}, environ=environ or {}, directory=folder)
-
-
-@pytest.mark.parametrize(("command", "family", "strategy", "typed"), SEEDS)
-def test_defaults_are_the_documents_command_lines(
-    command: str, family: str, strategy: str, typed: dict[str, Any]
-) -> None:
-    resolved = settle(command, family, {"strategy": strategy})
-    got = {name: getattr(resolved.config, name) for name in typed}
-    assert got == {name: parse(name, value, "document") for name, value in typed.items()}
-    assert len(typed) >= 20
-
-
-def test_every_family_has_a_documented_command_line() -> None:
-    assert {family for _, family, _, _ in SEEDS} == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize(

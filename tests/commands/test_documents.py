@@ -1,0 +1,231 @@
+"""What the customer's five documents print: command lines, metadata, directories; through the command line."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands.conftest import Vfun
+from tests.metadata.small_media import encode_video, write_sound
+from vfun_cli import families, planning
+from vfun_cli.config import RunConfig, parse
+from vfun_cli.errors import CheckpointError
+
+# What the five documents type, family by family; values as typed there.
+COMMON = {
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 8,
+    "num_train_epochs": 100,
+    "checkpointing_steps": 50,
+    "seed": 42,
+    "gradient_checkpointing": "block",
+    "mixed_precision": "bf16",
+    "adam_weight_decay": 3e-2,
+    "adam_epsilon": 1e-10,
+    "vae_mini_batch": 1,
+    "max_grad_norm": 0.05,
+    "random_hw_adapt": True,
+    "training_with_video_token_length": True,
+    "enable_bucket": True,
+}
+FULL = {
+    **COMMON,
+    "learning_rate": 2e-5,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 100,
+    "uniform_sampling": True,
+    "trainable_modules": (".",),
+}
+MODELS = "models/Diffusion_Transformer/"
+DATA = {"train_data_dir": "datasets/internal_datasets", "train_data_meta": "datasets/internal_datasets/metadata.json"}
+
+
+def sizes(image: int | None, video: int, token: int, stride: int, frames: int) -> dict[str, Any]:
+    found = {
+        "video_sample_size": video,
+        "token_sample_size": token,
+        "video_sample_stride": stride,
+        "video_sample_n_frames": frames,
+    }
+    return found if image is None else {**found, "image_sample_size": image, "video_repeat": 1}
+
+
+S2V = {
+    **FULL,
+    **sizes(None, 640, 640, 1, 80),
+    "low_vram": True,
+    "output_dir": "output_dir",
+    "pretrained_model_name_or_path": MODELS + "Wan2.2-S2V-14B",
+    "train_data_dir": "datasets/internal_datasets",
+    "train_data_meta": "datasets/internal_datasets/metadata_control.json",
+}
+HUNYUAN = {
+    **FULL,
+    **DATA,
+    **sizes(640, 640, 640, 2, 81),
+    "low_vram": True,
+    "output_dir": "output_dir2",
+}
+EASYANIMATE = {
+    **FULL,
+    **DATA,
+    **sizes(1024, 256, 512, 3, 49),
+    "checkpointing_steps": 100,
+    "adam_weight_decay": 5e-3,
+    "low_vram": False,
+    "output_dir": "output_dir",
+}
+WAN_FUN = {
+    **FULL,
+    **DATA,
+    **sizes(1024, 256, 512, 2, 81),
+    "low_vram": True,
+    "control_ref_image": "first_frame",
+    "output_dir": "output_dir",
+    "pretrained_model_name_or_path": MODELS + "Wan2.1-Fun-14B-Control",
+}
+COGVIDEOX = {
+    **COMMON,
+    **DATA,
+    **sizes(512, 512, 512, 3, 49),
+    "learning_rate": 1e-4,
+    "low_vram": True,
+    "rank": 64,
+    "network_alpha": 32,
+    "train_mode": "inpaint",
+    "output_dir": "output_dir",
+    "pretrained_model_name_or_path": MODELS + "CogVideoX-Fun-2b-InP",
+}
+SEEDS: list[tuple[str, str, str, dict[str, Any]]] = [
+    *[("train", "wan-s2v", strategy, S2V) for strategy in ("single", "zero2", "zero3", "fsdp")],
+    *[
+        ("train", "hunyuanvideo-t2v", strategy, {**HUNYUAN, "train_mode": "normal"})
+        for strategy in ("single", "zero2", "fsdp")
+    ],
+    ("train", "hunyuanvideo-i2v", "fsdp", {**HUNYUAN, "train_mode": "i2v"}),
+    *[
+        (
+            "train",
+            "easyanimate-v5.1-control",
+            strategy,
+            {**EASYANIMATE, "loss_type": "flow", "train_mode": "control_ref", "control_ref_image": "first_frame"},
+        )
+        for strategy in ("single", "zero2")
+    ],
+    *[
+        ("train", "easyanimate-v5-control", strategy, {**EASYANIMATE, "loss_type": "ddpm"})
+        for strategy in ("single", "zero2")
+    ],
+    *[
+        ("train", "wan-fun-control", strategy, {**WAN_FUN, "train_mode": "control_object"})
+        for strategy in ("single", "zero2")
+    ],
+    ("train", "wan-fun-control", "zero3", {**WAN_FUN, "train_mode": "inpaint"}),
+    *[("lora", "cogvideox-fun", strategy, COGVIDEOX) for strategy in ("single", "zero2", "fsdp")],
+]
+
+TEXT = "A group of young men in suits and sunglasses are walking down a city street."
+SPEECH_ROWS = """[
+    {
+      "file_path": "train/00000001.mp4",
+      "audio_path": "wav/00000001.wav",
+      "control_file_path": "control/00000001.mp4",
+      "text": "%s",
+      "type": "video"
+    }
+]
+"""
+CONTROL_ROWS = """[
+    {
+      "file_path": "train/00000001.mp4",
+      "control_file_path": "control/00000001.mp4",
+      "text": "%s",
+      "type": "video"
+    },
+    {
+      "file_path": "train/00000002.jpg",
+      "control_file_path": "control/00000002.jpg",
+      "text": "%s",
+      "type": "image"
+    }
+]
+"""
+PRINTED = {
+    "wan-s2v": SPEECH_ROWS % TEXT,
+    "wan-fun-control": CONTROL_ROWS % (("一群穿着西装和太阳镜的年轻男子走在城市街道上。",) * 2),
+    "easyanimate-v5.1-control": CONTROL_ROWS % (TEXT, TEXT),
+    "easyanimate-v5-control": CONTROL_ROWS % (TEXT, TEXT),
+}
+"""Metadata examples of the documents that have one, without the dots at their end."""
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents' working directory: models and data where they say, tiny models in the released layouts."""
+    root = tmp_path_factory.mktemp("documented")
+    for spec in families.FAMILIES.values():
+        module, build = spec.demo_builder.split(":")
+        getattr(importlib.import_module(module), build)(root / str(spec.defaults["pretrained_model_name_or_path"]))
+    data = root / "datasets/internal_datasets"
+    for kind in ("train", "control"):
+        encode_video(data / kind / "00000001.mp4", frames=60, width=640, height=640)
+        pixels = np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)
+        Image.fromarray(pixels).save(data / kind / "00000002.jpg")
+    write_sound(data / "wav/00000001.wav", seconds=2.5)
+    videos = [row for row in json.loads(PRINTED["easyanimate-v5-control"]) if row["type"] == "video"]
+    (data / "metadata.json").write_text(json.dumps(videos), encoding="utf-8")
+    (data / "metadata_control.json").write_text(PRINTED["wan-s2v"], encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def there(documented: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(documented)
+    return documented
+
+
+@pytest.mark.parametrize(("command", "family", "strategy", "typed"), SEEDS)
+def test_a_dry_run_shows_the_values_that_the_documents_type(
+    command: str, family: str, strategy: str, typed: dict[str, Any], there: Path, vfun: Vfun
+) -> None:
+    said = vfun(command, family, "--strategy", strategy, "--dry-run", "--json")
+    assert said.code == 0, said.err
+    config = RunConfig.from_json(json.loads(said.out)["config"])
+    assert config.strategy == strategy
+    got = {name: getattr(config, name) for name in typed}
+    assert got == {name: parse(name, value, "document") for name, value in typed.items()}
+    assert len(typed) >= 20
+
+
+def test_every_family_has_a_documented_command_line() -> None:
+    assert {family for _, family, _, _ in SEEDS} == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("family", PRINTED)
+def test_the_metadata_that_a_document_prints_is_valid_and_is_all_used(family: str, there: Path, vfun: Vfun) -> None:
+    path = Path("datasets/internal_datasets") / f"{family}.json"
+    path.write_text(PRINTED[family], encoding="utf-8")
+    said = vfun("validate-meta", str(path), "--family", family, "--deep", "--json")
+    assert (said.code, json.loads(said.out)["problems"]) == (0, []), said.err
+    planned = vfun("plan-buckets", family, "--meta", str(path), "--train-data-dir", str(path.parent), "--json")
+    ledger = json.loads(planned.out)["ledger"]
+    assert ledger["rows"] == len(json.loads(PRINTED[family])) and not ledger["dropped"]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_directory_of_another_family_is_refused_and_its_own_is_named(family: str, there: Path) -> None:
+    spec = families.find(family)
+    for other in families.FAMILIES.values():
+        directory = there / str(other.defaults["pretrained_model_name_or_path"])
+        if other is spec:
+            assert planning.read_dims(spec, directory).num_layers > 0
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            planning.read_dims(spec, directory)
+        assert f"looks like a {other.name} model, not like {family}" in caught.value.message
+        assert f"vfun train {other.name}," in caught.value.hint
