@@ -77,6 +77,18 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         ({"given": {"video_sample_size": 0}}, ["--video-sample-size", "16"]),
         ({"given": {"train_mode": "control"}}, ["wan-s2v", "'control'", "--train-mode"]),
         ({"given": {"loss_type": "flow"}}, ["loss_type", "wan-s2v"]),
+        *(
+            ({"family": family, "given": {"control_ref_image": "random"}}, ["control_ref_image", family])
+            for family in ("hunyuanvideo-t2v", "hunyuanvideo-i2v", "cogvideox-fun")
+        ),
+        (
+            {"family": "easyanimate-v5.1-control", "given": {"control_ref_image": "random"}},
+            ["latent frame 0", "first_frame"],
+        ),
+        (
+            {"family": "easyanimate-v5.1-control", "given": {"train_mode": "control_camera_ref"}},
+            ["pose files", "control_ref, control"],
+        ),
         ({"given": {"strategy": "single", "num_processes": 2}}, ["single", "num_processes 2"]),
         ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
         ({"given": {"num_machines": 2, "num_processes": 2}}, ["port", "--main-process-port"]),

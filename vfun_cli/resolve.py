@@ -190,6 +190,7 @@ def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
             hint="Drop --use-ema, or choose --ddp.",
         )
     _check_speed(values)
+    spec.check_options(values)  # first: a family says why
     mode = values["train_mode"]
     if mode is not None and mode not in spec.train_modes:
         known = ", ".join(spec.train_modes) or "none: leave --train-mode out"
@@ -198,7 +199,9 @@ def _check(command: str, spec: FamilySpec, values: Mapping[str, Any]) -> None:
         )
     if values["loss_type"] is not None and "loss_type" not in spec.defaults:
         raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
-    spec.check_options(values)
+    image = values["control_ref_image"]
+    if image != default_of("control_ref_image") and image not in spec.reference_images:
+        raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
     if not values["trainable_modules"]:
         raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
 

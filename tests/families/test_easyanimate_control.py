@@ -99,6 +99,12 @@ def test_every_default_is_an_option_with_a_valid_value(spec) -> None:
         (V5_1, {"loss_type": "huber"}, "no such loss", "--loss_type=flow"),
         (V5_1, {"train_mode": "control_camera_ref"}, "pose files", "control_ref, control"),
         (V5_1, {"train_mode": "normal"}, "'normal' is not supported", "control_ref, control"),
+        (
+            V5,
+            {"train_mode": "control_ref"},
+            "'control_ref' is not supported by easyanimate-v5-control",
+            "one of: control",
+        ),
         (V5_1, {"control_ref_image": "random"}, "latent frame 0", "first_frame"),
     ],
 )

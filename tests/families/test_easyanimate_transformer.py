@@ -202,6 +202,12 @@ def test_configurations_of_other_models_are_refused(change: dict, message: str) 
         empty_model(lambda: build_transformer({**RELEASED, "in_channels": 48, **QWEN, **change}))
 
 
+def test_a_key_that_the_original_overrides_adds_no_layer() -> None:
+    plain = {**RELEASED, "in_channels": 48, **QWEN}
+    models = [empty_model(lambda c=c: build_transformer(c)) for c in (plain, {**plain, "enable_clip_in_inpaint": True})]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
 def test_a_configuration_without_sizes_is_refused() -> None:
     with pytest.raises(CheckpointError, match="states no num_attention_heads"):
         read_dims({"in_channels": 48})

@@ -135,6 +135,8 @@ class FamilySpec:
     """``same`` turns a transformer parameter's name into the released one; every other export format turns a released
     name into its own."""
     train_modes: tuple[str, ...] = ()
+    reference_images: tuple[str, ...] = ()
+    """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
     check_options: Callable[[Mapping[str, object]], None] = lambda options: None
     """Raises ConfigError for an option value that exists but cannot train this family."""
 

@@ -1,7 +1,7 @@
 """What the trainer asks of a model family."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,6 @@ class AdapterOptions:
     low_vram: bool = False
     train_mode: str = ""
     control_ref_image: str = "first_frame"
-    family: Mapping[str, Any] = field(default_factory=dict)
-    """Options that only one family reads (``loss_type``, …)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,6 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
 }
 """What the released code takes for an absent key of the transformer's config.json; diffusers takes other values."""
 
-TRAIN_MODES = ("control_ref", "control")
-REF_IMAGES = ("first_frame",)
 LOSS_TYPES = {"flow": "easyanimate-v5.1-control", "ddpm": "easyanimate-v5-control"}
 """The loss of the original scripts to the family that is trained with it."""
 
@@ -121,18 +119,20 @@ def check_options(options: Mapping[str, object], family: str) -> None:
 
     Raises ConfigError, naming what is possible.
     """
-    mode = options.get("train_mode") or SPECS[family].train_modes[0]
-    if mode not in TRAIN_MODES:
+    spec = SPECS[family]
+    mode = options.get("train_mode") or spec.train_modes[0]
+    if mode not in spec.train_modes:
         why = " Camera models read pose files, not clips." if mode == "control_camera_ref" else ""
         raise ConfigError(
-            f"train_mode {mode!r} is not supported.{why}", hint=f"choose one of: {', '.join(TRAIN_MODES)}"
+            f"train_mode {mode!r} is not supported by {family}.{why}",
+            hint=f"choose one of: {', '.join(spec.train_modes)}",
         )
-    image = options.get("control_ref_image") or REF_IMAGES[0]
-    if image not in REF_IMAGES:
+    image = options.get("control_ref_image") or spec.reference_images[0]
+    if image not in spec.reference_images:
         raise ConfigError(
             f"control_ref_image {image!r} is not supported: the reference enters at latent frame 0, "
             "where the released models expect the clip's first frame",
-            hint=f"choose one of: {', '.join(REF_IMAGES)}",
+            hint=f"choose one of: {', '.join(spec.reference_images)}",
         )
     own = next(loss for loss, name in LOSS_TYPES.items() if name == family)
     loss = options.get("loss_type") or own
@@ -236,7 +236,8 @@ V5_1 = FamilySpec(
     export_names={"same": released_name, "diffusers": diffusers_name},
     # diffusers' transformer and pipeline of this model load no LoRA; ComfyUI runs it in the original's own nodes.
     lora_formats={"peft": "peft", "comfyui": "original", "original": "original"},
-    train_modes=TRAIN_MODES,
+    train_modes=("control_ref", "control"),
+    reference_images=("first_frame",),
 )
 
 V5 = replace(

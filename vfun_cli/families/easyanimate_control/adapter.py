@@ -9,7 +9,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, check_options, complete_config
+from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
@@ -50,12 +50,6 @@ class EasyAnimateControl:
 
         Raises ConfigError for options this family cannot train with, CheckpointError for a directory that does not fit.
         """
-        asked = {
-            **options.family,
-            "train_mode": options.train_mode,
-            "control_ref_image": options.control_ref_image,
-        }
-        check_options(asked, cls.spec.name)
         folder = options.model_dir
         config = complete_config(read_json(folder / cls.spec.config_file))
         _check_family(config, cls.spec, folder)

@@ -19,10 +19,17 @@ from vfun_cli.families.easyanimate_control.names import diffusers_name
 from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
 from vfun_cli.training.rope import rotary_table
 
-NOT_MODEL_SHAPE = frozenset({"transformer_type", "add_ref_latent_in_control_model", "position_of_clip_embedding"})
+NOT_MODEL_SHAPE = frozenset(
+    {
+        "transformer_type",
+        "add_ref_latent_in_control_model",
+        "position_of_clip_embedding",
+        "enable_clip_in_inpaint",  # the original's own settings turn it off, whatever is written here (spec section 1)
+    }
+)
 """Released configuration keys that say how the model is used, not what it is made of."""
 
-UNSUPPORTED = ("ref_channels", "clip_channels", "swa_layers", "enable_clip_in_inpaint")
+UNSUPPORTED = ("ref_channels", "clip_channels", "swa_layers")
 """Released configuration keys that add layers which no Control model has."""
 
 

@@ -182,4 +182,5 @@ SPEC = FamilySpec(
     demo_builder="vfun_cli.demo.wan_fun_control:build_model",
     export_names={"same": released_name},
     train_modes=("control_object", "inpaint", "control_ref", "control"),
+    reference_images=("first_frame", "random"),
 )

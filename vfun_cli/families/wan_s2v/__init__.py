@@ -44,6 +44,7 @@ SPEC = FamilySpec(
     full_size_share=0.9,
     motion_frames=MOTION_FRAMES,
     block_classes=("WanS2VBlock",),
+    reference_images=("first_frame", "random"),
     objective="flow-matching",
     objective_options={"shift": 3.0},
     dims=RELEASED,
