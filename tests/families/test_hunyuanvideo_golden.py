@@ -16,7 +16,6 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     ImageToVideoAdapter,
     TextToVideoAdapter,
     load_transformer,
-    load_vae,
 )
 from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
 
@@ -111,7 +110,7 @@ def test_the_vae_tiles_as_the_original(tmp_path: Path) -> None:
     golden = load_file(GOLDEN / "vae/io.safetensors")
     shutil.copy(GOLDEN / "vae/config.json", tmp_path)
     shutil.copy(GOLDEN / "vae/weights.safetensors", tmp_path / "diffusion_pytorch_model.safetensors")
-    vae = HunyuanVAE(load_vae(tmp_path, torch.float32))
+    vae = HunyuanVAE.from_folder(tmp_path, dtype=torch.float32)
     inputs = {"image": golden["image.x"], "v9": golden["v9.x"]}
     for name, shape in {"v25": (25, 64, 64), "tile": (5, 288, 320), "both": (21, 288, 64)}.items():
         inputs[name] = torch.rand((1, 3, *shape), generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -125,7 +124,7 @@ def test_the_vae_tiles_as_the_original(tmp_path: Path) -> None:
 def test_the_vae_refuses_frames_that_would_make_a_latent_of_their_own(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "vae/config.json", tmp_path)
     shutil.copy(GOLDEN / "vae/weights.safetensors", tmp_path / "diffusion_pytorch_model.safetensors")
-    vae = HunyuanVAE(load_vae(tmp_path, torch.float32))
+    vae = HunyuanVAE.from_folder(tmp_path, dtype=torch.float32)
     with pytest.raises(ValueError, match="got 8"):
         vae.outputs([torch.zeros(8, 3, 16, 16)])
 
@@ -171,4 +170,4 @@ def test_the_33_channel_model_is_refused_with_the_reason(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="33-channel"):
         load_transformer(folder, "i2v")
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        load_vae(tmp_path / "nowhere", torch.float32)
+        HunyuanVAE.from_folder(tmp_path / "nowhere", dtype=torch.float32)

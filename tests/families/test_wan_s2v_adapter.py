@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vfun_cli.demo.wan_s2v import build_model
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.adapter import (
     BLACK,
@@ -268,11 +268,9 @@ def test_drops_happen_at_their_rates_and_independently() -> None:
     assert min(tails) >= 1 and max(tails) <= 79 and np.mean(tails) == pytest.approx(40, abs=4)
 
 
-def test_first_frame_mode_always_takes_the_first_frame_and_other_words_are_refused() -> None:
+def test_first_frame_mode_always_takes_the_first_frame() -> None:
     keys = [SampleKey(seed=1, epoch=0, row=row) for row in range(200)]
     assert {decide(key, frames=80, control_ref_image="first_frame").reference for key in keys} == {0}
-    with pytest.raises(ConfigError, match="first_frame, random"):
-        decide(keys[0], frames=80, control_ref_image="last")
 
 
 def test_real_history_is_untouched_encoded_with_the_clip_and_seen(adapter: WanS2VAdapter) -> None:
@@ -414,7 +412,7 @@ def test_a_missing_part_is_named_before_anything_is_read(gone: str, model_dir: P
         (tmp_path / "google" / "umt5-xxl").symlink_to(model_dir / "google" / "umt5-xxl")
     with pytest.raises(CheckpointError, match=gone) as caught:
         WanS2VAdapter.from_pretrained(options_for(tmp_path))
-    assert caught.value.hint and "diffusion_pytorch_model" in caught.value.hint
+    assert caught.value.hint and "models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl" in caught.value.hint
 
 
 def test_export_names_are_the_released_names(adapter: WanS2VAdapter) -> None:

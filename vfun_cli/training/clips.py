@@ -1,9 +1,12 @@
 """Which source frames a clip consists of."""
 
 from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Frames, Media, Picture
 
 WHOLE = (0.0, 1.0)
+FIRST_FRAME = 0.4
+"""Probability of frame 0 as a random reference image; the other frames share the rest."""
 
 
 def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHOLE) -> list[int]:
@@ -24,6 +27,17 @@ def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHO
         )
     start = first + int(request.key.content.numpy("start").integers(0, room + 1))
     return list(range(start, start + span, request.stride))
+
+
+def reference_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
+    """Clip frame that serves as the reference image, 0 unless it is ``random`` (wan_s2v and wan_fun specs, section 5).
+
+    The frame decides what the encoders see, so it is drawn by ``key.content``.
+    """
+    if control_ref_image != "random" or frames == 1:
+        return 0
+    draw = key.content.numpy("reference")
+    return 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
 
 
 def clip_of(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> Clip:

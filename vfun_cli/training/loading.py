@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, did_you_mean
 from vfun_cli.training.files import left_in_files, replace_parameter
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -95,6 +95,46 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")
+    return found
+
+
+def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
+    """Look for every file and folder of a released directory before the first gigabyte is read.
+
+    Raises CheckpointError naming all that are missing.
+    """
+    missing = [name for name in parts if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a complete {model} directory: no {', '.join(missing)}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded; "
+            f"beside the transformer it holds {', '.join(parts)}",
+        )
+
+
+def require_same(folder: Path, name: str, wanted: int, found: int, part: str) -> None:
+    """Raise CheckpointError if a part of a model gives another size than its transformer reads."""
+    if wanted != found:
+        raise CheckpointError(
+            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
+            hint="all parts must come from one released model: download them again",
+        )
+
+
+def model_settings(config: Mapping[str, Any], known: Iterable[str], *, model: str) -> dict[str, Any]:
+    """A configuration without the keys of its file format (``_class_name``, …).
+
+    Raises CheckpointError for a key that is not ``known``: it may change what the model computes.
+    """
+    found = {name: value for name, value in config.items() if not name.startswith("_")}
+    known = set(known) - {"self"}
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"the transformer's config.json has keys that {model} does not know: {', '.join(unknown)}."
+            + did_you_mean(unknown[0], known),
+            hint=f"point --pretrained_model_name_or_path at a released {model} model",
+        )
     return found
 
 

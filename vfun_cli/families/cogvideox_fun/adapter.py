@@ -15,11 +15,11 @@ from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer,
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import clip_of
 from vfun_cli.training.encoders.bert_t5 import load_t5
-from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.clip_vae import folder_source, keep, sample_posteriors
 from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
-from vfun_cli.training.encoders.frozen import Encoders, Output, Source
+from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.encoders.pretrained import text_source
-from vfun_cli.training.loading import read_json, safetensors_files
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Kitchen, Plain, Recipe, Size
 
@@ -101,12 +101,9 @@ class CogVideoXFunAdapter:
         """``vae`` and ``text``. Raises CheckpointError for missing parts."""
         folder, dtype = options.model_dir, options.compute_dtype
         length = read_dims(read_json(folder / SPEC.config_file)).extra["text_tokens"]
-        vae = folder / "vae"
         sources = {
-            "vae": Source(
-                load=lambda: CogVideoXVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-                files=(vae / "config.json", *safetensors_files(vae)),
-                settings=str(dtype),
+            "vae": folder_source(
+                CogVideoXVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
             ),
             "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
         }
@@ -145,10 +142,10 @@ class CogVideoXFunAdapter:
         masks = [output["mask"]["value"] for output in outputs]  # [F, 1, H, W] each
         known = sample_posteriors([output["known"] for output in outputs], keys, "vae-known")
         inpaint = join(known, torch.stack(masks).transpose(1, 2), self.scale)
-        keep = [
+        kept = [
             not (mask.all() and key.chance("empty-drop", EMPTY_DROP)) for mask, key in zip(masks, keys, strict=True)
         ]
-        return inpaint * torch.tensor(keep, device=inpaint.device).view(-1, 1, 1, 1, 1)
+        return keep(inpaint, kept)
 
     def _check_channels(self) -> None:
         """Refuse a train mode that gives the transformer other channels than it reads."""

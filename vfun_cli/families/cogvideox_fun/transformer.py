@@ -11,9 +11,9 @@ from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_sincos_pos_e
 from torch import Tensor
 from torch.nn import functional as F
 
-from vfun_cli.errors import CheckpointError, did_you_mean
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families.cogvideox_fun import FRAMES_PER_LATENT, POINT_AT
-from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.loading import empty_model, load_weights, model_settings, safetensors_files
 from vfun_cli.training.rope import rotary_table
 
 
@@ -100,15 +100,8 @@ def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
 
     Raises CheckpointError for a configuration of another model.
     """
-    given = {name: value for name, value in config.items() if not name.startswith("_")}
-    known = {*signature(CogVideoXTransformer3DModel.__init__).parameters, "add_noise_in_inpaint_model"} - {"self"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise CheckpointError(
-            f"the transformer's config.json has keys that CogVideoX-Fun does not know: {', '.join(unknown)}."
-            + did_you_mean(unknown[0], known),
-            hint=POINT_AT,
-        )
+    known = {*signature(CogVideoXTransformer3DModel.__init__).parameters, "add_noise_in_inpaint_model"}
+    given = model_settings(config, known, model="CogVideoX-Fun")
     foreign = [name for name in ("use_learned_positional_embeddings", "ofs_embed_dim") if given.get(name)]
     if foreign:
         raise CheckpointError(

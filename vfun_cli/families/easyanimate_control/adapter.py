@@ -15,12 +15,12 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import clip_of
 from vfun_cli.training.encoders.bert_t5 import load_bert, load_t5
-from vfun_cli.training.encoders.clip_vae import sample_posteriors
-from vfun_cli.training.encoders.frozen import Encoders, Output, Source
+from vfun_cli.training.encoders.clip_vae import folder_source, keep, sample_posteriors
+from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
 from vfun_cli.training.encoders.pretrained import text_source
 from vfun_cli.training.encoders.qwen2_vl import Qwen2VLText
-from vfun_cli.training.loading import read_json, safetensors_files
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Plain
 
@@ -61,17 +61,12 @@ class EasyAnimateControl:
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
         """``vae``, and the text encoders by the transformer's arguments. Raises CheckpointError for missing parts."""
         folder, dtype = options.model_dir, options.compute_dtype
-        vae = folder / "vae"
         text = {
             argument: text_source(load, folder / model, folder / tokenizer, dtype=dtype, length=CAPTION_TOKENS)
             for argument, (load, model, tokenizer) in cls.text.items()
         }
         sources = {
-            "vae": Source(
-                load=lambda: MagvitVAE.from_folder(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-                files=(vae / "config.json", *safetensors_files(vae)),
-                settings=str(dtype),
-            ),
+            "vae": folder_source(MagvitVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch),
             **text,
         }
         return Encoders(sources, options.device, low_vram=options.low_vram)
@@ -180,5 +175,4 @@ def _reference(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey
 
 def _drop(latents: Tensor, keys: Sequence[SampleKey], purpose: str, probability: float) -> Tensor:
     """Zeros instead of some samples' latents, each by its own draw."""
-    kept = torch.tensor([not key.chance(purpose, probability) for key in keys], device=latents.device)
-    return latents * kept.view(-1, 1, 1, 1, 1)
+    return keep(latents, [not key.chance(purpose, probability) for key in keys])

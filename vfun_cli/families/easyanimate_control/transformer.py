@@ -13,10 +13,10 @@ import torch
 from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError, did_you_mean
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS, POINT_AT
 from vfun_cli.families.easyanimate_control.names import diffusers_name
-from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.loading import empty_model, load_weights, model_settings, safetensors_files
 from vfun_cli.training.rope import rotary_table
 
 NOT_MODEL_SHAPE = frozenset(
@@ -67,17 +67,9 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the transformer's config.json asks for layers that the Control models do not have: {asked}",
             hint=POINT_AT,
         )
-    known = set(signature(EasyAnimateTransformer3DModel.__init__).parameters) - {"self"}
-    given = {
-        k: v for k, v in config.items() if not k.startswith("_") and k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED
-    }
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise CheckpointError(
-            f"the transformer's config.json has keys that EasyAnimate does not know: {', '.join(unknown)}."
-            + did_you_mean(unknown[0], known)
-        )
-    return {**CONFIG_DEFAULTS, **given}
+    given = {k: v for k, v in config.items() if k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED}
+    known = signature(EasyAnimateTransformer3DModel.__init__).parameters
+    return {**CONFIG_DEFAULTS, **model_settings(given, known, model="EasyAnimate Control")}
 
 
 def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:

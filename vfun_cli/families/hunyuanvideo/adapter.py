@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
@@ -13,12 +13,12 @@ from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import clip_of
 from vfun_cli.training.encoders.clip_text import ClipPooledText
-from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.clip_vae import folder_source, sample_posteriors
 from vfun_cli.training.encoders.frozen import Encoders, Output, Source
 from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
+from vfun_cli.training.loading import empty_model, load_weights, read_json, require_parts, safetensors_files
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Plain, Together
 
@@ -72,13 +72,11 @@ class HunyuanVideoAdapter:
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
         """``vae``, ``prompt`` and ``pooled``. Raises CheckpointError naming all parts that are missing."""
         folder, dtype = options.model_dir, options.compute_dtype
-        _require(folder, cls.layout)
-        vae, model, tokenizer = folder / "vae", folder / "text_encoder_2", folder / "tokenizer_2"
+        require_parts(folder, cls.layout, model="HunyuanVideo")
+        model, tokenizer = folder / "text_encoder_2", folder / "tokenizer_2"
         sources = {
-            "vae": Source(
-                load=lambda: HunyuanVAE(load_vae(vae, dtype), mini_batch=options.vae_mini_batch),
-                files=(vae / "config.json", *safetensors_files(vae)),
-                settings=str(dtype),
+            "vae": folder_source(
+                HunyuanVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
             ),
             "prompt": cls._prompt_source(folder, dtype),
             "pooled": Source(
@@ -217,24 +215,6 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
     model = empty_model(lambda: HunyuanVideoTransformer3DModel.from_config(config))
     load_weights(model, safetensors_files(folder), where=str(folder), transformer=True)
     return model
-
-
-def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
-    """The released VAE. Raises CheckpointError if the tensors do not fit."""
-    config = read_json(folder / "config.json")
-    model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
-    load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
-    return model
-
-
-def _require(folder: Path, layout: Sequence[str]) -> None:
-    """Raise CheckpointError naming every file and folder of ``layout`` that is not there."""
-    missing = [name for name in layout if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} is not a complete HunyuanVideo directory: no {', '.join(missing)}",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
-        )
 
 
 def _check_shift(path: Path) -> None:

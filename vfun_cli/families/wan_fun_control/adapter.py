@@ -1,6 +1,5 @@
 """What Wan2.1-Fun Control is conditioned on: pixels and text in, the transformer's inputs out."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,26 +10,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError
-from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS
+from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS, read_dims
 from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import clip_of
+from vfun_cli.training.clips import clip_of, reference_frame
 from vfun_cli.training.encoders import clip_vision, umt5, wan_vae
-from vfun_cli.training.encoders.clip_vae import sample_posteriors
+from vfun_cli.training.encoders.clip_vae import FRAMES_PER_LATENT, keep, sample_posteriors
 from vfun_cli.training.encoders.clip_vision import ClipImageEncoder
 from vfun_cli.training.encoders.frozen import Encoders, Output, Source
-from vfun_cli.training.encoders.umt5 import UMT5TextEncoder, pad_text
-from vfun_cli.training.encoders.wan_vae import WanVAE
-from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.encoders.umt5 import pad_text
+from vfun_cli.training.loading import empty_model, load_weights, read_json, require_parts, safetensors_files
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Filled, Plain
 
 DROP = 0.1
 """Probability, for each condition on its own, of training a sample without it."""
-FIRST_FRAME = 0.4
-"""Probability of frame 0 with ``control_ref_image=random``; the other frames share the rest."""
 BLACK = -1.0
 LAYOUT = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
 """What a released directory holds beside the transformer's safetensors."""
@@ -56,7 +51,7 @@ def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: s
     A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both. Images keep
     theirs.
     """
-    picture = picture_frame(key, frames, control_ref_image)
+    picture = reference_frame(key, frames, control_ref_image)
     with_picture = has_picture(train_mode)
     return Choice(
         picture=picture,
@@ -70,14 +65,6 @@ def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: s
 def has_picture(train_mode: str) -> bool:
     """Whether the mode trains with a start image or reference at all."""
     return train_mode != "control"
-
-
-def picture_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
-    """Clip frame that is the picture; 0 unless it is random."""
-    if control_ref_image != "random" or frames == 1:
-        return 0
-    draw = key.content.numpy("picture")
-    return 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
 
 
 class WanFunControlAdapter:
@@ -115,23 +102,14 @@ class WanFunControlAdapter:
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
         """VAE, text and image encoder of the released directory. Raises CheckpointError naming all missing parts."""
         folder, dtype = options.model_dir, options.compute_dtype
-        require_layout(folder)
-        vae, clip = folder / wan_vae.WEIGHTS, folder / clip_vision.WEIGHTS
+        require_parts(folder, LAYOUT, model="Wan2.1-Fun Control")
+        dims, clip = read_dims(read_json(folder / SPEC.config_file)), folder / clip_vision.WEIGHTS
         return Encoders(
             {
-                "vae": Source(
-                    load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-                    files=(vae,),
-                    settings=str(dtype),
-                ),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "text": umt5.source(folder, dtype=dtype, text_len=TEXT_TOKENS, dim=dims.extra["text_dim"]),
                 "clip": Source(
                     load=lambda: ClipImageEncoder.from_file(clip, dtype=dtype), files=(clip,), settings=str(dtype)
-                ),
-                "text": Source(
-                    load=lambda: UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=TEXT_TOKENS),
-                    files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
-                    settings=f"{dtype} {TEXT_TOKENS}",
-                    filler="",
                 ),
             },
             options.device,
@@ -170,7 +148,7 @@ class WanFunControlAdapter:
             "text": Input(encoder="text", recipe=Plain("" if key.chance("text", DROP) else text)),
         }
         if has_picture(train_mode):
-            picture = pixels.take([picture_frame(key, pixels.count, control_ref_image)])
+            picture = pixels.take([reference_frame(key, pixels.count, control_ref_image)])
             inputs["picture"] = Input(encoder="vae", recipe=picture)
             inputs["image"] = Input(encoder="clip", recipe=picture)
         return inputs
@@ -183,7 +161,7 @@ class WanFunControlAdapter:
         """
         options = self.options
         latents = _sampled(outputs, keys, "clip")
-        frames = 1 + wan_vae.FRAMES_PER_LATENT * (latents.shape[2] - 1)
+        frames = 1 + FRAMES_PER_LATENT * (latents.shape[2] - 1)
         choices = [
             choose(key, frames, train_mode=options.train_mode, control_ref_image=options.control_ref_image)
             for key in keys
@@ -195,16 +173,16 @@ class WanFunControlAdapter:
             picture = torch.zeros_like(latents[:, :, 0])
             image = latents.new_zeros(len(keys), IMAGE_TOKENS, self.image_dim, dtype=options.compute_dtype)
 
-        control = _keep(_sampled(outputs, keys, "control"), [choice.control for choice in choices])
+        control = keep(_sampled(outputs, keys, "control"), [choice.control for choice in choices])
         start = torch.zeros_like(latents)
-        start[:, :, 0] = _keep(picture, [choice.start for choice in choices])
+        start[:, :, 0] = keep(picture, [choice.start for choice in choices])
         conditions = {
             "control": torch.cat([control, start], dim=1),
             "text": pad_text([output["text"]["states"] for output in outputs], TEXT_TOKENS),
-            "image": _keep(image, [choice.image for choice in choices]),
+            "image": keep(image, [choice.image for choice in choices]),
         }
         if self.has_reference:
-            conditions["reference"] = _keep(picture, [choice.reference for choice in choices])
+            conditions["reference"] = keep(picture, [choice.reference for choice in choices])
         return latents, conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -213,26 +191,9 @@ class WanFunControlAdapter:
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
 
 
-def require_layout(folder: Path) -> None:
-    """Look for every part before the first gigabyte is read. Raises CheckpointError naming all that are missing."""
-    missing = [name for name in LAYOUT if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} is not a Wan2.1-Fun Control directory: no {', '.join(missing)}",
-            hint=f"it holds diffusion_pytorch_model*.safetensors and {', '.join(LAYOUT)}; "
-            "vfun train wan-fun-control --demo makes a tiny one",
-        )
-
-
 def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], part: str) -> Tensor:
     """Latents [B, 16, F, H, W] of one input, each with noise of its sample's own."""
     return sample_posteriors([output[part] for output in outputs], keys, f"{part} posterior")
-
-
-def _keep(tensor: Tensor, kept: Sequence[bool]) -> Tensor:
-    """Zeros for the samples of the batch that are not kept."""
-    mask = torch.tensor(kept, device=tensor.device).view(-1, *[1] * (tensor.dim() - 1))
-    return torch.where(mask, tensor, torch.zeros_like(tensor))
 
 
 def load_transformer(folder: Path) -> WanFunControlTransformer:
@@ -242,7 +203,7 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
         CheckpointError: no such model there, or another one.
     """
     files = safetensors_files(folder)
-    config = transformer_config(_shapes(files), _config(folder / SPEC.config_file))
+    config = transformer_config(_shapes(files), read_json(folder / SPEC.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config))
     load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
     return model
@@ -255,15 +216,3 @@ def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
         with safe_open(str(file), framework="pt") as shard:
             shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
     return shapes
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}", hint="Point --pretrained-model-name-or-path at the released directory."
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", hint="Download config.json of the released model again.")
-    return config

@@ -3,25 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS, read_dims
-from vfun_cli.families.wan_s2v.transformer import load_transformer, read_config
+from vfun_cli.families.wan_s2v.transformer import load_transformer
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import frame_indices
+from vfun_cli.training.clips import frame_indices, reference_frame
 from vfun_cli.training.encoders import umt5, wan_vae, wav2vec2
 from vfun_cli.training.encoders.clip_vae import draw
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.encoders.frozen import Source as EncoderSource
-from vfun_cli.training.encoders.umt5 import UMT5TextEncoder, pad_text
-from vfun_cli.training.encoders.wan_vae import WanVAE
+from vfun_cli.training.encoders.umt5 import pad_text
 from vfun_cli.training.encoders.wav2vec2 import SpeechEncoder
+from vfun_cli.training.loading import read_json, require_parts, require_same
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Filled, Frames, Joined, Media, Plain, Recipe, Size, Sound, Together
 
@@ -29,8 +27,6 @@ DROP = 0.1
 """Probability of leaving out the text, the control, the sound, the end of both, or the history."""
 FIRST_FRAME_AS_HISTORY = 0.5
 """Probability that a clip without history, referenced by its first frame, gets that frame as its history."""
-REFERENCE_FIRST = 0.4
-"""``control_ref_image random``: probability of the first frame; the others share the rest."""
 REFERENCE_HISTORY = 6
 """Frames of history that the reference frame takes over: two latents."""
 BLACK = -1.0
@@ -59,11 +55,8 @@ class Decisions:
 
 
 def decide(key: SampleKey, *, frames: int, control_ref_image: str) -> Decisions:
-    """The choices for one sample, each drawn by its own purpose so that none depends on another.
-
-    Raises ConfigError for an unknown ``control_ref_image``.
-    """
-    reference = _reference_frame(key.content, frames, control_ref_image)
+    """The choices for one sample, each drawn by its own purpose so that none depends on another."""
+    reference = reference_frame(key, frames, control_ref_image)
     cut_tail = key.chance("drop-tail", DROP)
     return Decisions(
         drop_text=key.chance("drop-text", DROP),
@@ -74,14 +67,6 @@ def decide(key: SampleKey, *, frames: int, control_ref_image: str) -> Decisions:
         reference=reference,
         first_frame_as_history=reference == 0 and key.chance("first-frame-as-history", FIRST_FRAME_AS_HISTORY),
     )
-
-
-def _reference_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
-    if control_ref_image not in ("first_frame", "random"):
-        raise ConfigError(f"control_ref_image = {control_ref_image!r}. Choose one of: first_frame, random")
-    if control_ref_image == "first_frame" or key.chance("reference-first", REFERENCE_FIRST):
-        return 0
-    return int(key.numpy("reference").integers(1, frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,34 +172,19 @@ class WanS2VAdapter:
         Raises CheckpointError naming all parts that are missing.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        require_layout(folder)
-        config = read_dims(read_config(folder / SPEC.config_file)).extra
-
-        def load_text() -> UMT5TextEncoder:
-            encoder = UMT5TextEncoder.from_files(folder, dtype=dtype, text_len=int(config["text_len"]))
-            _require_size(folder, "text_dim", config["text_dim"], encoder.dim, umt5.WEIGHTS)
-            return encoder
+        require_parts(folder, LAYOUT, model="Wan2.2-S2V")
+        config = read_dims(read_json(folder / SPEC.config_file)).extra
 
         def load_speech() -> SpeechEncoder:
             encoder = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)
-            _require_size(folder, "audio_dim", config["audio_dim"], encoder.dim, wav2vec2.FOLDER)
-            _require_size(folder, "audio layers", NUM_AUDIO_LAYERS, encoder.num_states, wav2vec2.FOLDER)
+            require_same(folder, "audio_dim", config["audio_dim"], encoder.dim, wav2vec2.FOLDER)
+            require_same(folder, "audio layers", NUM_AUDIO_LAYERS, encoder.num_states, wav2vec2.FOLDER)
             return encoder
 
-        vae = folder / wan_vae.WEIGHTS
         return Encoders(
             {
-                "vae": EncoderSource(
-                    load=lambda: WanVAE.from_file(vae, dtype=dtype, mini_batch=options.vae_mini_batch),
-                    files=(vae,),
-                    settings=str(dtype),
-                ),
-                "text": EncoderSource(
-                    load=load_text,
-                    files=(folder / umt5.WEIGHTS, folder / umt5.TOKENIZER),
-                    settings=f"{dtype} {config['text_len']}",
-                    filler="",
-                ),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "text": umt5.source(folder, dtype=dtype, text_len=config["text_len"], dim=config["text_dim"]),
                 "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
             },
             options.device,
@@ -223,7 +193,7 @@ class WanS2VAdapter:
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`. Raises ConfigError for an unknown reference option."""
+        """See :class:`~vfun_cli.training.adapter.ModelAdapter`."""
         return compose(source_of(request), _decide(request.key, request.frames, options))
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
@@ -295,25 +265,6 @@ def control_clip(source: Source, decisions: Decisions) -> Clip:
         return source.control
     shown = source.control.take(range(decisions.silent_from))
     return Joined((shown, Filled(BLACK, source.frames - decisions.silent_from, source.size)))
-
-
-def _require_size(folder: Path, name: str, wanted: int, found: int, part: str) -> None:
-    if wanted != found:
-        raise CheckpointError(
-            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
-            hint="all parts must come from one released model: download them again",
-        )
-
-
-def require_layout(folder: Path) -> None:
-    """Look for every part before the first gigabyte is read. Raises CheckpointError naming all that are missing."""
-    missing = [name for name in LAYOUT if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} is not a Wan2.2-S2V directory: no {', '.join(missing)}",
-            hint=f"it holds diffusion_pytorch_model*.safetensors and {', '.join(LAYOUT)}; "
-            "vfun train wan-s2v --demo makes a tiny one",
-        )
 
 
 def _decide(key: SampleKey, frames: int, options: Mapping[str, Any]) -> Decisions:

@@ -10,7 +10,6 @@ Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
 - every cast is written out, and nothing in the forward waits for the accelerator.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,9 +24,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
+from vfun_cli.errors import ConfigError
+from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS
-from vfun_cli.training.loading import empty_model, load_weights, safetensors_files
+from vfun_cli.training.loading import empty_model, load_weights, model_settings, read_json, safetensors_files
 
 SUPPORTED: dict[str, Any] = {
     "model_type": "s2v",
@@ -562,24 +562,10 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
 def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
     """The transformer of a released model directory, float32 on the CPU; every tensor must fit.
 
-    Raises CheckpointError for files that are missing, damaged or do not fit, ConfigError for an unknown key.
+    Raises CheckpointError for files that are missing, damaged or do not fit, and for an unknown key.
     """
-    config = read_config(model_dir / "config.json")
+    known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
+    config = model_settings(read_json(model_dir / SPEC.config_file), known, model="Wan2.2-S2V")
     model = empty_model(lambda: WanS2VTransformer3DModel(**config))
     load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
     return model
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The constructor's arguments from ``config.json``; keys of the file format (``_class_name``, …) are left out."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error}", hint="point --pretrained_model_name_or_path at the released model's folder"
-        ) from error
-    known = set(WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)) - {"self"}
-    for key in config:
-        if key not in known and not key.startswith("_"):
-            raise ConfigError(f"{path}: unknown key {key!r}.{did_you_mean(key, known)}")
-    return {key: value for key, value in config.items() if key in known}

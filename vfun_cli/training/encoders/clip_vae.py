@@ -1,13 +1,19 @@
 """What all video VAEs share: clips of any shape in, posteriors out, in mini-batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vfun_cli.training.encoders.frozen import Output
+from vfun_cli.training.encoders.frozen import Output, Source
+from vfun_cli.training.loading import safetensors_files
 from vfun_cli.training.randomness import SampleKey
+
+FRAMES_PER_LATENT = 4
+"""Behind the first frame, which makes a latent of its own. All these VAEs would take another number of frames and
+encode, or drop, the last ones as if they were fewer."""
 
 
 class ClipVAE(nn.Module, ABC):
@@ -50,9 +56,30 @@ class ClipVAE(nn.Module, ABC):
         return [found[index] for index in range(len(inputs))]
 
 
+def require_whole_latents(pixels: Tensor) -> None:
+    """Raises ValueError unless the frames of [B, 3, F, H, W] are 1 + 4k."""
+    frames = pixels.shape[2]
+    if frames % FRAMES_PER_LATENT != 1:
+        raise ValueError(f"the VAE encodes 1 + 4k frames, got {frames}")
+
+
+def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> Source:
+    """A VAE that ``load`` makes of a released ``vae`` folder. Raises CheckpointError if no weights are there."""
+    return Source(
+        load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch),
+        files=(folder / "config.json", *safetensors_files(folder)),
+        settings=str(dtype),
+    )
+
+
 def sample_posteriors(outputs: Sequence[Output], keys: Sequence[SampleKey], purpose: str) -> Tensor:
     """Latents [B, z, f, h, w] float32, each drawn from its posterior with the noise of its own key."""
     return torch.stack([draw(output, key, purpose) for output, key in zip(outputs, keys, strict=True)])
+
+
+def keep(values: Tensor, kept: Sequence[bool]) -> Tensor:
+    """Zeros for the samples of a batch that are not kept."""
+    return values * torch.tensor(kept, device=values.device).view(-1, *[1] * (values.dim() - 1))
 
 
 def draw(output: Output, key: SampleKey, purpose: str) -> Tensor:

@@ -7,11 +7,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from vfun_cli.training.encoders.clip_vae import ClipVAE
+from vfun_cli.training.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
-
-FRAMES_PER_LATENT = 4
 
 
 class CogVideoXVAE(ClipVAE):
@@ -41,9 +39,7 @@ class CogVideoXVAE(ClipVAE):
         The networks run in their own dtype.
         Raises ValueError for another number of frames: some of them would be encoded as if they were fewer.
         """
-        frames = pixels.shape[2]
-        if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"the CogVideoX VAE encodes 1 + 4k frames, got {frames}")
+        require_whole_latents(pixels)
         found = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
         return found.mean.float() * self.scale, found.std.float() * self.scale
 

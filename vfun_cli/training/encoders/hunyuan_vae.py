@@ -1,13 +1,14 @@
 """The VAE of HunyuanVideo with the tiling its latents are defined by."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from vfun_cli.training.encoders.clip_vae import ClipVAE
+from vfun_cli.training.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.training.encoders.placement import freeze
-
-FRAMES_PER_LATENT = 4
+from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
 
 
 class HunyuanVAE(ClipVAE):
@@ -21,14 +22,20 @@ class HunyuanVAE(ClipVAE):
         self.model.enable_tiling()
         self.mini_batch = mini_batch
 
+    @classmethod
+    def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "HunyuanVAE":
+        """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
+        config = read_json(folder / "config.json")
+        model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
+        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
+        return cls(model, mini_batch=mini_batch)
+
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [B, z, f, h, w] float32, both times scaling_factor; F = 4k + 1, f = k + 1.
 
         Raises ValueError for another number of frames: its last ones would make a latent of their own.
         """
-        frames = pixels.shape[2]
-        if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"the HunyuanVideo VAE encodes 4k + 1 frames, got {frames}")
+        require_whole_latents(pixels)
         with torch.no_grad():
             posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
         scale = float(self.model.config.scaling_factor)

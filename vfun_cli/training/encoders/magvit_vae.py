@@ -10,11 +10,9 @@ from diffusers import AutoencoderKLMagvit
 from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.training.encoders.clip_vae import ClipVAE
+from vfun_cli.training.encoders.clip_vae import FRAMES_PER_LATENT, ClipVAE, require_whole_latents
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
-
-FRAMES_PER_LATENT = 4
 
 SUPPORTED = {
     "mid_block_use_attention": False,
@@ -49,9 +47,7 @@ class MagvitVAE(ClipVAE):
         F = 1 + 4k, f = 1 + k; logvar is clamped to [-30, 20]. The networks run in their own dtype.
         Raises ValueError for another number of frames: the last group would be encoded as a shorter one.
         """
-        frames = pixels.shape[2]
-        if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"the EasyAnimate VAE encodes 1 + 4k frames, got {frames}")
+        require_whole_latents(pixels)
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
         mu, logvar = moments.float().chunk(2, dim=1)
         scale = float(self.model.config.scaling_factor)

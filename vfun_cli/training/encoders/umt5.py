@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.training.encoders.frozen import Output
+from vfun_cli.training.encoders.frozen import Output, Source
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.loading import empty_model, load_pth, load_weights
+from vfun_cli.training.loading import empty_model, load_pth, load_weights, require_same
 
 WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
@@ -84,6 +84,18 @@ class UMT5TextEncoder(nn.Module):
     def outputs(self, inputs: Sequence[str]) -> list[Output]:
         """``states`` [len_i, dim] of each text."""
         return [{"states": states} for states in self.encode(inputs)]
+
+
+def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> Source:
+    """The text encoder of a released Wan directory, for a transformer that reads states of width ``dim``."""
+
+    def load() -> UMT5TextEncoder:
+        encoder = UMT5TextEncoder.from_files(model_dir, dtype=dtype, text_len=text_len)
+        require_same(model_dir, "text_dim", dim, encoder.dim, WEIGHTS)
+        return encoder
+
+    files = (model_dir / WEIGHTS, model_dir / TOKENIZER)
+    return Source(load=load, files=files, settings=f"{dtype} {text_len}", filler="")
 
 
 def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:

@@ -9,13 +9,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.training.encoders.clip_vae import ClipVAE
+from vfun_cli.training.encoders.clip_vae import ClipVAE, require_whole_latents
+from vfun_cli.training.encoders.frozen import Source
 from vfun_cli.training.encoders.placement import freeze
 from vfun_cli.training.loading import empty_model, load_pth, load_weights
 
 WEIGHTS = "Wan2.1_VAE.pth"
 Z_DIM = 16
-FRAMES_PER_LATENT = 4
 STAGES = 4
 """Resolution stages of the Wan2.1 VAE, and of diffusers' conversion of its names."""
 BLOCKS_PER_STAGE = 3
@@ -52,14 +52,18 @@ class WanVAE(ClipVAE):
 
         Raises ValueError for another number of frames: the encoder would drop the remainder without a word.
         """
-        frames = pixels.shape[2]
-        if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(
-                f"the Wan VAE encodes 1 + 4k frames, got {frames}; it would drop the last {(frames - 1) % 4}"
-            )
+        require_whole_latents(pixels)
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
         mu, logvar = moments.float().chunk(2, dim=1)
         return (mu - self.mean) / self.std, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+
+
+def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> Source:
+    """The VAE of a released Wan directory."""
+    path = model_dir / WEIGHTS
+    return Source(
+        load=lambda: WanVAE.from_file(path, dtype=dtype, mini_batch=mini_batch), files=(path,), settings=str(dtype)
+    )
 
 
 def load_wan_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) -> AutoencoderKLWan:
