@@ -1,4 +1,4 @@
-"""What the documents' command lines of all families have in common."""
+"""What the documents' command lines of all families have in common, and what their demos do."""
 
 from collections.abc import Mapping
 
@@ -28,3 +28,19 @@ FULL_FINE_TUNE: Mapping[str, object] = {
     "trainable_modules": ".",
 }
 """Everything but CogVideoX-Fun, whose document trains LoRA."""
+
+DEMO: Mapping[str, object] = {
+    "image_sample_size": 64,
+    "video_sample_size": 64,
+    "token_sample_size": 64,
+    "video_sample_stride": 1,
+    "video_sample_n_frames": 9,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0,
+    "learning_rate": 4e-3,
+    "max_grad_norm": 1.0,
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "low_vram": False,
+}
+"""Four steps of a tiny model on tiny clips, in seconds on a CPU."""

@@ -221,6 +221,19 @@ def load_weights(
     _refuse_meta(model)
 
 
+def load_diffusers(
+    kind: type[Any], folder: Path, *, dtype: torch.dtype = torch.float32, transformer: bool = False
+) -> Any:
+    """A model of one of diffusers' classes from its folder, on the CPU.
+
+    Raises CheckpointError if ``config.json`` or the safetensors beside it are missing or do not fit.
+    """
+    config = read_json(folder / "config.json")
+    model = empty_model(lambda: kind.from_config(config))
+    load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder), transformer=transformer)
+    return model
+
+
 def _pairs(
     tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | Sequence[Path],
 ) -> Iterable[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` dra
 from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.documented import COMMON
+from vfun_cli.families.documented import COMMON, DEMO
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims, unchanged
 
 FRAMES_PER_LATENT = 4
@@ -164,19 +164,7 @@ SPEC = FamilySpec(
     export_names={"same": unchanged, "diffusers": unchanged},
     # ComfyUI runs this model in nodes that split a LoRA's keys at the first dot: the original's have one alone.
     lora_formats={"peft": "peft", "diffusers": "diffusers", "comfyui": "original", "original": "original"},
-    demo={
-        "image_sample_size": 64,
-        "video_sample_size": 64,
-        "token_sample_size": 64,
-        "video_sample_stride": 1,
-        "video_sample_n_frames": 9,
-        "dataloader_num_workers": 0,
-        "learning_rate": 4e-3,
-        "max_grad_norm": 1.0,
-        "max_train_steps": 4,
-        "checkpointing_steps": 2,
-        "low_vram": False,
-    },
+    demo=DEMO,
     demo_builder="vfun_cli.demo.cogvideox_fun:build_model",
     train_modes=("inpaint", "normal"),
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import cast
 
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.documented import FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
 
@@ -166,20 +166,6 @@ DEFAULTS: Mapping[str, object] = {
     "control_ref_image": "first_frame",
 }
 """What the documents' commands of both families say."""
-
-DEMO: Mapping[str, object] = {
-    "image_sample_size": 64,
-    "video_sample_size": 64,
-    "token_sample_size": 64,
-    "video_sample_stride": 1,
-    "video_sample_n_frames": 9,
-    "dataloader_num_workers": 0,
-    "lr_warmup_steps": 0,
-    "learning_rate": 4e-3,
-    "max_grad_norm": 1.0,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
-}
 
 V5_1 = FamilySpec(
     name="easyanimate-v5.1-control",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vfun_cli.families.documented import FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_place
 from vfun_cli.families.hunyuanvideo.sizes import (
     PATCH_SIZE,
@@ -58,20 +58,6 @@ _LORA_ALIASES = {
     "ff_context.2": "ff_context.net.2",
 }
 
-_DEMO: Mapping[str, Any] = {
-    "image_sample_size": 64,
-    "video_sample_size": 64,
-    "token_sample_size": 64,
-    "video_sample_stride": 1,
-    "video_sample_n_frames": 9,
-    "dataloader_num_workers": 0,
-    "lr_warmup_steps": 0,
-    "learning_rate": 4e-3,
-    "max_grad_norm": 1.0,
-    "max_train_steps": 4,
-    "checkpointing_steps": 2,
-}
-
 
 def _spec(condition: Condition, **own: Any) -> FamilySpec:
     return FamilySpec(
@@ -91,7 +77,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         attention_flops=attention_flops,
         lora_defaults=_LORA,
         lora_aliases=_LORA_ALIASES,
-        demo=_DEMO,
+        demo=DEMO,
         export_names={"same": unchanged, "diffusers": unchanged},
         comfyui_place=comfyui_place,
         **own,

@@ -18,7 +18,7 @@ from vfun_cli.training.encoders.frozen import Encoders, Output, Source
 from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.training.loading import empty_model, load_weights, read_json, require_parts, safetensors_files
+from vfun_cli.training.loading import load_diffusers, read_json, require_parts
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Plain, Together
 
@@ -210,10 +210,8 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
 
     Raises ConfigError if the directory is another family's, CheckpointError if the tensors do not fit.
     """
-    config = read_json(folder / "config.json")
-    check_config(config, condition)
-    model = empty_model(lambda: HunyuanVideoTransformer3DModel.from_config(config))
-    load_weights(model, safetensors_files(folder), where=str(folder), transformer=True)
+    check_config(read_json(folder / "config.json"), condition)
+    model: HunyuanVideoTransformer3DModel = load_diffusers(HunyuanVideoTransformer3DModel, folder, transformer=True)
     return model
 
 

@@ -14,7 +14,7 @@
 from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.documented import FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
 
@@ -165,18 +165,12 @@ SPEC = FamilySpec(
         "target_name": "q,k,v,ffn.0,ffn.2",
     },
     demo={
+        **DEMO,
         "image_sample_size": 96,
-        "video_sample_size": 64,
-        "token_sample_size": 64,
         "video_sample_stride": 2,
-        "video_sample_n_frames": 9,
         "dataloader_num_workers": 1,
-        "learning_rate": 4e-3,
-        "lr_warmup_steps": 0,
-        "max_grad_norm": 1.0,
         "max_train_steps": 8,
         "checkpointing_steps": 4,
-        "low_vram": False,
         "control_ref_image": "random",
     },
     demo_builder="vfun_cli.demo.wan_fun_control:build_model",

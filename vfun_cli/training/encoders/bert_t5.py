@@ -9,7 +9,7 @@ from transformers import BertModel, BertTokenizer, PreTrainedTokenizerBase, T5En
 
 from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer, padded_tokens
 
 
 class PaddedText(nn.Module):
@@ -27,11 +27,7 @@ class PaddedText(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Token ids [B, length], padded on the right or cut."""
-        rows = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = rows["input_ids"]
-        return ids
+        return padded_tokens(self.tokenizer, captions, self.length)[0]
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from vfun_cli.training.encoders.frozen import Output
-from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer, padded_tokens
 
 MAX_LENGTH = 77
 
@@ -28,9 +28,7 @@ class ClipPooledText(nn.Module):
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """[B, dim]. Captions are cut at 77 tokens and padded without an attention mask, as the model was trained."""
-        ids = self.tokenizer(
-            list(captions), max_length=MAX_LENGTH, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        ids, _ = padded_tokens(self.tokenizer, captions, MAX_LENGTH)
         with torch.no_grad():
             pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
         return pooled

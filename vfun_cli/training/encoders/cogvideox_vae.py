@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vfun_cli.training.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
+from vfun_cli.training.loading import load_diffusers, read_json
 
 
 class CogVideoXVAE(ClipVAE):
@@ -23,10 +23,7 @@ class CogVideoXVAE(ClipVAE):
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "CogVideoXVAE":
         """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
-        config = read_json(folder / "config.json")
-        model = empty_model(lambda: AutoencoderKLCogVideoX.from_config(config))
-        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
-        return cls(model, mini_batch=mini_batch)
+        return cls(load_diffusers(AutoencoderKLCogVideoX, folder, dtype=dtype), mini_batch=mini_batch)
 
     @property
     def scale(self) -> float:

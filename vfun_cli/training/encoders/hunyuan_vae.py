@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vfun_cli.training.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.loading import empty_model, load_weights, read_json, safetensors_files
+from vfun_cli.training.loading import load_diffusers
 
 
 class HunyuanVAE(ClipVAE):
@@ -25,10 +25,7 @@ class HunyuanVAE(ClipVAE):
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "HunyuanVAE":
         """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
-        config = read_json(folder / "config.json")
-        model = empty_model(lambda: AutoencoderKLHunyuanVideo.from_config(config))
-        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
-        return cls(model, mini_batch=mini_batch)
+        return cls(load_diffusers(AutoencoderKLHunyuanVideo, folder, dtype=dtype), mini_batch=mini_batch)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [B, z, f, h, w] float32, both times scaling_factor; F = 4k + 1, f = k + 1.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vfun_cli.training.encoders.frozen import Output
-from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer, padded_tokens
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -39,16 +39,9 @@ class LlamaPrompt(nn.Module):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States [B, max_length, dim] and mask [B, max_length] int64 with the valid rows first."""
-        device = self.model.device
-        tokens = self.tokenizer(
-            [TEMPLATE.format(caption) for caption in captions],
-            max_length=CROP_START + self.max_length,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        prompts = [TEMPLATE.format(caption) for caption in captions]
+        tokens = padded_tokens(self.tokenizer, prompts, CROP_START + self.max_length)
+        ids, mask = (each.to(self.model.device) for each in tokens)
         with torch.no_grad():
             states = self.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         return states[HIDDEN_STATE][:, CROP_START:], mask[:, CROP_START:]

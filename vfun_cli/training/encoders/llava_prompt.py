@@ -18,7 +18,7 @@ from transformers import (
 from vfun_cli.errors import CheckpointError, MetadataError
 from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.llama_prompt import HIDDEN_STATE
-from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer, padded_tokens
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -121,21 +121,14 @@ class LlavaPrompt(nn.Module):
                     f"a caption contains the model's image token: {caption[:80]!r}",
                     hint="remove the token from the text of that metadata row",
                 )
-        tokens = self.tokenizer(
-            [TEMPLATE.format(caption) for caption in captions],
-            max_length=CROP_START + self.max_length,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids: Tensor = tokens.input_ids
+        prompts = [TEMPLATE.format(caption) for caption in captions]
+        ids, mask = padded_tokens(self.tokenizer, prompts, CROP_START + self.max_length)
         if (ids[:, IMAGE_START] != self.image_token).any():
             raise CheckpointError(
                 f"the tokenizer does not put the image token {self.image_token} at position {IMAGE_START}",
                 hint="tokenizer/ and text_encoder/ must come from the same released HunyuanVideo-I2V",
             )
-        return ids, tokens.attention_mask
+        return ids, mask
 
     def _expand(self, values: Tensor, image_value: int) -> Tensor:
         """[B, n] with one entry for the image to [B, n + 575] with one for each image token."""

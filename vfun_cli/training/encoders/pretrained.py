@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -65,6 +66,14 @@ def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
             f"no {kind.__name__} in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
             hint="download the folder again",
         ) from error
+
+
+def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, length] int64 of texts, cut and padded on the right."""
+    tokens = tokenizer(
+        list(texts), max_length=length, padding="max_length", padding_side="right", truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids, tokens.attention_mask
 
 
 def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> Source:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2VLForCond
 
 from vfun_cli.training.encoders.frozen import Output
 from vfun_cli.training.encoders.placement import freeze
-from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer
+from vfun_cli.training.encoders.pretrained import load_model, load_tokenizer, padded_tokens
 
 
 class Qwen2VLText(nn.Module):
@@ -43,15 +43,7 @@ class Qwen2VLText(nn.Module):
             )
             for caption in captions
         ]
-        rows = self.tokenizer(
-            chats,
-            padding="max_length",
-            padding_side="right",
-            max_length=self.length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return rows["input_ids"], rows["attention_mask"]
+        return padded_tokens(self.tokenizer, chats, self.length)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""
