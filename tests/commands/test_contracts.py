@@ -182,6 +182,7 @@ def test_no_color_is_heeded_on_a_terminal(place: Path) -> None:
     assert not re.search("\x1b\\[[0-9;]*3[0-9]m", seen["1"])
 
 
+@pytest.mark.slow
 def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.training import data
@@ -54,6 +55,12 @@ class Decoder:
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
         return {"pixels": Input(encoder="vae", recipe=Row(request.key.row, dict(options)))}
+
+
+@pytest.fixture(autouse=True)
+def asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch asks every five seconds whether its processes live; that is all these tests would wait for."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
 
 
 def stream(*batches: tuple[int, ...]) -> Iterator[MicroBatch]:

@@ -223,6 +223,7 @@ HUNYUAN_LAYERS = {
 """At the width that diffusers' reader of joint layers takes for granted."""
 
 
+@pytest.mark.slow
 def test_layers_that_comfyui_joins_become_one_with_the_same_update(tmp_path: Path) -> None:
     checkpoint = adapter_of_layers(tmp_path, HUNYUAN_LAYERS)
     stored = load_file(checkpoint / "model/adapter_model.safetensors")
