@@ -69,6 +69,7 @@ def inputs_for(spec: FamilySpec, request: SampleRequest) -> Inputs:
     return adapter_of(spec).inputs(request, load_options(config_of(spec), spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cached_clip_trains_like_an_encoded_one_without_any_encoder(family: str, tmp_path: Path) -> None:
     spec = families.find(family)

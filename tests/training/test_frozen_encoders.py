@@ -59,6 +59,7 @@ def request(spec: FamilySpec, config: Any) -> SampleRequest:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_leaves_the_encoders_alone(
     family: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
