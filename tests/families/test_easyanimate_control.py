@@ -162,6 +162,7 @@ def test_an_encoder_folder_without_its_model_is_named_when_encoders_load(folders
 
 
 def golden_vae(tmp_path: Path, **changes: object) -> MagvitVAE:
+    """Of both versions: the original's files and outputs are the same to the byte."""
     source = GOLDEN / "easyanimate_v5.1_control/vae"
     config = json.loads((source / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
