@@ -14,6 +14,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -66,8 +67,13 @@ WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 SHAPES = {"real": ((48, 512, 512), (80, 640, 640)), "tiny": ((8, 64, 64),)}
 """Frames, height, width; one frame more where the family counts so."""
-MODES = [(checkpointing, compiled) for checkpointing in ("none", "block", "selective") for compiled in (False, True)]
-STEPS, WARM_UP = 8, 3
+PROFILED = ("block", True)
+MODES = [("block", False), PROFILED, ("none", False), ("none", True), ("selective", False), ("selective", True)]
+"""Checkpointing and compile, what matters most first."""
+WARM_UP, STEPS, STEADY = 2, 8, 10.0
+"""Steps before the clock starts, at most so many under it, and seconds after which fewer will do."""
+SQUARES = range(640, 2049, 128)
+"""Sides of the clips of 80 frames among which the first one that does not fit is sought."""
 BYTES_A_WEIGHT = 18
 """float32 weight, gradient and two moments, and the bf16 copy of autocast."""
 SHARE_FOR_WEIGHTS = 0.6
@@ -91,6 +97,11 @@ def matrix_ceiling(device: torch.device) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def graphs() -> int:
+    """How many graphs were compiled up to now."""
+    return int(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))
 
 
 def free(device: torch.device) -> None:
@@ -119,6 +130,7 @@ class Bench:
 
     def __init__(self, family: str, device: str, tiny: bool, folder: Path) -> None:
         self.spec: FamilySpec = families.find(family)
+        folder.mkdir()
         given = {"strategy": "single", "device": device, "max_train_steps": 10**6, "lr_scheduler": "constant"}
         given |= {"report_to": "none", "output_dir": folder / "run", "checkpointing_steps": 10**6}
         self.config: RunConfig = resolve(
@@ -132,6 +144,7 @@ class Bench:
         self.kind, self.settings = type(self.adapter.transformer), own | (narrow if tiny else wide)
         self.record = write_clip(folder, 200, 64 if tiny else 640)
         self.folder = folder
+        self.blocks = self.blocks_that_fit()
 
     def blocks_that_fit(self) -> int:
         """By the memory of their weights, gradients and moments."""
@@ -162,8 +175,8 @@ class Bench:
         sample = Sample(inputs=inputs, values={}, found=made)
         return LoadedBatch(batch=MicroBatch(epoch=0, step=0, index=0, requests=(request,)), samples=[sample])
 
-    def trainer(self, blocks: int, checkpointing: str, compiled: bool) -> Trainer:
-        settings = self.settings | {"num_layers": blocks}
+    def trainer(self, checkpointing: str, compiled: bool) -> Trainer:
+        settings = self.settings | {"num_layers": self.blocks}
         with self.device:
             torch.manual_seed(0)
             transformer = self.kind(**settings)
@@ -189,41 +202,63 @@ class Bench:
             ),
         )  # fmt: skip
 
-    def measure(self, blocks: int, shape: tuple[int, int, int], checkpointing: str, compiled: bool) -> dict[str, Any]:
-        """Seconds of a step in steady state and what follows from it; ``does not fit`` instead of numbers."""
+    def measure(
+        self, shape: tuple[int, int, int], checkpointing: str, compiled: bool, steps: int = STEPS
+    ) -> dict[str, Any]:
+        """Seconds of a step in steady state and what follows from it; ``does_not_fit`` instead of numbers."""
         free(self.device)
-        row = {"shape": list(shape), "blocks": blocks, "checkpointing": checkpointing, "compile": compiled}
+        row = {"shape": list(shape), "checkpointing": checkpointing, "compile": compiled}
+        began = time.perf_counter()
         try:
             loaded = self.loaded(shape)
-            trainer = self.trainer(blocks, checkpointing, compiled)
+            trainer = self.trainer(checkpointing, compiled)
             for number in range(WARM_UP):
                 trainer.launch(number, [replace_key(loaded, number)])
             wait(self.device)
+            made, warm, number = time.perf_counter() - began, graphs(), WARM_UP
             began = time.perf_counter()
-            for number in range(WARM_UP, WARM_UP + STEPS):
+            while number < WARM_UP + steps and (number < WARM_UP + 2 or time.perf_counter() - began < STEADY):
                 trainer.launch(number, [replace_key(loaded, number)])
+                number += 1
+                if not number % 2:  # so that the clock is worth asking; one wait in two steps costs next to nothing
+                    wait(self.device)
             wait(self.device)
         except torch.OutOfMemoryError:
             return {**row, "does_not_fit": True}
-        seconds = (time.perf_counter() - began) / STEPS
+        seconds = (time.perf_counter() - began) / (number - WARM_UP)
         request = loaded.batch.requests[0]
         cost = trainer.metrics.costs.of(request.frames, request.height, request.width)
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         return {
             **row,
             "tokens": cost.tokens,
+            "seconds_until_steady": round(made, 1),
+            "steps": number - WARM_UP,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(cost.tokens / seconds),
             "tflops": float(f"{cost.flops / seconds / 1e12:.4g}"),
             "peak_memory_bytes": memory,
+            "recompiled_after_warm_up": graphs() - warm,
         }
 
-    def profile(self, blocks: int, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
-        """What the device spends its time on, block checkpointing without compile: the fifteen largest."""
+    def first_too_large(self) -> dict[str, Any]:
+        """The smallest square of 80 frames that does not fit with block checkpointing, by bisection."""
+        fits, too_large = -1, len(SQUARES)
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            row = self.measure((80, SQUARES[middle], SQUARES[middle]), "block", False, steps=1)
+            fits, too_large = (fits, middle) if "does_not_fit" in row else (middle, too_large)
+        return {
+            "largest_side_that_fits": SQUARES[fits] if fits >= 0 else None,
+            "side": SQUARES[too_large] if too_large < len(SQUARES) else None,
+        }
+
+    def profile(self, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+        """What the device spends its time on in the profiled mode: the fifteen largest."""
         from torch.profiler import ProfilerActivity, profile
 
         free(self.device)
-        loaded, trainer = self.loaded(shape), self.trainer(blocks, "block", False)
+        loaded, trainer = self.loaded(shape), self.trainer(*PROFILED)
         for number in range(WARM_UP):
             trainer.launch(number, [loaded])
         cuda = self.device.type == "cuda"
@@ -247,12 +282,14 @@ def replace_key(loaded: LoadedBatch, number: int) -> LoadedBatch:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure what matters most first, print and write as it comes, and stop in time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy width and clips; nothing is written")
     parser.add_argument("--families", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--minutes", type=float, default=30, help="begin nothing after this time")
     given = parser.parse_args()
+    end = time.monotonic() + 60 * given.minutes
     device = torch.device(given.device)
     ceiling = matrix_ceiling(device)
     found: dict[str, Any] = {
@@ -262,36 +299,42 @@ def main() -> None:
         "data_sheet_tflops": (peak_flops(device, None) or 0) / 1e12 or None,
     }
     print(found, flush=True)
+    shapes = SHAPES["tiny" if given.tiny else "real"]
     with TemporaryDirectory() as scratch:
         os.chdir(scratch)
-        for family in given.families:
-            folder = Path(family).absolute()
-            folder.mkdir()
-            bench = Bench(family, given.device, given.tiny, folder)
-            blocks = bench.blocks_that_fit()
-            rows = []
-            for shape in SHAPES["tiny" if given.tiny else "real"]:
-                for checkpointing, compiled in MODES:
-                    row = bench.measure(blocks, shape, checkpointing, compiled)
-                    if "tflops" in row:
-                        row["mfu_of_matrix_product"] = round(row["tflops"] * 1e12 / ceiling, 4)
-                    rows.append(row)
-                    print(row, flush=True)
-            found[family] = {"width": bench.settings, "rows": rows, "profile": bench.profile(blocks, rows[0]["shape"])}
+        benches = {
+            family: Bench(family, given.device, given.tiny, Path(family).absolute()) for family in given.families
+        }
+        for family, bench in benches.items():
+            found[family] = {
+                "width": bench.settings,
+                "blocks": bench.blocks,
+                "of_blocks": bench.most_blocks,
+                "rows": [],
+            }
+
+        def note(family: str, name: str, measure: Callable[[], Any]) -> None:
+            """One result under its name, or among the rows; what there is no time for is said."""
+            result = measure() if time.monotonic() < end else {"not_measured": "out of time"}
+            if name == "rows":
+                if "tflops" in result:
+                    result["mfu_of_matrix_product"] = round(result["tflops"] * 1e12 / ceiling, 4)
+                found[family]["rows"].append(result)
+            else:
+                found[family][name] = result
+            print(family, name, result, flush=True)
             if not given.tiny:
-                found[family]["first_size_that_does_not_fit"] = first_too_large(bench, blocks)
-            print(found[family], flush=True)
-    if not given.tiny:
-        write_result("gpu_step", found)
+                write_result("gpu_step", found)
 
-
-def first_too_large(bench: Bench, blocks: int) -> dict[str, Any] | None:
-    """Squares of 80 frames, 128 pixels larger each time, with block checkpointing."""
-    for side in range(640, 2049, 128):
-        row = bench.measure(blocks, (80, side, side), "block", False)
-        if "does_not_fit" in row:
-            return row
-    return None
+        for mode in MODES:
+            for shape in shapes:
+                for family, bench in benches.items():
+                    note(family, "rows", lambda bench=bench, shape=shape, mode=mode: bench.measure(shape, *mode))
+            if mode == PROFILED:
+                for family, bench in benches.items():
+                    note(family, "profile", lambda bench=bench: bench.profile(shapes[0]))
+        for family, bench in benches.items() if device.type == "cuda" else ():
+            note(family, "first_square_that_does_not_fit", bench.first_too_large)
 
 
 if __name__ == "__main__":
