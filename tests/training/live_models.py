@@ -15,7 +15,7 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.planning import read_dims
 from vfun_cli.resolve import resolve
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
-from vfun_cli.training.encoding import encode, prepared
+from vfun_cli.training.encoding import Sample, encode, outputs_of, prepared
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
 from vfun_cli.training.randomness import SampleKey
@@ -94,21 +94,31 @@ class LiveModel:
     @cache  # noqa: B019 (a handful of shapes of seven models)
     def inputs(self, frames: int, height: int, width: int) -> Inputs:
         """The encoded and noised clip; of the first key that does not drop what would shorten the sequence."""
+        request, sample = self.cached(frames, height, width)
+        latents, conditions = encode(self.adapter, [sample], [request.key])
+        corrupted = self.objective.corrupt(latents, [request.key])
+        return Inputs(
+            shape=ClipShape(frames=request.frames, height=height, width=width), noisy=corrupted.noisy,
+            timesteps=corrupted.timesteps, target=corrupted.target, mask=conditions.pop("loss_mask", None),
+            conditions=conditions,
+        )  # fmt: skip
+
+    def cached(self, frames: int, height: int, width: int) -> tuple[SampleRequest, Sample]:
+        """A clip as a full cache has it."""
         frames += self.spec.frame_rule == "4k+1"
         if self.spec.adjust_frames is not None:
             frames = self.spec.adjust_frames(frames, self.dims)
         for row in range(20):
             request = self._request(row, frames, height, width)
-            sample = prepared(adapter_of(self.spec).inputs(request, load_options(self.config, self.spec)))
-            latents, conditions = encode(self.adapter, [sample], [request.key])
-            if not bool(torch.as_tensor(conditions.get("drop_motion", False)).any()):
+            inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
+            if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
-        corrupted = self.objective.corrupt(latents, [request.key])
-        return Inputs(
-            shape=ClipShape(frames=frames, height=height, width=width), noisy=corrupted.noisy,
-            timesteps=corrupted.timesteps, target=corrupted.target, mask=conditions.pop("loss_mask", None),
-            conditions=conditions,
-        )  # fmt: skip
+        sample = prepared(inputs)
+        (found,) = outputs_of(self.adapter.encoders, [sample])
+        own = {name: value for name, value in sample.values.items() if inputs[name].encoder is None}
+        return request, Sample(
+            inputs=inputs, values=own, found={name: output for name, output in found.items() if name not in own}
+        )
 
     def loss(self, transformer: nn.Module, inputs: Inputs) -> Tensor:
         """As the trainer computes it."""

@@ -12,6 +12,7 @@ from vfun_cli.training.cache import Cache
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import cook
+from vfun_cli.training.transfer import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +81,4 @@ def outputs_of(encoders: Encoders, samples: Sequence[Sample], cache: Cache | Non
 
 
 def _moved(output: Output, encoders: Encoders) -> Output:
-    return {name: tensor.to(encoders.device, non_blocking=True) for name, tensor in output.items()}
+    return {name: upload(tensor, encoders.device) for name, tensor in output.items()}

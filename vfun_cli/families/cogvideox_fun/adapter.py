@@ -15,13 +15,14 @@ from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer,
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.training.clips import clip_of
 from vfun_cli.training.encoders.bert_t5 import load_t5
-from vfun_cli.training.encoders.clip_vae import folder_source, keep, sample_posteriors
+from vfun_cli.training.encoders.clip_vae import folder_source, sample_posteriors
 from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.encoders.pretrained import text_source
 from vfun_cli.training.loading import read_json
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import Clip, Kitchen, Plain, Recipe, Size
+from vfun_cli.training.transfer import upload
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
@@ -142,10 +143,10 @@ class CogVideoXFunAdapter:
         masks = [output["mask"]["value"] for output in outputs]  # [F, 1, H, W] each
         known = sample_posteriors([output["known"] for output in outputs], keys, "vae-known")
         inpaint = join(known, torch.stack(masks).transpose(1, 2), self.scale)
-        kept = [
-            not (mask.all() and key.chance("empty-drop", EMPTY_DROP)) for mask, key in zip(masks, keys, strict=True)
-        ]
-        return keep(inpaint, kept)
+        # Whether a mask leaves nothing known is asked on the device: an answer on the host would wait for it.
+        dropped = upload(torch.tensor([key.chance("empty-drop", EMPTY_DROP) for key in keys]), inpaint.device)
+        empty = torch.stack([mask.all() for mask in masks])
+        return inpaint * ~(empty & dropped).view(-1, 1, 1, 1, 1)
 
     def _check_channels(self) -> None:
         """Refuse a train mode that gives the transformer other channels than it reads."""

@@ -28,6 +28,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS
 from vfun_cli.training.loading import empty_model, load_weights, model_settings, read_json, safetensors_files
+from vfun_cli.training.transfer import upload
 
 SUPPORTED: dict[str, Any] = {
     "model_type": "s2v",
@@ -120,7 +121,7 @@ def rotary_table(frames: int, height: int, width: int, head_dim: int, device: to
     )
     # A table born under inference_mode could not be saved for a later backward pass.
     with torch.inference_mode(False):
-        cos, sin = (torch.from_numpy(f(angles).astype(np.float32)).to(device) for f in (np.cos, np.sin))
+        cos, sin = (upload(torch.from_numpy(f(angles).astype(np.float32)), device) for f in (np.cos, np.sin))
     return RotaryTable(cos, sin)
 
 
@@ -523,7 +524,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return x, None
         kept = torch.ones(len(drops), 1, 1, x.shape[1], dtype=torch.bool)
         kept[torch.tensor(drops), :, :, x.shape[1] - motion.shape[1] :] = False
-        return x, kept.to(x.device, non_blocking=True)
+        return x, upload(kept, x.device)
 
     def _time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Time embedding [B, D] and modulation [B, 2, 6, D]: the sample's time, then timestep 0."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vfun_cli.training.encoders.frozen import Output, Source
 from vfun_cli.training.loading import safetensors_files
 from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.transfer import upload
 
 FRAMES_PER_LATENT = 4
 """Behind the first frame, which makes a latent of its own. All these VAEs would take another number of frames and
@@ -79,10 +80,10 @@ def sample_posteriors(outputs: Sequence[Output], keys: Sequence[SampleKey], purp
 
 def keep(values: Tensor, kept: Sequence[bool]) -> Tensor:
     """Zeros for the samples of a batch that are not kept."""
-    return values * torch.tensor(kept, device=values.device).view(-1, *[1] * (values.dim() - 1))
+    return values * upload(torch.tensor(kept), values.device).view(-1, *[1] * (values.dim() - 1))
 
 
 def draw(output: Output, key: SampleKey, purpose: str) -> Tensor:
     """One posterior's sample [z, f, h, w]."""
     mean, deviation = output["mean"], output["std"]
-    return mean + deviation * key.normal(purpose, tuple(mean.shape)).to(mean)
+    return mean + deviation * upload(key.normal(purpose, tuple(mean.shape)), mean.device)
