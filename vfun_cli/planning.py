@@ -50,7 +50,7 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
             hint=f"vfun train {spec.name} needs the model in its released layout.",
         )
     try:
-        return spec.read_dims(json.loads(path.read_text(encoding="utf-8")))
+        return spec.read_dims(json.loads(path.read_text(encoding="utf-8")) | spec.settings_beside(model_dir))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not the configuration of a {spec.name} transformer: {type(error).__name__}: {error}.",

@@ -8,14 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, build_transformer, load_transformer
-from vfun_cli.families.spec import ClipShape
+from vfun_cli.families.spec import ClipShape, unchanged
 from vfun_cli.training.loading import empty_model
+from vfun_cli.training.lora import choose_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/meta.json"))
@@ -124,6 +125,19 @@ def test_the_key_that_diffusers_does_not_know_is_kept() -> None:
     small = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "time_embed_dim": 8}
     assert empty_model(lambda: build_transformer({**V1_1, **small})).config.add_noise_in_inpaint_model is True
     assert empty_model(lambda: build_transformer({**V1_0, **small})).config.add_noise_in_inpaint_model is False
+
+
+@pytest.mark.parametrize(
+    ("released", "layers", "count"), [(V1_0, 90, 22_118_400), (V1_1, 126, 49_545_216)], ids=["2b", "5b"]
+)
+def test_a_lora_of_the_documents_has_the_originals_number_of_parameters(
+    released: dict[str, Any], layers: int, count: int
+) -> None:
+    linear = {name: module for name, module in empty_model(lambda: build_transformer(released)).named_modules()
+              if isinstance(module, nn.Linear)}  # fmt: skip
+    found = choose_layers(list(linear), ("to_q", "to_k", "to_v"), unchanged)
+    assert len(found) == layers
+    assert sum(64 * (linear[name].in_features + linear[name].out_features) for name in found) == count
 
 
 def test_a_lora_file_of_the_original_predicts_the_same(tmp_path: Path) -> None:

@@ -8,19 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
+from vfun_cli import planning
 from vfun_cli.config import parse
 from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families.easyanimate_control import V5, V5_1
+from vfun_cli.families.easyanimate_control import V5, V5_1, complete_config
 from vfun_cli.families.easyanimate_control.adapter import EasyAnimateControl, EasyAnimateV5, EasyAnimateV51
 from vfun_cli.families.easyanimate_control.names import released_name
+from vfun_cli.families.easyanimate_control.transformer import build_transformer
+from vfun_cli.families.spec import ClipShape
 from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.training.clips import frame_indices
 from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
 from vfun_cli.training.encoding import encode, load, prepared
+from vfun_cli.training.loading import read_json
 from vfun_cli.training.media import write_png, write_video
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.randomness import SampleKey
@@ -240,6 +244,25 @@ def test_bert_and_t5_get_special_tokens_and_no_mask(adapters, folders) -> None:
     assert words[words.index("<pad>") - 1] == "</s>"
 
 
+def test_a_tokenizer_of_v5_that_takes_fewer_tokens_shortens_its_stream_and_the_plan(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[V5.name], tmp_path / "model")
+    path = folder / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    adapter = EasyAnimateV5.from_pretrained(options(folder))
+    _, conditions = encoded(adapter, [clip()], [key_where()])
+    assert conditions["encoder_hidden_states"].shape[1] == 77
+    assert conditions["encoder_hidden_states_t5"].shape[1] == 256
+    shape = ClipShape(frames=5, height=64, width=96)
+    dims = {name: planning.read_dims(V5, where) for name, where in (("77", folder), ("256", folders[V5.name]))}
+    assert {name: V5.sequence_tokens(shape, found) for name, found in dims.items()} == {
+        "77": 77 + 256 + V5.video_tokens(shape),
+        "256": 512 + V5.video_tokens(shape),
+    }
+    assert V5.forward_flops(shape, dims["77"]) < V5.forward_flops(shape, dims["256"])
+
+
 # --- conditioning ---
 
 
@@ -308,6 +331,21 @@ def test_an_image_is_its_own_reference_and_loses_it_as_a_video_does(dropped: boo
     assert reference.any() == (not dropped)
     inputs = EasyAnimateV51.inputs(request(media, "image"), {})
     assert inputs["reference"].recipe == inputs["clip"].recipe
+
+
+def test_v5_1_in_mode_control_reads_noisy_and_control_latents_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders[V5_1.name], tmp_path / "model")
+    config = {**read_json(folder / "transformer/config.json"), "in_channels": 32}
+    narrow = build_transformer(complete_config(config))
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    state = {released_name(name): value.contiguous() for name, value in narrow.state_dict().items()}
+    save_file(state, folder / "transformer/diffusion_pytorch_model.safetensors")
+    with pytest.raises(ConfigError, match="48 channels"):
+        EasyAnimateV51.from_pretrained(options(folder))
+    adapter = EasyAnimateV51.from_pretrained(options(folder, train_mode="control"))
+    latents, conditions = encoded(adapter, [clip()], [key_where()])
+    assert conditions["control_latents"].shape == latents.shape == (1, 16, 2, 4, 6)
+    assert adapter.predict(adapter.transformer, latents, torch.tensor([500.0]), conditions).shape == latents.shape
 
 
 def test_v5_has_control_alone_and_two_text_streams(adapters) -> None:

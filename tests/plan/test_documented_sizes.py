@@ -10,7 +10,9 @@ from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.report import SizeRow, size_table
+from vfun_cli.plan.schedule import plan_epoch
 from vfun_cli.plan.sizes import size_set
+from vfun_cli.plan.table import ClipTable
 
 SPEECH = "wan-s2v"
 OTHERS = tuple(name for name in FAMILIES if name != SPEECH)
@@ -116,6 +118,16 @@ def test_the_chances_of_sizes_are_those_of_the_original_scripts(family: str) -> 
     drawn = np.diff(found.cumulative[-1], prepend=0)
     place = [int(size.base) for size in found.sizes].index(512)
     assert drawn[place] == pytest.approx(token or 1 / len(drawn))
+
+
+@pytest.mark.parametrize("crop", [True, False], ids=["random_frame_crop", "short-clips"])
+def test_paired_latents_of_cogvideox_v15_stay_paired_however_a_clip_is_shortened(crop: bool) -> None:
+    spec = FAMILIES["cogvideox-fun"]
+    paired = replace(spec.dims, extra={**spec.dims.extra, "patch_frames": 2, "most_frames": 0})
+    lengths = [200] * 2000 if crop else list(range(15, 215))
+    table = ClipTable.from_columns(width=[512] * len(lengths), height=[512] * len(lengths), frames=lengths, fps=(25, 1))
+    frames = set(plan_epoch(spec, paired, table, chosen(spec, random_frame_crop=crop), 0).frames.tolist())
+    assert frames == {5, 13, 21, 29, 37, 45}
 
 
 def test_paired_latents_of_cogvideox_v15_take_45_of_49_frames() -> None:

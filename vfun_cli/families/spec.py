@@ -1,7 +1,9 @@
 """What the torch-free half of vfun needs to know about a model family."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 FrameRule = Literal["4k", "4k+1"]
@@ -99,6 +101,8 @@ class FamilySpec:
     """Dimensions from the transformer's ``config.json``."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     smallest_side: int = 16
     """Pixels; the transformer refuses clips that are narrower or lower."""
     input_settings: tuple[str, ...] = ()
@@ -139,6 +143,16 @@ class FamilySpec:
     """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
     check_options: Callable[[Mapping[str, object]], None] = lambda options: None
     """Raises ConfigError for an option value that exists but cannot train this family."""
+
+    def settings_beside(self, model_dir: Path) -> dict[str, object]:
+        """``other_settings`` of a model directory; what is not stated there is left out."""
+        found: dict[str, object] = {}
+        for name, (file, key) in self.other_settings.items():
+            path = model_dir / file
+            stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if key in stated:
+                found[name] = stated[key]
+        return found
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
         """Latent (frames, height, width) of a clip; for the 4k rule the clip's own latents without the reference."""

@@ -30,6 +30,12 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
 }
 """What the released code takes for an absent key of the transformer's config.json; diffusers takes other values."""
 
+TOKENIZER_LIMITS: Mapping[str, tuple[str, str]] = {
+    "caption_limit": ("tokenizer/tokenizer_config.json", "model_max_length"),
+    "caption_limit_t5": ("tokenizer_2/tokenizer_config.json", "model_max_length"),
+}
+"""Where V5 states how many tokens its encoders take, in the order of the transformer's streams."""
+
 LOSS_TYPES = {"flow": "easyanimate-v5.1-control", "ddpm": "easyanimate-v5-control"}
 """The loss of the original scripts to the family that is trained with it."""
 
@@ -54,19 +60,26 @@ def _is_easyanimate(config: Mapping[str, object], *, t5: bool) -> bool:
     return config.get("_class_name") == "EasyAnimateTransformer3DModel" and bool(full["text_embed_dim_t5"]) == t5
 
 
+def caption_lengths(settings: Mapping[str, object]) -> tuple[int, ...]:
+    """Tokens that each text stream has room for: 256, or what a tokenizer of V5 takes if that is less (section 3)."""
+    return tuple(min(cast(int, settings.get(name, CAPTION_TOKENS)), CAPTION_TOKENS) for name in TOKENIZER_LIMITS)
+
+
 def read_dims(config: Mapping[str, object]) -> ModelDims:
     """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
     full = cast(Mapping[str, int], complete_config(config))
     dim = full["num_attention_heads"] * full["attention_head_dim"]
-    t5 = full["text_embed_dim_t5"] or 0
+    channels = [full[name] for name in ("text_embed_dim", "text_embed_dim_t5") if full[name]]
+    lengths = caption_lengths(config)[: len(channels)]
     return ModelDims(
         dim=dim,
         ffn_dim=4 * dim,
         num_layers=full["num_layers"],
         extra={
             "mmdit_layers": min(full["mmdit_layers"], full["num_layers"]),
-            "text_streams": 2 if t5 else 1,
-            "text_channels": full["text_embed_dim"] + t5,
+            "text_streams": len(channels),
+            "caption_tokens": sum(lengths),
+            "caption_channels": sum(length * width for length, width in zip(lengths, channels, strict=True)),
             "in_channels": full["in_channels"],
             "out_channels": full["out_channels"],
             "time_dim": full["time_embed_dim"],
@@ -76,7 +89,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
 
 def sequence_tokens(clip: ClipShape, dims: ModelDims) -> int:
     """Caption tokens, padding included (nothing masks it), then the clip's own."""
-    return CAPTION_TOKENS * dims.extra["text_streams"] + V5_1.video_tokens(clip)
+    return dims.extra["caption_tokens"] + V5_1.video_tokens(clip)
 
 
 def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
@@ -92,7 +105,7 @@ def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
     blocks = dims.num_layers * (length * per_token + modulation)
     blocks -= (dims.num_layers - dims.extra["mmdit_layers"]) * (length - video) * dim * dim
     patches = video * patch * dim * (dims.extra["in_channels"] + dims.extra["out_channels"])
-    captions = CAPTION_TOKENS * dims.extra["text_channels"] * dim
+    captions = dims.extra["caption_channels"] * dim
     time = dim * time_dim + time_dim * time_dim + 2 * time_dim * dim
     return attention_flops(clip, dims) + 2.0 * (blocks + patches + captions + time)
 
@@ -245,6 +258,7 @@ V5 = replace(
             "text_embed_dim_t5": 2048,
         }
     ),
+    other_settings=TOKENIZER_LIMITS,
     check_options=_check("easyanimate-v5-control"),
     recognises=lambda config: _is_easyanimate(config, t5=True),
     defaults={

@@ -9,7 +9,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, complete_config
+from vfun_cli.families.easyanimate_control import V5, V5_1, caption_lengths, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
@@ -61,9 +61,10 @@ class EasyAnimateControl:
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
         """``vae``, and the text encoders by the transformer's arguments. Raises CheckpointError for missing parts."""
         folder, dtype = options.model_dir, options.compute_dtype
+        lengths = caption_lengths(cls.spec.settings_beside(folder))
         text = {
-            argument: text_source(load, folder / model, folder / tokenizer, dtype=dtype, length=CAPTION_TOKENS)
-            for argument, (load, model, tokenizer) in cls.text.items()
+            argument: text_source(load, folder / model, folder / tokenizer, dtype=dtype, length=length)
+            for (argument, (load, model, tokenizer)), length in zip(cls.text.items(), lengths, strict=False)
         }
         sources = {
             "vae": folder_source(MagvitVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch),
