@@ -106,7 +106,7 @@ def test_an_untrained_checkpoint_exports_the_released_weights(strategy: str, tra
         np.testing.assert_array_equal(after[name], rounded(values), err_msg=name)
 
 
-def test_the_moving_average_is_saved_and_lags_behind(trained: Trained) -> None:
+def test_the_moving_average_is_saved_and_lies_between_start_and_end(trained: Trained) -> None:
     trained("single")
     reader = checkpoint(extra("average", "single"), 3)
     assert set(reader.ema) == set(reader.weights)

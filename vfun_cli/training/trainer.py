@@ -137,7 +137,7 @@ class Trainer:
             total += loss.detach().float()
             masked += overlooked
         if self.state.average is not None:
-            self.state.average.update(accelerator.unwrap_model(model))
+            self.state.average.update(accelerator.unwrap_model(model), step)
         ranks = self.gather(
             (total / len(micro_batches), _on_device(norm, accelerator.device), masked),
             (
