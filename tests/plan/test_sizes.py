@@ -147,8 +147,27 @@ def test_probabilities_favour_what_the_family_says(plain: FamilySpec) -> None:
     half = size_set("video", chosen, replace(plain, token_size_share=0.5), plain.dims).cumulative
     assert np.allclose(np.diff(half[7], prepend=0)[2], 0.5)  # 512
     assert np.allclose(np.diff(half[2, :2], prepend=0), [0.5, 0.5])
-    full = size_set("image", options(video_sample_size=1024, random_hw_adapt=True), plain, plain.dims).cumulative
+    full = size_set("video", options(video_sample_size=1024, random_hw_adapt=True), plain, plain.dims).cumulative
     assert np.allclose(np.diff(full[4], prepend=0), [0.25 / 3, 0.25 / 3, 0.25 / 3, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("video", "chances"),
+    [
+        (256, {256: 0.0625, 512: 0.0625, 682: 0.0625, 819: 0.0625, 1024: 0.75}),
+        (512, {512: 0.125, 682: 0.0625, 819: 0.0625, 1024: 0.75}),
+        (1024, {512: 0.0625, 682: 0.0625, 819: 0.0625, 1024: 0.8125}),
+    ],
+)
+def test_an_image_size_that_the_originals_list_twice_is_twice_as_likely(
+    plain: FamilySpec, video: int, chances: dict[int, float]
+) -> None:
+    """1, 1.25, 1.5 and 2, then image / video."""
+    found = size_set(
+        "image", options(video_sample_size=video, image_sample_size=1024, random_hw_adapt=True), plain, plain.dims
+    )
+    drawn = np.diff(found.cumulative[-1], prepend=0)
+    assert {int(size.base): pytest.approx(chance) for size, chance in zip(found.sizes, drawn, strict=True)} == chances
 
 
 def test_images_shrink_by_the_same_divisors_whether_or_not_token_lengths_shorten_videos(plain: FamilySpec) -> None:

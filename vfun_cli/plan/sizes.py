@@ -1,5 +1,6 @@
 """Sizes and lengths: what a clip may become, before any clip is known."""
 
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -55,6 +56,8 @@ class Size:
     """Side in pixels of the square of the same area; a fraction where a size is divided by 1.25 or 1.5."""
     frames: int
     """Most frames of a clip at this size, the clip's own: without S2V's reference frame."""
+    entries: int = 1
+    """How often the size stands in the original's list of divisors, and so how likely it is among the smaller ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,11 +126,14 @@ def _token_length_bases(options: PlanOptions, spec: FamilySpec) -> list[Fraction
 
 def _divided(size: int, *further: Fraction) -> list[Fraction]:
     divisors = next(divisors for least, divisors in DIVISORS if size >= least)
-    return sorted({Fraction(size) / divisor for divisor in (*divisors, *further)})
+    return sorted(Fraction(size) / divisor for divisor in (*divisors, *further))
 
 
 def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
-    """Base sizes of videos or images, smallest first, as the documents describe the three modes."""
+    """Base sizes of videos or images, smallest first, as the documents describe the three modes.
+
+    One that two divisors lead to stands there twice: the original draws it twice as often.
+    """
     if not (options.random_hw_adapt or options.training_with_video_token_length):
         image_size = options.image_sample_size or options.video_sample_size
         return [Fraction(options.video_sample_size if kind == "video" else image_size)]
@@ -139,7 +145,7 @@ def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
 
 
 def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: FamilySpec) -> NDArray[np.float64]:
-    """Running probabilities for each number of allowed sizes; one favourite, the others alike."""
+    """Running probabilities for each number of allowed sizes; one favourite, the others by their entries."""
     rows = np.ones((len(sizes) + 1, len(sizes)))
     for allowed in range(1, len(sizes) + 1):
         if kind == "video" and options.training_with_video_token_length:
@@ -147,11 +153,13 @@ def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: 
             favourite = min(range(allowed), key=lambda i: abs(sizes[i].base - options.token_sample_size))
         else:
             share, favourite = spec.full_size_share, allowed - 1
-        if share is None or allowed == 1:
-            weights = np.full(allowed, 1 / allowed)
+        entries = np.array([size.entries for size in sizes[:allowed]], dtype=np.float64)
+        if share is None or entries.sum() == 1:
+            weights = entries / entries.sum()
         else:
-            weights = np.full(allowed, (1 - share) / (allowed - 1))
-            weights[favourite] = share
+            entries[favourite] -= 1
+            weights = (1 - share) * entries / entries.sum()
+            weights[favourite] += share
         rows[allowed, :allowed] = np.cumsum(weights)
         rows[allowed, allowed - 1] = 1.0
     return rows
@@ -169,7 +177,7 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
         ConfigError: no size holds a clip within the token budget.
     """
     sizes = []
-    for base in bases(kind, options, spec):
+    for base, entries in Counter(bases(kind, options, spec)).items():
         if kind == "image":
             frames = 1
         elif options.training_with_video_token_length:
@@ -177,7 +185,7 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
         else:
             frames = round_frames(options.video_sample_n_frames, spec, dims)
         if kind == "image" or frames >= fewest_frames(spec):
-            sizes.append(Size(base=base, frames=frames))
+            sizes.append(Size(base=base, frames=frames, entries=entries))
     if not sizes:
         smallest = min(bases(kind, options, spec))
         raise ConfigError(
