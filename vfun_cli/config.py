@@ -540,6 +540,7 @@ class RunConfig:
 IDLE_FLAGS: dict[str, str] = {
     "config_path": "the model directory's own configuration is used",
     "use_peft_lora": "LoRA always goes through peft",
+    "add_full_ref_image_in_self_attention": "the reference is fed wherever the checkpoint has ref_conv",
     "keep_all_node_same_token_length": "the plan gives all ranks equal cost anyway",
 }
 

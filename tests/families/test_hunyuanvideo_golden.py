@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo.adapter import (
@@ -17,7 +17,9 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     TextToVideoAdapter,
     load_transformer,
 )
+from vfun_cli.families.spec import unchanged
 from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
+from vfun_cli.training.lora import choose_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden/hunyuanvideo"
 WEIGHTS = GOLDEN / "transformer_weights.safetensors"
@@ -133,6 +135,15 @@ def test_the_released_image_to_video_model_has_12_821_012_544_parameters() -> No
     with torch.device("meta"):
         model = HunyuanVideoTransformer3DModel(image_condition_type="token_replace")
     assert sum(p.numel() for p in model.parameters()) == 12_821_012_544
+
+
+def test_a_lora_on_q_k_and_v_has_the_originals_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = HunyuanVideoTransformer3DModel(image_condition_type="token_replace")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = choose_layers(list(linear), ("to_q", "to_k", "to_v"), unchanged)
+    assert len(found) == 186
+    assert sum(64 * (linear[name].in_features + linear[name].out_features) for name in found) == 73_138_176
 
 
 def test_the_transformer_comes_back_in_float32(tmp_path: Path) -> None:

@@ -263,6 +263,22 @@ def test_the_modes_of_the_documents_and_of_the_script_are_one(adapter_with, mode
     assert all(torch.equal(conditions[name], expected_conditions[name]) for name in conditions)
 
 
+def test_control_and_start_latents_are_those_of_the_control_clip_and_of_frame_0(adapter_with):
+    modes = {"train_mode": "control_object", "control_ref_image": "first_frame"}
+    adapter, sample = adapter_with(**modes), clip(9)
+    drawn = {key: choose(key, 9, **modes) for key in keys(50)}
+    key = next(key for key, choice in drawn.items() if choice.control and choice.start)
+    _, conditions = encoded(adapter, [sample], [key])
+
+    def direct(pixels, purpose):
+        vae, video = adapter.encoders["vae"], pixels.transpose(0, 1)[None]
+        return vae.encode(video, key.normal(purpose, tuple(vae.encode(video).shape[1:]))[None])
+
+    assert not torch.equal(sample["control"], sample["pixels"])
+    torch.testing.assert_close(conditions["control"][:, :16], direct(sample["control"], "control posterior"))
+    torch.testing.assert_close(conditions["control"][:, 16:, :1], direct(sample["pixels"][:1], "picture posterior"))
+
+
 def test_reference_and_clip_embedding_are_of_the_chosen_frame(adapter_with):
     adapter = adapter_with()
     sample = clip(9)
@@ -371,6 +387,14 @@ def test_the_picture_that_is_encoded_is_the_one_that_is_chosen():
         inputs = WanFunControlAdapter.inputs(case, {"control_ref_image": "random"})
         choice = choose(case.key, 9, train_mode="", control_ref_image="random")
         assert inputs["picture"].recipe == inputs["image"].recipe == inputs["clip"].recipe.take([choice.picture])
+
+
+def test_a_caption_too_long_is_cut_to_512_tokens_and_keeps_its_end_token(adapter_with):
+    encoder = adapter_with().encoders["text"]
+    short, long = encoder.tokenize(["a dog", "a dog " * 600])
+    assert len(short) < 10 and len(long) == 512
+    assert short[-1] == long[-1] == encoder.tokenizer.eos_token_id
+    assert encoder.encode(["a dog " * 600])[0].shape == (512, 32)
 
 
 def test_mode_control_encodes_no_picture_and_trains_with_zeros(adapter_with):

@@ -169,6 +169,15 @@ def test_clip_pictures_are_truncated_to_8_bits_and_squashed_to_a_square() -> Non
     torch.testing.assert_close(picture.mean(dim=(2, 3), keepdim=True), expected, atol=1e-5, rtol=0)
 
 
+def test_clip_pictures_shrink_by_bicubic_interpolation_without_antialiasing() -> None:
+    state = load_file(GOLDEN / "wan_clip_visual" / "weights.safetensors")
+    encoder = ClipImageEncoder(load_clip_vision(state, dtype=torch.float32, where="golden", heads=4))
+    levels = torch.randint(0, 256, (1, 3, 130, 170), generator=torch.Generator().manual_seed(0)) / 255
+    shrunk = torch.nn.functional.interpolate(levels * 2 - 1, (56, 56), mode="bicubic", align_corners=False)
+    expected = (shrunk * 0.5 + 0.5 - encoder.mean) / encoder.std
+    torch.testing.assert_close(encoder.preprocess(levels * 2 - 1 + 1e-4), expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def vae() -> WanVAE:
     return WanVAE(load_wan_vae(vae_state(), dtype=torch.float32, where="test"), mini_batch=1)
