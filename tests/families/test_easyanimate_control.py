@@ -261,6 +261,11 @@ def test_a_tokenizer_of_v5_that_takes_fewer_tokens_shortens_its_stream_and_the_p
         "256": 512 + V5.video_tokens(shape),
     }
     assert V5.forward_flops(shape, dims["77"]) < V5.forward_flops(shape, dims["256"])
+    path.write_text('{"model_max_length": ')
+    for read in (lambda: planning.read_dims(V5, folder), lambda: EasyAnimateV5.from_pretrained(options(folder))):
+        with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer/tokenizer_config\.json") as caught:
+            read()
+        assert "again" in caught.value.hint
 
 
 # --- conditioning ---

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vfun_cli.errors import CheckpointError
+
 FrameRule = Literal["4k", "4k+1"]
 
 
@@ -145,12 +147,18 @@ class FamilySpec:
     """Raises ConfigError for an option value that exists but cannot train this family."""
 
     def settings_beside(self, model_dir: Path) -> dict[str, object]:
-        """``other_settings`` of a model directory; what is not stated there is left out."""
+        """``other_settings`` of a model directory; what is not stated there is left out.
+
+        Raises CheckpointError for a damaged file.
+        """
         found: dict[str, object] = {}
         for name, (file, key) in self.other_settings.items():
             path = model_dir / file
-            stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if key in stated:
+            try:
+                stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            except ValueError as error:
+                raise CheckpointError(f"cannot read {path}: {error}", hint="Download the file again.") from None
+            if stated.get(key) is not None:
                 found[name] = stated[key]
         return found
 
