@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -157,6 +158,7 @@ class Bench:
         room = torch.cuda.get_device_properties(self.device).total_memory * SHARE_FOR_WEIGHTS / BYTES_A_WEIGHT
         return int(min(self.most_blocks, max(4, 4 + (room - counts[0]) // (counts[1] - counts[0]))))
 
+    @cache  # noqa: B019 (a handful of shapes of two models)
     def loaded(self, shape: tuple[int, int, int]) -> LoadedBatch:
         """A micro-batch of one clip, as a full cache has it."""
         frames, height, width = shape

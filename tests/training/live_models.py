@@ -113,12 +113,8 @@ class LiveModel:
             inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
             if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
-        sample = prepared(inputs)
-        (found,) = outputs_of(self.adapter.encoders, [sample])
-        own = {name: value for name, value in sample.values.items() if inputs[name].encoder is None}
-        return request, Sample(
-            inputs=inputs, values=own, found={name: output for name, output in found.items() if name not in own}
-        )
+        (found,) = outputs_of(self.adapter.encoders, [prepared(inputs)])
+        return request, Sample(inputs=inputs, values={}, found=found)
 
     def loss(self, transformer: nn.Module, inputs: Inputs) -> Tensor:
         """As the trainer computes it."""
