@@ -105,11 +105,8 @@ class LiveModel:
 
     def cached(self, frames: int, height: int, width: int) -> tuple[SampleRequest, Sample]:
         """A clip as a full cache has it."""
-        frames += self.spec.frame_rule == "4k+1"
-        if self.spec.adjust_frames is not None:
-            frames = self.spec.adjust_frames(frames, self.dims)
         for row in range(20):
-            request = self._request(row, frames, height, width)
+            request = self.request(row, frames, height, width)
             inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
             if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
@@ -122,7 +119,11 @@ class LiveModel:
         prediction = self.adapter.predict(transformer, inputs.noisy, inputs.timesteps, conditions)
         return self.objective.loss(prediction, inputs.target, inputs.mask)
 
-    def _request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
+    def request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
+        """A clip of the demo, as a row of its own."""
+        frames += self.spec.frame_rule == "4k+1"
+        if self.spec.adjust_frames is not None:
+            frames = self.spec.adjust_frames(frames, self.dims)
         root = Path(self.config.train_data_dir or "")
         record = {
             "file_path": str(root / "train/00000001.mp4"),

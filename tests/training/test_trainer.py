@@ -1,12 +1,10 @@
 """The loop: a step that never waits for the device, and what is read of it one step later."""
 
 import copy
-import json
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,86 +14,17 @@ from live_models import FAMILIES, SMALL, LiveModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trainer_parts import META, Parts, batch
 
-from vfun_cli.config import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.families.spec import ClipShape
-from vfun_cli.rundir import RunDir
-from vfun_cli.training.adapter import SampleRequest
 from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoders.frozen import Encoders
-from vfun_cli.training.encoding import Sample
-from vfun_cli.training.meter import Costs, trained_share
-from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import Corrupted
-from vfun_cli.training.optim import make_optimizer
-from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.signals import PREEMPTED
-from vfun_cli.training.state import TrainedState
-from vfun_cli.training.trainer import CONTINUE, Trainer
+from vfun_cli.training.trainer import CONTINUE
 
 LIVE = Callable[[str], LiveModel]
-META = torch.device("meta")
-
-
-def batch(step: int, shape: ClipShape) -> LoadedBatch:
-    request = SampleRequest(
-        key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", frames=shape.frames, height=shape.height,
-        width=shape.width, stride=1, total_frames=40, fps=(16, 1),
-    )  # fmt: skip
-    return LoadedBatch(
-        batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[Sample(inputs={}, values={})]
-    )
-
-
-class Saves:
-    """Notes which steps were saved."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def require_space(self, state: Any) -> None: ...
-    def check(self) -> None: ...
-    def wait(self) -> None: ...
-
-    def save(self, state: Any, progress: dict[str, Any], *, background: bool) -> Path:
-        self.steps.append(progress["step"])
-        return Path()
-
-
-class Parts:
-    """A trainer over any model, adapter and objective, in one process."""
-
-    def __init__(self, folder: Path, model: nn.Module, live: Any, adapter: Any, objective: Any, **options: Any) -> None:
-        device = next(model.parameters()).device
-        self.config = RunConfig(mixed_precision="no", lr_scheduler="constant", report_to="none", **options)
-        accelerator: Any = Accelerator(cpu=True)
-        accelerator.device_placement = False
-        run = RunDir(folder)
-        self.metrics_file = run.metrics
-        self.saves, self.stop = Saves(), SimpleNamespace(reason=lambda: CONTINUE)
-        costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
-        optimizer = make_optimizer(model, self.config, torch.device("cpu"))
-        model, optimizer = accelerator.prepare(model, optimizer)
-        if device == META:
-            accelerator.state.device = META
-        checkpointer: Any = self.saves
-        ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
-        stop: Any = self.stop
-        self.accelerator = accelerator
-        self.trainer = Trainer(
-            config=self.config, accelerator=accelerator, adapter=adapter,
-            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
-            checkpointer=checkpointer, ledger=ledger, cache=None, stop=stop, total_steps=6, description={},
-            metrics=Metrics(
-                run, self.config, costs=costs, peak_flops=None, device=torch.device("cpu"), writes=True, first_step=0,
-                total_steps=6,
-            ),
-        )  # fmt: skip
-
-    def lines(self) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-        return [line for line in found if "event" not in line]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ class PaddedText(nn.Module):
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:
         """``states`` [length, hidden] of each caption."""
-        return [{"states": states} for states in self.encode(inputs)]
+        return [{"states": self.encode([caption])[0]} for caption in inputs]
 
 
 def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:

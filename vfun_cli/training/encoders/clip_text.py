@@ -35,4 +35,4 @@ class ClipPooledText(nn.Module):
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:
         """``pooled`` [dim] of each caption."""
-        return [{"pooled": pooled} for pooled in self.encode(inputs)]
+        return [{"pooled": self.encode([caption])[0]} for caption in inputs]

@@ -19,7 +19,10 @@ class Encoder(Protocol):
     """A frozen module."""
 
     def outputs(self, inputs: Sequence[Any]) -> list[Output]:
-        """One output for each input; neither depends on the others but for rounding."""
+        """One output for each input, made as if it were alone: what a cache holds must not depend on neighbours.
+
+        Of a batch, a device rounds otherwise than of its parts, in bf16 by far more than losses may differ.
+        """
         ...
 
 

@@ -48,4 +48,5 @@ class LlamaPrompt(nn.Module):
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:
         """``states`` [max_length, dim] and ``mask`` [max_length] of each caption."""
-        return [{"states": states, "mask": mask} for states, mask in zip(*self.encode(inputs), strict=True)]
+        found = (self.encode([caption]) for caption in inputs)
+        return [{"states": states[0], "mask": mask[0]} for states, mask in found]

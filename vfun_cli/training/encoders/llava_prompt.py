@@ -109,9 +109,8 @@ class LlavaPrompt(nn.Module):
 
     def outputs(self, inputs: Sequence[tuple[str, Tensor]]) -> list[Output]:
         """``states`` [L, dim] and ``mask`` [L] of each caption with its image, a clip [1, 3, H, W]."""
-        captions = [caption for caption, _ in inputs]
-        found = self.encode(captions, [image[0] for _, image in inputs])
-        return [{"states": states, "mask": mask} for states, mask in zip(*found, strict=True)]
+        found = (self.encode([caption], [image[0]]) for caption, image in inputs)
+        return [{"states": states[0], "mask": mask[0]} for states, mask in found]
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, 103 + max_length], the image as one token."""

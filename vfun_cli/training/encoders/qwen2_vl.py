@@ -58,4 +58,4 @@ class Qwen2VLText(nn.Module):
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:
         """``states`` [length, hidden] of each caption."""
-        return [{"states": states} for states in self.encode(inputs)]
+        return [{"states": self.encode([caption])[0]} for caption in inputs]

@@ -1,0 +1,58 @@
+"""A cached run trains on the same losses as one that encodes at every step."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_models import FAMILIES, LiveModel
+from trainer_parts import Parts
+
+from vfun_cli.training.cache import Cache
+from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoding import load, outputs_of
+from vfun_cli.training.session import adapter_of, adapter_options, load_options
+
+LIVE = Callable[[str], LiveModel]
+CAPTIONS = ("a red circle moves", "waves")
+"""Of two lengths: a text encoder that pads one to the other's length would give it other numbers."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
+    family: str, precision: str, live_model: LIVE, tmp_path: Path
+) -> None:
+    """The cache is filled clip by clip, as ``vfun cache`` does it; the step reads two clips at once."""
+    live = live_model(family)
+    config = replace(live.config, mixed_precision=precision)
+    kind, options = adapter_of(live.spec), load_options(config, live.spec)
+    requests = [live.request(row, 4, 64, 64) for row in range(len(CAPTIONS))]
+    requests = [
+        replace(request, record={**request.record, "text": caption})
+        for request, caption in zip(requests, CAPTIONS, strict=True)
+    ]
+    setting = adapter_options(config, torch.device("cpu"))
+    encoders = kind.encoders_of(setting)
+    cache = Cache.for_encoders(tmp_path / "cache", encoders)
+    for request in requests:
+        outputs_of(encoders, [load(kind, request, options, cache)], cache)
+
+    model, losses = live.transformer(), {}
+    for name, found in (("encoded", None), ("cached", cache)):
+        (tmp_path / name).mkdir()
+        adapter: Any = copy.copy(live.adapter)
+        adapter.encoders = kind.encoders_of(setting)
+        parts = Parts(tmp_path / name, model, live, adapter, live.objective, mixed_precision=precision, cache=found)
+        loaded = LoadedBatch(
+            batch=MicroBatch(epoch=0, step=0, index=0, requests=tuple(requests)),
+            samples=[load(kind, request, options, found) for request in requests],
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses[name] = float(parts.trainer.loss(model, loaded)[0])
+        assert bool(adapter.encoders.loaded) == (found is None)
+    assert losses["cached"] == losses["encoded"]

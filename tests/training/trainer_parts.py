@@ -1,0 +1,91 @@
+"""A trainer over any model, adapter and objective, in one process."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vfun_cli.config import RunConfig
+from vfun_cli.families.spec import ClipShape
+from vfun_cli.rundir import RunDir
+from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.training.cache import Cache
+from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoding import Sample
+from vfun_cli.training.meter import Costs, trained_share
+from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.randomness import SampleKey
+from vfun_cli.training.state import TrainedState
+from vfun_cli.training.trainer import CONTINUE, Trainer
+
+META = torch.device("meta")
+
+
+def batch(step: int, shape: ClipShape) -> LoadedBatch:
+    request = SampleRequest(
+        key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", frames=shape.frames, height=shape.height,
+        width=shape.width, stride=1, total_frames=40, fps=(16, 1),
+    )  # fmt: skip
+    return LoadedBatch(
+        batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[Sample(inputs={}, values={})]
+    )
+
+
+class Saves:
+    """Notes which steps were saved."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def require_space(self, state: Any) -> None: ...
+    def check(self) -> None: ...
+    def wait(self) -> None: ...
+
+    def save(self, state: Any, progress: dict[str, Any], *, background: bool) -> Path:
+        self.steps.append(progress["step"])
+        return Path()
+
+
+class Parts:
+    """A trainer over any model, adapter and objective, in one process."""
+
+    def __init__(
+        self, folder: Path, model: nn.Module, live: Any, adapter: Any, objective: Any, *, cache: Cache | None = None,
+        mixed_precision: str = "no", **options: Any,
+    ) -> None:  # fmt: skip
+        device = next(model.parameters()).device
+        self.config = RunConfig(
+            mixed_precision=mixed_precision, lr_scheduler="constant", report_to="none", **options
+        )  # fmt: skip
+        accelerator: Any = Accelerator(cpu=True)
+        accelerator.device_placement = False
+        run = RunDir(folder)
+        self.metrics_file = run.metrics
+        self.saves, self.stop = Saves(), SimpleNamespace(reason=lambda: CONTINUE)
+        costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
+        optimizer = make_optimizer(model, self.config, torch.device("cpu"))
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if device == META:
+            accelerator.state.device = META
+        checkpointer: Any = self.saves
+        ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
+        stop: Any = self.stop
+        self.accelerator = accelerator
+        self.trainer = Trainer(
+            config=self.config, accelerator=accelerator, adapter=adapter,
+            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
+            checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6, description={},
+            metrics=Metrics(
+                run, self.config, costs=costs, peak_flops=None, device=torch.device("cpu"), writes=True, first_step=0,
+                total_steps=6,
+            ),
+        )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        found = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        return [line for line in found if "event" not in line]
