@@ -8,7 +8,7 @@ gradient clipping, the learning rate, agreement, the meter, metrics.jsonl and Te
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -19,15 +19,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from accelerate import Accelerator
-from plan_sets import write_result
-from torch import Tensor
+from record import parser, write_result
+from torch import Tensor, nn
 
 from vfun_cli.config import RunConfig
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import build_transformer
+from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.adapter import SampleRequest
 from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoders.frozen import Encoders, Output
+from vfun_cli.training.encoding import Sample
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import FlowMatching
@@ -46,28 +49,45 @@ CPU = torch.device("cpu")
 
 
 class Encoded:
-    """Latents and a caption, as a warm cache has them."""
+    """An adapter of a transformer without encoders, and the one clip that it knows, as a warm cache has it."""
 
     def __init__(self) -> None:
         latent = SPEC.latent_shape(SimpleNamespace(**SHAPE))  # type: ignore[arg-type]
         torch.manual_seed(1)
         self.latents, self.text = torch.randn(1, 16, *latent), torch.randn(1, 226, MODEL["text_embed_dim"])
+        self.encoders = Encoders({}, CPU)
 
-    def encode(self, samples: Any, keys: Any) -> Any:
-        return self.latents, {"text": self.text}
+    def batch(self, step: int) -> LoadedBatch:
+        """The clip as the only sample of a step."""
+        request = SampleRequest(
+            key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", stride=1, total_frames=40, fps=(16, 1),
+            **SHAPE,
+        )  # fmt: skip
+        found = {"clip": {"value": self.latents[0]}, "text": {"value": self.text[0]}}
+        return LoadedBatch(
+            batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)),
+            samples=[Sample(inputs={}, values={}, found=found)],
+        )
+
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> Any:
+        clip, text = (torch.stack([output[name]["value"] for output in outputs]) for name in ("clip", "text"))
+        return clip, {"text": text}
 
     def predict(self, model: Any, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
         return model(noisy.transpose(1, 2), conditions["text"], timesteps).transpose(1, 2)
 
 
-def make_model() -> Any:
+def make_model(settings: dict[str, Any] = MODEL) -> Any:
     torch.manual_seed(0)
-    return build_transformer(MODEL).train()
+    return build_transformer(settings).train()
 
 
-def bare_step(encoded: Encoded, config: RunConfig) -> Any:
-    """A closure that trains a model of its own by one step."""
-    model = make_model()
+def make_config() -> RunConfig:
+    return RunConfig(mixed_precision="no", lr_scheduler="constant", checkpointing_steps=10**6)
+
+
+def bare_step(encoded: Encoded, config: RunConfig, model: nn.Module) -> Any:
+    """A closure that trains the model by one step."""
     optimizer = make_optimizer(model, config, CPU)
     noise, timesteps = torch.randn_like(encoded.latents), torch.tensor([500.0])
 
@@ -81,42 +101,37 @@ def bare_step(encoded: Encoded, config: RunConfig) -> Any:
     return step
 
 
-def batch(step: int) -> LoadedBatch:
-    request = SampleRequest(
-        key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", stride=1, total_frames=40, fps=(16, 1),
-        **SHAPE,
-    )  # fmt: skip
-    return LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[{}])
-
-
-def make_trainer(folder: Path, encoded: Encoded, config: RunConfig) -> Trainer:
-    model = make_model()
+def make_trainer(
+    folder: Path, adapter: Any, model: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, total_steps: int
+) -> Trainer:
+    """The product's trainer in one process, with all that it does for a step but saving."""
     accelerator: Any = Accelerator(cpu=True)
-    dims = SPEC.read_dims(MODEL)
-    costs = Costs(spec=SPEC, dims=dims, share=trained_share(model))
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config, CPU))
+    costs = Costs(spec=spec, dims=dims, share=trained_share(model))
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config, CPU))
     idle: Any = SimpleNamespace(
         step=lambda batches: None, close=lambda: None, require_space=lambda state: None, check=lambda: None,
         wait=lambda: None, save=lambda *given, **named: folder, reason=lambda: 0,
     )  # fmt: skip
-    adapter: Any = encoded
     return Trainer(
         config=config, accelerator=accelerator, adapter=adapter, objective=FlowMatching(shift=5.0), checkpointer=idle,
-        state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), ledger=idle, stop=idle,
-        total_steps=REPEATS + WARM_UP, description={},
+        state=TrainedState(accelerator=accelerator, model=prepared, optimizer=optimizer), ledger=idle, cache=None,
+        stop=idle, total_steps=total_steps, description={},
         metrics=Metrics(
             RunDir(folder), config, costs=costs, peak_flops=None, device=CPU, writes=True, first_step=0,
-            total_steps=REPEATS + WARM_UP,
+            total_steps=total_steps,
         ),
     )  # fmt: skip
 
 
 def main() -> None:
     """Measure, print and write."""
+    given = parser("bare_loop", __doc__).parse_args()
+    repeats, warm_up = (2, 1) if given.smoke else (REPEATS, WARM_UP)
+    settings = MODEL | {"num_layers": 1} if given.smoke else MODEL
     torch.set_num_threads(1)
-    config = RunConfig(mixed_precision="no", lr_scheduler="constant", checkpointing_steps=10**6)
+    config = make_config()
     encoded = Encoded()
-    bare = bare_step(encoded, config)
+    bare = bare_step(encoded, config, make_model(settings))
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
     times: dict[str, dict[str, list[float]]] = {kind: {"bare": [], "trainer": []} for kind in clocks}
 
@@ -129,34 +144,35 @@ def main() -> None:
 
     def batches() -> Iterator[LoadedBatch]:
         """Between two requests lies all that the trainer does for a step."""
-        for number in range(REPEATS + WARM_UP):
+        for number in range(repeats + warm_up):
             began = now()
             bare()
             note("bare", began)
-            loaded, began = batch(number), now()
+            loaded, began = encoded.batch(number), now()
             yield loaded
             note("trainer", began)
         yield loaded
 
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(Path(folder), encoded, config)
-        trainer.total_steps += 1  # the last one tells that the one before is over
+        steps = repeats + warm_up + 1  # the last one tells that the one before is over
+        trainer = make_trainer(Path(folder), encoded, make_model(settings), config, SPEC, SPEC.read_dims(MODEL), steps)
         source = batches()
         trainer.train(source, 0)
         next(source, None)
-    found: dict[str, Any] = {"repeats": REPEATS, "model": MODEL, "shape": SHAPE, "threads": 1}
+        trainer.metrics.close()
+    found: dict[str, Any] = {"repeats": repeats, "model": settings, "shape": SHAPE, "threads": 1}
     for kind, columns in times.items():
-        steps = {name: np.array(column[WARM_UP:]) for name, column in columns.items()}
-        pairs = steps["trainer"] / steps["bare"]
+        taken = {name: np.array(column[warm_up:]) for name, column in columns.items()}
+        pairs = taken["trainer"] / taken["bare"]
         found[kind] = {
-            "bare_median_seconds": round(float(np.median(steps["bare"])), 4),
-            "trainer_median_seconds": round(float(np.median(steps["trainer"])), 4),
-            "ratio_of_medians": round(float(np.median(steps["trainer"]) / np.median(steps["bare"])), 4),
-            "ratio_of_minima": round(float(steps["trainer"].min() / steps["bare"].min()), 4),
+            "bare_median_seconds": round(float(np.median(taken["bare"])), 4),
+            "trainer_median_seconds": round(float(np.median(taken["trainer"])), 4),
+            "ratio_of_medians": round(float(np.median(taken["trainer"]) / np.median(taken["bare"])), 4),
+            "ratio_of_minima": round(float(taken["trainer"].min() / taken["bare"].min()), 4),
             "median_of_ratios": round(float(np.median(pairs)), 4),
         }
         print(kind, found[kind])
-    write_result("bare_loop", found)
+    write_result(given, found)
 
 
 if __name__ == "__main__":

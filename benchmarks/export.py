@@ -14,24 +14,22 @@ A run needs about 20 bytes of free disk a parameter of the larger size. Results:
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, convert
 
-RESULTS = Path(__file__).parent / "results" / "export.json"
 DIM, FFN = 1536, 8960  # a block of Wan 1.3B without its cross-attention
 STRATEGIES = ("zero2", "zero3", "fsdp")
 RANKS = 2
@@ -311,13 +309,14 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the benchmark, or (internally) write one checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("export", __doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[7, 28], help="sizes: 7 is 264M, 28 is 1039M")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each tool; the fastest counts")
     parser.add_argument("--scratch", type=Path, help="where to write (default: a temporary directory)")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--write", choices=STRATEGIES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.smoke and not options.write:
+        options.blocks, options.repeats = [1], 1
     if options.write == "fsdp":
         write_fsdp(options.scratch, options.blocks[0])
     elif options.write:
@@ -328,25 +327,19 @@ def main() -> None:
             for blocks in options.blocks:
                 for strategy in STRATEGIES:
                     cases.append(run_case(strategy, blocks, options.repeats, Path(scratch)))
-                    write_report(options.output, cases, options.repeats)  # a run that is stopped keeps what it has
+                    write_report(options, cases)  # a run that is stopped keeps what it has
         print(json.dumps(summary(cases), indent=1))
 
 
-def write_report(output: Path, cases: list[dict[str, Any]], repeats: int) -> None:
+def write_report(given: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
     """The results so far, with what they were measured on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     report = {
         "schema": 1,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/export.py", *sys.argv[1:]]),
-        "hardware": f"{os.cpu_count()} x {platform.machine()}, {memory:.0f} GB memory",
-        "load_average_15_minutes": round(os.getloadavg()[2], 1),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "numpy")},
-        "repeats": repeats,
+        "repeats": given.repeats,
         "summary": summary(cases),
         "cases": cases,
     }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    record.write_result(given, report)
 
 
 if __name__ == "__main__":

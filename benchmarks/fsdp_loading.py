@@ -17,7 +17,6 @@ Results: ``benchmarks/results/fsdp_loading.json``.
 import argparse
 import json
 import os
-import platform
 import re
 import socket
 import subprocess
@@ -25,11 +24,11 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "fsdp_loading.json"
+import record
+
 DIM, FFN = 2048, 8192
 SHARD = 1 << 30
 WAYS = ("loaded-first", "in-files")
@@ -156,7 +155,7 @@ def measure(folder: Path, way: str, ranks: int, parameters: int) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("fsdp_loading", __doc__)
     parser.add_argument("--size", action="append", help="BLOCKS:RANKS,RANKS,...:in-files|loaded-first|both")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)
@@ -165,25 +164,13 @@ def main() -> None:
         rank(Path(arguments.rank_of[0]), arguments.rank_of[1])
         return
     rows = []
-    for size in arguments.size or ["5:1,2,4:both", "28:1,2,4:in-files"]:
+    for size in arguments.size or (["1:1:in-files"] if arguments.smoke else ["5:1,2,4:both", "28:1,2,4:in-files"]):
         blocks, ranks, ways = size.split(":")
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             parameters = write_model(Path(scratch) / "model", int(blocks))
             for way in WAYS if ways == "both" else [ways]:
                 rows += [measure(Path(scratch) / "model", way, int(number), parameters) for number in ranks.split(",")]
-    content = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python benchmarks/fsdp_loading.py", *sys.argv[1:]]),
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "kernel": platform.release(),
-        },
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+    record.write_result(arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

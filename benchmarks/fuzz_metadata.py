@@ -7,23 +7,20 @@ then read, validated against real files, rendered, turned into JSON and a clip t
 jpg, png) are byte-flipped, cut, or given another file's head or tail, then probed and decoded to their end.
 """
 
-import argparse
 import io
 import json
-import os
-import platform
 import random
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import record
 from PIL import Image
 from rich.console import Console
 
@@ -37,7 +34,6 @@ from vfun_cli.metadata.probe import Failure, probe_many
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import render, to_json
 
-RESULT = Path(__file__).parent / "results" / "fuzz_metadata.json"
 FIELDS = (
     MetadataField(name="file_path", media="visual"),
     MetadataField(name="audio_path", media="audio"),
@@ -194,11 +190,13 @@ def further_kinds(root: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser("fuzz_metadata", __doc__)
     parser.add_argument("--metadata", type=int, default=10_000)
     parser.add_argument("--media", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.metadata, arguments.media = 50, 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root, damaged = folder / "data", folder / "damaged"
@@ -208,17 +206,12 @@ def main() -> int:
         further_kinds(root)
         started = time.perf_counter()
         result = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python benchmarks/fuzz_metadata.py", *sys.argv[1:]]),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs",
-            "versions": {"python": platform.python_version(), "av": av.__version__},
             "seed": arguments.seed,
             "metadata": fuzz_metadata(root, rows, folder, arguments.metadata, arguments.seed),
             "media": fuzz_media(root, damaged, arguments.media, arguments.seed),
         }
         result["seconds"] = round(time.perf_counter() - started, 1)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    record.write_result(arguments, result)
     print(json.dumps(result, indent=1))
     return int(bool(result["metadata"]["tracebacks"] or result["media"]["tracebacks"] or result["media"]["hangs"]))
 

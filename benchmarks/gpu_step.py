@@ -9,7 +9,6 @@ them; steps are the trainer's own. MFU is stated against the data sheet and agai
 Published anchors: 33 % for Wan 14B on 128 Hopper GPUs, 18 to 23 % for plain FSDP. The aim: 45 %.
 """
 
-import argparse
 import gc
 import os
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from accelerate import Accelerator
-from plan_sets import write_result
+from record import parser, write_result
 
 from vfun_cli import families
 from vfun_cli.config import RunConfig
@@ -285,12 +284,14 @@ def replace_key(loaded: LoadedBatch, number: int) -> LoadedBatch:
 
 def main() -> None:
     """Measure what matters most first, print and write as it comes, and stop in time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy width and clips; nothing is written")
-    parser.add_argument("--families", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--minutes", type=float, default=30, help="begin nothing after this time")
-    given = parser.parse_args()
+    options = parser("gpu_step", __doc__)
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options.add_argument("--tiny", action="store_true", help="toy width and clips; nothing is written")
+    options.add_argument("--families", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    options.add_argument("--minutes", type=float, default=30, help="begin nothing after this time")
+    given = options.parse_args()
+    if given.smoke:
+        given.device, given.tiny = "cpu", True
     end = time.monotonic() + 60 * given.minutes
     device = torch.device(given.device)
     ceiling = matrix_ceiling(device)
@@ -325,8 +326,8 @@ def main() -> None:
             else:
                 found[family][name] = result
             print(family, name, result, flush=True)
-            if not given.tiny:
-                write_result("gpu_step", found)
+            if given.smoke or not given.tiny:
+                write_result(given, found)
 
         for mode in MODES:
             for shape in shapes:

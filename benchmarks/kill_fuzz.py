@@ -11,22 +11,21 @@ has imported torch and DeepSpeed already, which makes a kill cost four seconds i
     python benchmarks/kill_fuzz.py --kills 200
 """
 
-import argparse
 import importlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from pathlib import Path
+from typing import Any
+
+import record
 
 from vfun_cli import families, launching
 from vfun_cli.checkpoints import manifest
@@ -41,18 +40,17 @@ STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24
 SAVES_SPARED = 3
 """A kill inside a save falls into one of the first so many after a start, so that jobs get on."""
-RESULTS = Path(__file__).parent / "results" / "kill_fuzz.json"
 DUMP = """import json, os, sys
 with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}", "w") as file:
     json.dump(dict(os.environ), file)
 """
 
 
-def write_job(run: RunDir, strategy: str, *, cache: Path) -> launching.Job:
+def write_job(run: RunDir, strategy: str, *, steps: int, cache: Path) -> launching.Job:
     """What ``vfun train`` and ``vfun resume`` write before they start the ranks."""
     spec = families.find("wan-s2v")
     given = {
-        "strategy": strategy, "output_dir": run.root, "max_train_steps": STEPS, "checkpointing_steps": 1,
+        "strategy": strategy, "output_dir": run.root, "max_train_steps": steps, "checkpointing_steps": 1,
         "checkpoints_total_limit": 3, "report_to": "none", "dataloader_num_workers": 1, "cache": cache,
     }  # fmt: skip
     resolved = resolve("train", spec, given, demo=demo_default.make(spec), environ={})
@@ -154,28 +152,28 @@ def finish(run: RunDir, ranks: list[int]) -> None:
     assert not any(codes), f"{codes}\n{run.launcher_log().read_text()[-3000:]}"
 
 
-def fuzz(root: Path, strategy: str, kills: int, rng: random.Random, seen: Counter[str]) -> None:
+def fuzz(root: Path, strategy: str, kills: int, steps: int, rng: random.Random, seen: Counter[str]) -> None:
     straight = RunDir(root / f"{strategy}-undisturbed")
-    job = write_job(straight, strategy, cache=root / "cache")
+    job = write_job(straight, strategy, steps=steps, cache=root / "cache")
     ranks_of = environments(job, root)
     straight.logs.mkdir(exist_ok=True)
     finish(straight, start(job, ranks_of))  # fills the cache and the page cache
     shutil.rmtree(straight.root)
     straight.logs.mkdir(parents=True)
     began = time.monotonic()
-    ranks = start(write_job(straight, strategy, cache=root / "cache"), ranks_of)
+    ranks = start(write_job(straight, strategy, steps=steps, cache=root / "cache"), ranks_of)
     while not straight.checkpoint(1).exists():
         time.sleep(0.01)
     longest = 2 * (time.monotonic() - began)  # a kill at a random moment: while loading, or as long after it
     finish(straight, ranks)
-    expected = straight.checkpoint(STEPS)
+    expected = straight.checkpoint(steps)
     done, rounds = 0, 0
     while done < kills:
         rounds += 1
         run, newest = RunDir(root / f"{strategy}-{rounds}"), 0
         run.logs.mkdir(parents=True)
         while True:
-            ranks = start(write_job(run, strategy, cache=root / "cache"), ranks_of)
+            ranks = start(write_job(run, strategy, steps=steps, cache=root / "cache"), ranks_of)
             doing = wait_for_kill(run, ranks, rng.random() < 0.5, longest, rng) if done < kills else None
             if doing is None:
                 finish(run, ranks)
@@ -187,7 +185,7 @@ def fuzz(root: Path, strategy: str, kills: int, rng: random.Random, seen: Counte
             assert step >= newest, f"{run.root}: step {newest} was whole, now {step} is the newest"
             newest = step
             print(f"{strategy} kill {done}/{kills} inside a {doing}, newest whole checkpoint {step}", flush=True)
-        first, last = open_checkpoint(expected), open_checkpoint(run.checkpoint(STEPS))
+        first, last = open_checkpoint(expected), open_checkpoint(run.checkpoint(steps))
         assert compare_tensors(first.weights, last.weights).same, f"{run.root}: other weights"
         assert compare_tensors(moments(first), moments(last)).same, f"{run.root}: other moments"
         shutil.rmtree(run.root)
@@ -200,27 +198,28 @@ def import_all() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("kill_fuzz", __doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    strategies, steps = STRATEGIES, STEPS
+    if given.smoke:
+        given.kills, strategies, steps = 1, STRATEGIES[:1], 6
     rng, seen, began = random.Random(given.seed), Counter[str](), time.monotonic()
-    result = {"date": date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    result |= {"command": " ".join(["python", *sys.argv]), "python": platform.python_version()}
+    result: dict[str, Any] = {}
     # Before torch is there: as vfun sets it for its ranks. Threads that spin would take the processors from each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     import_all()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        share, more = divmod(given.kills, len(STRATEGIES))
-        for number, strategy in enumerate(STRATEGIES):
-            fuzz(Path(folder).absolute(), strategy, share + (number < more), rng, seen)
+        share, more = divmod(given.kills, len(strategies))
+        for number, strategy in enumerate(strategies):
+            fuzz(Path(folder).absolute(), strategy, share + (number < more), steps, rng, seen)
             # After each strategy, so that an interrupted benchmark leaves what it found.
-            done = STRATEGIES[: number + 1]
+            done = strategies[: number + 1]
             result |= {"strategies": list(done), "kills": seen.total(), "killed inside a": dict(seen)}
             result |= {"lost or damaged": 0, "seconds": round(time.monotonic() - began)}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            record.write_result(given, result)
     print(json.dumps(result, indent=1))
 
 

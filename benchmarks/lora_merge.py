@@ -11,8 +11,6 @@ Needs 4 bytes of free disk a parameter. Results: ``benchmarks/results/lora_merge
 
 import argparse
 import json
-import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -20,17 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import record
 
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_export import merge_adapter
 from vfun_cli.checkpoints.tensors import CHUNK, STORAGE, Array
 from vfun_cli.checkpoints.writer import Entry, plan_shards, write_shards
 
-RESULTS = Path(__file__).parent / "results" / "lora_merge.json"
 DIM, FFN = 1536, 8960
 SHARD = 1_000_000_000
 ALLOWED = 500_000_000
@@ -104,12 +101,14 @@ def check(scratch: Path, rank: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = record.parser("lora_merge", __doc__)
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.smoke:
+        given.blocks, given.rank = 1, 4
     if given.measure:
         merge(given.measure)
         return
@@ -121,10 +120,6 @@ def main() -> None:
         check(scratch, given.rank)
         limit = SHARD + ALLOWED
         result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["python benchmarks/lora_merge.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "numpy": version("numpy"),
             "parameters": parameters,
             "shard_bytes": SHARD,
             "limit_bytes": limit,
@@ -132,7 +127,7 @@ def main() -> None:
             "within_limit": measured["peak_bytes"] < limit,
         }
         print(json.dumps(result, indent=1))
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        record.write_result(given, result)
         if not result["within_limit"]:
             sys.exit("the merge needs more than one shard and 500 MB")
     finally:

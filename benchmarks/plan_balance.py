@@ -9,7 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plan_sets import mixed_set, uniform_set, write_result
+from plan_sets import mixed_set, uniform_set
+from record import parser, write_result
 
 from vfun_cli.families import FAMILIES
 from vfun_cli.plan.balance import independent_balance, mean_over_max
@@ -17,8 +18,7 @@ from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import plan_epoch
 
 RANKS = (8, 64, 512)
-ROWS = 200_000
-SMALL_ROWS = 10_000
+ROWS, SMALL_ROWS = 200_000, 10_000
 
 BATCHES: dict[str, dict[str, Any]] = {
     "batch 1": {},
@@ -30,17 +30,19 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure every combination; print and write them, the smallest last."""
+    given = parser("plan_balance", __doc__).parse_args()
+    rows, small_rows, ranks = (2000, 1000, RANKS[:1]) if given.smoke else (ROWS, SMALL_ROWS, RANKS)
     numbers = []
     for name, spec in FAMILIES.items():
         images = 0.3 if "image" in spec.media_types else 0.0
         sets = {
-            f"720p, {ROWS} rows": uniform_set(ROWS),
-            f"mixed, {ROWS} rows": mixed_set(ROWS, images=images),
-            f"mixed, {SMALL_ROWS} rows": mixed_set(SMALL_ROWS, images=images),
+            f"720p, {rows} rows": uniform_set(rows),
+            f"mixed, {rows} rows": mixed_set(rows, images=images),
+            f"mixed, {small_rows} rows": mixed_set(small_rows, images=images),
         }
         for data, table in sets.items():
             for batch, options in BATCHES.items():
-                for world_size in RANKS:
+                for world_size in ranks:
                     chosen = PlanOptions.pick(spec.defaults, **{**options, "world_size": world_size})
                     plan = plan_epoch(spec, spec.dims, table, chosen, 0)
                     line = {
@@ -54,9 +56,9 @@ def main() -> None:
                     }
                     numbers.append(line)
                     print(*line.values(), sep="  ")
-    large = [line["mean_over_max_flops"] for line in numbers if line["data"] != f"mixed, {SMALL_ROWS} rows"]
-    print(f"smallest with {ROWS} rows: {min(large)}")
-    write_result("plan_balance", {"smallest_with_all_rows": min(large), "results": numbers})
+    large = [line["mean_over_max_flops"] for line in numbers if line["data"] != f"mixed, {small_rows} rows"]
+    print(f"smallest with {rows} rows: {min(large)}")
+    write_result(given, {"smallest_with_all_rows": min(large), "results": numbers})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plan_sets import mixed_set, write_result
+from plan_sets import mixed_set
+from record import parser, write_result
 
 from vfun_cli.families import FAMILIES
 from vfun_cli.plan.balance import mean_over_max
@@ -22,9 +23,11 @@ ROWS = 1_000_000
 
 def main() -> None:
     """Plan one epoch for each family and several numbers of ranks; print and write what it took."""
+    given = parser("plan_million", __doc__).parse_args()
+    rows = 1000 if given.smoke else ROWS
     numbers = []
     for name, spec in FAMILIES.items():
-        table = mixed_set(ROWS, images=0.3 if "image" in spec.media_types else 0.0)
+        table = mixed_set(rows, images=0.3 if "image" in spec.media_types else 0.0)
         for world_size in (1, 8, 512):
             started, worked = time.perf_counter(), time.process_time()
             plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=world_size), 0)
@@ -46,7 +49,7 @@ def main() -> None:
             }
             numbers.append(line)
             print(line)
-    write_result("plan_million", {"rows": ROWS, "images": 0.3, "results": numbers})
+    write_result(given, {"rows": rows, "images": 0.3, "results": numbers})
 
 
 if __name__ == "__main__":

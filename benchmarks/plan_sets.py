@@ -1,18 +1,8 @@
-"""Made-up datasets and the record of a benchmark, for the benchmarks of the plan."""
-
-import json
-import os
-import platform
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+"""Made-up datasets, for the benchmarks of the plan."""
 
 import numpy as np
 
 from vfun_cli.plan.table import ClipTable
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def uniform_set(num_rows: int) -> ClipTable:
@@ -40,23 +30,3 @@ def mixed_set(num_rows: int, *, images: float, seed: int = 0) -> ClipTable:
         fps_num=rates[:, 0],
         fps_den=rates[:, 1],
     )
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write_result(name: str, numbers: dict[str, Any]) -> None:
-    """Write ``results/<name>.json`` with the date, the hardware, the versions and the command."""
-    record = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": f"python benchmarks/{name}.py",
-        "hardware": {"cpu": _cpu_model(), "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "platform": sys.platform},
-        **numbers,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

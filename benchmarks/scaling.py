@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from plan_sets import mixed_set, write_result
+from plan_sets import mixed_set
+from record import parser, write_result
 
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC
@@ -61,22 +62,28 @@ def shapes_of(plan: EpochPlan) -> np.ndarray:
 
 def main() -> None:
     """Measure, replay, print and write."""
+    given = parser("scaling", __doc__).parse_args()
+    rows, ranks = (20, RANKS[:1]) if given.smoke else (ROWS, RANKS)
+    sizes = {**HALVED, "video_sample_n_frames": 9} if given.smoke else HALVED
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = WanFunControlTransformer(has_reference=False, **MODEL).train()
-    table = mixed_set(ROWS, images=0.3)
+    table = mixed_set(rows, images=0.3)
     dims = SPEC.read_dims({**MODEL, "in_dim": 48, "dim": 64})
-    plans = {ranks: plan_epoch(SPEC, dims, table, _options(ranks), 0) for ranks in RANKS}
+    plans = {
+        number: plan_epoch(SPEC, dims, table, PlanOptions.pick(SPEC.defaults, **sizes, world_size=number), 0)
+        for number in ranks
+    }
     measured: dict[tuple[int, ...], float] = {}
     for shape in np.unique(np.concatenate([shapes_of(plan) for plan in plans.values()]), axis=0).tolist():
         measured[tuple(shape)] = step_seconds(model, *shape)
     print(f"{len(measured)} shapes, {min(measured.values()):.4f} to {max(measured.values()):.4f} s")
     results, rng = [], np.random.default_rng(0)
-    for ranks, plan in plans.items():
+    for number, plan in plans.items():
         seconds = np.array([measured[tuple(shape)] for shape in shapes_of(plan).tolist()])
         draws = rng.integers(0, len(seconds), plan.steps.shape)
         line = {
-            "world_size": ranks,
+            "world_size": number,
             "steps": plan.num_steps,
             "our_schedule": round(efficiency(seconds, plan.steps), 4),
             "independent_draws": round(efficiency(seconds, draws), 4),
@@ -86,22 +93,18 @@ def main() -> None:
         print(line)
     times = sorted(measured.values())
     write_result(
-        "scaling",
+        given,
         {
             "measured": "a small model on a CPU, forward and backward, least of 2; not a GPU",
             "model": MODEL,
-            "sizes": HALVED,
-            "rows": ROWS,
+            "sizes": sizes,
+            "rows": rows,
             "shapes": len(measured),
             "seconds_of_a_shape": {"least": round(times[0], 4), "median": round(times[len(times) // 2], 4),
                                    "most": round(times[-1], 4)},
             "results": results,
         },
     )  # fmt: skip
-
-
-def _options(ranks: int) -> PlanOptions:
-    return PlanOptions.pick(SPEC.defaults, **HALVED, world_size=ranks)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ and verify byte by byte; before the training processes are started there must be
 Results: ``benchmarks/results/sigterm.json``.
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -23,15 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+import record
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.rundir import RunDir
 
-RESULTS = Path(__file__).absolute().parent / "results" / "sigterm.json"
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 PLACES = ("before training", "loading", "encoding", "step", "save")
 AFTER_START = {"single": 4.0, "ddp": 8.0, "fsdp": 8.0, "zero2": 12.0, "zero3": 12.0}
@@ -148,12 +146,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("sigterm", __doc__)
     parser.add_argument("--instants", type=int, default=50)
     parser.add_argument("--grace", type=float, default=60, help="seconds")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.instants, arguments.strategies = 3, ["single"]
     rng, rows = random.Random(arguments.seed), []
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as scratch:
@@ -167,20 +167,13 @@ def main() -> None:
             print(number + 1, row, flush=True)
             shutil.rmtree(run.root, ignore_errors=True)
             content = {
-                "date": date.today().isoformat(),
-                "command": f"python benchmarks/sigterm.py {' '.join(sys.argv[1:])}".strip(),
-                "machine": {
-                    "cores": os.cpu_count(),
-                    "processor": platform.processor() or platform.machine(),
-                    "load_average": os.getloadavg(),
-                },
                 "grace_seconds": arguments.grace,
                 "good": sum(row["good"] for row in rows),
                 "instants": len(rows),
                 "by_place": summary(rows),
                 "rows": rows,
             }
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+            record.write_result(arguments, content)
     if not all(row["good"] for row in rows):
         raise SystemExit("not every instant ended as it should")
 

@@ -11,25 +11,24 @@ FSDP inside forward and backward, so it is no part of its own. The same steps ru
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import record
+
 FAMILIES = ("wan-s2v", "cogvideox-fun")
 STRATEGIES = ("single", "ddp", "fsdp")
 STEPS, WARM_UP, PROFILED = 10, 2, 3
-RESULTS = Path(__file__).parent / "results" / "step_breakdown.json"
 
 
-def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None) -> tuple[Path, list[str]]:
+def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None, steps: int) -> tuple[Path, list[str]]:
     """Everything ``vfun train`` writes before it launches, and its launch command."""
     from vfun_cli import families, launching
     from vfun_cli.demo import default
@@ -38,7 +37,7 @@ def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None) ->
 
     spec = families.find(family)
     given = {
-        "strategy": strategy, "max_train_steps": STEPS + PROFILED, "checkpointing_steps": 10**6, "cache": cache,
+        "strategy": strategy, "max_train_steps": steps + PROFILED, "checkpointing_steps": 10**6, "cache": cache,
         "cache_variants": 1, "video_repeat": 4, "output_dir": folder, "dataloader_num_workers": 1,
         "report_to": "none", "lr_scheduler": "constant",
     }  # fmt: skip
@@ -53,9 +52,9 @@ def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None) ->
     return job.run_json, [*argv, str(Path(__file__).absolute()), "--rank", str(job.run_json.absolute())]
 
 
-def fill(family: str, strategy: str, folder: Path, cache: Path) -> None:
+def fill(family: str, strategy: str, folder: Path, cache: Path, steps: int) -> None:
     """The cache of that very run, by the product's command."""
-    run_json, _ = run_json_of(family, strategy, folder, cache)
+    run_json, _ = run_json_of(family, strategy, folder, cache, steps)
     described = json.loads(run_json.read_text())
     options = [
         f"--{name.replace('_', '-')}={described['config'][name]}"
@@ -92,6 +91,7 @@ def timed_rank(run_json: Path) -> int:
         setattr(owner, name, timed)
 
     described = json.loads(run_json.read_text())
+    steps = described["config"]["max_train_steps"] - PROFILED
     adapter = adapter_of(families.find(described["family"]))
     watch(trainer, "encode", "encode")
     watch(adapter, "predict", "forward")
@@ -103,7 +103,7 @@ def timed_rank(run_json: Path) -> int:
     profiler = profile(activities=[ProfilerActivity.CPU])
 
     def timed_step(self: Any, *args: Any) -> Any:
-        if len(spent["whole"]) == STEPS:
+        if len(spent["whole"]) == steps:
             profiler.start()
             spent["profiled"] = [0.0]
         if "profiled" in spent:
@@ -126,19 +126,19 @@ def timed_rank(run_json: Path) -> int:
     return code
 
 
-def measure(family: str, strategy: str, folder: Path, cache: Path | None) -> dict[str, Any]:
+def measure(family: str, strategy: str, folder: Path, cache: Path | None, steps: int) -> dict[str, Any]:
     """Seconds of each part of a step (mean after warm-up), and the losses."""
-    run_json, argv = run_json_of(family, strategy, folder, cache)
+    run_json, argv = run_json_of(family, strategy, folder, cache, steps)
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     spent = json.loads(run_json.with_name("spent.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if "loss" in record]
-    steps = [record for record in records if "loss" in record][WARM_UP:STEPS]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    losses = [line["loss"] for line in lines]
     collectives = spent.pop("profiled")[0]
     parts = {part: mean(seconds[WARM_UP:]) for part, seconds in spent.items()}
-    parts["wait for data"] = mean(record["data_wait"] for record in steps)
+    parts["wait for data"] = mean(line["data_wait"] for line in lines[WARM_UP:steps])
     parts["rest of the step"] = parts["whole"] - sum(
         parts.get(part, 0) for part in ("encode", "forward", "backward", "clip and optimizer")
     )
@@ -146,29 +146,24 @@ def measure(family: str, strategy: str, folder: Path, cache: Path | None) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser("step_breakdown", __doc__)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
         sys.exit(timed_rank(given.rank))
-    import torch
-
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "torch": torch.__version__,
-        "command": "python benchmarks/step_breakdown.py",
-        "runs": {},
-    }
+    families, strategies, steps = FAMILIES, STRATEGIES, STEPS
+    if given.smoke:
+        families, strategies, steps = FAMILIES[:1], STRATEGIES[:1], WARM_UP + 1
+    result: dict[str, Any] = {"runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for family in FAMILIES:
-            for strategy in STRATEGIES:
+        for family in families:
+            for strategy in strategies:
                 name = f"{family} {strategy}"
                 cache = Path("cache").absolute()
-                fill(family, strategy, Path("filling"), cache)
-                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None)
-                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache)
+                fill(family, strategy, Path("filling"), cache, steps)
+                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None, steps)
+                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache, steps)
                 apart = max(abs(a - b) for a, b in zip(encoded["losses"], cached["losses"], strict=True))
                 assert apart <= 1e-5, f"{name}: losses differ by {apart}"
                 whole = {
@@ -182,7 +177,7 @@ def main() -> None:
                     "largest difference of losses": apart,
                 }
                 print(name, json.dumps(result["runs"][name], indent=1), flush=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    record.write_result(given, result)
 
 
 def shares(seconds: dict[str, float], whole: float) -> dict[str, Any]:

@@ -7,21 +7,18 @@ any planner needs (size, frames, frame rate; rate and length of sound); validati
 frame rate, rotation, silence and everything that compares a row with its files.
 """
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import av
+import record
 
 from vfun_cli.demo.media import build_media
 from vfun_cli.families.spec import MetadataField
@@ -29,7 +26,6 @@ from vfun_cli.metadata.checks import Settings, validate
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import read_metadata
 
-RESULT = Path(__file__).parent / "results" / "validate_throughput.json"
 FIELDS = (
     MetadataField(name="file_path", media="visual"),
     MetadataField(name="audio_path", media="audio"),
@@ -115,10 +111,12 @@ def cached(root: Path, rows: list[dict[str, Any]], count: int, threads: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser("validate_throughput", __doc__)
     parser.add_argument("--files", type=int, default=600, help="rows; each has a video, a control clip and a sound")
     parser.add_argument("--cached", type=int, default=100_000)
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.files, arguments.cached = 6, 20
     threads = 2 * (os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -126,11 +124,6 @@ def main() -> None:
         video = [(str(root / row["file_path"]), "visual") for row in rows]
         sound = [(str(root / row["audio_path"]), "audio") for row in rows]
         result = {
-            "date": date.today().isoformat(),
-            "command": "python benchmarks/validate_throughput.py " + " ".join(sys.argv[1:]),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs",
-            "load_average": round(os.getloadavg()[0], 1),
-            "versions": {"python": platform.python_version(), "av": av.__version__},
             "threads": threads,
             "files_per_second": {
                 "videos": compare(video, threads),
@@ -139,8 +132,7 @@ def main() -> None:
             },
             "cached": cached(root, rows, arguments.cached, threads),
         }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    record.write_result(arguments, result)
     print(json.dumps(result, indent=2))
 
 
