@@ -354,8 +354,8 @@ class RunConfig:
     low_vram: Annotated[
         bool,
         Opt(
-            help="Keep the encoders off the accelerator except while they work; a text encoder that the ranks share "
-            "(FSDP, ZeRO-3) stays.",
+            help="Keep the encoders off the accelerator except while they work, which they do before each step and not "
+            "beside the last one; a text encoder that the ranks share (FSDP, ZeRO-3) stays.",
             panel=MEMORY,
             on_resume="harmless",
         ),

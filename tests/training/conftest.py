@@ -1,9 +1,11 @@
 """Fixtures of the training tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from live_models import LiveModel
 
 
@@ -21,3 +23,12 @@ def live_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Live
         return made[family]
 
     return of
+
+
+@pytest.fixture
+def device_restored() -> Iterator[None]:
+    """A trainer of a test may work on another device than the next one."""
+    accelerator: Any = Accelerator(cpu=True)
+    before = accelerator.state.device
+    yield
+    accelerator.state.device = before

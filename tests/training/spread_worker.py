@@ -2,11 +2,13 @@
 
     torchrun --nproc_per_node=2 spread_worker.py FOLDER
 
-``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the spread ones lies on this rank.
+``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the spread ones lies on this rank;
+``FOLDER/rounds-<rank>.pt`` what the ranks agreed on ahead of their micro-batches.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ import torch.distributed as dist
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 from vfun_cli.resolve import resolve
+from vfun_cli.training.adapter import Input
+from vfun_cli.training.data import LoadedBatch, MicroBatch, agreed_ahead
 from vfun_cli.training.encoders.frozen import Encoders
 from vfun_cli.training.encoders.spread import Spread
+from vfun_cli.training.encoding import Sample
 from vfun_cli.training.ending import end_with
+from vfun_cli.training.recipes import Plain
 from vfun_cli.training.session import adapter_of, adapter_options
 
 CAPTIONS = ("a red circle moves to the left", "waves", "two people talk at a table, one of them laughs")
@@ -36,7 +42,35 @@ def inputs_of(filler: Any, rank: int) -> list[list[Any]]:
 
 
 def outputs(encoders: Encoders, name: str, calls: list[list[Any]]) -> list[Any]:
-    return [encoders.run(name, inputs) for inputs in calls]
+    ranks = encoders.spread
+    rounds = [0] * len(calls) if ranks is None else ranks.ask([len(inputs) for inputs in calls])()
+    return [encoders.run(name, inputs, count) for inputs, count in zip(calls, rounds, strict=True)]
+
+
+def no_rank_waits_for_another(encoders: Encoders, folder: Path, rank: int) -> list[dict[str, int]]:
+    """Micro-batches as the trainer asks for them; rank 1 asks for the next only when rank 0 has had it."""
+    seen, loaded = folder / "rank-0-went-on", []
+    for number, batch in enumerate(agreed_ahead(iter(micro_batches(encoders, rank)), encoders)):
+        loaded.append(dict(batch.rounds))
+        if number == 1 and rank == 0:
+            seen.touch()
+        if number == 0 and rank == 1:
+            deadline = time.monotonic() + 60
+            while not seen.exists():
+                assert time.monotonic() < deadline, "rank 0 waits for rank 1"
+                time.sleep(0.01)
+    return loaded
+
+
+def micro_batches(encoders: Encoders, rank: int) -> list[LoadedBatch]:
+    """Rank 0 has a caption to encode in the first one, rank 1 two in the last one, nobody any in the second."""
+    text = Input(encoder=encoders.together[0], recipe=Plain("waves"))
+    clips = [[1, 0, 0], [0, 0, 2]][rank]
+    sample = Sample(inputs={"text": text}, values={"text": "waves"})
+    return [
+        LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=()), samples=[sample] * count)
+        for step, count in enumerate(clips)
+    ]
 
 
 def main(folder: Path) -> int:
@@ -57,6 +91,7 @@ def main(folder: Path) -> int:
             everything = sum(parameter.numel() for parameter in whole[name].model.parameters())
             found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything}
         torch.save(found, folder / f"{spec.name}-{rank}.pt")
+    torch.save(no_rank_waits_for_another(spread, folder, rank), folder / f"rounds-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     return 0

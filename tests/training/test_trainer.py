@@ -2,14 +2,13 @@
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from live_models import FAMILIES, SMALL, LiveModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,14 +24,6 @@ from vfun_cli.training.signals import PREEMPTED
 from vfun_cli.training.trainer import CONTINUE
 
 LIVE = Callable[[str], LiveModel]
-
-
-@pytest.fixture
-def device_restored() -> Iterator[None]:
-    accelerator: Any = Accelerator(cpu=True)
-    before = accelerator.state.device
-    yield
-    accelerator.state.device = before
 
 
 class Transfers(TorchDispatchMode):

@@ -68,10 +68,9 @@ class Parts:
         self.metrics_file = run.metrics
         self.saves, self.stop = Saves(), SimpleNamespace(reason=lambda: CONTINUE)
         costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
-        optimizer = make_optimizer(model, self.config, torch.device("cpu"))
+        optimizer = make_optimizer(model, self.config, device)
         model, optimizer = accelerator.prepare(model, optimizer)
-        if device == META:
-            accelerator.state.device = META
+        accelerator.state.device = device
         checkpointer: Any = self.saves
         ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
         stop: Any = self.stop
@@ -81,7 +80,7 @@ class Parts:
             state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
             checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6, description={},
             metrics=Metrics(
-                run, self.config, costs=costs, peak_flops=None, device=torch.device("cpu"), writes=True, first_step=0,
+                run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=0,
                 total_steps=6,
             ),
         )  # fmt: skip

@@ -6,9 +6,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from multiprocessing.connection import wait
 from typing import Any
@@ -20,7 +21,8 @@ from vfun_cli.errors import MetadataError, RunError, VfunError
 from vfun_cli.training import forkserver
 from vfun_cli.training.adapter import ModelAdapter, SampleRequest
 from vfun_cli.training.cache import Cache
-from vfun_cli.training.encoding import Sample, load
+from vfun_cli.training.encoders.frozen import Encoders
+from vfun_cli.training.encoding import Sample, demand, load
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
@@ -66,6 +68,8 @@ class LoadedBatch:
     """What could not be decoded."""
     stands_in: bool = False
     """The samples are those of another micro-batch, computed so that all ranks make the same passes, for nothing."""
+    rounds: Mapping[str, int] = field(default_factory=dict)
+    """How often each encoder that the ranks share computes for it, on all of them."""
 
     @property
     def trained(self) -> tuple[SampleRequest, ...]:
@@ -191,6 +195,30 @@ def _with_stand_ins(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
 def _stand_in(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
     requests = replace(loaded.batch, requests=good.batch.requests)
     return replace(loaded, batch=requests, samples=good.samples, stands_in=True)
+
+
+def agreed_ahead(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
+    """Micro-batches with the rounds of the encoders that the ranks share; without such, the micro-batches themselves.
+
+    The ranks ask each other about a micro-batch when the one before it is handed out: a step finds the answer there
+    and waits for no other rank.
+    """
+    ranks, shared = encoders.spread, encoders.together
+    if ranks is None or not shared:
+        yield from batches
+        return
+    earlier: Callable[[], LoadedBatch] | None = None
+    for loaded in batches:
+        answer = ranks.ask(demand(encoders, loaded.samples))
+        if earlier is not None:
+            yield earlier()
+        earlier = partial(_with_rounds, loaded, shared, answer)
+    if earlier is not None:
+        yield earlier()
+
+
+def _with_rounds(loaded: LoadedBatch, shared: Sequence[str], answer: Callable[[], list[int]]) -> LoadedBatch:
+    return replace(loaded, rounds=dict(zip(shared, answer(), strict=True)))
 
 
 def _decoded(

@@ -1,8 +1,8 @@
 """From requests to what the transformer reads: cook what is missing, encode it, put it together."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.recipes import cook
 from vfun_cli.training.transfer import upload
+
+NO_ROUNDS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +51,33 @@ def prepared(inputs: Inputs, cache: Cache | None = None) -> Sample:
 
 
 def encode(
-    adapter: ModelAdapter, samples: Sequence[Sample], keys: Sequence[SampleKey], cache: Cache | None = None
+    adapter: ModelAdapter,
+    samples: Sequence[Sample],
+    keys: Sequence[SampleKey],
+    cache: Cache | None = None,
+    rounds: Mapping[str, int] = NO_ROUNDS,
 ) -> tuple[Tensor, Conditions]:
     """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients.
 
-    What had to be encoded is added to the cache.
+    What had to be encoded is added to the cache. ``rounds``: see ``outputs_of``.
     """
-    return adapter.assemble(outputs_of(adapter.encoders, samples, cache), keys)
+    return adapter.assemble(outputs_of(adapter.encoders, samples, cache, rounds), keys)
 
 
-def outputs_of(encoders: Encoders, samples: Sequence[Sample], cache: Cache | None = None) -> list[dict[str, Output]]:
-    """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once."""
+def outputs_of(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    cache: Cache | None = None,
+    rounds: Mapping[str, int] = NO_ROUNDS,
+) -> list[dict[str, Output]]:
+    """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once.
+
+    ``rounds`` is how often each encoder that the ranks share computes on all of them.
+    """
     outputs: list[dict[str, Output]] = [
         {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
     ]
-    jobs: dict[str, list[tuple[int, str]]] = defaultdict(list, {name: [] for name in encoders.together})
+    jobs: dict[str, list[tuple[int, str]]] = {name: [] for name in encoders}
     for index, sample in enumerate(samples):
         for name, value in sample.values.items():
             encoder = sample.inputs[name].encoder
@@ -71,13 +85,21 @@ def outputs_of(encoders: Encoders, samples: Sequence[Sample], cache: Cache | Non
                 outputs[index][name] = _moved({"value": value}, encoders)
             else:
                 jobs[encoder].append((index, name))
-    for encoder, places in jobs.items():
-        made = encoders.run(encoder, [samples[index].values[name] for index, name in places])
+    # Those that the ranks share come last: they wait for collectives, and nothing should wait behind them.
+    for encoder in sorted(jobs, key=lambda name: name in encoders.together):
+        places = jobs[encoder]
+        made = encoders.run(encoder, [samples[index].values[name] for index, name in places], rounds.get(encoder, 0))
         for (index, name), output in zip(places, made, strict=True):
             outputs[index][name] = output
             if cache is not None:
                 cache.write(samples[index].keys[name], output)
     return outputs
+
+
+def demand(encoders: Encoders, samples: Sequence[Sample]) -> list[int]:
+    """How often a micro-batch uses each of the encoders that the ranks share."""
+    wanted = [sample.inputs[name].encoder for sample in samples for name in sample.values]
+    return [wanted.count(name) for name in encoders.together]
 
 
 def _moved(output: Output, encoders: Encoders) -> Output:

@@ -21,7 +21,7 @@ from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.cache import Cache
 from vfun_cli.training.checkpointer import Checkpointer
-from vfun_cli.training.data import load_ahead
+from vfun_cli.training.data import agreed_ahead, load_ahead
 from vfun_cli.training.ema import WeightAverage
 from vfun_cli.training.encoders.spread import Spread
 from vfun_cli.training.files import ALL_LOADED, LeftInFiles, fill_shards
@@ -121,7 +121,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             "run_config": config.to_json(),
         },
     )
-    batches = load_ahead(
+    loaded = load_ahead(
         adapter_class,
         load_options(config, spec),
         micro_batches(plan, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
@@ -129,7 +129,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         config.on_bad_sample,
         cache,
     )
-    reason = trainer.train(batches, first_step)
+    reason = trainer.train(agreed_ahead(loaded, adapter.encoders), first_step)
     metrics.close()
     if accelerator.is_main_process:
         write_atomically(run.outcome, json.dumps({"outcome": OUTCOMES[reason], "step": trainer.saved_step}))

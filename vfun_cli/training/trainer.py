@@ -23,7 +23,7 @@ from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
 from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
 from vfun_cli.training.state import TrainedState
-from vfun_cli.training.transfer import Download, upload
+from vfun_cli.training.transfer import Download, SideQueue, upload
 
 CONTINUE = 0
 OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
@@ -79,6 +79,7 @@ class Trainer:
         self.total_steps = total_steps
         self.description = description
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.beside = SideQueue(accelerator.device, used=not config.low_vram)
         self.saved_step: int | None = None
         self.unread: tuple[Launched, Download] | None = None
         """The newest step, and its numbers on their way to the host."""
@@ -204,9 +205,10 @@ class Trainer:
         Encoding, noise and error are float32; the model sees the compute dtype.
         """
         keys = batch_keys(loaded.batch.requests)
-        with torch.no_grad():
-            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache)
+        with torch.no_grad(), self.beside.queued():
+            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache, loaded.rounds)
             corrupted = self.objective.corrupt(latents, keys)
+        self.beside.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)
         mask = conditions.pop("loss_mask", None)

@@ -1,6 +1,8 @@
 """Between the host and the device without waiting for the work that is queued there."""
 
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +36,34 @@ class Download:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()
+
+
+class SideQueue:
+    """A second queue of the device: what is put there waits for nothing of the step that is queued now.
+
+    Memory that one queue has used, another does not use again, so it takes its own on top: not for those who asked to
+    save it (``used``). A device without queues works in the order of the program.
+    """
+
+    def __init__(self, device: torch.device, *, used: bool) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if used and device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+
+    def queued(self) -> AbstractContextManager[Any]:
+        """Put what follows into this queue."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def hand_over(self, made: Iterable[Any]) -> None:
+        """Let the main queue go on only when this one is empty, and own the tensors from then on."""
+        if self.stream is None:
+            return
+        main = torch.cuda.current_stream(self.device)
+        main.wait_stream(self.stream)
+        for value in made:
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(main)
 
 
 class Clock:

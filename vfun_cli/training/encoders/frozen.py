@@ -85,17 +85,17 @@ class Encoders(Mapping[str, Any]):
         for name in self.sources:
             self[name]
 
-    def run(self, name: str, inputs: Sequence[Any]) -> list[Output]:
+    def run(self, name: str, inputs: Sequence[Any], rounds: int = 0) -> list[Output]:
         """What the encoder makes of the inputs, on its device.
 
-        One of ``together`` computes as often on every rank, and stays on the device, where it takes a part of its size.
+        One of ``together`` computes ``rounds`` times on every rank, as many as the rank with most inputs has, and stays
+        on the device, where it takes a part of its size.
         """
-        ranks = self._sharing(name)
-        count = len(inputs) if ranks is None else ranks.most(len(inputs))
-        if count == 0:
+        idle = max(0, rounds - len(inputs))
+        if not inputs and not idle:
             return []
-        read = [*inputs, *[self.sources[name].filler] * (count - len(inputs))]
+        read = [*inputs, *[self.sources[name].filler] * idle]
         module = self[name]
-        with encoding_on(module, self.device, low_vram=self.low_vram and ranks is None):
+        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharing(name) is None):
             found: list[Output] = module.outputs(read)
         return found[: len(inputs)]

@@ -4,7 +4,7 @@ Each rank keeps a part of every block and gathers a block's weights while it com
 together: all of them, equally often, or each would wait for the others for ever.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,16 @@ class Spread:
         # transformers looks up what a model can give (its hidden states) by how its class is printed.
         type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
 
-    def most(self, count: int) -> int:
-        """The largest count of any rank."""
-        counts = torch.tensor([count])
-        dist.all_reduce(counts, dist.ReduceOp.MAX, group=self.hosts)
-        return int(counts)
+    def ask(self, counts: Sequence[int]) -> Callable[[], list[int]]:
+        """Ask for the largest of each count on any rank, and go on; what comes back waits for the answer."""
+        largest = torch.tensor(counts)
+        question = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
+
+        def answer() -> list[int]:
+            question.wait()
+            return largest.tolist()
+
+        return answer
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
