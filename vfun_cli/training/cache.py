@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
+from vfun_cli.metadata import probe
 from vfun_cli.rundir import write_atomically
-from vfun_cli.training import encoders, media, randomness
+from vfun_cli.training import encoders, loading, media, randomness, recipes
 from vfun_cli.training.adapter import Input
 from vfun_cli.training.encoders.frozen import Encoders, Output
 from vfun_cli.training.recipes import describe, leaves
@@ -34,6 +36,10 @@ from vfun_cli.training.recipes import describe, leaves
 SUFFIX = ".safetensors"
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
+SHARED_CODE = (media, probe, randomness, recipes, loading)
+"""Modules that decode media and load encoders, beside the encoders' own."""
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
+"""What runs, prepares and decodes. Another release may give other numbers: transformers 5 moved a state of wav2vec."""
 ABANDONED = 3600
 """Seconds after which a file that is being written is not."""
 
@@ -44,13 +50,20 @@ class Cache:
 
     root: Path
     encoders: Mapping[str, str]
-    """What tells each encoder apart: the digest of its files, its settings."""
+    """What tells each encoder apart: settings, libraries, the digests of its files and of the code that loads it."""
 
     @classmethod
     def for_encoders(cls, root: Path, loaded_from: Encoders) -> "Cache":
         """Reads the encoders' files once (about a second a gigabyte); later runs remember their digests."""
+        libraries = " ".join(f"{name} {release(version(name))}" for name in LIBRARIES)
         identities = {
-            name: f"{name} {source.settings} {' '.join(_digest_of(root, path) for path in source.files)}"
+            name: "\n".join(
+                (
+                    f"{name} {source.settings} {' '.join(_digest_of(root, path) for path in source.files)}",
+                    file_digest(source.load.__module__),
+                    libraries,
+                )
+            )
             for name, source in loaded_from.sources.items()
         }
         return cls(root.absolute(), identities)
@@ -164,10 +177,29 @@ def code_digest(modules: frozenset[str]) -> str:
 
     ``modules`` define the recipe; one that is a family's own is taken with all of its family's folder.
     """
-    own = {Path(str(sys.modules[name].__file__)) for name in modules}
-    files = {Path(str(module.__file__)) for module in (media, randomness)} | own
+    own = {_source(name) for name in modules}
+    files = {_source(module.__name__) for module in SHARED_CODE} | own
     for folder in {Path(str(encoders.__file__)).parent} | {file.parent for file in own if FAMILIES in file.parents}:
         files |= set(folder.glob("*.py"))
+    return _digest_of_code(files)
+
+
+@cache
+def file_digest(module: str) -> str:
+    """Of one module's source file."""
+    return _digest_of_code({_source(module)})
+
+
+def release(version: str) -> str:
+    """The part of a library's version that an entry depends on: 2.13 of 2.13.1+cu130, whose numbers are 2.13.0's."""
+    return ".".join(version.split(".")[:2])
+
+
+def _source(module: str) -> Path:
+    return Path(str(sys.modules[module].__file__))
+
+
+def _digest_of_code(files: Collection[Path]) -> str:
     return hashlib.blake2b(b"".join(file.read_bytes() for file in sorted(files)), digest_size=16).hexdigest()
 
 
