@@ -19,6 +19,7 @@ PACKAGES = (
     "safetensors", "typer",
 )  # fmt: skip
 """Those that are installed are named with their version."""
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -53,7 +54,7 @@ def header(given: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", f"benchmarks/{given.name}.py", *sys.argv[1:]]),
         "hardware": {
-            "cpu": _cpu_model(),
+            **_cpu(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "load_average": given.load_average,
@@ -63,11 +64,17 @@ def header(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _cpu() -> dict[str, Any]:
+    """Its model, and how it multiplies: with AVX2 alone (AMD EPYC, torch 2.13, one thread) bf16 takes 10 times as long
+    as float32 in a linear layer and 36 times in a 3D convolution.
+    """
+    listed = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in listed)}
+    flags = facts.get("flags", "").split()
+    return {
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+    }
 
 
 def _platform() -> str:
