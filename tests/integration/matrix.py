@@ -71,7 +71,15 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3},
     },
     "ddp": {"fp32": _FP32, "lora-fp32": _LORA_FP32, "subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
-    "fsdp": {"fp32": _FP32, "lora-fp32": _LORA_FP32, "subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "fsdp": {
+        "fp32": _FP32,
+        "lora-fp32": _LORA_FP32,
+        "subset": _SUBSET,
+        "clipped": _CLIPPED,
+        "untrained": _UNTRAINED,
+        "prefetched": {**_FP32, "fsdp_prefetch": 1},
+        "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
+    },
     "zero2": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
     "zero3": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
 }

@@ -1,13 +1,15 @@
 """What every strategy must do alike: averaging, precision, clipping, frozen weights, whole checkpoints."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.integration.matrix import CLIP_NORM, STEPS, STRATEGIES, Run, extra, losses, straight
+from tests.integration.matrix import CLIP_NORM, STEPS, STRATEGIES, Run, extra, launch, losses, straight
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
@@ -46,6 +48,31 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(strategy: st
     one, two = losses(extra("fp32", "single")), losses(extra("fp32", strategy))
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_gathering_blocks_early_changes_nothing_and_summing_in_bf16_only_rounds(trained: Trained) -> None:
+    trained("fsdp")
+    plain, early, rounded_off = (
+        losses(extra(name, "fsdp")) for name in ("fp32", "prefetched", "reduced-in-bf16")
+    )  # fmt: skip
+    assert early == plain
+    assert rounded_off != plain
+    assert rounded_off == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_blocks_train_like_others(strategy: str, workplace: Path) -> None:
+    plain = Run(
+        name="plain", family="wan-s2v", strategy=strategy, options={"mixed_precision": "no", "max_train_steps": 6}
+    )
+    compiled = replace(plain, name="compiled", options={**plain.options, "compile": True})
+    launch([plain, compiled])
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    lines = [json.loads(line) for line in RunDir(compiled.folder).metrics.read_text().splitlines()]
+    graphs = [line["compiled_graphs"] for line in lines if "loss" in line]
+    # Two lengths of the sequence: with the history of the clip and, at the fourth step, without.
+    assert graphs == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -1,7 +1,9 @@
 """Checkpointing and compiling blocks: same losses, same gradients, nothing compiled twice."""
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,13 @@ import torch._dynamo
 from live_models import FAMILIES, SMALL, TALL, Inputs, LiveModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_parts import Parts
 
 from vfun_cli.errors import EnvironmentFault
-from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.training import blocks
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
+from vfun_cli.training.data import LoadedBatch, MicroBatch
+from vfun_cli.training.encoders.frozen import Encoders
 
 LIVE = Callable[[str], LiveModel]
 
@@ -99,6 +102,11 @@ with_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor
         *((family, "aot_eager", torch.float32) for family in FAMILIES),
         ("wan-s2v", "aot_eager", torch.bfloat16),
         *(pytest.param("cogvideox-fun", "inductor", dtype, marks=with_compiler) for dtype in TOLERANCE),
+        *(
+            pytest.param(family, "inductor", torch.float32, marks=[with_compiler, pytest.mark.long])
+            for family in FAMILIES
+            if family != "cogvideox-fun"
+        ),
     ],
 )
 def test_compiled_losses_are_the_eager_ones_and_no_shape_is_compiled_twice(
@@ -142,6 +150,29 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
+def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_each_shape_came_up(
+    family: str, live_model: LIVE, nothing_compiled: None, tmp_path: Path
+) -> None:
+    live = live_model(family)
+    model = live.transformer()
+    compile_blocks(model, live.spec.block_classes, 2, backend="aot_eager")
+    adapter: Any = copy.copy(live.adapter)
+    adapter.encoders = Encoders({}, torch.device("cpu"))
+    parts = Parts(tmp_path, model, live, adapter, live.objective)
+    clips = [live.cached(*SMALL), live.cached(*TALL)] * 3
+    parts.trainer.train(
+        iter(
+            LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[sample])
+            for step, (request, sample) in enumerate(clips)
+        ),
+        0,
+    )
+    graphs = [line["compiled_graphs"] for line in parts.lines()]
+    assert len(graphs) == len(clips) and 0 < graphs[0] < graphs[1] and set(graphs[2:]) == {graphs[1]}
+
+
+@pytest.mark.slow
 def test_more_shapes_than_were_planned_end_the_run(live_model: LIVE, nothing_compiled: None) -> None:
     live = live_model("cogvideox-fun")
     model = live.transformer()
@@ -163,10 +194,3 @@ def test_blocks_are_found_under_every_family_by_their_class(live_model: LIVE) ->
     for family in FAMILIES:
         live = live_model(family)
         assert len(find_blocks(live.adapter.transformer, live.spec.block_classes)) >= live.dims.num_layers
-
-
-def test_a_plan_has_no_more_shapes_than_foreseen(live_model: LIVE) -> None:
-    spec = live_model("wan-s2v").spec
-    options = PlanOptions.pick(spec.defaults)
-    foreseen = most_shapes(spec, spec.dims, options)
-    assert 0 < foreseen <= most_shapes(spec, spec.dims, PlanOptions.pick(spec.defaults, train_batch_size=2)) / 2

@@ -38,6 +38,11 @@ KEPT_PRODUCTS = frozenset(
 Norms, modulation, rotations, activations and casts, nearly all of its tensors, are computed again."""
 
 
+VARIANTS = 4
+"""Graphs of one kind of block for one shape, at most. The first block may get its tokens as a view, EasyAnimate's last
+has no text half, a forward without gradients is another; two are the most that the families' tests see."""
+
+
 def find_blocks(transformer: nn.Module, block_classes: Collection[str]) -> list[nn.Module]:
     """The transformer's blocks in order."""
     return [module for module in transformer.modules() if type(module).__name__ in block_classes]
@@ -76,12 +81,10 @@ def compile_blocks(
         require_compiler()
     import torch._dynamo.config as limits
 
-    blocks = find_blocks(transformer, block_classes)
     limits.fail_on_recompile_limit_hit = True
-    # Blocks of a class may differ (EasyAnimate's last has no text half), and a forward without gradients is another.
-    limits.recompile_limit = 2 * len(blocks) * most_shapes
-    limits.accumulated_recompile_limit = limits.recompile_limit * (1 + len(block_classes))
-    for block in blocks:
+    limits.recompile_limit = VARIANTS * len(block_classes) * most_shapes
+    limits.accumulated_recompile_limit = limits.recompile_limit
+    for block in find_blocks(transformer, block_classes):
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
