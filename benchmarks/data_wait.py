@@ -83,9 +83,8 @@ class Bench:
         from vfun_cli.training.stream import micro_batches
 
         self.folder, self.spec = folder, families.find("wan-s2v")
-        run_json, _ = run_json_of("wan-s2v", "single", folder / "run", folder / "cache", steps)
+        run_json, _ = run_json_of("wan-s2v", "single", folder / "run", folder / "cache", steps, "no")
         described = json.loads(run_json.read_text())
-        described["config"] |= {"mixed_precision": "no"}
         self.config = RunConfig.from_json(described["config"])
         self.plan, self.adapter = load_plan(self.config, self.spec, described), adapter_of(self.spec)
         self.load_options = load_options(self.config, self.spec)

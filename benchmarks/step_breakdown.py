@@ -28,7 +28,9 @@ STRATEGIES = ("single", "ddp", "fsdp")
 STEPS, WARM_UP, PROFILED = 10, 2, 3
 
 
-def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None, steps: int) -> tuple[Path, list[str]]:
+def run_json_of(
+    family: str, strategy: str, folder: Path, cache: Path | None, steps: int, precision: str
+) -> tuple[Path, list[str]]:
     """Everything ``vfun train`` writes before it launches, and its launch command."""
     from vfun_cli import families, launching
     from vfun_cli.demo import default
@@ -39,7 +41,7 @@ def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None, st
     given = {
         "strategy": strategy, "max_train_steps": steps + PROFILED, "checkpointing_steps": 10**6, "cache": cache,
         "cache_variants": 1, "video_repeat": 4, "output_dir": folder, "dataloader_num_workers": 1,
-        "report_to": "none", "lr_scheduler": "constant",
+        "report_to": "none", "lr_scheduler": "constant", "mixed_precision": precision,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     resolved = resolve("train", spec, given, demo=default.make(spec), environ={})
@@ -52,13 +54,20 @@ def run_json_of(family: str, strategy: str, folder: Path, cache: Path | None, st
     return job.run_json, [*argv, str(Path(__file__).absolute()), "--rank", str(job.run_json.absolute())]
 
 
-def fill(family: str, strategy: str, folder: Path, cache: Path, steps: int) -> None:
+def fill(family: str, strategy: str, folder: Path, cache: Path, steps: int, precision: str) -> None:
     """The cache of that very run, by the product's command."""
-    run_json, _ = run_json_of(family, strategy, folder, cache, steps)
+    run_json, _ = run_json_of(family, strategy, folder, cache, steps, precision)
     described = json.loads(run_json.read_text())
     options = [
         f"--{name.replace('_', '-')}={described['config'][name]}"
-        for name in ("strategy", "max_train_steps", "cache_variants", "video_repeat", "num_processes")
+        for name in (
+            "strategy",
+            "max_train_steps",
+            "cache_variants",
+            "video_repeat",
+            "num_processes",
+            "mixed_precision",
+        )
     ]
     argv = [sys.executable, "-m", "vfun_cli", "cache", family, "--demo", "--cache", str(cache), *options]
     subprocess.run(argv, check=True, capture_output=True)
@@ -126,9 +135,9 @@ def timed_rank(run_json: Path) -> int:
     return code
 
 
-def measure(family: str, strategy: str, folder: Path, cache: Path | None, steps: int) -> dict[str, Any]:
+def measure(family: str, strategy: str, folder: Path, cache: Path | None, steps: int, precision: str) -> dict[str, Any]:
     """Seconds of each part of a step (mean after warm-up), and the losses."""
-    run_json, argv = run_json_of(family, strategy, folder, cache, steps)
+    run_json, argv = run_json_of(family, strategy, folder, cache, steps, precision)
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -147,23 +156,26 @@ def measure(family: str, strategy: str, folder: Path, cache: Path | None, steps:
 
 def main() -> None:
     parser = record.parser("step_breakdown", __doc__)
+    parser.add_argument(
+        "--mixed-precision", choices=("bf16", "no"), default="bf16", help="no: for a CPU that multiplies bf16 slowly"
+    )
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
         sys.exit(timed_rank(given.rank))
-    families, strategies, steps = FAMILIES, STRATEGIES, STEPS
+    families, strategies, steps, precision = FAMILIES, STRATEGIES, STEPS, given.mixed_precision
     if given.smoke:
-        families, strategies, steps = FAMILIES[:1], STRATEGIES[:1], WARM_UP + 1
-    result: dict[str, Any] = {"runs": {}}
+        families, strategies, steps, precision = FAMILIES[:1], STRATEGIES[:1], WARM_UP + 1, "no"
+    result: dict[str, Any] = {"mixed precision": precision, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for family in families:
             for strategy in strategies:
                 name = f"{family} {strategy}"
                 cache = Path("cache").absolute()
-                fill(family, strategy, Path("filling"), cache, steps)
-                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None, steps)
-                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache, steps)
+                fill(family, strategy, Path("filling"), cache, steps, precision)
+                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None, steps, precision)
+                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache, steps, precision)
                 apart = max(abs(a - b) for a, b in zip(encoded["losses"], cached["losses"], strict=True))
                 assert apart <= 1e-5, f"{name}: losses differ by {apart}"
                 whole = {

@@ -1,0 +1,107 @@
+"""Every benchmark runs at its smallest and leaves a whole record, so that none rots between two measurements."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+NOT_SCRIPTS = {"plan_sets", "record"}
+"""Modules that the benchmarks share."""
+MARKS = {
+    "bare_loop": pytest.mark.slow,
+    "data_wait": pytest.mark.long,
+    "export": pytest.mark.long,
+    "fsdp_loading": pytest.mark.long,
+    "fuzz_metadata": pytest.mark.slow,
+    "gpu_step": pytest.mark.long,
+    "help_startup": pytest.mark.slow,
+    "kill_fuzz": pytest.mark.long,
+    "lora_merge": pytest.mark.slow,
+    "meter": pytest.mark.slow,
+    "plan_balance": (),
+    "plan_million": (),
+    "scaling": pytest.mark.slow,
+    "sigterm": pytest.mark.long,
+    "startup": pytest.mark.long,
+    "step_breakdown": pytest.mark.long,
+    "validate_throughput": pytest.mark.slow,
+}
+"""By how long the smallest run takes: under 3 s, up to 20 s, longer."""
+NUMBERS = {
+    "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
+    "data_wait": ["rows/0/wait_share", "rows/0/peak_bytes_of_workers_at_the_end/0"],
+    "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
+    "fsdp_loading": ["rows/0/copies_at_peak"],
+    "fuzz_metadata": ["metadata/files", "media/files"],
+    "gpu_step": ["wan-s2v/rows/5/tokens_per_second", "cogvideox-fun/rows/5/tokens_per_second"],
+    "help_startup": ["vfun_over_accelerate"],
+    "kill_fuzz": ["kills"],
+    "lora_merge": ["peak_bytes"],
+    "meter": ["rows/0/share_of_step", "rows/1/shortest_step_within_half_a_percent_seconds"],
+    "plan_balance": ["smallest_with_all_rows"],
+    "plan_million": ["results/0/seconds"],
+    "scaling": ["results/0/our_schedule"],
+    "sigterm": ["good"],
+    "startup": [
+        "single/seconds to the first step",
+        "single/checkpoint in the background/seconds held up",
+        "single/checkpoint of the larger transformer/in the background/seconds of writing beside the steps",
+        "single/checkpoint of the larger transformer/plain write and fsync/seconds",
+    ],
+    "step_breakdown": ["runs/wan-s2v single/step time cached ~1 encoded"],
+    "validate_throughput": ["files_per_second/both/ratio"],
+}
+"""What must be in the record, as JSON pointers (a slash of a key is ~1), each of them a number above zero."""
+
+
+def at(record: Any, pointer: str) -> Any:
+    for key in pointer.split("/"):
+        key = key.replace("~1", "/")
+        record = record[int(key)] if isinstance(record, list) else record[key]
+    return record
+
+
+def smoke(script: str, folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    argv = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--smoke", *more]
+    return subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+
+
+def kept(script: str) -> str | None:
+    """The committed record, which a smoke run must leave alone."""
+    path = BENCHMARKS / "results" / f"{script}.json"
+    return path.read_text() if path.exists() else None
+
+
+def test_every_benchmark_has_a_smoke_test() -> None:
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - NOT_SCRIPTS
+    assert len(scripts) == 17
+    assert scripts == set(MARKS) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("script", [pytest.param(script, marks=marks) for script, marks in MARKS.items()])
+def test_a_benchmark_at_its_smallest_writes_its_record(script: str, tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    before = kept(script)
+    done = smoke(script, tmp_path, "--output", str(output))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    record = json.loads(output.read_text())
+    assert record["command"] == f"python benchmarks/{script}.py --smoke --output {output}"
+    assert record["hardware"]["cpu"] and record["hardware"]["cores"] == os.cpu_count()
+    assert {"python", "platform", "torch", "numpy", "accelerate"} <= set(record["versions"])
+    found = {pointer: at(record, pointer) for pointer in NUMBERS[script]}
+    assert all(isinstance(number, int | float) and number > 0 for number in found.values()), found
+    assert kept(script) == before
+
+
+def test_a_smoke_run_without_an_output_prints_the_record_and_writes_nothing(tmp_path: Path) -> None:
+    before = kept("plan_million")
+    done = smoke("plan_million", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{\n") :])["rows"] == 1000
+    assert kept("plan_million") == before
