@@ -55,6 +55,7 @@ def cache(
     job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
     ensure_writable(job.run.root)
     console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
+    console.err.print(f"looking which of {len(job.source.table)} clips are missing; files that are new are read whole")
     with nothing_to_save(), supervise.stop_requests(job.run) as stop:
         launching.write_plan(job)
         ended = launching.run_once(job, stop)
@@ -102,9 +103,13 @@ def _verify(folder: Path, *, as_json: bool) -> None:
     if as_json:
         console.print_json({"cache": str(folder), "good": good, "damaged": damaged})
     if damaged:
-        raise CheckpointError(
+        found = CheckpointError(
             f"{len(damaged)} of {good + len(damaged)} entries in {folder} are damaged.",
             hint="Training encodes them again by itself; deleting the files is safe.",
         )
+        if not as_json:
+            raise found
+        console.report(found)  # stdout has its one object already
+        raise typer.Exit(found.exit_code)
     if not as_json:
         console.out.print(f"{good} entries, all whole")

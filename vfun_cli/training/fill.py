@@ -1,8 +1,9 @@
-"""Fills the cache ahead of a run: every rank encodes what its part of the plan will ask for."""
+"""Fills the cache ahead of a run: the ranks share the clips of the plan and encode what is missing of theirs."""
 
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from typing import Any, TextIO
 
@@ -39,7 +40,7 @@ def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     options = load_options(config, spec)
     needed = Needed(adapter, options, cache)
     plan = load_plan(config, spec, described)
-    work = list(needed.missing(plan, accelerator.process_index))
+    work = list(needed.missing(plan, accelerator.process_index, accelerator.num_processes))
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
@@ -58,7 +59,7 @@ def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
 
 
 class Needed:
-    """The entries that one rank of a run will ask for."""
+    """The entries that a run will ask for of one rank's share of its clips."""
 
     def __init__(self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache) -> None:
         self.adapter = adapter
@@ -66,11 +67,19 @@ class Needed:
         self.cache = cache
         self.keys: set[str] = set()
 
-    def missing(self, plan: RunPlan, rank: int) -> Iterator[MicroBatch]:
-        """One micro-batch for each clip of which an entry is not there yet, each entry once."""
+    def missing(self, plan: RunPlan, rank: int, world_size: int) -> Iterator[MicroBatch]:
+        """One micro-batch for each clip of which an entry is not there yet, each entry once.
+
+        All epochs of a clip are one rank's: training has it on any rank, and each of them would encode it.
+        """
+        # One process that accumulates takes the steps of all.
+        options = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
+        owners: dict[int, int] = {}
         number = count()
-        for batch in micro_batches(plan, rank=rank, first_step=0):
+        for batch in micro_batches(replace(plan, options=options), rank=0, first_step=0):
             for request in batch.requests:
+                if owners.setdefault(request.key.row, len(owners) % world_size) != rank:
+                    continue
                 inputs = self.adapter.inputs(request, self.options).values()
                 keys = {self.cache.key(each) for each in inputs if each.encoder is not None} - self.keys
                 self.keys |= keys

@@ -1,0 +1,183 @@
+"""``vfun cache``: it encodes what is missing, once, whoever fills the cache with it and however a fill ends."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vfun_cli import families
+from vfun_cli.demo import default as demo_default
+from vfun_cli.training.cache import entries, partials, read_entry
+
+pytestmark = pytest.mark.slow
+
+S2V, I2V = "wan-s2v", "hunyuanvideo-i2v"
+CLIPS = 6
+"""Of a demo."""
+EPOCHS = {S2V: 1, I2V: 2}
+"""With one variant, a clip is cut alike in each of them."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory of our own with the demos that the tests ask for."""
+    folder, before = tmp_path_factory.mktemp("fill"), Path.cwd()
+    os.chdir(folder)
+    for family in (S2V, I2V):
+        demo_default.make(families.find(family))
+    yield folder
+    os.chdir(before)
+
+
+Alone = Callable[[str], tuple[Path, int]]
+
+
+@pytest.fixture(scope="module")
+def alone(workplace: Path) -> Alone:
+    """The cache that one undisturbed fill of a family leaves, not to be changed, and of how many clips it told."""
+
+    @functools.cache
+    def of(family: str) -> tuple[Path, int]:
+        folder = workplace / f"alone-{family}"
+        return folder, encoded(whole(fill(folder, family)))
+
+    return of
+
+
+def fill(folder: Path, family: str, *more: str, ranks: int = 1) -> "subprocess.Popen[str]":
+    argv = [
+        sys.executable, "-m", "vfun_cli", "cache", family, "--demo", "--cache", str(folder), "--cache-variants", "1",
+        "--max-train-steps", str(EPOCHS[family] * CLIPS // ranks), "--num-processes", str(ranks),
+        "--video-sample-size", "64", "--token-sample-size", "64", "--no-enable-bucket",
+        "--mixed-precision", "no", "--dataloader-num-workers", "0", *more,
+    ]  # fmt: skip
+    # On one thread everywhere: sums on two are rounded differently.
+    environment = os.environ | {"CACHE_TEST": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def whole(job: "subprocess.Popen[str]") -> str:
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    return said
+
+
+def encoded(said: str) -> int:
+    found = re.search(r"done: (\d+) clips encoded", said)
+    assert found, said
+    return int(found[1])
+
+
+def contents(folder: Path) -> dict[str, dict[str, list[float]]]:
+    return {
+        path.name: {name: tensor.flatten().tolist() for name, tensor in read_entry(path).items()}
+        for path in entries(folder)
+    }
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of each entry: those of one that is written again are others."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in entries(folder)}
+
+
+def kill_all(folder: Path) -> None:
+    """Every process of the fill, wherever it moved to: they inherit a mark."""
+    mark = f"CACHE_TEST={folder}".encode()
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+def clips_done(folder: Path) -> int:
+    """By the progress of the fill at work, or of the one that was killed."""
+    lines = [line for path in folder.glob("fill/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def test_a_killed_fill_loses_nothing_but_the_entry_in_hand(alone: Alone, tmp_path: Path) -> None:
+    killed = fill(tmp_path, S2V)
+    deadline = time.monotonic() + 200
+    while clips_done(tmp_path) < 2:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_all(tmp_path)
+    killed.communicate()
+    done, survived, before = clips_done(tmp_path), contents(tmp_path), stamps(tmp_path)  # each is whole
+    assert 2 <= done < CLIPS and len([*partials(tmp_path)]) <= 1
+
+    missing = encoded(whole(fill(tmp_path, S2V)))
+    assert missing in (CLIPS - done, CLIPS - done - 1)  # one may have been finished and not been counted yet
+    after = stamps(tmp_path)
+    assert {name: after[name] for name in before} == before
+    expected = contents(alone(S2V)[0])
+    assert contents(tmp_path) == expected
+    assert len(survived) < len(expected) and all(expected[name] == content for name, content in survived.items())
+
+
+def test_two_fills_at_once_leave_a_whole_cache(alone: Alone, tmp_path: Path) -> None:
+    one, two = fill(tmp_path, S2V), fill(tmp_path, S2V)
+    whole(one)
+    whole(two)
+    assert contents(tmp_path) == contents(alone(S2V)[0])
+    before = stamps(tmp_path)
+    assert encoded(whole(fill(tmp_path, S2V))) == 0
+    assert stamps(tmp_path) == before and not [*partials(tmp_path)]
+
+
+def test_two_ranks_share_the_clips_and_make_the_same_entries(alone: Alone, tmp_path: Path) -> None:
+    said = whole(fill(tmp_path, I2V, ranks=2))
+    folder, clips = alone(I2V)
+    assert contents(tmp_path) == contents(folder)
+    assert encoded(said) == clips  # each by one rank, although some train on one in the first epoch, then on the other
+    assert f"looking which of {CLIPS} clips are missing" in said
+    done, share = re.findall(r"step (\d+)/(\d+)  \1 clips encoded", said)[-1]
+    assert done == share and 0 < int(share) < clips  # rank 0's own
+
+
+@pytest.mark.parametrize(("family", "new"), [(S2V, 1), (I2V, 2)], ids=[S2V, I2V])  # HunyuanVideo has two text encoders
+def test_another_caption_makes_its_own_entries_and_leaves_all_others(
+    family: str, new: int, alone: Alone, workplace: Path, tmp_path: Path
+) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(workplace / "vfun-demo" / family / "data", data)
+    shutil.copytree(alone(family)[0], cache)
+    change_a_caption(data / "metadata.json")
+    before = stamps(cache)
+    metadata = ("--train-data-dir", str(data), "--train-data-meta", str(data / "metadata.json"))
+    said = whole(fill(cache, family, *metadata))
+    assert encoded(said) == 1
+    after = stamps(cache)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + new
+
+
+def change_a_caption(metadata: Path) -> None:
+    records: list[dict[str, Any]] = json.loads(metadata.read_text(encoding="utf-8"))
+    records[3]["text"] += " Slowly."
+    metadata.write_text(json.dumps(records), encoding="utf-8")
+
+
+def test_prune_deletes_what_the_run_does_not_need_and_nothing_else(alone: Alone, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(alone(I2V)[0], cache)
+    before = stamps(cache)
+    alien = next(entries(cache)).with_name(f"{'ab' * 16}.safetensors")
+    left = alien.with_name(f".{'ab' * 16}.0123456789abcdef")
+    for path in (alien, left):
+        shutil.copy(next(entries(cache)), path)
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    assert encoded(whole(fill(cache, I2V, "--prune"))) == 0
+    assert stamps(cache) == before and not left.exists()
