@@ -1,10 +1,9 @@
 """The cache: what it holds equals what the encoders give, nothing stale is ever taken, nothing half written counts."""
 
+import functools
+import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
 
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
-from vfun_cli.errors import EnvironmentFault
+from vfun_cli.errors import CheckpointError, EnvironmentFault
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.main import app
 from vfun_cli.resolve import resolve
+from vfun_cli.training import cache as cache_module
 from vfun_cli.training.adapter import Inputs, ModelAdapter, SampleRequest
-from vfun_cli.training.cache import Cache, entries, partials, prune, read_entry
+from vfun_cli.training.cache import Cache, entries, partials, prune
+from vfun_cli.training.clips import frame_indices
+from vfun_cli.training.encoders.frozen import Encoders
 from vfun_cli.training.encoding import encode, prepared
 from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
@@ -38,6 +43,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def config_of(spec: FamilySpec) -> Any:
+    return _config_of(spec.name)
+
+
+@functools.cache
+def _config_of(family: str) -> Any:
+    spec = families.find(family)
     return resolve("train", spec, {"mixed_precision": "no"}, demo=demo_default.make(spec), environ={}).config
 
 
@@ -94,16 +105,123 @@ def test_a_cached_clip_trains_like_an_encoded_one_without_any_encoder(family: st
             torch.testing.assert_close(value, plain[1][name], rtol=0, atol=1e-5)
 
 
+PATHS = {"video": "train/00000001.mp4", "control": "control/00000001.mp4", "sound": "wav/00000001.wav"}
+FRAME = {"size", "aspect", "start", "stride"}
+"""What a picture from the clip depends on; the stride, because a longer span leaves other starts to draw from."""
+CLIP = FRAME | {"frames"}
+MADE_OF: dict[str, dict[str, tuple[str, set[str]]]] = {
+    "wan-s2v": {
+        "clip": ("vae", {"video", *CLIP}),
+        "reference": ("vae", {"video", *FRAME}),
+        "control": ("vae", {"control", *CLIP}),
+        "history": ("vae", {"size", "aspect"}),
+        "text": ("text", {"caption"}),
+        "audio": ("speech", {"sound", "frames", "fps", "start", "stride"}),
+    },
+    "wan-fun-control": {
+        "clip": ("vae", {"video", *CLIP}),
+        "control": ("vae", {"control", *CLIP}),
+        "picture": ("vae", {"video", *FRAME}),
+        "image": ("clip", {"video", *FRAME}),
+        "text": ("text", {"caption"}),
+    },
+    "hunyuanvideo-t2v": {
+        "clip": ("vae", {"video", *CLIP}),
+        "prompt": ("prompt", {"caption"}),
+        "pooled": ("pooled", {"caption"}),
+    },
+    "hunyuanvideo-i2v": {
+        "clip": ("vae", {"video", *CLIP}),
+        "image": ("vae", {"video", *FRAME}),
+        "prompt": ("prompt", {"caption", "video", *FRAME}),
+        "pooled": ("pooled", {"caption"}),
+    },
+    "easyanimate-v5.1-control": {
+        "clip": ("vae", {"video", *CLIP}),
+        "control": ("vae", {"control", *CLIP}),
+        "reference": ("vae", {"video", *FRAME}),
+        "encoder_hidden_states": ("qwen2-vl", {"caption"}),
+    },
+    "easyanimate-v5-control": {
+        "clip": ("vae", {"video", *CLIP}),
+        "control": ("vae", {"control", *CLIP}),
+        "encoder_hidden_states": ("bert", {"caption"}),
+        "encoder_hidden_states_t5": ("t5", {"caption"}),
+    },
+    "cogvideox-fun": {
+        "clip": ("vae", {"video", *CLIP}),
+        "known": ("vae", {"video", *CLIP}),
+        "text": ("text", {"caption"}),
+    },
+}
+"""Of each input that is encoded: by which encoder, and what of the clip it depends on."""
+
+WAN_FILES = {"Wan2.1_VAE.pth": "vae", "models_t5_umt5-xxl-enc-bf16.pth": "text", "google": "text"}
+ENCODER_FILES: dict[str, dict[str, str]] = {
+    "wan-s2v": {**WAN_FILES, "wav2vec2-large-xlsr-53-english": "speech"},
+    "wan-fun-control": {**WAN_FILES, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "clip"},
+    "hunyuanvideo-t2v": {
+        "vae": "vae", "text_encoder": "prompt", "tokenizer": "prompt", "text_encoder_2": "pooled",
+        "tokenizer_2": "pooled",
+    },
+    "hunyuanvideo-i2v": {
+        "vae": "vae", "text_encoder": "prompt", "tokenizer": "prompt", "image_processor": "prompt",
+        "text_encoder_2": "pooled", "tokenizer_2": "pooled",
+    },
+    "easyanimate-v5.1-control": {"vae": "vae", "text_encoder": "qwen2-vl", "tokenizer": "qwen2-vl"},
+    "easyanimate-v5-control": {
+        "vae": "vae", "text_encoder": "bert", "tokenizer": "bert", "text_encoder_2": "t5", "tokenizer_2": "t5",
+    },
+    "cogvideox-fun": {"vae": "vae", "text_encoder": "text", "tokenizer": "text"},
+}  # fmt: skip
+"""Of each encoder: the files and folders at the top of the model's directory."""
+
 S2V = families.find("wan-s2v")
 
 
-def keys_of(cache: Cache, request: SampleRequest) -> dict[str, str]:
-    return {name: cache.key(each) for name, each in inputs_for(S2V, request).items()}
+def encoders_from(spec: FamilySpec, model: Path | None = None) -> Encoders:
+    options = adapter_options(config_of(spec), torch.device("cpu"))
+    return adapter_of(spec).encoders_of(replace(options, model_dir=model or options.model_dir))
+
+
+def keys_of(cache: Cache, request: SampleRequest, spec: FamilySpec = S2V) -> dict[str, str]:
+    inputs = adapter_of(spec).inputs(
+        request, load_options(config_of(spec), spec) | {"control_ref_image": "first_frame"}
+    )
+    return {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     assert set(before) == set(after)
     return {name for name in before if before[name] != after[name]}
+
+
+def affected(family: str, cause: str) -> set[str]:
+    """The inputs that must be encoded again."""
+    return {name for name, (encoder, causes) in MADE_OF[family].items() if cause == encoder or cause in causes}
+
+
+def whole_request(spec: FamilySpec, folder: Path | None = None, *, late: bool = True) -> SampleRequest:
+    """A clip that has all inputs of its family, of which nothing is dropped.
+
+    It starts late in its file, so that a longer span moves it, or early.
+    """
+    return request_for(spec, folder, key=_whole_key(spec.name, late))
+
+
+@functools.cache
+def _whole_key(family: str, late: bool) -> SampleKey:
+    spec = families.find(family)
+    adapter, options = adapter_of(spec), load_options(config_of(spec), spec)
+    for row in range(1000):
+        request = request_for(spec, key=SampleKey(seed=1, epoch=0, row=row))
+        if (frame_indices(request, spec.usable_span)[0] >= 20) != late:
+            continue
+        inputs = adapter.inputs(request, options)
+        read = [str(value) for name, value in request.record.items() if name != "type"]
+        if {*MADE_OF[family]} <= {*inputs} and all(each in str(inputs) for each in read):
+            return request.key
+    raise AssertionError(f"no clip of {family} has all of {[*MADE_OF[family]]}")
 
 
 @pytest.fixture
@@ -116,56 +234,90 @@ def copied(workplace: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    encoders = adapter_of(S2V).encoders_of(adapter_options(config_of(S2V), torch.device("cpu")))
-    return Cache.for_encoders(tmp_path / "cache", encoders)
+    return Cache.for_encoders(tmp_path / "cache", encoders_from(S2V))
 
 
-PIXELS = {"clip", "reference", "control"}
+def test_the_tables_name_every_family_and_every_input_that_is_encoded() -> None:
+    assert {*MADE_OF} == {*ENCODER_FILES} == {*FAMILIES}
+    for family in FAMILIES:
+        spec = families.find(family)
+        encoded = {name for name, each in inputs_for(spec, whole_request(spec)).items() if each.encoder is not None}
+        assert encoded == {*MADE_OF[family]}, family
+        assert {encoder for encoder, _ in MADE_OF[family].values()} == {*ENCODER_FILES[family].values()}, family
+
+
+CHANGES = ("nothing", "caption", "size", "aspect", "frames", "fps", "stride", "start")
+
+
+def with_change(change: str, request: SampleRequest, spec: FamilySpec) -> SampleRequest:
+    changes: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "caption": {"record": {**request.record, "text": "a blue circle moves"}},
+        "size": {"height": 128, "width": 128},
+        "aspect": {"width": 96},  # what is cropped from the frame follows from it
+        "frames": {"frames": request.frames - 4, "total_frames": request.total_frames - 4},  # as many starts to draw
+        "fps": {"fps": (30000, 1001)},
+        "stride": {"stride": 2},
+        "start": {"key": whole_request(spec, late=False).key},
+    }
+    return replace(request, **changes[change])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_clip_changes_exactly_what_depends_on_it(family: str, change: str, tmp_path: Path) -> None:
+    spec = families.find(family)
+    cache = Cache.for_encoders(tmp_path, encoders_from(spec))
+    request = whole_request(spec)
+    before = keys_of(cache, request, spec)
+    again = Cache.for_encoders(tmp_path, encoders_from(spec))
+    assert changed(before, keys_of(again, with_change(change, request, spec), spec)) == affected(family, change)
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("family", "media"),
     [
-        ({"record": {"text": "a blue circle"}}, {"text"}),
-        ({"height": 128}, PIXELS),
-        ({"frames": 4}, {*PIXELS, "audio"}),  # another length is drawn another start
-        ({"fps": (30000, 1001)}, {"audio"}),
-        ({"stride": 2}, {*PIXELS, "audio"}),
-        ({"key": SampleKey(seed=2, epoch=0, row=5)}, {*PIXELS, "audio"}),
-        ({}, set()),
-    ],
-    ids=["caption", "size", "frames", "fps", "stride", "crop in time", "nothing"],
-)
-def test_a_change_of_the_clip_changes_exactly_what_depends_on_it(
-    change: dict[str, Any], expected: set[str], cache: Cache
-) -> None:
-    request = request_for(S2V, key=SampleKey(seed=1, epoch=0, row=3))
-    record = {**request.record, **change.get("record", {})}
-    before = keys_of(cache, request)
-    after = keys_of(cache, replace(request, **{**change, "record": record}))
-    shared = set(before) & set(after) - {"history"}
-    assert {name for name in shared if before[name] != after[name]} == expected
-
-
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ("train/00000001.mp4", {"clip", "reference"}),
-        ("control/00000001.mp4", {"control"}),
-        ("wav/00000001.wav", {"audio"}),
+        (family, media)
+        for family in FAMILIES
+        for media in PATHS
+        if any(media in on for _, on in MADE_OF[family].values())
     ],
 )
-def test_a_changed_byte_of_a_file_changes_exactly_what_reads_it(
-    file: str, expected: set[str], copied: Path, cache: Cache
-) -> None:
-    request = request_for(S2V, copied)
-    before = keys_of(cache, request)
-    times = (copied / file).stat()
-    content = bytearray((copied / file).read_bytes())
-    content[-1] ^= 1
-    (copied / file).write_bytes(content)
-    os.utime(copied / file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as careful tools set it back
-    assert changed(before, keys_of(cache, request)) == expected
+def test_a_changed_byte_of_a_file_changes_exactly_what_reads_it(family: str, media: str, tmp_path: Path) -> None:
+    spec = families.find(family)
+    shutil.copytree(config_of(spec).train_data_dir, tmp_path / "data")
+    cache = Cache.for_encoders(tmp_path / "cache", encoders_from(spec))
+    request = whole_request(spec, tmp_path / "data")
+    before = keys_of(cache, request, spec)
+    harm(tmp_path / "data" / PATHS[media])
+    assert changed(before, keys_of(cache, request, spec)) == affected(family, media)
+
+
+def harm(file: Path) -> None:
+    """Another last byte, the times as careful tools set them back. JSON stays JSON."""
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content + b" " if file.suffix == ".json" else content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_byte_of_a_model_file_changes_exactly_what_its_encoder_makes(family: str, tmp_path: Path) -> None:
+    spec = families.find(family)
+    model = tmp_path / "model"
+    shutil.copytree(config_of(spec).pretrained_model_name_or_path, model)
+    request = whole_request(spec)
+    before = keys_of(Cache.for_encoders(tmp_path / "cache", encoders_from(spec, model)), request, spec)
+    assert before == keys_of(Cache.for_encoders(tmp_path / "cache", encoders_from(spec)), request, spec)
+    met = set()
+    for file in sorted(path for path in model.rglob("*") if path.is_file()):
+        harm(file)
+        after = keys_of(Cache.for_encoders(tmp_path / "cache", encoders_from(spec, model)), request, spec)
+        part = file.relative_to(model).parts[0]
+        encoder = ENCODER_FILES[family].get(part, "none: the transformer, the scheduler")
+        assert changed(before, after) == affected(family, encoder), file
+        met.add(part)
+        before = after
+    assert met > {*ENCODER_FILES[family]}  # those of the transformer, too
 
 
 def test_the_name_of_a_file_does_not_matter(copied: Path, cache: Cache) -> None:
@@ -174,36 +326,12 @@ def test_the_name_of_a_file_does_not_matter(copied: Path, cache: Cache) -> None:
     assert not changed(before, keys_of(cache, request_for(S2V, copied.with_name("moved"))))
 
 
-@pytest.mark.parametrize(
-    ("part", "expected"),
-    [
-        ("Wan2.1_VAE.pth", PIXELS),
-        ("models_t5_umt5-xxl-enc-bf16.pth", {"text"}),
-        ("google/umt5-xxl/tokenizer.json", {"text"}),
-        ("wav2vec2-large-xlsr-53-english/preprocessor_config.json", {"audio"}),
-    ],
-)
-def test_a_changed_byte_of_an_encoder_changes_exactly_what_it_encodes(
-    part: str, expected: set[str], cache: Cache, tmp_path: Path
-) -> None:
-    request = request_for(S2V, key=SampleKey(seed=1, epoch=0, row=3))
-    options = adapter_options(config_of(S2V), torch.device("cpu"))
-    shutil.copytree(options.model_dir, tmp_path / "model")
-    moved = replace(options, model_dir=tmp_path / "model")
-    before = keys_of(Cache.for_encoders(cache.root, adapter_of(S2V).encoders_of(moved)), request)
-    assert before == keys_of(cache, request)
-    with (tmp_path / "model" / part).open("ab") as file:
-        file.write(b"\n")
-    after = keys_of(Cache.for_encoders(cache.root, adapter_of(S2V).encoders_of(moved)), request)
-    assert changed(before, after) - {"history"} == expected
-
-
 def test_another_precision_of_the_encoders_is_another_entry(cache: Cache) -> None:
     request = request_for(S2V)
     options = replace(adapter_options(config_of(S2V), torch.device("cpu")), compute_dtype=torch.bfloat16)
     other = Cache.for_encoders(cache.root, adapter_of(S2V).encoders_of(options))
     assert "audio" not in changed(keys_of(cache, request), keys_of(other, request))  # float32 always
-    assert changed(keys_of(cache, request), keys_of(other, request)) >= {*PIXELS, "text"}
+    assert changed(keys_of(cache, request), keys_of(other, request)) >= {"clip", "reference", "control", "text"}
 
 
 def filled(cache: Cache, output: Any = None) -> tuple[str, Path]:
@@ -236,6 +364,29 @@ def test_prune_keeps_what_is_wanted_and_what_is_being_written(cache: Cache) -> N
     assert list(entries(cache.root)) == [path] and list(partials(cache.root)) == [young]
 
 
+def test_processes_of_one_number_on_two_hosts_write_apart(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are killed before they rename the same entry; what they leave is found, and deleted when it is old."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    left: set[Path] = set()
+
+    def save_and_die(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, file, metadata)
+        left.add(file)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+            killing.setattr(cache_module, "save_file", save_and_die)
+            filled(cache)
+    assert len(left) == 2 and {*partials(cache.root)} == left and not [*entries(cache.root)]
+    key, path = filled(cache)
+    for age, remain in ((0, 2), (7200, 0)):
+        for partial in left:
+            os.utime(partial, (time.time() - age, time.time() - age))
+        prune(cache.root, {key})
+        assert len([*partials(cache.root)]) == remain and [*entries(cache.root)] == [path]
+
+
 def test_a_cache_that_cannot_be_written_says_so(cache: Cache, tmp_path: Path) -> None:
     (cache.root / "entries").parent.mkdir(parents=True, exist_ok=True)
     (cache.root / "entries").write_text("a file in its place")
@@ -244,59 +395,23 @@ def test_a_cache_that_cannot_be_written_says_so(cache: Cache, tmp_path: Path) ->
     assert "--cache" in str(caught.value.hint)
 
 
-def fill(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    argv = [
-        sys.executable, "-m", "vfun_cli", "cache", "wan-s2v", "--demo", "--cache", str(folder), "--strategy", "single",
-        "--max-train-steps", "6", "--cache-variants", "2", "--video-sample-size", "96", "--image-sample-size", "96",
-        "--token-sample-size", "96", *more,
-    ]  # fmt: skip
-    marked = os.environ | {"CACHE_TEST": str(folder)}
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=marked)
+def verify(folder: Path, *more: str) -> Result:
+    return CliRunner().invoke(app, ["cache", "wan-s2v", "--demo", "--cache", str(folder), "--verify", *more])
 
 
-def whole(job: "subprocess.Popen[str]", code: int = 0) -> str:
-    said, _ = job.communicate(timeout=300)
-    assert job.returncode == code, said
-    return said
+def test_verify_names_damaged_entries_and_leaves_them(cache: Cache) -> None:
+    _, good = filled(cache)
+    bad = cache.path("cd" * 16)
+    bad.parent.mkdir()
+    bad.write_bytes(good.read_bytes()[:-1] + b"x")
+    said, as_json = verify(cache.root), verify(cache.root, "--json")
+    assert said.exit_code == as_json.exit_code == CheckpointError.exit_code
+    assert f"1 of 2 entries in {cache.root} are damaged" in said.stderr and str(bad) in said.stderr
+    assert json.loads(as_json.stdout) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": [str(bad)]}
+    assert bad.exists()
 
-
-def contents(folder: Path) -> dict[str, dict[str, list[float]]]:
-    return {
-        path.name: {name: tensor.flatten().tolist() for name, tensor in read_entry(path).items()}
-        for path in entries(folder)
-    }
-
-
-@pytest.mark.slow
-def test_two_fills_at_once_and_one_that_is_killed_leave_a_whole_cache(workplace: Path, tmp_path: Path) -> None:
-    config_of(S2V)
-    whole(fill(tmp_path / "alone"))
-    expected = contents(tmp_path / "alone")
-    shared = tmp_path / "shared"
-    killed = fill(shared)
-    deadline = time.monotonic() + 200
-    while not any(entries(shared)):
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_all(shared)
-    killed.communicate()
-    survived = contents(shared)  # every one of them is whole
-    assert all(expected[name] == content for name, content in survived.items())
-
-    one, two = fill(shared), fill(shared)
-    whole(one)
-    whole(two)
-    assert contents(shared) == expected
-    assert "0 clips encoded" in whole(fill(shared))
-    assert f"{len(expected)} entries, all whole" in whole(fill(shared, "--verify"))
-
-
-def kill_all(folder: Path) -> None:
-    """Every process of the fill, wherever it moved to: they inherit a mark."""
-    mark = f"CACHE_TEST={folder}".encode()
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
+    bad.unlink()
+    said, as_json = verify(cache.root), verify(cache.root, "--json")
+    assert said.exit_code == as_json.exit_code == 0
+    assert said.stdout == "1 entries, all whole\n"
+    assert json.loads(as_json.stdout) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": []}

@@ -9,7 +9,7 @@ directory at once: an entry is written beside its place and renamed, and two tha
 
 import hashlib
 import json
-import os
+import secrets
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -104,7 +104,7 @@ class Cache:
         """Add an entry. Raises EnvironmentFault if the disk cannot take it."""
         path = self.path(key)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in output.items()}
-        partial = path.with_name(f".{key}.{os.getpid()}")
+        partial = path.with_name(f".{key}.{secrets.token_hex(8)}")  # hosts that share a disk share process ids
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, {"content": content_digest(tensors)})
