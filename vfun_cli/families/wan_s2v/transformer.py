@@ -12,6 +12,7 @@ Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def timestep_sinusoid(timestep: Tensor, size: int) -> Tensor:
 
 
 class WanS2VRMSNorm(nn.Module):
-    """RMS norm over the whole hidden size, before heads are split; normalised in float32."""
+    """RMS norm over the whole hidden size, before heads are split; torch computes it in float32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -143,13 +144,12 @@ class WanS2VRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        with own_precision(x):
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class WanS2VLayerNorm(nn.Module):
-    """Affine LayerNorm in float32 whose result has the dtype of its input, whatever the parameters' dtype."""
+    """Affine LayerNorm whose result has the dtype of its input, whatever the parameters' dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -159,12 +159,20 @@ class WanS2VLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        with own_precision(x):
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def own_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast: it would turn all tokens into float32 and back for norms that compute in float32 anyway."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def plain_layer_norm(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, in float32; the dtype of x comes back."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
+    """LayerNorm without parameters; the dtype of x comes back, rounded once."""
+    with own_precision(x):
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def to_tokens(grid: Tensor) -> Tensor:
@@ -230,18 +238,21 @@ class WanS2VBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         sizes = (num_video_tokens, x.shape[1] - num_video_tokens)
 
-        def modulate(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            parts = plain_layer_norm(value, self.eps).split(sizes, dim=1)
-            return torch.cat([p * (1 + scale[:, i, None]) + shift[:, i, None] for i, p in enumerate(parts)], dim=1)
-
-        def gated(value: Tensor, gate: Tensor) -> Tensor:
+        def added(bias: Sequence[Tensor], value: Tensor, factor: Tensor) -> Tensor:
+            """bias + value * factor, segment by segment: read once and written twice, the second time side by side."""
             parts = value.to(x.dtype).split(sizes, dim=1)
-            return torch.cat([p * gate[:, i, None] for i, p in enumerate(parts)], dim=1)
+            return torch.cat([torch.addcmul(bias[i], part, factor[:, i, None]) for i, part in enumerate(parts)], dim=1)
+
+        def modulate(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            return added(shift[:, :, None].unbind(1), plain_layer_norm(value, self.eps), 1 + scale)
+
+        def gated(value: Tensor, change: Tensor, gate: Tensor) -> Tensor:
+            return added(value.split(sizes, dim=1), change, gate)
 
         normed = modulate(x, shift1, scale1)
-        x = x + gated(self.self_attn(normed, normed, rotary, mask), gate1)
+        x = gated(x, self.self_attn(normed, normed, rotary, mask), gate1)
         x = x + self.cross_attn(self.norm3(x), text).to(x.dtype)
-        return x + gated(self.ffn(modulate(x, shift2, scale2)), gate2)
+        return gated(x, self.ffn(modulate(x, shift2, scale2)), gate2)
 
 
 class CausalConv1d(nn.Module):
