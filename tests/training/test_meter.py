@@ -17,16 +17,18 @@ from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.meter import Costs, peak_flops, peak_of, trained_share
 
 LIVE = Callable[[str], LiveModel]
-LAYERS = 16
-"""Of the counted models: in the demos' two, the gradient of the inputs, which nobody computes, is up to 8 %."""
+LAYERS = {"train": 16, "lora": 40}
+"""Of the counted models: in the demos' two, the gradient of the inputs, which nobody computes, is up to 8 %. Below the
+first adapters nothing is computed backwards at all, which is a layer's share of a LoRA; released models have 40."""
 
 
-def grown(live: LiveModel) -> tuple[nn.Module, ModelDims]:
+def grown(live: LiveModel, command: str) -> tuple[nn.Module, ModelDims]:
     """The demo's transformer with more layers, without weights."""
     small: Any = live.transformer()
-    changes: dict[str, Any] = {"num_layers": LAYERS}
+    layers = LAYERS[command]
+    changes: dict[str, Any] = {"num_layers": layers}
     if live.spec.name == "wan-s2v":
-        changes["audio_inject_layers"] = list(range(0, LAYERS, 2))
+        changes["audio_inject_layers"] = list(range(0, layers, 2))
     config = {name: value for name, value in small.config.items() if not name.startswith("_")} | changes
     own = {"has_reference": True} if live.spec.name == "wan-fun-control" else {}
     with torch.device("meta"):
@@ -51,7 +53,7 @@ def test_flops_of_training_are_those_of_the_live_model(
 ) -> None:
     live = live_model(family)
     inputs = live.inputs(*shape).enlarged(high, wide)
-    model, dims = grown(live)
+    model, dims = grown(live, "train")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(live.spec.modules_without_gradient(dims)))
     share = trained_share(model)
@@ -65,8 +67,8 @@ def test_flops_of_training_are_those_of_the_live_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_of_lora_training_leave_out_the_frozen_weights_gradients(family: str, live_model: LIVE) -> None:
     live = live_model(family)
-    inputs = live.inputs(*SMALL).enlarged(4, 6)
-    model, dims = grown(live)
+    inputs = live.inputs(*SMALL).enlarged(16, 16)  # as many tokens against the text's as 512 x 512 pixels have
+    model, dims = grown(live, "lora")
     targets = resolve("lora", live.spec, {}, demo=None, environ={}).config.target_name
     with torch.device("meta"):
         add_adapters(model, RunConfig(rank=4, network_alpha=4.0, target_name=targets), live.spec, dims)
@@ -75,7 +77,7 @@ def test_flops_of_lora_training_leave_out_the_frozen_weights_gradients(family: s
     cost = Costs(spec=live.spec, dims=dims, share=share).of(
         inputs.shape.frames, inputs.shape.height, inputs.shape.width
     )
-    assert cost.flops == pytest.approx(counted(live, model, inputs), rel=0.04)
+    assert cost.flops == pytest.approx(counted(live, model, inputs), rel=0.02)
 
 
 @pytest.mark.parametrize(
