@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
@@ -173,6 +174,6 @@ def clear(run: RunDir) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}")  # several hosts may write at once, and share pids
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -142,7 +142,7 @@ def test_two_ranks_share_the_clips_and_make_the_same_entries(alone: Alone, tmp_p
     folder, clips = alone(I2V)
     assert contents(tmp_path) == contents(folder)
     assert encoded(said) == clips  # each by one rank, although some train on one in the first epoch, then on the other
-    assert f"looking which of {CLIPS} clips are missing" in said
+    assert f"looking which of its {CLIPS} clips are not there yet" in said
     done, share = re.findall(r"step (\d+)/(\d+)  \1 clips encoded", said)[-1]
     assert done == share and 0 < int(share) < clips  # rank 0's own
 

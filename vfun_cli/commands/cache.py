@@ -55,7 +55,7 @@ def cache(
     job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
     ensure_writable(job.run.root)
     console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
-    console.err.print(f"looking which of {len(job.source.table)} clips are missing; files that are new are read whole")
+    console.err.print(f"looking which of its {len(job.source.table)} clips are not there yet; new files are read whole")
     with nothing_to_save(), supervise.stop_requests(job.run) as stop:
         launching.write_plan(job)
         ended = launching.run_once(job, stop)

@@ -93,7 +93,7 @@ class Costs:
     theirs: 3 (A + W) when everything trains, 2 W + 3 A and the adapters' own when a LoRA does. Adapters are counted by
     their size. That the gradient of the model's very inputs is not computed is left out of account, and so is that it
     does not go below the first trained layer, which matters if only late blocks are trained. A caption's own keys and
-    values are such inputs under a LoRA: 4 % too much for a clip of twice the caption's tokens, under 2 % for longer ones.
+    values are such inputs under a LoRA: 4 % too much for a clip of twice the caption's tokens, under 2 % for long ones.
     """
 
     spec: FamilySpec

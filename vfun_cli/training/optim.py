@@ -61,7 +61,7 @@ def make_optimizer(transformer: nn.Module, config: RunConfig, device: torch.devi
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 
