@@ -50,6 +50,7 @@ class ClipVAE(nn.Module, ABC):
             for start in range(0, len(members), self.mini_batch):
                 together = members[start : start + self.mini_batch]
                 pixels = torch.stack([inputs[index].transpose(0, 1) for index in together])
+                pixels = upload(pixels, next(self.parameters()).device)
                 with torch.no_grad():
                     means, deviations = self.posterior(pixels)
                 for index, mean, deviation in zip(together, means, deviations, strict=True):
