@@ -155,7 +155,9 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         steps = repeats + warm_up + 1  # the last one tells that the one before is over
-        trainer = make_trainer(Path(folder), encoded, make_model(settings), config, SPEC, SPEC.read_dims(MODEL), steps)
+        trainer = make_trainer(
+            Path(folder), encoded, make_model(settings), config, SPEC, SPEC.read_dims(settings), steps
+        )
         source = batches()
         trainer.train(source, 0)
         next(source, None)

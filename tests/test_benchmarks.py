@@ -38,7 +38,7 @@ NUMBERS = {
     "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
     "fsdp_loading": ["rows/0/copies_at_peak"],
     "fuzz_metadata": ["metadata/files", "media/files"],
-    "gpu_step": ["wan-s2v/rows/5/tokens_per_second", "cogvideox-fun/rows/5/tokens_per_second"],
+    "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/1/tokens_per_second"],
     "help_startup": ["vfun_over_accelerate"],
     "kill_fuzz": ["kills"],
     "lora_merge": ["peak_bytes"],
