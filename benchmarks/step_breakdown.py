@@ -1,9 +1,10 @@
 """Where the time of a step goes, with the encoders working at every step (as the originals do) and from a full cache.
 
-Trains the embedded default through the product's own loop on two CPU processes and one, and times its parts from
-outside: waiting for decoded clips, encoding, forward, backward, clipping and optimizer. How long collectives are on
-their way is read from a profile of a few more steps; under DDP most of that time lies inside the backward pass, under
-FSDP inside forward and backward, so it is no part of its own. The same steps run twice: losses must agree to 1e-5.
+Trains the embedded default through the product's own loop, every family on one process and two of them on two, and
+times its parts from outside: waiting for decoded clips, encoding, forward, backward, clipping and optimizer. How long
+collectives are on their way is read from a profile of a few more steps; under DDP most of that time lies inside the
+backward pass, under FSDP inside forward and backward, so it is no part of its own. The same steps run twice: losses
+must agree to 1e-5.
 
     python benchmarks/step_breakdown.py
 """
@@ -23,8 +24,16 @@ from typing import Any
 
 import record
 
-FAMILIES = ("wan-s2v", "cogvideox-fun")
-STRATEGIES = ("single", "ddp", "fsdp")
+ALONE = (
+    "wan-s2v", "wan-fun-control", "hunyuanvideo-t2v", "hunyuanvideo-i2v", "easyanimate-v5-control",
+    "easyanimate-v5.1-control", "cogvideox-fun",
+)  # fmt: skip
+TOGETHER = ("wan-s2v", "cogvideox-fun")
+RUNS = [
+    *((family, "single") for family in ALONE),
+    *((family, strategy) for family in TOGETHER for strategy in ("ddp", "fsdp")),
+]
+"""Family and strategy."""
 STEPS, WARM_UP, PROFILED = 10, 2, 3
 
 
@@ -163,32 +172,31 @@ def main() -> None:
     given = parser.parse_args()
     if given.rank is not None:
         sys.exit(timed_rank(given.rank))
-    families, strategies, steps, precision = FAMILIES, STRATEGIES, STEPS, given.mixed_precision
+    runs, steps, precision = RUNS, STEPS, given.mixed_precision
     if given.smoke:
-        families, strategies, steps, precision = FAMILIES[:1], STRATEGIES[:1], WARM_UP + 1, "no"
+        runs, steps, precision = RUNS[:1], WARM_UP + 1, "no"
     result: dict[str, Any] = {"mixed precision": precision, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for family in families:
-            for strategy in strategies:
-                name = f"{family} {strategy}"
-                cache = Path("cache").absolute()
-                fill(family, strategy, Path("filling"), cache, steps, precision)
-                encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None, steps, precision)
-                cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache, steps, precision)
-                apart = max(abs(a - b) for a, b in zip(encoded["losses"], cached["losses"], strict=True))
-                assert apart <= 1e-5, f"{name}: losses differ by {apart}"
-                whole = {
-                    kind: each["seconds"]["whole"] + each["seconds"]["wait for data"]
-                    for kind, each in (("encoded", encoded), ("cached", cached))
-                }
-                result["runs"][name] = {
-                    "encoding at every step": shares(encoded["seconds"], whole["encoded"]),
-                    "from the cache": shares(cached["seconds"], whole["cached"]),
-                    "step time cached / encoded": round(whole["cached"] / whole["encoded"], 3),
-                    "largest difference of losses": apart,
-                }
-                print(name, json.dumps(result["runs"][name], indent=1), flush=True)
+        for family, strategy in runs:
+            name = f"{family} {strategy}"
+            cache = Path("cache").absolute()
+            fill(family, strategy, Path("filling"), cache, steps, precision)
+            encoded = measure(family, strategy, Path(f"{family}-{strategy}-encoded"), None, steps, precision)
+            cached = measure(family, strategy, Path(f"{family}-{strategy}-cached"), cache, steps, precision)
+            apart = max(abs(a - b) for a, b in zip(encoded["losses"], cached["losses"], strict=True))
+            assert apart <= 1e-5, f"{name}: losses differ by {apart}"
+            whole = {
+                kind: each["seconds"]["whole"] + each["seconds"]["wait for data"]
+                for kind, each in (("encoded", encoded), ("cached", cached))
+            }
+            result["runs"][name] = {
+                "encoding at every step": shares(encoded["seconds"], whole["encoded"]),
+                "from the cache": shares(cached["seconds"], whole["cached"]),
+                "step time cached / encoded": round(whole["cached"] / whole["encoded"], 3),
+                "largest difference of losses": apart,
+            }
+            print(name, json.dumps(result["runs"][name], indent=1), flush=True)
     record.write_result(given, result)
 
 

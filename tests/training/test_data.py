@@ -89,6 +89,24 @@ def test_micro_batches_come_in_the_order_of_the_plan(workers: int) -> None:
     assert all(batch.weight == 1 and batch.trained == batch.batch.requests for batch in found)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_however_slow_the_steps_are_no_more_is_decoded_than_two_micro_batches_a_process(workers: int) -> None:
+    drawn = 0
+
+    def counted() -> Iterator[MicroBatch]:
+        nonlocal drawn
+        for batch in stream(*[(n,) for n in range(20)]):
+            drawn += 1
+            yield batch
+
+    batches = load_ahead(Decoder, {}, counted(), workers)  # type: ignore[arg-type]
+    for taken in range(1, 6):
+        next(batches)
+        time.sleep(0.05)  # enough for a process to decode many of these
+        assert drawn - taken <= 2 * workers
+    batches.close()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_sample_stops_the_run_with_its_row(workers: int) -> None:
     with pytest.raises(MetadataError, match=r"row 5: 5\.mp4: frame 3") as caught:

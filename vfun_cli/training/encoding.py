@@ -15,6 +15,7 @@ from vfun_cli.training.recipes import cook
 from vfun_cli.training.transfer import upload
 
 NO_ROUNDS: Mapping[str, int] = MappingProxyType({})
+"""Where each rank has all encoders of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

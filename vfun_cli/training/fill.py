@@ -73,10 +73,10 @@ class Needed:
         All epochs of a clip are one rank's: training has it on any rank, and each of them would encode it.
         """
         # One process that accumulates takes the steps of all.
-        options = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
+        alone = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
         owners: dict[int, int] = {}
         number = count()
-        for batch in micro_batches(replace(plan, options=options), rank=0, first_step=0):
+        for batch in micro_batches(replace(plan, options=alone), rank=0, first_step=0):
             for request in batch.requests:
                 if owners.setdefault(request.key.row, len(owners) % world_size) != rank:
                     continue

@@ -9,6 +9,9 @@ from torch import nn
 from vfun_cli.config import RunConfig
 from vfun_cli.errors import ConfigError, did_you_mean
 
+FUSED = ("cuda", "cpu")
+"""Devices for which torch has AdamW in one pass over each tensor."""
+
 
 def learning_rate(step: int, config: RunConfig, total_steps: int) -> float:
     """The rate of optimizer step ``step`` (from 0), the schedules of transformers.get_scheduler.
@@ -61,7 +64,7 @@ def make_optimizer(transformer: nn.Module, config: RunConfig, device: torch.devi
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=True,
+        fused=device.type in FUSED,
     )
 
 
