@@ -292,7 +292,8 @@ class RunConfig:
     mixed_precision: Annotated[
         str,
         Opt(
-            help="Compute type; trainable weights keep a float32 master either way.",
+            help="Compute type; trainable weights keep a float32 master either way, and frozen encoders on a CPU are "
+            "float32.",
             panel=OPTIMISATION,
             choices=("no", "bf16"),
         ),

@@ -9,6 +9,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def main(folder: Path) -> int:
     rank = dist.get_rank()
     os.chdir(folder)
     for spec in families.FAMILIES.values():
-        given = {"mixed_precision": "bf16", "low_vram": True}
-        options = adapter_options(resolve("train", spec, given, demo=demo_default.make(spec), environ={}).config, CPU)
+        config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
+        options = replace(adapter_options(config, CPU), compute_dtype=torch.bfloat16)
         whole, spread = (adapter_of(spec).encoders_of(options) for _ in range(2))
         spread.spread_over(Spread.over_all_ranks(CPU))
         found = {}

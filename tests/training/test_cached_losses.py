@@ -36,7 +36,8 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
         replace(request, record={**request.record, "text": caption})
         for request, caption in zip(requests, CAPTIONS, strict=True)
     ]
-    setting = adapter_options(config, torch.device("cpu"))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    setting = replace(adapter_options(config, torch.device("cpu")), compute_dtype=dtype)
     encoders = kind.encoders_of(setting)
     cache = Cache.for_encoders(tmp_path / "cache", encoders)
     for request in requests:

@@ -19,7 +19,7 @@ class AdapterOptions:
 
     model_dir: Path
     compute_dtype: torch.dtype
-    """dtype of the frozen encoders and of the transformer's inputs."""
+    """dtype of the frozen encoders and of what they give."""
     device: torch.device
     vae_mini_batch: int = 1
     low_vram: bool = False
