@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -128,7 +128,7 @@ class Bench:
             self.adapter, self.load_options, micro_batches(self.plan, rank=0, first_step=0), workers, "stop", self.cache
         )
 
-        def watched() -> Iterator[LoadedBatch]:
+        def watched() -> Generator[LoadedBatch, None, None]:
             for number, each in enumerate(loaded):
                 if number in (steps // 4, steps - 1):
                     peaks.append(peak_bytes())
@@ -139,8 +139,8 @@ class Bench:
 
         source = watched()
         trainer.train(source, 0)
-        source.close()  # type: ignore[attr-defined]
-        loaded.close()  # type: ignore[attr-defined]
+        source.close()
+        loaded.close()
         trainer.metrics.close()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steady = [line for line in lines if "loss" in line][min(WARM_UP, steps // 2) :]

@@ -12,12 +12,11 @@ import torch._dynamo
 from live_models import FAMILIES, SMALL, TALL, Inputs, LiveModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_parts import Parts
+from trainer_parts import Parts, loaded
 
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.training import blocks
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
-from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoders.frozen import Encoders
 
 LIVE = Callable[[str], LiveModel]
@@ -162,10 +161,7 @@ def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_each_shape_c
     parts = Parts(tmp_path, model, live, adapter, live.objective)
     clips = [live.cached(*SMALL), live.cached(*TALL)] * 3
     parts.trainer.train(
-        iter(
-            LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[sample])
-            for step, (request, sample) in enumerate(clips)
-        ),
+        iter(loaded(step, [request], [sample]) for step, (request, sample) in enumerate(clips)),
         0,
     )
     graphs = [line["compiled_graphs"] for line in parts.lines()]

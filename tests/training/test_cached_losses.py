@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from live_models import FAMILIES, LiveModel
-from trainer_parts import Parts
+from trainer_parts import Parts, loaded
 
 from vfun_cli.training.cache import Cache
-from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoding import load, outputs_of
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
@@ -49,11 +48,8 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
         adapter: Any = copy.copy(live.adapter)
         adapter.encoders = kind.encoders_of(setting)
         parts = Parts(tmp_path / name, model, live, adapter, live.objective, mixed_precision=precision, cache=found)
-        loaded = LoadedBatch(
-            batch=MicroBatch(epoch=0, step=0, index=0, requests=tuple(requests)),
-            samples=[load(kind, request, options, found) for request in requests],
-        )
+        micro_batch = loaded(0, requests, [load(kind, request, options, found) for request in requests])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            losses[name] = float(parts.trainer.loss(model, loaded)[0])
+            losses[name] = float(parts.trainer.loss(model, micro_batch)[0])
         assert bool(adapter.encoders.loaded) == (found is None)
     assert losses["cached"] == losses["encoded"]

@@ -104,7 +104,7 @@ def test_however_slow_the_steps_are_no_more_is_decoded_than_two_micro_batches_a_
         next(batches)
         time.sleep(0.05)  # enough for a process to decode many of these
         assert drawn - taken <= 2 * workers
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

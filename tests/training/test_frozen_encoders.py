@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vfun_cli import families
+from vfun_cli.config import RunConfig
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.resolve import resolve
@@ -91,3 +92,13 @@ def test_a_training_step_leaves_the_encoders_alone(
             assert not parameter.requires_grad and parameter.grad is None, name
         for name, value in module.state_dict().items():
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize(("precision", "device", "dtype"), [
+    ("bf16", "cpu", torch.float32), ("bf16", "cuda", torch.bfloat16), ("no", "cuda", torch.float32),
+])  # fmt: skip
+def test_encoders_compute_in_bf16_only_where_it_is_asked_for_and_fast(
+    precision: str, device: str, dtype: torch.dtype
+) -> None:
+    config = RunConfig(pretrained_model_name_or_path=Path("model"), mixed_precision=precision)
+    assert adapter_options(config, torch.device(device)).compute_dtype == dtype

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from live_models import LiveModel
-from trainer_parts import Parts
+from trainer_parts import Parts, loaded
 
-from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoding import load
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
@@ -41,13 +40,7 @@ def test_encoders_that_work_beside_the_step_give_the_losses_of_those_that_work_b
         requests = [live.request(row, 4, 64, 64) for row in range(STEPS)]
         parts.trainer.total_steps = STEPS
         parts.trainer.train(
-            iter(
-                LoadedBatch(
-                    batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)),
-                    samples=[load(kind, request, options)],
-                )
-                for step, request in enumerate(requests)
-            ),
+            iter(loaded(step, [request], [load(kind, request, options)]) for step, request in enumerate(requests)),
             0,
         )
         losses[low_vram] = [line["loss"] for line in parts.lines()]

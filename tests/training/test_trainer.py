@@ -13,11 +13,10 @@ from live_models import FAMILIES, SMALL, LiveModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trainer_parts import META, Parts, batch
+from trainer_parts import META, Parts, batch, loaded
 
 from vfun_cli.errors import RunError
 from vfun_cli.families.spec import ClipShape
-from vfun_cli.training.data import LoadedBatch, MicroBatch
 from vfun_cli.training.encoders.frozen import Encoders
 from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import PREEMPTED
@@ -58,10 +57,9 @@ def test_a_step_never_waits_for_the_device(
     request, sample = live.cached(*SMALL)
     adapter: Any = copy.copy(live.adapter)
     adapter.encoders = Encoders({}, META)
-    loaded = LoadedBatch(batch=MicroBatch(epoch=0, step=0, index=0, requests=(request,)), samples=[sample])
     parts = Parts(tmp_path, live.transformer().to("meta"), live, adapter, live.objective)
     with Transfers() as transfers:
-        launched = parts.trainer.launch(0, [loaded])
+        launched = parts.trainer.launch(0, [loaded(0, [request], [sample])])
     assert transfers.found == []
     assert launched.ranks.device == META and launched.ranks.shape == (1, 12)
     with pytest.raises(NotImplementedError):

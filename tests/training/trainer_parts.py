@@ -1,6 +1,7 @@
 """A trainer over any model, adapter and objective, in one process."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +32,12 @@ def batch(step: int, shape: ClipShape) -> LoadedBatch:
         key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", frames=shape.frames, height=shape.height,
         width=shape.width, stride=1, total_frames=40, fps=(16, 1),
     )  # fmt: skip
-    return LoadedBatch(
-        batch=MicroBatch(epoch=0, step=step, index=0, requests=(request,)), samples=[Sample(inputs={}, values={})]
-    )
+    return loaded(step, [request], [Sample(inputs={}, values={})])
+
+
+def loaded(step: int, requests: Sequence[SampleRequest], samples: Sequence[Sample]) -> LoadedBatch:
+    """The only micro-batch of a step."""
+    return LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=tuple(requests)), samples=list(samples))
 
 
 class Saves:

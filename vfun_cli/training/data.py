@@ -155,7 +155,7 @@ def load_ahead(
     workers: int,
     on_bad_sample: str = "stop",
     cache: Cache | None = None,
-) -> Iterator[LoadedBatch]:
+) -> Generator[LoadedBatch, None, None]:
     """Decoded micro-batches in plan order; deterministic whatever the number of workers.
 
     With ``on_bad_sample`` "skip", a sample that cannot be decoded is left out. A micro-batch of which nothing is left

@@ -87,7 +87,8 @@ def outputs_of(
             else:
                 jobs[encoder].append((index, name))
     # Those that the ranks share come last: they wait for collectives, and nothing should wait behind them.
-    for encoder in sorted(jobs, key=lambda name: name in encoders.together):
+    shared = encoders.together
+    for encoder in sorted(jobs, key=lambda name: name in shared):
         places = jobs[encoder]
         made = encoders.run(encoder, [samples[index].values[name] for index, name in places], rounds.get(encoder, 0))
         for (index, name), output in zip(places, made, strict=True):
