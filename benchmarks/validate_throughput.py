@@ -21,6 +21,7 @@ import av
 import record
 
 from vfun_cli.demo.media import build_media
+from vfun_cli.devices import cpu_cores
 from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.checks import Settings, validate
 from vfun_cli.metadata.probe import probe_many
@@ -117,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.files, arguments.cached = 6, 20
-    threads = 2 * (os.cpu_count() or 1)
+    threads = 2 * cpu_cores()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows = rows_over(root, arguments.files)

@@ -10,6 +10,11 @@ from importlib.util import find_spec
 from vfun_cli.errors import EnvironmentFault
 
 
+def cpu_cores() -> int:
+    """Processor cores that this process may run on: in a container or a share of a node, fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
 @cache
 def gpu_count() -> int:
     """GPUs that a training process would see: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
@@ -36,7 +41,7 @@ def check_processes(device: str, per_machine: int) -> None:
             "device cuda was asked for and no NVIDIA GPU is visible here.",
             hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.",
         )
-    devices = gpu_count() if device == "cuda" else max(2, os.cpu_count() or 1)
+    devices = gpu_count() if device == "cuda" else max(2, cpu_cores())
     if per_machine > devices:
         what = "GPUs" if device == "cuda" else "processor cores"
         raise EnvironmentFault(

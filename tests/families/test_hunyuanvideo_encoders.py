@@ -171,7 +171,8 @@ def test_outputs_are_the_rows_of_a_batch(llama: LlamaPrompt, llava: LlavaPrompt,
         assert len(outputs) == 2
         for index, output in enumerate(outputs):
             assert output.keys() == expected.keys()
-            assert all(torch.equal(output[name], expected[name][index]) for name in expected)
+            for name in expected:  # kernels for one text and for two round differently on some processors
+                torch.testing.assert_close(output[name], expected[name][index], rtol=1e-5, atol=1e-5)
 
 
 def test_images_of_different_sizes_go_through_llava_together(llava: LlavaPrompt) -> None:

@@ -24,6 +24,10 @@ from vfun_cli.training.lora import choose_layers
 GOLDEN = Path(__file__).parents[1] / "golden/hunyuanvideo"
 WEIGHTS = GOLDEN / "transformer_weights.safetensors"
 """One set of weights serves all three cases."""
+ACROSS_PROCESSORS = 1e-4
+"""The sine and cosine of a timestep are taken in float32: where exp() of a processor rounds a frequency otherwise,
+their argument at timestep 1000 moves by 1000 x 2^-24. Found: 5e-7 on the golden tensors' make of processor, 7e-5 on
+another, whose float32 and float64 predictions agree to 1e-6."""
 ADAPTERS = {"t2v": TextToVideoAdapter, "t2v_image": TextToVideoAdapter, "i2v_token_replace": ImageToVideoAdapter}
 
 
@@ -61,7 +65,7 @@ def test_prediction_loss_and_gradients_are_the_originals(case: str, tmp_path: Pa
     adapter = adapter_of(case, tmp_path / "transformer")
     io, meta = load_file(GOLDEN / case / "io.safetensors"), json.loads((GOLDEN / case / "meta.json").read_text())
     prediction = predict(adapter, io)
-    assert (prediction - io["pred"]).abs().max() < 1e-5
+    assert (prediction - io["pred"]).abs().max() < ACROSS_PROCESSORS
 
     loss = original_loss(prediction, io["noise"] - io["latents"])
     assert loss.item() == pytest.approx(meta["loss"], rel=1e-5)

@@ -133,6 +133,10 @@ def random_arguments(config: dict[str, object], shape: ClipShape, device: str = 
     }
 
 
+BFLOAT16 = 2e-2
+"""Relative error of a bf16 prediction: 0.9 % was found on processors with AVX2 or AVX-512, 1.25 % with AMX."""
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().float() - wanted.float()).norm() / wanted.float().norm())
 
@@ -176,7 +180,7 @@ def test_rope_angles_are_the_originals(drop: int, golden: tuple[dict[str, Tensor
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 parameters", "fp32 parameters under autocast"])
-def test_bfloat16_stays_within_one_percent(autocast: bool, golden: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_bfloat16_stays_within_two_percent(autocast: bool, golden: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
     inputs, outputs = golden
     model, arguments = golden_model(), golden_arguments(inputs)
     if not autocast:
@@ -185,8 +189,8 @@ def test_bfloat16_stays_within_one_percent(autocast: bool, golden: tuple[dict[st
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         prediction = model(**arguments, drop_motion=[False, False])
     assert prediction.dtype == torch.bfloat16
-    assert relative(prediction, outputs["fp32.drop0.pred"]) < 1e-2
-    assert relative(prediction, outputs["bf16.drop0.pred"]) < 1e-2
+    assert relative(prediction, outputs["fp32.drop0.pred"]) < BFLOAT16
+    assert relative(prediction, outputs["bf16.drop0.pred"]) < BFLOAT16
     prediction.float().square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -202,7 +206,7 @@ def test_frozen_bfloat16_and_trained_float32_parameters_mix_under_autocast(
             parameter.data = parameter.data.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model(**golden_arguments(inputs), drop_motion=[False, False])
-    assert relative(prediction, outputs["fp32.drop0.pred"]) < 1e-2
+    assert relative(prediction, outputs["fp32.drop0.pred"]) < BFLOAT16
     prediction.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 

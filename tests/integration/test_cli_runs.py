@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -34,10 +35,12 @@ def options(output_dir: Path, **changes: object) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
 
 
-def start(arguments: list[str]) -> "subprocess.Popen[str]":
+def start(arguments: list[str], cores: Collection[int] = ()) -> "subprocess.Popen[str]":
+    """A command of its own session, on these processor cores alone where some are named."""
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
+    )  # fmt: skip
 
 
 def steps_of(run_dir: RunDir) -> list[int]:
@@ -98,8 +101,12 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
 
 
 def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
-    """Two launchers on one host, one process each: the same losses as two processes under one launcher."""
+    """Two launchers on one host, one process each: the same losses as two processes under one launcher.
+
+    Each has half of the cores, as each of the two processes has: sums over another number of threads round otherwise.
+    """
     trained("ddp")
+    cores = sorted(os.sched_getaffinity(0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,7 +115,8 @@ def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
         start(
             vfun("train", FAMILY, "--demo", "--ddp", *options(folder, max_train_steps=4), "--num-machines=2",
                  "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
-                 f"--main-process-port={port}")
+                 f"--main-process-port={port}"),
+            cores[rank : len(cores) // 2 * 2 : 2],
         )
         for rank in (0, 1)
     ]  # fmt: skip

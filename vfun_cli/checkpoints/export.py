@@ -5,7 +5,6 @@ hidden directory beside the output, read back, and renamed when it is right.
 """
 
 import hashlib
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from vfun_cli.checkpoints.manifest import fsync_directory
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
+from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -108,7 +108,7 @@ def write_model(
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_space(output.parent, total)
 
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or min(8, cpu_cores())
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
     partial.mkdir()

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -105,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _workers() -> int:
     # hashing is bound by the processor (sha256 lets go of the interpreter lock) until about the disk's speed
-    return min(8, os.cpu_count() or 1)
+    return min(8, cpu_cores())
 
 
 def _files(directory: Path) -> list[Path]:

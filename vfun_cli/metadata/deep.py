@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from vfun_cli.devices import cpu_cores
 from vfun_cli.metadata.probe import Failure, Progress, remembered
 
 Kind = Literal["visual", "audio"]
@@ -40,7 +41,7 @@ def decode_many(
             [(path, f"deep-{kind}") for path, kind in keys],
             workers.decode,
             cache=cache,
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or cpu_cores(),
             progress=progress,
         )
     return {key: _unpack(found[key[0], f"deep-{key[1]}"]) for key in keys}

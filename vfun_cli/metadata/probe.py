@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vfun_cli.devices import cpu_cores
+
 if TYPE_CHECKING:
     import av
     from numpy.typing import NDArray
@@ -132,7 +134,7 @@ def probe_many(
     """Probe each (path, kind) once, in threads; what cannot be probed is a Failure."""
     keys = list(dict.fromkeys(wanted))
     # Threads beyond the CPUs hide the latency of disks and network file systems.
-    answers = remembered(keys, _probe, cache=cache, threads=threads or 2 * (os.cpu_count() or 1), progress=progress)
+    answers = remembered(keys, _probe, cache=cache, threads=threads or 2 * cpu_cores(), progress=progress)
     return {key: _thaw(answer) for key, answer in answers.items()}
 
 

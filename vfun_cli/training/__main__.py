@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from vfun_cli import families, lock
+from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.rundir import RunDir, write_atomically
 from vfun_cli.training import forkserver
@@ -55,7 +56,7 @@ def run_rank(run_json: Path) -> int:
 
 def _cores_to_spare() -> bool:
     """Whether a second process of each rank can import beside it: with fewer cores, both take longer."""
-    return (os.cpu_count() or 1) >= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return cpu_cores() >= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _send_output_to(path: Path) -> None:

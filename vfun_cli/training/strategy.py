@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
 
 
@@ -81,7 +82,7 @@ def prepare_environment(device: str) -> None:
     if device == "cpu":
         os.environ.setdefault("ACCELERATE_USE_CPU", "false")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(max(1, cpu_cores() // local))
 
 
 def assert_strategy(strategy: str, model: nn.Module) -> None:
