@@ -97,7 +97,7 @@ def test_lora_trains_whole_adapters_and_nothing_else(family: str, strategy: str,
 def test_lora_leaves_every_weight_of_the_model_as_it_was(family: str, strategy: str, trained: Trained) -> None:
     trained(strategy)
     logs = RunDir(straight(family, strategy, "lora").folder).logs
-    noted = [json.loads(path.read_text()) for path in sorted(logs.glob("frozen-rank-*.json"))]
+    noted = [json.loads(path.read_text()) for path in sorted(logs.glob("noted-rank-*.json"))]
     assert len(noted) == (1 if strategy == "single" else 2)
     for rank in noted:
         assert rank["before"] == rank["after"]

@@ -60,6 +60,16 @@ def test_gathering_blocks_early_changes_nothing_and_summing_in_bf16_only_rounds(
     assert rounded_off == pytest.approx(plain, rel=0.01)
 
 
+def test_blocks_gathered_early_are_under_way_when_the_block_before_starts(trained: Trained) -> None:
+    trained("fsdp")
+    plain, early = (
+        json.loads((RunDir(extra(name, "fsdp").folder).logs / "noted-rank-0.json").read_text())["gathers"]
+        for name in ("fp32", "prefetched")
+    )
+    assert len(plain) >= 2 and plain == sorted(set(plain))
+    assert early == [count + 1 for count in plain[:-1]] + plain[-1:]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_blocks_train_like_others(strategy: str, workplace: Path) -> None:

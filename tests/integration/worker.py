@@ -10,16 +10,18 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
+from vfun_cli import families
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
@@ -31,7 +33,7 @@ def main(list_file: str) -> int:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        with frozen_weights_noted(RunDir(Path(described["run_dir"]))):
+        with training_noted(RunDir(Path(described["run_dir"])), families.find(described["family"]).block_classes):
             failed = run_rank(Path(run_json))
         if failed:
             print(f"FAILED {run_json}", file=sys.stderr)
@@ -40,17 +42,20 @@ def main(list_file: str) -> int:
 
 
 @contextmanager
-def frozen_weights_noted(run: RunDir) -> Iterator[None]:
-    """Leave a digest of this rank's frozen weights before and after training in the run's logs."""
+def training_noted(run: RunDir, block_classes: Collection[str]) -> Iterator[None]:
+    """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers."""
+    from vfun_cli.training.blocks import find_blocks
     from vfun_cli.training.trainer import Trainer
 
     train = Trainer.train
 
     def noted(self: Trainer, *given: Any) -> int:
         before = frozen_weights(self.state.model)
-        reason = train(self, *given)
-        content = {"before": before, "after": frozen_weights(self.state.model)}
-        (run.logs / f"frozen-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
+        blocks = [] if self.config.compile else find_blocks(self.state.model, block_classes)  # a hook is a graph more
+        with gathers_counted(blocks) as gathers:
+            reason = train(self, *given)
+        content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
+        (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
     Trainer.train = noted  # type: ignore[method-assign]
@@ -58,6 +63,32 @@ def frozen_weights_noted(run: RunDir) -> Iterator[None]:
         yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
+
+
+@contextmanager
+def gathers_counted(blocks: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
+    """How many gathers of sharded weights had begun when each block first ran."""
+    begun, counts = 0, list[int]()
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
+    gather = getattr(dist, name)
+
+    def counted(*given: Any, **options: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return gather(*given, **options)
+
+    def note(*_: Any) -> None:
+        if len(counts) < len(blocks):
+            counts.append(begun)
+
+    hooks = [block.register_forward_pre_hook(note) for block in blocks]
+    setattr(dist, name, counted)
+    try:
+        yield counts
+    finally:
+        setattr(dist, name, gather)
+        for hook in hooks:
+            hook.remove()
 
 
 def frozen_weights(model: torch.nn.Module) -> dict[str, str]:
