@@ -19,7 +19,8 @@ from vfun_cli.rundir import RunDir, write_atomically
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 COMMANDS = ("train", "lora")
-STEPS = {"train": 24, "lora": 12}
+STEPS = {"train": 12, "lora": 8}
+LEARNING_RATES = {"train": 4e-3, "lora": 1e-2}
 LAUNCH_TIMEOUT = 1500
 """Seconds; a launch of all families takes about two minutes on two quiet cores."""
 
@@ -97,8 +98,9 @@ def resumed(family: str, strategy: str, command: str = "train") -> Run:
 
 
 def unlearning(family: str) -> Run:
-    """Adapters that stay what they were: the losses that the draws of a run have on their own."""
-    return replace(straight(family, "single", "lora"), name=f"unlearning-{family}", options={"learning_rate": 0})
+    """Adapters that stay what they were: the losses that the draws of a run, full or LoRA, have on their own."""
+    options = {"learning_rate": 0, "max_train_steps": max(STEPS.values())}
+    return replace(straight(family, "single", "lora"), name=f"unlearning-{family}", options=options)
 
 
 def extra(name: str, strategy: str) -> Run:
@@ -132,6 +134,7 @@ def memorised(family: str, command: str = "train") -> dict[str, Any]:
         "max_train_steps": STEPS[command],
         "checkpointing_steps": STEPS[command] // 2,
         "lr_scheduler": "constant",
+        "learning_rate": LEARNING_RATES[command],
         "cache_variants": 4,
     }
 

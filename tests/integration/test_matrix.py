@@ -45,15 +45,14 @@ def export_of(run: Run) -> str:
 
 @cells
 def test_loss_falls_on_a_memorised_clip(command: str, family: str, strategy: str, trained: Trained) -> None:
+    """Against the same draws without learning, so that easy and hard timesteps do not matter in so few steps."""
     trained(strategy)
-    found = losses(straight(family, strategy, command))
+    trained("single")
+    found, unlearned = losses(straight(family, strategy, command)), losses(unlearning(family))
     assert len(found) == STEPS[command] and all(math.isfinite(loss) for loss in found)
-    quarter = len(found) // 4
-    if command == "train":
-        assert mean(found[-quarter:]) <= 0.8 * mean(found[:quarter]), found
-    else:  # few steps: against the same draws without learning, so that easy and hard timesteps do not matter
-        trained("single")
-        assert mean(found[-quarter:]) <= 0.95 * mean(losses(unlearning(family))[-quarter:]), found
+    assert found[0] == pytest.approx(unlearned[0], rel=0.01)
+    enough = {"train": 0.75, "lora": 0.95}[command]
+    assert mean(found[-2:]) <= enough * mean(unlearned[len(found) - 2 : len(found)]), (found, unlearned)
 
 
 @cells

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from vfun_cli import families
 from vfun_cli.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
@@ -33,7 +33,7 @@ def main(list_file: str) -> int:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        with training_noted(RunDir(Path(described["run_dir"])), families.find(described["family"]).block_classes):
+        with training_noted(RunDir(Path(described["run_dir"]))):
             failed = run_rank(Path(run_json))
         if failed:
             print(f"FAILED {run_json}", file=sys.stderr)
@@ -42,17 +42,16 @@ def main(list_file: str) -> int:
 
 
 @contextmanager
-def training_noted(run: RunDir, block_classes: Collection[str]) -> Iterator[None]:
+def training_noted(run: RunDir) -> Iterator[None]:
     """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers."""
-    from vfun_cli.training.blocks import find_blocks
     from vfun_cli.training.trainer import Trainer
 
     train = Trainer.train
 
     def noted(self: Trainer, *given: Any) -> int:
         before = frozen_weights(self.state.model)
-        blocks = [] if self.config.compile else find_blocks(self.state.model, block_classes)  # a hook is a graph more
-        with gathers_counted(blocks) as gathers:
+        sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
+        with gathers_counted([] if self.config.compile else sharded) as gathers:  # a compiled hook is a graph more
             reason = train(self, *given)
         content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
@@ -66,8 +65,8 @@ def training_noted(run: RunDir, block_classes: Collection[str]) -> Iterator[None
 
 
 @contextmanager
-def gathers_counted(blocks: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
-    """How many gathers of sharded weights had begun when each block first ran."""
+def gathers_counted(sharded: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
+    """How many gathers had begun when each of these modules first ran."""
     begun, counts = 0, list[int]()
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
     gather = getattr(dist, name)
@@ -78,10 +77,10 @@ def gathers_counted(blocks: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
         return gather(*given, **options)
 
     def note(*_: Any) -> None:
-        if len(counts) < len(blocks):
+        if len(counts) < len(sharded):
             counts.append(begun)
 
-    hooks = [block.register_forward_pre_hook(note) for block in blocks]
+    hooks = [module.register_forward_pre_hook(note) for module in sharded]
     setattr(dist, name, counted)
     try:
         yield counts
