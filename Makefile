@@ -29,7 +29,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/python -m vfun_cli.docs
+	$(BIN)/python docs/generate.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

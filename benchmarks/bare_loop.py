@@ -22,21 +22,21 @@ from accelerate import Accelerator
 from record import parser, write_result
 from torch import Tensor, nn
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import build_transformer
 from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.rundir import RunDir
-from vfun_cli.training.adapter import SampleRequest
-from vfun_cli.training.data import LoadedBatch, MicroBatch
-from vfun_cli.training.encoders.frozen import Encoders, Output
-from vfun_cli.training.encoding import Sample
+from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.data.encoding import Sample
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import FlowMatching
 from vfun_cli.training.optim import make_optimizer
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.state import TrainedState
+from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
 
 REPEATS, WARM_UP = 24, 3

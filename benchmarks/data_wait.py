@@ -76,11 +76,11 @@ class Bench:
 
     def __init__(self, folder: Path, steps: int) -> None:
         from vfun_cli import families
-        from vfun_cli.config import RunConfig
-        from vfun_cli.runplan import load_plan
-        from vfun_cli.training.cache import Cache, entries
+        from vfun_cli.config.options import RunConfig
+        from vfun_cli.plan.run_plan import load_plan
+        from vfun_cli.training.data.cache import Cache, entries
+        from vfun_cli.training.data.stream import micro_batches
         from vfun_cli.training.session import adapter_of, adapter_options, load_options
-        from vfun_cli.training.stream import micro_batches
 
         self.folder, self.spec = folder, families.find("wan-s2v")
         run_json, _ = run_json_of("wan-s2v", "single", folder / "run", folder / "cache", steps, "no")
@@ -110,9 +110,9 @@ class Bench:
         """One run of the trainer from the cache; what its metrics and its decoding processes say."""
         from bare_loop import make_trainer
 
-        from vfun_cli.training.data import LoadedBatch, load_ahead
-        from vfun_cli.training.encoders.frozen import Encoders
-        from vfun_cli.training.stream import micro_batches
+        from vfun_cli.modeling.encoders.frozen import Encoders
+        from vfun_cli.training.data.loader import LoadedBatch, load_ahead
+        from vfun_cli.training.data.stream import micro_batches
 
         self.leave_page_cache()
         self.runs += 1

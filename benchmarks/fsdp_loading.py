@@ -39,7 +39,7 @@ def write_model(folder: Path, blocks: int) -> int:
     import torch
 
     from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel
-    from vfun_cli.training.loading import empty_model
+    from vfun_cli.modeling.weights import empty_model
 
     config = {"dim": DIM, "ffn_dim": FFN, "num_heads": 16, "num_layers": blocks, "audio_inject_layers": [0]}
     model = empty_model(lambda: WanS2VTransformer3DModel(**config))
@@ -89,10 +89,10 @@ def rank(folder: Path, way: str) -> None:
 
     import torch
 
-    from vfun_cli.config import RunConfig
+    from vfun_cli.config.options import RunConfig
     from vfun_cli.families.wan_s2v import SPEC
     from vfun_cli.families.wan_s2v.transformer import load_transformer
-    from vfun_cli.training.files import LeftInFiles
+    from vfun_cli.modeling.lazy_weights import LeftInFiles
     from vfun_cli.training.session import prepare_state
     from vfun_cli.training.strategy import make_accelerator
 

@@ -30,24 +30,24 @@ from accelerate import Accelerator
 from record import parser, write_result
 
 from vfun_cli import families
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.modeling import media
+from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import read_json
+from vfun_cli.plan.planning import plan_options
 from vfun_cli.plan.shapes import most_shapes
-from vfun_cli.planning import plan_options
-from vfun_cli.resolve import resolve
-from vfun_cli.rundir import RunDir
-from vfun_cli.training import media
-from vfun_cli.training.adapter import SampleRequest
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
-from vfun_cli.training.data import LoadedBatch, MicroBatch
-from vfun_cli.training.encoding import Sample, outputs_of, prepared
-from vfun_cli.training.loading import read_json
+from vfun_cli.training.data.encoding import Sample, outputs_of, prepared
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
-from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.session import adapter_of, adapter_options, load_options, prepare_state
 from vfun_cli.training.trainer import Trainer
 

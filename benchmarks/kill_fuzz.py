@@ -27,14 +27,15 @@ from typing import Any
 
 import record
 
-from vfun_cli import families, launching
+from vfun_cli import families
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.compare import compare_tensors, moments
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.locate import Found
-from vfun_cli.resolve import resolve
-from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.launch import job as launching
+from vfun_cli.run.locate import Found
+from vfun_cli.run.rundir import RunDir, write_atomically
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24

@@ -23,9 +23,9 @@ from record import parser, write_result
 from torch import Tensor
 
 from vfun_cli.families.cogvideox_fun import SPEC
+from vfun_cli.modeling.transfer import Download
 from vfun_cli.training import trainer as trainer_module
-from vfun_cli.training.data import LoadedBatch
-from vfun_cli.training.transfer import Download
+from vfun_cli.training.data.loader import LoadedBatch
 
 STEPS, WARM_UP = 100, 3
 RANKS = (1, 64)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vfun_cli.plan.table import ClipTable
+from vfun_cli.metadata.table import ClipTable
 
 
 def uniform_set(num_rows: int) -> ClipTable:

@@ -28,7 +28,7 @@ import record
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 PLACES = ("before training", "loading", "encoding", "step", "save")

@@ -41,10 +41,11 @@ def run_json_of(
     family: str, strategy: str, folder: Path, cache: Path | None, steps: int, precision: str
 ) -> tuple[Path, list[str]]:
     """Everything ``vfun train`` writes before it launches, and its launch command."""
-    from vfun_cli import families, launching
+    from vfun_cli import families
+    from vfun_cli.config.resolve import resolve
     from vfun_cli.demo import default
-    from vfun_cli.resolve import resolve
-    from vfun_cli.rundir import write_atomically
+    from vfun_cli.launch import job as launching
+    from vfun_cli.run.rundir import write_atomically
 
     spec = families.find(family)
     given = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import TRAIN, Vfun, digest
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 MODEL = Path("vfun-demo/wan-s2v/model")
 DATA = Path("vfun-demo/wan-s2v/data")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.test_checkpointer import checkpointer, progress, step, trained
 from vfun_cli.main import main
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 
 @pytest.fixture(scope="module")

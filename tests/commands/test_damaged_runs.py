@@ -13,7 +13,7 @@ import pytest
 from tests.commands.conftest import TRAIN, Vfun
 from tests.commands.test_broken_setups import start, wait_for_step
 from vfun_cli.checkpoints import manifest
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.commands.conftest import Vfun
 from tests.metadata.small_media import encode_video, write_sound
-from vfun_cli import families, planning
-from vfun_cli.config import RunConfig, parse
+from vfun_cli import families
+from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.errors import CheckpointError
+from vfun_cli.plan import planning
 
 # What the five documents type, family by family; values as typed there.
 COMMON = {

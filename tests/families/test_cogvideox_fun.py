@@ -15,22 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from vfun_cli.config import parse
+from vfun_cli.config.options import parse
 from vfun_cli.demo.cogvideox_fun import PAIRED, ROTARY, TRANSFORMER, build_model
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter, add_noise, compose, join
 from vfun_cli.families.cogvideox_fun.masks import IMAGE_MODES, VIDEO_MODES, Draw, draw_mask
 from vfun_cli.families.spec import ModelDims
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, SampleRequest
+from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
+from vfun_cli.modeling.inputs import Given, Plain, cook, describe
+from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, frames_at
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Inputs, SampleRequest
-from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
-from vfun_cli.training.encoding import encode, load, prepared
-from vfun_cli.training.media import write_png, write_video
+from vfun_cli.training.data.encoding import encode, load, prepared
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Given, Plain, cook, describe
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
 CPU = torch.device("cpu")

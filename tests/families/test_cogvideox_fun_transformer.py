@@ -15,7 +15,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, build_transformer, load_transformer
 from vfun_cli.families.spec import ClipShape, unchanged
-from vfun_cli.training.loading import empty_model
+from vfun_cli.modeling.weights import empty_model
 from vfun_cli.training.lora import choose_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
-from vfun_cli import planning
-from vfun_cli.config import parse
+from vfun_cli.config.options import parse
 from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1, complete_config
@@ -20,15 +19,16 @@ from vfun_cli.families.easyanimate_control.adapter import EasyAnimateControl, Ea
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
 from vfun_cli.families.spec import ClipShape
-from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
-from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
-from vfun_cli.training.encoding import encode, load, prepared
-from vfun_cli.training.loading import read_json
-from vfun_cli.training.media import write_png, write_video
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.clips import frame_indices
+from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
+from vfun_cli.modeling.inputs import Given, Plain
+from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import read_json
+from vfun_cli.plan import planning
+from vfun_cli.training.data.encoding import encode, load, prepared
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Given, Plain
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = {V5_1.name: (EasyAnimateV51, build_v5_1), V5.name: (EasyAnimateV5, build_v5)}

@@ -20,8 +20,8 @@ from vfun_cli.families.easyanimate_control import (
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer, load_transformer
 from vfun_cli.families.spec import ClipShape, FamilySpec
-from vfun_cli.training.loading import empty_model
-from vfun_cli.training.rope import crop_region, rotary_table
+from vfun_cli.modeling.rope import crop_region, rotary_table
+from vfun_cli.modeling.weights import empty_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [

@@ -22,13 +22,13 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     TextToVideoAdapter,
 )
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
-from vfun_cli.training.encoding import encode, prepared
-from vfun_cli.training.encoding import load as load_clip
-from vfun_cli.training.media import write_png, write_video
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.inputs import Given, Plain, Together
+from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.training.data.encoding import encode, prepared
+from vfun_cli.training.data.encoding import load as load_clip
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Given, Plain, Together
 
 SPECS = {"t2v": T2V, "i2v": I2V}
 KINDS: Mapping[str, type[HunyuanVideoAdapter]] = {"t2v": TextToVideoAdapter, "i2v": ImageToVideoAdapter}

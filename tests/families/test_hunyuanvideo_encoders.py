@@ -18,9 +18,9 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
 from vfun_cli.errors import CheckpointError, MetadataError
-from vfun_cli.training.encoders.clip_text import ClipPooledText
-from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
-from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
+from vfun_cli.modeling.encoders.clip_text import ClipPooledText
+from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
+from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
 
 CAPTIONS: Mapping[str, str] = {
     "plain": "A red balloon rises over the hills, slowly.",

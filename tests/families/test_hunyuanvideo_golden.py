@@ -18,7 +18,7 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     load_transformer,
 )
 from vfun_cli.families.spec import unchanged
-from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
+from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.lora import choose_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden/hunyuanvideo"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vfun_cli.config import parse
+from vfun_cli.config.options import parse
 from vfun_cli.demo.wan_fun_control import CONFIG, build_model
 from vfun_cli.demo.wan_parts import write_clip
 from vfun_cli.errors import CheckpointError
@@ -22,13 +22,13 @@ from vfun_cli.families.wan_fun_control import IMAGE_DIM, IMAGE_TOKENS, SPEC, rea
 from vfun_cli.families.wan_fun_control.adapter import WanFunControlAdapter, choose
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer
-from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
-from vfun_cli.training.encoders.frozen import Encoders
-from vfun_cli.training.encoders.wan_vae import WanVAE
-from vfun_cli.training.encoding import encode, load, prepared
-from vfun_cli.training.loading import read_json, read_safetensors, safetensors_files
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Given, Plain
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.modeling.encoders.wan_vae import WanVAE
+from vfun_cli.modeling.inputs import Given, Plain
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import read_json, read_safetensors, safetensors_files
+from vfun_cli.training.data.encoding import encode, load, prepared
 
 CPU = torch.device("cpu")
 SHAPES = [

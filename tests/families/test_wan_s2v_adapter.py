@@ -25,12 +25,12 @@ from vfun_cli.families.wan_s2v.adapter import (
     history_indices,
     source_of,
 )
-from vfun_cli.training.adapter import AdapterOptions, Conditions, SampleRequest
-from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.encoding import encode, prepared
-from vfun_cli.training.media import write_video, write_wav
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Given, Plain, cook
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.clips import frame_indices
+from vfun_cli.modeling.inputs import Given, Plain, cook
+from vfun_cli.modeling.media import write_video, write_wav
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.training.data.encoding import encode, prepared
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120
 NTSC = Fraction(30000, 1001)

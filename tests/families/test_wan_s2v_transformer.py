@@ -22,12 +22,12 @@ from vfun_cli.families.wan_s2v.transformer import (
     load_transformer,
     rotary_table,
 )
-from vfun_cli.training.encoders.umt5 import UMT5TextEncoder
-from vfun_cli.training.encoders.wan_vae import WEIGHTS as VAE_WEIGHTS
-from vfun_cli.training.encoders.wan_vae import WanVAE
-from vfun_cli.training.encoders.wav2vec2 import FOLDER as SPEECH_FOLDER
-from vfun_cli.training.encoders.wav2vec2 import SpeechEncoder
-from vfun_cli.training.loading import empty_model, load_pth, load_weights
+from vfun_cli.modeling.encoders.umt5 import UMT5TextEncoder
+from vfun_cli.modeling.encoders.wan_vae import WEIGHTS as VAE_WEIGHTS
+from vfun_cli.modeling.encoders.wan_vae import WanVAE
+from vfun_cli.modeling.encoders.wav2vec2 import FOLDER as SPEECH_FOLDER
+from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder
+from vfun_cli.modeling.weights import empty_model, load_pth, load_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "wan_s2v"
 

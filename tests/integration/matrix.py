@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import families, launching
+from vfun_cli import families
 from vfun_cli.checkpoints import manifest
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.locate import Found
-from vfun_cli.resolve import resolve
-from vfun_cli.rundir import RunDir, write_atomically
+from vfun_cli.launch import job as launching
+from vfun_cli.run.locate import Found
+from vfun_cli.run.rundir import RunDir, write_atomically
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.matrix import STEPS, STRATEGIES, losses, memorised, straight, together
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 

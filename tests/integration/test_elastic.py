@@ -13,7 +13,7 @@ import pytest
 from tests.integration import matrix
 from tests.integration.matrix import STRATEGIES, Run, losses
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.long
 

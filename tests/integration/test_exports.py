@@ -21,17 +21,17 @@ from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.lora_export import open_adapter
 from vfun_cli.checkpoints.lora_files import released_layer
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec, Place, unchanged
 from vfun_cli.main import app
-from vfun_cli.resolve import resolve
-from vfun_cli.rundir import RunDir
-from vfun_cli.runplan import load_plan
-from vfun_cli.training.adapter import ModelAdapter
-from vfun_cli.training.data import batch_keys
-from vfun_cli.training.encoding import encode, prepared
+from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.run_plan import load_plan
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.data.encoding import encode, prepared
+from vfun_cli.training.data.loader import batch_keys
+from vfun_cli.training.data.stream import micro_batches
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
-from vfun_cli.training.stream import micro_batches
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from tests.integration.matrix import COMMANDS, STEPS, STRATEGIES, Run, losses, r
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export, read_base
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 

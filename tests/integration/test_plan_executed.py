@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.commands.conftest import vfun_process
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import pytest
 
 from vfun_cli.checkpoints.compare import compare_tensors
 from vfun_cli.checkpoints.reader import open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.long
 

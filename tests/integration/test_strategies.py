@@ -13,7 +13,7 @@ from tests.integration.matrix import CLIP_NORM, STEPS, STRATEGIES, Run, extra, l
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.plan.table import ClipTable
+from vfun_cli.metadata.table import ClipTable
 
 TEXT_TOKENS = 10
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from vfun_cli import families
+from vfun_cli.config.resolve import resolve
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.records import Record
+from vfun_cli.metadata.table import ClipTable
+from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.planning import plan_options
+from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import plan_epochs
-from vfun_cli.plan.table import ClipTable
-from vfun_cli.planning import plan_options
-from vfun_cli.resolve import resolve
-from vfun_cli.runplan import RunPlan
-from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.stream import micro_batches
+from vfun_cli.training.data.stream import micro_batches
 
 Draw = tuple[int, int, int, int]
 """Start, frames, height, width."""

@@ -3,7 +3,7 @@
 import re
 from html import unescape
 
-from vfun_cli import docs
+from docs import generate as docs
 
 
 def test_the_picture_in_the_docs_shows_todays_preview() -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.report import SizeRow, size_table
 from vfun_cli.plan.schedule import plan_epoch
 from vfun_cli.plan.sizes import size_set
-from vfun_cli.plan.table import ClipTable
 
 SPEECH = "wan-s2v"
 OTHERS = tuple(name for name in FAMILIES if name != SPEECH)

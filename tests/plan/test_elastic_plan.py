@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.plan.conftest import PLAIN
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.planning import earlier_layouts
 from vfun_cli.plan.schedule import EpochPlan, Layout, count_steps, plan_epochs, plan_run
-from vfun_cli.plan.table import ClipTable
-from vfun_cli.planning import earlier_layouts
 
 OPTIONS = PlanOptions(
     video_sample_size=640, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=1, world_size=8,

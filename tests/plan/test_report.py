@@ -13,12 +13,12 @@ from rich.console import Console
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.picture import plot
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json, totals, why, why_lines
 from vfun_cli.plan.schedule import plan_epoch, plan_epochs
-from vfun_cli.plan.table import ClipTable
 
 OPTIONS = PlanOptions(
     video_sample_size=256, image_sample_size=768, token_sample_size=512, video_sample_n_frames=49,

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import Carry, EpochPlan, count_steps, plan_epoch, plan_epochs
-from vfun_cli.plan.table import ClipTable
 
 SETTINGS: dict[str, Any] = {
     "video_sample_size": 256, "image_sample_size": 768, "token_sample_size": 512, "video_sample_n_frames": 49,

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from vfun_cli import families
 from vfun_cli.errors import ConfigError
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import plan_epoch
 from vfun_cli.plan.shapes import most_shapes
-from vfun_cli.plan.table import ClipTable
 
 EPOCHS = 3
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli import families
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.planning import read_dims
-from vfun_cli.resolve import resolve
-from vfun_cli.training.adapter import ModelAdapter, SampleRequest
-from vfun_cli.training.encoding import Sample, encode, outputs_of, prepared
+from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.planning import read_dims
+from vfun_cli.training.data.encoding import Sample, encode, outputs_of, prepared
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
-from vfun_cli.training.randomness import SampleKey
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 FAMILIES = tuple(families.FAMILIES)

@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
-from vfun_cli.training.adapter import ModelAdapter
-from vfun_cli.training.loading import read_json
+from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.session import prepare_state
-from vfun_cli.training.state import TrainedState
+from vfun_cli.training.state.live import TrainedState
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
 CASE = GOLDEN / "2b_native"

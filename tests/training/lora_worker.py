@@ -18,10 +18,10 @@ from lora_sample import load_model, options, prepared, train
 from torch.distributed.tensor import DTensor
 
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
+from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.ending import end_with
-from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import add_adapters, load_adapter, save_adapter
-from vfun_cli.training.state import TrainedState, trained_parameters
+from vfun_cli.training.state.live import TrainedState, trained_parameters
 from vfun_cli.training.strategy import make_accelerator
 
 STRATEGIES = ("fsdp", "zero3", "zero2")

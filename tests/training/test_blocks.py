@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_parts import Parts, loaded
 
 from vfun_cli.errors import EnvironmentFault
+from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training import blocks
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
-from vfun_cli.training.encoders.frozen import Encoders
 
 LIVE = Callable[[str], LiveModel]
 

@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from vfun_cli import families
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, EnvironmentFault
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.main import app
-from vfun_cli.resolve import resolve
-from vfun_cli.training import cache as cache_module
-from vfun_cli.training.adapter import Inputs, SampleRequest
-from vfun_cli.training.cache import Cache, entries, partials, prune
-from vfun_cli.training.clips import frame_indices
-from vfun_cli.training.encoders.frozen import Encoders
-from vfun_cli.training.randomness import SampleKey
+from vfun_cli.modeling.adapter import Inputs, SampleRequest
+from vfun_cli.modeling.clips import frame_indices
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.training.data import cache as cache_module
+from vfun_cli.training.data.cache import Cache, entries, partials, prune
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 FAMILIES = tuple(families.FAMILIES)

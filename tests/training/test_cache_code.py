@@ -10,8 +10,8 @@ import torch
 from live_models import LiveModel
 
 import vfun_cli
-from vfun_cli.training import cache as caches
-from vfun_cli.training.cache import Cache
+from vfun_cli.training.data import cache as caches
+from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 LIVE = Callable[[str], LiveModel]

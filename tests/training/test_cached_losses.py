@@ -11,8 +11,8 @@ import torch
 from live_models import FAMILIES, LiveModel
 from trainer_parts import Parts, loaded
 
-from vfun_cli.training.cache import Cache
-from vfun_cli.training.encoding import load, outputs_of
+from vfun_cli.training.data.cache import Cache
+from vfun_cli.training.data.encoding import load, outputs_of
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 LIVE = Callable[[str], LiveModel]

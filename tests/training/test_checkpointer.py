@@ -18,9 +18,9 @@ from torch import nn
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError, FitError, RunError
-from vfun_cli.rundir import RunDir
-from vfun_cli.training.checkpointer import Checkpointer, checkpoint_bytes
-from vfun_cli.training.state import TrainedState
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
+from vfun_cli.training.state.live import TrainedState
 
 KILLS_LEAST = 20
 """Steps of a save, seen from the file system, below which the kill test would not be testing."""

@@ -14,11 +14,11 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vfun_cli.errors import MetadataError, RunError
-from vfun_cli.training import data
-from vfun_cli.training.adapter import Input, Inputs, SampleRequest
-from vfun_cli.training.data import LoadedBatch, MicroBatch, load_ahead
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Kitchen
+from vfun_cli.modeling.adapter import Input, Inputs, SampleRequest
+from vfun_cli.modeling.inputs import Kitchen
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.training.data import loader as data
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, load_ahead
 
 
 def request(row: int) -> SampleRequest:

@@ -5,7 +5,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from vfun_cli.training.ema import WeightAverage
+from vfun_cli.training.state.ema import WeightAverage
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.5])

@@ -14,16 +14,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vfun_cli.config import BASE_PRECISIONS, parse
+from vfun_cli.config.lora import check_network
+from vfun_cli.config.options import BASE_PRECISIONS, parse
+from vfun_cli.config.resolve import resolve
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.wan_fun_control.names import released_name
-from vfun_cli.lora_options import check_network
-from vfun_cli.resolve import resolve
 from vfun_cli.training.lora import add_adapters, choose_layers, load_adapter, load_network, save_adapter
 from vfun_cli.training.quantised import QuantisedLinear, quantise_blocks
-from vfun_cli.training.state import TrainedState
+from vfun_cli.training.state.live import TrainedState
 
 FILES = {
     "lora_peft/checkpoint-1.safetensors": "lora_peft",

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.lora_export import FORMATS, export_adapter, merge_adapter
 from vfun_cli.checkpoints.lora_files import read_adapter
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer

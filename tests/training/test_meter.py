@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
 from vfun_cli.families.spec import ModelDims
-from vfun_cli.resolve import resolve
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.meter import Costs, peak_flops, peak_of, trained_share
 

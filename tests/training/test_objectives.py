@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.objectives import DDPM, FlowMatching, Objective
-from vfun_cli.training.randomness import SampleKey
 
 KEYS = [SampleKey(seed=1, epoch=0, row=row) for row in range(3)]
 LATENTS = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

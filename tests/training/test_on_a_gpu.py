@@ -11,7 +11,7 @@ import torch
 from live_models import LiveModel
 from trainer_parts import Parts, loaded
 
-from vfun_cli.training.encoding import load
+from vfun_cli.training.data.encoding import load
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 pytestmark = [

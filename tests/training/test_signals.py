@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vfun_cli import supervise
-from vfun_cli.rundir import RunDir
+from vfun_cli.launch import supervise
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, PREEMPTION_SIGNALS, StopFlag
 
 

@@ -17,7 +17,7 @@ from trainer_parts import META, Parts, batch, loaded
 
 from vfun_cli.errors import RunError
 from vfun_cli.families.spec import ClipShape
-from vfun_cli.training.encoders.frozen import Encoders
+from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import PREEMPTED
 from vfun_cli.training.trainer import CONTINUE

@@ -10,18 +10,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import ClipShape
-from vfun_cli.rundir import RunDir
-from vfun_cli.training.adapter import SampleRequest
-from vfun_cli.training.cache import Cache
-from vfun_cli.training.data import LoadedBatch, MicroBatch
-from vfun_cli.training.encoding import Sample
+from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.data.cache import Cache
+from vfun_cli.training.data.encoding import Sample
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.optim import make_optimizer
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.state import TrainedState
+from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import CONTINUE, Trainer
 
 META = torch.device("meta")

@@ -14,10 +14,10 @@ from rich.markup import escape
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
+from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.preemption import nothing_to_save
-from vfun_cli.resolve import Resolved, resolve
+from vfun_cli.launch.preemption import nothing_to_save
 
 
 @with_options("train", idle=True, strategies=True)
@@ -49,8 +49,9 @@ def cache(
     if verify:
         _verify(folder, as_json=json)
         return
-    from vfun_cli import launching, supervise
-    from vfun_cli.rundir import ensure_writable
+    from vfun_cli.launch import job as launching
+    from vfun_cli.launch import supervise
+    from vfun_cli.run.rundir import ensure_writable
 
     job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
     ensure_writable(job.run.root)
@@ -90,7 +91,7 @@ def _for_filling(resolved: Resolved, folder: Path) -> Resolved:
 
 
 def _verify(folder: Path, *, as_json: bool) -> None:
-    from vfun_cli.training.cache import DamagedEntry, entries, read_entry
+    from vfun_cli.training.data.cache import DamagedEntry, entries, read_entry
 
     damaged, good = [], 0
     for path in entries(folder):

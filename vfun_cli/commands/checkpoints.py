@@ -39,7 +39,7 @@ def ls(
     from rich.markup import escape
     from rich.table import Table
 
-    from vfun_cli import locate
+    from vfun_cli.run import locate
 
     folder = Path(run) if run is not None else locate.default_output_dir(demo=demo)
     if not folder.is_dir():
@@ -64,10 +64,10 @@ def ls(
 @with_boundary
 def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Read every file of a checkpoint and compare it with what was written: sizes, hashes, tensors."""
-    from vfun_cli import locate
     from vfun_cli.checkpoints import compare, manifest
     from vfun_cli.checkpoints.reader import open_checkpoint
     from vfun_cli.checkpoints.state import read_state
+    from vfun_cli.run import locate
 
     found = locate.checkpoint(checkpoint, output_dir=locate.default_output_dir(demo=demo)).checkpoint
     manifest.verify(found)
@@ -90,9 +90,9 @@ def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug
 @with_boundary
 def diff(first: Checkpoint, second: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Compare two checkpoints, of any strategies: options, weights, optimizer moments."""
-    from vfun_cli import locate
     from vfun_cli.checkpoints import compare
     from vfun_cli.checkpoints.reader import open_checkpoint
+    from vfun_cli.run import locate
 
     output_dir = locate.default_output_dir(demo=demo)
     readers = [open_checkpoint(locate.checkpoint(name, output_dir=output_dir).checkpoint) for name in (first, second)]

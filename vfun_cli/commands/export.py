@@ -64,11 +64,11 @@ def export_bf16(
     [bold]vfun export-bf16 output_dir/checkpoint-500 --output my-model --max-shard-size 5GB[/bold] ·
     [bold]vfun export-bf16 checkpoint-500 --format comfyui[/bold]
     """
-    from vfun_cli import locate
     from vfun_cli.checkpoints import lora_export
     from vfun_cli.checkpoints.export import export
     from vfun_cli.checkpoints.reader import open_checkpoint
     from vfun_cli.families.spec import unchanged
+    from vfun_cli.run import locate
 
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")

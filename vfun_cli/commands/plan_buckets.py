@@ -9,9 +9,9 @@ from rich.markup import escape
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
-from vfun_cli.resolve import resolve
 
 
 @with_options("plan-buckets")
@@ -57,10 +57,10 @@ def plan_buckets(
     """
     from vfun_cli.metadata.records import find_row, read_metadata
     from vfun_cli.plan.picture import plot
+    from vfun_cli.plan.planning import plan_options
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json, why, why_lines
-    from vfun_cli.planning import plan_options
-    from vfun_cli.preparation import dims_if_there, plan, plan_input, plan_input_without_files
+    from vfun_cli.plan.rows import dims_if_there, plan, plan_input, plan_input_without_files
 
     spec = families.find(family)
     if meta is not None:

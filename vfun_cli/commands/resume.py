@@ -7,8 +7,8 @@ import typer
 from vfun_cli import families
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
 from vfun_cli.commands.signature import with_options
-from vfun_cli.preemption import nothing_to_save
-from vfun_cli.resolve import resolve
+from vfun_cli.config.resolve import resolve
+from vfun_cli.launch.preemption import nothing_to_save
 
 Run = Annotated[
     str | None,
@@ -48,7 +48,9 @@ def resume(
 def _continue(
     given: dict[str, Any], run: str | None, allow: list[str] | None, *, demo: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from vfun_cli import identity, launching, locate
+    from vfun_cli.launch import job as launching
+    from vfun_cli.launch import resume_check
+    from vfun_cli.run import locate
 
     found = locate.checkpoint(run, output_dir=locate.default_output_dir(demo=demo))
     described = found.run.read_run()
@@ -56,7 +58,7 @@ def _continue(
     before = described["config"] | {"output_dir": str(found.run.root)}
     if given.get("strategy") == "single":
         given = {"num_processes": 1, **given}
-    resolved = identity.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
-    identity.check(described | {"config": before}, resolved.config, allow or [])
+    resolved = resume_check.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
+    resume_check.check(described | {"config": before}, resolved.config, allow or [])
     job = launching.decide(described["command"], spec, resolved, found=found)
     launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=as_json)

@@ -7,14 +7,14 @@ import typer
 from vfun_cli import console, families
 from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
 from vfun_cli.commands.signature import with_options
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
-from vfun_cli.preemption import nothing_to_save
-from vfun_cli.resolve import resolve
+from vfun_cli.launch.preemption import nothing_to_save
 
 if TYPE_CHECKING:
-    from vfun_cli.locate import Found
+    from vfun_cli.run.locate import Found
 
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
@@ -70,7 +70,7 @@ def _run(
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
     with nothing_to_save():
-        from vfun_cli import launching
+        from vfun_cli.launch import job as launching
 
         layer = demo_default.make(spec) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
@@ -83,10 +83,11 @@ def _checkpoint_to_resume(config: RunConfig) -> "Found | None":
     """What --resume-from-checkpoint names, as the original scripts have it; the run must still be the same."""
     if config.resume_from_checkpoint is None:
         return None
-    from vfun_cli import identity, locate
+    from vfun_cli.launch import resume_check
+    from vfun_cli.run import locate
 
     found = locate.checkpoint(config.resume_from_checkpoint, output_dir=config.output_dir)
-    identity.check(found.run.read_run(), config, ())
+    resume_check.check(found.run.read_run(), config, ())
     return found
 
 

@@ -9,9 +9,9 @@ import typer
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_boundary
+from vfun_cli.config.resolve import resolve, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
-from vfun_cli.resolve import resolve, setting
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.checks import Report
@@ -109,7 +109,7 @@ def validate_meta(
 
 
 def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeout: float | None) -> "Report":
-    from vfun_cli.preparation import check_rows, check_rows_of_any_family
+    from vfun_cli.plan.rows import check_rows, check_rows_of_any_family
 
     if family is not None:
         spec = families.find(family)

@@ -21,7 +21,7 @@ from vfun_cli.demo.t5_parts import write_t5
 from vfun_cli.demo.vae import make_certain
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
-from vfun_cli.training.encoders.magvit_vae import SUPPORTED, vae_arguments
+from vfun_cli.modeling.encoders.magvit_vae import SUPPORTED, vae_arguments
 
 LATENT_CHANNELS = 16
 QWEN_DIM, BERT_DIM, T5_DIM = 32, 16, 24

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from vfun_cli.demo.vae import make_certain
-from vfun_cli.training.encoders import llama_prompt, llava_prompt
+from vfun_cli.modeling.encoders import llama_prompt, llava_prompt
 
 LATENT_CHANNELS = 16
 TEXT_DIM = 32

@@ -12,7 +12,7 @@ from pathlib import Path
 from vfun_cli.console import err
 from vfun_cli.demo.default import FOLDER, OUTPUT_DIR
 from vfun_cli.errors import EXIT_INTERRUPTED
-from vfun_cli.rundir import RunDir
+from vfun_cli.run.rundir import RunDir
 
 FAMILY = "wan-s2v"
 

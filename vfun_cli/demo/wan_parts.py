@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vfun_cli.demo.vae import make_certain
-from vfun_cli.training.encoders import clip_vision, umt5, wan_vae
+from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
 
 TEXT_DIM = 32
 """Width of the tiny text encoder."""

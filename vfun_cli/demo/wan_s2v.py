@@ -18,7 +18,7 @@ from transformers import (
 from vfun_cli.demo import wan_parts
 from vfun_cli.families.wan_s2v.sizes import NUM_AUDIO_LAYERS
 from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel
-from vfun_cli.training.encoders import wav2vec2
+from vfun_cli.modeling.encoders import wav2vec2
 
 AUDIO_DIM = 32
 NUM_SHARDS = 2

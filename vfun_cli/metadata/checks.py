@@ -19,7 +19,7 @@ from vfun_cli.metadata.probe import AudioFacts, Facts, Failure, Progress, Visual
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 
 if TYPE_CHECKING:
-    from vfun_cli.plan.table import ClipTable
+    from vfun_cli.metadata.table import ClipTable
 
 MediaType = Literal["video", "image"]
 MEDIA_TYPES: tuple[MediaType, ...] = ("video", "image")
@@ -570,7 +570,7 @@ def _rate(fps: Fraction) -> str:
 def _table(clips: Sequence[Clip]) -> "ClipTable":
     import numpy as np
 
-    from vfun_cli.plan.table import ClipTable
+    from vfun_cli.metadata.table import ClipTable
 
     def column(values: Iterator[int]) -> Any:
         return np.fromiter(values, np.int64, len(clips))

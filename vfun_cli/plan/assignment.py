@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.clips import KINDS
 from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.plan.table import IntArray
 
 COLUMNS = ("step", "index", "kind", "frames", "height", "width", "stride", "row", "copy", "epoch")
 """Step of the epoch, accumulation index, shape and identity of one sample; ``kind`` is an index into KINDS."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
 from vfun_cli.plan.draws import uniform
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import (
@@ -18,7 +19,6 @@ from vfun_cli.plan.sizes import (
     size_set,
     usable_frames,
 )
-from vfun_cli.plan.table import BoolArray, ClipTable, IntArray
 
 KINDS = ("video", "image")
 

@@ -7,7 +7,7 @@ The mixing function is Steele, Lea and Flood, "Fast splittable pseudorandom numb
 import numpy as np
 from numpy.typing import NDArray
 
-from vfun_cli.plan.table import IntArray
+from vfun_cli.metadata.table import IntArray
 
 Words = NDArray[np.uint64]
 

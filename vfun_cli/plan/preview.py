@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.report import Totals, size_of_bucket, size_table, totals
 from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.plan.table import ClipTable
 
 MOST_BUCKETS = 12
 """Lines of the bucket table; the rest is one line."""

@@ -9,13 +9,13 @@ import numpy as np
 
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import Buckets, EpochPlan
 from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket_side, documented_frames, size_set
-from vfun_cli.plan.table import ClipTable, IntArray
 
 
 @dataclass(frozen=True, kw_only=True)

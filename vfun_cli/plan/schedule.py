@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
 from vfun_cli.plan.clips import KINDS, REASONS, Clips, Samples, draw, draw_epoch, prepare
 from vfun_cli.plan.draws import random_words
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, source_frames_needed
-from vfun_cli.plan.table import BoolArray, ClipTable, IntArray
 
 FloatArray = NDArray[np.float64]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.table import IntArray
 
 SIZE_STEP = 128
 """Token-length mode takes every 128 pixels from the low to the high end."""

@@ -7,11 +7,12 @@ import time
 import traceback
 from pathlib import Path
 
-from vfun_cli import families, lock
+from vfun_cli import families
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import FitError, RunError, VfunError
-from vfun_cli.rundir import RunDir, write_atomically
-from vfun_cli.training import forkserver
+from vfun_cli.run import lock
+from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.training.data import forkserver
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.signals import StopFlag
 
@@ -42,7 +43,7 @@ def run_rank(run_json: Path) -> int:
         if described["config"]["dataloader_num_workers"] and _cores_to_spare():
             forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
-            from vfun_cli.training.fill import fill as work
+            from vfun_cli.training.data.fill import fill as work
         else:
             from vfun_cli.training.session import train as work
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from vfun_cli.plan.assignment import Line, assigned, digest, line, planned_digest, rank_digest
 from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.training.data import LoadedBatch
+from vfun_cli.training.data.loader import LoadedBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,13 +27,13 @@ from vfun_cli.checkpoints.lora_files import (
     strength,
 )
 from vfun_cli.checkpoints.tensors import TensorSource
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.training.files import ALL_LOADED, LeftInFiles
-from vfun_cli.training.formats import OPTIMIZER_FILE, Format
-from vfun_cli.training.state import TrainedState, trained_parameters
-from vfun_cli.training.whole import collect, restore
+from vfun_cli.modeling.lazy_weights import ALL_LOADED, LeftInFiles
+from vfun_cli.training.state.formats import OPTIMIZER_FILE, Format
+from vfun_cli.training.state.gather import collect, restore
+from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 
 def add_adapters(

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vfun_cli.config import RunConfig
-from vfun_cli.rundir import RunDir
-from vfun_cli.training import media
-from vfun_cli.training.data import LoadedBatch
+from vfun_cli.config.options import RunConfig
+from vfun_cli.modeling import media
+from vfun_cli.modeling.inputs import cook
+from vfun_cli.modeling.transfer import Clock
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.data.loader import LoadedBatch
 from vfun_cli.training.meter import Costs
-from vfun_cli.training.recipes import cook
-from vfun_cli.training.transfer import Clock
 
 LINE_EVERY = 5.0
 """Seconds between progress lines."""

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.transfer import upload
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.transfer import upload
 
 NUM_TIMESTEPS = 1000
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, did_you_mean
 
 FUSED = ("cuda", "cpu")

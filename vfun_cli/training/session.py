@@ -12,21 +12,20 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 
 from vfun_cli import families
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.modeling.encoders.spread import Spread
+from vfun_cli.modeling.lazy_weights import ALL_LOADED, LeftInFiles, fill_shards
+from vfun_cli.modeling.weights import read_json
+from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.plan.shapes import most_shapes
-from vfun_cli.rundir import RunDir, write_atomically
-from vfun_cli.runplan import load_plan
-from vfun_cli.training.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.run.rundir import RunDir, write_atomically
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
-from vfun_cli.training.cache import Cache
-from vfun_cli.training.checkpointer import Checkpointer
-from vfun_cli.training.data import agreed_ahead, load_ahead
-from vfun_cli.training.ema import WeightAverage
-from vfun_cli.training.encoders.spread import Spread
-from vfun_cli.training.files import ALL_LOADED, LeftInFiles, fill_shards
+from vfun_cli.training.data.cache import Cache
+from vfun_cli.training.data.loader import agreed_ahead, load_ahead
+from vfun_cli.training.data.stream import micro_batches
 from vfun_cli.training.ledger import EpochLedger
-from vfun_cli.training.loading import read_json
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
@@ -34,9 +33,10 @@ from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.signals import StopFlag
-from vfun_cli.training.state import TrainedState
+from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.ema import WeightAverage
+from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.strategy import assert_strategy, make_accelerator, prefetch_blocks, prepare_environment
-from vfun_cli.training.stream import micro_batches
 from vfun_cli.training.trainer import OUTCOMES, Trainer
 
 

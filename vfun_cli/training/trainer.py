@@ -10,20 +10,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vfun_cli.config import RunConfig
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import RunError
-from vfun_cli.training.adapter import ModelAdapter
-from vfun_cli.training.cache import Cache
-from vfun_cli.training.checkpointer import Checkpointer
-from vfun_cli.training.data import LoadedBatch, batch_keys
-from vfun_cli.training.encoding import encode
+from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.transfer import Download, SideQueue, upload
+from vfun_cli.training.data.cache import Cache
+from vfun_cli.training.data.encoding import encode
+from vfun_cli.training.data.loader import LoadedBatch, batch_keys
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
 from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
-from vfun_cli.training.state import TrainedState
-from vfun_cli.training.transfer import Download, SideQueue, upload
+from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.live import TrainedState
 
 CONTINUE = 0
 OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}

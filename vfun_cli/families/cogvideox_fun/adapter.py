@@ -12,17 +12,17 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.masks import draw_mask
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import clip_of
-from vfun_cli.training.encoders.bert_t5 import load_t5
-from vfun_cli.training.encoders.clip_vae import folder_source, sample_posteriors
-from vfun_cli.training.encoders.cogvideox_vae import CogVideoXVAE, read_scale
-from vfun_cli.training.encoders.frozen import Encoders, Output
-from vfun_cli.training.encoders.pretrained import text_source
-from vfun_cli.training.loading import read_json
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Clip, Kitchen, Plain, Recipe, Size
-from vfun_cli.training.transfer import upload
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.clips import clip_of
+from vfun_cli.modeling.encoders.bert_t5 import load_t5
+from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
+from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.encoders.pretrained import text_source
+from vfun_cli.modeling.inputs import Clip, Kitchen, Plain, Recipe, Size
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.transfer import upload
+from vfun_cli.modeling.weights import read_json
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
@@ -47,7 +47,7 @@ class DrawnMask:
     size: Size
 
     def cook(self, kitchen: Kitchen) -> Tensor:
-        """See :class:`~vfun_cli.training.recipes.Recipe`."""
+        """See :class:`~vfun_cli.modeling.inputs.Recipe`."""
         return torch.from_numpy(draw_mask(self.key.numpy("mask"), self.frames, *self.size)).unsqueeze(1)
 
 
@@ -61,7 +61,7 @@ class Known:
     """Whose noise they get; None: none."""
 
     def cook(self, kitchen: Kitchen) -> Tensor:
-        """See :class:`~vfun_cli.training.recipes.Recipe`."""
+        """See :class:`~vfun_cli.modeling.inputs.Recipe`."""
         known = self.pixels.cook(kitchen).masked_fill(self.mask.cook(kitchen), MASKED)
         return known if self.noise is None else add_noise(known.transpose(0, 1), self.noise).transpose(0, 1)
 
@@ -112,7 +112,7 @@ class CogVideoXFunAdapter:
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
         caption = "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or ""
         if train_mode(options.get("train_mode")) != "inpaint":

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.cogvideox_fun import FRAMES_PER_LATENT, POINT_AT
-from vfun_cli.training.loading import empty_model, load_weights, model_settings, safetensors_files
-from vfun_cli.training.rope import rotary_table
+from vfun_cli.modeling.rope import rotary_table
+from vfun_cli.modeling.weights import empty_model, load_weights, model_settings, safetensors_files
 
 
 class ResizedPositions(CogVideoXPatchEmbed):

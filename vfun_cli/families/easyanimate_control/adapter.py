@@ -12,17 +12,17 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1, caption_lengths, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import clip_of
-from vfun_cli.training.encoders.bert_t5 import load_bert, load_t5
-from vfun_cli.training.encoders.clip_vae import folder_source, keep, sample_posteriors
-from vfun_cli.training.encoders.frozen import Encoders, Output
-from vfun_cli.training.encoders.magvit_vae import MagvitVAE, latent_channels
-from vfun_cli.training.encoders.pretrained import text_source
-from vfun_cli.training.encoders.qwen2_vl import Qwen2VLText
-from vfun_cli.training.loading import read_json
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Clip, Plain
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.clips import clip_of
+from vfun_cli.modeling.encoders.bert_t5 import load_bert, load_t5
+from vfun_cli.modeling.encoders.clip_vae import folder_source, keep, sample_posteriors
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
+from vfun_cli.modeling.encoders.pretrained import text_source
+from vfun_cli.modeling.encoders.qwen2_vl import Qwen2VLText
+from vfun_cli.modeling.inputs import Clip, Plain
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import read_json
 
 TEXT_DROP = 0.10
 CONTROL_DROP = 0.20
@@ -46,7 +46,7 @@ class EasyAnimateControl:
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "EasyAnimateControl":
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`.
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`.
 
         Raises ConfigError for options this family cannot train with, CheckpointError for a directory that does not fit.
         """
@@ -79,7 +79,7 @@ class EasyAnimateControl:
 
     @classmethod
     def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
         usable = V5_1.usable_span
         caption = "" if request.key.chance("text-drop", TEXT_DROP) else str(request.record["text"])
         pixels = clip_of(request, usable_span=usable)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.easyanimate_control import CONFIG_DEFAULTS, POINT_AT
 from vfun_cli.families.easyanimate_control.names import diffusers_name
-from vfun_cli.training.loading import empty_model, load_weights, model_settings, safetensors_files
-from vfun_cli.training.rope import rotary_table
+from vfun_cli.modeling.rope import rotary_table
+from vfun_cli.modeling.weights import empty_model, load_weights, model_settings, safetensors_files
 
 NOT_MODEL_SHAPE = frozenset(
     {

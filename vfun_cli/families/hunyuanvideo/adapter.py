@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, SHIFT, Condition, check_config
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import clip_of
-from vfun_cli.training.encoders.clip_text import ClipPooledText
-from vfun_cli.training.encoders.clip_vae import folder_source, sample_posteriors
-from vfun_cli.training.encoders.frozen import Encoders, Output, Source
-from vfun_cli.training.encoders.hunyuan_vae import HunyuanVAE
-from vfun_cli.training.encoders.llama_prompt import LlamaPrompt
-from vfun_cli.training.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.training.loading import load_diffusers, read_json, require_parts
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Clip, Plain, Together
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.clips import clip_of
+from vfun_cli.modeling.encoders.clip_text import ClipPooledText
+from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
+from vfun_cli.modeling.encoders.frozen import Encoders, Output, Source
+from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
+from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
+from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
+from vfun_cli.modeling.inputs import Clip, Plain, Together
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import load_diffusers, read_json, require_parts
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
@@ -93,7 +93,7 @@ class HunyuanVideoAdapter:
 
     @classmethod
     def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`."""
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return cls.compose(clip_of(request), str(request.record.get("text") or ""), request.key)
 
     @classmethod

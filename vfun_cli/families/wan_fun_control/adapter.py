@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS, read_dims
 from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import clip_of, reference_frame
-from vfun_cli.training.encoders import clip_vision, umt5, wan_vae
-from vfun_cli.training.encoders.clip_vae import FRAMES_PER_LATENT, keep, sample_posteriors
-from vfun_cli.training.encoders.clip_vision import ClipImageEncoder
-from vfun_cli.training.encoders.frozen import Encoders, Output, Source
-from vfun_cli.training.encoders.umt5 import pad_text
-from vfun_cli.training.loading import empty_model, load_weights, read_json, require_parts, safetensors_files
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Clip, Filled, Plain
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.clips import clip_of, reference_frame
+from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
+from vfun_cli.modeling.encoders.clip_vae import FRAMES_PER_LATENT, keep, sample_posteriors
+from vfun_cli.modeling.encoders.clip_vision import ClipImageEncoder
+from vfun_cli.modeling.encoders.frozen import Encoders, Output, Source
+from vfun_cli.modeling.encoders.umt5 import pad_text
+from vfun_cli.modeling.inputs import Clip, Filled, Plain
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import empty_model, load_weights, read_json, require_parts, safetensors_files
 
 DROP = 0.1
 """Probability, for each condition on its own, of training a sample without it."""
@@ -118,7 +118,7 @@ class WanFunControlAdapter:
 
     @classmethod
     def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`; the control clip shows the same frames as the clip.
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip.
 
         A row without a control clip trains with a black one.
         """

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS, read_dims
 from vfun_cli.families.wan_s2v.transformer import load_transformer
-from vfun_cli.training.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
-from vfun_cli.training.clips import frame_indices, reference_frame
-from vfun_cli.training.encoders import umt5, wan_vae, wav2vec2
-from vfun_cli.training.encoders.clip_vae import draw
-from vfun_cli.training.encoders.frozen import Encoders, Output
-from vfun_cli.training.encoders.frozen import Source as EncoderSource
-from vfun_cli.training.encoders.umt5 import pad_text
-from vfun_cli.training.encoders.wav2vec2 import SpeechEncoder
-from vfun_cli.training.loading import read_json, require_parts, require_same
-from vfun_cli.training.randomness import SampleKey
-from vfun_cli.training.recipes import Clip, Filled, Frames, Joined, Media, Plain, Recipe, Size, Sound, Together
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.clips import frame_indices, reference_frame
+from vfun_cli.modeling.encoders import umt5, wan_vae, wav2vec2
+from vfun_cli.modeling.encoders.clip_vae import draw
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.encoders.frozen import Source as EncoderSource
+from vfun_cli.modeling.encoders.umt5 import pad_text
+from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder
+from vfun_cli.modeling.inputs import Clip, Filled, Frames, Joined, Media, Plain, Recipe, Size, Sound, Together
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.weights import read_json, require_parts, require_same
 
 DROP = 0.1
 """Probability of leaving out the text, the control, the sound, the end of both, or the history."""
@@ -193,7 +193,7 @@ class WanS2VAdapter:
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        """See :class:`~vfun_cli.training.adapter.ModelAdapter`."""
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return compose(source_of(request), _decide(request.key, request.frames, options))
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS
-from vfun_cli.training.loading import empty_model, load_weights, model_settings, read_json, safetensors_files
-from vfun_cli.training.transfer import upload
+from vfun_cli.modeling.transfer import upload
+from vfun_cli.modeling.weights import empty_model, load_weights, model_settings, read_json, safetensors_files
 
 SUPPORTED: dict[str, Any] = {
     "model_type": "s2v",

@@ -1,0 +1,156 @@
+"""Writes the generated pages of ``docs/`` from what the code declares: ``make docs``."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import numpy as np
+
+from vfun_cli import families
+from vfun_cli.config.options import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.metadata.codes import CODES
+from vfun_cli.metadata.table import ClipTable
+
+DOCS = Path(__file__).parent
+
+INTRODUCTION = """# Options
+
+Made by `make docs` from `vfun_cli/config/options.py`; do not edit by hand.
+
+Each option is `--video-sample-size` or `--video_sample_size` on the command line, `video_sample_size` in `vfun.toml`
+and `VFUN_VIDEO_SAMPLE_SIZE` in the environment. What is typed wins over the environment, that over `vfun.toml` in
+the working directory, that over the family's default; `--dry-run` shows where each value came from. A switch is
+turned off with `--no-...`, or `false` in a file. Keys at the top of `vfun.toml` hold for every family, those
+in a table named after a family for that one:
+
+```toml
+output_dir = "runs/first"
+
+[wan-s2v]
+learning_rate = 1e-5
+```
+
+*Resume* says what a changed value means for `vfun resume`: **harmless** passes, **trajectory** is refused unless
+`--allow` names it, **layout** is refused.
+"""
+
+
+PROBLEMS_INTRODUCTION = """# Problem codes
+
+Made by `make docs` from `vfun_cli/metadata/codes.py`; do not edit by hand.
+
+What `vfun validate-meta` can report. Only an error keeps a row out of training and makes exit code 3.
+`vfun validate-meta --explain CODE` prints one entry.
+"""
+
+
+def problems_page() -> str:
+    """Every problem code, what it means, an example and what to do."""
+    entries = [
+        f"\n## {code.name}\n\n*{code.severity.capitalize()}.* {code.explanation}\n\n"
+        f"For example: {code.example}\n\n{code.fix}\n"
+        for code in CODES.values()
+    ]
+    return PROBLEMS_INTRODUCTION + "".join(entries)
+
+
+def options_page() -> str:
+    """Every option by panel, the flags of old scripts, and the families' defaults."""
+    parts = [INTRODUCTION]
+    for panel, rows in groupby(options().items(), key=lambda item: item[1][2].panel):
+        parts.append(f"\n## {panel}\n\n| option | takes | default | resume | what it does |\n|---|---|---|---|---|\n")
+        parts += [_row(name, kind, opt) for name, (_, kind, opt) in rows]
+    parts.append("\n## Short for a strategy\n\n| flag | strategy |\n|---|---|\n")
+    parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
+    parts.append("\n## Taken from old scripts, without effect\n\n| flag | why |\n|---|---|\n")
+    parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IDLE_FLAGS.items()]
+    parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")
+    parts += [_family(name) for name in families.FAMILIES]
+    return "".join(parts)
+
+
+def _row(name: str, kind: Any, opt: Opt) -> str:
+    variables = "".join(f" Also `${variable}`." for variable in opt.variables)
+    default = _text(default_of(name))
+    return f"| `{name}` | {_takes(kind, opt)} | {default} | {opt.on_resume} | {_cell(opt.help)}{variables} |\n"
+
+
+def _takes(kind: Any, opt: Opt) -> str:
+    if opt.choices:
+        return ", ".join(f"`{choice}`" for choice in opt.choices)
+    arms = [arm for arm in get_args(kind) if arm is not type(None)] if get_origin(kind) is not tuple else []
+    plain = arms[0] if arms else kind
+    words = {int: "whole number", float: "number", bool: "on, off", str: "text", Path: "path"}
+    return words.get(plain, "list") + (f", {opt.unit}" if opt.unit else "")
+
+
+def _family(name: str) -> str:
+    spec = families.FAMILIES[name]
+    rows = [f"\n### {name}\n\n| option | train | lora |\n|---|---|---|\n"]
+    for option in options():
+        train = spec.defaults.get(option, default_of(option))
+        lora = spec.lora_defaults.get(option, train)
+        by_strategy = "".join(
+            f" ({strategy}: {_text(values[option])})"
+            for strategy, values in spec.strategy_defaults.items()
+            if option in values
+        )
+        if _text(train) != _text(default_of(option)) or _text(lora) != _text(train) or by_strategy:
+            rows.append(f"| `{option}` | {_text(train)}{by_strategy} | {_text(lora)} |\n")
+    return "".join(rows)
+
+
+def _text(value: Any) -> str:
+    if value is None or value in ((), ""):
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def preview_picture() -> tuple[str, str]:
+    """What ``plan-buckets`` prints for a made-up set of 2,000 films, as SVG and as plain text."""
+    import io
+
+    from rich.console import Console
+
+    from vfun_cli.plan.options import PlanOptions
+    from vfun_cli.plan.preview import preview
+    from vfun_cli.plan.schedule import plan_epochs
+
+    spec = families.FAMILIES["wan-s2v"]
+    options = PlanOptions.pick(spec.defaults, world_size=8)
+    plans = list(plan_epochs(spec, spec.dims, _films(2000), options, 1))
+    console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True, color_system="256")
+    console.print(preview(spec, spec.dims, options, _films(2000), plans))
+    text = console.export_text(clear=False)
+    return console.export_svg(title="vfun plan-buckets wan-s2v --world-size 8", unique_id="plan"), text
+
+
+def _films(count: int) -> ClipTable:
+    """Films of six aspects and three frame rates, half a second to twenty seconds long; equal on every machine."""
+    sizes = ((1280, 720), (1920, 1080), (720, 1280), (640, 640), (854, 480), (480, 360))
+    rates = ((25, 1), (30000, 1001), (24, 1))
+    place = np.arange(count)
+    size = np.array(sizes)[place * 7 % 13 % len(sizes)]
+    return ClipTable.from_columns(
+        width=size[:, 0], height=size[:, 1], frames=12 + place * 37 % 480,
+        fps=[rates[index] for index in (place * 5 % 11 % len(rates)).tolist()],
+    )  # fmt: skip
+
+
+PREVIEW = Path("images") / "plan-preview.svg"
+PAGES = {"options.md": options_page, "problem-codes.md": problems_page}
+
+if __name__ == "__main__":
+    DOCS.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+    (DOCS / PREVIEW).parent.mkdir(exist_ok=True)
+    (DOCS / PREVIEW).write_text(preview_picture()[0], encoding="utf-8")

@@ -1,0 +1,137 @@
+"""Options: the documents' defaults, every way to set one, who wins, and what is said of a wrong one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docs import generate as docs
+from vfun_cli import families
+from vfun_cli.config.options import RunConfig, default_of, options
+from vfun_cli.config.resolve import Resolved, resolve
+from vfun_cli.errors import ConfigError
+
+
+def settle(
+    command: str = "train",
+    family: str = "wan-s2v",
+    given: dict[str, Any] | None = None,
+    environ: dict[str, str] | None = None,
+    toml: str | None = None,
+    folder: Path = Path("nowhere"),
+) -> Resolved:
+    if toml is not None:
+        (folder / "vfun.toml").write_text(toml, encoding="utf-8")
+    return resolve(command, families.find(family), given or {}, environ=environ or {}, directory=folder)
+
+
+@pytest.mark.parametrize(
+    ("variable", "option"),
+    [
+        ("MODEL_NAME", "pretrained_model_name_or_path"),
+        ("DATASET_NAME", "train_data_dir"),
+        ("DATASET_META_NAME", "train_data_meta"),
+    ],
+)
+def test_the_documents_variables_are_read(variable: str, option: str) -> None:
+    resolved = settle(environ={variable: "some/place"})
+    assert getattr(resolved.config, option) == Path("some/place")
+    assert resolved.sources[option] == f"${variable}"
+
+
+def test_option_wins_over_environment_over_file_over_family(tmp_path: Path) -> None:
+    toml = "seed = 1\nlearning-rate = 1e-3\n[wan-s2v]\nseed = 2\nmax-grad-norm = 0.5\n[cogvideox-fun]\nseed = 9\n"
+    environ = {"VFUN_SEED": "3", "VFUN_LOW_VRAM": "false"}
+    resolved = settle(given={"seed": 4}, environ=environ, toml=toml, folder=tmp_path)
+    assert (resolved.config.seed, resolved.sources["seed"]) == (4, "option")
+    resolved = settle(environ=environ, toml=toml, folder=tmp_path)
+    assert (resolved.config.seed, resolved.sources["seed"]) == (3, "$VFUN_SEED")
+    assert resolved.config.low_vram is False
+    resolved = settle(toml=toml, folder=tmp_path)
+    assert (resolved.config.seed, resolved.sources["seed"]) == (2, f"{tmp_path / 'vfun.toml'} [wan-s2v]")
+    assert resolved.config.max_grad_norm == 0.5
+    assert resolved.config.learning_rate == 1e-3
+    assert (resolved.config.adam_epsilon, resolved.sources["adam_epsilon"]) == (1e-10, "wan-s2v default")
+    assert (resolved.config.adam_beta1, resolved.sources["adam_beta1"]) == (0.9, "default")
+
+
+def test_the_names_own_variable_wins_over_the_documents() -> None:
+    both = {"MODEL_NAME": "old", "VFUN_PRETRAINED_MODEL_NAME_OR_PATH": "new"}
+    assert settle(environ=both).config.pretrained_model_name_or_path == Path("new")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"toml": "lerning_rate = 1\n"}, ["lerning_rate", "learning_rate", "vfun.toml"]),
+        ({"toml": "[wan-s2v]\nsed = 1\n"}, ["sed", "seed", "[wan-s2v]"]),
+        ({"toml": "[cogvideox-fun]\nsed = 1\n"}, ["sed", "seed", "[cogvideox-fun]"]),
+        ({"toml": "[wan-s2w]\nseed = 1\n"}, ["[wan-s2w]", "'wan-s2v'"]),
+        ({"toml": "seed = \n"}, ["vfun.toml", "not valid TOML"]),
+        ({"toml": "seed = 'many'\n"}, ["seed", "'many'", "whole number"]),
+        ({"toml": "seed = true\n"}, ["seed", "True", "whole number"]),
+        ({"toml": "low_vram = 'perhaps'\n"}, ["low_vram", "'perhaps'", "true or false"]),
+        ({"environ": {"VFUN_LERNING_RATE": "1"}}, ["$VFUN_LERNING_RATE", "learning_rate"]),
+        ({"environ": {"VFUN_LEARNING_RATE": "nan"}}, ["VFUN_LEARNING_RATE", "finite"]),
+        ({"given": {"lr_scheduler": "cosin"}}, ["--lr-scheduler", "'cosine'"]),
+        ({"given": {"video_sample_size": 0}}, ["--video-sample-size", "16"]),
+        ({"given": {"train_mode": "control"}}, ["wan-s2v", "'control'", "--train-mode"]),
+        ({"given": {"loss_type": "flow"}}, ["loss_type", "wan-s2v"]),
+        *(
+            ({"family": family, "given": {"control_ref_image": "random"}}, ["control_ref_image", family])
+            for family in ("hunyuanvideo-t2v", "hunyuanvideo-i2v", "cogvideox-fun")
+        ),
+        (
+            {"family": "easyanimate-v5.1-control", "given": {"control_ref_image": "random"}},
+            ["latent frame 0", "first_frame"],
+        ),
+        (
+            {"family": "easyanimate-v5.1-control", "given": {"train_mode": "control_camera_ref"}},
+            ["pose files", "control_ref, control"],
+        ),
+        ({"given": {"strategy": "single", "num_processes": 2}}, ["single", "num_processes 2"]),
+        ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
+        ({"given": {"num_machines": 2, "num_processes": 2}}, ["port", "--main-process-port"]),
+        ({"given": {"machine_rank": 1}}, ["machine_rank 1"]),
+        ({"given": {"use_ema": True, "strategy": "fsdp"}}, ["use_ema", "fsdp", "--ddp"]),
+        ({"given": {"trainable_modules": ()}}, ["trainable_modules"]),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(wrong: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settle(**wrong, folder=tmp_path)
+    said = f"{caught.value.message} {caught.value.hint or ''}"
+    assert all(word in said for word in words), said
+
+
+def test_run_json_holds_the_whole_configuration() -> None:
+    config = settle(given={"trainable_modules": ("blocks", "head"), "max_train_steps": 3}).config
+    assert RunConfig.from_json(config.to_json()) == config
+    assert set(config.to_json()) == set(options())
+
+
+def test_a_data_directory_defaults_to_the_folder_of_the_metadata() -> None:
+    resolved = settle(given={"train_data_meta": "somewhere/metadata.json"})
+    assert resolved.config.train_data_dir == Path("somewhere")
+
+
+def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:
+    assert settle(toml="trainable_modules = ['a', 'b']\n", folder=tmp_path).config.trainable_modules == ("a", "b")
+    assert settle(environ={"VFUN_TRAINABLE_MODULES": "a, b"}).config.trainable_modules == ("a", "b")
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_the_generated_pages_are_up_to_date(name: str) -> None:
+    assert (docs.DOCS / name).read_text(encoding="utf-8") == docs.PAGES[name](), "run: make docs"
+
+
+def test_every_option_is_explained() -> None:
+    for name, (_, _, opt) in options().items():
+        assert opt.help.endswith((".", "always so).")), name
+        assert not opt.choices or default_of(name) in (*opt.choices, None, "auto"), name
+
+
+def test_nothing_in_this_process_sets_options() -> None:
+    """The tests above mean what they say only without such variables."""
+    assert not [name for name in os.environ if name.startswith("VFUN_")]

@@ -1,0 +1,102 @@
+"""Two processes: every family's encoders whole and spread over the ranks, on the same inputs.
+
+    torchrun --nproc_per_node=2 spread_worker.py FOLDER
+
+``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the spread ones lies on this rank;
+``FOLDER/rounds-<rank>.pt`` what the ranks agreed on ahead of their micro-batches.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vfun_cli import families
+from vfun_cli.config.resolve import resolve
+from vfun_cli.demo import default as demo_default
+from vfun_cli.modeling.adapter import Input
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.modeling.encoders.spread import Spread
+from vfun_cli.modeling.inputs import Plain
+from vfun_cli.training.data.encoding import Sample
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, agreed_ahead
+from vfun_cli.training.ending import end_with
+from vfun_cli.training.session import adapter_of, adapter_options
+
+CAPTIONS = ("a red circle moves to the left", "waves", "two people talk at a table, one of them laughs")
+CPU = torch.device("cpu")
+
+
+def inputs_of(filler: Any, rank: int) -> list[list[Any]]:
+    """Three calls: a caption each, two on one rank and one on the other, none on rank 1."""
+
+    def whole(caption: str) -> Any:
+        return caption if isinstance(filler, str) else (caption, torch.full_like(filler[1], 0.5))
+
+    calls = [CAPTIONS[rank : rank + 1], CAPTIONS[: 2 - rank], CAPTIONS[:1] if rank == 0 else ()]
+    return [[whole(caption) for caption in captions] for captions in calls]
+
+
+def outputs(encoders: Encoders, name: str, calls: list[list[Any]]) -> list[Any]:
+    ranks = encoders.spread
+    rounds = [0] * len(calls) if ranks is None else ranks.ask([len(inputs) for inputs in calls])()
+    return [encoders.run(name, inputs, count) for inputs, count in zip(calls, rounds, strict=True)]
+
+
+def no_rank_waits_for_another(encoders: Encoders, folder: Path, rank: int) -> list[dict[str, int]]:
+    """Micro-batches as the trainer asks for them; rank 1 asks for the next only when rank 0 has had it."""
+    seen, loaded = folder / "rank-0-went-on", []
+    for number, batch in enumerate(agreed_ahead(iter(micro_batches(encoders, rank)), encoders)):
+        loaded.append(dict(batch.rounds))
+        if number == 1 and rank == 0:
+            seen.touch()
+        if number == 0 and rank == 1:
+            deadline = time.monotonic() + 60
+            while not seen.exists():
+                assert time.monotonic() < deadline, "rank 0 waits for rank 1"
+                time.sleep(0.01)
+    return loaded
+
+
+def micro_batches(encoders: Encoders, rank: int) -> list[LoadedBatch]:
+    """Rank 0 has a caption to encode in the first one, rank 1 two in the last one, nobody any in the second."""
+    text = Input(encoder=encoders.together[0], recipe=Plain("waves"))
+    clips = [[1, 0, 0], [0, 0, 2]][rank]
+    sample = Sample(inputs={"text": text}, values={"text": "waves"})
+    return [
+        LoadedBatch(batch=MicroBatch(epoch=0, step=step, index=0, requests=()), samples=[sample] * count)
+        for step, count in enumerate(clips)
+    ]
+
+
+def main(folder: Path) -> int:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    os.chdir(folder)
+    for spec in families.FAMILIES.values():
+        config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
+        options = replace(adapter_options(config, CPU), compute_dtype=torch.bfloat16)
+        whole, spread = (adapter_of(spec).encoders_of(options) for _ in range(2))
+        spread.spread_over(Spread.over_all_ranks(CPU))
+        found = {}
+        for name in spread.together:
+            calls = inputs_of(spread.sources[name].filler, rank)
+            alone, shared = outputs(whole, name, calls), outputs(spread, name, calls)
+            here = sum(parameter.to_local().numel() for parameter in spread[name].model.parameters())
+            everything = sum(parameter.numel() for parameter in whole[name].model.parameters())
+            found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything}
+        torch.save(found, folder / f"{spec.name}-{rank}.pt")
+    torch.save(no_rank_waits_for_another(spread, folder, rank), folder / f"rounds-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    end_with(lambda: main(Path(sys.argv[1])))

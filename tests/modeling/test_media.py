@@ -1,0 +1,310 @@
+"""Frames and audio samples come back from where they were put."""
+
+import subprocess
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vfun_cli.demo.media import CLIPS, build_media
+from vfun_cli.errors import MetadataError
+from vfun_cli.families.spec import MetadataField
+from vfun_cli.metadata.checks import validate
+from vfun_cli.metadata.records import read_metadata
+from vfun_cli.modeling.media import (
+    cover_size,
+    read_audio,
+    read_frames,
+    read_image,
+    resize_and_crop,
+    write_png,
+    write_video,
+    write_wav,
+)
+
+NTSC = Fraction(30000, 1001)
+BITS = 7
+
+
+def numbered(frames: int, height: int = 32, width: int = 7 * 16) -> torch.Tensor:
+    """Frames that carry their own number in black and white columns of 16 pixels, [F, 3, H, W] in [-1, 1]."""
+    bits = (torch.arange(frames)[:, None] >> torch.arange(BITS)) & 1  # [F, BITS]
+    columns = bits.repeat_interleave(width // BITS, 1).float() * 1.6 - 0.8
+    return columns[:, None, None].expand(frames, 3, height, width).clone()
+
+
+def numbers(pixels: torch.Tensor) -> list[int]:
+    """The numbers that the frames carry."""
+    width = pixels.shape[-1] // BITS
+    columns = pixels.mean(dim=(1, 2)).unflatten(1, (BITS, width))[..., width // 4 : -(width // 4)].mean(2)
+    return ((columns > 0).long() << torch.arange(BITS)).sum(1).tolist()
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("film") / "numbered clip ä.mp4"
+    write_video(path, numbered(100), NTSC)
+    return path
+
+
+@pytest.mark.parametrize("indices", [range(100), range(3, 100, 7), [99], [50, 2, 2, 98, 0]])
+def test_frames_come_back_by_their_numbers(indices, film: Path) -> None:
+    pixels = read_frames(film, indices, 32, 112)
+    assert pixels.shape == (len(indices), 3, 32, 112) and pixels.dtype == torch.float32
+    assert numbers(pixels) == list(indices)
+    torch.testing.assert_close(pixels, numbered(100)[list(indices)], atol=0.08, rtol=0)
+
+
+def test_frames_with_reordered_coding_come_back_by_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "b.mp4"
+    source = ((numbered(60) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = source.shape[1], source.shape[2], "yuv420p"
+        stream.options = {"bf": "3", "g": "12", "threads": "1", "b-adapt": "0"}
+        for array in source:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+        container.mux(stream.encode())
+    assert numbers(read_frames(path, range(0, 60, 5), 32, 112)) == list(range(0, 60, 5))
+
+
+def test_the_written_frame_rate_is_exact(film: Path) -> None:
+    with av.open(str(film)) as container:
+        assert container.streams.video[0].average_rate == NTSC
+        assert container.streams.video[0].frames == 100
+
+
+def test_shrinking_in_the_decoder_stays_close_to_the_exact_resize(tmp_path: Path) -> None:
+    yy, xx = torch.meshgrid(torch.linspace(0, 6, 360), torch.linspace(0, 9, 640), indexing="ij")
+    picture = torch.stack([torch.sin(xx * 2 + yy), torch.cos(yy * 3), torch.sin(xx - yy)])
+    clip = torch.stack([picture.roll(4 * i, -1) for i in range(4)]) * 0.9
+    write_video(tmp_path / "big.mp4", clip, Fraction(25))
+    small = read_frames(tmp_path / "big.mp4", range(4), 96, 128)
+    exact = resize_and_crop(read_frames(tmp_path / "big.mp4", range(4), 360, 640), 96, 128)
+    assert (small - exact).abs().mean() < 0.01
+    assert (small - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (32, 64), (80, 32)])
+def test_clips_are_resized_to_cover_and_cropped_in_the_middle(height: int, width: int, tmp_path: Path) -> None:
+    clip = torch.full((1, 3, 64, 96), -0.9)
+    clip[..., 24:40, 40:56] = 0.9  # a white square in the middle
+    write_video(tmp_path / "c.mp4", clip, Fraction(25))
+    (frame,) = read_frames(tmp_path / "c.mp4", [0], height, width).mean(1)
+    rows, columns = torch.nonzero(frame > 0, as_tuple=True)
+    assert rows.float().mean().item() == pytest.approx((height - 1) / 2, abs=0.6)
+    assert columns.float().mean().item() == pytest.approx((width - 1) / 2, abs=0.6)
+    assert (rows.max() - rows.min()).item() == pytest.approx((columns.max() - columns.min()).item(), abs=1)
+
+
+def test_cover_size_keeps_the_aspect_and_never_falls_short() -> None:
+    assert cover_size(720, 1280, 256, 448) == (256, 455)
+    assert cover_size(1280, 720, 256, 256) == (455, 256)
+    assert cover_size(100, 100, 100, 100) == (100, 100)
+    for height, width, to_height, to_width in ((719, 1281, 333, 591), (31, 997, 64, 64), (5, 3, 512, 512)):
+        found = cover_size(height, width, to_height, to_width)
+        assert found[0] >= to_height and found[1] >= to_width and (found[0] == to_height or found[1] == to_width)
+
+
+@pytest.mark.parametrize(
+    ("content", "indices", "message"),
+    [
+        (b"", [0], "frame 0"),
+        (b"no film" * 99, [3], "cannot be decoded"),
+        (None, [0, 100], "frame 100 .* has 100 frames"),
+    ],
+)
+def test_unreadable_frames_are_named(
+    content: bytes | None, indices: list[int], message: str, film: Path, tmp_path: Path
+) -> None:
+    path = film
+    if content is not None:
+        path = tmp_path / "bad.mp4"
+        path.write_bytes(content)
+    with pytest.raises(MetadataError, match=message) as raised:
+        read_frames(path, indices, 32, 112)
+    assert str(path) in str(raised.value)
+
+
+def test_a_frame_in_a_damaged_stretch_is_an_error_that_names_it(film: Path, tmp_path: Path) -> None:
+    content = bytearray(film.read_bytes())
+    start = content.find(b"mdat") + len(content) // 4
+    content[start : start + 4000] = bytes(i * 7919 % 256 for i in range(4000))
+    (tmp_path / "damaged.mp4").write_bytes(bytes(content))
+    with pytest.raises(MetadataError, match=r"damaged\.mp4: frame \d+ cannot be decoded"):
+        read_frames(tmp_path / "damaged.mp4", range(100), 32, 112)
+
+
+@pytest.mark.parametrize(("height", "width"), [(112, 32), (28, 16)])
+def test_a_film_recorded_on_its_side_comes_back_upright(height: int, width: int, tmp_path: Path) -> None:
+    """A phone's film: 112x32 stored, and a matrix that turns it by a quarter (ISO/IEC 14496-12, 8.3.2)."""
+    path = tmp_path / "turned.mp4"
+    write_video(path, numbered(100), NTSC)
+    plain = read_frames(path, [5, 98, 40], 32, 112)
+    content = bytearray(path.read_bytes())
+    matrix = content.find(b"tkhd") + 44
+    turned = (0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    content[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turned)
+    path.write_bytes(bytes(content))
+    upright = read_frames(path, [5, 98, 40], height, width)
+    assert upright.shape == (3, 3, height, width)
+    expected = resize_and_crop(plain.rot90(-1, (2, 3)), height, width)
+    assert (upright - expected).abs().mean() < 0.02
+    if width == 32:
+        assert numbers(upright.rot90(1, (2, 3))) == [5, 98, 40]
+
+
+def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, :30, 0] = 255  # red on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise: red on top
+    Image.fromarray(picture).save(tmp_path / "p.png", exif=exif)
+    pixels = read_image(tmp_path / "p.png", 60, 40)
+    assert pixels.shape == (1, 3, 60, 40)
+    assert pixels[0, 0, :28].min() == 1 and pixels[0, 0, 32:].max() == -1
+
+
+def test_grey_and_transparent_pictures_become_three_channels_and_broken_ones_an_error(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (32, 32), 1).save(tmp_path / "x.png")
+        assert read_image(tmp_path / "x.png", 16, 16).shape == (1, 3, 16, 16)
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:50])
+    with pytest.raises(MetadataError, match=r"x\.png"):
+        read_image(tmp_path / "x.png", 16, 16)
+
+
+# Sound
+
+
+def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encode_sound(path: Path, samples: np.ndarray, rate: int, *, video: bool = False, start: int = 0) -> None:
+    """Stereo sound in the format that the suffix names; ``start`` in samples, beside a black film if ``video``."""
+    codec = {".flac": "flac", ".mp3": "libmp3lame", ".m4a": "aac", ".mp4": "aac", ".wav": "pcm_s16le"}[path.suffix]
+    with av.open(str(path), "w") as container:
+        if video:
+            film = container.add_stream("libx264", rate=25)
+            film.width, film.height, film.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream(codec, rate=rate, layout="stereo")
+        if video:
+            for _ in range(50):
+                black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                container.mux(film.encode(black))
+            container.mux(film.encode())
+        whole = av.AudioFrame.from_ndarray(np.stack([samples, samples]), format="fltp", layout="stereo")
+        whole.sample_rate, whole.pts = rate, 0
+        size = sound.codec_context.frame_size or 1024
+        cutter = av.AudioResampler(format=sound.format, layout="stereo", rate=rate, frame_size=size)
+        for given in (whole, None):
+            for piece in cutter.resample(given):
+                piece.pts += start
+                container.mux(sound.encode(piece))
+        container.mux(sound.encode())
+
+
+@pytest.mark.parametrize("rate", [44100, 48000, 22050, 16000])
+@pytest.mark.parametrize("start", [Fraction(0), Fraction(1234567, 10**6), Fraction(48, 1) / NTSC])
+def test_samples_are_where_the_clock_says(rate: int, start: Fraction, tmp_path: Path) -> None:
+    encode_sound(tmp_path / "a.wav", tone(3, rate), rate)
+    found = read_audio(tmp_path / "a.wav", start, Fraction(80) / NTSC / 4)
+    assert found.dtype == np.float32 and len(found) == round(Fraction(80) / NTSC / 4 * 16000)
+    expected = 0.5 * np.sin(2 * np.pi * 440 * (round(start * 16000) + np.arange(len(found))) / 16000)
+    assert np.abs(found - expected)[64:].max() < 1e-4  # 64: the filter's edge at the very start of a file
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".flac", 1e-4), (".mp3", 0.05), (".m4a", 0.05), (".mp4", 0.05)])
+def test_compressed_sound_keeps_its_place(suffix: str, tolerance: float, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    encode_sound(path, tone(2, 44100), 44100, video=suffix == ".mp4")
+    found = read_audio(path, Fraction(1), Fraction(1, 2))
+    expected = 0.5 * np.sin(2 * np.pi * 440 * (16000 + np.arange(8000)) / 16000)
+    assert np.abs(found - expected).max() < tolerance
+
+
+def test_a_late_sound_track_is_heard_late(tmp_path: Path) -> None:
+    encode_sound(tmp_path / "late.mp4", tone(1.5, 16000), 16000, video=True, start=3200)
+    found = read_audio(tmp_path / "late.mp4", Fraction(0), Fraction(1))
+    assert np.abs(found[:2000]).max() < 1e-3  # aac smears a few milliseconds before the attack
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(12800) / 16000)
+    assert np.abs(found[3200:] - expected)[500:].max() < 0.05
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    with wave.open(str(tmp_path / "s.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(np.tile(np.array([16384, 0], "<i2"), 1600).tobytes())
+    assert np.all(read_audio(tmp_path / "s.wav", Fraction(0), Fraction(1, 10)) == 0.25)
+
+
+def test_a_short_tail_is_filled_with_silence_and_a_longer_one_refused(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(1, 16000), 16000)
+    found = read_audio(tmp_path / "a.wav", Fraction(1, 2), Fraction(515, 1000))
+    assert len(found) == 8240 and np.abs(found[8000:]).max() == 0 and np.abs(found[7900:8000]).max() > 0.4
+    with pytest.raises(MetadataError, match=r"a\.wav.*ends at 1\.000 s"):
+        read_audio(tmp_path / "a.wav", Fraction(1, 2), Fraction(53, 100))
+
+
+def test_sound_that_is_not_there_is_an_error(tmp_path: Path, film: Path) -> None:
+    with pytest.raises(MetadataError, match="no audio stream"):
+        read_audio(film, Fraction(0), Fraction(1))
+    for content in (b"", b"no sound" * 50):
+        (tmp_path / "x.wav").write_bytes(content)
+        with pytest.raises(MetadataError, match=r"x\.wav"):
+            read_audio(tmp_path / "x.wav", Fraction(0), Fraction(1))
+
+
+def test_a_written_wav_and_png_come_back(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", tone(1, 16000), 16000)
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", Fraction(0), Fraction(1)), tone(1, 16000), atol=4e-5)
+    pixels = torch.linspace(-1, 1, 3 * 16 * 24).reshape(1, 3, 16, 24)
+    write_png(tmp_path / "p.png", pixels)
+    torch.testing.assert_close(read_image(tmp_path / "p.png", 16, 24), pixels, atol=1 / 255 + 1e-6, rtol=0)
+
+
+# The demo data set
+
+
+def test_the_demo_media_are_valid_small_and_always_the_same(tmp_path: Path) -> None:
+    fields = (
+        MetadataField(name="file_path", media="visual"),
+        MetadataField(name="audio_path", media="audio", required=False),
+        MetadataField(name="control_file_path", media="control"),
+    )
+    path = build_media(tmp_path / "one", control=True, audio=True, images=True)
+    report = validate(read_metadata(path), fields, ("video", "image"), tmp_path / "one")
+    assert report.problems == () and report.rows == len(CLIPS) + 2
+    table = report.table()
+    videos = ~table.is_image
+    assert table.frames[videos].tolist() == [clip.frames for clip in CLIPS]
+    rates = [Fraction(int(n), int(d)) for n, d in zip(table.fps_num[videos], table.fps_den[videos], strict=True)]
+    assert rates == [clip.fps for clip in CLIPS]
+    files = [file for file in (tmp_path / "one").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 5e6
+    build_media(tmp_path / "two", control=True, audio=True, images=True)
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_the_demo_media_leave_out_what_is_not_asked_for(tmp_path: Path) -> None:
+    path = build_media(tmp_path, control=False, audio=False, images=False, seed=1)
+    assert {item.name for item in tmp_path.iterdir()} == {"metadata.json", "train"}
+    assert all(set(record.fields) == {"file_path", "text", "type"} for record in read_metadata(path).records)
+
+
+def test_validation_needs_no_torch() -> None:
+    code = (
+        "import sys, vfun_cli.metadata.report, vfun_cli.metadata.checks, vfun_cli.metadata.fix, vfun_cli.demo.media;"
+        "assert not {'torch', 'decord', 'av'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,1 @@
+"""Every option once: its declaration, where its value comes from, its checks."""

@@ -1,0 +1,1 @@
+"""From resolved options to a running job and back."""

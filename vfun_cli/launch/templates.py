@@ -1,0 +1,94 @@
+"""Templates to launch files, and the exact command that starts the training processes. Nothing is started here."""
+
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from vfun_cli.config.options import RunConfig
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.run.rundir import RunDir
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def templates_dir() -> Path:
+    """The templates: inside an installed package, or at the top level of a checkout."""
+    installed = _PACKAGE / "templates"
+    return installed if installed.is_dir() else _PACKAGE.parent / "templates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """What a launch writes and runs."""
+
+    files: dict[Path, str]
+    argv: list[str]
+
+    @property
+    def command(self) -> str:
+        """The argv as a shell would take it, for people to read."""
+        return shlex.join(self.argv)
+
+
+def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path) -> LaunchPlan:
+    """Render the launch files of this machine; pure but for choosing a free port."""
+    folder = run.launch(config.machine_rank).absolute()
+    accelerate_file = folder / "accelerate.yaml"
+    deepspeed_template = templates_dir() / "deepspeed" / f"{config.strategy}.json"
+    deepspeed_file = folder / "deepspeed.json"
+    values = _values(config, spec) | {"deepspeed_config_file": _yaml_text(str(deepspeed_file))}
+    files = {accelerate_file: _render(templates_dir() / "accelerate" / f"{config.strategy}.yaml", values)}
+    if deepspeed_template.is_file():
+        files[deepspeed_file] = _render(deepspeed_template, values)
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(accelerate_file),
+        "-m",
+        "vfun_cli.training",
+        str(run_json.absolute()),
+    ]
+    return LaunchPlan(files=files, argv=argv)
+
+
+def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
+    return {
+        "mixed_precision": config.mixed_precision,
+        "bf16": _json_bool(config.mixed_precision == "bf16"),
+        "use_cpu": _json_bool(config.device == "cpu"),
+        "pin_memory": _json_bool(config.device == "cuda"),
+        "num_machines": config.num_machines,
+        "num_processes": config.num_processes,
+        "machine_rank": config.machine_rank,
+        "main_process_ip": _yaml_text(config.main_process_ip),
+        "main_process_port": config.main_process_port or _free_port(),
+        "block_classes": ",".join(spec.block_classes),
+        "train_batch_size": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "max_grad_norm": config.max_grad_norm,
+    }
+
+
+def _render(template: Path, values: dict[str, Any]) -> str:
+    return Template(template.read_text(encoding="utf-8")).substitute(values)
+
+
+def _json_bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _yaml_text(value: str) -> str:
+    """Escaped for a double-quoted YAML string."""
+    return value.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""What families are built from; knows no trainer."""

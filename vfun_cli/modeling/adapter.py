@@ -1,0 +1,107 @@
+"""What the trainer asks of a model family."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.inputs import Recipe
+from vfun_cli.modeling.randomness import SampleKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """The part of the configuration that a family may depend on."""
+
+    model_dir: Path
+    compute_dtype: torch.dtype
+    """dtype of the frozen encoders and of what they give."""
+    device: torch.device
+    vae_mini_batch: int = 1
+    low_vram: bool = False
+    train_mode: str = ""
+    control_ref_image: str = "first_frame"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One clip of the plan, as the loader workers get it."""
+
+    key: SampleKey
+    record: Mapping[str, Any]
+    """The metadata record, media paths made absolute."""
+    kind: str
+    """``video`` or ``image``."""
+    frames: int
+    height: int
+    width: int
+    stride: int
+    """Source frames per clip frame."""
+    total_frames: int
+    fps: tuple[int, int]
+    """Source frame rate as (numerator, denominator)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One thing that a sample needs encoded."""
+
+    encoder: str | None
+    """Which of the adapter's encoders reads it; None: it goes as it is into ``assemble``, as ``value``."""
+    recipe: Recipe
+
+
+Inputs = dict[str, Input]
+"""Everything that one sample needs, by the family's names."""
+
+Conditions = dict[str, Any]
+"""What ``predict`` needs beside latents and timesteps; tensors are batched along dim 0."""
+
+
+class ModelAdapter(Protocol):
+    """Speaks one model's dialect. The objective owns the mathematics, the trainer owns time.
+
+    ``transformer`` is the only module that is trained, wrapped and saved. Encoders stay inside the adapter,
+    frozen, in eval mode and without gradients.
+    """
+
+    transformer: nn.Module
+    encoders: Encoders
+
+    @classmethod
+    def from_pretrained(cls, options: AdapterOptions) -> "ModelAdapter":
+        """Load the transformer from the released directory layout, offline. Unknown or missing keys are errors.
+
+        The encoders are loaded when they are first used, or by ``encoders.load()``.
+        The transformer comes back in float32 on the CPU; the trainer casts and moves it.
+        """
+        ...
+
+    @classmethod
+    def encoders_of(cls, options: AdapterOptions) -> Encoders:
+        """The encoders of the released directory alone, none of them loaded yet."""
+        ...
+
+    @staticmethod
+    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+        """What the encoders must read for this clip; nothing is decoded. A pure function of the request.
+
+        Draws that decide it (start, reference frame, mask) are made with ``request.key.content``.
+        """
+        ...
+
+    def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
+        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, from what the encoders gave; no gradients.
+
+        Everything that is random at each step happens here: drops, sampling of posteriors. ``outputs`` has an entry for
+        every input of each sample.
+        """
+        ...
+
+    def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's prediction, [B, C, F, H, W] like ``noisy``. ``timesteps`` is [B], 0..1000."""
+        ...

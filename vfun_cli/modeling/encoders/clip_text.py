@@ -1,0 +1,38 @@
+"""The pooled CLIP caption embedding of HunyuanVideo."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+
+from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+
+MAX_LENGTH = 77
+
+
+class ClipPooledText(nn.Module):
+    """Raw captions (no template) to the pooler output of CLIP's text tower."""
+
+    def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype) -> "ClipPooledText":
+        """Offline. Raises CheckpointError if a folder is incomplete or does not fit."""
+        return cls(load_model(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIPTokenizer, tokenizer))
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """[B, dim]. Captions are cut at 77 tokens and padded without an attention mask, as the model was trained."""
+        ids, _ = padded_tokens(self.tokenizer, captions, MAX_LENGTH)
+        with torch.no_grad():
+            pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
+        return pooled
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``pooled`` [dim] of each caption."""
+        return [{"pooled": self.encode([caption])[0]} for caption in inputs]

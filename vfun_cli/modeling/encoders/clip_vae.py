@@ -1,0 +1,90 @@
+"""What all video VAEs share: clips of any shape in, posteriors out, in mini-batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vfun_cli.modeling.encoders.frozen import Output, Source
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.transfer import upload
+from vfun_cli.modeling.weights import safetensors_files
+
+FRAMES_PER_LATENT = 4
+"""Behind the first frame, which makes a latent of its own. All these VAEs would take another number of frames and
+encode, or drop, the last ones as if they were fewer."""
+
+
+class ClipVAE(nn.Module, ABC):
+    """A frozen VAE; latents are scaled as its transformer reads them."""
+
+    mini_batch: int
+
+    @abstractmethod
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents [B, z, f, h, w], float32, of pixels [B, 3, F, H, W].
+
+        Raises ValueError for a number of frames that the VAE would encode as another one.
+        """
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, z, f, h, w] float32 of pixels [B, 3, F, H, W] in [-1, 1].
+
+        ``noise`` is standard normal of the latents' shape, on any device; None takes the posterior's mode.
+        """
+        with torch.no_grad():
+            parts = [self.posterior(part) for part in pixels.split(self.mini_batch)]
+        mean = torch.cat([mean for mean, _ in parts])
+        if noise is None:
+            return mean
+        return mean + torch.cat([deviation for _, deviation in parts]) * noise.to(mean)
+
+    def outputs(self, inputs: Sequence[Tensor]) -> list[Output]:
+        """``mean`` and ``std`` [z, f, h, w] of clips [F, 3, H, W]; clips of one shape share mini-batches."""
+        found: dict[int, Output] = {}
+        shapes = [clip.shape for clip in inputs]
+        for shape in dict.fromkeys(shapes):
+            members = [index for index, other in enumerate(shapes) if other == shape]
+            for start in range(0, len(members), self.mini_batch):
+                together = members[start : start + self.mini_batch]
+                pixels = torch.stack([inputs[index].transpose(0, 1) for index in together])
+                pixels = upload(pixels, next(self.parameters()).device)
+                with torch.no_grad():
+                    means, deviations = self.posterior(pixels)
+                for index, mean, deviation in zip(together, means, deviations, strict=True):
+                    found[index] = {"mean": mean, "std": deviation}
+        return [found[index] for index in range(len(inputs))]
+
+
+def require_whole_latents(pixels: Tensor) -> None:
+    """Raises ValueError unless the frames of [B, 3, F, H, W] are 1 + 4k."""
+    frames = pixels.shape[2]
+    if frames % FRAMES_PER_LATENT != 1:
+        raise ValueError(f"the VAE encodes 1 + 4k frames, got {frames}")
+
+
+def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> Source:
+    """A VAE that ``load`` makes of a released ``vae`` folder. Raises CheckpointError if no weights are there."""
+    return Source(
+        load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch),
+        files=(folder / "config.json", *safetensors_files(folder)),
+        settings=str(dtype),
+    )
+
+
+def sample_posteriors(outputs: Sequence[Output], keys: Sequence[SampleKey], purpose: str) -> Tensor:
+    """Latents [B, z, f, h, w] float32, each drawn from its posterior with the noise of its own key."""
+    return torch.stack([draw(output, key, purpose) for output, key in zip(outputs, keys, strict=True)])
+
+
+def keep(values: Tensor, kept: Sequence[bool]) -> Tensor:
+    """Zeros for the samples of a batch that are not kept."""
+    return values * upload(torch.tensor(kept), values.device).view(-1, *[1] * (values.dim() - 1))
+
+
+def draw(output: Output, key: SampleKey, purpose: str) -> Tensor:
+    """One posterior's sample [z, f, h, w]."""
+    mean, deviation = output["mean"], output["std"]
+    return mean + deviation * upload(key.normal(purpose, tuple(mean.shape)), mean.device)

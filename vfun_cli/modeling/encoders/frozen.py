@@ -1,0 +1,101 @@
+"""A family's frozen encoders by name: loaded when first used, run without gradients, told apart by their files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vfun_cli.modeling.encoders.placement import encoding_on
+from vfun_cli.modeling.encoders.spread import Spread
+
+Output = dict[str, Tensor]
+"""What an encoder makes of one input, by the encoder's names; the tensors of a VAE are ``mean`` and ``std``."""
+
+
+class Encoder(Protocol):
+    """A frozen module."""
+
+    def outputs(self, inputs: Sequence[Any]) -> list[Output]:
+        """One output for each input, made as if it were alone: what a cache holds must not depend on neighbours.
+
+        Of a batch, a device rounds otherwise than of its parts, in bf16 by far more than losses may differ.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an encoder comes from."""
+
+    load: Callable[[], Any]
+    """Makes the encoder on the CPU. Raises CheckpointError if its files are missing or do not fit."""
+    files: tuple[Path, ...]
+    """Files and folders that its outputs depend on."""
+    settings: str
+    """What else they depend on, such as its dtype."""
+    filler: Any = None
+    """Of a large encoder, which ranks may share: what a rank without inputs of its own reads while the others work."""
+
+
+class Encoders(Mapping[str, Any]):
+    """The encoders of one model, by name."""
+
+    def __init__(self, sources: Mapping[str, Source], device: torch.device, *, low_vram: bool = False) -> None:
+        self.sources = dict(sources)
+        self.device = device
+        self.low_vram = low_vram
+        self.loaded: dict[str, Any] = {}
+        self.spread: Spread | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """The encoder itself, loaded now if it was not."""
+        if name not in self.loaded:
+            self.loaded[name] = self.sources[name].load()
+            ranks = self._sharing(name)
+            if ranks is not None:
+                ranks.shard(self.loaded[name])
+        return self.loaded[name]
+
+    def __iter__(self) -> Any:
+        """All names."""
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        """How many there are, loaded or not."""
+        return len(self.sources)
+
+    def spread_over(self, ranks: Spread) -> None:
+        """Share the large encoders among ranks; before any is loaded. From now on the ranks run them together."""
+        self.spread = ranks
+
+    @property
+    def together(self) -> list[str]:
+        """The encoders that all ranks run at once, with or without inputs of their own."""
+        return [name for name in self.sources if self._sharing(name) is not None]
+
+    def _sharing(self, name: str) -> Spread | None:
+        """The ranks that run this encoder together; None if each has its own."""
+        return None if self.sources[name].filler is None else self.spread
+
+    def load(self) -> None:
+        """All that are not there yet. Raises CheckpointError if a part is missing or does not fit."""
+        for name in self.sources:
+            self[name]
+
+    def run(self, name: str, inputs: Sequence[Any], rounds: int = 0) -> list[Output]:
+        """What the encoder makes of the inputs, on its device.
+
+        One of ``together`` computes ``rounds`` times on every rank, as many as the rank with most inputs has, and stays
+        on the device, where it takes a part of its size.
+        """
+        idle = max(0, rounds - len(inputs))
+        if not inputs and not idle:
+            return []
+        read = [*inputs, *[self.sources[name].filler] * idle]
+        module = self[name]
+        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharing(name) is None):
+            found: list[Output] = module.outputs(read)
+        return found[: len(inputs)]

@@ -1,0 +1,82 @@
+"""The VAE of EasyAnimate V5 and V5.1: a released ``vae`` folder in diffusers' AutoencoderKLMagvit."""
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLMagvit
+from torch import Tensor
+
+from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.encoders.clip_vae import FRAMES_PER_LATENT, ClipVAE, require_whole_latents
+from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.weights import empty_model, load_weights, read_json, safetensors_files
+
+SUPPORTED = {
+    "mid_block_use_attention": False,
+    "cache_mag_vae": True,
+    "slice_mag_vae": False,
+    "cache_compression_vae": False,
+    "slice_compression_vae": False,
+    "mini_batch_encoder": FRAMES_PER_LATENT,
+}
+"""Settings of the released configuration that diffusers' class has built in, and the value it has them at."""
+
+
+class MagvitVAE(ClipVAE):
+    """Pixels to scaled latents, in mini-batches."""
+
+    def __init__(self, model: AutoencoderKLMagvit, *, mini_batch: int = 1) -> None:
+        super().__init__()
+        self.model = freeze(model)
+        self.mini_batch = mini_batch
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "MagvitVAE":
+        """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
+        arguments = read_arguments(folder)
+        model = empty_model(lambda: AutoencoderKLMagvit(**arguments))
+        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
+        return cls(model, mini_batch=mini_batch)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean mu * scaling_factor and deviation exp(logvar / 2) * scaling_factor [B, z, f, h, w] float32.
+
+        F = 1 + 4k, f = 1 + k; logvar is clamped to [-30, 20]. The networks run in their own dtype.
+        Raises ValueError for another number of frames: the last group would be encoded as a shorter one.
+        """
+        require_whole_latents(pixels)
+        moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
+        mu, logvar = moments.float().chunk(2, dim=1)
+        scale = float(self.model.config.scaling_factor)
+        return mu * scale, torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * scale
+
+
+def latent_channels(folder: Path) -> int:
+    """Channels of the latents (16 in the released VAE), from ``config.json``. Raises CheckpointError like loading."""
+    default = signature(AutoencoderKLMagvit.__init__).parameters["latent_channels"].default
+    return int(read_arguments(folder).get("latent_channels", default))
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of diffusers' class for a released ``vae`` folder. Raises CheckpointError if they do not fit."""
+    path = folder / "config.json"
+    return vae_arguments(read_json(path), str(path))
+
+
+def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of diffusers' class that a released VAE configuration means.
+
+    Raises CheckpointError for a setting that diffusers' class does not have: it would encode differently in silence.
+    """
+    wrong = {name: config[name] for name, value in SUPPORTED.items() if config.get(name, value) != value}
+    if wrong:
+        right = {name: SUPPORTED[name] for name in wrong}
+        raise CheckpointError(
+            f"{where}: the VAE of EasyAnimate V5 and V5.1 has {right}, not {wrong}",
+            hint="point --pretrained_model_name_or_path at a released EasyAnimate V5 or V5.1 Control model",
+        )
+    known = set(signature(AutoencoderKLMagvit.__init__).parameters) - {"self"}
+    return {name: value for name, value in config.items() if name in known}

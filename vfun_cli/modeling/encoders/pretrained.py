@@ -1,0 +1,95 @@
+"""Models and tokenizers of transformers from a local folder, strictly: what does not fit is an error."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
+
+from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.encoders.frozen import Source
+from vfun_cli.modeling.encoders.placement import freeze
+
+
+def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = ()) -> Any:
+    """A frozen model of class ``kind`` from its folder, on the CPU, offline.
+
+    unused: beginnings of names that may be missing or left over, because nothing reads them here.
+    Raises CheckpointError if the folder is incomplete, unreadable, or its weights do not fit its configuration.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no {kind.__name__} in {folder}: config.json is missing",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        )
+    # Under ZeRO-3 accelerate tells transformers to shard whatever it loads, whatever zero3_init_flag says. A frozen
+    # encoder outside the engine would be left with empty weights.
+    unset_hf_deepspeed_config()
+    try:
+        model, report = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"cannot load {kind.__name__} from {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
+            hint="the folder is incomplete or holds another model: download it again",
+        ) from error
+    wrong = {
+        what: sorted(name for name in map(str, report.get(f"{what}_keys") or ()) if not name.startswith(tuple(unused)))
+        for what in ("missing", "unexpected", "mismatched")
+    }
+    if any(wrong.values()):
+        lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in wrong.items() if names]
+        raise CheckpointError(
+            "\n".join([f"the tensors in {folder} do not fit {kind.__name__}:", *lines]),
+            hint="the folder is incomplete or holds another model: download it again",
+        )
+    return freeze(model)
+
+
+def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
+    """A tokenizer of class ``kind`` from its folder, offline, padding on the right.
+
+    Raises CheckpointError if it is not there or cannot be read.
+    """
+    # transformers makes an empty vocabulary out of an empty folder without a word.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
+        raise CheckpointError(
+            f"no {kind.__name__} in {folder}: none of {', '.join(kind.vocab_files_names.values())}",
+            hint="download the folder again",
+        )
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, padding_side="right")
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"no {kind.__name__} in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
+            hint="download the folder again",
+        ) from error
+
+
+def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, length] int64 of texts, cut and padded on the right."""
+    tokens = tokenizer(
+        list(texts), max_length=length, padding="max_length", padding_side="right", truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> Source:
+    """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens. Ranks may share it.
+
+    Raises CheckpointError at once for a folder that is not there: loading comes after gigabytes of other parts.
+    """
+    for folder in (model, tokenizer):
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: there is no such folder",
+                hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            )
+    return Source(
+        load=lambda: load(model, tokenizer, dtype=dtype, length=length),
+        files=(model, tokenizer),
+        settings=f"{dtype} {length}",
+        filler="",
+    )

@@ -1,0 +1,61 @@
+"""Captions through the language half of Qwen2-VL, as EasyAnimate V5.1 reads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+
+from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+
+
+class Qwen2VLText(nn.Module):
+    """Captions to [B, length, hidden]: what the last layer but one puts out, without a norm."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, length: int) -> None:
+        super().__init__()
+        self.model = freeze(model)
+        self.tokenizer = tokenizer
+        self.length = length
+
+    @classmethod
+    def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> "Qwen2VLText":
+        """From the ``text_encoder`` and ``tokenizer`` folders. Raises CheckpointError if one is incomplete.
+
+        The visual tower and the output head (2.4 GB of the 7B model in bf16) are let go at once: captions need neither.
+        """
+        whole = load_model(Qwen2VLForConditionalGeneration, model, dtype=dtype)
+        return cls(whole.model.language_model, load_tokenizer(Qwen2Tokenizer, tokenizer), length=length)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [B, length] of each caption as a chat of one user message.
+
+        Padded on the right. A caption too long loses its end and the template's closing tokens, as in training.
+        """
+        chats = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": [{"type": "text", "text": caption}]}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for caption in captions
+        ]
+        return padded_tokens(self.tokenizer, chats, self.length)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Hidden states [B, length, hidden] in the encoder's dtype."""
+        ids, mask = self.tokenize(captions)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            states = self.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+            ).hidden_states
+        last_but_one: Tensor = states[-2]
+        return last_but_one
+
+    def outputs(self, inputs: Sequence[str]) -> list[Output]:
+        """``states`` [length, hidden] of each caption."""
+        return [{"states": self.encode([caption])[0]} for caption in inputs]

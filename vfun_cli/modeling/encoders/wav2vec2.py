@@ -1,0 +1,123 @@
+"""Speech features per video frame from a wav2vec 2.0 folder, as Wan-S2V reads them."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.encoders.pretrained import load_model
+
+FOLDER = "wav2vec2-large-xlsr-53-english"
+FEATURE_RATE = 50
+"""wav2vec 2.0 makes one feature per 320 samples at 16 kHz."""
+VIDEO_RATE = 30
+"""Features are resampled to this rate before they are shared out to the clip's frames."""
+UNUSED = ("wav2vec2.masked_spec_embed",)
+"""Read only by SpecAugment in wav2vec's own training; some released files leave it out."""
+
+
+class SpeechEncoder(nn.Module):
+    """Mono waveforms to hidden states of every layer, in float32 always."""
+
+    def __init__(self, model: Wav2Vec2ForCTC, extractor: Wav2Vec2FeatureExtractor) -> None:
+        super().__init__()
+        self.model = freeze(model.float())
+        self.extractor = extractor
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "SpeechEncoder":
+        """A transformers folder with Wav2Vec2ForCTC and its feature extractor, offline.
+
+        Raises CheckpointError if the folder is incomplete or its weights do not fit its configuration.
+        """
+        # Only SpecAugment reads it, in training; some released files leave it out.
+        model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=("wav2vec2.masked_spec_embed",))
+        try:
+            extractor = Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"no feature extractor in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
+                hint="the released folder has a preprocessor_config.json: download it again",
+            ) from error
+        return cls(model, extractor)
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second that ``waveform`` arguments need."""
+        return int(self.extractor.sampling_rate)
+
+    @property
+    def dim(self) -> int:
+        """Width of a hidden state."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states of one feature: the embedding and every layer."""
+        return int(self.model.config.num_hidden_layers) + 1
+
+    def hidden_states(self, waveform: Tensor) -> Tensor:
+        """[layers + 1, T, hidden] at 50 Hz of one clip's mono waveform [samples] float32.
+
+        The waveform is normalised over the clip (the folder's setting). The last entry is the output AFTER the
+        encoder's final LayerNorm, as transformers 4 returned it and as the released S2V weights expect;
+        transformers 5 puts the value before the LayerNorm into ``hidden_states``.
+        """
+        inputs = self.extractor(
+            waveform.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt"
+        ).input_values
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            output = self.model.wav2vec2(inputs.float().to(self.model.device), output_hidden_states=True)
+        return torch.cat([*output.hidden_states[:-1], output.last_hidden_state])
+
+    def features_30hz(self, waveform: Tensor) -> Tensor:
+        """Hidden states resampled linearly from 50 to 30 Hz, [layers + 1, L, hidden], L = floor(T * 30 / 50)."""
+        states = self.hidden_states(waveform)
+        length = states.shape[1] * VIDEO_RATE // FEATURE_RATE
+        resampled = nn.functional.interpolate(
+            states.transpose(1, 2), size=length, mode="linear", align_corners=True
+        )  # [layers + 1, hidden, L]
+        return resampled.transpose(1, 2)
+
+    def encode(self, waveform: Tensor, *, fps: Fraction, frames: int) -> Tensor:
+        """[frames, layers + 1, hidden] of a clip of ``frames`` frames at ``fps`` and its sound of the same length."""
+        return share_out(self.features_30hz(waveform), fps=fps, frames=frames)
+
+    def outputs(self, inputs: Sequence[tuple[Tensor, Fraction, int]]) -> list[Output]:
+        """``features`` [frames, layers + 1, hidden] of each (waveform, frames a second, frames)."""
+        return [{"features": self.encode(waveform, fps=fps, frames=frames)} for waveform, fps, frames in inputs]
+
+
+def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
+    """One feature of [layers, L, hidden] at 30 Hz for each video frame: [frames, layers, hidden].
+
+    Frame k shows at k / fps seconds and takes the feature nearest to that time, half to even. A frame later than the
+    last feature gets zeros: wav2vec makes its last feature up to 25 ms before the sound ends.
+    Source: ``get_audio_embed_bucket_fps`` of the original, restated in the spec, with the exact frame rate.
+
+    Raises ValueError if the sound is longer than the clip: the original then returns a multiple of the frames, and
+    the model reads them shifted.
+    """
+    layers, length, hidden = features.shape
+    if Fraction(length, VIDEO_RATE) > frames / fps:
+        raise ValueError(
+            f"{length / VIDEO_RATE:.3f} s of sound do not belong to a clip of {frames} frames at {float(fps):.3f} fps, "
+            f"{float(frames / fps):.3f} s"
+        )
+    duration = float(frames / fps)
+    # The product with numpy's linspace decides ties at .5 as the released model saw them; round(30 k / fps) does not.
+    times = np.linspace(0, duration, frames, endpoint=False)
+    last = math.ceil(frames / fps * VIDEO_RATE) - 1
+    indices = torch.from_numpy(np.minimum(np.round(VIDEO_RATE * times), last).astype(np.int64)).to(features.device)
+    heard = indices < length
+    shared = features.new_zeros(frames, layers, hidden)
+    shared[heard] = features[:, indices[heard]].transpose(0, 1)
+    return shared

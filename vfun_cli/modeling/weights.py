@@ -1,0 +1,300 @@
+"""Weights from a model directory into a module: by name, strictly, without a random initialisation on the way.
+
+    model = empty_model(lambda: Transformer(**config))
+    load_weights(model, safetensors_files(folder), where=str(folder))
+
+A checkpoint that does not fit the model exactly is one ``CheckpointError``. The originals skip such tensors with a
+print and train from random numbers.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vfun_cli.errors import CheckpointError, did_you_mean
+from vfun_cli.modeling.lazy_weights import left_in_files, replace_parameter
+
+Module = TypeVar("Module", bound=nn.Module)
+
+LISTED = 10
+"""How many offending names an error shows of each kind."""
+
+
+def empty_model(build: Callable[[], Module]) -> Module:
+    """Build a module with its parameters on the meta device and its buffers real.
+
+    Non-persistent buffers (rope tables, position ids) are in no checkpoint, so a module built wholly on meta would
+    keep buffers without values. Parameters cost no memory until ``load_weights`` assigns them.
+    """
+    with _parameters_on_meta():
+        return build()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside lands on meta; the tensor it came from is freed at once, never written."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied parameter is on meta already and stays the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors files of one model: the shards of ``<stem>.safetensors.index.json``, else
+    ``<stem>.safetensors``, else every ``*.safetensors`` in the folder, sorted by name.
+
+    Raises CheckpointError if there is none, if a shard of the index is missing, or if a file is damaged.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    elif single.is_file():
+        files = [single]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        )
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(files)} shards, and {len(missing)} of them are missing: {_some(missing)}",
+            hint=f"download the missing files again into {folder}",
+        )
+    for file in files:
+        _open(file)
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model directory. Raises CheckpointError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {_first_line(error)}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")
+    return found
+
+
+def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
+    """Look for every file and folder of a released directory before the first gigabyte is read.
+
+    Raises CheckpointError naming all that are missing.
+    """
+    missing = [name for name in parts if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a complete {model} directory: no {', '.join(missing)}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded; "
+            f"beside the transformer it holds {', '.join(parts)}",
+        )
+
+
+def require_same(folder: Path, name: str, wanted: int, found: int, part: str) -> None:
+    """Raise CheckpointError if a part of a model gives another size than its transformer reads."""
+    if wanted != found:
+        raise CheckpointError(
+            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
+            hint="all parts must come from one released model: download them again",
+        )
+
+
+def model_settings(config: Mapping[str, Any], known: Iterable[str], *, model: str) -> dict[str, Any]:
+    """A configuration without the keys of its file format (``_class_name``, …).
+
+    Raises CheckpointError for a key that is not ``known``: it may change what the model computes.
+    """
+    found = {name: value for name, value in config.items() if not name.startswith("_")}
+    known = set(known) - {"self"}
+    unknown = sorted(found.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"the transformer's config.json has keys that {model} does not know: {', '.join(unknown)}."
+            + did_you_mean(unknown[0], known),
+            hint=f"point --pretrained_model_name_or_path at a released {model} model",
+        )
+    return found
+
+
+def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files, one at a time, as stored. Raises CheckpointError on a damaged file."""
+    for file in files:
+        with _open(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                yield name, shard.get_tensor(name)
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """The state dict of a ``torch.save`` file, memory-mapped, on the CPU. Executes no code from the file.
+
+    Raises CheckpointError if the file is missing, damaged, or holds anything but tensors by name.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"no such weights file: {path}",
+            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+        )
+    try:
+        # Files from before torch 1.6 are not zip archives and cannot be mapped.
+        state = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
+    except Exception as error:  # the restricted unpickler answers garbage with anything, even IndexError
+        raise CheckpointError(
+            f"cannot read {path} ({path.stat().st_size} bytes): {_first_line(error)}",
+            hint="the file is incomplete or holds more than tensors: download it again",
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a state dict (tensors by name)", hint="download the released file again")
+    return dict(state)
+
+
+def load_weights(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | Sequence[Path],
+    *,
+    rename: Callable[[str], str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    where: str,
+    transformer: bool = False,
+) -> None:
+    """Give every parameter and persistent buffer of ``model`` its tensor. In place; the model may be on meta.
+
+    tensors: (name, tensor) pairs, a mapping, or safetensors files.
+    rename: from a name in the checkpoint to the name in the model.
+    dtype: what floating-point tensors are cast to; others stay as they are.
+    where: the file or folder, for the error message.
+    transformer: this is the model that is trained, whose weights ``LeftInFiles`` may leave in their files.
+
+    Parameters that the model ties stay tied; the checkpoint may hold either name or both.
+    Raises CheckpointError listing what is missing, unexpected or of another shape.
+    """
+    left = left_in_files() if transformer else None
+    first = _first_names(model)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+    state: dict[str, Tensor] = {}
+    given: set[str] = set()
+    unexpected: list[str] = []
+    misshapen: list[str] = []
+    for stored_name, tensor in _pairs(tensors):
+        name = rename(stored_name) if rename else stored_name
+        if name not in wanted:
+            unexpected.append(name if name == stored_name else f"{stored_name} (as {name})")
+        elif name in given:
+            unexpected.append(f"{name} (a second time)")
+        elif tuple(tensor.shape) != wanted[name]:
+            misshapen.append(f"{name} is {list(tensor.shape)}, the model has {list(wanted[name])}")
+        else:
+            state[first[name]] = tensor.to(dtype) if left is None and tensor.is_floating_point() else tensor
+        given.add(name)
+    covered = {first[name] for name in given & wanted.keys()}
+    missing = [name for name in wanted if first[name] not in covered]
+    _refuse_mismatch(where, type(model).__name__, missing, unexpected, misshapen)
+    if left is not None:
+        left.leave(model, {name: state.pop(name) for name, _ in model.named_parameters()}, dtype)
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        wanted = {name: shape for name, shape in wanted.items() if first[name] in state}  # buffers
+    model.load_state_dict({name: state[first[name]] for name in wanted}, strict=left is None, assign=True)
+    for name in wanted:
+        if first[name] != name:
+            replace_parameter(model, name, model.get_parameter(first[name]))
+    _refuse_meta(model)
+
+
+def load_diffusers(
+    kind: type[Any], folder: Path, *, dtype: torch.dtype = torch.float32, transformer: bool = False
+) -> Any:
+    """A model of one of diffusers' classes from its folder, on the CPU.
+
+    Raises CheckpointError if ``config.json`` or the safetensors beside it are missing or do not fit.
+    """
+    config = read_json(folder / "config.json")
+    model = empty_model(lambda: kind.from_config(config))
+    load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder), transformer=transformer)
+    return model
+
+
+def _pairs(
+    tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | Sequence[Path],
+) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(tensors, Mapping):
+        return cast(Mapping[str, Tensor], tensors).items()
+    if isinstance(tensors, Sequence) and tensors and isinstance(tensors[0], Path):
+        return read_safetensors(cast(Sequence[Path], tensors))
+    return cast(Iterable[tuple[str, Tensor]], tensors)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For every name of the state dict the first name of the same tensor; they differ for tied parameters."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def _refuse_mismatch(
+    where: str, model: str, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]
+) -> None:
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    lines = [f"  {len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if lines:
+        raise CheckpointError(
+            "\n".join([f"the tensors in {where} do not fit {model}:", *lines]),
+            hint="check that the folder is the model of this family, that its config.json belongs to the weights, "
+            "and that the download is complete",
+        )
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    """A buffer without values is a mistake in the program, not in the checkpoint."""
+    hollow = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if hollow:
+        raise RuntimeError(f"{type(model).__name__} has buffers on meta ({_some(hollow)}): build it with empty_model")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not a safetensors index: {_first_line(error)}", hint="download the index file again"
+        ) from error
+
+
+def _open(file: Path) -> safe_open:
+    """Opening checks the header and that the file is as long as the header says."""
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"cannot read {file} ({file.stat().st_size} bytes): {_first_line(error)}",
+            hint="the file is incomplete or damaged: download it again",
+        ) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

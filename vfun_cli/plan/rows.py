@@ -1,0 +1,215 @@
+"""What every command does before a run: check the rows, read the model's dimensions, plan the epochs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from vfun_cli import console
+from vfun_cli.config.options import RunConfig
+from vfun_cli.errors import MetadataError
+from vfun_cli.families.spec import FamilySpec, MetadataField, ModelDims
+from vfun_cli.metadata.checks import (
+    MEDIA_TYPES,
+    ClipNeeds,
+    MediaType,
+    Report,
+    Settings,
+    states_everything,
+    table_without_files,
+    validate,
+)
+from vfun_cli.metadata.codes import Problem
+from vfun_cli.metadata.records import read_metadata
+from vfun_cli.metadata.report import summary_of_warnings
+from vfun_cli.metadata.table import ClipTable
+from vfun_cli.plan.clips import dropped, prepare
+from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.planning import ENDLESS_EPOCHS, plan_options, read_dims
+from vfun_cli.plan.schedule import EpochPlan, plan_epochs
+from vfun_cli.plan.sizes import fewest_frames
+
+CACHE = Path("~/.cache/vfun/headers.sqlite")
+"""Remembered file headers, keyed by path, size and modification time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInput:
+    """All that a plan is a function of."""
+
+    spec: FamilySpec
+    dims: ModelDims
+    options: PlanOptions
+    table: ClipTable
+
+
+EVERY_FIELD = (
+    MetadataField(name="file_path", media="visual"),
+    MetadataField(name="control_file_path", media="control", required=False),
+    MetadataField(name="audio_path", media="audio", required=False),
+)
+"""What rows may hold when no family is named."""
+
+
+def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | None = None) -> Report:
+    """Validate the metadata of a run as its family and settings need it.
+
+    With ``deep_timeout`` everything is decoded too, at most so many seconds a file.
+
+    Raises:
+        MetadataError: no metadata is named.
+        ConfigError: options with which nothing can be planned.
+    """
+    report = _validate(
+        config.train_data_meta,
+        config.train_data_dir,
+        spec.fields,
+        spec.media_types,
+        needs=clip_needs(config, spec),
+        deep_timeout=deep_timeout,
+    )
+    return report.plus(left_out_by_plan(config, spec, report))
+
+
+CODES_OF_REASONS = {"unsupported-type": "unsupported-type", "too-short": "clip-too-short", "too-small": "too-small"}
+"""What validation calls the plan's reasons; the other reasons are errors of the file, found before."""
+
+
+def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> list[Problem]:
+    """The rows without errors that the plan would still leave out, asked of the plan itself.
+
+    With the released model's dimensions: the data must not seem bad because the model directory is.
+    """
+    visual = next(field.name for field in spec.fields if field.media == "visual")
+    clips = prepare(spec, spec.dims, report.table(), plan_options(config))
+    problems = [
+        Problem(row=row, code=CODES_OF_REASONS[reason], message=words, field=visual)
+        for row, reason, words in dropped(clips)
+    ]
+    if problems and not clips.used.any():
+        message = f"the plan leaves out all {len(problems)} rows without errors"
+        problems.append(Problem(row=None, code="nothing-to-train", message=message))
+    return problems
+
+
+def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep_timeout: float | None = None) -> Report:
+    """Validate what every family needs; ``deep_timeout`` as in :func:`check_rows`.
+
+    Raises:
+        MetadataError: no metadata is named.
+    """
+    return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
+
+
+def _validate(
+    meta: Path | None,
+    root: Path | None,
+    fields: Sequence[MetadataField],
+    media_types: Sequence[MediaType],
+    *,
+    needs: ClipNeeds | None,
+    deep_timeout: float | None,
+) -> Report:
+    if meta is None:
+        raise MetadataError(
+            "no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo needs neither."
+        )
+    with progress() as stage:
+        settings = Settings(cache=CACHE.expanduser(), progress=stage)
+        if deep_timeout is not None:
+            settings = replace(settings, deep=True, deep_timeout=deep_timeout)
+        return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
+
+
+def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
+    """The shortest video that these settings can train on."""
+    most = spec.strides_to_max_fps
+    return ClipNeeds(
+        min_frames=fewest_frames(spec), stride=config.video_sample_stride, max_fps=None if most is None else int(most)
+    )
+
+
+def plan_input(
+    config: RunConfig, spec: FamilySpec, world_size: int | None = None, *, needs_model: bool = True
+) -> PlanInput:
+    """Checked rows and the model's dimensions; without ``needs_model``, released dimensions where there is no model.
+
+    Raises:
+        MetadataError: rows that cannot be trained on; the message names them.
+        CheckpointError: no such model directory.
+    """
+    report = check_rows(config, spec)
+    for line in summary_of_warnings(report):
+        console.warn(line)
+    if any(problem.severity == "warning" for problem in report.problems):
+        console.hint(f"vfun validate-meta {config.train_data_meta} --family {spec.name} shows the rows")
+    root = () if config.train_data_dir is None else ("--data-root", str(config.train_data_dir))
+    report.require_ok("--family", spec.name, *root)
+    return PlanInput(
+        spec=spec,
+        dims=read_dims(spec, config.pretrained_model_name_or_path) if needs_model else dims_if_there(config, spec),
+        options=plan_options(config, world_size),
+        table=report.table(),
+    )
+
+
+def plan_input_without_files(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput | None:
+    """The same from rows that state everything, to plan a cluster run on a laptop; None if they do not."""
+    assert config.train_data_meta is not None
+    metadata = read_metadata(config.train_data_meta)
+    if not states_everything(metadata):
+        return None
+    return PlanInput(
+        spec=spec,
+        dims=dims_if_there(config, spec),
+        options=plan_options(config, world_size),
+        table=table_without_files(metadata),
+    )
+
+
+def dims_if_there(config: RunConfig, spec: FamilySpec) -> ModelDims:
+    """The model directory's dimensions, or the released ones where the directory is not on this machine."""
+    model = config.pretrained_model_name_or_path
+    return read_dims(spec, model if model is not None and model.is_dir() else None)
+
+
+def plan(source: PlanInput, epochs: int) -> list[EpochPlan]:
+    """The first epochs of the run, exactly those that the training core will execute."""
+    return list(islice(plan_epochs(source.spec, source.dims, source.table, source.options, ENDLESS_EPOCHS), epochs))
+
+
+class _Rate(ProgressColumn):
+    """Files a second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty until there is something to measure."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="dim")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A progress bar with rate and time left for the stages of a validation; silent when not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as bars:
+
+        def stage(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+
+            def advance(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+
+            return advance
+
+        yield stage

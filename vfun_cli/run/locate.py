@@ -1,0 +1,83 @@
+"""Finding runs and checkpoints from what people type."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfun_cli import console
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.state import STATE_FILE
+from vfun_cli.config.options import default_of
+from vfun_cli.config.resolve import setting
+from vfun_cli.demo.default import OUTPUT_DIR as DEMO_OUTPUT_DIR
+from vfun_cli.errors import CheckpointError
+from vfun_cli.run.rundir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A complete checkpoint and the run it belongs to."""
+
+    run: RunDir
+    checkpoint: Path
+    step: int
+
+
+def default_output_dir(*, demo: bool) -> Path:
+    """Where runs go when nothing else is said."""
+    if demo:
+        return DEMO_OUTPUT_DIR
+    return Path(setting("output_dir", os.environ, Path()) or default_of("output_dir"))
+
+
+def checkpoint(name: str | None, *, output_dir: Path) -> Found:
+    """A checkpoint from a run directory, a checkpoint's path, a bare ``checkpoint-500``, or nothing (the newest).
+
+    Raises:
+        CheckpointError: nothing of that name, or no complete checkpoint.
+    """
+    if name is None or name == "latest":
+        return _newest(RunDir(output_dir))
+    path = _existing(name, output_dir)
+    if path is None:
+        near = ", ".join(found.name for found in manifest.checkpoints(output_dir)[-5:]) or "none"
+        raise CheckpointError(
+            f"there is no {name}, neither here nor in {output_dir}.",
+            hint=f"Complete checkpoints in {output_dir}: {near}.",
+        )
+    if manifest.step_of(path.absolute()) is None:
+        return _newest(RunDir(path))
+    manifest.verify(path, deep=False)
+    return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
+
+
+def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
+    """A checkpoint that accelerate's save_state left for the original scripts, or None.
+
+    It has neither our manifest nor our folders; an incomplete one of ours has the latter.
+    """
+    path = _existing(name, output_dir)
+    if path is None or any((path / ours).exists() for ours in ("model", STATE_FILE, manifest.MANIFEST)):
+        return None
+    theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
+    return path if any(each.exists() for each in theirs) else None
+
+
+def model_directory() -> Path | None:
+    """The model that the environment or vfun.toml names."""
+    named = setting("pretrained_model_name_or_path", os.environ, Path())
+    return None if named is None else Path(named)
+
+
+def _existing(name: str, output_dir: Path) -> Path | None:
+    """What people mean by a path or a bare name."""
+    return next((path for path in (Path(name), output_dir / name) if path.exists()), None)
+
+
+def _newest(run: RunDir) -> Found:
+    path = manifest.newest_checkpoint(run.root)
+    step = manifest.step_of(path) or 0
+    for other in sorted(run.root.glob("checkpoint-*")):
+        if (manifest.step_of(other) or 0) > step:
+            console.warn(f"passed over {other}, which is newer and damaged: vfun checkpoints verify says how.")
+    return Found(run=run, checkpoint=path, step=step)

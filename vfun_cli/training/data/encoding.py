@@ -1,0 +1,108 @@
+"""From requests to what the transformer reads: cook what is missing, encode it, put it together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from vfun_cli.modeling.adapter import Conditions, Inputs, ModelAdapter, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders, Output
+from vfun_cli.modeling.inputs import cook
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.transfer import upload
+from vfun_cli.training.data.cache import Cache
+
+NO_ROUNDS: Mapping[str, int] = MappingProxyType({})
+"""Where each rank has all encoders of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One clip on its way from the loader to the encoders."""
+
+    inputs: Inputs
+    values: dict[str, Any]
+    """What the encoders must read, decoded, by the inputs' names."""
+    found: dict[str, Output] = field(default_factory=dict)
+    """What the cache had."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Where the cache wants what it had not."""
+
+
+def load(
+    adapter: type[ModelAdapter], request: SampleRequest, options: Mapping[str, Any], cache: Cache | None = None
+) -> Sample:
+    """Decode of one clip what the cache does not have. Raises MetadataError for media that cannot be decoded."""
+    return prepared(adapter.inputs(request, options), cache)
+
+
+def prepared(inputs: Inputs, cache: Cache | None = None) -> Sample:
+    """A sample of which everything is decoded or found. Raises MetadataError for media that cannot be decoded."""
+    found: dict[str, Output] = {}
+    keys: dict[str, str] = {}
+    if cache is not None:
+        keys = {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}
+        found = {name: output for name, key in keys.items() if (output := cache.read(key)) is not None}
+    values = cook({name: each.recipe for name, each in inputs.items() if name not in found})
+    return Sample(
+        inputs=inputs, values=values, found=found, keys={name: key for name, key in keys.items() if name in values}
+    )
+
+
+def encode(
+    adapter: ModelAdapter,
+    samples: Sequence[Sample],
+    keys: Sequence[SampleKey],
+    cache: Cache | None = None,
+    rounds: Mapping[str, int] = NO_ROUNDS,
+) -> tuple[Tensor, Conditions]:
+    """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients.
+
+    What had to be encoded is added to the cache. ``rounds``: see ``outputs_of``.
+    """
+    return adapter.assemble(outputs_of(adapter.encoders, samples, cache, rounds), keys)
+
+
+def outputs_of(
+    encoders: Encoders,
+    samples: Sequence[Sample],
+    cache: Cache | None = None,
+    rounds: Mapping[str, int] = NO_ROUNDS,
+) -> list[dict[str, Output]]:
+    """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once.
+
+    ``rounds`` is how often each encoder that the ranks share computes on all of them.
+    """
+    outputs: list[dict[str, Output]] = [
+        {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
+    ]
+    jobs: dict[str, list[tuple[int, str]]] = {name: [] for name in encoders}
+    for index, sample in enumerate(samples):
+        for name, value in sample.values.items():
+            encoder = sample.inputs[name].encoder
+            if encoder is None:
+                outputs[index][name] = _moved({"value": value}, encoders)
+            else:
+                jobs[encoder].append((index, name))
+    # Those that the ranks share come last: they wait for collectives, and nothing should wait behind them.
+    shared = encoders.together
+    for encoder in sorted(jobs, key=lambda name: name in shared):
+        places = jobs[encoder]
+        made = encoders.run(encoder, [samples[index].values[name] for index, name in places], rounds.get(encoder, 0))
+        for (index, name), output in zip(places, made, strict=True):
+            outputs[index][name] = output
+            if cache is not None:
+                cache.write(samples[index].keys[name], output)
+    return outputs
+
+
+def demand(encoders: Encoders, samples: Sequence[Sample]) -> list[int]:
+    """How often a micro-batch uses each of the encoders that the ranks share."""
+    wanted = [sample.inputs[name].encoder for sample in samples for name in sample.values]
+    return [wanted.count(name) for name in encoders.together]
+
+
+def _moved(output: Output, encoders: Encoders) -> Output:
+    return {name: upload(tensor, encoders.device) for name, tensor in output.items()}

@@ -1,0 +1,107 @@
+"""Fills the cache ahead of a run: the ranks share the clips of the plan and encode what is missing of theirs."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any, TextIO
+
+from accelerate.utils import gather_object
+
+from vfun_cli import families
+from vfun_cli.config.options import RunConfig
+from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.run_plan import RunPlan, load_plan
+from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.training.data.cache import Cache, prune
+from vfun_cli.training.data.encoding import outputs_of
+from vfun_cli.training.data.loader import MicroBatch, load_ahead
+from vfun_cli.training.data.stream import micro_batches
+from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.signals import StopFlag
+from vfun_cli.training.strategy import make_accelerator, prepare_environment
+from vfun_cli.training.trainer import CONTINUE
+
+
+def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
+    """Encode what the cache does not have of the run that ``described`` resolves to.
+
+    Entries are independent of each other: stopped or killed at any time, the next call goes on from there.
+    """
+    config = RunConfig.from_json(described["config"])
+    spec = families.find(described["family"])
+    assert config.cache is not None
+    prepare_environment(config.device)
+    accelerator = make_accelerator(config.strategy, config.device, 1, config.mixed_precision)
+    adapter = adapter_of(spec)
+    encoders = adapter.encoders_of(adapter_options(config, accelerator.device))
+    cache = Cache.for_encoders(config.cache, encoders)
+    options = load_options(config, spec)
+    needed = Needed(adapter, options, cache)
+    plan = load_plan(config, spec, described)
+    work = list(needed.missing(plan, accelerator.process_index, accelerator.num_processes))
+    if described.get("prune"):
+        everyone: list[set[str]] = gather_object([needed.keys])
+        if accelerator.is_main_process:
+            prune(config.cache, set().union(*everyone))
+    progress = Progress(run, len(work), shows=accelerator.is_main_process)
+    reason = CONTINUE
+    for loaded in load_ahead(adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache):
+        outputs_of(encoders, loaded.samples, cache)
+        progress.step()
+        reason = stop.reason()
+        if reason != CONTINUE:
+            break
+    # No collective at the end: a rank with less work would wait for the others longer than a collective may take.
+    told = {"reason": reason, "encoded": progress.done, "needed": len(needed.keys)}
+    write_atomically(run.filled(accelerator.process_index), json.dumps(told))
+
+
+class Needed:
+    """The entries that a run will ask for of one rank's share of its clips."""
+
+    def __init__(self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache) -> None:
+        self.adapter = adapter
+        self.options = options
+        self.cache = cache
+        self.keys: set[str] = set()
+
+    def missing(self, plan: RunPlan, rank: int, world_size: int) -> Iterator[MicroBatch]:
+        """One micro-batch for each clip of which an entry is not there yet, each entry once.
+
+        All epochs of a clip are one rank's: training has it on any rank, and each of them would encode it.
+        """
+        # One process that accumulates takes the steps of all.
+        alone = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
+        owners: dict[int, int] = {}
+        number = count()
+        for batch in micro_batches(replace(plan, options=alone), rank=0, first_step=0):
+            for request in batch.requests:
+                if owners.setdefault(request.key.row, len(owners) % world_size) != rank:
+                    continue
+                inputs = self.adapter.inputs(request, self.options).values()
+                keys = {self.cache.key(each) for each in inputs if each.encoder is not None} - self.keys
+                self.keys |= keys
+                if not all(self.cache.has(key) for key in keys):
+                    yield MicroBatch(epoch=batch.epoch, step=next(number), index=0, requests=(request,))
+
+
+class Progress:
+    """What the launching command shows of one rank, in the run's metrics file."""
+
+    def __init__(self, run: RunDir, total: int, *, shows: bool) -> None:
+        self.file: TextIO | None = run.metrics.open("w", encoding="utf-8") if shows else None
+        self.total = total
+        self.done = 0
+        self.began = time.monotonic()
+
+    def step(self) -> None:
+        """One more clip is encoded."""
+        self.done += 1
+        if self.file is None:
+            return
+        left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+        record = {"step": self.done, "total_steps": self.total, "seconds_left": round(left, 1)}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()

@@ -1,0 +1,347 @@
+"""From the plan to decoded clips: this rank's micro-batches in order, decoded ahead by worker processes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from vfun_cli.errors import MetadataError, RunError, VfunError
+from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training.data import forkserver
+from vfun_cli.training.data.cache import Cache
+from vfun_cli.training.data.encoding import Sample, demand, load
+from vfun_cli.training.signals import leave_signals_to_the_rank
+
+LOAD_TIMEOUT = 300
+"""Seconds of decoding one micro-batch before its file counts as one that hangs decord. The other ranks wait meanwhile,
+and NCCL gives up after 600."""
+
+END_TIMEOUT = 10
+"""Seconds between losing contact with a decoding process and its end; a large one takes a while to write its core."""
+
+FAULTS_OF_FILES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+"""Ends of a decoding process that are its file's doing; a killed one ran out of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one rank trains on at once."""
+
+    epoch: int
+    step: int
+    """Optimizer step of the run, from 0."""
+    index: int
+    """Which micro-batch of the step, from 0."""
+    share: float = 1.0
+    """FLOPs of the step on its heaviest rank, in units of the epoch's mean: what the time left is told from."""
+    requests: tuple[SampleRequest, ...]
+    fault: str | None = None
+    """Why decoding these requests is not tried again: it hung, or ended the process."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Unlike any other micro-batch of this rank."""
+        return self.step, self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBatch:
+    """A micro-batch with its decoded samples."""
+
+    batch: MicroBatch
+    """Its requests are those of ``samples``."""
+    samples: list[Sample]
+    bad: tuple[tuple[SampleRequest, VfunError], ...] = ()
+    """What could not be decoded."""
+    stands_in: bool = False
+    """The samples are those of another micro-batch, computed so that all ranks make the same passes, for nothing."""
+    rounds: Mapping[str, int] = field(default_factory=dict)
+    """How often each encoder that the ranks share computes for it, on all of them."""
+
+    @property
+    def trained(self) -> tuple[SampleRequest, ...]:
+        """The requests that count."""
+        return () if self.stands_in else self.batch.requests
+
+    @property
+    def weight(self) -> float:
+        """Share of the planned samples that count: a skipped one adds nothing to the loss of its micro-batch."""
+        return len(self.trained) / (len(self.trained) + len(self.bad))
+
+
+class ClipDataset(Dataset[LoadedBatch]):
+    """Decodes whole micro-batches; the sampler hands it the requests themselves."""
+
+    def __init__(
+        self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache | None, at_work: "AtWork"
+    ) -> None:
+        self.adapter = adapter
+        self.options = options
+        self.cache = cache
+        self.at_work = at_work
+
+    def __getitem__(self, batch: Any) -> LoadedBatch:
+        self.at_work.begin(batch)
+        samples, good, bad = [], [], []
+        for request in batch.requests:
+            try:
+                if batch.fault is not None:
+                    raise MetadataError(batch.fault, hint=_DEEP_HINT)
+                samples.append(load(self.adapter, request, self.options, self.cache))
+                good.append(request)
+            except VfunError as error:
+                hint = f"{error.hint or _DEEP_HINT}; or train without such clips: --on-bad-sample skip"
+                bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
+        self.at_work.end()
+        return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
+
+
+_DEEP_HINT = "vfun validate-meta --deep names the files that cannot be decoded"
+
+
+class AtWork:
+    """Which micro-batch each decoding process is at and since when, readable after its death."""
+
+    def __init__(self, workers: int) -> None:
+        # process, step, index, nanoseconds; zero where nothing is decoded
+        self.numbers = forkserver.PROCESSES.Array("q", 4 * workers, lock=False)
+
+    def begin(self, batch: MicroBatch) -> None:
+        """Called in a decoding process."""
+        self._write(os.getpid(), *batch.place, time.monotonic_ns())
+
+    def end(self) -> None:
+        """Called in a decoding process."""
+        self._write(0, 0, 0, 0)
+
+    def _write(self, *values: int) -> None:
+        worker = get_worker_info()
+        if worker is not None:
+            self.numbers[4 * worker.id : 4 * worker.id + 4] = values
+
+    def entries(self) -> list[tuple[int, tuple[int, int], float]]:
+        """(process, place of its micro-batch, seconds at it) of every process that decodes."""
+        now, four = time.monotonic_ns(), zip(*[iter(self.numbers)] * 4, strict=True)
+        return [(process, (step, index), (now - since) / 1e9) for process, step, index, since in four if process]
+
+
+class _Stream(Sampler[MicroBatch]):
+    """The micro-batches of this rank, from the resume position on."""
+
+    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.batches
+
+
+def load_ahead(
+    adapter: type[ModelAdapter],
+    options: Mapping[str, Any],
+    batches: Iterator[MicroBatch],
+    workers: int,
+    on_bad_sample: str = "stop",
+    cache: Cache | None = None,
+) -> Generator[LoadedBatch, None, None]:
+    """Decoded micro-batches in plan order; deterministic whatever the number of workers.
+
+    With ``on_bad_sample`` "skip", a sample that cannot be decoded is left out. A micro-batch of which nothing is left
+    comes with the samples of another one and weight 0, so that no rank makes fewer passes than the others.
+
+    Raises:
+        MetadataError: a clip that cannot be decoded, with its row; or with "skip", no clip that can.
+        RunError: a decoding process ran out of memory.
+    """
+    with closing(_decoded(adapter, options, batches, workers, cache)) as decoded:
+        if on_bad_sample == "skip":
+            yield from _with_stand_ins(decoded)
+            return
+        for loaded in decoded:
+            for _, error in loaded.bad:
+                raise error
+            yield loaded
+
+
+def _with_stand_ins(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+    """The nearest good micro-batch before, or at the start after, computes in place of one without samples."""
+    good: LoadedBatch | None = None
+    held: list[LoadedBatch] = []
+    for loaded in decoded:
+        if loaded.samples:
+            yield from (_stand_in(each, loaded) for each in held)
+            held, good = [], loaded
+            yield loaded
+        elif good is None:
+            held.append(loaded)
+        else:
+            yield _stand_in(loaded, good)
+    if held:
+        raise MetadataError(f"none of {len(held)} micro-batches of this rank can be decoded.", hint=_DEEP_HINT)
+
+
+def _stand_in(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
+    requests = replace(loaded.batch, requests=good.batch.requests)
+    return replace(loaded, batch=requests, samples=good.samples, stands_in=True)
+
+
+def agreed_ahead(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
+    """Micro-batches with the rounds of the encoders that the ranks share; without such, the micro-batches themselves.
+
+    The ranks ask each other about a micro-batch when the one before it is handed out: a step finds the answer there
+    and waits for no other rank.
+    """
+    ranks, shared = encoders.spread, encoders.together
+    if ranks is None or not shared:
+        yield from batches
+        return
+    earlier: Callable[[], LoadedBatch] | None = None
+    for loaded in batches:
+        answer = ranks.ask(demand(encoders, loaded.samples))
+        if earlier is not None:
+            yield earlier()
+        earlier = partial(_with_rounds, loaded, shared, answer)
+    if earlier is not None:
+        yield earlier()
+
+
+def _with_rounds(loaded: LoadedBatch, shared: Sequence[str], answer: Callable[[], list[int]]) -> LoadedBatch:
+    return replace(loaded, rounds=dict(zip(shared, answer(), strict=True)))
+
+
+def _decoded(
+    adapter: type[ModelAdapter],
+    options: Mapping[str, Any],
+    batches: Iterator[MicroBatch],
+    workers: int,
+    cache: Cache | None,
+) -> Generator[LoadedBatch, None, None]:
+    """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
+    waiting: deque[MicroBatch] = deque()
+    if workers:
+        forkserver.start(adapter.__module__)
+
+    def handed_out(source: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in source:
+            waiting.append(batch)
+            yield batch
+
+    while True:
+        at_work = AtWork(workers)
+        loader = DataLoader(
+            ClipDataset(adapter, options, cache, at_work),
+            batch_size=None,
+            sampler=_Stream(handed_out(batches)),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=forkserver.PROCESSES if workers else None,
+        )
+        with _watched(loader, at_work) as (decoded, ended):
+            try:
+                for loaded in decoded:
+                    waiting.popleft()
+                    yield loaded
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                dead = "DataLoader worker" in str(error) or (_lost_contact(error) and ended.one_within(END_TIMEOUT))
+                if not dead:
+                    raise
+                faults = _faults(at_work, ended)
+        # All that was handed out is decoded again, but not what hung or crashed.
+        again = [replace(batch, fault=faults.get(batch.place)) for batch in waiting]
+        batches = chain(again, batches)
+        waiting.clear()
+
+
+@dataclass
+class _Ended:
+    """How decoding processes ended: all of them by number, and those that were ended for being too slow."""
+
+    processes: dict[int, Any]
+    too_slow: set[int]
+
+    def one_within(self, seconds: float) -> bool:
+        """Whether a process has ended, or does so in this time."""
+        return bool(wait([process.sentinel for process in self.processes.values()], timeout=seconds))
+
+
+def _lost_contact(error: Exception) -> bool:
+    """A micro-batch is fetched from the process that decoded it; while that one is ending, the fetch fails first."""
+    return isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+
+
+@contextmanager
+def _watched(loader: DataLoader[LoadedBatch], at_work: AtWork) -> Iterator[tuple[Iterator[LoadedBatch], _Ended]]:
+    """The loader's iterator, with a thread that ends processes whose file hangs its decoder."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    # torch would raise the death of a worker in the middle of a training step; asked for the next micro-batch,
+    # the loader finds out by itself.
+    signal.signal(signal.SIGCHLD, handler)
+    started = [process for process in multiprocessing.active_children() if process.pid not in before]
+    ended = _Ended(processes={process.pid or 0: process for process in started}, too_slow=set())
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(min(1.0, LOAD_TIMEOUT / 10)):
+            for number, _, seconds in at_work.entries():
+                if seconds > LOAD_TIMEOUT and number not in ended.too_slow:
+                    ended.too_slow.add(number)
+                    ended.processes[number].kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield iterator, ended
+    finally:
+        done.set()
+        watcher.join()
+        for process in started:
+            process.kill()  # they ignore the signal by which Python ends its helpers, and would be waited for
+
+
+def _faults(at_work: AtWork, ended: _Ended) -> dict[tuple[int, int], str]:
+    """What files did to their decoding processes, by the place of the micro-batch.
+
+    Raises:
+        RunError: a decoding process was ended by something else.
+    """
+    faults: dict[tuple[int, int], str] = {}
+    places = {number: place for number, place, _ in at_work.entries()}
+    for number, process in ended.processes.items():
+        if number in ended.too_slow:
+            faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s"
+        elif process.exitcode is not None and -process.exitcode in FAULTS_OF_FILES and number in places:
+            faults[places[number]] = f"the decoder crashed ({signal.Signals(-process.exitcode).name})"
+    if not faults:
+        codes = sorted({process.exitcode for process in ended.processes.values() if process.exitcode})
+        raise RunError(
+            f"a decoding process ended with {codes}.",
+            hint="-9: memory ran out; use fewer --dataloader-num-workers.",
+        )
+    return faults
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker: with 8 workers a rank, more only fight over the cores."""
+    torch.set_num_threads(1)
+    leave_signals_to_the_rank()
+
+
+def batch_keys(requests: Sequence[SampleRequest]) -> list[Any]:
+    """The sample keys of a micro-batch."""
+    return [request.key for request in requests]

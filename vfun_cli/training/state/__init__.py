@@ -1,0 +1,1 @@
+"""What a checkpoint holds, and how each strategy writes it and reads it back."""

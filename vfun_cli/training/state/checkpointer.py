@@ -1,0 +1,250 @@
+"""Owns checkpoint files: each strategy writes its own format, the manifest comes last, a rename makes it real."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.state import STATE_FILE, read_state
+from vfun_cli.errors import CheckpointError, FitError, RunError
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.state.background import Background
+from vfun_cli.training.state.convert import fill
+from vfun_cli.training.state.formats import FORMATS, Format
+from vfun_cli.training.state.live import TrainedState, trained_parameters
+
+MODEL_DIR = "model"
+CONFIG_DIR = "config"
+EMA_FILE = "ema.safetensors"
+
+
+class Checkpointer:
+    """Saves and restores the state of one run."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        strategy: str,
+        *,
+        keep: int | None,
+        config_files: dict[str, Path],
+        format: Format | None = None,
+    ) -> None:
+        self.run = run
+        self.strategy = strategy
+        self.format = format or FORMATS[strategy]
+        self.keep = keep
+        self.config_files = config_files
+        self.background = Background()
+
+    def save(self, state: TrainedState, progress: dict[str, Any], *, background: bool = False) -> Path:
+        """Write ``checkpoint-<step>`` with all ranks together; older ones go only after it is complete.
+
+        Args:
+            progress: what ``state.json`` says: step, epoch, position, strategy, world size, family.
+            background: keep the state in memory (``/dev/shm``) and return; it becomes a checkpoint while training
+                goes on. Until then the one before is the newest.
+
+        Raises:
+            RunError: it cannot be written, or the one before could not.
+            FitError: the memory cannot take it.
+        """
+        self.wait()
+        self.require_space(state)
+        step = progress["step"]
+        with self._failure_named(step):
+            if background:
+                self._require_memory(state)
+                self._collect(state, self.run.staging / MODEL_DIR, state.accelerator.is_local_main_process)
+                if state.accelerator.is_local_main_process:
+                    self.background.start(lambda: self._carry_over(state, progress))
+            else:
+                partial = self.run.partial_checkpoint(step)
+                self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
+                if state.accelerator.is_main_process:
+                    self._finish(partial, progress)
+                state.accelerator.wait_for_everyone()
+        return self.run.checkpoint(step)
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that is being written in the background, if it met one."""
+        self.background.check()
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written in the background.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        self.background.wait()
+
+    @contextmanager
+    def _failure_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except FitError:
+            raise
+        except Exception as error:  # each library wraps the system's error in one of its own
+            # On a full disk, the message needs a few bytes.
+            shutil.rmtree(self.run.partial_checkpoint(step), ignore_errors=True)
+            raise RunError(
+                f"{self.run.checkpoint(step).name} could not be written to {self.run.root}: {_reason(error)}.",
+                hint=f"The checkpoints before it are whole. Make room or mend the directory, then: "
+                f"vfun resume {self.run.root}",
+            ) from error
+
+    def require_space(self, state: TrainedState) -> None:
+        """Stop before a byte is written when the disk cannot take a checkpoint; all ranks stop together.
+
+        Raises:
+            RunError: how much is missing, or the run directory is gone.
+        """
+        found: list[str | None] = [None]
+        if state.accelerator.is_main_process:
+            found = [_lack_of_space(self.run.root, checkpoint_bytes(state))]
+        lack = broadcast_object_list(found)[0]
+        if lack is not None:
+            raise RunError(
+                f"no checkpoint can be written to {self.run.root}: {lack}.",
+                hint=f"The checkpoints there are whole. Make room (vfun checkpoints ls {self.run.root} shows what they "
+                f"take; --checkpoints-total-limit keeps fewer), then: vfun resume {self.run.root}",
+            )
+
+    def _require_memory(self, state: TrainedState) -> None:
+        folder, needed = self.run.staging.parent, checkpoint_bytes(state)
+        lack = _lack_of_space(folder, needed)
+        if lack is not None:
+            raise FitError(
+                f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: {lack}.",
+                hint="Enlarge that file system (docker run --shm-size), or leave out --async-checkpoint.",
+            )
+
+    def _collect(self, state: TrainedState, folder: Path, makes_folder: bool) -> None:
+        """The strategy's files and the average, from all ranks together."""
+        if makes_folder:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.parent.mkdir()
+            folder.mkdir()
+        state.accelerator.wait_for_everyone()
+        self.format.save(state, folder)
+        if state.average is not None and state.accelerator.is_main_process:
+            save_file(state.average.shadow, folder / EMA_FILE)
+        state.accelerator.wait_for_everyone()
+
+    def _carry_over(self, state: TrainedState, progress: dict[str, Any]) -> None:
+        """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
+        with self._failure_named(progress["step"]):
+            accelerator, partial = state.accelerator, self.run.partial_checkpoint(progress["step"])
+            on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
+            shutil.copytree(self.run.staging, partial, dirs_exist_ok=True)
+            shutil.rmtree(self.run.staging)
+            arrived = [partial.with_name(f"{partial.name}-from-{number}") for number in range(machines)]
+            arrived[machine].touch()
+            if machine == 0:
+                while not all(mark.exists() for mark in arrived):
+                    time.sleep(_LOOK_SECONDS)
+                for mark in arrived:
+                    mark.unlink()
+                self._finish(partial, progress)
+
+    def _finish(self, partial: Path, progress: dict[str, Any]) -> None:
+        """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go."""
+        final = self.run.checkpoint(progress["step"])
+        (partial / CONFIG_DIR).mkdir()
+        for name, source in self.config_files.items():
+            shutil.copy2(source, partial / CONFIG_DIR / name)
+        (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **progress}, indent=2), encoding="utf-8")
+        manifest.write_manifest(partial)
+        replaced = self.run.replaced_checkpoint(progress["step"])
+        if final.exists():
+            final.replace(replaced)
+        partial.replace(final)
+        manifest.fsync_directory(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._retire(final)
+
+    def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
+        """Restore weights and optimizer in place; returns ``state.json``.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged.
+        """
+        manifest.verify(checkpoint, deep=False)
+        progress = read_state(checkpoint)
+        if self._is_native(progress, state.accelerator.num_processes):
+            self.format.load(state, checkpoint / MODEL_DIR)
+        else:
+            fill(state, open_checkpoint(checkpoint))
+        if state.average is not None:
+            path = checkpoint / MODEL_DIR / EMA_FILE
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
+                )
+            state.average.load(load_file(path))
+        return progress
+
+    def _is_native(self, progress: Mapping[str, Any], world_size: int) -> bool:
+        """Whether the strategy's own loader reads what another launch wrote; it restores the state bit for bit."""
+        if self.format is not FORMATS[self.strategy]:
+            return True  # adapters: one format for all strategies
+        if self.format.any_world_size:
+            return FORMATS.get(progress["strategy"]) == self.format
+        return (progress["strategy"], progress["world_size"]) == (self.strategy, world_size)
+
+    def _retire(self, newest: Path) -> None:
+        if self.keep is None:
+            return
+        complete = [path for path in manifest.checkpoints(self.run.root) if path != newest]
+        for path in complete[: max(0, len(complete) + 1 - self.keep)]:
+            shutil.rmtree(path)
+
+
+def checkpoint_bytes(state: TrainedState) -> int:
+    """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
+    average, and what describes them.
+    """
+    trained = trained_parameters(state)
+    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
+    copies = 3 + (state.average is not None)
+    return count * (4 * copies + 2) + len(trained) * _BYTES_TO_DESCRIBE + _BYTES_BESIDE
+
+
+_BYTES_TO_DESCRIBE = 8192
+"""A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
+
+_BYTES_BESIDE = 1 << 20
+
+_LOOK_SECONDS = 0.05
+
+
+def _lack_of_space(folder: Path, needed: int) -> str | None:
+    try:
+        free = shutil.disk_usage(folder).free
+    except FileNotFoundError:
+        return "the directory has vanished"
+    except OSError as error:
+        return str(error.strerror or error)
+    if free >= needed:
+        return None
+    return f"{needed - free:,} bytes are missing (it needs {needed:,}, {free:,} are free)"
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, if they are to be found below the wrappers."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return f"{below.strerror} ({below.filename})" if below.filename else below.strerror
+        below = below.__cause__ or below.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
