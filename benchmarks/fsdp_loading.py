@@ -92,7 +92,7 @@ def rank(folder: Path, way: str) -> None:
     from vfun_cli.config.options import RunConfig
     from vfun_cli.families.wan_s2v import SPEC
     from vfun_cli.families.wan_s2v.transformer import load_transformer
-    from vfun_cli.modeling.lazy_weights import LeftInFiles
+    from vfun_cli.modeling.lazy_weights import LazyWeights
     from vfun_cli.training.session import prepare_state
     from vfun_cli.training.strategy import make_accelerator
 
@@ -100,17 +100,17 @@ def rank(folder: Path, way: str) -> None:
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(SPEC.block_classes)
     config = RunConfig(strategy="fsdp", mixed_precision="no")
     accelerator = make_accelerator("fsdp", "cpu", 1, "no")
-    left = LeftInFiles()
+    lazy = LazyWeights()
     accelerator.wait_for_everyone()
     peak, began = Peak(), time.monotonic()
     peak.start()
     if way == "in-files":
-        with left.transformer():
+        with lazy.transformer():
             transformer = load_transformer(folder)
     else:
         transformer = load_transformer(folder)
     adapter: Any = SimpleNamespace(transformer=transformer)
-    state = prepare_state(config, SPEC, adapter, accelerator, left)
+    state = prepare_state(config, SPEC, adapter, accelerator, lazy)
     accelerator.wait_for_everyone()
     print(json.dumps({"peak": peak.most - peak.first, "end": anonymous() - peak.first,
                       "seconds": time.monotonic() - began}), flush=True)  # fmt: skip

@@ -117,7 +117,7 @@ def timed_rank(run_json: Path) -> int:
     watch(Accelerator, "backward", "backward")
     watch(Accelerator, "clip_grad_norm_", "clip and optimizer")
     watch(AcceleratedOptimizer, "step", "clip and optimizer")
-    step = trainer.Trainer.launch
+    step = trainer.Trainer.enqueue
 
     profiler = profile(activities=[ProfilerActivity.CPU])
 
@@ -135,7 +135,7 @@ def timed_rank(run_json: Path) -> int:
             spent[part].append(seconds)
         return result
 
-    trainer.Trainer.launch = timed_step  # type: ignore[method-assign]
+    trainer.Trainer.enqueue = timed_step  # type: ignore[method-assign]
     code = run_rank(run_json)
     profiler.stop()
     collectives = sum(event.time_range.elapsed_us() for event in profiler.events() if event.name.startswith("gloo:"))

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 import numpy as np
 
 from vfun_cli import families
-from vfun_cli.config.options import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.table import ClipTable
 
@@ -63,7 +63,7 @@ def options_page() -> str:
     parts.append("\n## Short for a strategy\n\n| flag | strategy |\n|---|---|\n")
     parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
     parts.append("\n## Taken from old scripts, without effect\n\n| flag | why |\n|---|---|\n")
-    parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IDLE_FLAGS.items()]
+    parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IGNORED_FLAGS.items()]
     parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")
     parts += [_family(name) for name in families.FAMILIES]
     return "".join(parts)

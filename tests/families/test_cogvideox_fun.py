@@ -24,7 +24,7 @@ from vfun_cli.families.cogvideox_fun.masks import IMAGE_MODES, VIDEO_MODES, Draw
 from vfun_cli.families.spec import ModelDims
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, SampleRequest
 from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
-from vfun_cli.modeling.inputs import Given, Plain, cook, describe
+from vfun_cli.modeling.inputs import Decoded, Value, describe, load_inputs
 from vfun_cli.modeling.media import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.options import PlanOptions
@@ -90,7 +90,7 @@ def clip(mask: Tensor, seed: int = 0, noise: SampleKey | None = None) -> Inputs:
     """A clip of noise with a mask [F, 1, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.rand(len(mask), 3, *mask.shape[2:], generator=generator) * 2 - 1
-    return compose(Given(pixels), "a red ball", Given(mask), noise=noise)
+    return compose(Decoded(pixels), "a red ball", Decoded(mask), noise=noise)
 
 
 def encoded(adapter: CogVideoXFunAdapter, samples: list[Inputs], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
@@ -381,18 +381,18 @@ def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str,
 def test_one_caption_in_ten_is_left_out(media: Path) -> None:
     normal = {"train_mode": "normal"}
     made = [CogVideoXFunAdapter.inputs(request(media, "image", row=row), normal) for row in range(300)]
-    texts = [inputs["text"].recipe for inputs in made]
-    assert set(texts) == {Plain(""), Plain("a red ball")}
-    assert texts.count(Plain("")) / 300 == pytest.approx(0.1, abs=0.05)
+    texts = [inputs["text"].lazy for inputs in made]
+    assert set(texts) == {Value(""), Value("a red ball")}
+    assert texts.count(Value("")) / 300 == pytest.approx(0.1, abs=0.05)
 
 
 def test_masks_and_their_noise_are_drawn_and_described_by_what_decides_them(media: Path) -> None:
     def seen(epoch: int, noisy: bool, variants: int = 0) -> tuple[dict[str, Tensor], list[str]]:
         asked = replace(request(media, "image"), key=SampleKey(0, epoch, 1, variants=variants))
         inputs = CogVideoXFunAdapter.inputs(asked, {"add_noise_in_inpaint_model": noisy})
-        recipes = {name: inputs[name].recipe for name in ("mask", "known")}
+        drawn = {name: inputs[name].lazy for name in ("mask", "known")}
         assert inputs["mask"].encoder is None
-        return cook(recipes), [describe(recipe, str) for recipe in recipes.values()]
+        return load_inputs(drawn), [describe(each, str) for each in drawn.values()]
 
     drawn = draw_mask(SampleKey(0, 2, 1).numpy("mask"), 1, 32, 48)
     assert not drawn.all()

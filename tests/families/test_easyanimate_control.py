@@ -22,7 +22,7 @@ from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
-from vfun_cli.modeling.inputs import Given, Plain
+from vfun_cli.modeling.inputs import Decoded, Value
 from vfun_cli.modeling.media import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
@@ -67,7 +67,7 @@ def encoded(
     made = []
     for sample, key in zip(samples, keys, strict=True):
         caption = "" if key.chance("text-drop", 0.1) else sample["text"]
-        made.append(adapter.compose(Given(sample["pixels"]), Given(sample["control"]), caption, train_mode=mode))
+        made.append(adapter.compose(Decoded(sample["pixels"]), Decoded(sample["control"]), caption, train_mode=mode))
     return encode(adapter, [prepared(inputs) for inputs in made], keys)
 
 
@@ -305,18 +305,18 @@ def test_one_caption_in_ten_is_left_out_of_every_text_encoder(media: Path) -> No
     texts = []
     for asked in requests:
         inputs = EasyAnimateV5.inputs(asked, {})
-        assert inputs["encoder_hidden_states"].recipe == inputs["encoder_hidden_states_t5"].recipe
-        texts.append(inputs["encoder_hidden_states"].recipe)
-    assert set(texts) == {Plain(""), Plain("a red ball")}
-    assert [asked.key.chance("text-drop", 0.1) for asked in requests] == [text == Plain("") for text in texts]
+        assert inputs["encoder_hidden_states"].lazy == inputs["encoder_hidden_states_t5"].lazy
+        texts.append(inputs["encoder_hidden_states"].lazy)
+    assert set(texts) == {Value(""), Value("a red ball")}
+    assert [asked.key.chance("text-drop", 0.1) for asked in requests] == [text == Value("") for text in texts]
 
 
 def test_with_variants_starts_repeat_and_the_reference_is_there_before_its_drop(media: Path) -> None:
     keys = [SampleKey(42, 0, 3), *(SampleKey(42, epoch, 3, variants=2) for epoch in range(40))]
     made = [EasyAnimateV51.inputs(request(media, "video", key=key), {}) for key in keys]
-    assert len({inputs["clip"].recipe for inputs in made[1:]}) == 2 == len({inputs["reference"] for inputs in made[1:]})
+    assert len({inputs["clip"].lazy for inputs in made[1:]}) == 2 == len({inputs["reference"] for inputs in made[1:]})
     assert made[0]["clip"] == made[1]["clip"]
-    assert {inputs["encoder_hidden_states"].recipe for inputs in made} == {Plain(""), Plain("a red ball")}
+    assert {inputs["encoder_hidden_states"].lazy for inputs in made} == {Value(""), Value("a red ball")}
     assert "reference" not in EasyAnimateV51.inputs(request(media, "video"), {"train_mode": "control"})
 
 
@@ -335,7 +335,7 @@ def test_an_image_is_its_own_reference_and_loses_it_as_a_video_does(dropped: boo
     assert latents.shape[2] == 1
     assert reference.any() == (not dropped)
     inputs = EasyAnimateV51.inputs(request(media, "image"), {})
-    assert inputs["reference"].recipe == inputs["clip"].recipe
+    assert inputs["reference"].lazy == inputs["clip"].lazy
 
 
 def test_v5_1_in_mode_control_reads_noisy_and_control_latents_alone(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from vfun_cli.families.hunyuanvideo.adapter import (
 )
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
-from vfun_cli.modeling.inputs import Given, Plain, Together
+from vfun_cli.modeling.inputs import Decoded, TupleInput, Value
 from vfun_cli.modeling.media import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
@@ -79,7 +79,7 @@ def encoded(
 ) -> tuple[Tensor, Conditions]:
     """The samples as their keys decide."""
     given = zip(samples, keys, strict=True)
-    return encode(adapter, [prepared(adapter.compose(Given(s["pixels"]), s["text"], key)) for s, key in given], keys)
+    return encode(adapter, [prepared(adapter.compose(Decoded(s["pixels"]), s["text"], key)) for s, key in given], keys)
 
 
 def run(adapter: HunyuanVideoAdapter, shape: ClipShape, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -300,10 +300,10 @@ def test_with_variants_only_so_many_starts_are_drawn_and_captions_stay_random() 
         )  # fmt: skip
         drawn.append(ImageToVideoAdapter.inputs(request, {}))
     assert len({inputs["clip"] for inputs in drawn}) == 2 == len({inputs["image"] for inputs in drawn})
-    assert {inputs["pooled"].recipe for inputs in drawn} == {Plain(""), Plain("a light")}
+    assert {inputs["pooled"].lazy for inputs in drawn} == {Value(""), Value("a light")}
     for inputs in drawn:
-        assert inputs["image"].recipe == inputs["clip"].recipe.take([0])  # type: ignore[attr-defined]
-        assert inputs["prompt"].recipe == Together((inputs["pooled"].recipe, inputs["image"].recipe))
+        assert inputs["image"].lazy == inputs["clip"].lazy.take([0])  # type: ignore[attr-defined]
+        assert inputs["prompt"].lazy == TupleInput((inputs["pooled"].lazy, inputs["image"].lazy))
 
 
 def test_a_directory_of_the_other_family_is_said_to_be_its(folders: dict[str, Path]) -> None:

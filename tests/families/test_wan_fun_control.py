@@ -25,7 +25,7 @@ from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransform
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.encoders.wan_vae import WanVAE
-from vfun_cli.modeling.inputs import Given, Plain
+from vfun_cli.modeling.inputs import Decoded, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json, read_safetensors, safetensors_files
 from vfun_cli.training.data.encoding import encode, load, prepared
@@ -94,7 +94,7 @@ def encoded(
     """The samples as their keys decide."""
     modes = {"train_mode": adapter.options.train_mode, "control_ref_image": adapter.options.control_ref_image}
     inputs = [
-        adapter.compose(Given(sample["pixels"]), Given(sample["control"]), sample["text"], key, **modes)
+        adapter.compose(Decoded(sample["pixels"]), Decoded(sample["control"]), sample["text"], key, **modes)
         for sample, key in zip(samples, keys, strict=True)
     ]
     return encode(adapter, [prepared(each) for each in inputs], keys)
@@ -375,7 +375,7 @@ def test_with_variants_only_so_many_clips_and_pictures_are_drawn_and_drops_stay_
     drawn = [WanFunControlAdapter.inputs(each, {"control_ref_image": "random"}) for each in requests]
     for name in ("clip", "control", "picture", "image"):
         assert 1 < len({each[name] for each in drawn}) <= 3, name
-    assert {each["text"].recipe for each in drawn} == {Plain(""), Plain("grey")}
+    assert {each["text"].lazy for each in drawn} == {Value(""), Value("grey")}
     kept = {choose(key, 9, train_mode="control_object", control_ref_image="random").control for key in keys}
     assert kept == {True, False}
 
@@ -386,7 +386,7 @@ def test_the_picture_that_is_encoded_is_the_one_that_is_chosen():
         case = request(record, kind="video", frames=9, row=row)
         inputs = WanFunControlAdapter.inputs(case, {"control_ref_image": "random"})
         choice = choose(case.key, 9, train_mode="", control_ref_image="random")
-        assert inputs["picture"].recipe == inputs["image"].recipe == inputs["clip"].recipe.take([choice.picture])
+        assert inputs["picture"].lazy == inputs["image"].lazy == inputs["clip"].lazy.take([choice.picture])
 
 
 def test_a_caption_too_long_is_cut_to_512_tokens_and_keeps_its_end_token(adapter_with):

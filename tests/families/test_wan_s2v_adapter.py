@@ -17,7 +17,7 @@ from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.adapter import (
     BLACK,
     Decisions,
-    Source,
+    TalkingClip,
     WanS2VAdapter,
     compose,
     control_clip,
@@ -27,7 +27,7 @@ from vfun_cli.families.wan_s2v.adapter import (
 )
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
-from vfun_cli.modeling.inputs import Given, Plain, cook
+from vfun_cli.modeling.inputs import Decoded, Value, load_inputs
 from vfun_cli.modeling.media import write_video, write_wav
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
@@ -106,7 +106,7 @@ def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
     """What belongs to a clip, decoded, before any decision about it."""
     source = source_of(request_for(media, **changes))
     clips = {name: getattr(source, name) for name in ("pixels", "history", "control", "audio")}
-    decoded = cook({name: recipe for name, recipe in clips.items() if recipe is not None})
+    decoded = load_inputs({name: lazy for name, lazy in clips.items() if lazy is not None})
     return {"history": None, "control": None, **decoded, "fps": source.fps}
 
 
@@ -116,15 +116,15 @@ def read(media: dict[str, str], row: int) -> dict[str, Any]:
     return prepared(inputs).values
 
 
-def small_source(seed: int, *, history: int, text: str = "hello") -> Source:
+def small_source(seed: int, *, history: int, text: str = "hello") -> TalkingClip:
     """Random pixels, 4 frames of 16 x 16, for tests of the VAE's inputs."""
     generator = torch.Generator().manual_seed(seed)
     pixels, past, control = (torch.rand(frames, 3, 16, 16, generator=generator) * 2 - 1 for frames in (4, history, 4))
-    return Source(
-        pixels=Given(pixels),
-        history=Given(past) if history else None,
-        control=Given(control),
-        audio=Given(torch.randn(int(4 * 16000 / 16), generator=generator)),
+    return TalkingClip(
+        pixels=Decoded(pixels),
+        history=Decoded(past) if history else None,
+        control=Decoded(control),
+        audio=Decoded(torch.randn(int(4 * 16000 / 16), generator=generator)),
         fps=Fraction(16),
         text=text,
         frames=4,
@@ -134,10 +134,10 @@ def small_source(seed: int, *, history: int, text: str = "hello") -> Source:
 
 def pixels_of(clip: Any) -> Tensor:
     """A clip of a small source, decoded."""
-    return cook({"clip": clip})["clip"]
+    return load_inputs({"clip": clip})["clip"]
 
 
-def encoded(adapter: WanS2VAdapter, sources: list[Source], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
+def encoded(adapter: WanS2VAdapter, sources: list[TalkingClip], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
     """The sources as their keys decide."""
     decisions = [decide(key, frames=4, control_ref_image="first_frame") for key in keys]
     samples = [prepared(compose(source, each)) for source, each in zip(sources, decisions, strict=True)]
@@ -352,7 +352,7 @@ def test_with_variants_only_so_many_starts_are_drawn_and_drops_stay_random(media
     drawn = [WanS2VAdapter.inputs(request_for(media, key=key), {"control_ref_image": "random"}) for key in keys]
     assert len({each["audio"] for each in drawn}) == 2 == len({each["reference"] for each in drawn})
     assert len({decide(key, frames=FRAMES, control_ref_image="random").silent_from for key in keys} - {None}) <= 2
-    assert {each["text"].recipe for each in drawn} == {Plain(""), Plain("someone speaks")}
+    assert {each["text"].lazy for each in drawn} == {Value(""), Value("someone speaks")}
 
 
 def test_a_batch_of_two_equals_two_batches_of_one(adapter: WanS2VAdapter, model_dir: Path) -> None:

@@ -28,7 +28,7 @@ def test_fewer_processes_accumulate_to_the_same_step(processes: int, accumulatio
     after = Resolved(config=replace(BEFORE, strategy="zero3", num_processes=processes), sources={})
     kept = resume_check.keep_step_size(run, after, given)
     assert kept.config.gradient_accumulation_steps == accumulation
-    resume_check.check(run, kept.config, ())
+    resume_check.check_resume(run, kept.config, ())
 
 
 def test_a_step_that_cannot_stay_the_same_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +36,7 @@ def test_a_step_that_cannot_stay_the_same_is_said(tmp_path: Path, capsys: pytest
     after = Resolved(config=replace(BEFORE, num_processes=3), sources={})
     kept = resume_check.keep_step_size(run, after, {"num_processes": 3})
     assert kept.config.gradient_accumulation_steps == 1
-    resume_check.check(run, kept.config, ())
+    resume_check.check_resume(run, kept.config, ())
     said = " ".join(capsys.readouterr().err.split())
     assert "a step now holds 3 micro-batches instead of 4" in said
     assert "planned anew" in said
@@ -45,5 +45,5 @@ def test_a_step_that_cannot_stay_the_same_is_said(tmp_path: Path, capsys: pytest
 def test_another_accumulation_on_the_same_processes_is_another_run(tmp_path: Path) -> None:
     run = described(BEFORE, tmp_path)
     with pytest.raises(CheckpointError, match="gradient_accumulation_steps 1 -> 2"):
-        resume_check.check(run, replace(BEFORE, gradient_accumulation_steps=2), ())
-    resume_check.check(run, replace(BEFORE, gradient_accumulation_steps=2), ["gradient-accumulation-steps"])
+        resume_check.check_resume(run, replace(BEFORE, gradient_accumulation_steps=2), ())
+    resume_check.check_resume(run, replace(BEFORE, gradient_accumulation_steps=2), ["gradient-accumulation-steps"])

@@ -18,7 +18,7 @@ from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions
-from vfun_cli.modeling.lazy_weights import LeftInFiles, fill_shards
+from vfun_cli.modeling.lazy_weights import LazyWeights, load_shards
 from vfun_cli.modeling.weights import empty_model, load_weights
 from vfun_cli.training.session import adapter_of
 
@@ -72,30 +72,30 @@ def test_a_rank_holds_no_weights_before_they_are_sharded(
         device=torch.device("cpu"),
         train_mode=str(spec.defaults.get("train_mode") or ""),
     )
-    left = LeftInFiles()
-    with left.transformer():
+    lazy = LazyWeights()
+    with lazy.transformer():
         transformer = adapter_of(spec).from_pretrained(options).transformer
     assert bytes_of(transformer) <= 4 * len(list(transformer.parameters()))
-    left.to_meta(transformer)
+    lazy.to_meta(transformer)
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in transformer.parameters())
     loaded = adapter_of(spec).from_pretrained(options).transformer
     for name, parameter in transformer.named_parameters():
-        assert torch.equal(left.value(parameter), loaded.get_parameter(name))
+        assert torch.equal(lazy.value(parameter), loaded.get_parameter(name))
     for name, buffer in transformer.named_buffers():
         assert torch.equal(buffer, loaded.get_buffer(name))
 
 
 def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor]], third_of_four: None) -> None:
     path, tensors = stored
-    left, model = LeftInFiles(), empty_model(Model)
-    with left.transformer():
+    lazy, model = LazyWeights(), empty_model(Model)
+    with lazy.transformer():
         load_weights(model, [path], where=str(path), transformer=True)
     assert torch.equal(model.table, tensors["table"].float())
-    left.to_meta(model)
+    lazy.to_meta(model)
     model.uneven.weight.data = model.uneven.weight.data.to(torch.bfloat16)  # as the frozen ones of a run in bf16
-    files = left.by_name(model)
+    files = lazy.by_name(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    fill_shards(model, files, torch.device("cpu"))
+    load_shards(model, files, torch.device("cpu"))
     shards = {name: value.to_local() for name, value in model.named_parameters() if isinstance(value, DTensor)}
     assert torch.equal(shards["even.weight"], tensors["even.weight"][4:6].float())
     assert torch.equal(shards["uneven.weight"], tensors["uneven.weight"][6:9])
@@ -106,25 +106,25 @@ def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor
 
 def test_a_module_is_lent_its_weights(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, tensors = stored
-    left, model = LeftInFiles(), empty_model(Model)
-    with left.transformer():
+    lazy, model = LazyWeights(), empty_model(Model)
+    with lazy.transformer():
         load_weights(model, [path], where=str(path), transformer=True)
-    with left.lent(model.even):
+    with lazy.materialized(model.even):
         assert torch.equal(model.even.weight, tensors["even.weight"].float())
-    assert model.even.weight in left.stored
+    assert model.even.weight in lazy.stored
 
 
 def test_a_missing_tensor_is_told_before_anything_is_read(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, tensors = stored
     del tensors["single"]
     save_file(tensors, path)
-    with LeftInFiles().transformer(), pytest.raises(CheckpointError, match="1 missing: single"):
+    with LazyWeights().transformer(), pytest.raises(CheckpointError, match="1 missing: single"):
         load_weights(empty_model(Model), [path], where=str(path), transformer=True)
 
 
 def test_encoders_are_loaded_whole(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, tensors = stored
     model = empty_model(Model)
-    with LeftInFiles().transformer():
+    with LazyWeights().transformer():
         load_weights(model, [path], where=str(path))
     assert torch.equal(model.single, tensors["single"].float())

@@ -12,8 +12,8 @@ from tests.plan.conftest import PLAIN
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.planning import earlier_layouts
-from vfun_cli.plan.schedule import EpochPlan, Layout, count_steps, plan_epochs, plan_run
+from vfun_cli.plan.planning import earlier_segments
+from vfun_cli.plan.schedule import EpochPlan, RunSegment, count_steps, plan_epochs, plan_run
 
 OPTIONS = PlanOptions(
     video_sample_size=640, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=1, world_size=8,
@@ -32,7 +32,7 @@ def samples(plans: Sequence[EpochPlan]) -> Counter[tuple[int, int, int]]:
     return seen
 
 
-def run(table: ClipTable, options: PlanOptions, epochs: int, earlier: Sequence[Layout] = ()) -> list[EpochPlan]:
+def run(table: ClipTable, options: PlanOptions, epochs: int, earlier: Sequence[RunSegment] = ()) -> list[EpochPlan]:
     return list(plan_run(PLAIN, PLAIN.dims, table, options, epochs, earlier))
 
 
@@ -47,7 +47,7 @@ def test_what_was_trained_before_the_change_is_what_was_planned_then(mixed: Mixe
     table = mixed(200)
     straight, changed = (
         run(table, OPTIONS, 2),
-        run(table, replace(OPTIONS, world_size=3), 2, [Layout(until=until, slots=8)]),
+        run(table, replace(OPTIONS, world_size=3), 2, [RunSegment(until=until, slots=8)]),
     )
     taken, before = [], 0
     for plan in straight:
@@ -74,7 +74,7 @@ def test_every_sample_of_every_epoch_is_trained_once_or_left_at_the_end(
         if (until + steps) * 12 > budget:
             break
         until += steps
-        earlier.append(Layout(until=until, slots=slots))
+        earlier.append(RunSegment(until=until, slots=slots))
     options = replace(OPTIONS, world_size=last, train_batch_size=batch)
     plans = run(table, options, epochs, earlier)
     used = samples(plans)
@@ -89,10 +89,10 @@ def test_every_sample_of_every_epoch_is_trained_once_or_left_at_the_end(
 
 def test_equal_step_sizes_leave_no_trace_in_the_history() -> None:
     state = {"step": 5, "world_size": 4, "run_config": {"gradient_accumulation_steps": 2}, "layouts": []}
-    assert earlier_layouts(state, 8) == []
-    assert earlier_layouts(state, 3) == [Layout(until=5, slots=8)]
+    assert earlier_segments(state, 8) == []
+    assert earlier_segments(state, 3) == [RunSegment(until=5, slots=8)]
     again = state | {"step": 9, "world_size": 3, "run_config": {"gradient_accumulation_steps": 1}}
     again["layouts"] = [{"until": 5, "slots": 8}]
-    assert earlier_layouts(again, 3) == [Layout(until=5, slots=8)]
-    assert earlier_layouts(again, 8) == [Layout(until=5, slots=8), Layout(until=9, slots=3)]
-    assert earlier_layouts(again | {"step": 5}, 8) == []
+    assert earlier_segments(again, 3) == [RunSegment(until=5, slots=8)]
+    assert earlier_segments(again, 8) == [RunSegment(until=5, slots=8), RunSegment(until=9, slots=3)]
+    assert earlier_segments(again | {"step": 5}, 8) == []

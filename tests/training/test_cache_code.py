@@ -60,7 +60,7 @@ def differing(live: LiveModel, folder: Path, change: Callable[[], object]) -> se
 
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
 @pytest.mark.parametrize(
-    "file", ["training/media.py", "training/loading.py", "training/recipes.py", "training/encoders/clip_vae.py"]
+    "file", ["modeling/media.py", "modeling/weights.py", "modeling/inputs.py", "modeling/encoders/clip_vae.py"]
 )
 def test_code_that_decodes_loads_or_encodes_changes_every_entry(
     family: str, file: str, live_model: LIVE, code: Path, tmp_path: Path
@@ -74,7 +74,7 @@ def test_code_that_decodes_loads_or_encodes_changes_every_entry(
     [
         ("wan-s2v", "families/wan_s2v/adapter.py", {"audio"}),  # it loads the speech encoder itself
         ("wan-s2v", "families/wan_s2v/transformer.py", set()),
-        ("cogvideox-fun", "families/cogvideox_fun/transformer.py", {"known"}),  # a recipe of the family's own
+        ("cogvideox-fun", "families/cogvideox_fun/transformer.py", {"known"}),  # an input of the family's own
         ("cogvideox-fun", "families/wan_s2v/adapter.py", set()),
         ("wan-s2v", "training/trainer.py", set()),
     ],

@@ -15,7 +15,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.modeling.adapter import Input, Inputs, SampleRequest
-from vfun_cli.modeling.inputs import Kitchen
+from vfun_cli.modeling.inputs import Decoder
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data import loader as data
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, load_ahead
@@ -35,7 +35,7 @@ class Row:
     row: int
     faults: Any
 
-    def cook(self, kitchen: Kitchen) -> torch.Tensor:
+    def load(self, decoder: Decoder) -> torch.Tensor:
         if self.row in self.faults.get("broken", ()):
             raise MetadataError(f"{self.row}.mp4: frame 3 cannot be decoded")
         if self.row in self.faults.get("hanging", ()):
@@ -54,7 +54,7 @@ class Decoder:
 
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
-        return {"pixels": Input(encoder="vae", recipe=Row(request.key.row, dict(options)))}
+        return {"pixels": Input(encoder="vae", lazy=Row(request.key.row, dict(options)))}
 
 
 @pytest.fixture(autouse=True)

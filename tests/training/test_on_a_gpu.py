@@ -36,7 +36,7 @@ def test_encoders_that_work_beside_the_step_give_the_losses_of_those_that_work_b
         folder.mkdir()
         model = live.transformer().to(device)
         parts = Parts(folder, model, live, adapter, live.objective, low_vram=low_vram)
-        assert (parts.trainer.beside.stream is None) == low_vram
+        assert (parts.trainer.side_stream.stream is None) == low_vram
         requests = [live.request(row, 4, 64, 64) for row in range(STEPS)]
         parts.trainer.total_steps = STEPS
         parts.trainer.train(

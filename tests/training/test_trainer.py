@@ -59,13 +59,13 @@ def test_a_step_never_waits_for_the_device(
     adapter.encoders = Encoders({}, META)
     parts = Parts(tmp_path, live.transformer().to("meta"), live, adapter, live.objective)
     with Transfers() as transfers:
-        launched = parts.trainer.launch(0, [loaded(0, [request], [sample])])
+        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
     assert transfers.found == []
-    assert launched.ranks.device == META and launched.ranks.shape == (1, 12)
+    assert pending.ranks.device == META and pending.ranks.shape == (1, 12)
     with pytest.raises(NotImplementedError):
-        launched.ranks.cpu()
+        pending.ranks.cpu()
     with pytest.raises(RuntimeError):
-        launched.ranks[0, 0].item()
+        pending.ranks[0, 0].item()
 
 
 class Line(nn.Module):

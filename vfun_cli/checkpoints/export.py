@@ -25,7 +25,7 @@ from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); may come from any thread, one call at a time."""
 
 
@@ -53,7 +53,7 @@ def export(
     dtype: str = "bf16",
     weights: Literal["trained", "ema"] = "trained",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> ExportResult:
     """Write the whole transformer with the checkpoint's weights in it.
@@ -90,7 +90,7 @@ def write_model(
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> ExportResult:
     """Stream tensors into ``<stem>*.safetensors`` of ``output``, with the configuration of ``base_dir``; verified.
@@ -220,7 +220,7 @@ class _Producer:
 class _Counter:
     """Adds up progress that comes from several threads."""
 
-    def __init__(self, total: int, report: Progress | None) -> None:
+    def __init__(self, total: int, report: OnProgress | None) -> None:
         self._total, self._report, self._done, self._lock = total, report, 0, threading.Lock()
 
     def add(self, count: int) -> None:

@@ -59,6 +59,6 @@ def _continue(
     if given.get("strategy") == "single":
         given = {"num_processes": 1, **given}
     resolved = resume_check.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
-    resume_check.check(described | {"config": before}, resolved.config, allow or [])
+    resume_check.check_resume(described | {"config": before}, resolved.config, allow or [])
     job = launching.decide(described["command"], spec, resolved, found=found)
     launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=as_json)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from vfun_cli import console
-from vfun_cli.config.options import IDLE_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
 from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
 
 Command = Callable[..., None]
@@ -106,9 +106,9 @@ def _given(typed: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"more than one strategy was asked for: {', '.join(sorted(chosen))}.", hint="Keep one.")
     if chosen:
         given["strategy"] = chosen.pop()
-    for name in IDLE_FLAGS:
+    for name in IGNORED_FLAGS:
         if given.pop(name, None) is not None:
-            console.hint(f"--{name.replace('_', '-')} has no effect: {IDLE_FLAGS[name]}.")
+            console.hint(f"--{name.replace('_', '-')} has no effect: {IGNORED_FLAGS[name]}.")
     return given
 
 
@@ -120,7 +120,7 @@ def _parameters(command: str, *, idle: bool, strategies: bool) -> list[inspect.P
     for name, (_, kind, opt) in options(command).items():
         found.append(_parameter(name, kind, opt))
     if idle:
-        for name in IDLE_FLAGS:
+        for name in IGNORED_FLAGS:
             kind = str if name == "config_path" else bool
             declaration = typer.Option(_long(name), hidden=True)
             found.append(_keyword(name, Annotated[kind | None, declaration]))

@@ -87,7 +87,7 @@ def _checkpoint_to_resume(config: RunConfig) -> "Found | None":
     from vfun_cli.run import locate
 
     found = locate.checkpoint(config.resume_from_checkpoint, output_dir=config.output_dir)
-    resume_check.check(found.run.read_run(), config, ())
+    resume_check.check_resume(found.run.read_run(), config, ())
     return found
 
 

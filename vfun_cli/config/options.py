@@ -539,7 +539,7 @@ class RunConfig:
 
 
 # Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.
-IDLE_FLAGS: dict[str, str] = {
+IGNORED_FLAGS: dict[str, str] = {
     "config_path": "the model directory's own configuration is used",
     "use_peft_lora": "LoRA always goes through peft",
     "add_full_ref_image_in_self_attention": "the reference is fed wherever the checkpoint has ref_conv",

@@ -22,11 +22,11 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch import supervise
 from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
-from vfun_cli.plan.planning import earlier_layouts, metadata_digest
+from vfun_cli.plan.planning import earlier_segments, metadata_digest
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json
 from vfun_cli.plan.rows import PlanInput, plan, plan_input
-from vfun_cli.plan.schedule import EpochPlan, Layout
+from vfun_cli.plan.schedule import EpochPlan, RunSegment
 from vfun_cli.run import lock
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir, clear, ensure_writable, refuse_used, write_atomically
@@ -57,9 +57,9 @@ class Job:
         """The resolved options."""
         return self.resolved.config
 
-    def earlier(self) -> list[Layout]:
+    def earlier(self) -> list[RunSegment]:
         """Sizes of the steps before the checkpoint, where they differ from this launch's."""
-        return earlier_layouts(read_state(self.found.checkpoint), self.source.options.slots) if self.found else []
+        return earlier_segments(read_state(self.found.checkpoint), self.source.options.slots) if self.found else []
 
     def description(self) -> dict[str, Any]:
         """What ``run.json`` says."""

@@ -22,7 +22,7 @@ class NothingToSave(VfunError):
         )
 
 
-class _Asked(KeyboardInterrupt):
+class _Preempted(KeyboardInterrupt):
     """Goes where Ctrl-C goes: past every handler of errors."""
 
 
@@ -33,15 +33,15 @@ def nothing_to_save() -> Iterator[None]:
     Raises:
         NothingToSave: there was a signal.
     """
-    before = {number: signal.signal(number, _ask) for number in SIGNALS}
+    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         yield
-    except _Asked:
+    except _Preempted:
         raise NothingToSave from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _ask(number: int, frame: FrameType | None) -> None:
-    raise _Asked
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    raise _Preempted

@@ -37,7 +37,7 @@ def changes(before: Mapping[str, Any], after: RunConfig) -> list[Change]:
     return found
 
 
-def check(described: Mapping[str, Any], after: RunConfig, allow: Sequence[str]) -> None:
+def check_resume(described: Mapping[str, Any], after: RunConfig, allow: Sequence[str]) -> None:
     """Let a continuation pass if it is the same run, or if every difference was allowed by name.
 
     Args:

@@ -75,7 +75,7 @@ class StopRequests:
         self.job = f"{os.getpid()}-{time.time_ns()}"
         """Marks the environment of all processes of this run."""
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         self.asked.append(number)
         if len(self.asked) > 1:
@@ -107,7 +107,7 @@ def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
     """Take signals until the end of the block; no process of the job outlives it."""
     stop = StopRequests(run_dir)
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop.ask) for number in handled}
+    before = {number: signal.signal(number, stop.on_signal) for number in handled}
     try:
         yield stop
     finally:

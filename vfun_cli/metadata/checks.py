@@ -15,7 +15,7 @@ from vfun_cli.errors import MetadataError, did_you_mean
 from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
-from vfun_cli.metadata.probe import AudioFacts, Facts, Failure, Progress, VisualFacts, probe_many
+from vfun_cli.metadata.probe import AudioFacts, Facts, Failure, OnProgress, VisualFacts, probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ class Settings:
     """Seconds a file."""
     trust_metadata: bool = False
     """Believe rows that state width, height, frames and fps, and do not touch their files."""
-    progress: Callable[[str], Progress] | None = None
+    progress: Callable[[str], OnProgress] | None = None
     """Called with the name of a stage; what it returns is called with (done, all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class RowFacts:
     """What is known of a row that can be trained."""
 
     row: int
@@ -95,7 +95,7 @@ class Report:
     """What the family trains on."""
     problems: tuple[Problem, ...]
     """In row order; problems of the whole file first."""
-    clips: Mapping[int, Clip]
+    clips: Mapping[int, RowFacts]
     """By row: what the files say (the row itself where it is trusted), for every row whose video could be read."""
     bad_rows: Collection[int] = field(default=frozenset())
     """Rows with an error."""
@@ -312,29 +312,29 @@ class _Row:
     def problem(self, code: str, message: str, name: str | None = None) -> Problem:
         return Problem(row=self.record.row, code=code, message=message, field=name, path=self.paths.get(name or ""))
 
-    def clip(self) -> Clip | None:
+    def clip(self) -> RowFacts | None:
         """What the file says; where it was not opened, what the row states."""
         facts = self.of("visual")
         if isinstance(facts, VisualFacts):
-            return Clip(
+            return RowFacts(
                 row=self.record.row, kind=facts.kind, width=facts.width, height=facts.height, frames=facts.frames,
                 fps=facts.fps,
             )  # fmt: skip
         return None if self.facts else _stated_clip(self.record)
 
 
-def _stated_clip(record: Record) -> Clip | None:
+def _stated_clip(record: Record) -> RowFacts | None:
     stated = record.fields
     kind = stated.get("type", "video")
     if kind not in MEDIA_TYPES or not (_is_count(stated.get("width")) and _is_count(stated.get("height"))):
         return None
     width, height = int(stated["width"]), int(stated["height"])
     if kind == "image":
-        return Clip(row=record.row, kind="image", width=width, height=height, frames=1, fps=Fraction(0))
+        return RowFacts(row=record.row, kind="image", width=width, height=height, frames=1, fps=Fraction(0))
     rate = exact_rate(stated.get("fps"))
     if rate is None or not _is_count(stated.get("frames")):
         return None
-    return Clip(row=record.row, kind="video", width=width, height=height, frames=int(stated["frames"]), fps=rate)
+    return RowFacts(row=record.row, kind="video", width=width, height=height, frames=int(stated["frames"]), fps=rate)
 
 
 def _is_count(value: Any) -> bool:
@@ -567,7 +567,7 @@ def _rate(fps: Fraction) -> str:
     return f"{float(fps):.5g} fps"
 
 
-def _table(clips: Sequence[Clip]) -> "ClipTable":
+def _table(clips: Sequence[RowFacts]) -> "ClipTable":
     import numpy as np
 
     from vfun_cli.metadata.table import ClipTable

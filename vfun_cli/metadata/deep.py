@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from vfun_cli.devices import cpu_cores
-from vfun_cli.metadata.probe import Failure, Progress, remembered
+from vfun_cli.metadata.probe import Failure, OnProgress, remembered
 
 Kind = Literal["visual", "audio"]
 
@@ -32,7 +32,7 @@ def decode_many(
     timeout: float = 60.0,
     threads: int | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[tuple[str, str], DeepFacts | Failure]:
     """Decode each (path, kind) once, in one killable process per CPU; ``timeout`` is in seconds a file."""
     keys = list(dict.fromkeys(wanted))

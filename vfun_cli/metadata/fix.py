@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.errors import ConfigError, EnvironmentFault, MetadataError
-from vfun_cli.metadata.checks import Clip, Report
+from vfun_cli.metadata.checks import Report, RowFacts
 from vfun_cli.metadata.codes import Problem
-from vfun_cli.metadata.records import NUMBERS, Format
+from vfun_cli.metadata.records import NUMBERS, MetadataFormat
 
 REPAIRED = frozenset({"unknown-type", "image-as-video", "video-as-image", "wrong-size", "wrong-frames", "wrong-fps"})
 """Errors that the values of the file put right."""
@@ -65,7 +65,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     )
 
 
-def _is_repaired(problem: Problem, clip: Clip, report: Report) -> bool:
+def _is_repaired(problem: Problem, clip: RowFacts, report: Report) -> bool:
     if clip.kind not in report.media_types:
         return False
     if problem.code == "unsupported-type":  # says image, is a video: the corrected type is fine
@@ -73,7 +73,7 @@ def _is_repaired(problem: Problem, clip: Clip, report: Report) -> bool:
     return problem.code in REPAIRED or (problem.code == "wrong-type" and problem.field in FILLED)
 
 
-def _corrected(raw: Mapping[str, Any], clip: Clip | None) -> dict[str, Any]:
+def _corrected(raw: Mapping[str, Any], clip: RowFacts | None) -> dict[str, Any]:
     if clip is None:
         return dict(raw)
     found: dict[str, Any] = {"type": clip.kind, "width": clip.width, "height": clip.height}
@@ -87,7 +87,7 @@ def _number(fps: Fraction) -> int | float:
     return fps.numerator if fps.denominator == 1 else round(float(fps), 6)
 
 
-def _render(rows: list[dict[str, Any]], kind: Format, columns: Iterable[str]) -> bytes:
+def _render(rows: list[dict[str, Any]], kind: MetadataFormat, columns: Iterable[str]) -> bytes:
     if kind == "csv":
         header = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
         text = io.StringIO(newline="")
@@ -101,7 +101,7 @@ def _render(rows: list[dict[str, Any]], kind: Format, columns: Iterable[str]) ->
         return _json(rows, kind, True).encode()
 
 
-def _json(rows: list[dict[str, Any]], kind: Format, ascii_only: bool) -> str:
+def _json(rows: list[dict[str, Any]], kind: MetadataFormat, ascii_only: bool) -> str:
     if kind == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     return json.dumps(rows, ensure_ascii=ascii_only, indent=2) + "\n"

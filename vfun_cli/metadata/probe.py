@@ -33,7 +33,7 @@ FACTS_VERSION = 2
 """Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
 
 MediaKind = Literal["visual", "audio"]
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
 
 
@@ -129,7 +129,7 @@ def probe_many(
     *,
     cache: Path | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[tuple[str, str], Facts]:
     """Probe each (path, kind) once, in threads; what cannot be probed is a Failure."""
     keys = list(dict.fromkeys(wanted))
@@ -144,7 +144,7 @@ def remembered(
     *,
     cache: Path | None,
     threads: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> dict[tuple[str, str], str]:
     """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.metadata.codes import Problem
 
-Format = Literal["json", "jsonl", "csv"]
+MetadataFormat = Literal["json", "jsonl", "csv"]
 NUMBERS = ("width", "height", "frames", "fps")
 """Optional fields that spare a look into the file."""
 
@@ -33,7 +33,7 @@ class Metadata:
     """A metadata file as read. ``rows`` counts bad rows too."""
 
     path: Path
-    format: Format
+    format: MetadataFormat
     rows: int
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
@@ -93,7 +93,7 @@ def _ends(wanted: str, file: str) -> bool:
     return Path(wanted).parts[-len(Path(file).parts) :] == Path(file).parts or Path(file).stem == wanted
 
 
-def _format(path: Path, text: str) -> Format:
+def _format(path: Path, text: str) -> MetadataFormat:
     if path.suffix.lower() == ".csv":
         return "csv"
     if path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -102,12 +102,14 @@ def _format(path: Path, text: str) -> Format:
     return "jsonl" if start == "{" else "json" if start == "[" or path.suffix.lower() == ".json" else "csv"
 
 
-def _failed(path: Path, kind: Format, code: str, message: str) -> Metadata:
+def _failed(path: Path, kind: MetadataFormat, code: str, message: str) -> Metadata:
     problem = Problem(row=None, code=code, message=message, path=str(path))
     return Metadata(path=path, format=kind, rows=0, records=(), problems=(problem,))
 
 
-def _collect(path: Path, kind: Format, rows: Iterator[Record | Problem], columns: tuple[str, ...] = ()) -> Metadata:
+def _collect(
+    path: Path, kind: MetadataFormat, rows: Iterator[Record | Problem], columns: tuple[str, ...] = ()
+) -> Metadata:
     found = list(rows)
     records = tuple(item for item in found if isinstance(item, Record))
     problems = tuple(item for item in found if isinstance(item, Problem))

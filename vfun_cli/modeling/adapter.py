@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import Recipe
+from vfun_cli.modeling.inputs import LazyInput
 from vfun_cli.modeling.randomness import SampleKey
 
 
@@ -52,7 +52,7 @@ class Input:
 
     encoder: str | None
     """Which of the adapter's encoders reads it; None: it goes as it is into ``assemble``, as ``value``."""
-    recipe: Recipe
+    lazy: LazyInput
 
 
 Inputs = dict[str, Input]

@@ -1,7 +1,7 @@
 """Which source frames a clip consists of."""
 
 from vfun_cli.modeling.adapter import SampleRequest
-from vfun_cli.modeling.inputs import Clip, Frames, Media, Picture
+from vfun_cli.modeling.inputs import ClipInput, ImageFrame, MediaFile, VideoFrames
 from vfun_cli.modeling.randomness import SampleKey
 
 WHOLE = (0.0, 1.0)
@@ -40,9 +40,9 @@ def reference_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
     return 0 if draw.random() < FIRST_FRAME else int(draw.integers(1, frames))
 
 
-def clip_of(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> Clip:
+def clip_of(request: SampleRequest, field: str = "file_path", usable_span: tuple[float, float] = WHOLE) -> ClipInput:
     """The pixels of one video or image of a request, [F, 3, H, W]; an image is a clip of one frame."""
-    media, size = Media(request.record[field]), (request.height, request.width)
+    media, size = MediaFile(request.record[field]), (request.height, request.width)
     if request.kind == "image":
-        return Picture(media, size)
-    return Frames(media, tuple(frame_indices(request, usable_span)), size)
+        return ImageFrame(media, size)
+    return VideoFrames(media, tuple(frame_indices(request, usable_span)), size)

@@ -1,11 +1,11 @@
-"""What an encoder reads, as a recipe: it can be cooked (decoded), or named without being decoded.
+"""What an encoder reads, as a lazy input: it can be loaded (decoded), or described without being decoded.
 
-    clip = Joined((Filled(0.0, 73, height, width), Frames(video, indices, height, width)))
-    cook({"clip": clip})         # float32 [F, 3, height, width] by name
+    clip = ConcatenatedClip((ConstantFrames(0.0, 73, height, width), VideoFrames(video, indices, height, width)))
+    load_inputs({"clip": clip})         # float32 [F, 3, height, width] by name
     describe(clip, digest)      # the same text for the same pixels, whatever the file is called
 
-A recipe says all that its outcome depends on, so its description is the key of whatever is computed from it. Families
-compose their own from these; a new kind is a frozen dataclass with ``cook``.
+A lazy input says all that its value depends on, so its description is the key of whatever is computed from it. Families
+compose their own from these; a new kind is a frozen dataclass with ``load``.
 """
 
 import hashlib
@@ -26,211 +26,211 @@ Size = tuple[int, int]
 """(height, width)"""
 
 
-class Recipe(Protocol):
-    """A frozen dataclass of plain values, :class:`Media` and other recipes."""
+class LazyInput(Protocol):
+    """A frozen dataclass of plain values, :class:`MediaFile` and other lazy inputs."""
 
-    def cook(self, kitchen: "Kitchen") -> Any:
+    def load(self, decoder: "Decoder") -> Any:
         """The value itself. Raises MetadataError for media that cannot be decoded."""
         ...
 
 
-class Clip(Recipe, Protocol):
-    """A recipe of pixels, float32 [F, 3, H, W]."""
+class ClipInput(LazyInput, Protocol):
+    """Pixels, float32 [F, 3, H, W]."""
 
     @property
     def count(self) -> int:
         """Frames."""
         ...
 
-    def take(self, positions: Sequence[int]) -> "Clip":
+    def take(self, positions: Sequence[int]) -> "ClipInput":
         """These of its frames."""
         ...
 
 
 @dataclass(frozen=True)
-class Media:
+class MediaFile:
     """A file of the dataset: a description holds what is in it, not what it is called."""
 
     path: str
 
 
 @dataclass(frozen=True)
-class Frames:
+class VideoFrames:
     """Frames of a video: float32 [F, 3, H, W] in [-1, 1]."""
 
-    media: Media
+    media: MediaFile
     indices: tuple[int, ...]
     size: Size
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
-        return kitchen.frames(self)
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
+        return decoder.frames(self)
 
     @property
     def count(self) -> int:
-        """See :class:`Clip`."""
+        """See :class:`ClipInput`."""
         return len(self.indices)
 
-    def take(self, positions: Sequence[int]) -> "Frames":
-        """See :class:`Clip`."""
+    def take(self, positions: Sequence[int]) -> "VideoFrames":
+        """See :class:`ClipInput`."""
         return replace(self, indices=tuple(self.indices[position] for position in positions))
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFrame:
     """An image file as a clip of one frame: float32 [1, 3, H, W] in [-1, 1]."""
 
-    media: Media
+    media: MediaFile
     size: Size
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
         return read_image(self.media.path, *self.size)
 
     @property
     def count(self) -> int:
-        """See :class:`Clip`."""
+        """See :class:`ClipInput`."""
         return 1
 
-    def take(self, positions: Sequence[int]) -> "Picture":
-        """See :class:`Clip`. Raises ValueError for anything but its one frame."""
+    def take(self, positions: Sequence[int]) -> "ImageFrame":
+        """See :class:`ClipInput`. Raises ValueError for anything but its one frame."""
         if list(positions) != [0]:
-            raise ValueError(f"a picture has no frames {list(positions)}")
+            raise ValueError(f"an image has no frames {list(positions)}")
         return self
 
 
 @dataclass(frozen=True)
-class Filled:
+class ConstantFrames:
     """Frames of one value: float32 [frames, 3, H, W]."""
 
     value: float
     frames: int
     size: Size
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
         return torch.full((self.frames, 3, *self.size), self.value)
 
     @property
     def count(self) -> int:
-        """See :class:`Clip`."""
+        """See :class:`ClipInput`."""
         return self.frames
 
-    def take(self, positions: Sequence[int]) -> "Filled":
-        """See :class:`Clip`."""
+    def take(self, positions: Sequence[int]) -> "ConstantFrames":
+        """See :class:`ClipInput`."""
         return replace(self, frames=len(positions))
 
 
 @dataclass(frozen=True)
-class Joined:
+class ConcatenatedClip:
     """Clips one after another: float32 [F, 3, H, W]."""
 
-    parts: tuple[Clip, ...]
+    parts: tuple[ClipInput, ...]
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
-        return torch.cat([part.cook(kitchen) for part in self.parts])
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
+        return torch.cat([part.load(decoder) for part in self.parts])
 
     @property
     def count(self) -> int:
-        """See :class:`Clip`."""
+        """See :class:`ClipInput`."""
         return sum(part.count for part in self.parts)
 
-    def take(self, positions: Sequence[int]) -> "Joined":
-        """See :class:`Clip`."""
+    def take(self, positions: Sequence[int]) -> "ConcatenatedClip":
+        """See :class:`ClipInput`."""
         places = [(part, index) for part in self.parts for index in range(part.count)]
-        return Joined(tuple(places[position][0].take([places[position][1]]) for position in positions))
+        return ConcatenatedClip(tuple(places[position][0].take([places[position][1]]) for position in positions))
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioSegment:
     """Mono audio from a second on, silence behind its end: float32 [samples]."""
 
-    media: Media
+    media: MediaFile
     start: Fraction
-    there: Fraction
+    available: Fraction
     """Seconds that are read from the file."""
     rate: int
     samples: int
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
-        heard = torch.from_numpy(read_audio(self.media.path, self.start, self.there, self.rate))
-        return functional.pad(heard, (0, self.samples - len(heard)))
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
+        audio = torch.from_numpy(read_audio(self.media.path, self.start, self.available, self.rate))
+        return functional.pad(audio, (0, self.samples - len(audio)))
 
 
 @dataclass(frozen=True)
-class Plain:
+class Value:
     """A value that is no media: a caption, a number."""
 
     value: str | int | Fraction
 
-    def cook(self, kitchen: "Kitchen") -> str | int | Fraction:
-        """See :class:`Recipe`."""
+    def load(self, decoder: "Decoder") -> str | int | Fraction:
+        """See :class:`LazyInput`."""
         return self.value
 
 
 @dataclass(frozen=True)
-class Together:
+class TupleInput:
     """Several values that one encoder reads at once, in this order."""
 
-    parts: tuple[Recipe, ...]
+    parts: tuple[LazyInput, ...]
 
-    def cook(self, kitchen: "Kitchen") -> tuple[Any, ...]:
-        """See :class:`Recipe`."""
-        return tuple(part.cook(kitchen) for part in self.parts)
+    def load(self, decoder: "Decoder") -> tuple[Any, ...]:
+        """See :class:`LazyInput`."""
+        return tuple(part.load(decoder) for part in self.parts)
 
 
 @dataclass(frozen=True)
-class Given:
+class Decoded:
     """A clip that is decoded already."""
 
     tensor: Tensor
 
-    def cook(self, kitchen: "Kitchen") -> Tensor:
-        """See :class:`Recipe`."""
+    def load(self, decoder: "Decoder") -> Tensor:
+        """See :class:`LazyInput`."""
         return self.tensor
 
     @property
     def count(self) -> int:
-        """See :class:`Clip`."""
+        """See :class:`ClipInput`."""
         return len(self.tensor)
 
-    def take(self, positions: Sequence[int]) -> "Given":
-        """See :class:`Clip`."""
-        return Given(self.tensor[list(positions)])
+    def take(self, positions: Sequence[int]) -> "Decoded":
+        """See :class:`ClipInput`."""
+        return Decoded(self.tensor[list(positions)])
 
 
-class Kitchen:
-    """Cooks the recipes of one sample; frames that several of them take from one video are decoded in one pass."""
+class Decoder:
+    """Loads the inputs of one sample; frames that several of them take from one video are decoded in one pass."""
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
-        self.wanted: dict[tuple[Media, Size], set[int]] = defaultdict(set)
-        for leaf in leaves(recipes):
-            if isinstance(leaf, Frames):
+    def __init__(self, inputs: Sequence[LazyInput]) -> None:
+        self.wanted: dict[tuple[MediaFile, Size], set[int]] = defaultdict(set)
+        for leaf in nested_inputs(inputs):
+            if isinstance(leaf, VideoFrames):
                 self.wanted[leaf.media, leaf.size] |= set(leaf.indices)
-        self.decoded: dict[tuple[Media, Size], tuple[dict[int, int], Tensor]] = {}
+        self.decoded: dict[tuple[MediaFile, Size], tuple[dict[int, int], Tensor]] = {}
 
-    def frames(self, recipe: Frames) -> Tensor:
+    def frames(self, wanted: VideoFrames) -> Tensor:
         """[F, 3, H, W]. Raises MetadataError if the file cannot be decoded."""
-        place = (recipe.media, recipe.size)
+        place = (wanted.media, wanted.size)
         if place not in self.decoded:
             indices = sorted(self.wanted[place])
-            pixels = read_frames(recipe.media.path, indices, *recipe.size)
+            pixels = read_frames(wanted.media.path, indices, *wanted.size)
             self.decoded[place] = ({index: position for position, index in enumerate(indices)}, pixels)
         positions, pixels = self.decoded[place]
-        return pixels[[positions[index] for index in recipe.indices]]
+        return pixels[[positions[index] for index in wanted.indices]]
 
 
-def cook(recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """Cook the recipes of one sample. Raises MetadataError for media that cannot be decoded."""
-    kitchen = Kitchen(list(recipes.values()))
-    return {name: recipe.cook(kitchen) for name, recipe in recipes.items()}
+def load_inputs(inputs: Mapping[str, LazyInput]) -> dict[str, Any]:
+    """Load the inputs of one sample. Raises MetadataError for media that cannot be decoded."""
+    decoder = Decoder(list(inputs.values()))
+    return {name: each.load(decoder) for name, each in inputs.items()}
 
 
 def describe(value: Any, digest: Callable[[Path], str]) -> str:
-    """A text that is the same exactly when the recipe gives the same outcome; ``digest`` tells files apart."""
-    if isinstance(value, Media):
+    """A text that is the same exactly when the input loads the same value; ``digest`` tells files apart."""
+    if isinstance(value, MediaFile):
         return digest(Path(value.path))
     if isinstance(value, Tensor):
         return hashlib.blake2b(value.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
@@ -242,12 +242,12 @@ def describe(value: Any, digest: Callable[[Path], str]) -> str:
     return repr(value)
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def nested_inputs(value: Any) -> Iterator[Any]:
     """All dataclasses inside, from the outside in."""
     if isinstance(value, (tuple, list)):
         for each in value:
-            yield from leaves(each)
+            yield from nested_inputs(each)
     elif is_dataclass(value) and not isinstance(value, type):
         yield value
         for field in fields(value):
-            yield from leaves(getattr(value, field.name))
+            yield from nested_inputs(getattr(value, field.name))

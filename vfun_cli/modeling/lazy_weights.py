@@ -1,11 +1,11 @@
 """Weights that stay in their files until it is known which part of them a rank keeps.
 
-    left = LeftInFiles()
-    with left.transformer():
+    lazy = LazyWeights()
+    with lazy.transformer():
         adapter = Adapter.from_pretrained(options)   # the transformer's parameters stand for values in mapped files
-    left.to_meta(transformer)
+    lazy.to_meta(transformer)
     model = fully_shard(transformer)
-    left.fill(model, device)                         # each rank reads its own rows
+    load_shards(model, files, device)                     # each rank reads its own rows
 
 A mapped file is in the page cache once for all ranks of a machine, so that together they hold one copy of the model.
 Loading first and sharding afterwards takes a whole float32 copy for each rank.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class LeftInFiles:
+class LazyWeights:
     """Parameters without values, and the mapped tensors that have them. Empty unless ``transformer`` was entered."""
 
     def __init__(self) -> None:
@@ -29,27 +29,27 @@ class LeftInFiles:
     @contextmanager
     def transformer(self) -> Iterator[None]:
         """Inside, ``load_weights`` leaves what it is told to be a transformer's."""
-        token = _LEFT.set(self)
+        token = _LAZY.set(self)
         try:
             yield
         finally:
-            _LEFT.reset(token)
+            _LAZY.reset(token)
 
-    def leave(self, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def defer(self, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Let every parameter of ``model`` stand for the tensor in ``state``, to be cast to ``dtype`` when it is read.
 
         A stand-in is one zero seen as a whole tensor: on the CPU, because peft puts an adapter where its layer is, and
         an adapter drawn on meta would have no values.
         """
-        stand_ins: dict[int, nn.Parameter] = {}
+        placeholders: dict[int, nn.Parameter] = {}
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            stand_in = stand_ins.get(id(parameter))  # a tied parameter stays one
-            if stand_in is None:
+            placeholder = placeholders.get(id(parameter))  # a tied parameter stays one
+            if placeholder is None:
                 zero = torch.zeros((), dtype=dtype if state[name].is_floating_point() else state[name].dtype)
-                stand_in = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
-                stand_ins[id(parameter)] = stand_in
-                self.stored[stand_in] = state[name]
-            replace_parameter(model, name, stand_in)
+                placeholder = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+                placeholders[id(parameter)] = placeholder
+                self.stored[placeholder] = state[name]
+            replace_parameter(model, name, placeholder)
 
     def to_meta(self, model: nn.Module) -> None:
         """Turn the stand-ins into parameters on meta, which take a cast without becoming real."""
@@ -58,8 +58,8 @@ class LeftInFiles:
             if parameter not in self.stored:
                 continue
             if parameter not in moved:
-                hollow = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                moved[parameter] = nn.Parameter(hollow, requires_grad=parameter.requires_grad)
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                moved[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             replace_parameter(model, name, moved[parameter])
         self.stored = {moved[parameter]: tensor for parameter, tensor in self.stored.items()}
 
@@ -70,7 +70,7 @@ class LeftInFiles:
         return _read(self.stored[parameter], parameter.dtype)
 
     @contextmanager
-    def lent(self, module: nn.Module) -> Iterator[None]:
+    def materialized(self, module: nn.Module) -> Iterator[None]:
         """Inside, a module has its whole weights: one layer's at a time is little."""
         own = dict(module.named_parameters())
         for name, parameter in own.items():
@@ -88,17 +88,17 @@ class LeftInFiles:
         }
 
 
-ALL_LOADED = LeftInFiles()
+NOT_LAZY = LazyWeights()
 """For a model that has its weights."""
 
 
-def left_in_files() -> LeftInFiles | None:
-    """Where ``load_weights`` leaves a transformer's weights, if they are to be left."""
-    return _LEFT.get()
+def lazy_weights() -> LazyWeights | None:
+    """Where ``load_weights`` leaves a transformer's weights, if they are to be lazy."""
+    return _LAZY.get()
 
 
 @torch.no_grad()
-def fill_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.device) -> None:
+def load_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.device) -> None:
     """Give a sharded model on meta its memory, and each shard its rows of the mapped tensor. In place.
 
     FSDP2 shards along the first dimension as ``torch.chunk`` splits: equal parts, the last ones shorter or empty.
@@ -126,4 +126,4 @@ def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.to(dtype, copy=wide is stored)
 
 
-_LEFT: ContextVar[LeftInFiles | None] = ContextVar("left in files", default=None)
+_LAZY: ContextVar[LazyWeights | None] = ContextVar("lazy weights", default=None)

@@ -38,11 +38,11 @@ class Download:
         return self.values.tolist()
 
 
-class SideQueue:
-    """A second queue of the device: what is put there waits for nothing of the step that is queued now.
+class SideStream:
+    """A second stream of the device: what runs there does not wait for the step on the main stream.
 
-    Memory that one queue has used, another does not use again, so it takes its own on top: not for those who asked to
-    save it (``used``). A device without queues works in the order of the program.
+    Memory that one stream has used, another does not use again, so it takes its own on top: not for those who asked to
+    save it (``used``). A device without streams works in the order of the program.
     """
 
     def __init__(self, device: torch.device, *, used: bool) -> None:
@@ -51,12 +51,12 @@ class SideQueue:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
 
-    def queued(self) -> AbstractContextManager[Any]:
-        """Put what follows into this queue."""
+    def context(self) -> AbstractContextManager[Any]:
+        """Run what follows on this stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def hand_over(self, made: Iterable[Any]) -> None:
-        """Let the main queue go on only when this one is empty, and own the tensors from then on."""
+        """Let the main stream go on only when this one is done, and own the tensors from then on."""
         if self.stream is None:
             return
         main = torch.cuda.current_stream(self.device)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError, did_you_mean
-from vfun_cli.modeling.lazy_weights import left_in_files, replace_parameter
+from vfun_cli.modeling.lazy_weights import lazy_weights, replace_parameter
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -184,12 +184,12 @@ def load_weights(
     rename: from a name in the checkpoint to the name in the model.
     dtype: what floating-point tensors are cast to; others stay as they are.
     where: the file or folder, for the error message.
-    transformer: this is the model that is trained, whose weights ``LeftInFiles`` may leave in their files.
+    transformer: this is the model that is trained, whose weights ``LazyWeights`` may leave in their files.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
     Raises CheckpointError listing what is missing, unexpected or of another shape.
     """
-    left = left_in_files() if transformer else None
+    lazy = lazy_weights() if transformer else None
     first = _first_names(model)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
     state: dict[str, Tensor] = {}
@@ -205,16 +205,16 @@ def load_weights(
         elif tuple(tensor.shape) != wanted[name]:
             misshapen.append(f"{name} is {list(tensor.shape)}, the model has {list(wanted[name])}")
         else:
-            state[first[name]] = tensor.to(dtype) if left is None and tensor.is_floating_point() else tensor
+            state[first[name]] = tensor.to(dtype) if lazy is None and tensor.is_floating_point() else tensor
         given.add(name)
     covered = {first[name] for name in given & wanted.keys()}
     missing = [name for name in wanted if first[name] not in covered]
     _refuse_mismatch(where, type(model).__name__, missing, unexpected, misshapen)
-    if left is not None:
-        left.leave(model, {name: state.pop(name) for name, _ in model.named_parameters()}, dtype)
+    if lazy is not None:
+        lazy.defer(model, {name: state.pop(name) for name, _ in model.named_parameters()}, dtype)
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         wanted = {name: shape for name, shape in wanted.items() if first[name] in state}  # buffers
-    model.load_state_dict({name: state[first[name]] for name in wanted}, strict=left is None, assign=True)
+    model.load_state_dict({name: state[first[name]] for name in wanted}, strict=lazy is None, assign=True)
     for name in wanted:
         if first[name] != name:
             replace_parameter(model, name, model.get_parameter(first[name]))
@@ -265,9 +265,9 @@ def _refuse_mismatch(
 
 def _refuse_meta(model: nn.Module) -> None:
     """A buffer without values is a mistake in the program, not in the checkpoint."""
-    hollow = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if hollow:
-        raise RuntimeError(f"{type(model).__name__} has buffers on meta ({_some(hollow)}): build it with empty_model")
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:
+        raise RuntimeError(f"{type(model).__name__} has buffers on meta ({_some(empty)}): build it with empty_model")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -188,7 +188,7 @@ class Samples:
         return Samples(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-def draw(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Samples:
+def draw_shapes(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -> Samples:
     """The shapes that these samples take: a pure function of (seed, epoch, row, copy) and the clip itself."""
     seed, row = clips.options.seed, clips.table.row[clip]
     variant = epoch % clips.options.cache_variants if clips.options.cache_variants else epoch
@@ -230,4 +230,4 @@ def draw_epoch(clips: Clips, epoch: int) -> Samples:
     times = np.where(clips.table.is_image[used], 1, max(1, clips.options.video_repeat))
     clip = np.repeat(used, times)
     copy = np.arange(len(clip)) - np.repeat(np.cumsum(times) - times, times)
-    return draw(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))
+    return draw_shapes(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))

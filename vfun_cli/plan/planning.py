@@ -13,7 +13,7 @@ from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.schedule import Layout, count_steps
+from vfun_cli.plan.schedule import RunSegment, count_steps
 
 ENDLESS_EPOCHS = 1_000_000
 """Epochs planned lazily when only the step limit ends a run."""
@@ -59,7 +59,7 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
 
 
 def total_steps(
-    config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable, earlier: Sequence[Layout] = ()
+    config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTable, earlier: Sequence[RunSegment] = ()
 ) -> int:
     """Optimizer steps of the run: the step limit if there is one, else what the epochs hold."""
     if config.max_train_steps is not None:
@@ -67,17 +67,17 @@ def total_steps(
     return count_steps(spec, dims, table, plan_options(config), config.num_train_epochs, earlier)
 
 
-def earlier_layouts(state: Mapping[str, Any], slots: int) -> list[Layout]:
+def earlier_segments(state: Mapping[str, Any], slots: int) -> list[RunSegment]:
     """The sizes that steps had up to a checkpoint, for a continuation whose steps hold ``slots`` micro-batches.
 
     Args:
         state: the checkpoint's ``state.json``.
     """
-    layouts = [Layout(**entry) for entry in state.get("layouts", ())]
+    layouts = [RunSegment(**entry) for entry in state.get("layouts", ())]
     ran = state["world_size"] * state["run_config"]["gradient_accumulation_steps"]
     began = layouts[-1].until if layouts else 0
     if state["step"] > began and ran != slots:
-        layouts.append(Layout(until=state["step"], slots=ran))
+        layouts.append(RunSegment(until=state["step"], slots=ran))
     elif state["step"] == began and layouts and layouts[-1].slots == slots:
         layouts.pop()  # back to the size it had before, without a step in between
     return layouts

@@ -12,7 +12,7 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max
-from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw, prepare
+from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import Buckets, EpochPlan
 from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket_side, documented_frames, size_set
@@ -276,7 +276,7 @@ def _copies(clips: Clips) -> range:
 def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
     """What one repetition became in an epoch, and where it is trained."""
     one = np.zeros(1, dtype=np.int64)
-    sample = draw(clips, one, one + copy, one + plan.epoch)
+    sample = draw_shapes(clips, one, one + copy, one + plan.epoch)
     shape = ClipShape(frames=int(sample.frames[0]), height=int(sample.height[0]), width=int(sample.width[0]))
     result: dict[str, Any] = {
         "epoch": plan.epoch,

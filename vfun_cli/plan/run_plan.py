@@ -13,7 +13,7 @@ from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.planning import ENDLESS_EPOCHS, metadata_digest, plan_options, read_dims, total_steps
 from vfun_cli.plan.rows import check_rows
-from vfun_cli.plan.schedule import Layout
+from vfun_cli.plan.schedule import RunSegment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RunPlan:
     total_steps: int
     records: Mapping[int, Record]
     root: Path | None
-    earlier: tuple[Layout, ...] = ()
+    earlier: tuple[RunSegment, ...] = ()
     """Sizes of the steps before this launch, if they differed."""
 
 
@@ -56,7 +56,7 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
     table = _checked_clips(config, spec, Path(described["clips"]))
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     records = {record.row: record for record in read_metadata(config.train_data_meta).records}
-    earlier = tuple(Layout(**entry) for entry in described.get("layouts", ()))
+    earlier = tuple(RunSegment(**entry) for entry in described.get("layouts", ()))
     return RunPlan(
         spec=spec,
         dims=dims,

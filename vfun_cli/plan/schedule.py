@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
-from vfun_cli.plan.clips import KINDS, REASONS, Clips, Samples, draw, draw_epoch, prepare
+from vfun_cli.plan.clips import KINDS, REASONS, Clips, Samples, draw_epoch, draw_shapes, prepare
 from vfun_cli.plan.draws import random_words
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, source_frames_needed
@@ -54,7 +54,7 @@ class Carry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RunSegment:
     """How many micro-batches an optimizer step had in a part of a run that is over."""
 
     until: int
@@ -121,7 +121,7 @@ class PlannedSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
+class PlannedMicroBatch:
     """What one rank computes at a time: clips of one kind and shape."""
 
     kind: str
@@ -163,11 +163,11 @@ class EpochPlan:
         """Optimizer steps of the epoch."""
         return len(self.steps)
 
-    def micro_batch(self, number: int) -> MicroBatch:
+    def micro_batch(self, number: int) -> PlannedMicroBatch:
         """One micro-batch with its samples."""
         first, last = self.offset[number], self.offset[number + 1]
         columns = (column[first:last].tolist() for column in (self.row, self.copy, self.sample_epoch, self.stride))
-        return MicroBatch(
+        return PlannedMicroBatch(
             kind=KINDS[self.kind[number]],
             shape=ClipShape(
                 frames=int(self.frames[number]), height=int(self.height[number]), width=int(self.width[number])
@@ -178,7 +178,7 @@ class EpochPlan:
             ),
         )
 
-    def micro_batches_for(self, rank: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
+    def micro_batches_for(self, rank: int, first_step: int = 0) -> Iterator[list[PlannedMicroBatch]]:
         """For each step from ``first_step``, the micro-batches of this rank in the order of accumulation."""
         for step in self.steps[first_step:]:
             yield [self.micro_batch(number) for number in step[rank :: self.world_size].tolist()]
@@ -289,7 +289,7 @@ def _pooled(clips: Clips, carry: Carry, epoch: int, *, draws: bool) -> tuple[Sam
     """This epoch's draws, if it still draws, and the carried samples with the shapes of their own epochs."""
     order = np.argsort(clips.table.row, kind="stable")
     place = np.searchsorted(clips.table.row, carry.row, sorter=order)
-    carried = draw(clips, order[place], carry.copy, carry.epoch)
+    carried = draw_shapes(clips, order[place], carry.copy, carry.epoch)
     return draw_epoch(clips, epoch) if draws else carried.take(np.zeros(0, np.int64)), carried
 
 
@@ -496,7 +496,7 @@ def plan_run(
     table: ClipTable,
     options: PlanOptions,
     num_epochs: int,
-    earlier: Sequence[Layout] = (),
+    earlier: Sequence[RunSegment] = (),
 ) -> Iterator[EpochPlan]:
     """The plans of a run from its start, whose steps had other sizes in ``earlier`` parts; ``options`` hold since.
 
@@ -508,15 +508,15 @@ def plan_run(
         MetadataError: no row can be used.
     """
     epoch, step, left, draws = 0, 0, Carry.empty(), True
-    for layout in [*earlier, None]:
-        ran = replace(options, world_size=layout.slots, gradient_accumulation_steps=1) if layout else options
+    for segment in [*earlier, None]:
+        ran = replace(options, world_size=segment.slots, gradient_accumulation_steps=1) if segment else options
         clips = checked_clips(spec, dims, table, ran)
-        while epoch < num_epochs and (layout is None or step < layout.until):
+        while epoch < num_epochs and (segment is None or step < segment.until):
             last_chance = step == 0 and epoch == num_epochs - 1
             plan = _plan(clips, epoch, left, complete=last_chance, draws=draws)
-            draws = layout is None or plan.num_steps <= layout.until - step
-            if layout is not None and not draws:
-                plan = plan.cut(layout.until - step)
+            draws = segment is None or plan.num_steps <= segment.until - step
+            if segment is not None and not draws:
+                plan = plan.cut(segment.until - step)
             left, step, epoch = plan.carry, step + plan.num_steps, epoch + draws
             yield plan
 
@@ -527,7 +527,7 @@ def count_steps(
     table: ClipTable,
     options: PlanOptions,
     num_epochs: int,
-    earlier: Sequence[Layout] = (),
+    earlier: Sequence[RunSegment] = (),
 ) -> int:
     """Optimizer steps of a whole run, without planning its epochs.
 
@@ -535,9 +535,9 @@ def count_steps(
     whatever was carried when; a change of the steps' size (``earlier``) divides what was left then by the new size.
     """
     first, left = 0, _count_micro_batches(spec, dims, table, options, num_epochs)
-    for layout in earlier:
-        left -= (layout.until - first) * layout.slots
-        first = layout.until
+    for segment in earlier:
+        left -= (segment.until - first) * segment.slots
+        first = segment.until
     return max(1, first + max(0, left) // options.slots)
 
 

@@ -43,7 +43,7 @@ def run_rank(run_json: Path) -> int:
         if described["config"]["dataloader_num_workers"] and _cores_to_spare():
             forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
-            from vfun_cli.training.data.fill import fill as work
+            from vfun_cli.training.data.fill import fill_cache as work
         else:
             from vfun_cli.training.session import train as work
 

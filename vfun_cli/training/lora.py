@@ -30,14 +30,14 @@ from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.modeling.lazy_weights import ALL_LOADED, LeftInFiles
-from vfun_cli.training.state.formats import OPTIMIZER_FILE, Format
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
+from vfun_cli.training.state.formats import OPTIMIZER_FILE, CheckpointFormat
 from vfun_cli.training.state.gather import collect, restore
 from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 
 def add_adapters(
-    transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, left: LeftInFiles = ALL_LOADED
+    transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, lazy: LazyWeights = NOT_LAZY
 ) -> list[str]:
     """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
 
@@ -65,15 +65,15 @@ def add_adapters(
     adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     other = sorted(adapted.keys() ^ set(layers))
     assert not other, f"peft adapted {other[:5]} otherwise than asked for"
-    if config.use_dora and left.stored:
+    if config.use_dora and lazy.stored:
         for module in adapted.values():
-            _measure(module, left)
+            _measure(module, lazy)
     return layers
 
 
-def _measure(module: Any, left: LeftInFiles) -> None:
+def _measure(module: Any, lazy: LazyWeights) -> None:
     """DoRA's magnitudes again, which peft took from weights that are still in their files."""
-    with left.lent(module.get_base_layer()):
+    with lazy.materialized(module.get_base_layer()):
         module.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=module.get_base_layer(),
             lora_A=module.lora_A[ADAPTER].weight,
@@ -170,10 +170,10 @@ def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: Fa
             continue
         scale = adapter.scale(pair)
         factor = 1.0 if scale is None else scale / own
-        _fill(module.lora_A[ADAPTER].weight, pair.down, stored)
-        _fill(module.lora_B[ADAPTER].weight, pair.up, stored, factor)
+        _set_weight(module.lora_A[ADAPTER].weight, pair.down, stored)
+        _set_weight(module.lora_B[ADAPTER].weight, pair.up, stored, factor)
         if pair.magnitude is not None and config.use_dora:
-            _fill(module.lora_magnitude_vector[ADAPTER].weight, pair.magnitude, stored)
+            _set_weight(module.lora_magnitude_vector[ADAPTER].weight, pair.magnitude, stored)
 
 
 def _every_linear(transformer: nn.Module) -> list[str]:
@@ -183,7 +183,7 @@ def _every_linear(transformer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _fill(parameter: nn.Parameter, source: TensorSource, name: str, factor: float = 1.0) -> None:
+def _set_weight(parameter: nn.Parameter, source: TensorSource, name: str, factor: float = 1.0) -> None:
     value = torch.from_numpy(source.read()).float()
     if value.shape != parameter.shape:
         raise CheckpointError(
@@ -236,7 +236,7 @@ _KEPT_SETTINGS = (
 )
 """What defines the adapter. Versions of peft stop at, or warn of, settings that they do not know."""
 
-ADAPTER_FORMAT = Format(save_adapter, load_adapter)
+ADAPTER_FORMAT = CheckpointFormat(save_adapter, load_adapter)
 """How a LoRA run's checkpoints hold its state."""
 
 

@@ -14,7 +14,7 @@ import torch
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling import media
-from vfun_cli.modeling.inputs import cook
+from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.transfer import Clock
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
@@ -88,7 +88,7 @@ class Metrics:
                 cost = self.costs.of(request.frames, request.height, request.width)
                 flops += cost.flops
                 tokens += cost.tokens
-                idle += cost.tokens * loaded.stands_in
+                idle += cost.tokens * loaded.is_substitute
             samples += len(loaded.trained)
         waited, self.waited = self.waited, 0.0
         return Measured(flops, tokens, idle, samples, waited, _memory(self.device), _compiled_graphs())
@@ -176,7 +176,7 @@ class Metrics:
         if not self.writes:
             return
         for number, (sample, request) in enumerate(zip(loaded.samples, loaded.batch.requests, strict=True)):
-            values = cook({name: each.recipe for name, each in sample.inputs.items()})
+            values = load_inputs({name: each.lazy for name, each in sample.inputs.items()})
             for name, value in values.items():
                 stem = self.run.sanity_check / f"sample-{number}-{name}"
                 _write_value(stem, value, Fraction(*request.fps) / request.stride)

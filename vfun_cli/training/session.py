@@ -15,15 +15,15 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
-from vfun_cli.modeling.encoders.spread import Spread
-from vfun_cli.modeling.lazy_weights import ALL_LOADED, LeftInFiles, fill_shards
+from vfun_cli.modeling.encoders.sharding import EncoderSharding
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.run.rundir import RunDir, write_atomically
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.loader import agreed_ahead, load_ahead
+from vfun_cli.training.data.loader import load_ahead, with_shared_calls
 from vfun_cli.training.data.stream import micro_batches
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT, add_adapters, load_network
@@ -57,11 +57,11 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     plan = load_plan(config, spec, described)
     adapter_class = adapter_of(spec)
     adapter_setting = adapter_options(config, accelerator.device)
-    left = LeftInFiles()
-    with left.transformer() if config.strategy == "fsdp" else nullcontext():
+    lazy = LazyWeights()
+    with lazy.transformer() if config.strategy == "fsdp" else nullcontext():
         adapter = adapter_class.from_pretrained(adapter_setting)
     if config.strategy.startswith(("fsdp", "zero3")) and accelerator.num_processes > 1:
-        adapter.encoders.spread_over(Spread.over_all_ranks(accelerator.device))
+        adapter.encoders.shard_over(EncoderSharding.over_all_ranks(accelerator.device))
     cache = None
     if config.cache is None:
         adapter.encoders.load()
@@ -69,7 +69,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         cache = Cache.for_encoders(config.cache, adapter.encoders)
     lora = described["command"] == "lora"
     if lora:
-        add_adapters(adapter.transformer, config, spec, plan.dims, left)
+        add_adapters(adapter.transformer, config, spec, plan.dims, lazy)
         if config.network_path is not None and not described.get("resume"):
             load_network(adapter.transformer, config.network_path, config, spec, plan.dims)
     else:
@@ -78,7 +78,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     if config.compile:
         compile_blocks(adapter.transformer, spec.block_classes, most_shapes(spec, plan.dims, plan.options))
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
-    state = prepare_state(config, spec, adapter, accelerator, left)
+    state = prepare_state(config, spec, adapter, accelerator, lazy)
     checkpointer = Checkpointer(
         run,
         config.strategy,
@@ -129,7 +129,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         config.on_bad_sample,
         cache,
     )
-    reason = trainer.train(agreed_ahead(loaded, adapter.encoders), first_step)
+    reason = trainer.train(with_shared_calls(loaded, adapter.encoders), first_step)
     metrics.close()
     if accelerator.is_main_process:
         write_atomically(run.outcome, json.dumps({"outcome": OUTCOMES[reason], "step": trainer.saved_step}))
@@ -137,11 +137,11 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
 
 
 def prepare_state(
-    config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any, left: LeftInFiles = ALL_LOADED
+    config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any, lazy: LazyWeights = NOT_LAZY
 ) -> TrainedState:
     """Set precisions, and let the strategy wrap the transformer and the optimizer."""
     transformer = adapter.transformer
-    left.to_meta(transformer)
+    lazy.to_meta(transformer)
     if config.mixed_precision == "bf16":
         for parameter in transformer.parameters():
             if not parameter.requires_grad:
@@ -151,7 +151,7 @@ def prepare_state(
     transformer.train()
     blocks = find_blocks(transformer, spec.block_classes)
     wrap = _shard if config.strategy == "fsdp" else _wrap
-    model, optimizer = wrap(config, transformer, accelerator, left)
+    model, optimizer = wrap(config, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)
@@ -159,7 +159,7 @@ def prepare_state(
     return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
 
 
-def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, left: LeftInFiles) -> tuple[nn.Module, Any]:
+def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
     """As accelerate does it, from a model that has its weights."""
     if not config.strategy.startswith("zero"):
         transformer.to(accelerator.device)
@@ -167,11 +167,11 @@ def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, left: Lef
     return model, optimizer
 
 
-def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, left: LeftInFiles) -> tuple[nn.Module, Any]:
+def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
     """FSDP: sharded first, then each rank reads its shards; the optimizer knows only those."""
-    files = left.by_name(transformer)
+    files = lazy.by_name(transformer)
     sharded = fsdp2_prepare_model(accelerator, transformer)
-    fill_shards(sharded, files, accelerator.device)
+    load_shards(sharded, files, accelerator.device)
     optimizer = make_optimizer(sharded, config, accelerator.device)
     shards = list(optimizer.param_groups[0]["params"])
     model, optimizer = accelerator.prepare(sharded, optimizer)

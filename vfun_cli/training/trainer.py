@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.modeling.adapter import ModelAdapter
-from vfun_cli.modeling.transfer import Download, SideQueue, upload
+from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import encode
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
@@ -31,7 +31,7 @@ OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preem
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launched:
+class PendingStep:
     """A step that was handed to the device. What came of it is read after the next one was handed over too, so that
     the device never runs out of work because the host reads a number.
     """
@@ -79,9 +79,9 @@ class Trainer:
         self.total_steps = total_steps
         self.description = description
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        self.beside = SideQueue(accelerator.device, used=not config.low_vram)
+        self.side_stream = SideStream(accelerator.device, used=not config.low_vram)
         self.saved_step: int | None = None
-        self.unread: tuple[Launched, Download] | None = None
+        self.unread: tuple[PendingStep, Download] | None = None
         """The newest step, and its numbers on their way to the host."""
 
     def train(self, batches: Iterator[LoadedBatch], first_step: int) -> int:
@@ -94,11 +94,11 @@ class Trainer:
             if step == first_step and first_step == 0:
                 self.metrics.show_first_batch(micro_batches[0])
             epoch = micro_batches[0].batch.epoch
-            launched = self.launch(step, micro_batches)
+            pending = self.enqueue(step, micro_batches)
             reason = self.read()
-            self.unread = launched, Download(launched.ranks)
+            self.unread = pending, Download(pending.ranks)
             epoch_record = self.ledger.step(micro_batches)
-            self.checkpointer.check()
+            self.checkpointer.raise_background_error()
             step += 1
             saves = step % self.config.checkpointing_steps == 0
             if saves or epoch_record is not None:
@@ -115,11 +115,11 @@ class Trainer:
         return reason if step < self.total_steps else CONTINUE
 
     def stop_reason(self) -> int:
-        """The gravest stop reason of any rank."""
+        """The most severe stop reason across ranks."""
         reasons = torch.tensor([self.stop.reason()], device=self.accelerator.device)
         return int(self.accelerator.gather(reasons).max())
 
-    def launch(self, step: int, micro_batches: list[LoadedBatch]) -> Launched:
+    def enqueue(self, step: int, micro_batches: list[LoadedBatch]) -> PendingStep:
         """Hand one optimizer step to the device. Nothing in it waits for the device."""
         model, optimizer, accelerator = self.state.model, self.state.optimizer, self.accelerator
         began = self.metrics.clock.mark()
@@ -129,14 +129,14 @@ class Trainer:
         masked = torch.zeros((), device=accelerator.device)
         for loaded in micro_batches:
             with accelerator.accumulate(model):
-                loss, overlooked = self.loss(model, loaded)
+                loss, masked_tokens = self.loss(model, loaded)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach().float()
-            masked += overlooked
+            masked += masked_tokens
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model), step)
         ranks = self.gather(
@@ -147,7 +147,7 @@ class Trainer:
                 *self.metrics.measure(micro_batches),
             ),
         )
-        return Launched(
+        return PendingStep(
             step=step,
             micro_batches=micro_batches,
             rate=rate,
@@ -165,14 +165,14 @@ class Trainer:
         return ranks
 
     def read(self) -> int:
-        """What came of the newest step, if that was not read yet: record it; the gravest stop reason of any rank.
+        """What came of the newest step, if that was not read yet: record it; the most severe stop reason across ranks.
 
         Raises:
             RunError: its loss is not a number; on all ranks alike.
         """
         if self.unread is None:
             return CONTINUE
-        (launched, download), self.unread = self.unread, None
+        (pending, download), self.unread = self.unread, None
         ranks = download.numbers()
         # A rank that skipped samples trained on less; each counts by its weight.
         losses, norms, masked, weights, reasons = (
@@ -180,20 +180,20 @@ class Trainer:
         )
         mean = sum(losses) / sum(weights) if sum(weights) else 0.0
         self.metrics.step(
-            launched.step + 1,
-            launched.micro_batches,
+            pending.step + 1,
+            pending.micro_batches,
             loss=mean,
-            rate=launched.rate,
+            rate=pending.rate,
             grad_norm=norms[0] if math.isfinite(norms[0]) else None,
             masked_tokens=sum(masked),
             ranks=[Measured(*row[5:]) for row in ranks],
-            began=launched.began,
-            ended=launched.ended,
+            began=pending.began,
+            ended=pending.ended,
         )
         if not math.isfinite(mean):
-            rows = [key.row for loaded in launched.micro_batches for key in batch_keys(loaded.batch.requests)]
+            rows = [key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)]
             raise RunError(
-                f"the loss of step {launched.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
+                f"the loss of step {pending.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
                 f"rows {rows}.",
                 hint="Resume from the last checkpoint with a lower --learning-rate, or look at those rows.",
             )
@@ -205,10 +205,10 @@ class Trainer:
         Encoding, noise and error are float32; the model sees the compute dtype.
         """
         keys = batch_keys(loaded.batch.requests)
-        with torch.no_grad(), self.beside.queued():
-            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache, loaded.rounds)
+        with torch.no_grad(), self.side_stream.context():
+            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache, loaded.shared_calls)
             corrupted = self.objective.corrupt(latents, keys)
-        self.beside.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
+        self.side_stream.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)
         mask = conditions.pop("loss_mask", None)
@@ -227,9 +227,9 @@ class Trainer:
 
     def save(self, step: int, epoch: int, *, background: bool = False) -> Path:
         """A checkpoint after ``step`` optimizer steps."""
-        progress = {**self.description, "step": step, "epoch": epoch}
+        run_state = {**self.description, "step": step, "epoch": epoch}
         with self.metrics.saving(step):
-            path = self.checkpointer.save(self.state, progress, background=background)
+            path = self.checkpointer.save(self.state, run_state, background=background)
         self.saved_step = step
         return path
 

@@ -19,7 +19,7 @@ from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
 from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.encoders.pretrained import text_source
-from vfun_cli.modeling.inputs import Clip, Kitchen, Plain, Recipe, Size
+from vfun_cli.modeling.inputs import ClipInput, Decoder, LazyInput, Size, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import read_json
@@ -46,8 +46,8 @@ class DrawnMask:
     frames: int
     size: Size
 
-    def cook(self, kitchen: Kitchen) -> Tensor:
-        """See :class:`~vfun_cli.modeling.inputs.Recipe`."""
+    def load(self, decoder: Decoder) -> Tensor:
+        """See :class:`~vfun_cli.modeling.inputs.LazyInput`."""
         return torch.from_numpy(draw_mask(self.key.numpy("mask"), self.frames, *self.size)).unsqueeze(1)
 
 
@@ -55,14 +55,14 @@ class DrawnMask:
 class Known:
     """The pixels that the model is given, float32 [F, 3, H, W]: black where it generates."""
 
-    pixels: Clip
-    mask: Recipe
+    pixels: ClipInput
+    mask: LazyInput
     noise: SampleKey | None
     """Whose noise they get; None: none."""
 
-    def cook(self, kitchen: Kitchen) -> Tensor:
-        """See :class:`~vfun_cli.modeling.inputs.Recipe`."""
-        known = self.pixels.cook(kitchen).masked_fill(self.mask.cook(kitchen), MASKED)
+    def load(self, decoder: Decoder) -> Tensor:
+        """See :class:`~vfun_cli.modeling.inputs.LazyInput`."""
+        known = self.pixels.load(decoder).masked_fill(self.mask.load(decoder), MASKED)
         return known if self.noise is None else add_noise(known.transpose(0, 1), self.noise).transpose(0, 1)
 
 
@@ -165,13 +165,15 @@ class CogVideoXFunAdapter:
         )
 
 
-def compose(pixels: Clip, caption: str, mask: Recipe | None = None, *, noise: SampleKey | None = None) -> Inputs:
+def compose(
+    pixels: ClipInput, caption: str, mask: LazyInput | None = None, *, noise: SampleKey | None = None
+) -> Inputs:
     """``clip`` and ``text``; with a mask also ``mask``, and ``known``: the known pixels, with the noise of a key."""
-    inputs = {"clip": Input(encoder="vae", recipe=pixels), "text": Input(encoder="text", recipe=Plain(caption))}
+    inputs = {"clip": Input(encoder="vae", lazy=pixels), "text": Input(encoder="text", lazy=Value(caption))}
     if mask is None:
         return inputs
     known = Known(pixels, mask, noise)
-    return inputs | {"mask": Input(encoder=None, recipe=mask), "known": Input(encoder="vae", recipe=known)}
+    return inputs | {"mask": Input(encoder=None, lazy=mask), "known": Input(encoder="vae", lazy=known)}
 
 
 def train_mode(asked: str | None) -> str:

@@ -20,7 +20,7 @@ from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
 from vfun_cli.modeling.encoders.pretrained import text_source
 from vfun_cli.modeling.encoders.qwen2_vl import Qwen2VLText
-from vfun_cli.modeling.inputs import Clip, Plain
+from vfun_cli.modeling.inputs import ClipInput, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 
@@ -87,7 +87,7 @@ class EasyAnimateControl:
         return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.get("train_mode")))
 
     @classmethod
-    def compose(cls, pixels: Clip, control: Clip, caption: str, *, train_mode: str) -> Inputs:
+    def compose(cls, pixels: ClipInput, control: ClipInput, caption: str, *, train_mode: str) -> Inputs:
         """``clip`` and ``control``, each text encoder's caption; ``reference``: the first frame, if the mode has one.
 
         An image is its own reference (spec section 6), as the released weights were trained.
@@ -96,8 +96,8 @@ class EasyAnimateControl:
         if train_mode == "control_ref":
             clips["reference"] = pixels.take([0])
         return {
-            **{name: Input(encoder="vae", recipe=clip) for name, clip in clips.items()},
-            **{argument: Input(encoder=argument, recipe=Plain(caption)) for argument in cls.text},
+            **{name: Input(encoder="vae", lazy=clip) for name, clip in clips.items()},
+            **{argument: Input(encoder=argument, lazy=Value(caption)) for argument in cls.text},
         }
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:

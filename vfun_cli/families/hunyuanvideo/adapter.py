@@ -14,11 +14,11 @@ from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs,
 from vfun_cli.modeling.clips import clip_of
 from vfun_cli.modeling.encoders.clip_text import ClipPooledText
 from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
-from vfun_cli.modeling.encoders.frozen import Encoders, Output, Source
+from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.modeling.inputs import Clip, Plain, Together
+from vfun_cli.modeling.inputs import ClipInput, TupleInput, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import load_diffusers, read_json, require_parts
 
@@ -79,7 +79,7 @@ class HunyuanVideoAdapter:
                 HunyuanVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
             ),
             "prompt": cls._prompt_source(folder, dtype),
-            "pooled": Source(
+            "pooled": EncoderSource(
                 load=lambda: ClipPooledText.from_folders(model, tokenizer, dtype=dtype),
                 files=(model, tokenizer),
                 settings=str(dtype),
@@ -88,7 +88,7 @@ class HunyuanVideoAdapter:
         return Encoders(sources, options.device, low_vram=options.low_vram)
 
     @classmethod
-    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> EncoderSource:
         raise NotImplementedError
 
     @classmethod
@@ -97,17 +97,17 @@ class HunyuanVideoAdapter:
         return cls.compose(clip_of(request), str(request.record.get("text") or ""), request.key)
 
     @classmethod
-    def compose(cls, pixels: Clip, text: str, key: SampleKey) -> Inputs:
+    def compose(cls, pixels: ClipInput, text: str, key: SampleKey) -> Inputs:
         """``clip``, ``prompt`` and ``pooled``; the caption is empty for both encoders one time in ten."""
-        caption = Plain("" if key.chance("text-drop", TEXT_DROP) else text)
+        caption = Value("" if key.chance("text-drop", TEXT_DROP) else text)
         return {
-            "clip": Input(encoder="vae", recipe=pixels),
-            "pooled": Input(encoder="pooled", recipe=caption),
+            "clip": Input(encoder="vae", lazy=pixels),
+            "pooled": Input(encoder="pooled", lazy=caption),
             **cls._condition_inputs(pixels, caption),
         }
 
     @classmethod
-    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
+    def _condition_inputs(cls, pixels: ClipInput, caption: Value) -> Inputs:
         """``prompt``, and what else the family reads."""
         raise NotImplementedError
 
@@ -149,9 +149,9 @@ class TextToVideoAdapter(HunyuanVideoAdapter):
     condition = "t2v"
 
     @classmethod
-    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> EncoderSource:
         model, tokenizer = folder / "text_encoder", folder / "tokenizer"
-        return Source(
+        return EncoderSource(
             load=lambda: LlamaPrompt.from_folders(model, tokenizer, dtype=dtype, max_length=PROMPT_TOKENS),
             files=(model, tokenizer),
             settings=f"{dtype} {PROMPT_TOKENS}",
@@ -159,8 +159,8 @@ class TextToVideoAdapter(HunyuanVideoAdapter):
         )
 
     @classmethod
-    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
-        return {"prompt": Input(encoder="prompt", recipe=caption)}
+    def _condition_inputs(cls, pixels: ClipInput, caption: Value) -> Inputs:
+        return {"prompt": Input(encoder="prompt", lazy=caption)}
 
 
 class ImageToVideoAdapter(HunyuanVideoAdapter):
@@ -170,9 +170,9 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
     layout = (*ENCODERS, "image_processor/preprocessor_config.json")
 
     @classmethod
-    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> Source:
+    def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> EncoderSource:
         folders = folder / "text_encoder", folder / "tokenizer", folder / "image_processor"
-        return Source(
+        return EncoderSource(
             load=lambda: LlavaPrompt.from_folders(
                 *folders, dtype=dtype, max_length=PROMPT_TOKENS, interleave=IMAGE_INTERLEAVE
             ),
@@ -182,15 +182,15 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
         )
 
     @classmethod
-    def _condition_inputs(cls, pixels: Clip, caption: Plain) -> Inputs:
+    def _condition_inputs(cls, pixels: ClipInput, caption: Value) -> Inputs:
         """``prompt`` reads caption and first frame, ``image`` is the first frame alone, as in inference.
 
         The clip's own first latent will not do: the encoder normalises over the whole temporal window.
         """
         first = pixels.take([0])
         return {
-            "prompt": Input(encoder="prompt", recipe=Together((caption, first))),
-            "image": Input(encoder="vae", recipe=first),
+            "prompt": Input(encoder="prompt", lazy=TupleInput((caption, first))),
+            "image": Input(encoder="vae", lazy=first),
         }
 
     def _image_conditions(self, outputs: Sequence[Mapping[str, Output]], latents: Tensor) -> Conditions:

@@ -18,9 +18,9 @@ from vfun_cli.modeling.clips import clip_of, reference_frame
 from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
 from vfun_cli.modeling.encoders.clip_vae import FRAMES_PER_LATENT, keep, sample_posteriors
 from vfun_cli.modeling.encoders.clip_vision import ClipImageEncoder
-from vfun_cli.modeling.encoders.frozen import Encoders, Output, Source
+from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.umt5 import pad_text
-from vfun_cli.modeling.inputs import Clip, Filled, Plain
+from vfun_cli.modeling.inputs import ClipInput, ConstantFrames, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import empty_model, load_weights, read_json, require_parts, safetensors_files
 
@@ -108,7 +108,7 @@ class WanFunControlAdapter:
             {
                 "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
                 "text": umt5.source(folder, dtype=dtype, text_len=TEXT_TOKENS, dim=dims.extra["text_dim"]),
-                "clip": Source(
+                "clip": EncoderSource(
                     load=lambda: ClipImageEncoder.from_file(clip, dtype=dtype), files=(clip,), settings=str(dtype)
                 ),
             },
@@ -124,7 +124,7 @@ class WanFunControlAdapter:
         """
         pixels = clip_of(request)
         has_control = bool(request.record.get("control_file_path"))
-        black = Filled(BLACK, request.frames, (request.height, request.width))
+        black = ConstantFrames(BLACK, request.frames, (request.height, request.width))
         return cls.compose(
             pixels,
             clip_of(request, "control_file_path") if has_control else black,
@@ -136,21 +136,28 @@ class WanFunControlAdapter:
 
     @classmethod
     def compose(
-        cls, pixels: Clip, control: Clip, text: str, key: SampleKey, *, train_mode: str, control_ref_image: str
+        cls,
+        pixels: ClipInput,
+        control: ClipInput,
+        text: str,
+        key: SampleKey,
+        *,
+        train_mode: str,
+        control_ref_image: str,
     ) -> Inputs:
         """``clip``, ``control`` and ``text``, empty one time in ten; ``picture`` and ``image``, if the mode has them.
 
         These two are one frame of the clip, for the VAE and for CLIP. Whether the sample keeps them is decided later.
         """
         inputs = {
-            "clip": Input(encoder="vae", recipe=pixels),
-            "control": Input(encoder="vae", recipe=control),
-            "text": Input(encoder="text", recipe=Plain("" if key.chance("text", DROP) else text)),
+            "clip": Input(encoder="vae", lazy=pixels),
+            "control": Input(encoder="vae", lazy=control),
+            "text": Input(encoder="text", lazy=Value("" if key.chance("text", DROP) else text)),
         }
         if has_picture(train_mode):
             picture = pixels.take([reference_frame(key, pixels.count, control_ref_image)])
-            inputs["picture"] = Input(encoder="vae", recipe=picture)
-            inputs["image"] = Input(encoder="clip", recipe=picture)
+            inputs["picture"] = Input(encoder="vae", lazy=picture)
+            inputs["image"] = Input(encoder="clip", lazy=picture)
         return inputs
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:

@@ -14,12 +14,22 @@ from vfun_cli.families.wan_s2v.transformer import load_transformer
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
 from vfun_cli.modeling.clips import frame_indices, reference_frame
 from vfun_cli.modeling.encoders import umt5, wan_vae, wav2vec2
-from vfun_cli.modeling.encoders.clip_vae import draw
-from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.encoders.frozen import Source as EncoderSource
+from vfun_cli.modeling.encoders.clip_vae import sample_posterior
+from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.umt5 import pad_text
 from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder
-from vfun_cli.modeling.inputs import Clip, Filled, Frames, Joined, Media, Plain, Recipe, Size, Sound, Together
+from vfun_cli.modeling.inputs import (
+    AudioSegment,
+    ClipInput,
+    ConcatenatedClip,
+    ConstantFrames,
+    LazyInput,
+    MediaFile,
+    Size,
+    TupleInput,
+    Value,
+    VideoFrames,
+)
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json, require_parts, require_same
 
@@ -70,14 +80,14 @@ def decide(key: SampleKey, *, frames: int, control_ref_image: str) -> Decisions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TalkingClip:
     """One clip with what belongs to it; clips are [F, 3, H, W]."""
 
-    pixels: Clip
-    history: Clip | None
+    pixels: ClipInput
+    history: ClipInput | None
     """What came before, at most 73 frames; None at the start of the video."""
-    control: Clip | None
-    audio: Recipe
+    control: ClipInput | None
+    audio: LazyInput
     """Mono samples at 16 kHz, exactly as long as the clip."""
     fps: Fraction
     """Frames of the clip a second."""
@@ -86,17 +96,17 @@ class Source:
     size: Size
 
 
-def source_of(request: SampleRequest) -> Source:
+def source_of(request: SampleRequest) -> TalkingClip:
     """The clip, its history, its control video of the same frames, and its sound."""
     size = (request.height, request.width)
     clip = frame_indices(request)
-    video = Media(request.record["file_path"])
+    video = MediaFile(request.record["file_path"])
     history = history_indices(clip[0], request.stride)
     control = request.record.get("control_file_path")
-    return Source(
-        pixels=Frames(video, tuple(clip), size),
-        history=Frames(video, tuple(history), size) if history else None,
-        control=Frames(Media(control), tuple(clip), size) if control else None,
+    return TalkingClip(
+        pixels=VideoFrames(video, tuple(clip), size),
+        history=VideoFrames(video, tuple(history), size) if history else None,
+        control=VideoFrames(MediaFile(control), tuple(clip), size) if control else None,
         audio=clip_audio(request, clip[0]),
         fps=Fraction(*request.fps) / request.stride,
         text=request.record["text"],
@@ -105,25 +115,25 @@ def source_of(request: SampleRequest) -> Source:
     )
 
 
-def compose(source: Source, decisions: Decisions) -> Inputs:
+def compose(source: TalkingClip, decisions: Decisions) -> Inputs:
     """What the encoders read of a clip, as decided."""
     reference = source.pixels.take([decisions.reference])
     motion = motion_clips(source, reference, decisions)
     control = control_clip(source, decisions)
-    recipes = {
+    clips = {
         **motion,
         "reference": reference,
         # 4k frames behind a copy of their first one make 1 + 4k; the copy's latent is cut off in ``assemble``.
-        "control": Joined((control.take([0]), control)),
+        "control": ConcatenatedClip((control.take([0]), control)),
     }
     return {
-        **{name: Input(encoder="vae", recipe=recipe) for name, recipe in recipes.items()},
-        "text": Input(encoder="text", recipe=Plain("" if decisions.drop_text else source.text)),
-        "audio": Input(encoder="speech", recipe=Together((source.audio, Plain(source.fps), Plain(source.frames)))),
+        **{name: Input(encoder="vae", lazy=clip) for name, clip in clips.items()},
+        "text": Input(encoder="text", lazy=Value("" if decisions.drop_text else source.text)),
+        "audio": Input(encoder="speech", lazy=TupleInput((source.audio, Value(source.fps), Value(source.frames)))),
     }
 
 
-def motion_clips(source: Source, reference: Clip, decisions: Decisions) -> dict[str, Recipe]:
+def motion_clips(source: TalkingClip, reference: ClipInput, decisions: Decisions) -> dict[str, LazyInput]:
     """How the clip meets its history: ``clip`` is the context frames followed by the clip.
 
     Real history stays untouched, is encoded with the clip and is seen; it is right-aligned in 73 frames, grey where
@@ -134,12 +144,12 @@ def motion_clips(source: Source, reference: Clip, decisions: Decisions) -> dict[
     pixels, size = source.pixels, source.size
     if source.history is not None and not decisions.drop_history:
         missing = MOTION_FRAMES - source.history.count
-        grey = (Filled(GREY, missing, size),) if missing else ()
-        return {"clip": Joined((*grey, source.history, pixels))}
+        grey = (ConstantFrames(GREY, missing, size),) if missing else ()
+        return {"clip": ConcatenatedClip((*grey, source.history, pixels))}
     if decisions.first_frame_as_history:
-        grey_first = Filled(GREY, MOTION_FRAMES - REFERENCE_HISTORY, size)
-        return {"clip": Joined((grey_first, reference.take([0] * REFERENCE_HISTORY), pixels))}
-    return {"clip": Joined((reference, pixels)), "history": Filled(GREY, MOTION_FRAMES, size)}
+        grey_first = ConstantFrames(GREY, MOTION_FRAMES - REFERENCE_HISTORY, size)
+        return {"clip": ConcatenatedClip((grey_first, reference.take([0] * REFERENCE_HISTORY), pixels))}
+    return {"clip": ConcatenatedClip((reference, pixels)), "history": ConstantFrames(GREY, MOTION_FRAMES, size)}
 
 
 def history_indices(start: int, stride: int) -> list[int]:
@@ -205,7 +215,7 @@ class WanS2VAdapter:
         """
         dropped = ["history" in output for output in outputs]
         drawn = [
-            {part: draw(output[part], key, f"posterior-{part}") for part in LATENTS if part in output}
+            {part: sample_posterior(output[part], key, f"posterior-{part}") for part in LATENTS if part in output}
             for output, key in zip(outputs, keys, strict=True)
         ]
         contexts = [1 if gone else MOTION_LATENTS for gone in dropped]
@@ -243,7 +253,7 @@ class WanS2VAdapter:
         return prediction
 
 
-def clip_audio(request: SampleRequest, start: int) -> Sound:
+def clip_audio(request: SampleRequest, start: int) -> AudioSegment:
     """The clip's sound [samples] at 16 kHz, exactly ``frames * stride / fps`` seconds from source frame ``start``.
 
     The last clip frame lasts a stride, so the sound may end up to ``stride - 1`` source frames behind the file's last
@@ -252,19 +262,23 @@ def clip_audio(request: SampleRequest, start: int) -> Sound:
     fps = Fraction(*request.fps)
     wanted = request.frames * request.stride
     there = min(wanted, request.total_frames - start)
-    return Sound(
-        Media(request.record["audio_path"]), start / fps, there / fps, SAMPLE_RATE, round(wanted / fps * SAMPLE_RATE)
+    return AudioSegment(
+        MediaFile(request.record["audio_path"]),
+        start / fps,
+        there / fps,
+        SAMPLE_RATE,
+        round(wanted / fps * SAMPLE_RATE),
     )
 
 
-def control_clip(source: Source, decisions: Decisions) -> Clip:
+def control_clip(source: TalkingClip, decisions: Decisions) -> ClipInput:
     """The control video [F, 3, H, W] that the model sees: black without one, when dropped, or from a cut tail on."""
     if source.control is None or decisions.drop_control:
-        return Filled(BLACK, source.frames, source.size)
+        return ConstantFrames(BLACK, source.frames, source.size)
     if decisions.silent_from is None:
         return source.control
     shown = source.control.take(range(decisions.silent_from))
-    return Joined((shown, Filled(BLACK, source.frames - decisions.silent_from, source.size)))
+    return ConcatenatedClip((shown, ConstantFrames(BLACK, source.frames - decisions.silent_from, source.size)))
 
 
 def _decide(key: SampleKey, frames: int, options: Mapping[str, Any]) -> Decisions:

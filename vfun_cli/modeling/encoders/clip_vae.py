@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vfun_cli.modeling.encoders.frozen import Output, Source
+from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import safetensors_files
@@ -65,9 +65,9 @@ def require_whole_latents(pixels: Tensor) -> None:
         raise ValueError(f"the VAE encodes 1 + 4k frames, got {frames}")
 
 
-def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> Source:
+def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
     """A VAE that ``load`` makes of a released ``vae`` folder. Raises CheckpointError if no weights are there."""
-    return Source(
+    return EncoderSource(
         load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch),
         files=(folder / "config.json", *safetensors_files(folder)),
         settings=str(dtype),
@@ -76,7 +76,7 @@ def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dt
 
 def sample_posteriors(outputs: Sequence[Output], keys: Sequence[SampleKey], purpose: str) -> Tensor:
     """Latents [B, z, f, h, w] float32, each drawn from its posterior with the noise of its own key."""
-    return torch.stack([draw(output, key, purpose) for output, key in zip(outputs, keys, strict=True)])
+    return torch.stack([sample_posterior(output, key, purpose) for output, key in zip(outputs, keys, strict=True)])
 
 
 def keep(values: Tensor, kept: Sequence[bool]) -> Tensor:
@@ -84,7 +84,7 @@ def keep(values: Tensor, kept: Sequence[bool]) -> Tensor:
     return values * upload(torch.tensor(kept), values.device).view(-1, *[1] * (values.dim() - 1))
 
 
-def draw(output: Output, key: SampleKey, purpose: str) -> Tensor:
+def sample_posterior(output: Output, key: SampleKey, purpose: str) -> Tensor:
     """One posterior's sample [z, f, h, w]."""
     mean, deviation = output["mean"], output["std"]
     return mean + deviation * upload(key.normal(purpose, tuple(mean.shape)), mean.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vfun_cli.modeling.encoders.placement import encoding_on
-from vfun_cli.modeling.encoders.spread import Spread
+from vfun_cli.modeling.encoders.sharding import EncoderSharding
 
 Output = dict[str, Tensor]
 """What an encoder makes of one input, by the encoder's names; the tensors of a VAE are ``mean`` and ``std``."""
@@ -27,7 +27,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class EncoderSource:
     """Where an encoder comes from."""
 
     load: Callable[[], Any]
@@ -43,12 +43,12 @@ class Source:
 class Encoders(Mapping[str, Any]):
     """The encoders of one model, by name."""
 
-    def __init__(self, sources: Mapping[str, Source], device: torch.device, *, low_vram: bool = False) -> None:
+    def __init__(self, sources: Mapping[str, EncoderSource], device: torch.device, *, low_vram: bool = False) -> None:
         self.sources = dict(sources)
         self.device = device
         self.low_vram = low_vram
         self.loaded: dict[str, Any] = {}
-        self.spread: Spread | None = None
+        self.sharding: EncoderSharding | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The encoder itself, loaded now if it was not."""
@@ -67,31 +67,31 @@ class Encoders(Mapping[str, Any]):
         """How many there are, loaded or not."""
         return len(self.sources)
 
-    def spread_over(self, ranks: Spread) -> None:
+    def shard_over(self, ranks: EncoderSharding) -> None:
         """Share the large encoders among ranks; before any is loaded. From now on the ranks run them together."""
-        self.spread = ranks
+        self.sharding = ranks
 
     @property
-    def together(self) -> list[str]:
+    def shared(self) -> list[str]:
         """The encoders that all ranks run at once, with or without inputs of their own."""
         return [name for name in self.sources if self._sharing(name) is not None]
 
-    def _sharing(self, name: str) -> Spread | None:
+    def _sharing(self, name: str) -> EncoderSharding | None:
         """The ranks that run this encoder together; None if each has its own."""
-        return None if self.sources[name].filler is None else self.spread
+        return None if self.sources[name].filler is None else self.sharding
 
     def load(self) -> None:
         """All that are not there yet. Raises CheckpointError if a part is missing or does not fit."""
         for name in self.sources:
             self[name]
 
-    def run(self, name: str, inputs: Sequence[Any], rounds: int = 0) -> list[Output]:
+    def run(self, name: str, inputs: Sequence[Any], shared_calls: int = 0) -> list[Output]:
         """What the encoder makes of the inputs, on its device.
 
-        One of ``together`` computes ``rounds`` times on every rank, as many as the rank with most inputs has, and stays
-        on the device, where it takes a part of its size.
+        A shared encoder runs ``shared_calls`` times on every rank, as often as the rank with most inputs needs, and
+        stays on the device, where it takes a part of its size.
         """
-        idle = max(0, rounds - len(inputs))
+        idle = max(0, shared_calls - len(inputs))
         if not inputs and not idle:
             return []
         read = [*inputs, *[self.sources[name].filler] * idle]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.modeling.encoders.frozen import Source
+from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
 
 
@@ -76,7 +76,9 @@ def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Te
     return tokens.input_ids, tokens.attention_mask
 
 
-def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> Source:
+def text_source(
+    load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int
+) -> EncoderSource:
     """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens. Ranks may share it.
 
     Raises CheckpointError at once for a folder that is not there: loading comes after gigabytes of other parts.
@@ -87,7 +89,7 @@ def text_source(load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype
                 f"{folder}: there is no such folder",
                 hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
             )
-    return Source(
+    return EncoderSource(
         load=lambda: load(model, tokenizer, dtype=dtype, length=length),
         files=(model, tokenizer),
         settings=f"{dtype} {length}",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.modeling.encoders.frozen import Output, Source
+from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights, require_same
 
@@ -86,7 +86,7 @@ class UMT5TextEncoder(nn.Module):
         return [{"states": states} for states in self.encode(inputs)]
 
 
-def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> Source:
+def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> EncoderSource:
     """The text encoder of a released Wan directory, for a transformer that reads states of width ``dim``."""
 
     def load() -> UMT5TextEncoder:
@@ -95,7 +95,7 @@ def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> S
         return encoder
 
     files = (model_dir / WEIGHTS, model_dir / TOKENIZER)
-    return Source(load=load, files=files, settings=f"{dtype} {text_len}", filler="")
+    return EncoderSource(load=load, files=files, settings=f"{dtype} {text_len}", filler="")
 
 
 def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:

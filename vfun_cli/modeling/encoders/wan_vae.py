@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE, require_whole_latents
-from vfun_cli.modeling.encoders.frozen import Source
+from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights
 
@@ -58,10 +58,10 @@ class WanVAE(ClipVAE):
         return (mu - self.mean) / self.std, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
 
-def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> Source:
+def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
     """The VAE of a released Wan directory."""
     path = model_dir / WEIGHTS
-    return Source(
+    return EncoderSource(
         load=lambda: WanVAE.from_file(path, dtype=dtype, mini_batch=mini_batch), files=(path,), settings=str(dtype)
     )
 

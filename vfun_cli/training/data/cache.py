@@ -1,6 +1,6 @@
 """Encoder outputs on disk, under names that say what they were made from.
 
-    DIR/entries/3f/3fa9….safetensors   one output; named by the digest of recipe, media, encoder and code
+    DIR/entries/3f/3fa9….safetensors   one output; named by the digest of input, media, encoder and code
     DIR/files/….json                   digests of files that were read once, by path, size and times
 
 Whatever changes what an encoder would give changes the name, so nothing is ever stale and several runs may fill one
@@ -27,18 +27,16 @@ from torch import Tensor
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata import probe
-from vfun_cli.modeling import encoders, media, randomness
-from vfun_cli.modeling import inputs as recipes
-from vfun_cli.modeling import weights as loading
+from vfun_cli.modeling import encoders, inputs, media, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import describe, leaves
+from vfun_cli.modeling.inputs import describe, nested_inputs
 from vfun_cli.run.rundir import write_atomically
 
 SUFFIX = ".safetensors"
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
-SHARED_CODE = (media, probe, randomness, recipes, loading)
+SHARED_CODE = (media, probe, randomness, inputs, weights)
 """Modules that decode media and load encoders, beside the encoders' own."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
 """What runs, prepares and decodes. Another release may give other numbers: transformers 5 moved a state of wav2vec."""
@@ -75,9 +73,9 @@ class Cache:
         assert wanted.encoder is not None
         text = "\n".join(
             (
-                code_digest(frozenset(type(leaf).__module__ for leaf in leaves(wanted.recipe))),
+                code_digest(frozenset(type(leaf).__module__ for leaf in nested_inputs(wanted.lazy))),
                 self.encoders[wanted.encoder],
-                describe(wanted.recipe, self.digest),
+                describe(wanted.lazy, self.digest),
             )
         )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -177,7 +175,7 @@ def prune(root: Path, wanted: Collection[str]) -> None:
 def code_digest(modules: frozenset[str]) -> str:
     """Of the source files that decide what an encoder sees and how it is run.
 
-    ``modules`` define the recipe; one that is a family's own is taken with all of its family's folder.
+    ``modules`` define the input; one that is a family's own is taken with all of its family's folder.
     """
     own = {_source(name) for name in modules}
     files = {_source(module.__name__) for module in SHARED_CODE} | own

@@ -1,4 +1,4 @@
-"""From requests to what the transformer reads: cook what is missing, encode it, put it together."""
+"""From requests to what the transformer reads: load what is missing, encode it, put it together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from vfun_cli.modeling.adapter import Conditions, Inputs, ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import cook
+from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.training.data.cache import Cache
 
-NO_ROUNDS: Mapping[str, int] = MappingProxyType({})
+NO_SHARED_CALLS: Mapping[str, int] = MappingProxyType({})
 """Where each rank has all encoders of its own."""
 
 
@@ -45,7 +45,7 @@ def prepared(inputs: Inputs, cache: Cache | None = None) -> Sample:
     if cache is not None:
         keys = {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}
         found = {name: output for name, key in keys.items() if (output := cache.read(key)) is not None}
-    values = cook({name: each.recipe for name, each in inputs.items() if name not in found})
+    values = load_inputs({name: each.lazy for name, each in inputs.items() if name not in found})
     return Sample(
         inputs=inputs, values=values, found=found, keys={name: key for name, key in keys.items() if name in values}
     )
@@ -56,24 +56,24 @@ def encode(
     samples: Sequence[Sample],
     keys: Sequence[SampleKey],
     cache: Cache | None = None,
-    rounds: Mapping[str, int] = NO_ROUNDS,
+    shared_calls: Mapping[str, int] = NO_SHARED_CALLS,
 ) -> tuple[Tensor, Conditions]:
     """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients.
 
-    What had to be encoded is added to the cache. ``rounds``: see ``outputs_of``.
+    What had to be encoded is added to the cache. ``shared_calls``: see ``outputs_of``.
     """
-    return adapter.assemble(outputs_of(adapter.encoders, samples, cache, rounds), keys)
+    return adapter.assemble(outputs_of(adapter.encoders, samples, cache, shared_calls), keys)
 
 
 def outputs_of(
     encoders: Encoders,
     samples: Sequence[Sample],
     cache: Cache | None = None,
-    rounds: Mapping[str, int] = NO_ROUNDS,
+    shared_calls: Mapping[str, int] = NO_SHARED_CALLS,
 ) -> list[dict[str, Output]]:
     """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once.
 
-    ``rounds`` is how often each encoder that the ranks share computes on all of them.
+    ``shared_calls`` is how often each encoder that the ranks share computes on all of them.
     """
     outputs: list[dict[str, Output]] = [
         {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
@@ -87,10 +87,12 @@ def outputs_of(
             else:
                 jobs[encoder].append((index, name))
     # Those that the ranks share come last: they wait for collectives, and nothing should wait behind them.
-    shared = encoders.together
+    shared = encoders.shared
     for encoder in sorted(jobs, key=lambda name: name in shared):
         places = jobs[encoder]
-        made = encoders.run(encoder, [samples[index].values[name] for index, name in places], rounds.get(encoder, 0))
+        made = encoders.run(
+            encoder, [samples[index].values[name] for index, name in places], shared_calls.get(encoder, 0)
+        )
         for (index, name), output in zip(places, made, strict=True):
             outputs[index][name] = output
             if cache is not None:
@@ -98,10 +100,10 @@ def outputs_of(
     return outputs
 
 
-def demand(encoders: Encoders, samples: Sequence[Sample]) -> list[int]:
+def shared_call_counts(encoders: Encoders, samples: Sequence[Sample]) -> list[int]:
     """How often a micro-batch uses each of the encoders that the ranks share."""
     wanted = [sample.inputs[name].encoder for sample in samples for name in sample.values]
-    return [wanted.count(name) for name in encoders.together]
+    return [wanted.count(name) for name in encoders.shared]
 
 
 def _moved(output: Output, encoders: Encoders) -> Output:

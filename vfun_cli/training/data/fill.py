@@ -24,7 +24,7 @@ from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import CONTINUE
 
 
-def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
+def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     """Encode what the cache does not have of the run that ``described`` resolves to.
 
     Entries are independent of each other: stopped or killed at any time, the next call goes on from there.
@@ -38,14 +38,14 @@ def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     encoders = adapter.encoders_of(adapter_options(config, accelerator.device))
     cache = Cache.for_encoders(config.cache, encoders)
     options = load_options(config, spec)
-    needed = Needed(adapter, options, cache)
+    needed = MissingEntries(adapter, options, cache)
     plan = load_plan(config, spec, described)
     work = list(needed.missing(plan, accelerator.process_index, accelerator.num_processes))
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
             prune(config.cache, set().union(*everyone))
-    progress = Progress(run, len(work), shows=accelerator.is_main_process)
+    progress = FillMetrics(run, len(work), shows=accelerator.is_main_process)
     reason = CONTINUE
     for loaded in load_ahead(adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache):
         outputs_of(encoders, loaded.samples, cache)
@@ -58,7 +58,7 @@ def fill(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     write_atomically(run.filled(accelerator.process_index), json.dumps(told))
 
 
-class Needed:
+class MissingEntries:
     """The entries that a run will ask for of one rank's share of its clips."""
 
     def __init__(self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache) -> None:
@@ -87,7 +87,7 @@ class Needed:
                     yield MicroBatch(epoch=batch.epoch, step=next(number), index=0, requests=(request,))
 
 
-class Progress:
+class FillMetrics:
     """What the launching command shows of one rank, in the run's metrics file."""
 
     def __init__(self, run: RunDir, total: int, *, shows: bool) -> None:

@@ -22,7 +22,7 @@ from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import Sample, demand, load
+from vfun_cli.training.data.encoding import Sample, load, shared_call_counts
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
@@ -66,15 +66,15 @@ class LoadedBatch:
     samples: list[Sample]
     bad: tuple[tuple[SampleRequest, VfunError], ...] = ()
     """What could not be decoded."""
-    stands_in: bool = False
+    is_substitute: bool = False
     """The samples are those of another micro-batch, computed so that all ranks make the same passes, for nothing."""
-    rounds: Mapping[str, int] = field(default_factory=dict)
+    shared_calls: Mapping[str, int] = field(default_factory=dict)
     """How often each encoder that the ranks share computes for it, on all of them."""
 
     @property
     def trained(self) -> tuple[SampleRequest, ...]:
         """The requests that count."""
-        return () if self.stands_in else self.batch.requests
+        return () if self.is_substitute else self.batch.requests
 
     @property
     def weight(self) -> float:
@@ -86,15 +86,15 @@ class ClipDataset(Dataset[LoadedBatch]):
     """Decodes whole micro-batches; the sampler hands it the requests themselves."""
 
     def __init__(
-        self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache | None, at_work: "AtWork"
+        self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache | None, status: "WorkerStatus"
     ) -> None:
         self.adapter = adapter
         self.options = options
         self.cache = cache
-        self.at_work = at_work
+        self.status = status
 
     def __getitem__(self, batch: Any) -> LoadedBatch:
-        self.at_work.begin(batch)
+        self.status.begin(batch)
         samples, good, bad = [], [], []
         for request in batch.requests:
             try:
@@ -105,14 +105,14 @@ class ClipDataset(Dataset[LoadedBatch]):
             except VfunError as error:
                 hint = f"{error.hint or _DEEP_HINT}; or train without such clips: --on-bad-sample skip"
                 bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
-        self.at_work.end()
+        self.status.end()
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
 
 
 _DEEP_HINT = "vfun validate-meta --deep names the files that cannot be decoded"
 
 
-class AtWork:
+class WorkerStatus:
     """Which micro-batch each decoding process is at and since when, readable after its death."""
 
     def __init__(self, workers: int) -> None:
@@ -167,7 +167,7 @@ def load_ahead(
     """
     with closing(_decoded(adapter, options, batches, workers, cache)) as decoded:
         if on_bad_sample == "skip":
-            yield from _with_stand_ins(decoded)
+            yield from _with_substitutes(decoded)
             return
         for loaded in decoded:
             for _, error in loaded.bad:
@@ -175,50 +175,50 @@ def load_ahead(
             yield loaded
 
 
-def _with_stand_ins(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+def _with_substitutes(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
     """The nearest good micro-batch before, or at the start after, computes in place of one without samples."""
     good: LoadedBatch | None = None
     held: list[LoadedBatch] = []
     for loaded in decoded:
         if loaded.samples:
-            yield from (_stand_in(each, loaded) for each in held)
+            yield from (_substitute(each, loaded) for each in held)
             held, good = [], loaded
             yield loaded
         elif good is None:
             held.append(loaded)
         else:
-            yield _stand_in(loaded, good)
+            yield _substitute(loaded, good)
     if held:
         raise MetadataError(f"none of {len(held)} micro-batches of this rank can be decoded.", hint=_DEEP_HINT)
 
 
-def _stand_in(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
+def _substitute(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
     requests = replace(loaded.batch, requests=good.batch.requests)
-    return replace(loaded, batch=requests, samples=good.samples, stands_in=True)
+    return replace(loaded, batch=requests, samples=good.samples, is_substitute=True)
 
 
-def agreed_ahead(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
-    """Micro-batches with the rounds of the encoders that the ranks share; without such, the micro-batches themselves.
+def with_shared_calls(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
+    """Micro-batches with the number of calls of each shared encoder; as they are where no encoder is shared.
 
     The ranks ask each other about a micro-batch when the one before it is handed out: a step finds the answer there
     and waits for no other rank.
     """
-    ranks, shared = encoders.spread, encoders.together
+    ranks, shared = encoders.sharding, encoders.shared
     if ranks is None or not shared:
         yield from batches
         return
     earlier: Callable[[], LoadedBatch] | None = None
     for loaded in batches:
-        answer = ranks.ask(demand(encoders, loaded.samples))
+        answer = ranks.all_reduce_max_async(shared_call_counts(encoders, loaded.samples))
         if earlier is not None:
             yield earlier()
-        earlier = partial(_with_rounds, loaded, shared, answer)
+        earlier = partial(_with_call_counts, loaded, shared, answer)
     if earlier is not None:
         yield earlier()
 
 
-def _with_rounds(loaded: LoadedBatch, shared: Sequence[str], answer: Callable[[], list[int]]) -> LoadedBatch:
-    return replace(loaded, rounds=dict(zip(shared, answer(), strict=True)))
+def _with_call_counts(loaded: LoadedBatch, shared: Sequence[str], answer: Callable[[], list[int]]) -> LoadedBatch:
+    return replace(loaded, shared_calls=dict(zip(shared, answer(), strict=True)))
 
 
 def _decoded(
@@ -239,9 +239,9 @@ def _decoded(
             yield batch
 
     while True:
-        at_work = AtWork(workers)
+        status = WorkerStatus(workers)
         loader = DataLoader(
-            ClipDataset(adapter, options, cache, at_work),
+            ClipDataset(adapter, options, cache, status),
             batch_size=None,
             sampler=_Stream(handed_out(batches)),
             num_workers=workers,
@@ -249,7 +249,7 @@ def _decoded(
             worker_init_fn=_start_worker,
             multiprocessing_context=forkserver.PROCESSES if workers else None,
         )
-        with _watched(loader, at_work) as (decoded, ended):
+        with _watched(loader, status) as (decoded, ended):
             try:
                 for loaded in decoded:
                     waiting.popleft()
@@ -259,7 +259,7 @@ def _decoded(
                 dead = "DataLoader worker" in str(error) or (_lost_contact(error) and ended.one_within(END_TIMEOUT))
                 if not dead:
                     raise
-                faults = _faults(at_work, ended)
+                faults = _faults(status, ended)
         # All that was handed out is decoded again, but not what hung or crashed.
         again = [replace(batch, fault=faults.get(batch.place)) for batch in waiting]
         batches = chain(again, batches)
@@ -284,7 +284,7 @@ def _lost_contact(error: Exception) -> bool:
 
 
 @contextmanager
-def _watched(loader: DataLoader[LoadedBatch], at_work: AtWork) -> Iterator[tuple[Iterator[LoadedBatch], _Ended]]:
+def _watched(loader: DataLoader[LoadedBatch], status: WorkerStatus) -> Iterator[tuple[Iterator[LoadedBatch], _Ended]]:
     """The loader's iterator, with a thread that ends processes whose file hangs its decoder."""
     before = {process.pid for process in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
@@ -298,7 +298,7 @@ def _watched(loader: DataLoader[LoadedBatch], at_work: AtWork) -> Iterator[tuple
 
     def watch() -> None:
         while not done.wait(min(1.0, LOAD_TIMEOUT / 10)):
-            for number, _, seconds in at_work.entries():
+            for number, _, seconds in status.entries():
                 if seconds > LOAD_TIMEOUT and number not in ended.too_slow:
                     ended.too_slow.add(number)
                     ended.processes[number].kill()
@@ -314,14 +314,14 @@ def _watched(loader: DataLoader[LoadedBatch], at_work: AtWork) -> Iterator[tuple
             process.kill()  # they ignore the signal by which Python ends its helpers, and would be waited for
 
 
-def _faults(at_work: AtWork, ended: _Ended) -> dict[tuple[int, int], str]:
+def _faults(status: WorkerStatus, ended: _Ended) -> dict[tuple[int, int], str]:
     """What files did to their decoding processes, by the place of the micro-batch.
 
     Raises:
         RunError: a decoding process was ended by something else.
     """
     faults: dict[tuple[int, int], str] = {}
-    places = {number: place for number, place, _ in at_work.entries()}
+    places = {number: place for number, place, _ in status.entries()}
     for number, process in ended.processes.items():
         if number in ended.too_slow:
             faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s"

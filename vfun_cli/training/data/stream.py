@@ -9,8 +9,7 @@ from vfun_cli.metadata.records import Record
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.plan.schedule import EpochPlan, PlannedSample, plan_run
-from vfun_cli.plan.schedule import MicroBatch as PlannedBatch
+from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample, plan_run
 from vfun_cli.training.data.loader import MicroBatch
 
 
@@ -48,7 +47,7 @@ def _shares(plan: EpochPlan) -> list[float]:
     return shares
 
 
-def _request(plan: RunPlan, batch: PlannedBatch, sample: PlannedSample, position: int) -> SampleRequest:
+def _request(plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int) -> SampleRequest:
     table = plan.table
     return SampleRequest(
         key=SampleKey(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs a task in a thread; the caller meets its error at the next ``check`` or ``wait``."""
+    """Runs a task in a thread; the caller meets its error at the next ``raise_error`` or ``wait``."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -16,7 +16,7 @@ class Background:
         self._thread = threading.Thread(target=self._run, args=(task,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
+    def raise_error(self) -> None:
         """Raise what the task raised, if it has ended that way."""
         error, self._error = self._error, None
         if error is not None:
@@ -27,7 +27,7 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+        self.raise_error()
 
     def _run(self, task: Callable[[], None]) -> None:
         try:

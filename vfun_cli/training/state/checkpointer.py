@@ -18,8 +18,8 @@ from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.errors import CheckpointError, FitError, RunError
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
-from vfun_cli.training.state.convert import fill
-from vfun_cli.training.state.formats import FORMATS, Format
+from vfun_cli.training.state.convert import load_converted
+from vfun_cli.training.state.formats import FORMATS, CheckpointFormat
 from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 MODEL_DIR = "model"
@@ -37,7 +37,7 @@ class Checkpointer:
         *,
         keep: int | None,
         config_files: dict[str, Path],
-        format: Format | None = None,
+        format: CheckpointFormat | None = None,
     ) -> None:
         self.run = run
         self.strategy = strategy
@@ -46,11 +46,11 @@ class Checkpointer:
         self.config_files = config_files
         self.background = Background()
 
-    def save(self, state: TrainedState, progress: dict[str, Any], *, background: bool = False) -> Path:
+    def save(self, state: TrainedState, run_state: dict[str, Any], *, background: bool = False) -> Path:
         """Write ``checkpoint-<step>`` with all ranks together; older ones go only after it is complete.
 
         Args:
-            progress: what ``state.json`` says: step, epoch, position, strategy, world size, family.
+            run_state: what ``state.json`` says: step, epoch, position, strategy, world size, family.
             background: keep the state in memory (``/dev/shm``) and return; it becomes a checkpoint while training
                 goes on. Until then the one before is the newest.
 
@@ -60,24 +60,24 @@ class Checkpointer:
         """
         self.wait()
         self.require_space(state)
-        step = progress["step"]
+        step = run_state["step"]
         with self._failure_named(step):
             if background:
                 self._require_memory(state)
                 self._collect(state, self.run.staging / MODEL_DIR, state.accelerator.is_local_main_process)
                 if state.accelerator.is_local_main_process:
-                    self.background.start(lambda: self._carry_over(state, progress))
+                    self.background.start(lambda: self._carry_over(state, run_state))
             else:
                 partial = self.run.partial_checkpoint(step)
                 self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
                 if state.accelerator.is_main_process:
-                    self._finish(partial, progress)
+                    self._finish(partial, run_state)
                 state.accelerator.wait_for_everyone()
         return self.run.checkpoint(step)
 
-    def check(self) -> None:
+    def raise_background_error(self) -> None:
         """Raise the error of a checkpoint that is being written in the background, if it met one."""
-        self.background.check()
+        self.background.raise_error()
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written in the background.
@@ -140,10 +140,10 @@ class Checkpointer:
             save_file(state.average.shadow, folder / EMA_FILE)
         state.accelerator.wait_for_everyone()
 
-    def _carry_over(self, state: TrainedState, progress: dict[str, Any]) -> None:
+    def _carry_over(self, state: TrainedState, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
-        with self._failure_named(progress["step"]):
-            accelerator, partial = state.accelerator, self.run.partial_checkpoint(progress["step"])
+        with self._failure_named(run_state["step"]):
+            accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
             on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
             shutil.copytree(self.run.staging, partial, dirs_exist_ok=True)
@@ -155,17 +155,17 @@ class Checkpointer:
                     time.sleep(_LOOK_SECONDS)
                 for mark in arrived:
                     mark.unlink()
-                self._finish(partial, progress)
+                self._finish(partial, run_state)
 
-    def _finish(self, partial: Path, progress: dict[str, Any]) -> None:
+    def _finish(self, partial: Path, run_state: dict[str, Any]) -> None:
         """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go."""
-        final = self.run.checkpoint(progress["step"])
+        final = self.run.checkpoint(run_state["step"])
         (partial / CONFIG_DIR).mkdir()
         for name, source in self.config_files.items():
             shutil.copy2(source, partial / CONFIG_DIR / name)
-        (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **progress}, indent=2), encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
         manifest.write_manifest(partial)
-        replaced = self.run.replaced_checkpoint(progress["step"])
+        replaced = self.run.replaced_checkpoint(run_state["step"])
         if final.exists():
             final.replace(replaced)
         partial.replace(final)
@@ -180,11 +180,11 @@ class Checkpointer:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
         manifest.verify(checkpoint, deep=False)
-        progress = read_state(checkpoint)
-        if self._is_native(progress, state.accelerator.num_processes):
+        run_state = read_state(checkpoint)
+        if self._is_native(run_state, state.accelerator.num_processes):
             self.format.load(state, checkpoint / MODEL_DIR)
         else:
-            fill(state, open_checkpoint(checkpoint))
+            load_converted(state, open_checkpoint(checkpoint))
         if state.average is not None:
             path = checkpoint / MODEL_DIR / EMA_FILE
             if not path.is_file():
@@ -192,15 +192,15 @@ class Checkpointer:
                     f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
                 )
             state.average.load(load_file(path))
-        return progress
+        return run_state
 
-    def _is_native(self, progress: Mapping[str, Any], world_size: int) -> bool:
+    def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
         """Whether the strategy's own loader reads what another launch wrote; it restores the state bit for bit."""
         if self.format is not FORMATS[self.strategy]:
             return True  # adapters: one format for all strategies
         if self.format.any_world_size:
-            return FORMATS.get(progress["strategy"]) == self.format
-        return (progress["strategy"], progress["world_size"]) == (self.strategy, world_size)
+            return FORMATS.get(run_state["strategy"]) == self.format
+        return (run_state["strategy"], run_state["world_size"]) == (self.strategy, world_size)
 
     def _retire(self, newest: Path) -> None:
         if self.keep is None:

@@ -14,7 +14,7 @@ from vfun_cli.training.state.gather import STEP, restore
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
 
 
-def fill(state: TrainedState, checkpoint: CheckpointReader) -> None:
+def load_converted(state: TrainedState, checkpoint: CheckpointReader) -> None:
     """Put the checkpoint's weights and moments into a state that has not stepped yet; all ranks together.
 
     Raises:

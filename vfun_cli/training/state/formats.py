@@ -25,7 +25,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Format:
+class CheckpointFormat:
     """How one kind of strategy writes its weights and optimizer."""
 
     save: Callable[[TrainedState, Path], None]
@@ -106,10 +106,10 @@ def _load_engine(state: TrainedState, folder: Path) -> None:
 
 
 FORMATS = {
-    "single": Format(_save_plain, _load_plain),
-    "ddp": Format(_save_plain, _load_plain),
-    "fsdp": Format(_save_sharded, _load_sharded),
-    "zero2": Format(_save_engine, _load_engine, any_world_size=False),
-    "zero3": Format(_save_engine, _load_engine, any_world_size=False),
-    "zero3-offload": Format(_save_engine, _load_engine, any_world_size=False),
+    "single": CheckpointFormat(_save_plain, _load_plain),
+    "ddp": CheckpointFormat(_save_plain, _load_plain),
+    "fsdp": CheckpointFormat(_save_sharded, _load_sharded),
+    "zero2": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
+    "zero3": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
+    "zero3-offload": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
 }

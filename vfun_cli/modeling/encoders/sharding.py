@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class EncoderSharding:
     """The ranks that share an encoder."""
 
     mesh: DeviceMesh
@@ -24,7 +24,7 @@ class Spread:
     """A process group on which the ranks agree without waiting for what is queued on their devices."""
 
     @classmethod
-    def over_all_ranks(cls, device: torch.device) -> "Spread":
+    def over_all_ranks(cls, device: torch.device) -> "EncoderSharding":
         """Collective: every rank of the job calls it."""
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         return cls(mesh=mesh, hosts=dist.new_group(backend="gloo"))
@@ -39,7 +39,7 @@ class Spread:
         # transformers looks up what a model can give (its hidden states) by how its class is printed.
         type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
 
-    def ask(self, counts: Sequence[int]) -> Callable[[], list[int]]:
+    def all_reduce_max_async(self, counts: Sequence[int]) -> Callable[[], list[int]]:
         """Ask for the largest of each count on any rank, and go on; what comes back waits for the answer."""
         largest = torch.tensor(counts)
         question = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.hosts, async_op=True)

@@ -11,7 +11,7 @@ from vfun_cli.demo import default as demo_default
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("spread_worker.py")
+WORKER = Path(__file__).with_name("sharding_worker.py")
 FAMILIES = tuple(families.FAMILIES)
 
 
@@ -44,6 +44,6 @@ def test_a_spread_text_encoder_says_what_the_whole_one_says(family: str, folder:
 
 
 def test_ranks_agree_a_micro_batch_ahead_so_that_none_waits_for_a_slower_one(folder: Path) -> None:
-    ranks = [torch.load(folder / f"rounds-{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(folder / f"shared_calls-{rank}.pt") for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    assert [next(iter(rounds.values())) for rounds in ranks[0]] == [1, 0, 2]
+    assert [next(iter(shared_calls.values())) for shared_calls in ranks[0]] == [1, 0, 2]

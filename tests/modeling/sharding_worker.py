@@ -1,9 +1,9 @@
-"""Two processes: every family's encoders whole and spread over the ranks, on the same inputs.
+"""Two processes: every family's encoders whole and sharded over the ranks, on the same inputs.
 
-    torchrun --nproc_per_node=2 spread_worker.py FOLDER
+    torchrun --nproc_per_node=2 sharding_worker.py FOLDER
 
-``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the spread ones lies on this rank;
-``FOLDER/rounds-<rank>.pt`` what the ranks agreed on ahead of their micro-batches.
+``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the sharded ones lies on this rank;
+``FOLDER/shared_calls-<rank>.pt`` what the ranks agreed on ahead of their micro-batches.
 """
 
 import os
@@ -21,10 +21,10 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders
-from vfun_cli.modeling.encoders.spread import Spread
-from vfun_cli.modeling.inputs import Plain
+from vfun_cli.modeling.encoders.sharding import EncoderSharding
+from vfun_cli.modeling.inputs import Value
 from vfun_cli.training.data.encoding import Sample
-from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, agreed_ahead
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, with_shared_calls
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.session import adapter_of, adapter_options
 
@@ -43,16 +43,18 @@ def inputs_of(filler: Any, rank: int) -> list[list[Any]]:
 
 
 def outputs(encoders: Encoders, name: str, calls: list[list[Any]]) -> list[Any]:
-    ranks = encoders.spread
-    rounds = [0] * len(calls) if ranks is None else ranks.ask([len(inputs) for inputs in calls])()
-    return [encoders.run(name, inputs, count) for inputs, count in zip(calls, rounds, strict=True)]
+    ranks = encoders.sharding
+    shared_calls = (
+        [0] * len(calls) if ranks is None else ranks.all_reduce_max_async([len(inputs) for inputs in calls])()
+    )
+    return [encoders.run(name, inputs, count) for inputs, count in zip(calls, shared_calls, strict=True)]
 
 
 def no_rank_waits_for_another(encoders: Encoders, folder: Path, rank: int) -> list[dict[str, int]]:
     """Micro-batches as the trainer asks for them; rank 1 asks for the next only when rank 0 has had it."""
     seen, loaded = folder / "rank-0-went-on", []
-    for number, batch in enumerate(agreed_ahead(iter(micro_batches(encoders, rank)), encoders)):
-        loaded.append(dict(batch.rounds))
+    for number, batch in enumerate(with_shared_calls(iter(micro_batches(encoders, rank)), encoders)):
+        loaded.append(dict(batch.shared_calls))
         if number == 1 and rank == 0:
             seen.touch()
         if number == 0 and rank == 1:
@@ -65,7 +67,7 @@ def no_rank_waits_for_another(encoders: Encoders, folder: Path, rank: int) -> li
 
 def micro_batches(encoders: Encoders, rank: int) -> list[LoadedBatch]:
     """Rank 0 has a caption to encode in the first one, rank 1 two in the last one, nobody any in the second."""
-    text = Input(encoder=encoders.together[0], recipe=Plain("waves"))
+    text = Input(encoder=encoders.shared[0], lazy=Value("waves"))
     clips = [[1, 0, 0], [0, 0, 2]][rank]
     sample = Sample(inputs={"text": text}, values={"text": "waves"})
     return [
@@ -82,17 +84,17 @@ def main(folder: Path) -> int:
     for spec in families.FAMILIES.values():
         config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
         options = replace(adapter_options(config, CPU), compute_dtype=torch.bfloat16)
-        whole, spread = (adapter_of(spec).encoders_of(options) for _ in range(2))
-        spread.spread_over(Spread.over_all_ranks(CPU))
+        whole, sharded = (adapter_of(spec).encoders_of(options) for _ in range(2))
+        sharded.shard_over(EncoderSharding.over_all_ranks(CPU))
         found = {}
-        for name in spread.together:
-            calls = inputs_of(spread.sources[name].filler, rank)
-            alone, shared = outputs(whole, name, calls), outputs(spread, name, calls)
-            here = sum(parameter.to_local().numel() for parameter in spread[name].model.parameters())
+        for name in sharded.shared:
+            calls = inputs_of(sharded.sources[name].filler, rank)
+            alone, shared = outputs(whole, name, calls), outputs(sharded, name, calls)
+            here = sum(parameter.to_local().numel() for parameter in sharded[name].model.parameters())
             everything = sum(parameter.numel() for parameter in whole[name].model.parameters())
             found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything}
         torch.save(found, folder / f"{spec.name}-{rank}.pt")
-    torch.save(no_rank_waits_for_another(spread, folder, rank), folder / f"rounds-{rank}.pt")
+    torch.save(no_rank_waits_for_another(sharded, folder, rank), folder / f"shared_calls-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     return 0
