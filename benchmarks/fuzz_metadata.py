@@ -26,9 +26,9 @@ from rich.console import Console
 
 from vfun_cli.demo.media import build_media
 from vfun_cli.errors import VfunError
-from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.checks import ClipNeeds, Settings, validate
 from vfun_cli.metadata.deep import decode_many
+from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.probe import Failure, probe_many
 from vfun_cli.metadata.records import read_metadata

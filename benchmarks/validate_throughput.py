@@ -22,8 +22,8 @@ import record
 
 from vfun_cli.demo.media import build_media
 from vfun_cli.devices import cpu_cores
-from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.checks import Settings, validate
+from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import read_metadata
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, build_transformer, load_transformer
-from vfun_cli.families.spec import ClipShape, unchanged
+from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.weights import empty_model
 from vfun_cli.training.lora import choose_layers
 

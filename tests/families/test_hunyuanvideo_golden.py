@@ -10,6 +10,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo.adapter import (
     HunyuanVideoAdapter,
@@ -17,7 +18,6 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     TextToVideoAdapter,
     load_transformer,
 )
-from vfun_cli.families.spec import unchanged
 from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.training.lora import choose_layers
 

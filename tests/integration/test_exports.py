@@ -20,10 +20,11 @@ from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.lora_export import open_adapter
 from vfun_cli.checkpoints.lora_files import released_layer
+from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.families.spec import FamilySpec, Place, unchanged
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.main import app
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import load_plan
@@ -138,13 +139,13 @@ def by_key(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
     for layer, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        place = Place(name=released_layer(layer, spec.export_names["same"]))
-        if comfyui and spec.comfyui_place is not None and "blocks." in layer:
-            place = spec.comfyui_place(layer, dims)
-        name = f"diffusion_model.{place.name}" if comfyui else f"lora_unet__{place.name.replace('.', '_')}"
+        location = LayerLocation(name=released_layer(layer, spec.export_names["same"]))
+        if comfyui and spec.comfyui_location is not None and "blocks." in layer:
+            location = spec.comfyui_location(layer, dims)
+        name = f"diffusion_model.{location.name}" if comfyui else f"lora_unet__{location.name.replace('.', '_')}"
         if f"{name}.alpha" in tensors:
             used.add(name)
-            rows = slice(place.first_row, place.first_row + module.out_features)
+            rows = slice(location.first_row, location.first_row + module.out_features)
             up, down = tensors[f"{name}.lora_up.weight"].float(), tensors[f"{name}.lora_down.weight"].float()
             module.weight.data += tensors[f"{name}.alpha"] / len(down) * up[rows] @ down
     assert used == {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vfun_cli.families.spec import MetadataField
+from vfun_cli.metadata.fields import MetadataField
 
 SPEECH_FIELDS = (
     MetadataField(name="file_path", media="visual"),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from small_media import ROW, SPEECH_FIELDS, encode_video, write_sound
 
-from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.codes import CODES, explain
+from vfun_cli.metadata.fields import MetadataField
 
 Row = dict[str, Any]
 Damage = Callable[[Path, Row], Any]

@@ -14,8 +14,8 @@ from PIL import Image
 
 from vfun_cli.demo.media import CLIPS, build_media
 from vfun_cli.errors import MetadataError
-from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.checks import validate
+from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.media import (
     cover_size,

@@ -23,7 +23,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer
-from vfun_cli.families.hunyuanvideo.comfyui import comfyui_place
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.spec import ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.main import app
@@ -228,7 +228,11 @@ def test_layers_that_comfyui_joins_become_one_with_the_same_update(tmp_path: Pat
     checkpoint = adapter_of_layers(tmp_path, HUNYUAN_LAYERS)
     stored = load_file(checkpoint / "model/adapter_model.safetensors")
     folder = export_adapter(
-        checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN), dtype="fp32"
+        checkpoint,
+        tmp_path / "out",
+        format="comfyui",
+        locate=lambda layer: comfyui_location(layer, HUNYUAN),
+        dtype="fp32",
     ).output
     written = load_file(folder / "checkpoint-1.safetensors")
     assert {name.rpartition(".")[0] for name in written if name.endswith(".alpha")} == {
@@ -261,7 +265,7 @@ def test_a_layer_that_comfyui_loads_no_lora_for_is_refused(tmp_path: Path) -> No
     checkpoint = adapter_of_layers(tmp_path, {"proj_out": (64, 3072)})
     with pytest.raises(ConfigError, match="ComfyUI loads no LoRA for proj_out"):
         export_adapter(
-            checkpoint, tmp_path / "out", format="comfyui", place=lambda layer: comfyui_place(layer, HUNYUAN)
+            checkpoint, tmp_path / "out", format="comfyui", locate=lambda layer: comfyui_location(layer, HUNYUAN)
         )
     assert not (tmp_path / "out").exists()
 

@@ -8,8 +8,8 @@
 | original | ``<name>.safetensors``, keys ``lora_unet__<layer>.lora_down.weight`` | ``alpha`` tensors |
 
 ``original`` calls the layers what the released model calls them, ``peft`` and ``diffusers`` what the module does.
-``comfyui`` takes the released names too, or the family's own places: where ComfyUI joins several layers into one, their
-pairs become one of their ranks' sum, with the strength multiplied into B.
+``comfyui`` takes the released names too, or the family's own locations: where ComfyUI joins several layers into one,
+their pairs become one of their ranks' sum, with the strength multiplied into B.
 """
 
 import json
@@ -37,11 +37,11 @@ from vfun_cli.checkpoints.lora_files import (
     read_adapter,
     released_layer,
 )
+from vfun_cli.checkpoints.naming import LayerLocation
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, STORAGE, Array, TensorSource, convert
 from vfun_cli.checkpoints.writer import Entry, content_hash, plan_shards, write_shards
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
-from vfun_cli.families.spec import Place
 
 FORMATS = ("peft", "diffusers", "comfyui", "original")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -58,7 +58,7 @@ def export_adapter(
     *,
     format: str,
     released: Callable[[str], str] = lambda name: name,
-    place: Callable[[str], Place] | None = None,
+    locate: Callable[[str], LayerLocation] | None = None,
     dtype: str = "bf16",
     weights: Weights = "trained",
     overwrite: bool = False,
@@ -67,11 +67,11 @@ def export_adapter(
 
     Args:
         released: from a parameter's name in the module to its released name.
-        place: from a layer's name in the module to its place in ComfyUI; by default its released name.
+        locate: from a layer's name in the module to its location in ComfyUI; by default its released name.
 
     Raises:
         ConfigError: unknown format or type, an output that exists, DoRA in a format that cannot carry it, a layer
-            without a place.
+            without a location.
         CheckpointError: the checkpoint is damaged or holds no LoRA.
     """
     if format not in FORMATS:
@@ -85,8 +85,8 @@ def export_adapter(
             f"LoRA files of the {format} style cannot carry DoRA's magnitudes.",
             hint="Use --merge, --format peft or --format diffusers.",
         )
-    if format == "comfyui" and place is not None:
-        tensors = _joined(adapter, place, DTYPES[dtype])
+    if format == "comfyui" and locate is not None:
+        tensors = _joined(adapter, locate, DTYPES[dtype])
     else:
         tensors = _STYLES[format](adapter, released, DTYPES[dtype])
     names = {"peft": ADAPTER_FILE, "diffusers": DIFFUSERS_FILE}
@@ -220,11 +220,11 @@ def _original(adapter: AdapterFile, released: Callable[[str], str], dtype: str) 
     return _kohya(adapter, lambda layer: "lora_unet__" + released_layer(layer, released).replace(".", "_"), dtype)
 
 
-def _joined(adapter: AdapterFile, place: Callable[[str], Place], dtype: str) -> Tensors:
+def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation], dtype: str) -> Tensors:
     """B of a joint layer has each part's rows in the columns of that part's rank, and zeros for what is not trained."""
-    parts: dict[str, list[tuple[Place, Pair]]] = {}
+    parts: dict[str, list[tuple[LayerLocation, Pair]]] = {}
     for layer, pair in adapter.pairs.items():
-        found = place(layer)
+        found = locate(layer)
         parts.setdefault(found.name, []).append((found, pair))
     tensors: Tensors = {}
     for name, members in parts.items():

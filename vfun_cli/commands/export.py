@@ -14,7 +14,8 @@ from vfun_cli.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.export import ExportResult
-    from vfun_cli.families.spec import FamilySpec, Place
+    from vfun_cli.checkpoints.naming import LayerLocation
+    from vfun_cli.families.spec import FamilySpec
 
 FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
@@ -66,8 +67,8 @@ def export_bf16(
     """
     from vfun_cli.checkpoints import lora_export
     from vfun_cli.checkpoints.export import export
+    from vfun_cli.checkpoints.naming import unchanged
     from vfun_cli.checkpoints.reader import open_checkpoint
-    from vfun_cli.families.spec import unchanged
     from vfun_cli.run import locate
 
     if format not in FORMATS:
@@ -94,7 +95,7 @@ def export_bf16(
             target,
             format="peft" if format == "same" else spec.lora_formats[format],
             released=released,
-            place=_comfyui_places(spec, path) if format == "comfyui" else None,
+            locate=_comfyui_locations(spec, path) if format == "comfyui" else None,
             dtype=dtype,
             weights=weights,
             overwrite=overwrite,
@@ -156,14 +157,14 @@ def _what_was_trained(checkpoint: Path, model: Path | None) -> tuple["FamilySpec
     return families.find(fitting[0]), model
 
 
-def _comfyui_places(spec: "FamilySpec", checkpoint: Path) -> "Callable[[str], Place] | None":
+def _comfyui_locations(spec: "FamilySpec", checkpoint: Path) -> "Callable[[str], LayerLocation] | None":
     """Where ComfyUI looks for the layers of the model that a checkpoint belongs to."""
-    place = spec.comfyui_place
-    if place is None:
+    locate = spec.comfyui_location
+    if locate is None:
         return None
     config = json_.loads((checkpoint / "config" / Path(spec.config_file).name).read_text(encoding="utf-8"))
     dims = spec.read_dims(config)
-    return lambda layer: place(layer, dims)
+    return lambda layer: locate(layer, dims)
 
 
 def _check_format(format: str, spec: "FamilySpec", *, is_lora: bool, merge: bool) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import CheckpointError
+from vfun_cli.metadata.fields import MetadataField
 
 FrameRule = Literal["4k", "4k+1"]
 
@@ -31,30 +33,6 @@ class ModelDims:
     num_layers: int
     extra: Mapping[str, int] = field(default_factory=dict)
     """Dimensions only one family has (audio injectors, single-stream blocks, reference tokens, …)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetadataField:
-    """A metadata key that a family reads, apart from ``text`` and ``type``."""
-
-    name: str
-    media: Literal["visual", "control", "audio"]
-    required: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where another program keeps a layer: under a name of its own, maybe as some rows of a joint layer."""
-
-    name: str
-    first_row: int = 0
-    rows: int | None = None
-    """Of the joint layer; None: the layer is one there too."""
-
-
-def unchanged(name: str) -> str:
-    """The name of a parameter in a format that has the same names."""
-    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +109,7 @@ class FamilySpec:
     )
     """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
     ComfyUI nodes of some families read the original's keys."""
-    comfyui_place: Callable[[str, ModelDims], Place] | None = None
+    comfyui_location: Callable[[str, ModelDims], LayerLocation] | None = None
     """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
     demo: Mapping[str, object] = field(default_factory=dict)
     """Option values of the embedded default (tiny model, tiny media)."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vfun_cli.errors import MetadataError, did_you_mean
-from vfun_cli.families.spec import MetadataField
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
+from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.probe import AudioFacts, Facts, Failure, OnProgress, VisualFacts, probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from vfun_cli import console
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
-from vfun_cli.families.spec import FamilySpec, MetadataField, ModelDims
+from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.checks import (
     MEDIA_TYPES,
     ClipNeeds,
@@ -32,6 +32,7 @@ from vfun_cli.metadata.checks import (
     validate,
 )
 from vfun_cli.metadata.codes import Problem
+from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
 from vfun_cli.metadata.table import ClipTable

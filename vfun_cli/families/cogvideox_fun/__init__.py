@@ -6,9 +6,11 @@ trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` dra
 
 from collections.abc import Mapping
 
+from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import COMMON, DEMO
-from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims, unchanged
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.metadata.fields import MetadataField
 
 FRAMES_PER_LATENT = 4
 

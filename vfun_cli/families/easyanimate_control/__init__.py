@@ -7,7 +7,8 @@ from typing import cast
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
-from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.metadata.fields import MetadataField
 
 CAPTION_TOKENS = 256
 """Every caption is padded or cut to this many tokens, for each text encoder."""

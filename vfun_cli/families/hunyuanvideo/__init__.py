@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
-from vfun_cli.families.hunyuanvideo.comfyui import comfyui_place
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     PATCH_SIZE,
     SHIFT,
@@ -17,7 +18,8 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     released_dims,
     sequence_tokens,
 )
-from vfun_cli.families.spec import FamilySpec, MetadataField, unchanged
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.fields import MetadataField
 
 # The documents' command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
@@ -79,7 +81,7 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         lora_aliases=_LORA_ALIASES,
         demo=DEMO,
         export_names={"same": unchanged, "diffusers": unchanged},
-        comfyui_place=comfyui_place,
+        comfyui_location=comfyui_location,
         **own,
     )
 

@@ -1,7 +1,8 @@
 """Where ComfyUI looks for the layers of HunyuanVideo: the first release's names, which join several of ours."""
 
+from vfun_cli.checkpoints.naming import LayerLocation
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.spec import ModelDims, Place
+from vfun_cli.families.spec import ModelDims
 
 _JOINT_QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
 
@@ -44,7 +45,7 @@ _BLOCKS: dict[str, tuple[str, dict[str, str | tuple[str, int]]]] = {
 """Names of blocks here and there, and of the layers in them; with which part of a joint layer one of ours is."""
 
 
-def comfyui_place(layer: str, dims: ModelDims) -> Place:
+def comfyui_location(layer: str, dims: ModelDims) -> LayerLocation:
     """The layer, or the rows of a joint one, that ComfyUI adds this layer's update to.
 
     Raises:
@@ -55,10 +56,10 @@ def comfyui_place(layer: str, dims: ModelDims) -> Place:
         if layer.startswith(f"{ours}.") and inside in layers:
             found = layers[inside]
             if isinstance(found, str):
-                return Place(name=f"{theirs}.{number}.{found}")
+                return LayerLocation(name=f"{theirs}.{number}.{found}")
             name, part = found
             rows = 3 * dims.dim + (dims.ffn_dim if name == "linear1" else 0)
-            return Place(name=f"{theirs}.{number}.{name}", first_row=part * dims.dim, rows=rows)
+            return LayerLocation(name=f"{theirs}.{number}.{name}", first_row=part * dims.dim, rows=rows)
     raise ConfigError(
         f"--format comfyui: ComfyUI loads no LoRA for {layer} of HunyuanVideo.",
         hint="Use --format diffusers, or --merge.",

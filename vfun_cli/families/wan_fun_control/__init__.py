@@ -15,8 +15,9 @@ from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
-from vfun_cli.families.spec import ClipShape, FamilySpec, MetadataField, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.metadata.fields import MetadataField
 
 CONTROL_IN_DIM = 48
 """Latent channels a Control transformer reads: 16 noisy, 16 of the control clip, 16 of the start image."""

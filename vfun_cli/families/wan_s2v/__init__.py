@@ -1,7 +1,7 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
 from vfun_cli.families.documented import FULL_FINE_TUNE
-from vfun_cli.families.spec import FamilySpec, MetadataField
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.families.wan_s2v.sizes import (
     MOTION_FRAMES,
     RELEASED,
@@ -10,6 +10,7 @@ from vfun_cli.families.wan_s2v.sizes import (
     read_dims,
     sequence_tokens,
 )
+from vfun_cli.metadata.fields import MetadataField
 
 DEFAULTS: dict[str, object] = {
     **FULL_FINE_TUNE,
