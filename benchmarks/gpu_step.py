@@ -161,7 +161,7 @@ class Bench:
     def loaded(self, shape: tuple[int, int, int]) -> LoadedBatch:
         """A micro-batch of one clip, as a full cache has it."""
         frames, height, width = shape
-        frames += self.spec.frame_rule == "4k+1"
+        frames += self.spec.first_frame_alone
         fields = {field.name for field in self.spec.fields} | {"text", "type"}
         for row in range(20):
             request = SampleRequest(

@@ -52,7 +52,7 @@ def request(spec: FamilySpec, config: Any) -> SampleRequest:
         "type": "video",
     }
     fields = {field.name for field in spec.fields} | {"text", "type"}
-    frames = 8 if spec.frame_rule == "4k" else 9
+    frames = 8 + spec.first_frame_alone
     return SampleRequest(
         key=SampleKey(seed=1, epoch=0, row=0),
         record={name: value for name, value in record.items() if name in fields},

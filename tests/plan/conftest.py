@@ -29,7 +29,6 @@ PLAIN = FamilySpec(
     media_types=("video", "image"),
     vae_stride=(4, 8, 8),
     patch_size=(1, 2, 2),
-    frame_rule="4k+1",
     block_classes=(),
     objective="flow-matching",
     dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
@@ -46,7 +45,8 @@ SPEECH = replace(
     name="speech",
     summary="4k frames, videos only, as Wan-S2V",
     media_types=("video",),
-    frame_rule="4k",
+    first_frame_alone=False,
+    reference_frame=True,
     lowest_video_size=256,
     strides_to_max_fps=30,
 )

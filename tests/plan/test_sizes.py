@@ -15,7 +15,7 @@ from vfun_cli.plan.report import size_table
 from vfun_cli.plan.sizes import (
     ASPECTS,
     bases,
-    bucket_side,
+    bucket,
     check_options,
     frames_at,
     nearest_aspect,
@@ -121,13 +121,29 @@ def test_a_family_may_shorten_clips_further(plain: FamilySpec) -> None:
     assert [frames for frames, _ in table(spec, chosen).values()] == [45, 29, 21, 13, 5]
 
 
-def test_buckets_scale_the_aspect_table_and_floor_to_sixteen() -> None:
+def test_buckets_scale_the_aspect_table_and_floor_to_whole_tokens(plain: FamilySpec) -> None:
     expected = {(0.57, 640): (480, 832), (1.75, 896): (1168, 672), (0.25, 256): (128, 512), (0.94, 640): (592, 640)}
-    sides = {key: (h, w) for key, h, w in ASPECTS}
-    for (key, base), bucket in expected.items():
-        assert tuple(bucket_side(side, Fraction(base)) for side in sides[key]) == bucket
-    assert bucket_side(384, Fraction(1024) / Fraction(3, 2)) == 512  # exactly; 682 would give 496
+    place = {key: index for index, (key, _, _) in enumerate(ASPECTS)}
+    for (key, base), sides in expected.items():
+        assert bucket(place[key], Fraction(base), plain) == sides
+    assert bucket(place[0.57], Fraction(1024) / Fraction(3, 2), plain)[0] == 512  # exactly; 682 would give 496
     assert len(ASPECTS) == 40
+
+
+@pytest.mark.parametrize(
+    ("vae_stride", "patch_size", "grid"),
+    [((4, 8, 8), (1, 2, 2), (16, 16)), ((4, 16, 16), (1, 2, 2), (32, 32)), ((4, 8, 16), (1, 2, 4), (16, 64))],
+)
+def test_every_bucket_is_made_of_whole_tokens_along_both_sides(
+    plain: FamilySpec, vae_stride: tuple[int, int, int], patch_size: tuple[int, int, int], grid: tuple[int, int]
+) -> None:
+    spec = replace(plain, vae_stride=vae_stride, patch_size=patch_size)
+    chosen = options(video_sample_size=256, image_sample_size=1000, **TOKEN_LENGTH)
+    for kind in ("video", "image"):
+        found = size_set(kind, chosen, spec, spec.dims)
+        assert found.heights.shape == (40, len(found.sizes))
+        assert not (found.heights % grid[0]).any() and not (found.widths % grid[1]).any()
+        assert found.heights.min() >= grid[0] and found.widths.min() >= grid[1]
 
 
 def test_nearest_aspect_is_the_key_with_the_smallest_difference() -> None:

@@ -121,7 +121,7 @@ class LiveModel:
 
     def request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
         """A clip of the demo, as a row of its own."""
-        frames += self.spec.frame_rule == "4k+1"
+        frames += self.spec.first_frame_alone
         if self.spec.adjust_frames is not None:
             frames = self.spec.adjust_frames(frames, self.dims)
         root = Path(self.config.train_data_dir or "")

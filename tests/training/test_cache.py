@@ -65,7 +65,7 @@ def request_for(spec: FamilySpec, folder: Path | None = None, **changes: Any) ->
     asked = SampleRequest(
         key=SampleKey(seed=1, epoch=0, row=0),
         record={name: value for name, value in record.items() if name in fields},
-        kind="video", frames=8 if spec.frame_rule == "4k" else 9, height=64, width=64, stride=1, total_frames=40,
+        kind="video", frames=8 + spec.first_frame_alone, height=64, width=64, stride=1, total_frames=40,
         fps=(16, 1),
     )  # fmt: skip
     return replace(asked, **changes)

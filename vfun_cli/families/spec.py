@@ -10,8 +10,6 @@ from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import CheckpointError
 from vfun_cli.metadata.fields import MetadataField
 
-FrameRule = Literal["4k", "4k+1"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClipShape:
@@ -20,6 +18,31 @@ class ClipShape:
     frames: int
     height: int
     width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRule:
+    """How many frames a clip can have: whole latents of them. As text ``4k``; ``4k+1`` if the first stands alone."""
+
+    frames_per_latent: int
+    first_alone: bool
+    """The first frame of a clip is a latent of its own."""
+
+    @property
+    def fewest(self) -> int:
+        """The shortest video: one latent of motion, after the first frame where that stands alone."""
+        return self.frames_per_latent + self.first_alone
+
+    def round_down(self, frames: int) -> int:
+        """The longest clip of at most ``frames`` frames; 0 if there is none."""
+        return max(0, (frames - self.first_alone) // self.frames_per_latent * self.frames_per_latent + self.first_alone)
+
+    def latents(self, frames: int) -> int:
+        """Latent frames of a clip or, where the first frame does not stand alone, of an image repeated to fill one."""
+        return -(-(frames - self.first_alone) // self.frames_per_latent) + self.first_alone
+
+    def __str__(self) -> str:
+        return f"{self.frames_per_latent}k{'+1' * self.first_alone}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +75,11 @@ class FamilySpec:
     """Pixels per latent along (frames, height, width)."""
     patch_size: tuple[int, int, int]
     """Latents per token along (frames, height, width)."""
-    frame_rule: FrameRule
+    first_frame_alone: bool = True
+    """The VAE makes a latent of a clip's first frame alone; False: every latent holds as many frames."""
+    reference_frame: bool = False
+    """A reference frame enters the VAE before the clip and becomes a latent of its own (Wan-S2V). The documents count
+    it: their 49 frames are 48 of the clip."""
     lowest_video_size: int | None = None
     """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
     strides_to_max_fps: float | None = None
@@ -83,7 +110,7 @@ class FamilySpec:
     """Where the transformer's configuration lies inside the model directory."""
     other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
-    smallest_side: int = 16
+    smallest_side: int = 1
     """Pixels; the transformer refuses clips that are narrower or lower."""
     input_settings: tuple[str, ...] = ()
     """Keys of that file that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
@@ -140,11 +167,20 @@ class FamilySpec:
                 found[name] = stated[key]
         return found
 
+    @property
+    def frame_rule(self) -> FrameRule:
+        """The lengths that a clip can have."""
+        return FrameRule(frames_per_latent=self.vae_stride[0], first_alone=self.first_frame_alone)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Pixels of a token along (height, width): the sides of a bucket are multiples of them."""
+        return self.vae_stride[1] * self.patch_size[1], self.vae_stride[2] * self.patch_size[2]
+
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
-        """Latent (frames, height, width) of a clip; for the 4k rule the clip's own latents without the reference."""
-        t, h, w = self.vae_stride
-        frames = shape.frames // t if self.frame_rule == "4k" else (shape.frames - 1) // t + 1
-        return frames, shape.height // h, shape.width // w
+        """Latent (frames, height, width) of a clip, without a reference frame's."""
+        _, h, w = self.vae_stride
+        return self.frame_rule.latents(shape.frames), shape.height // h, shape.width // w
 
     def video_tokens(self, shape: ClipShape) -> int:
         """Tokens of the clip itself, nothing added."""

@@ -13,7 +13,6 @@ from vfun_cli.plan.sizes import (
     MOST_ENLARGED,
     SQUARE,
     SizeSet,
-    fewest_frames,
     nearest_aspect,
     round_frames,
     size_set,
@@ -111,7 +110,7 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
         "unknown-size": ~known_size,
         "unknown-length": video & (table.frames <= 0),
         "unknown-fps": video & ((table.fps_num <= 0) | (table.fps_den <= 0)) & (spec.strides_to_max_fps is not None),
-        "too-short": video & (available < fewest_frames(spec)),
+        "too-short": video & (available < spec.frame_rule.fewest),
         "too-small": allowed == 0,
     }
     reason = np.full(num_rows, USED, dtype=np.int64)
@@ -217,8 +216,9 @@ def draw_shapes(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -
 
 def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) -> IntArray:
     """Most frames of each sample under random_frame_crop: the full length, or one of the shorter ones alike."""
-    fewest = fewest_frames(clips.spec)
-    lengths = np.arange(fewest, max(fewest, clips.options.video_sample_n_frames) + 1, 4)
+    rule = clips.spec.frame_rule
+    longest = max(rule.fewest, clips.options.video_sample_n_frames)
+    lengths = np.arange(rule.fewest, longest + 1, rule.frames_per_latent)
     chance = uniform("frames", clips.options.seed, variant, row, copy)
     shorter = ((chance - FULL_LENGTH_SHARE) / (1 - FULL_LENGTH_SHARE) * (len(lengths) - 1)).astype(np.int64)
     return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])

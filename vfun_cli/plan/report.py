@@ -15,7 +15,7 @@ from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.schedule import Buckets, EpochPlan
-from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket_side, documented_frames, size_set
+from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket, documented_frames, size_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class SizeRow:
 
 def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRow:
     """The line for one size."""
-    side = bucket_side(ASPECTS[SQUARE][1], size.base)
-    shape = ClipShape(frames=size.frames, height=side, width=side)
+    height, width = bucket(SQUARE, size.base, spec)
+    shape = ClipShape(frames=size.frames, height=height, width=width)
     frames, height, width = spec.latent_shape(shape)
     tokens = spec.video_tokens(shape)
-    if spec.frame_rule == "4k":
+    if spec.reference_frame:
         frames += 1
         tokens += (height // spec.patch_size[1]) * (width // spec.patch_size[2])
     return SizeRow(

@@ -40,7 +40,6 @@ from vfun_cli.plan.clips import dropped, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.planning import ENDLESS_EPOCHS, plan_options, read_dims
 from vfun_cli.plan.schedule import EpochPlan, plan_epochs
-from vfun_cli.plan.sizes import fewest_frames
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
 """Remembered file headers, keyed by path, size and modification time."""
@@ -138,7 +137,9 @@ def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
     """The shortest video that these settings can train on."""
     most = spec.strides_to_max_fps
     return ClipNeeds(
-        min_frames=fewest_frames(spec), stride=config.video_sample_stride, max_fps=None if most is None else int(most)
+        min_frames=spec.frame_rule.fewest,
+        stride=config.video_sample_stride,
+        max_fps=None if most is None else int(most),
     )
 
 

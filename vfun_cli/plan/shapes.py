@@ -2,7 +2,7 @@
 
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.sizes import fewest_frames, round_frames, size_set
+from vfun_cli.plan.sizes import round_frames, size_set
 
 
 def most_shapes(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> int:
@@ -18,7 +18,7 @@ def most_shapes(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> int:
             lengths = (
                 {1} if kind == "image" else {round_frames(frames, spec, dims) for frames in range(size.frames + 1)}
             )
-            lengths = {length for length in lengths if kind == "image" or length >= fewest_frames(spec)}
+            lengths = {length for length in lengths if kind == "image" or length >= spec.frame_rule.fewest}
             shapes |= {(length, *side) for side in sides for length in lengths}
     if options.tokens_per_batch is None:
         return len(shapes) * options.train_batch_size

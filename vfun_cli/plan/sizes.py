@@ -16,9 +16,6 @@ from vfun_cli.plan.options import PlanOptions
 SIZE_STEP = 128
 """Token-length mode takes every 128 pixels from the low to the high end."""
 
-GRID = 16
-"""Sides of a bucket are multiples of 16: VAE stride 8 times patch 2."""
-
 MOST_ENLARGED = Fraction(5, 4)
 """No clip is enlarged by more, on either side."""
 
@@ -55,7 +52,7 @@ class Size:
     base: Fraction
     """Side in pixels of the square of the same area; a fraction where a size is divided by 1.25 or 1.5."""
     frames: int
-    """Most frames of a clip at this size, the clip's own: without S2V's reference frame."""
+    """Most frames of a clip at this size, the clip's own: without a reference frame before it."""
     entries: int = 1
     """How often the size stands in the original's list of divisors, and so how likely it is among the smaller ones."""
 
@@ -66,7 +63,7 @@ class SizeSet:
 
     sizes: tuple[Size, ...]
     heights: IntArray
-    """[aspects, sizes] pixels, multiples of 16."""
+    """[aspects, sizes] pixels, multiples of the family's ``grid``."""
     widths: IntArray
     cumulative: NDArray[np.float64]
     """[1 + sizes, sizes]: row k holds the running probability when only the k smallest sizes are allowed."""
@@ -74,14 +71,8 @@ class SizeSet:
 
 def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
     """The longest clip of at most ``frames`` frames that the family can train on; 0 if there is none."""
-    first = 0 if spec.frame_rule == "4k" else 1
-    frames = max(0, (frames - first) // 4 * 4 + first)
+    frames = spec.frame_rule.round_down(frames)
     return spec.adjust_frames(frames, dims) if spec.adjust_frames and frames > 0 else frames
-
-
-def fewest_frames(spec: FamilySpec) -> int:
-    """The shortest video: one latent frame of motion (4 frames, or 1 + 4 where the first stands alone)."""
-    return 4 if spec.frame_rule == "4k" else 5
 
 
 def usable_frames(frames: IntArray, spec: FamilySpec) -> IntArray:
@@ -92,29 +83,29 @@ def usable_frames(frames: IntArray, spec: FamilySpec) -> IntArray:
 
 def source_frames_needed(spec: FamilySpec, stride: int) -> int:
     """Frames a video file must have to be used at all at this stride."""
-    needed = (fewest_frames(spec) - 1) * stride + 1
+    needed = (spec.frame_rule.fewest - 1) * stride + 1
     first, end = spec.usable_span
     lengths = np.arange(needed, int(needed / (end * (1 - first))) + 3)  # rounding down costs two frames at most
     return int(lengths[usable_frames(lengths, spec) >= needed][0])
 
 
 def documented_frames(frames: int, spec: FamilySpec) -> int:
-    """The documents' figure for a clip: with the reference frame where one enters the VAE beside it (48 -> 49)."""
-    return frames + 1 if spec.frame_rule == "4k" else frames
+    """The documents' figure for a clip: with the reference frame where one enters the VAE before it (48 -> 49)."""
+    return frames + spec.reference_frame
 
 
 def frames_at(size: Fraction | int, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> int:
     """Most frames at a size within the token budget of token-length mode, rounded down to the family's rule.
 
-    v = min(n * token^2 / size^2, n); 4k+1: 4 * floor((v - 1) / 4) + 1. Clips of 4k frames share the budget with
-    the reference frame beside them: n counts it (49 = 48 + 1, and 80 asks for 80 + 1), then 4 * floor((v - 1) / 4).
+    v = min(n * token^2 / size^2, n); for 4k+1 frames 4 * floor((v - 1) / 4) + 1. A clip shares the budget with a
+    reference frame before it: n counts that (49 = 48 + 1, and 80 asks for 80 + 1), and v - 1 is left for the clip.
     """
     most = options.video_sample_n_frames
-    if spec.frame_rule == "4k":
-        most = most // 4 * 4 + 1
+    if spec.reference_frame:
+        most = documented_frames(spec.frame_rule.round_down(most), spec)
     budget = Fraction(most * options.token_sample_size**2) / Fraction(size) ** 2
     allowed = int(min(budget, Fraction(most)))
-    return round_frames(allowed - 1 if spec.frame_rule == "4k" else allowed, spec, dims)
+    return round_frames(allowed - spec.reference_frame, spec, dims)
 
 
 def _token_length_bases(options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
@@ -165,9 +156,11 @@ def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: 
     return rows
 
 
-def bucket_side(side_at_512: int, base: Fraction) -> int:
-    """One side of a bucket: the table's, scaled to the base size and floored to a multiple of 16."""
-    return max(GRID, int(side_at_512 * base / ASPECT_BASE) // GRID * GRID)
+def bucket(aspect: int, base: Fraction, spec: FamilySpec) -> tuple[int, int]:
+    """Height and width of an entry of ASPECTS, scaled to the base size and floored to whole tokens."""
+    sides = zip(ASPECTS[aspect][1:], spec.grid, strict=True)
+    height, width = (max(step, int(side * base / ASPECT_BASE) // step * step) for side, step in sides)
+    return height, width
 
 
 def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> SizeSet:
@@ -184,21 +177,21 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
             frames = frames_at(base, options, spec, dims)
         else:
             frames = round_frames(options.video_sample_n_frames, spec, dims)
-        if kind == "image" or frames >= fewest_frames(spec):
+        if kind == "image" or frames >= spec.frame_rule.fewest:
             sizes.append(Size(base=base, frames=frames, entries=entries))
     if not sizes:
         smallest = min(bases(kind, options, spec))
         raise ConfigError(
-            f"--token-sample-size {options.token_sample_size} leaves less than {fewest_frames(spec)} frames "
+            f"--token-sample-size {options.token_sample_size} leaves less than {spec.frame_rule.fewest} frames "
             f"at {int(smallest)}, the smallest size",
             hint=f"Use --token-sample-size {int(smallest)} or more, or smaller sample sizes.",
         )
-    grid = [[[bucket_side(side, size.base) for size in sizes] for side in (h, w)] for _, h, w in ASPECTS]
-    sides = np.array(grid, dtype=np.int64)  # [aspects, 2, sizes]
+    buckets = [[bucket(aspect, size.base, spec) for size in sizes] for aspect in range(len(ASPECTS))]
+    sides = np.array(buckets, dtype=np.int64)  # [aspects, sizes, 2]
     return SizeSet(
         sizes=tuple(sizes),
-        heights=np.ascontiguousarray(sides[:, 0]),
-        widths=np.ascontiguousarray(sides[:, 1]),
+        heights=np.ascontiguousarray(sides[:, :, 0]),
+        widths=np.ascontiguousarray(sides[:, :, 1]),
         cumulative=_cumulative(kind, tuple(sizes), options, spec),
     )
 
@@ -219,8 +212,8 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
         ConfigError: an option is out of range or the frame rule leaves nothing.
     """
     least = {
-        "video_sample_size": GRID,
-        "image_sample_size": GRID,
+        "video_sample_size": max(spec.grid),
+        "image_sample_size": max(spec.grid),
         "token_sample_size": 1,
         "video_sample_stride": 1,
         "train_batch_size": 1,
@@ -234,7 +227,7 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
         if value is not None and value < minimum:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is {value}; it must be {minimum} or more", hint=f"For example {flag} {minimum}.")
-    fewest = fewest_frames(spec)
+    fewest = spec.frame_rule.fewest
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
         raise ConfigError(
             f"--video-sample-n-frames is {options.video_sample_n_frames}, but {spec.name} trains on clips of "

@@ -134,7 +134,6 @@ SPEC = FamilySpec(
     media_types=("video", "image"),
     vae_stride=(FRAMES_PER_LATENT, 8, 8),
     patch_size=(1, 2, 2),
-    frame_rule="4k+1",
     adjust_frames=adjust_frames,
     block_classes=("CogVideoXBlock",),
     objective="ddpm",  # betas and prediction type are in the model directory's scheduler/

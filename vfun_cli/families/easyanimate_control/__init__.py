@@ -192,7 +192,6 @@ V5_1 = FamilySpec(
     media_types=("video", "image"),
     vae_stride=(4, 8, 8),
     patch_size=(1, 2, 2),
-    frame_rule="4k+1",
     usable_span=(0.1, 0.9),
     block_classes=("EasyAnimateTransformerBlock",),
     objective="flow-matching",

@@ -67,7 +67,6 @@ def _spec(condition: Condition, **own: Any) -> FamilySpec:
         fields=(MetadataField(name="file_path", media="visual"),),
         vae_stride=VAE_STRIDE,
         patch_size=PATCH_SIZE,
-        frame_rule="4k+1",
         objective="flow-matching",
         objective_options={"shift": SHIFT},
         dims=released_dims(condition),

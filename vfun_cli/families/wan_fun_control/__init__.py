@@ -142,7 +142,6 @@ SPEC = FamilySpec(
     media_types=("video", "image"),
     vae_stride=(4, 8, 8),
     patch_size=(1, 2, 2),
-    frame_rule="4k+1",
     token_size_share=0.5,
     full_size_share=0.9,
     block_classes=("WanTransformerBlock",),
