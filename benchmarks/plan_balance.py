@@ -1,4 +1,4 @@
-"""Mean over max FLOPs across ranks: the plan beside independent draws, for each family with the documents' settings.
+"""Mean over max FLOPs across ranks: the plan beside independent draws, for each family with the published settings.
 
 Run from the repository root: ``python benchmarks/plan_balance.py``. The aim: at least 0.98 over an epoch.
 """

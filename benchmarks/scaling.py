@@ -28,7 +28,7 @@ RANKS = (8, 64, 512)
 ROWS = 100_000
 REPEATS = 2
 HALVED = {"video_sample_size": 128, "image_sample_size": 512, "token_sample_size": 256, "video_sample_n_frames": 49}
-"""The documents' sizes halved, so that a CPU can measure them."""
+"""The published sizes halved, so that a CPU can measure them."""
 MODEL = {
     "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 48, "out_channels": 16, "text_dim": 32,
     "freq_dim": 32, "ffn_dim": 256, "num_layers": 2, "image_dim": 32, "added_kv_proj_dim": 64,

@@ -27,7 +27,7 @@ def starts_training(line: str) -> bool:
 
 @pytest.fixture(scope="module")
 def customer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data where the documents' variables say they are."""
+    """A folder with a model and data where the published command lines' variables say they are."""
     folder = tmp_path_factory.mktemp("customer")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -1,4 +1,4 @@
-"""What the customer's five documents print: command lines, metadata, directories; through the command line."""
+"""What the guides of the original scripts print: command lines, metadata, directories; through the command line."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.errors import CheckpointError
 from vfun_cli.plan import planning
 
-# What the five documents type, family by family; values as typed there.
+# What the guides type, family by family; values as typed there.
 COMMON = {
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -102,7 +102,7 @@ COGVIDEOX = {
     "output_dir": "output_dir",
     "pretrained_model_name_or_path": MODELS + "CogVideoX-Fun-2b-InP",
 }
-SEEDS: list[tuple[str, str, str, dict[str, Any]]] = [
+COMMAND_LINES: list[tuple[str, str, str, dict[str, Any]]] = [
     *[("train", "wan-s2v", strategy, S2V) for strategy in ("single", "zero2", "zero3", "fsdp")],
     *[
         ("train", "hunyuanvideo-t2v", strategy, {**HUNYUAN, "train_mode": "normal"})
@@ -162,12 +162,12 @@ PRINTED = {
     "easyanimate-v5.1-control": CONTROL_ROWS % (TEXT, TEXT),
     "easyanimate-v5-control": CONTROL_ROWS % (TEXT, TEXT),
 }
-"""Metadata examples of the documents that have one, without the dots at their end."""
+"""Metadata examples of the guides that have one, without the dots at their end."""
 
 
 @pytest.fixture(scope="module")
 def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documents' working directory: models and data where they say, tiny models in the released layouts."""
+    """The guides' working directory: models and data where they say, tiny models in the released layouts."""
     root = tmp_path_factory.mktemp("documented")
     for spec in families.FAMILIES.values():
         module, build = spec.demo_builder.split(":")
@@ -190,8 +190,8 @@ def there(documented: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return documented
 
 
-@pytest.mark.parametrize(("command", "family", "strategy", "typed"), SEEDS)
-def test_a_dry_run_shows_the_values_that_the_documents_type(
+@pytest.mark.parametrize(("command", "family", "strategy", "typed"), COMMAND_LINES)
+def test_a_dry_run_shows_the_values_that_the_guides_type(
     command: str, family: str, strategy: str, typed: dict[str, Any], there: Path, vfun: Vfun
 ) -> None:
     said = vfun(command, family, "--strategy", strategy, "--dry-run", "--json")
@@ -204,11 +204,11 @@ def test_a_dry_run_shows_the_values_that_the_documents_type(
 
 
 def test_every_family_has_a_documented_command_line() -> None:
-    assert {family for _, family, _, _ in SEEDS} == set(families.FAMILIES)
+    assert {family for _, family, _, _ in COMMAND_LINES} == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("family", PRINTED)
-def test_the_metadata_that_a_document_prints_is_valid_and_is_all_used(family: str, there: Path, vfun: Vfun) -> None:
+def test_the_metadata_that_a_guide_prints_is_valid_and_is_all_used(family: str, there: Path, vfun: Vfun) -> None:
     path = Path("datasets/internal_datasets") / f"{family}.json"
     path.write_text(PRINTED[family], encoding="utf-8")
     said = vfun("validate-meta", str(path), "--family", family, "--deep", "--json")

@@ -1,4 +1,4 @@
-"""Options: the documents' defaults, every way to set one, who wins, and what is said of a wrong one."""
+"""Options: the published command lines' defaults, every way to set one, who wins, and what is said of a wrong one."""
 
 import os
 from pathlib import Path

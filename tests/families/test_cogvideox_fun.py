@@ -473,7 +473,7 @@ def test_bf16_encoders_and_inputs_run_without_autocast(folders: dict[str, Path])
 def test_learns_the_velocity_of_its_directorys_schedule(folders: dict[str, Path]) -> None:
     schedule = make_objective(SPEC.objective, SPEC.objective_options, folders["2b"])
     assert schedule.prediction_type == "v_prediction"
-    # Zero terminal SNR, and without the sampler's shift: training reads the file as DDPM (spec section 7).
+    # Zero terminal SNR, and without the sampler's shift: training reads the file as DDPM.
     expected = {0: 0.99915, 100: 0.88676, 500: 0.24102, 900: 0.00296, 999: 0.0}
     assert {t: schedule.alphas_cumprod[t].item() for t in expected} == pytest.approx(expected, abs=1e-4)
 

@@ -127,7 +127,7 @@ def test_noisy_latents_targets_and_losses_are_the_originals(case: str, tmp_path:
     if case == "hunyuanvideo/i2v_token_replace":  # its adapter puts the given image there
         found.noisy[:, :, :1] = tensors["cond"]
     noisy, target = tensors.get("noisy"), tensors.get("target")
-    if noisy is None:  # the Wan files keep what they are made of (specs, section 7)
+    if noisy is None:  # the Wan files keep what they are made of
         sigma = tensors["sigmas"].view(-1, 1, 1, 1, 1)
         noisy, target = torch.lerp(tensors["latents"], tensors["noise"], sigma), tensors["noise"] - tensors["latents"]
     torch.testing.assert_close(found.noisy, noisy, atol=1e-6, rtol=0)

@@ -202,7 +202,7 @@ def test_zero_and_one_repeat_both_mean_once(plain: FamilySpec, mixed: Callable[.
 
 @pytest.mark.parametrize("world_size", [8, 64])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_ranks_are_equally_loaded_with_the_seeds_settings(family: str, world_size: int) -> None:
+def test_ranks_are_equally_loaded_with_the_published_settings(family: str, world_size: int) -> None:
     spec = FAMILIES[family]
     table = ClipTable.from_columns(
         width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1), is_image=[False] * 8000
@@ -225,7 +225,7 @@ def test_ranks_are_equally_loaded_on_mixed_sets(
     assert mean_over_max(plan) >= 0.98
 
 
-def test_independent_draws_waste_half_of_the_hardware_with_the_seeds_settings() -> None:
+def test_independent_draws_waste_half_of_the_hardware_with_the_published_settings() -> None:
     spec = FAMILIES["wan-s2v"]
     table = ClipTable.from_columns(width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1))
     plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=8), 0)

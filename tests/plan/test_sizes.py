@@ -1,4 +1,4 @@
-"""Sizes and lengths: the documents' own examples, and the rules behind them."""
+"""Sizes and lengths: the published examples, and the rules behind them."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -102,7 +102,7 @@ def test_without_adaptation_each_kind_has_its_own_size(plain: FamilySpec) -> Non
     assert bases("image", chosen, plain) == [640]
 
 
-def test_eighty_frames_are_kept_where_the_seeds_ask_for_eighty(speech: FamilySpec) -> None:
+def test_eighty_frames_are_kept_where_the_command_line_asks_for_eighty(speech: FamilySpec) -> None:
     chosen = options(video_sample_n_frames=80, token_sample_size=640)
     own = [frames_at(size, chosen, speech, speech.dims) for size in (256, 640, 768, 896, 1024)]
     assert own == [80, 80, 52, 40, 28]

@@ -45,7 +45,7 @@ CLIPS = (
 def build_media(folder: Path, *, control: bool, audio: bool, images: bool, seed: int = 0) -> Path:
     """Write ``metadata.json`` and ``train/``, as asked ``control/``, ``wav/`` and still pictures; returns the metadata.
 
-    The layout is that of the training documents. Equal arguments give equal files.
+    The folders are named as in the published examples. Equal arguments give equal files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What the documents' command lines of all families have in common, and what their demos do."""
+"""What the published command lines of all families have in common, and what their demos do."""
 
 from collections.abc import Mapping
 

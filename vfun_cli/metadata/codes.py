@@ -58,7 +58,7 @@ CODES: dict[str, Code] = {
             "unparsable-metadata",
             "error",
             "The metadata is not a JSON list, JSON lines or CSV in UTF-8; the message has the line and column.",
-            'a comma after the last record, or the "....." of the documents\' example left in',
+            'a comma after the last record, or the "....." of a published example left in',
             "Correct that line. Every record is an object with file_path, text and type.",
         ),
         _code(

@@ -30,7 +30,7 @@ def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHO
 
 
 def reference_frame(key: SampleKey, frames: int, control_ref_image: str) -> int:
-    """Clip frame that serves as the reference image, 0 unless it is ``random`` (wan_s2v and wan_fun specs, section 5).
+    """Clip frame that serves as the reference image, 0 unless it is ``random`` (docs/numerics.md, Which frames).
 
     The frame decides what the encoders see, so it is drawn by ``key.content``.
     """

@@ -17,7 +17,7 @@ from vfun_cli.modeling.transfer import upload
 NUM_TIMESTEPS = 1000
 
 OUTLIER = 50.0
-"""Elements further off than this do not count (Wan and HunyuanVideo training, wan_s2v spec section 7)."""
+"""Elements further off than this count as zero (docs/numerics.md, The loss)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def _weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Rectified flow: noisy = (1 - sigma) x + sigma n, target = n - x (wan_s2v spec section 7)."""
+    """Rectified flow: noisy = (1 - sigma) x + sigma n, target = n - x (docs/numerics.md, Flow matching)."""
 
     shift: float
     """sigma = shift s / (1 + (shift - 1) s): how much of the schedule lies at high noise."""
@@ -90,7 +90,7 @@ class FlowMatching:
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM:
-    """Discrete diffusion over the scheduler's alphas_cumprod (cogvideox_fun_lora spec section 7)."""
+    """Discrete diffusion over the scheduler's alphas_cumprod (docs/numerics.md, Denoising diffusion)."""
 
     alphas_cumprod: Tensor
     """[1000] float32"""

@@ -107,6 +107,6 @@ VIDEO_MODES: tuple[tuple[Draw, float], ...] = (
     (circle, 0.05),
     (whole_frames, 0.05),
 )
-"""Each kind of mask with its probability, in the order of the original's modes 0 to 9 (spec section 6)."""
+"""Each kind of mask with its probability, in the order of the original's modes 0 to 9 (docs/numerics.md)."""
 
 IMAGE_MODES: tuple[tuple[Draw, float], ...] = ((rectangle, 0.2), (everything, 0.7), (ellipse, 0.05), (circle, 0.05))

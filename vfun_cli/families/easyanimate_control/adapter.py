@@ -27,7 +27,7 @@ from vfun_cli.modeling.weights import read_json
 TEXT_DROP = 0.10
 CONTROL_DROP = 0.20
 REFERENCE_DROP = 0.20
-"""Independent of each other, per sample (spec section 6)."""
+"""Independent of each other, per sample (docs/numerics.md, Timesteps, noise and drops)."""
 
 TextEncoders = Mapping[str, tuple[Callable[..., Any], str, str]]
 """By the name of the transformer's argument that reads their output: what loads them, model and tokenizer folder."""
@@ -90,7 +90,7 @@ class EasyAnimateControl:
     def compose(cls, pixels: ClipInput, control: ClipInput, caption: str, *, train_mode: str) -> Inputs:
         """``clip`` and ``control``, each text encoder's caption; ``reference``: the first frame, if the mode has one.
 
-        An image is its own reference (spec section 6), as the released weights were trained.
+        An image is its own reference, as the released weights were trained.
         """
         clips = {"clip": pixels, "control": control}
         if train_mode == "control_ref":

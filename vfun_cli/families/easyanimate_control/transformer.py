@@ -24,7 +24,7 @@ NOT_MODEL_SHAPE = frozenset(
         "transformer_type",
         "add_ref_latent_in_control_model",
         "position_of_clip_embedding",
-        "enable_clip_in_inpaint",  # the original's own settings turn it off, whatever is written here (spec section 1)
+        "enable_clip_in_inpaint",  # the original's own settings turn it off, whatever is written here
     }
 )
 """Released configuration keys that say how the model is used, not what it is made of."""

@@ -101,7 +101,7 @@ def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
 
     Frame k shows at k / fps seconds and takes the feature nearest to that time, half to even. A frame later than the
     last feature gets zeros: wav2vec makes its last feature up to 25 ms before the sound ends.
-    Source: ``get_audio_embed_bucket_fps`` of the original, restated in the spec, with the exact frame rate.
+    The rule is that of the original's ``get_audio_embed_bucket_fps``, with the exact frame rate (docs/numerics.md).
 
     Raises ValueError if the sound is longer than the clip: the original then returns a multiple of the frames, and
     the model reads them shifted.
