@@ -38,14 +38,14 @@ def check_processes(device: str, per_machine: int) -> None:
     """
     if device == "cuda" and gpu_count() == 0:
         raise EnvironmentFault(
-            "device cuda was asked for and no NVIDIA GPU is visible here.",
+            "--device cuda needs an NVIDIA GPU, and none is visible here.",
             hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.",
         )
     devices = gpu_count() if device == "cuda" else max(2, cpu_cores())
     if per_machine > devices:
         what = "GPUs" if device == "cuda" else "processor cores"
         raise EnvironmentFault(
-            f"{per_machine} processes were asked for on a machine with {devices} {what}.",
+            f"this machine has {devices} {what} for {per_machine} processes.",
             hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.",
         )
 

@@ -81,6 +81,11 @@ EXIT_INTERRUPTED = StoppedAtOnce.exit_code
 """Stopped by Ctrl-C."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says first, without its full stop, to stand in a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest known word, or an empty string."""
     near = get_close_matches(wrong, list(known), n=1, cutoff=0.6)

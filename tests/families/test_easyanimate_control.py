@@ -121,7 +121,7 @@ def test_values_that_cannot_train_the_family_are_refused_with_the_others(spec, g
 def test_adapter_refuses_a_train_mode_that_the_model_has_no_channels_for(folders) -> None:
     with pytest.raises(ConfigError, match=r"48 channels .noisy, control, reference.*reads 32") as caught:
         EasyAnimateV5.from_pretrained(options(folders[V5.name], train_mode="control_ref"))
-    assert caught.value.hint == "use --train_mode=control"
+    assert caught.value.hint == "Use --train-mode control."
 
 
 def test_a_directory_of_the_other_version_is_recognised(folders) -> None:

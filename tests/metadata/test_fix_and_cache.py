@@ -110,7 +110,7 @@ def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -
 
 def test_training_refuses_bad_rows_by_name(check: Callable[..., Report]) -> None:
     report = check([ROW, {**ROW, "text": "b", "audio_path": "wav/9.wav"}])
-    with pytest.raises(MetadataError, match=r"1 of 2 rows cannot be trained on\n  row 1, audio_path: missing-file"):
+    with pytest.raises(MetadataError, match=r"1 of 2 rows cannot be trained on:\n  row 1, audio_path: missing-file"):
         report.require_ok()
     check([ROW]).require_ok()
 

@@ -178,6 +178,6 @@ def test_a_micro_batch_that_cannot_be_fetched_from_an_ending_process_is_decoded_
 
 
 def test_a_decoding_process_without_memory_is_not_the_fault_of_its_file() -> None:
-    with pytest.raises(RunError, match=r"ended with \[-9\]") as caught:
+    with pytest.raises(RunError, match=r"exit status -9") as caught:
         loaded(stream((0,), (1,)), 2, "skip", crashing={1: signal.SIGKILL})
     assert "--dataloader-num-workers" in str(caught.value.hint)

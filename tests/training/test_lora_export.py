@@ -289,7 +289,7 @@ def test_what_cannot_be_exported_says_why(plain: Trained, tmp_path: Path) -> Non
         export_adapter(plain.checkpoint, tmp_path / "out", format="comfui")
     with pytest.raises(ConfigError, match="exists already"):
         export_adapter(plain.checkpoint, plain.base, format="peft")
-    with pytest.raises(CheckpointError, match="holds no ema weights"):
+    with pytest.raises(CheckpointError, match="holds no moving average"):
         export_adapter(plain.checkpoint, tmp_path / "out", format="peft", weights="ema")
     other = model_directory(tmp_path / "other")
     (other / "diffusion_pytorch_model.safetensors").unlink()

@@ -25,6 +25,8 @@ from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
+NAME_MODEL = "Name the model directory of the run with --pretrained-model-name-or-path."
+
 OnProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); may come from any thread, one call at a time."""
 
@@ -78,7 +80,7 @@ def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     if output.exists() and not overwrite:
-        raise ConfigError(f"{output} exists already", hint="name another --output, or add --overwrite")
+        raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
 
 
 def write_model(
@@ -140,10 +142,10 @@ def read_base(directory: Path) -> tuple[str, dict[str, TensorSource]]:
     # a root directory may also hold encoders: the transformer's name wins, any other must be the only one
     chosen = "diffusion_pytorch_model" if "diffusion_pytorch_model" in stems else next(iter(stems), None)
     if chosen is None or (len(stems) > 1 and chosen != "diffusion_pytorch_model"):
-        found = f"it has {', '.join(stems)}" if stems else "it has no .safetensors"
+        found = f"it has {', '.join(stems)}" if stems else "it has no .safetensors file"
         raise CheckpointError(
-            f"{directory} is not a transformer directory: {found}",
-            hint="name the model directory that the run was started from",
+            f"{directory} is not a transformer directory: {found}.",
+            hint=NAME_MODEL,
         )
     files = [path for path in sorted(directory.glob("*.safetensors")) if _stem(path) == chosen]
     return chosen, safetensors.read_files(files)
@@ -158,7 +160,9 @@ def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
     reader = open_checkpoint(checkpoint)
     found = reader.ema if weights == "ema" else reader.weights
     if not found:
-        raise CheckpointError(f"{checkpoint} holds no {weights} weights", hint="export the trained ones instead")
+        if weights == "ema":
+            raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
+        raise CheckpointError(f"{checkpoint} holds no trained weights.")
     return found
 
 
@@ -172,20 +176,20 @@ def _replace(
     """Put the trained weights in the places of the released ones. Raises CheckpointError naming all that do not fit."""
     renamed = {names(name): source for name, source in trained.items()}
     if len(renamed) != len(trained):
-        raise CheckpointError(f"{checkpoint}: two trained weights have the same released name")
+        raise CheckpointError(f"{checkpoint}: two trained weights have the same released name.")
     unknown = sorted(renamed.keys() - sources.keys())
     if unknown:
         raise CheckpointError(
-            f"{checkpoint}: {len(unknown)} trained weights have no place in {base_dir}: {', '.join(unknown[:5])}",
-            hint="name the model directory that the run was started from",
+            f"{checkpoint}: {len(unknown)} trained weights have no place in {base_dir}: {', '.join(unknown[:5])}.",
+            hint=NAME_MODEL,
         )
     misfits = [name for name, source in renamed.items() if source.shape != sources[name].shape]
     if misfits:
         name = misfits[0]
         raise CheckpointError(
             f"{checkpoint}: {len(misfits)} trained weights have another shape than in {base_dir}, "
-            f"e.g. {name}: {list(renamed[name].shape)} instead of {list(sources[name].shape)}",
-            hint="name the model directory that the run was started from",
+            f"e.g. {name}: {list(renamed[name].shape)} instead of {list(sources[name].shape)}.",
+            hint=NAME_MODEL,
         )
     sources.update(renamed)
 
@@ -194,8 +198,8 @@ def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise RunError(
-            f"{directory} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB",
-            hint="free some space, or name another --output",
+            f"{directory} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB.",
+            hint="Free some space, or name another --output.",
         )
 
 
@@ -233,7 +237,10 @@ class _Counter:
 
 def _copy_configuration(base_dir: Path, target: Path) -> None:
     if not (base_dir / "config.json").is_file():
-        raise CheckpointError(f"{base_dir} has no config.json", hint="name the model directory of the run")
+        raise CheckpointError(
+            f"{base_dir} has no config.json.",
+            hint=NAME_MODEL,
+        )
     for path in sorted(base_dir.glob("*.json")):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
@@ -247,7 +254,7 @@ def _verify(
     if {(name, source.dtype, source.shape) for name, source in found.items()} != {
         (entry.name, entry.dtype, entry.shape) for entry in entries
     }:
-        raise CheckpointError(f"{directory}: the written files do not have the tensors that were to be written")
+        raise CheckpointError(f"{directory}: the written files do not have the tensors that were to be written.")
 
     def damaged(entry: Entry) -> bool:
         digest = hashlib.sha256()
@@ -260,8 +267,8 @@ def _verify(
         bad = [entry.name for entry, wrong in zip(entries, pool.map(damaged, entries), strict=True) if wrong]
     if bad:
         raise CheckpointError(
-            f"{directory}: {len(bad)} tensors read back otherwise than written, e.g. {bad[0]}",
-            hint="check the disk, then export again",
+            f"{directory}: {len(bad)} tensors read back otherwise than written, e.g. {bad[0]}.",
+            hint="Check the disk, then export again.",
         )
 
 

@@ -24,7 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.export import DTYPES, ExportResult, check_output, put_in_place, read_base, write_model
+from vfun_cli.checkpoints.export import (
+    DTYPES,
+    NAME_MODEL,
+    ExportResult,
+    check_output,
+    put_in_place,
+    read_base,
+    write_model,
+)
 from vfun_cli.checkpoints.lora_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -133,7 +141,7 @@ def merge_adapter(
             found = f"its shape there is {sources[name].shape}" if name in sources else "it is not there"
             raise CheckpointError(
                 f"{checkpoint}: {name} of {base_dir} cannot take its adapter: {found}.",
-                hint="Name the model directory that the run was started from.",
+                hint=NAME_MODEL,
             )
         sources[name] = merged(sources[name], pair, _scale(adapter, pair))
     return write_model(
@@ -152,7 +160,7 @@ def open_adapter(checkpoint: Path, weights: Weights = "trained") -> AdapterFile:
     if weights == "trained":
         return trained
     if not reader.ema:
-        raise CheckpointError(f"{checkpoint} holds no ema weights", hint="export the trained ones instead")
+        raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
     return AdapterFile(path=trained.path, pairs=pairs_of(reader.ema, checkpoint), config=trained.config)
 
 
@@ -262,7 +270,7 @@ def _scale(adapter: AdapterFile, pair: Pair) -> float:
     if scale is None:
         raise CheckpointError(
             f"{adapter.path} has no {ADAPTER_CONFIG} beside it: its strength is unknown.",
-            hint="Use a checkpoint of `vfun lora`.",
+            hint="Use a checkpoint of vfun lora.",
         )
     return scale
 
@@ -299,4 +307,6 @@ def _compare(found: Mapping[str, TensorSource], written: Tensors, path: Path) ->
     for name, (_, values) in written.items():
         read = np.concatenate([chunk.copy() for chunk in found[name].chunks()]) if values.size else values.reshape(-1)
         if read.tobytes() != values.tobytes():
-            raise CheckpointError(f"{path}: {name} reads back otherwise than written", hint="check the disk")
+            raise CheckpointError(
+                f"{path}: {name} reads back otherwise than written.", hint="Check the disk, then export again."
+            )

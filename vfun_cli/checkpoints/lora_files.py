@@ -113,7 +113,7 @@ def find_adapter(path: Path) -> Path:
         return found[0]
     raise CheckpointError(
         f"{path} is no LoRA: {f'it holds {len(found)} .safetensors files' if found else 'no .safetensors is there'}.",
-        hint="Name the file, a checkpoint of `vfun lora`, or a directory with adapter_model.safetensors.",
+        hint="Name the file, a checkpoint of vfun lora, or a directory with adapter_model.safetensors.",
     )
 
 

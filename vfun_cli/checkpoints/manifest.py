@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -42,8 +42,8 @@ def verify(directory: Path, *, deep: bool = True) -> None:
         problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointError(
-            f"{directory} is damaged: " + "; ".join(problems),
-            hint=f"use an earlier checkpoint of {directory.parent}",
+            f"{directory} is damaged: {'; '.join(problems)}.",
+            hint=f"Use an earlier checkpoint of {directory.parent}.",
         )
 
 
@@ -78,8 +78,8 @@ def newest_checkpoint(output_dir: Path) -> Path:
     started = sorted(str(path.name) for path in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
     seen = f"; {', '.join(started)} has no valid {MANIFEST}" if started else ""
     raise CheckpointError(
-        f"no complete checkpoint in {output_dir}{seen}",
-        hint="name a run directory or a checkpoint: `vfun resume PATH`",
+        f"no complete checkpoint in {output_dir}{seen}.",
+        hint="Name a run directory or a checkpoint: vfun resume PATH",
     )
 
 
@@ -130,16 +130,16 @@ def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last",
-            hint=f"use an earlier checkpoint of {directory.parent}",
+            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last.",
+            hint=f"Use an earlier checkpoint of {directory.parent}.",
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is not a manifest of schema {SCHEMA}", hint="update vfun, or check the file")
+        raise CheckpointError(f"{path} is no manifest of schema {SCHEMA}.", hint="Update vfun, or check the file.")
     files = manifest.get("files")
     if not isinstance(files, dict) or not files or not all(_sound(name, entry) for name, entry in files.items()):
-        raise CheckpointError(f"{path} is damaged: its list of files is not one")
+        raise CheckpointError(f"{path} is damaged: it lists no files.")
     return files
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.checkpoints.tensors import STORAGE, FileReader, Segment, TensorSource
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 
 MAX_PICKLE = 1 << 29
 """Bytes: the description of a checkpoint is kilobytes to a few megabytes, the tensors lie outside of it."""
@@ -210,11 +210,11 @@ def loads(data: bytes, path: Path) -> Any:
         return _Unpickler(io.BytesIO(data)).load()
     except _Refused as refused:
         raise CheckpointError(
-            f"{path}: refused, its pickle asks for {refused}, which no checkpoint needs; nothing was run",
-            hint="do not open this file with torch.load; take the checkpoint from a source that you trust",
+            f"{path} is refused: its pickle asks for {refused}, which no checkpoint needs; nothing was run.",
+            hint="Do not open this file with torch.load; take the checkpoint from a source that you trust.",
         ) from None
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise CheckpointError(f"{path}: damaged, its pickle does not load ({error})") from error
+        raise CheckpointError(f"{path} is damaged: its pickle does not load ({first_line(error)}).") from error
 
 
 def load_pickle(path: Path) -> Any:
@@ -226,7 +226,9 @@ def load_pickle(path: Path) -> Any:
 
 def _check_size(size: int, path: Path) -> None:
     if size > MAX_PICKLE:
-        raise CheckpointError(f"{path}: its pickle has {size} bytes; no checkpoint's description is that large")
+        raise CheckpointError(
+            f"{path} is refused: its pickle has {size} bytes, and no checkpoint's description is that large."
+        )
 
 
 class TorchArchive:
@@ -243,9 +245,11 @@ class TorchArchive:
                     self.value = loads(archive.read(members["data.pkl"]), path)
                     self._order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
             except (zipfile.BadZipFile, KeyError, EOFError, struct.error, OSError) as error:
-                raise CheckpointError(f"{path}: not a whole torch file; truncated, or not a checkpoint") from error
+                raise CheckpointError(
+                    f"{path} is not a whole torch file: it is truncated, or no checkpoint."
+                ) from error
         if self._order != b"little":
-            raise CheckpointError(f"{path}: written on a big-endian machine, which is not supported")
+            raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported.")
         self._base = offset
         self._members = members
 
@@ -253,17 +257,17 @@ class TorchArchive:
         _check_size(members["data.pkl"].file_size, self.path)
         packed = [name for name, info in members.items() if info.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise CheckpointError(f"{self.path}: member {packed[0]} is compressed; torch.save never does that")
+            raise CheckpointError(f"{self.path}: member {packed[0]} is compressed; torch.save never does that.")
 
     def locate(self, tensor: StoredTensor) -> Segment:
         """Where the tensor's elements are. Raises CheckpointError unless they are one row-major run."""
         if not _is_row_major(tensor.shape, tensor.stride):
-            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} is stored with gaps or transposed")
+            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} is stored with gaps or transposed.")
         info = self._members.get(f"data/{tensor.storage.key}")
         count = math.prod(tensor.shape)
         itemsize = STORAGE[tensor.storage.dtype].itemsize
         if info is None or tensor.offset < 0 or (tensor.offset + count) * itemsize > info.file_size:
-            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} has no complete storage")
+            raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} has no complete storage.")
         start = self._base + info.header_offset
         with FileReader(self.path) as file:
             # the local header's extra field holds torch's alignment padding and differs from the directory's copy

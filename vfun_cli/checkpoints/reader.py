@@ -16,7 +16,7 @@ from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
 from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 
 Layout = Literal["safetensors", "dcp", "zero1", "zero2", "zero3"]
 
@@ -60,7 +60,7 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     Raises CheckpointError (exit code 5) when it is none of them, is damaged, or asks for code to be run.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory", hint="name a checkpoint directory, e.g. checkpoint-500")
+        raise CheckpointError(f"{path} is not a directory.", hint="Name a checkpoint directory, e.g. checkpoint-500.")
     state = _read_state(path)
     for folder in (path / "model", path):
         if (folder / ".metadata").is_file():
@@ -79,8 +79,8 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         if files:
             return _plain(path, folder, files, state)
     raise CheckpointError(
-        f"{path} holds no checkpoint: neither model.safetensors, nor a DCP .metadata, nor DeepSpeed *_optim_states.pt",
-        hint="name the checkpoint-N directory itself",
+        f"{path} holds no checkpoint: neither model.safetensors, nor a DCP .metadata, nor DeepSpeed *_optim_states.pt.",
+        hint="Name the checkpoint-N directory itself.",
     )
 
 
@@ -91,9 +91,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {first_line(error)}.") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{file} is damaged: not an object")
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object.")
     return state
 
 
@@ -131,7 +131,7 @@ def _plain(
                 for name in names
             }
         except KeyError as missing:
-            raise CheckpointError(f"{file}: {missing.args[0]} is missing") from None
+            raise CheckpointError(f"{file}: {missing.args[0]} is missing.") from None
 
     return CheckpointReader(
         path=path, layout="safetensors", weights=weights, ema=_ema(folder), state=state, load_moments=moments
@@ -145,7 +145,7 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
     tensors = _dcp_tensors(folder)
     weights = {_clean(".".join(key[1:])): source for key, source in tensors.items() if key[0] == "model"}
     if not weights:
-        raise CheckpointError(f"{folder}: this DCP directory holds no entry 'model'")
+        raise CheckpointError(f"{folder} is a DCP directory without an entry 'model'.")
 
     def moments() -> dict[str, Moments]:
         if optimizer == folder:
@@ -190,14 +190,14 @@ def _dcp_tensors(folder: Path) -> dict[tuple[str, ...], TensorSource]:
             if type(entry).__name__ == "TensorStorageMetadata"
         }
     except (AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{file}: not the metadata of a DCP checkpoint ({error})") from error
+        raise CheckpointError(f"{file} is not the metadata of a DCP checkpoint: {first_line(error)}.") from error
 
 
 def _dcp_tensor(folder: Path, name: str, entry: Inert, pieces: list[tuple[tuple[int, ...], Any]]) -> TensorSource:
     shape = tuple(entry.size)
     dtype = entry.properties.state[0]  # TensorProperties pickles itself as (dtype, layout, ...)
     if dtype not in STORAGE:
-        raise CheckpointError(f"{folder}: {name} has dtype {dtype}, which is not supported")
+        raise CheckpointError(f"{folder}: {name} has dtype {dtype}, which is not supported.")
     sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
 
     def locate() -> tuple[Segment, ...]:
@@ -205,14 +205,14 @@ def _dcp_tensor(folder: Path, name: str, entry: Inert, pieces: list[tuple[tuple[
         for offset, info in pieces:
             box = sizes.get(tuple(offset))
             if box is None:
-                raise CheckpointError(f"{folder}: a part of {name} at {offset} is not in the metadata")
+                raise CheckpointError(f"{folder}: a part of {name} at {offset} is not in the metadata.")
             if math.prod(box):
                 runs.extend(_dcp_runs(folder, name, dtype, shape, tuple(offset), box, info))
         runs.sort(key=lambda run: run[0])
         position = 0
         for start, segment in runs:
             if start != position:
-                raise CheckpointError(f"{folder}: {name} has a gap or an overlap at element {start}")
+                raise CheckpointError(f"{folder}: {name} has a gap or an overlap at element {start}.")
             position += segment.count
         return tuple(segment for _, segment in runs)
 
@@ -230,14 +230,14 @@ def _dcp_runs(
 ) -> Iterator[tuple[int, Segment]]:
     """One stored box as (position in the whole tensor, run of elements), in the box's own order."""
     if info.__dict__["state"].get("transform_descriptors"):
-        raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported")
+        raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported.")
     relative = Path(info.relative_path)
     if relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(f"{folder}: the metadata points outside of the checkpoint: {relative}")
+        raise CheckpointError(f"{folder}: the metadata points outside of the checkpoint: {relative}.")
     archive = TorchArchive(folder / relative, info.offset, info.length)
     stored = archive.value
     if not isinstance(stored, StoredTensor) or stored.shape != box or stored.storage.dtype != dtype:
-        raise CheckpointError(f"{folder / relative}: the part of {name} is not the tensor that the metadata describes")
+        raise CheckpointError(f"{folder / relative}: the part of {name} is not the tensor that the metadata describes.")
     whole = archive.locate(stored)
     # an axis can be merged into the run when every later axis is complete
     axis = len(shape)
@@ -283,8 +283,8 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
     count = max(count) if isinstance(count, list) else count
     if count != len(ranks):
         raise CheckpointError(
-            f"{folder}: written by {count} ranks, but {len(ranks)} *_optim_states.pt are there",
-            hint="copy the files of every rank into one directory",
+            f"{folder} was written by {count} ranks, and holds {len(ranks)} *_optim_states.pt.",
+            hint="Copy the files of every rank into one directory.",
         )
     shapes = _param_shapes(folder)
     if stage == 3:
@@ -294,7 +294,7 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         flats = [_flat_groups(a, s, "single_partition_of_fp32_groups") for a, s in zip(archives, states, strict=True)]
         places = _zero2_places(shapes, states, flats)
     else:
-        raise CheckpointError(f"{folder}: ZeRO stage {stage} is not known; known are 1, 2 and 3")
+        raise CheckpointError(f"{folder} is of ZeRO stage {stage}; known are 1, 2 and 3.")
 
     def source(name: str, flat: list[list[TensorSource]]) -> TensorSource:
         shape, runs = places[name]
@@ -333,16 +333,16 @@ def _zero_ranks(folder: Path) -> list[Path]:
     """The optimizer files in the order of their ranks (by number: rank 10 comes after rank 9)."""
     matches = [(match, file) for file in folder.glob("*_optim_states.pt") if (match := _RANK.search(file.name))]
     if any(int(match.group(2)) for match, _ in matches):
-        raise CheckpointError(f"{folder}: written with tensor parallelism, which is not supported")
+        raise CheckpointError(f"{folder} was written with tensor parallelism, which is not supported.")
     ranked = sorted((int(match.group(1)), file) for match, file in matches)
     if [rank for rank, _ in ranked] != list(range(len(ranked))) or not ranked:
-        raise CheckpointError(f"{folder}: the *_optim_states.pt of some ranks are missing")
+        raise CheckpointError(f"{folder}: the *_optim_states.pt of some ranks are missing.")
     return [file for _, file in ranked]
 
 
 def _field(value: Any, key: str, path: Path) -> Any:
     if not isinstance(value, dict) or key not in value:
-        raise CheckpointError(f"{path}: not a DeepSpeed ZeRO file, {key!r} is missing")
+        raise CheckpointError(f"{path} is not a DeepSpeed ZeRO file: {key!r} is missing.")
     return value[key]
 
 
@@ -354,7 +354,7 @@ def _param_shapes(folder: Path) -> list[dict[str, tuple[int, ...]]]:
             shapes = _field(TorchArchive(file).value, "param_shapes", file)
             groups = shapes if isinstance(shapes, list) else [shapes]
             return [{key: tuple(shape) for key, shape in group.items()} for group in groups]
-    raise CheckpointError(f"{folder}: no *_model_states.pt, which names the parameters")
+    raise CheckpointError(f"{folder} has no *_model_states.pt, which names the parameters.")
 
 
 def _flat_groups(archive: TorchArchive, state: dict[str, Any], key: str) -> list[TensorSource]:
@@ -368,9 +368,9 @@ def _moment_groups(archive: TorchArchive, base: dict[str, Any], part: str) -> li
 
 def _stored(archive: TorchArchive, value: Any, key: str) -> TensorSource:
     if not isinstance(value, StoredTensor) or len(value.shape) != 1:
-        raise CheckpointError(f"{archive.path}: {key} does not hold flat tensors")
+        raise CheckpointError(f"{archive.path}: {key} does not hold flat tensors.")
     if value.storage.dtype != "F32":
-        raise CheckpointError(f"{archive.path}: {key} is {value.storage.dtype}; float32 is expected")
+        raise CheckpointError(f"{archive.path}: {key} is {value.storage.dtype}; float32 is expected.")
     return archive.source(value)
 
 
@@ -472,5 +472,5 @@ def _cut(flats: list[list[TensorSource]], runs: tuple[_Run, ...], name: str, fol
                 left -= take
             start = max(start - group.numel, 0)
         if left:
-            raise CheckpointError(f"{folder}: rank {run.rank} holds {left} elements of {name} too few")
+            raise CheckpointError(f"{folder}: rank {run.rank} holds {left} elements of {name} too few.")
     return tuple(segments)

@@ -37,7 +37,7 @@ def check_weights(model_dir: Path) -> int:
             start = stream.read(len(ZIP_START))
         # An archive's table of contents is at its end. Files from before torch 1.6 are no archives.
         if not start or (start == ZIP_START and not zipfile.is_zipfile(file)):
-            raise CheckpointError(f"{file}: cut short, {file.stat().st_size} bytes are there.", hint=again)
+            raise CheckpointError(f"{file} is cut short: {file.stat().st_size} bytes are there.", hint=again)
     return len(files) + len(pickles)
 
 
@@ -49,7 +49,7 @@ def _check_index(index: Path, held: Mapping[Path, Collection[str]]) -> None:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
     missing = [name for name in shards if index.parent / name not in held]
     if missing:
-        raise CheckpointError(f"{index} names {len(shards)} shards, missing are: {_some(missing)}.")
+        raise CheckpointError(f"{index} names {len(shards)} shards, and these are missing: {_some(missing)}.")
     lost = [name for name, shard in placed.items() if name not in held[index.parent / shard]]
     if lost:
         raise CheckpointError(f"{index} places tensors in shards that do not hold them: {_some(lost)}.")

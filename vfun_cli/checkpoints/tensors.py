@@ -78,7 +78,7 @@ class TensorSource:
         found = self.locate()
         if sum(part.count for part in found) != self.numel:
             where = found[0].path if found else "no file"
-            raise CheckpointError(f"{where}: the stored parts do not add up to the tensor's shape {self.shape}")
+            raise CheckpointError(f"{where}: the stored parts do not add up to the tensor's shape {self.shape}.")
         return found
 
     def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
@@ -117,7 +117,7 @@ class FileReader:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
     def __enter__(self) -> "FileReader":
         return self
@@ -139,8 +139,8 @@ class FileReader:
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {self.size}, {len(view)} bytes too early; the file is truncated",
-                    hint="use another checkpoint: `vfun resume` and `vfun export-bf16` take its path",
+                    f"{self.path} is truncated: it ends at byte {self.size}, {len(view)} bytes too early.",
+                    hint="Name another checkpoint: vfun resume and vfun export-bf16 take its path.",
                 )
             view, offset = view[count:], offset + count
 

@@ -51,7 +51,7 @@ def parse_size(text: str) -> int:
     """Bytes of ``10GB`` (10^9), ``500MB`` or ``2GiB`` (2^30). Raises ConfigError for anything else."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match.group(1)) <= 0:
-        raise ConfigError(f"{text!r} is not a size", hint="write a number with a unit, e.g. 10GB or 500MB")
+        raise ConfigError(f"{text!r} is not a size.", hint="Write a number with a unit, e.g. 10GB or 500MB.")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
 

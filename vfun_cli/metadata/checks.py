@@ -138,8 +138,8 @@ class Report:
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
         command = shlex.join(["vfun", "validate-meta", str(self.metadata.path), *options])
         raise MetadataError(
-            f"{self.metadata.path}: {where} cannot be trained on\n" + "\n".join(lines),
-            hint=f"{command} shows all; --fix OUT writes a copy without them",
+            f"{self.metadata.path}: {where} cannot be trained on:\n" + "\n".join(lines),
+            hint=f"{command} shows all; --fix OUT writes a copy without them.",
         )
 
 
@@ -230,8 +230,8 @@ def table_without_files(metadata: Metadata) -> "ClipTable":
         clip = _stated_clip(record)
         if clip is None:
             raise MetadataError(
-                f"{metadata.path}: row {record.row} does not state width, height, frames and fps",
-                hint="vfun validate-meta --fix OUT fills them in from the files",
+                f"{metadata.path}: row {record.row} does not state width, height, frames and fps.",
+                hint="vfun validate-meta --fix OUT fills them in from the files.",
             )
         clips.append(clip)
     return _table(clips)

@@ -38,7 +38,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     """
     output = Path(output)
     if output.exists():
-        raise ConfigError(f"{output} exists already", hint="name a file that does not exist yet: --fix NEW")
+        raise ConfigError(f"{output} exists already.", hint="Name a file that does not exist yet: --fix NEW.")
     left_out: dict[int, list[str]] = {}
     for problem in report.errors:
         clip = report.clips.get(problem.row) if problem.row is not None else None
@@ -47,8 +47,8 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     kept = [record for record in report.metadata.records if record.row not in left_out]
     if not kept:
         raise MetadataError(
-            f"{report.metadata.path}: no row is left after leaving out the bad ones",
-            hint="vfun validate-meta lists them",
+            f"{report.metadata.path}: no row is left after leaving out the bad ones.",
+            hint="vfun validate-meta lists what is wrong with each.",
         )
     rows = [_corrected(record.raw, report.clips.get(record.row)) for record in kept]
     changed = sum(row != dict(record.raw) for row, record in zip(rows, kept, strict=True))
@@ -58,7 +58,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
             file.write(data)
     except OSError as error:
         raise EnvironmentFault(
-            f"{output} cannot be written: {error.strerror or error}", hint="choose another --fix"
+            f"{output} cannot be written: {error.strerror or error}.", hint="Choose another place for --fix."
         ) from None
     return Fixed(
         output=output, kept=len(kept), changed=changed, left_out={row: tuple(codes) for row, codes in left_out.items()}

@@ -81,7 +81,7 @@ def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:
             return rows[0]
         if rows:
             shown = ", ".join(map(str, rows[:10])) + (" …" if len(rows) > 10 else "")
-            raise ConfigError(f"{wanted} is in {len(rows)} rows: {shown}", hint="Name one of them by its number.")
+            raise ConfigError(f"{wanted} is in {len(rows)} rows: {shown}.", hint="Name one of them by its number.")
     raise ConfigError(
         f"{metadata.path} has no row with a file {wanted}.{did_you_mean(wanted, (file for _, file in files))}",
         hint="Name a row by its number (from 0), or by its path or file name as the metadata has it.",

@@ -53,7 +53,7 @@ def write_problems(report: Report, path: str | Path) -> None:
     try:
         Path(path).write_text(lines, encoding="utf-8")
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}") from None
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 def totals(report: Report) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from vfun_cli.errors import MetadataError
+from vfun_cli.errors import MetadataError, first_line
 from vfun_cli.metadata.probe import time_zero
 
 DECODER_RESIZE_FROM = 2.5
@@ -64,8 +64,8 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
     reader, cover = _open_video(path, height, width)
     if bad := [index for index in indices if not 0 <= index < len(reader)]:
         raise MetadataError(
-            f"{path}: frame {bad[0]} was asked for, the file has {len(reader)} frames",
-            hint="vfun validate-meta --deep lists every clip that is shorter than its header says",
+            f"{path}: frame {bad[0]} is needed, and the file has {len(reader)} frames.",
+            hint="vfun validate-meta --deep lists every clip that is shorter than its header says.",
         )
     try:  # [F, h, w, 3] uint8
         frames = _turned_frames(path, indices) if _is_turned(reader) else reader.get_batch(list(indices)).asnumpy()
@@ -102,15 +102,15 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
         raise
     except Exception as error:
         raise MetadataError(
-            f"{path}: the audio cannot be decoded ({type(error).__name__}: {error})",
-            hint="play the file, encode it again, or leave its row out: vfun validate-meta --deep --fix OUT",
+            f"{path}: the audio cannot be decoded ({type(error).__name__}: {first_line(error)}).",
+            hint="Play the file, encode it again, or leave its row out: vfun validate-meta --deep --fix OUT",
         ) from error
     missing = wanted[1] - end
     if missing > AUDIO_TAIL_TOLERANCE:
         raise MetadataError(
-            f"{path}: audio from {float(start):.3f} s to {float(start + duration):.3f} s was asked for, "
-            f"the file ends at {float(end):.3f} s",
-            hint="vfun validate-meta lists every row whose audio is shorter than its clip",
+            f"{path}: audio from {float(start):.3f} s to {float(start + duration):.3f} s is needed, "
+            f"and the file ends at {float(end):.3f} s.",
+            hint="vfun validate-meta lists every row whose audio is shorter than its clip.",
         )
     samples = _resample(native, native_rate, rate)
     skip = first - round(origin * rate)  # exact: origin lies on both sampling grids
@@ -205,8 +205,8 @@ def _undecodable(path: str | Path, frame: int, error: Exception) -> MetadataErro
     why = str(error).strip().splitlines() or [type(error).__name__]
     exists = Path(path).is_file()
     return MetadataError(
-        f"{path}: frame {frame} cannot be decoded ({why[-1][:200]})" if exists else f"{path}: no such file",
-        hint="vfun validate-meta --deep decodes every frame and lists every such file",
+        f"{path}: frame {frame} cannot be decoded ({why[-1][:200]})." if exists else f"{path}: there is no such file.",
+        hint="vfun validate-meta --deep decodes every frame and lists every such file.",
     )
 
 
@@ -221,7 +221,7 @@ def _native_audio(
     """
     with av.open(str(path)) as container:
         if not container.streams.audio:
-            raise MetadataError(f"{path}: has no audio stream", hint="name a file with sound in audio_path")
+            raise MetadataError(f"{path} has no audio stream.", hint="Name a file with sound in audio_path.")
         stream = container.streams.audio[0]
         native_rate = stream.rate
         grid = Fraction(1, np.gcd(native_rate, rate).item())  # seconds between common sampling points
@@ -232,7 +232,7 @@ def _native_audio(
         position, known = 0, False  # samples since second 0
         for frame in container.decode(stream):
             if frame.sample_rate != native_rate:
-                raise MetadataError(f"{path}: the sampling rate changes from {native_rate} to {frame.sample_rate}")
+                raise MetadataError(f"{path}: the sampling rate changes from {native_rate} to {frame.sample_rate}.")
             if frame.pts is not None and frame.time_base is not None:
                 stated = (frame.pts * frame.time_base - zero) * native_rate
                 if not known or abs(stated - position) > TIMESTAMP_JITTER * native_rate:

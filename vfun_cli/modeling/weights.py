@@ -18,13 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vfun_cli.errors import CheckpointError, did_you_mean
+from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.modeling.lazy_weights import lazy_weights, replace_parameter
 
 Module = TypeVar("Module", bound=nn.Module)
 
 LISTED = 10
 """How many offending names an error shows of each kind."""
+
+POINT_AT_RELEASE = "Point --pretrained-model-name-or-path at the folder of the released model, fully downloaded."
 
 
 def empty_model(build: Callable[[], Module]) -> Module:
@@ -70,14 +72,14 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file.",
+            hint=POINT_AT_RELEASE,
         )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{index} names {len(files)} shards, and {len(missing)} of them are missing: {_some(missing)}",
-            hint=f"download the missing files again into {folder}",
+            f"{index} names {len(files)} shards, and {len(missing)} of them are missing: {_some(missing)}.",
+            hint=f"Download the missing files again into {folder}.",
         )
     for file in files:
         _open(file)
@@ -90,11 +92,11 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read {path}: {_first_line(error)}",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            f"cannot read {path}: {first_line(error)}.",
+            hint=POINT_AT_RELEASE,
         ) from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object", hint="download the file again")
+        raise CheckpointError(f"{path} is not a JSON object.", hint="Download the file again.")
     return found
 
 
@@ -106,9 +108,8 @@ def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
     missing = [name for name in parts if not (folder / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder} is not a complete {model} directory: no {', '.join(missing)}",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded; "
-            f"beside the transformer it holds {', '.join(parts)}",
+            f"{folder} is not a complete {model} directory: no {', '.join(missing)}.",
+            hint=f"{POINT_AT_RELEASE} Beside the transformer it holds {', '.join(parts)}.",
         )
 
 
@@ -116,8 +117,8 @@ def require_same(folder: Path, name: str, wanted: int, found: int, part: str) ->
     """Raise CheckpointError if a part of a model gives another size than its transformer reads."""
     if wanted != found:
         raise CheckpointError(
-            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}",
-            hint="all parts must come from one released model: download them again",
+            f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}.",
+            hint="All parts must come from one released model: download them again.",
         )
 
 
@@ -133,7 +134,7 @@ def model_settings(config: Mapping[str, Any], known: Iterable[str], *, model: st
         raise CheckpointError(
             f"the transformer's config.json has keys that {model} does not know: {', '.join(unknown)}."
             + did_you_mean(unknown[0], known),
-            hint=f"point --pretrained_model_name_or_path at a released {model} model",
+            hint=f"Point --pretrained-model-name-or-path at a released {model} model.",
         )
     return found
 
@@ -153,19 +154,21 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"no such weights file: {path}",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            f"no such weights file: {path}.",
+            hint=POINT_AT_RELEASE,
         )
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         state = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
     except Exception as error:  # the restricted unpickler answers garbage with anything, even IndexError
         raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes): {_first_line(error)}",
-            hint="the file is incomplete or holds more than tensors: download it again",
+            f"cannot read {path} ({path.stat().st_size} bytes): {first_line(error)}.",
+            hint="The file is incomplete or holds more than tensors: download it again.",
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a state dict (tensors by name)", hint="download the released file again")
+        raise CheckpointError(
+            f"{path} is not a state dict (tensors by name).", hint="Download the released file again."
+        )
     return dict(state)
 
 
@@ -258,8 +261,8 @@ def _refuse_mismatch(
     if lines:
         raise CheckpointError(
             "\n".join([f"the tensors in {where} do not fit {model}:", *lines]),
-            hint="check that the folder is the model of this family, that its config.json belongs to the weights, "
-            "and that the download is complete",
+            hint="Check that the folder is the model of this family, that its config.json belongs to the weights, "
+            "and that the download is complete.",
         )
 
 
@@ -276,7 +279,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         return {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is not a safetensors index: {_first_line(error)}", hint="download the index file again"
+            f"{index} is not a safetensors index: {first_line(error)}.", hint="Download the index file again."
         ) from error
 
 
@@ -286,15 +289,11 @@ def _open(file: Path) -> safe_open:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"cannot read {file} ({file.stat().st_size} bytes): {_first_line(error)}",
-            hint="the file is incomplete or damaged: download it again",
+            f"cannot read {file} ({file.stat().st_size} bytes): {first_line(error)}.",
+            hint="The file is incomplete or damaged: download it again.",
         ) from error
 
 
 def _some(names: Sequence[str]) -> str:
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

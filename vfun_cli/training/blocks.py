@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from vfun_cli.errors import EnvironmentFault
+from vfun_cli.errors import EnvironmentFault, first_line
 
 aten = torch.ops.aten
 
@@ -95,9 +95,9 @@ def require_compiler() -> None:
     try:
         compiler = get_cpp_compiler()
     except Exception as error:
-        raise EnvironmentFault(f"--compile needs a C++ compiler: {error}", hint=_INSTALL) from error
+        raise EnvironmentFault(f"--compile needs a C++ compiler: {first_line(error)}.", hint=_INSTALL) from error
     if shutil.which(compiler) is None:
-        raise EnvironmentFault(f"--compile needs a C++ compiler, {compiler} is not there.", hint=_INSTALL)
+        raise EnvironmentFault(f"--compile needs a C++ compiler, and {compiler} is not there.", hint=_INSTALL)
 
 
 _INSTALL = "Install g++ (or set CXX), or train without --compile."

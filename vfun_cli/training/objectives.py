@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 
@@ -133,7 +133,7 @@ def _ddpm(settings: Mapping[str, Any], model_dir: Path) -> Objective:
         scheduler = DDPMScheduler.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} holds no noise schedule: {error}", hint="Download the model's scheduler folder too."
+            f"{folder} holds no noise schedule: {first_line(error)}.", hint="Download the model's scheduler folder too."
         ) from None
     kind = scheduler.config.prediction_type
     if kind not in ("v_prediction", "epsilon"):

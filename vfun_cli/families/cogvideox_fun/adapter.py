@@ -160,8 +160,8 @@ class CogVideoXFunAdapter:
             f"train_mode {mode!r} gives the transformer {modes[mode]} channels"
             f" ({'noisy, mask and known latents' if self.inpaint else 'the noisy latents alone'}), but the model in "
             f"{self.options.model_dir} reads {reads}"
-            + (": an InP model is trained to inpaint, text to video included" if fitting == "inpaint" else ""),
-            hint=f"use --train-mode {fitting}" if fitting else "use a CogVideoX-Fun InP model",
+            f"{': an InP model is trained to inpaint, text to video included' if fitting == 'inpaint' else ''}.",
+            hint=f"Use --train-mode {fitting}." if fitting else "Use a CogVideoX-Fun InP model.",
         )
 
 

@@ -106,7 +106,7 @@ def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
     if foreign:
         raise CheckpointError(
             f"the transformer's config.json sets {', '.join(foreign)}: this is an image-to-video model of CogVideoX, "
-            "not CogVideoX-Fun",
+            "not CogVideoX-Fun.",
             hint=POINT_AT,
         )
     return CogVideoXFunTransformer(**given)

@@ -146,8 +146,8 @@ def _check_channels(config: Mapping[str, Any], latent: int, train_mode: str, fol
     fitting = next((mode for mode, count in parts.items() if has == count * latent), None)
     raise ConfigError(
         f"train_mode {train_mode!r} gives the transformer {parts[train_mode] * latent} channels "
-        f"(noisy, control{', reference' if train_mode == 'control_ref' else ''}); the model in {folder} reads {has}",
-        hint=f"use --train_mode={fitting}" if fitting else "this is not a Control model: use a ...-zh-Control one",
+        f"(noisy, control{', reference' if train_mode == 'control_ref' else ''}); the model in {folder} reads {has}.",
+        hint=f"Use --train-mode {fitting}." if fitting else "Use a model whose name ends in -zh-Control.",
     )
 
 
@@ -157,8 +157,8 @@ def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> 
     streams = 2 if config["text_embed_dim_t5"] else 1
     if streams != spec.dims.extra["text_streams"]:
         raise ConfigError(
-            f"{folder} looks like {other}, not {spec.name}: its transformer reads {streams} text stream(s)",
-            hint=f"run vfun train {other}",
+            f"{folder} looks like {other}, not {spec.name}: its transformer reads {streams} text stream(s).",
+            hint=f"vfun train {other}",
         )
 
 

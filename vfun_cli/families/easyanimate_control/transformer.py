@@ -64,7 +64,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     asked = {name: config[name] for name in UNSUPPORTED if config.get(name)}
     if asked:
         raise CheckpointError(
-            f"the transformer's config.json asks for layers that the Control models do not have: {asked}",
+            f"the transformer's config.json asks for layers that the Control models do not have: {asked}.",
             hint=POINT_AT,
         )
     given = {k: v for k, v in config.items() if k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED}

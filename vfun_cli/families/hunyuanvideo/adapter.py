@@ -220,6 +220,6 @@ def _check_shift(path: Path) -> None:
     shift = read_json(path).get("shift")
     if shift != SHIFT:
         raise CheckpointError(
-            f"{path} has shift {shift}; the released HunyuanVideo models have {SHIFT}, and so does the training",
-            hint="use the scheduler folder of the released model",
+            f"{path} has shift {shift}; the released HunyuanVideo models have {SHIFT}, and so does the training.",
+            hint="Use the scheduler folder of the released model.",
         )

@@ -59,22 +59,22 @@ def check_config(config: Mapping[str, object], condition: Condition) -> None:
     kind = config.get("_class_name", "HunyuanVideoTransformer3DModel")
     if kind != "HunyuanVideoTransformer3DModel":
         raise ConfigError(
-            f"the model directory holds a {kind}, hunyuanvideo-{condition} trains a HunyuanVideoTransformer3DModel",
-            hint="vfun train without a family lists the families and their model directories",
+            f"the model directory holds a {kind}, hunyuanvideo-{condition} trains a HunyuanVideoTransformer3DModel.",
+            hint="vfun train without a family lists the families and their model directories.",
         )
     found = config.get("image_condition_type")
     if found == _IMAGE_CONDITION[condition]:
         return
     if found == "latent_concat":
         raise ConfigError(
-            "the 33-channel HunyuanVideo-I2V (image_condition_type latent_concat) cannot be trained here",
-            hint="use the 16-channel HunyuanVideo-I2V (image_condition_type token_replace)",
+            "the 33-channel HunyuanVideo-I2V (image_condition_type latent_concat) cannot be trained here.",
+            hint="Use the 16-channel HunyuanVideo-I2V (image_condition_type token_replace).",
         )
     fitting = _FAMILY_OF.get(found if found is None else str(found))
     raise ConfigError(
         f"the model directory has image_condition_type {found!r}, "
-        f"hunyuanvideo-{condition} needs {_IMAGE_CONDITION[condition]!r}",
-        hint=f"train it as {fitting}" if fitting else "download the released model again",
+        f"hunyuanvideo-{condition} needs {_IMAGE_CONDITION[condition]!r}.",
+        hint=f"Train it as {fitting}." if fitting else "Download the released model again.",
     )
 
 

@@ -159,12 +159,16 @@ def _refuse_other_models(shapes: Shapes) -> None:
     """Name the Wan models that look alike and are not this family."""
     if any(name.startswith("casual_audio_encoder.") for name in shapes):
         raise CheckpointError(
-            "These are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.", hint="Run vfun train wan-s2v."
+            "these are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.", hint="vfun train wan-s2v"
         )
     needed = ("patch_embedding", "head.head", "blocks.0.ffn.0", "time_embedding.0", "text_embedding.0")
     if missing := [name for name in needed if f"{name}.weight" not in shapes]:
-        raise CheckpointError(f"Not a Wan transformer in the released naming: no {', '.join(missing)}.", hint=HINT)
+        raise CheckpointError(
+            f"this is no Wan transformer in the released naming: it has no {', '.join(missing)}.", hint=HINT
+        )
     camera = any(name.startswith("control_adapter.") for name in shapes)
     check_variant(shapes["patch_embedding.weight"][1], camera=camera)
     if "img_emb.proj.0.weight" not in shapes:
-        raise CheckpointError("The transformer has no image branch (img_emb): a text-to-video Wan model.", hint=HINT)
+        raise CheckpointError(
+            "the transformer has no image branch (img_emb): it is a text-to-video Wan model.", hint=HINT
+        )

@@ -429,7 +429,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layers = sorted(audio_inject_layers)
         if len(set(layers)) < len(layers) or not set(layers) <= set(range(num_layers)):
             raise ConfigError(
-                f"audio_inject_layers = {list(audio_inject_layers)}: not different layers below {num_layers}"
+                f"audio_inject_layers = {list(audio_inject_layers)}: not different layers below {num_layers}."
             )
         self.injector_of_layer = {layer: index for index, layer in enumerate(layers)}
 
@@ -566,8 +566,8 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
         value = config[key]
         if (tuple(value) if isinstance(only, tuple) else value) != only:
             raise ConfigError(
-                f"Wan-S2V: {key} = {value!r} is not supported, only {only!r}: no released weights have another value",
-                hint="check config.json in the model directory against the released one",
+                f"Wan-S2V: {key} = {value!r} is not supported, only {only!r}: no released weights have another value.",
+                hint="Check config.json in the model directory against the released one.",
             )
 
 

@@ -128,8 +128,8 @@ def clip_vision_config(state: Mapping[str, Tensor], where: str, heads: int) -> C
         inner = state["transformer.0.mlp.0.weight"].shape[0]
     except KeyError as error:
         raise CheckpointError(
-            f"{where} is not a Wan CLIP: it has no tensor 'visual.{error.args[0]}'",
-            hint=f"download {WEIGHTS} of the released model again",
+            f"{where} is not a Wan CLIP: it has no tensor 'visual.{error.args[0]}'.",
+            hint=f"Download {WEIGHTS} of the released model again.",
         ) from None
     layers = {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))}
     return CLIPVisionConfig(

@@ -72,8 +72,8 @@ class LlavaPrompt(nn.Module):
         llava = load_model(LlavaForConditionalGeneration, model, dtype=dtype)
         if not (image_processor / "preprocessor_config.json").is_file():
             raise CheckpointError(
-                f"no image processor in {image_processor}: preprocessor_config.json is missing",
-                hint="image-to-video needs the folder of the released HunyuanVideo-I2V, fully downloaded",
+                f"no image processor in {image_processor}: preprocessor_config.json is missing.",
+                hint="Download the image_processor folder of the released HunyuanVideo-I2V.",
             )
         return cls(
             llava.model,  # the language-model head would cost 128 thousand logits a token for nothing
@@ -117,15 +117,15 @@ class LlavaPrompt(nn.Module):
         for caption in captions:
             if self.tokenizer.convert_ids_to_tokens(self.image_token) in caption:
                 raise MetadataError(
-                    f"a caption contains the model's image token: {caption[:80]!r}",
-                    hint="remove the token from the text of that metadata row",
+                    f"a caption contains the model's image token: {caption[:80]!r}.",
+                    hint="Remove the token from the text of that metadata row.",
                 )
         prompts = [TEMPLATE.format(caption) for caption in captions]
         ids, mask = padded_tokens(self.tokenizer, prompts, CROP_START + self.max_length)
         if (ids[:, IMAGE_START] != self.image_token).any():
             raise CheckpointError(
-                f"the tokenizer does not put the image token {self.image_token} at position {IMAGE_START}",
-                hint="tokenizer/ and text_encoder/ must come from the same released HunyuanVideo-I2V",
+                f"the tokenizer does not put the image token {self.image_token} at position {IMAGE_START}.",
+                hint="The folders tokenizer and text_encoder must come from the same released HunyuanVideo-I2V.",
             )
         return ids, mask
 

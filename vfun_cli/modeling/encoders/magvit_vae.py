@@ -75,8 +75,8 @@ def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if wrong:
         right = {name: SUPPORTED[name] for name in wrong}
         raise CheckpointError(
-            f"{where}: the VAE of EasyAnimate V5 and V5.1 has {right}, not {wrong}",
-            hint="point --pretrained_model_name_or_path at a released EasyAnimate V5 or V5.1 Control model",
+            f"{where}: the VAE of EasyAnimate V5 and V5.1 has {right}, not {wrong}.",
+            hint="Point --pretrained-model-name-or-path at a released EasyAnimate V5 or V5.1 Control model.",
         )
     known = set(signature(AutoencoderKLMagvit.__init__).parameters) - {"self"}
     return {name: value for name, value in config.items() if name in known}

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import unset_hf_deepspeed_config
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.weights import POINT_AT_RELEASE
 
 
 def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = ()) -> Any:
@@ -22,8 +23,8 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"no {kind.__name__} in {folder}: config.json is missing",
-            hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+            f"no {kind.__name__} in {folder}: config.json is missing.",
+            hint=POINT_AT_RELEASE,
         )
     # Under ZeRO-3 accelerate tells transformers to shard whatever it loads, whatever zero3_init_flag says. A frozen
     # encoder outside the engine would be left with empty weights.
@@ -32,8 +33,8 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
         model, report = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"cannot load {kind.__name__} from {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint="the folder is incomplete or holds another model: download it again",
+            f"cannot load {kind.__name__} from {folder}: {first_line(error)}.",
+            hint="The folder is incomplete or holds another model: download it again.",
         ) from error
     wrong = {
         what: sorted(name for name in map(str, report.get(f"{what}_keys") or ()) if not name.startswith(tuple(unused)))
@@ -43,7 +44,7 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
         lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in wrong.items() if names]
         raise CheckpointError(
             "\n".join([f"the tensors in {folder} do not fit {kind.__name__}:", *lines]),
-            hint="the folder is incomplete or holds another model: download it again",
+            hint="The folder is incomplete or holds another model: download it again.",
         )
     return freeze(model)
 
@@ -56,15 +57,15 @@ def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
     # transformers makes an empty vocabulary out of an empty folder without a word.
     if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
         raise CheckpointError(
-            f"no {kind.__name__} in {folder}: none of {', '.join(kind.vocab_files_names.values())}",
-            hint="download the folder again",
+            f"no {kind.__name__} in {folder}: none of {', '.join(kind.vocab_files_names.values())}.",
+            hint="Download the folder again.",
         )
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, padding_side="right")
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"no {kind.__name__} in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint="download the folder again",
+            f"no {kind.__name__} in {folder}: {first_line(error)}.",
+            hint="Download the folder again.",
         ) from error
 
 
@@ -86,8 +87,8 @@ def text_source(
     for folder in (model, tokenizer):
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: there is no such folder",
-                hint="point --pretrained_model_name_or_path at the folder of the released model, fully downloaded",
+                f"{folder}: there is no such folder.",
+                hint=POINT_AT_RELEASE,
             )
     return EncoderSource(
         load=lambda: load(model, tokenizer, dtype=dtype, length=length),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights, require_same
@@ -130,8 +130,8 @@ def umt5_config(state: Mapping[str, Tensor], where: str) -> UMT5Config:
         feed_forward = state["blocks.0.ffn.fc1.weight"].shape[0]
     except KeyError as error:
         raise CheckpointError(
-            f"{where} is not a Wan UMT5 encoder: it has no tensor {error.args[0]!r}",
-            hint=f"download {WEIGHTS} of the released model again",
+            f"{where} is not a Wan UMT5 encoder: it has no tensor {error.args[0]!r}.",
+            hint=f"Download {WEIGHTS} of the released model again.",
         ) from None
     blocks = {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))}
     return UMT5Config(
@@ -164,6 +164,6 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"no tokenizer in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint=f"the released model has a folder {TOKENIZER} with tokenizer.json; download it completely",
+            f"no tokenizer in {folder}: {first_line(error)}.",
+            hint=f"The released model has a folder {TOKENIZER} with tokenizer.json: download all of it.",
         ) from error

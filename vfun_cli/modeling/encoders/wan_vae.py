@@ -89,13 +89,13 @@ def wan_vae_config(state: Mapping[str, Tensor], where: str) -> dict[str, object]
         ]
     except KeyError as error:
         raise CheckpointError(
-            f"{where} is not a Wan2.1 VAE: it has no tensor {error.args[0]!r}",
-            hint=f"download {WEIGHTS} of the released model again",
+            f"{where} is not a Wan2.1 VAE: it has no tensor {error.args[0]!r}.",
+            hint=f"Download {WEIGHTS} of the released model again.",
         ) from None
     if z_dim != Z_DIM:
         raise CheckpointError(
-            f"{where} has {z_dim} latent channels; the Wan2.1 VAE has {Z_DIM}",
-            hint=f"this family needs {WEIGHTS}; a Wan2.2 VAE is another model",
+            f"{where} has {z_dim} latent channels; the Wan2.1 VAE has {Z_DIM}.",
+            hint=f"This family needs {WEIGHTS}; a Wan2.2 VAE is another model.",
         )
     downsamplers = [BLOCKS_PER_STAGE * stage + 2 for stage in range(STAGES - 1)]
     return {

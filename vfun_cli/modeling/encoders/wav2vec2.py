@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.encoders.pretrained import load_model
@@ -44,8 +44,8 @@ class SpeechEncoder(nn.Module):
             extractor = Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"no feature extractor in {folder}: {(str(error) or type(error).__name__).splitlines()[0]}",
-                hint="the released folder has a preprocessor_config.json: download it again",
+                f"no feature extractor in {folder}: {first_line(error)}.",
+                hint="The released folder has a preprocessor_config.json: download it again.",
             ) from error
         return cls(model, extractor)
 

@@ -103,13 +103,13 @@ class ClipDataset(Dataset[LoadedBatch]):
                 samples.append(load(self.adapter, request, self.options, self.cache))
                 good.append(request)
             except VfunError as error:
-                hint = f"{error.hint or _DEEP_HINT}; or train without such clips: --on-bad-sample skip"
+                hint = f"{error.hint or _DEEP_HINT} Or train without such clips: --on-bad-sample skip."
                 bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
         self.status.end()
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
 
 
-_DEEP_HINT = "vfun validate-meta --deep names the files that cannot be decoded"
+_DEEP_HINT = "vfun validate-meta --deep names the files that cannot be decoded."
 
 
 class WorkerStatus:
@@ -324,14 +324,14 @@ def _faults(status: WorkerStatus, ended: _Ended) -> dict[tuple[int, int], str]:
     places = {number: place for number, place, _ in status.entries()}
     for number, process in ended.processes.items():
         if number in ended.too_slow:
-            faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s"
+            faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s."
         elif process.exitcode is not None and -process.exitcode in FAULTS_OF_FILES and number in places:
-            faults[places[number]] = f"the decoder crashed ({signal.Signals(-process.exitcode).name})"
+            faults[places[number]] = f"the decoder crashed ({signal.Signals(-process.exitcode).name})."
     if not faults:
         codes = sorted({process.exitcode for process in ended.processes.values() if process.exitcode})
         raise RunError(
-            f"a decoding process ended with {codes}.",
-            hint="-9: memory ran out; use fewer --dataloader-num-workers.",
+            f"a decoding process ended with exit status {', '.join(map(str, codes)) or '0'}.",
+            hint="-9 means that memory ran out: use fewer --dataloader-num-workers.",
         )
     return faults
 

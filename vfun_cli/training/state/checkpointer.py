@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
-from vfun_cli.errors import CheckpointError, FitError, RunError
+from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
@@ -247,4 +247,4 @@ def _reason(error: BaseException) -> str:
         if isinstance(below, OSError) and below.strerror:
             return f"{below.strerror} ({below.filename})" if below.filename else below.strerror
         below = below.__cause__ or below.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
