@@ -165,7 +165,7 @@ def test_normal_mode_on_an_inp_model_says_why_not(folders: dict[str, Path]) -> N
     assert caught.value.hint == "Use --train-mode inpaint."
     with pytest.raises(ConfigError, match=r"33 channels .*reads 16$") as caught:
         CogVideoXFunAdapter.from_pretrained(options(folders["normal"], "inpaint"))
-    assert caught.value.hint == "use --train-mode normal"
+    assert caught.value.hint == "Use --train-mode normal."
 
 
 def test_a_folder_without_a_transformer_names_the_file_it_lacks(tmp_path: Path) -> None:

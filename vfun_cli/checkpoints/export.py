@@ -61,9 +61,12 @@ def export(
     """Write the whole transformer with the checkpoint's weights in it.
 
     ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``names`` turns a
-    parameter name into the released one, ``output_names`` a released name into the one to write. Raises ConfigError
-    for a wrong option or an output that exists, CheckpointError for anything wrong with the checkpoint or the base,
-    RunError when the disk is too full.
+    parameter name into the released one, ``output_names`` a released name into the one to write.
+
+    Raises:
+        ConfigError: a wrong option, or an output that exists.
+        CheckpointError: something is wrong with the checkpoint or the base.
+        RunError: the disk is too full.
     """
     check_output(output, dtype, overwrite=overwrite)
     stem, sources = read_base(base_dir)
@@ -76,7 +79,11 @@ def export(
 
 
 def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
-    """Raises ConfigError for an unknown dtype or an output that is taken."""
+    """Refuse what ``export`` could not write.
+
+    Raises:
+        ConfigError: an unknown dtype, or an output that is taken.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     if output.exists() and not overwrite:
@@ -97,7 +104,8 @@ def write_model(
 ) -> ExportResult:
     """Stream tensors into ``<stem>*.safetensors`` of ``output``, with the configuration of ``base_dir``; verified.
 
-    Raises as ``export``.
+    Raises:
+        ConfigError, CheckpointError, RunError: as ``export``.
     """
     check_output(output, dtype, overwrite=overwrite)
     shard_bytes = parse_size(max_shard_size)
@@ -173,7 +181,11 @@ def _replace(
     checkpoint: Path,
     base_dir: Path,
 ) -> None:
-    """Put the trained weights in the places of the released ones. Raises CheckpointError naming all that do not fit."""
+    """Put the trained weights in the places of the released ones.
+
+    Raises:
+        CheckpointError: weights without a place, or of another shape; it names them.
+    """
     renamed = {names(name): source for name, source in trained.items()}
     if len(renamed) != len(trained):
         raise CheckpointError(f"{checkpoint}: two trained weights have the same released name.")

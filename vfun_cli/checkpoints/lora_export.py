@@ -153,7 +153,8 @@ def merge_adapter(
 def open_adapter(checkpoint: Path, weights: Weights = "trained") -> AdapterFile:
     """The adapter of a LoRA checkpoint, or its moving average.
 
-    Raises CheckpointError when there is none.
+    Raises:
+        CheckpointError: there is none.
     """
     reader = open_checkpoint(checkpoint)
     trained = read_adapter(checkpoint / "model")

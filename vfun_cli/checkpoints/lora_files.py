@@ -101,7 +101,8 @@ def strength(alpha: float, rank: int, *, rslora: bool) -> float:
 def find_adapter(path: Path) -> Path:
     """The LoRA file that a path means: itself, or the one in a directory or checkpoint.
 
-    Raises CheckpointError when there is none, or several.
+    Raises:
+        CheckpointError: there is none, or several.
     """
     if path.is_file():
         return path
@@ -120,7 +121,8 @@ def find_adapter(path: Path) -> Path:
 def read_adapter(path: Path) -> AdapterFile:
     """Open a LoRA of any style.
 
-    Raises CheckpointError for a damaged file, half a pair, or tensors that belong to no LoRA.
+    Raises:
+        CheckpointError: a damaged file, half a pair, or tensors that belong to no LoRA.
     """
     file = find_adapter(path)
     tensors = safetensors.read_file(file)
@@ -154,7 +156,11 @@ def _with_own_alphas(pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> di
 
 
 def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair]:
-    """Tensors by key, of any style, as pairs by layer. Raises CheckpointError as ``read_adapter``."""
+    """Tensors by key, of any style, as pairs by layer.
+
+    Raises:
+        CheckpointError: half a pair, or tensors that belong to no LoRA.
+    """
     layers: dict[str, dict[str, Any]] = {}
     unknown = []
     for name, source in tensors.items():
@@ -192,7 +198,8 @@ def match_layers(
 ) -> dict[str, str]:
     """The model's layer for every stored name, which may be the model's, the released one, or either with ``_``.
 
-    Raises CheckpointError naming what the model does not have.
+    Raises:
+        CheckpointError: layers that the model does not have; it names one.
     """
     known: dict[str, str] = {}
     for layer in layers:

@@ -34,7 +34,8 @@ def write_manifest(directory: Path) -> None:
 def verify(directory: Path, *, deep: bool = True) -> None:
     """Check every file that the manifest lists: there, of the right size and, when ``deep``, of the right content.
 
-    Raises CheckpointError with everything that is wrong.
+    Raises:
+        CheckpointError: with everything that is wrong.
     """
     listed = _read_manifest(directory)
     with ThreadPoolExecutor(_workers()) as pool:
@@ -71,7 +72,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """The complete checkpoint with the highest step. Raises CheckpointError when there is none."""
+    """The complete checkpoint with the highest step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     found = checkpoints(output_dir)
     if found:
         return found[-1]

@@ -205,7 +205,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(data: bytes, path: Path) -> Any:
-    """Unpickle with the list; ``path`` is for messages. Raises CheckpointError and runs nothing else."""
+    """Unpickle with the list; ``path`` is for messages.
+
+    Raises:
+        CheckpointError: the pickle is damaged, or asks for a name that is not on the list; nothing of it is run.
+    """
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except _Refused as refused:
@@ -260,7 +264,11 @@ class TorchArchive:
             raise CheckpointError(f"{self.path}: member {packed[0]} is compressed; torch.save never does that.")
 
     def locate(self, tensor: StoredTensor) -> Segment:
-        """Where the tensor's elements are. Raises CheckpointError unless they are one row-major run."""
+        """Where the tensor's elements are.
+
+        Raises:
+            CheckpointError: they are not one row-major run.
+        """
         if not _is_row_major(tensor.shape, tensor.stride):
             raise CheckpointError(f"{self.path}: a tensor of shape {tensor.shape} is stored with gaps or transposed.")
         info = self._members.get(f"data/{tensor.storage.key}")

@@ -57,7 +57,9 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """Find out the layout of a checkpoint directory and list its tensors.
 
     Takes a ``checkpoint-N`` of ours or of the original scripts, or a bare DCP, DeepSpeed or safetensors directory.
-    Raises CheckpointError (exit code 5) when it is none of them, is damaged, or asks for code to be run.
+
+    Raises:
+        CheckpointError: it is none of them, is damaged, or asks for code to be run.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory.", hint="Name a checkpoint directory, e.g. checkpoint-500.")

@@ -21,7 +21,11 @@ MAX_HEADER = 100_000_000
 
 
 def read_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of one file in the order of their bytes. Raises CheckpointError when the file is damaged."""
+    """The tensors of one file in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     header, data, size = _read_header(path)
     header.pop(METADATA, None)
     try:
@@ -32,7 +36,11 @@ def read_file(path: Path) -> dict[str, TensorSource]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a file's header says beside its tensors. Raises CheckpointError when the file is damaged."""
+    """What a file's header says beside its tensors.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     stated = _read_header(path)[0].get(METADATA, {})
     if not isinstance(stated, dict):
         raise CheckpointError(f"{path}: its safetensors header is damaged ({METADATA} is no object).")

@@ -74,7 +74,11 @@ class TensorSource:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Where the elements are. Raises CheckpointError when they do not make up the whole tensor."""
+        """Where the elements are.
+
+        Raises:
+            CheckpointError: they do not make up the whole tensor.
+        """
         found = self.locate()
         if sum(part.count for part in found) != self.numel:
             where = found[0].path if found else "no file"
@@ -84,7 +88,10 @@ class TensorSource:
     def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
         """The raw elements in order, flat pieces of at most CHUNK elements.
 
-        Each piece is a view of one buffer that the next piece overwrites. Raises CheckpointError on a short file.
+        Each piece is a view of one buffer that the next piece overwrites.
+
+        Raises:
+            CheckpointError: a file is too short.
         """
         dtype = STORAGE[self.dtype]
         if buffer is None:

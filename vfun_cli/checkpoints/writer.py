@@ -48,7 +48,11 @@ Produce = Callable[[Entry], Iterator[Array]]
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``10GB`` (10^9), ``500MB`` or ``2GiB`` (2^30). Raises ConfigError for anything else."""
+    """Bytes of ``10GB`` (10^9), ``500MB`` or ``2GiB`` (2^30).
+
+    Raises:
+        ConfigError: anything else.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match.group(1)) <= 0:
         raise ConfigError(f"{text!r} is not a size.", hint="Write a number with a unit, e.g. 10GB or 500MB.")

@@ -125,9 +125,12 @@ class Report:
         return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
 
     def require_ok(self, *options: str) -> None:
-        """Raise MetadataError with the first errors if there are any: training starts on good rows only.
+        """Refuse a report with errors: training starts on good rows only.
 
         ``options`` make ``vfun validate-meta`` check the same again: the message ends with that command.
+
+        Raises:
+            MetadataError: with the first errors.
         """
         errors = self.errors
         if not errors:
@@ -218,7 +221,8 @@ def _bad_rows(problems: Iterable[Problem]) -> frozenset[int]:
 def table_without_files(metadata: Metadata) -> "ClipTable":
     """The clip table of rows that state width, height, frames and fps (images: width and height); opens no file.
 
-    Raises MetadataError when the metadata has problems or a row leaves something out.
+    Raises:
+        MetadataError: the metadata has problems, or a row leaves something out.
     """
     if metadata.problems:
         raise MetadataError(

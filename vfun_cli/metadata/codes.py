@@ -403,7 +403,11 @@ CODES: dict[str, Code] = {
 
 
 def explain(name: str) -> Code:
-    """The entry of one code. Raises ConfigError for a name that does not exist."""
+    """The entry of one code.
+
+    Raises:
+        ConfigError: a name that does not exist.
+    """
     if name not in CODES:
         raise ConfigError(
             f"there is no problem code {name!r}.{did_you_mean(name, CODES)}",

@@ -34,7 +34,9 @@ class Fixed:
 def write_fixed(report: Report, output: str | Path) -> Fixed:
     """Write the rows that can be trained, in the format and order of the input, with FILLED values of the files.
 
-    Raises ConfigError when ``output`` exists (the input never changes), MetadataError when no row is left.
+    Raises:
+        ConfigError: ``output`` exists (the input never changes).
+        MetadataError: no row is left.
     """
     output = Path(output)
     if output.exists():

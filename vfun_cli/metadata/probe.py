@@ -104,7 +104,11 @@ _KINDS: dict[str, type[VisualFacts] | type[AudioFacts] | type[Failure]] = {
 
 
 def probe_visual(path: str | Path) -> VisualFacts:
-    """Size, length and frame rate of a video or a picture. Raises ProbeError."""
+    """Size, length and frame rate of a video or a picture.
+
+    Raises:
+        ProbeError: with the code of what is wrong.
+    """
     _require_file(path)
     if os.path.splitext(path)[1].lower() in PICTURES:  # noqa: PTH122
         try:
@@ -117,7 +121,11 @@ def probe_visual(path: str | Path) -> VisualFacts:
 
 
 def probe_audio(path: str | Path) -> AudioFacts:
-    """Rate, length and start of the first audio stream. Raises ProbeError."""
+    """Rate, length and start of the first audio stream.
+
+    Raises:
+        ProbeError: with the code of what is wrong.
+    """
     _require_file(path)
     if (facts := _probe_wav(path)) is not None:
         return facts

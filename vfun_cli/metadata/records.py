@@ -65,7 +65,8 @@ def read_metadata(path: str | Path) -> Metadata:
 def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:
     """The row that ``wanted`` means: its number, or a path or name of a file in one of the fields ``names``.
 
-    Raises ConfigError when there is none, or more than one.
+    Raises:
+        ConfigError: there is none, or more than one.
     """
     if wanted.isdecimal() and str(int(wanted)) == wanted:  # 00000003 is a name
         return int(wanted)

@@ -105,7 +105,11 @@ def codes_json(name: str) -> dict[str, Any]:
 
 
 def render_code(name: str, console: Console) -> None:
-    """One code of ``--explain``, or the list of them for ``all``. Raises ConfigError for an unknown one."""
+    """One code of ``--explain``, or the list of them for ``all``.
+
+    Raises:
+        ConfigError: an unknown code.
+    """
     if name == "all":
         table = Table("code", "severity", "what it means", title="Problem codes", title_justify="left")
         for code in CODES.values():

@@ -14,7 +14,9 @@ def frame_indices(request: SampleRequest, usable_span: tuple[float, float] = WHO
 
     ``usable_span`` is the family's; its start counts from 0 to its end, as in the original: (0.1, 0.9) of 200 frames
     is 18 to 180.
-    Raises ValueError if the source is too short: the plan must have dropped such a clip.
+
+    Raises:
+        ValueError: the source is too short: the plan must have dropped such a clip.
     """
     span = (request.frames - 1) * request.stride + 1
     end = int(usable_span[1] * request.total_frames)

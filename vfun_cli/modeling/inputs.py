@@ -30,7 +30,11 @@ class LazyInput(Protocol):
     """A frozen dataclass of plain values, :class:`MediaFile` and other lazy inputs."""
 
     def load(self, decoder: "Decoder") -> Any:
-        """The value itself. Raises MetadataError for media that cannot be decoded."""
+        """The value itself.
+
+        Raises:
+            MetadataError: media that cannot be decoded.
+        """
         ...
 
 
@@ -93,7 +97,11 @@ class ImageFrame:
         return 1
 
     def take(self, positions: Sequence[int]) -> "ImageFrame":
-        """See :class:`ClipInput`. Raises ValueError for anything but its one frame."""
+        """See :class:`ClipInput`.
+
+        Raises:
+            ValueError: anything but its one frame.
+        """
         if list(positions) != [0]:
             raise ValueError(f"an image has no frames {list(positions)}")
         return self
@@ -212,7 +220,11 @@ class Decoder:
         self.decoded: dict[tuple[MediaFile, Size], tuple[dict[int, int], Tensor]] = {}
 
     def frames(self, wanted: VideoFrames) -> Tensor:
-        """[F, 3, H, W]. Raises MetadataError if the file cannot be decoded."""
+        """[F, 3, H, W].
+
+        Raises:
+            MetadataError: the file cannot be decoded.
+        """
         place = (wanted.media, wanted.size)
         if place not in self.decoded:
             indices = sorted(self.wanted[place])
@@ -223,7 +235,11 @@ class Decoder:
 
 
 def load_inputs(inputs: Mapping[str, LazyInput]) -> dict[str, Any]:
-    """Load the inputs of one sample. Raises MetadataError for media that cannot be decoded."""
+    """Load the inputs of one sample.
+
+    Raises:
+        MetadataError: media that cannot be decoded.
+    """
     decoder = Decoder(list(inputs.values()))
     return {name: each.load(decoder) for name, each in inputs.items()}
 

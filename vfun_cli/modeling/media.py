@@ -59,7 +59,8 @@ def resize_and_crop(pixels: Tensor, height: int, width: int, cover: tuple[int, i
 def read_frames(path: str | Path, indices: Sequence[int], height: int, width: int) -> Tensor:
     """The frames of a video at ``indices``, in that order: float32 [F, 3, height, width] in [-1, 1].
 
-    Raises MetadataError, naming the file and the frame, when the file cannot be decoded or is shorter than asked.
+    Raises:
+        MetadataError: the file cannot be decoded, or is too short; it names file and frame.
     """
     reader, cover = _open_video(path, height, width)
     if bad := [index for index in indices if not 0 <= index < len(reader)]:
@@ -90,7 +91,9 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
     """Mono audio [round(duration * rate)] float32 of ``start`` .. ``start + duration`` seconds, sampled at ``rate``.
 
     Second 0 is the first video frame in a file that has video, otherwise the first sample. Channels are averaged.
-    Raises MetadataError when there is no audio stream or it ends more than AUDIO_TAIL_TOLERANCE too early.
+
+    Raises:
+        MetadataError: there is no audio stream, or it ends more than AUDIO_TAIL_TOLERANCE too early.
     """
     first, count = round(start * rate), round(duration * rate)
     if first < 0 or count < 0:

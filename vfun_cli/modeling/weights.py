@@ -60,7 +60,8 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
     """The safetensors files of one model: the shards of ``<stem>.safetensors.index.json``, else
     ``<stem>.safetensors``, else every ``*.safetensors`` in the folder, sorted by name.
 
-    Raises CheckpointError if there is none, if a shard of the index is missing, or if a file is damaged.
+    Raises:
+        CheckpointError: there is none, a shard of the index is missing, or a file is damaged.
     """
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
@@ -87,7 +88,11 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory. Raises CheckpointError if there is none."""
+    """A JSON object from a model directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -103,7 +108,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
     """Look for every file and folder of a released directory before the first gigabyte is read.
 
-    Raises CheckpointError naming all that are missing.
+    Raises:
+        CheckpointError: parts are missing; it names all of them.
     """
     missing = [name for name in parts if not (folder / name).exists()]
     if missing:
@@ -114,7 +120,11 @@ def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
 
 
 def require_same(folder: Path, name: str, wanted: int, found: int, part: str) -> None:
-    """Raise CheckpointError if a part of a model gives another size than its transformer reads."""
+    """Refuse a part of a model that gives another size than its transformer reads.
+
+    Raises:
+        CheckpointError: the sizes differ.
+    """
     if wanted != found:
         raise CheckpointError(
             f"{folder}: the transformer reads {name} {wanted}, {part} gives {found}.",
@@ -125,7 +135,8 @@ def require_same(folder: Path, name: str, wanted: int, found: int, part: str) ->
 def model_settings(config: Mapping[str, Any], known: Iterable[str], *, model: str) -> dict[str, Any]:
     """A configuration without the keys of its file format (``_class_name``, …).
 
-    Raises CheckpointError for a key that is not ``known``: it may change what the model computes.
+    Raises:
+        CheckpointError: a key that is not ``known``: it may change what the model computes.
     """
     found = {name: value for name, value in config.items() if not name.startswith("_")}
     known = set(known) - {"self"}
@@ -140,7 +151,11 @@ def model_settings(config: Mapping[str, Any], known: Iterable[str], *, model: st
 
 
 def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files, one at a time, as stored. Raises CheckpointError on a damaged file."""
+    """All tensors of the files, one at a time, as stored.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     for file in files:
         with _open(file) as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -150,7 +165,8 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 def load_pth(path: Path) -> dict[str, Tensor]:
     """The state dict of a ``torch.save`` file, memory-mapped, on the CPU. Executes no code from the file.
 
-    Raises CheckpointError if the file is missing, damaged, or holds anything but tensors by name.
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything but tensors by name.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -190,7 +206,9 @@ def load_weights(
     transformer: this is the model that is trained, whose weights ``LazyWeights`` may leave in their files.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
-    Raises CheckpointError listing what is missing, unexpected or of another shape.
+
+    Raises:
+        CheckpointError: with all that is missing, unexpected or of another shape.
     """
     lazy = lazy_weights() if transformer else None
     first = _first_names(model)
@@ -229,7 +247,8 @@ def load_diffusers(
 ) -> Any:
     """A model of one of diffusers' classes from its folder, on the CPU.
 
-    Raises CheckpointError if ``config.json`` or the safetensors beside it are missing or do not fit.
+    Raises:
+        CheckpointError: ``config.json`` or the safetensors beside it are missing or do not fit.
     """
     config = read_json(folder / "config.json")
     model = empty_model(lambda: kind.from_config(config))

@@ -89,7 +89,11 @@ def compile_blocks(
 
 
 def require_compiler() -> None:
-    """Raise EnvironmentFault without a C++ compiler: torch.compile would fail deep in the first step."""
+    """Refuse to compile without a C++ compiler: torch.compile would fail deep in the first step.
+
+    Raises:
+        EnvironmentFault: there is none.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:

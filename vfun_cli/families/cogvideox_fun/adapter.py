@@ -99,7 +99,11 @@ class CogVideoXFunAdapter:
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
-        """``vae`` and ``text``. Raises CheckpointError for missing parts."""
+        """``vae`` and ``text``.
+
+        Raises:
+            CheckpointError: a part is missing.
+        """
         folder, dtype = options.model_dir, options.compute_dtype
         length = read_dims(read_json(folder / SPEC.config_file)).extra["text_tokens"]
         sources = {

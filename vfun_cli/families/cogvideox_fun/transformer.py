@@ -42,7 +42,10 @@ class ResizedPositions(CogVideoXPatchEmbed):
     def forward(self, text: Tensor, latents: Tensor) -> Tensor:
         """Tokens [B, text + F * H/p * W/p, D] of text states [B, text, channels] and latents [B, F, C, H, W].
 
-        The text gets no positions. Raises ValueError for more frames than the table has.
+        The text gets no positions.
+
+        Raises:
+            ValueError: more frames than the table has.
         """
         tokens: Tensor = super().forward(text, latents)
         frames, height, width = latents.shape[1], *(side // self.patch_size for side in latents.shape[3:])
@@ -98,7 +101,8 @@ class CogVideoXFunTransformer(CogVideoXTransformer3DModel):
 def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
     """The model of a released ``transformer/config.json``, with random weights (or none under ``empty_model``).
 
-    Raises CheckpointError for a configuration of another model.
+    Raises:
+        CheckpointError: the configuration is another model's.
     """
     known = {*signature(CogVideoXTransformer3DModel.__init__).parameters, "add_noise_in_inpaint_model"}
     given = model_settings(config, known, model="CogVideoX-Fun")
@@ -113,7 +117,11 @@ def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
 
 
 def load_transformer(folder: Path, config: Mapping[str, Any]) -> CogVideoXFunTransformer:
-    """The transformer of a released model directory in float32 on the CPU. Raises CheckpointError on any misfit."""
+    """The transformer of a released model directory in float32 on the CPU.
+
+    Raises:
+        CheckpointError: files are missing or do not fit.
+    """
     model = empty_model(lambda: build_transformer(config))
     load_weights(model, safetensors_files(folder), dtype=torch.float32, where=str(folder), transformer=True)
     return model

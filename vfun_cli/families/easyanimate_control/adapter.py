@@ -48,7 +48,9 @@ class EasyAnimateControl:
     def from_pretrained(cls, options: AdapterOptions) -> "EasyAnimateControl":
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`.
 
-        Raises ConfigError for options this family cannot train with, CheckpointError for a directory that does not fit.
+        Raises:
+            ConfigError: options that this family cannot train with.
+            CheckpointError: the directory does not fit.
         """
         folder = options.model_dir
         config = complete_config(read_json(folder / cls.spec.config_file))
@@ -59,7 +61,11 @@ class EasyAnimateControl:
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
-        """``vae``, and the text encoders by the transformer's arguments. Raises CheckpointError for missing parts."""
+        """``vae``, and the text encoders by the transformer's arguments.
+
+        Raises:
+            CheckpointError: a part is missing.
+        """
         folder, dtype = options.model_dir, options.compute_dtype
         lengths = caption_lengths(cls.spec.settings_beside(folder))
         text = {

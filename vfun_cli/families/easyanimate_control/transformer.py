@@ -49,7 +49,8 @@ class EndpointExclusiveRope(nn.Module):
 def build_transformer(config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
     """The model of a released ``transformer/config.json``, with random weights (or none under ``empty_model``).
 
-    Raises CheckpointError for a configuration whose layers diffusers does not have.
+    Raises:
+        CheckpointError: the configuration has layers that diffusers' class has not.
     """
     model = EasyAnimateTransformer3DModel(**model_arguments(config))
     # No parameters in it, so swapping it changes no name in the state dict. 90 x 60 latents are what the released
@@ -73,7 +74,11 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
-    """The transformer of a released model directory in float32 on the CPU. Raises CheckpointError on any misfit."""
+    """The transformer of a released model directory in float32 on the CPU.
+
+    Raises:
+        CheckpointError: files are missing or do not fit.
+    """
     model = empty_model(lambda: build_transformer(config))
     load_weights(
         model,

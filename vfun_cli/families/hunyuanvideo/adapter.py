@@ -58,8 +58,10 @@ class HunyuanVideoAdapter:
     def from_pretrained(cls, options: AdapterOptions) -> Self:
         """The transformer of the released diffusers directory in float32, offline; its encoders when they are needed.
 
-        Raises CheckpointError for an incomplete or foreign directory, ConfigError for another family's; an encoder that
-        does not fit raises it when loaded.
+        Raises:
+            CheckpointError: the directory is incomplete or another model's; of an encoder that does not fit, when it is
+                loaded.
+            ConfigError: the directory is another family's.
         """
         folder = options.model_dir
         _check_shift(folder / "scheduler" / "scheduler_config.json")
@@ -70,7 +72,11 @@ class HunyuanVideoAdapter:
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
-        """``vae``, ``prompt`` and ``pooled``. Raises CheckpointError naming all parts that are missing."""
+        """``vae``, ``prompt`` and ``pooled``.
+
+        Raises:
+            CheckpointError: parts are missing; it names all of them.
+        """
         folder, dtype = options.model_dir, options.compute_dtype
         require_parts(folder, cls.layout, model="HunyuanVideo")
         model, tokenizer = folder / "text_encoder_2", folder / "tokenizer_2"
@@ -208,7 +214,9 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
 def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransformer3DModel:
     """The released transformer in float32 on the CPU.
 
-    Raises ConfigError if the directory is another family's, CheckpointError if the tensors do not fit.
+    Raises:
+        ConfigError: the directory is another family's.
+        CheckpointError: the tensors do not fit.
     """
     check_config(read_json(folder / "config.json"), condition)
     model: HunyuanVideoTransformer3DModel = load_diffusers(HunyuanVideoTransformer3DModel, folder, transformer=True)
@@ -216,7 +224,11 @@ def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransfor
 
 
 def _check_shift(path: Path) -> None:
-    """The objective trains with the released models' shift; raise CheckpointError if the scheduler has another."""
+    """Refuse a scheduler of another shift than the released models', which the objective trains with.
+
+    Raises:
+        CheckpointError: the scheduler has another shift.
+    """
     shift = read_json(path).get("shift")
     if shift != SHIFT:
         raise CheckpointError(

@@ -38,7 +38,8 @@ def dims_reader(condition: Condition) -> Callable[[Mapping[str, object]], ModelD
     def read_dims(config: Mapping[str, object]) -> ModelDims:
         """Dimensions from ``transformer/config.json``.
 
-        Raises ConfigError for another model class, for the other HunyuanVideo family, and for the 33-channel I2V.
+        Raises:
+            ConfigError: another model class, the other HunyuanVideo family, or the 33-channel I2V.
         """
         check_config(config, condition)
         return _dims(config, condition)
@@ -55,7 +56,11 @@ def fits(config: Mapping[str, object], condition: Condition) -> bool:
 
 
 def check_config(config: Mapping[str, object], condition: Condition) -> None:
-    """Raise ConfigError, saying what the directory holds and which family fits, unless it fits ``condition``."""
+    """Refuse a ``transformer/config.json`` that is not of the model that ``condition`` trains.
+
+    Raises:
+        ConfigError: with what the directory holds and which family it is for.
+    """
     kind = config.get("_class_name", "HunyuanVideoTransformer3DModel")
     if kind != "HunyuanVideoTransformer3DModel":
         raise ConfigError(

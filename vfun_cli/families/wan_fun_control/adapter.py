@@ -100,7 +100,11 @@ class WanFunControlAdapter:
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
-        """VAE, text and image encoder of the released directory. Raises CheckpointError naming all missing parts."""
+        """VAE, text and image encoder of the released directory.
+
+        Raises:
+            CheckpointError: parts are missing; it names all of them.
+        """
         folder, dtype = options.model_dir, options.compute_dtype
         require_parts(folder, LAYOUT, model="Wan2.1-Fun Control")
         dims, clip = read_dims(read_json(folder / SPEC.config_file)), folder / clip_vision.WEIGHTS

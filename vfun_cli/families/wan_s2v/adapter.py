@@ -170,7 +170,8 @@ class WanS2VAdapter:
     def from_pretrained(cls, options: AdapterOptions) -> "WanS2VAdapter":
         """The transformer of the released directory in float32, offline; its encoders when they are needed.
 
-        Raises CheckpointError if a file is missing or does not fit; an encoder that does not fit raises it when loaded.
+        Raises:
+            CheckpointError: a file is missing or does not fit; of an encoder that does not fit, when it is loaded.
         """
         encoders = cls.encoders_of(options)
         return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
@@ -179,7 +180,8 @@ class WanS2VAdapter:
     def encoders_of(cls, options: AdapterOptions) -> Encoders:
         """VAE, text and speech encoder of the released directory; the last one in float32 always.
 
-        Raises CheckpointError naming all parts that are missing.
+        Raises:
+            CheckpointError: parts are missing; it names all of them.
         """
         folder, dtype = options.model_dir, options.compute_dtype
         require_parts(folder, LAYOUT, model="Wan2.2-S2V")

@@ -468,7 +468,8 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         (their parameters still get a gradient, of zero); in a mixed batch they are masked. Booleans or a tensor on the
         CPU: a tensor on the accelerator makes the host wait.
 
-        Raises ValueError for shapes that the released model would accept and train misaligned.
+        Raises:
+            ValueError: shapes that the released model would accept and train misaligned.
         """
         drops = drop_motion.tolist() if isinstance(drop_motion, Tensor) else list(drop_motion)
         self._check_shapes(hidden_states, encoder_hidden_states, drops)
@@ -561,7 +562,11 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def refuse_unsupported(config: dict[str, Any]) -> None:
-    """Raise ConfigError for the first key of SUPPORTED that has another value."""
+    """Refuse a configuration in which a key of SUPPORTED has another value.
+
+    Raises:
+        ConfigError: for the first such key.
+    """
     for key, only in SUPPORTED.items():
         value = config[key]
         if (tuple(value) if isinstance(only, tuple) else value) != only:
@@ -574,7 +579,8 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
 def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
     """The transformer of a released model directory, float32 on the CPU; every tensor must fit.
 
-    Raises CheckpointError for files that are missing, damaged or do not fit, and for an unknown key.
+    Raises:
+        CheckpointError: files are missing, damaged or do not fit, or a key is unknown.
     """
     known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
     config = model_settings(read_json(model_dir / SPEC.config_file), known, model="Wan2.2-S2V")

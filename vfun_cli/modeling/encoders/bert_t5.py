@@ -42,13 +42,21 @@ class PaddedText(nn.Module):
 
 
 def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:
-    """From a BertModel folder and a BertTokenizer folder. Raises CheckpointError if one is incomplete."""
+    """From a BertModel folder and a BertTokenizer folder.
+
+    Raises:
+        CheckpointError: one of them is incomplete.
+    """
     encoder = load_model(BertModel, model, dtype=dtype, unused=("pooler.", "cls."))
     return PaddedText(encoder, load_tokenizer(BertTokenizer, tokenizer), length=length)
 
 
 def load_t5(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:
-    """From a T5EncoderModel folder and a T5Tokenizer folder. Raises CheckpointError if one is incomplete."""
+    """From a T5EncoderModel folder and a T5Tokenizer folder.
+
+    Raises:
+        CheckpointError: one of them is incomplete.
+    """
     # Folders made from the whole model still hold the decoder.
     encoder = load_model(T5EncoderModel, model, dtype=dtype, unused=("decoder.", "lm_head."))
     return PaddedText(encoder, load_tokenizer(T5Tokenizer, tokenizer), length=length)

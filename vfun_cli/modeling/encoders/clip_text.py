@@ -23,7 +23,11 @@ class ClipPooledText(nn.Module):
 
     @classmethod
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype) -> "ClipPooledText":
-        """Offline. Raises CheckpointError if a folder is incomplete or does not fit."""
+        """From the text tower's and the tokenizer's folder, offline.
+
+        Raises:
+            CheckpointError: a folder is incomplete or does not fit.
+        """
         return cls(load_model(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIPTokenizer, tokenizer))
 
     def encode(self, captions: Sequence[str]) -> Tensor:

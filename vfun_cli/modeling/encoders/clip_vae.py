@@ -26,7 +26,8 @@ class ClipVAE(nn.Module, ABC):
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents [B, z, f, h, w], float32, of pixels [B, 3, F, H, W].
 
-        Raises ValueError for a number of frames that the VAE would encode as another one.
+        Raises:
+            ValueError: a number of frames that the VAE would encode as another one.
         """
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -59,14 +60,22 @@ class ClipVAE(nn.Module, ABC):
 
 
 def require_whole_latents(pixels: Tensor) -> None:
-    """Raises ValueError unless the frames of [B, 3, F, H, W] are 1 + 4k."""
+    """Refuse pixels [B, 3, F, H, W] whose frames do not make whole latents.
+
+    Raises:
+        ValueError: their number is not 1 + 4k.
+    """
     frames = pixels.shape[2]
     if frames % FRAMES_PER_LATENT != 1:
         raise ValueError(f"the VAE encodes 1 + 4k frames, got {frames}")
 
 
 def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
-    """A VAE that ``load`` makes of a released ``vae`` folder. Raises CheckpointError if no weights are there."""
+    """A VAE that ``load`` makes of a released ``vae`` folder.
+
+    Raises:
+        CheckpointError: no weights are there.
+    """
     return EncoderSource(
         load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch),
         files=(folder / "config.json", *safetensors_files(folder)),

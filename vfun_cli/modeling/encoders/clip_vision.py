@@ -57,7 +57,8 @@ class ClipImageEncoder(nn.Module):
     def from_file(cls, path: Path, *, dtype: torch.dtype, heads: int = HEADS) -> "ClipImageEncoder":
         """The visual tower of the released file; its text tower is not read.
 
-        Raises CheckpointError if the file is missing or its ``visual.*`` tensors do not fit.
+        Raises:
+            CheckpointError: the file is missing, or its ``visual.*`` tensors do not fit.
         """
         visual = {
             name.removeprefix("visual."): tensor
@@ -112,7 +113,8 @@ class ClipImageEncoder(nn.Module):
 def load_clip_vision(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str, heads: int) -> CLIPVisionModel:
     """The tower from tensors in the original naming, ``visual.`` taken off; sizes are read off their shapes.
 
-    Raises CheckpointError if a tensor is missing, unexpected or of a wrong shape.
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     config = clip_vision_config(state, where, heads)
     model = empty_model(lambda: CLIPVisionModel(config))

@@ -22,7 +22,11 @@ class CogVideoXVAE(ClipVAE):
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "CogVideoXVAE":
-        """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
+        """From ``config.json`` and the safetensors beside it.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
         return cls(load_diffusers(AutoencoderKLCogVideoX, folder, dtype=dtype), mini_batch=mini_batch)
 
     @property
@@ -34,7 +38,9 @@ class CogVideoXVAE(ClipVAE):
         """Mean mu * scale and deviation sigma * scale [B, z, f, h, w] float32; F = 1 + 4k, f = 1 + k.
 
         The networks run in their own dtype.
-        Raises ValueError for another number of frames: some of them would be encoded as if they were fewer.
+
+        Raises:
+            ValueError: another number of frames: some would be encoded as if they were fewer.
         """
         require_whole_latents(pixels)
         found = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
@@ -42,6 +48,10 @@ class CogVideoXVAE(ClipVAE):
 
 
 def read_scale(folder: Path) -> float:
-    """:attr:`CogVideoXVAE.scale` from the ``config.json`` of a ``vae`` folder. Raises CheckpointError without one."""
+    """:attr:`CogVideoXVAE.scale` from the ``config.json`` of a ``vae`` folder.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
     default = signature(AutoencoderKLCogVideoX.__init__).parameters["scaling_factor"].default
     return float(read_json(folder / "config.json").get("scaling_factor", default))

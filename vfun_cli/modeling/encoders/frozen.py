@@ -81,7 +81,11 @@ class Encoders(Mapping[str, Any]):
         return None if self.sources[name].filler is None else self.sharding
 
     def load(self) -> None:
-        """All that are not there yet. Raises CheckpointError if a part is missing or does not fit."""
+        """All that are not there yet.
+
+        Raises:
+            CheckpointError: a part is missing or does not fit.
+        """
         for name in self.sources:
             self[name]
 

@@ -24,13 +24,18 @@ class HunyuanVAE(ClipVAE):
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "HunyuanVAE":
-        """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
+        """From ``config.json`` and the safetensors beside it.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
         return cls(load_diffusers(AutoencoderKLHunyuanVideo, folder, dtype=dtype), mini_batch=mini_batch)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [B, z, f, h, w] float32, both times scaling_factor; F = 4k + 1, f = k + 1.
 
-        Raises ValueError for another number of frames: its last ones would make a latent of their own.
+        Raises:
+            ValueError: another number of frames: the last ones would make a latent of their own.
         """
         require_whole_latents(pixels)
         with torch.no_grad():

@@ -29,10 +29,13 @@ class LlamaPrompt(nn.Module):
 
     @classmethod
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, max_length: int = 256) -> "LlamaPrompt":
-        """Offline. Raises CheckpointError if a folder is incomplete or does not fit.
+        """From the folders of the text encoder and its tokenizer, offline.
 
         The tokenizer is read as tokenizer.json states it: the class that the released folder names,
         LlamaTokenizerFast, rebuilds it for Llama 2 in transformers 5 and gives other tokens.
+
+        Raises:
+            CheckpointError: a folder is incomplete or does not fit.
         """
         llama = load_model(LlamaModel, model, dtype=dtype)
         return cls(llama, load_tokenizer(PreTrainedTokenizerFast, tokenizer), max_length)

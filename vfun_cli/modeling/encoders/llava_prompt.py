@@ -64,10 +64,13 @@ class LlavaPrompt(nn.Module):
         max_length: int = 256,
         interleave: int = 4,
     ) -> "LlavaPrompt":
-        """Offline. Raises CheckpointError if a folder is incomplete or does not fit.
+        """From the folders of the text encoder, its tokenizer and its image processor, offline.
 
         Images are prepared with Pillow, as for the released model; transformers would take torchvision's other
         resampling wherever torchvision happens to be installed.
+
+        Raises:
+            CheckpointError: a folder is incomplete or does not fit.
         """
         llava = load_model(LlavaForConditionalGeneration, model, dtype=dtype)
         if not (image_processor / "preprocessor_config.json").is_file():
@@ -87,7 +90,9 @@ class LlavaPrompt(nn.Module):
         """States [B, L, dim] and mask [B, L] int64, valid rows first; L = 576 / interleave + max_length - 4.
 
         images: one [3, H, W] in [-1, 1] for each caption.
-        Raises MetadataError if a caption contains the image token.
+
+        Raises:
+            MetadataError: a caption contains the image token.
         """
         ids, mask = self._tokenize(captions)
         pixels = self.image_processor([_to_pil(image) for image in images], return_tensors="pt").pixel_values

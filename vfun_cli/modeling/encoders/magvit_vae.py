@@ -35,7 +35,11 @@ class MagvitVAE(ClipVAE):
 
     @classmethod
     def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "MagvitVAE":
-        """From ``config.json`` and the safetensors beside it. Raises CheckpointError if they do not fit."""
+        """From ``config.json`` and the safetensors beside it.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
         arguments = read_arguments(folder)
         model = empty_model(lambda: AutoencoderKLMagvit(**arguments))
         load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
@@ -45,7 +49,9 @@ class MagvitVAE(ClipVAE):
         """Mean mu * scaling_factor and deviation exp(logvar / 2) * scaling_factor [B, z, f, h, w] float32.
 
         F = 1 + 4k, f = 1 + k; logvar is clamped to [-30, 20]. The networks run in their own dtype.
-        Raises ValueError for another number of frames: the last group would be encoded as a shorter one.
+
+        Raises:
+            ValueError: another number of frames: the last group would be encoded as a shorter one.
         """
         require_whole_latents(pixels)
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
@@ -55,13 +61,21 @@ class MagvitVAE(ClipVAE):
 
 
 def latent_channels(folder: Path) -> int:
-    """Channels of the latents (16 in the released VAE), from ``config.json``. Raises CheckpointError like loading."""
+    """Channels of the latents (16 in the released VAE), from ``config.json``.
+
+    Raises:
+        CheckpointError: as ``read_arguments``.
+    """
     default = signature(AutoencoderKLMagvit.__init__).parameters["latent_channels"].default
     return int(read_arguments(folder).get("latent_channels", default))
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments of diffusers' class for a released ``vae`` folder. Raises CheckpointError if they do not fit."""
+    """The arguments of diffusers' class for a released ``vae`` folder.
+
+    Raises:
+        CheckpointError: there is no configuration, or it does not fit.
+    """
     path = folder / "config.json"
     return vae_arguments(read_json(path), str(path))
 
@@ -69,7 +83,8 @@ def read_arguments(folder: Path) -> dict[str, Any]:
 def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The arguments of diffusers' class that a released VAE configuration means.
 
-    Raises CheckpointError for a setting that diffusers' class does not have: it would encode differently in silence.
+    Raises:
+        CheckpointError: a setting that diffusers' class does not have: it would encode something else without a word.
     """
     wrong = {name: config[name] for name, value in SUPPORTED.items() if config.get(name, value) != value}
     if wrong:

@@ -19,7 +19,9 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
     """A frozen model of class ``kind`` from its folder, on the CPU, offline.
 
     unused: beginnings of names that may be missing or left over, because nothing reads them here.
-    Raises CheckpointError if the folder is incomplete, unreadable, or its weights do not fit its configuration.
+
+    Raises:
+        CheckpointError: the folder is incomplete or unreadable, or its weights do not fit its configuration.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -52,7 +54,8 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
 def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
     """A tokenizer of class ``kind`` from its folder, offline, padding on the right.
 
-    Raises CheckpointError if it is not there or cannot be read.
+    Raises:
+        CheckpointError: it is not there or cannot be read.
     """
     # transformers makes an empty vocabulary out of an empty folder without a word.
     if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
@@ -82,7 +85,8 @@ def text_source(
 ) -> EncoderSource:
     """A text encoder of two folders that ``load`` makes of them; captions have ``length`` tokens. Ranks may share it.
 
-    Raises CheckpointError at once for a folder that is not there: loading comes after gigabytes of other parts.
+    Raises:
+        CheckpointError: a folder is not there; said at once, because loading comes after gigabytes of other parts.
     """
     for folder in (model, tokenizer):
         if not folder.is_dir():

@@ -23,9 +23,12 @@ class Qwen2VLText(nn.Module):
 
     @classmethod
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> "Qwen2VLText":
-        """From the ``text_encoder`` and ``tokenizer`` folders. Raises CheckpointError if one is incomplete.
+        """From the ``text_encoder`` and ``tokenizer`` folders.
 
         The visual tower and the output head (2.4 GB of the 7B model in bf16) are let go at once: captions need neither.
+
+        Raises:
+            CheckpointError: one of them is incomplete.
         """
         whole = load_model(Qwen2VLForConditionalGeneration, model, dtype=dtype)
         return cls(whole.model.language_model, load_tokenizer(Qwen2Tokenizer, tokenizer), length=length)

@@ -54,7 +54,9 @@ class UMT5TextEncoder(nn.Module):
         """Weights and tokenizer of a released Wan directory, offline.
 
         text_len: tokens a prompt is cut to, the transformer's ``text_len``.
-        Raises CheckpointError if a file is missing or does not fit.
+
+        Raises:
+            CheckpointError: a file is missing or does not fit.
         """
         path = model_dir / WEIGHTS
         return cls(load_umt5(load_pth(path), dtype=dtype, where=str(path)), load_tokenizer(model_dir), text_len)
@@ -101,7 +103,8 @@ def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> E
 def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:
     """Zero-pad hidden states [len_i, dim] to [B, text_len, dim], what the Wan transformers read.
 
-    Raises ValueError if a text is longer than ``text_len``.
+    Raises:
+        ValueError: a text is longer than ``text_len``.
     """
     longest = max(len(row) for row in states)
     if longest > text_len:
@@ -112,7 +115,8 @@ def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:
 def load_umt5(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) -> UMT5EncoderModel:
     """The encoder from tensors in the original naming; every size is read off their shapes.
 
-    Raises CheckpointError if a tensor is missing, unexpected or of a wrong shape.
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     model = empty_model(lambda: UMT5EncoderModel(umt5_config(state, where)))
     # Building on meta makes two parameters of the shared embedding; tied again, it is stored once (2 GB in xxl).
@@ -158,7 +162,11 @@ def umt5_name(original: str) -> str:
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer folder inside a released Wan directory. Raises CheckpointError if it is not there."""
+    """The tokenizer folder inside a released Wan directory.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     folder = model_dir / TOKENIZER
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

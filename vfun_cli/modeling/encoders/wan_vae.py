@@ -40,7 +40,8 @@ class WanVAE(ClipVAE):
     def from_file(cls, path: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "WanVAE":
         """The released ``Wan2.1_VAE.pth``, or a smaller one of its layout.
 
-        Raises CheckpointError if the file is missing or does not fit.
+        Raises:
+            CheckpointError: the file is missing or does not fit.
         """
         return cls(load_wan_vae(load_pth(path), dtype=dtype, where=str(path)), mini_batch=mini_batch)
 
@@ -50,7 +51,8 @@ class WanVAE(ClipVAE):
         logvar is clamped to [-30, 20]. The released models were trained with noise that is NOT divided by std, unlike
         diffusers' order of sampling and normalising. The networks run in their own dtype.
 
-        Raises ValueError for another number of frames: the encoder would drop the remainder without a word.
+        Raises:
+            ValueError: another number of frames: the encoder would drop the remainder without a word.
         """
         require_whole_latents(pixels)
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
@@ -69,7 +71,8 @@ def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSo
 def load_wan_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) -> AutoencoderKLWan:
     """The VAE from tensors in the original naming; every size is read off their shapes.
 
-    Raises CheckpointError if a tensor is missing, unexpected or of a wrong shape.
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     config = wan_vae_config(state, where)
     model = empty_model(lambda: AutoencoderKLWan(**config))

@@ -36,7 +36,8 @@ class SpeechEncoder(nn.Module):
     def from_folder(cls, folder: Path) -> "SpeechEncoder":
         """A transformers folder with Wav2Vec2ForCTC and its feature extractor, offline.
 
-        Raises CheckpointError if the folder is incomplete or its weights do not fit its configuration.
+        Raises:
+            CheckpointError: the folder is incomplete, or its weights do not fit its configuration.
         """
         # Only SpecAugment reads it, in training; some released files leave it out.
         model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=("wav2vec2.masked_spec_embed",))
@@ -103,8 +104,9 @@ def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
     last feature gets zeros: wav2vec makes its last feature up to 25 ms before the sound ends.
     The rule is that of the original's ``get_audio_embed_bucket_fps``, with the exact frame rate (docs/numerics.md).
 
-    Raises ValueError if the sound is longer than the clip: the original then returns a multiple of the frames, and
-    the model reads them shifted.
+    Raises:
+        ValueError: the sound is longer than the clip: the original returns a multiple of the frames then, and the model
+            reads them shifted.
     """
     layers, length, hidden = features.shape
     if Fraction(length, VIDEO_RATE) > frames / fps:

@@ -34,12 +34,20 @@ class Sample:
 def load(
     adapter: type[ModelAdapter], request: SampleRequest, options: Mapping[str, Any], cache: Cache | None = None
 ) -> Sample:
-    """Decode of one clip what the cache does not have. Raises MetadataError for media that cannot be decoded."""
+    """Decode of one clip what the cache does not have.
+
+    Raises:
+        MetadataError: media that cannot be decoded.
+    """
     return prepared(adapter.inputs(request, options), cache)
 
 
 def prepared(inputs: Inputs, cache: Cache | None = None) -> Sample:
-    """A sample of which everything is decoded or found. Raises MetadataError for media that cannot be decoded."""
+    """A sample of which everything is decoded or found.
+
+    Raises:
+        MetadataError: media that cannot be decoded.
+    """
     found: dict[str, Output] = {}
     keys: dict[str, str] = {}
     if cache is not None:

@@ -39,7 +39,11 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def require_names(expected: set[str], found: set[str], where: Path) -> None:
-    """Raise CheckpointError unless a checkpoint holds exactly the weights that are trained."""
+    """Refuse a checkpoint that does not hold exactly the weights that are trained.
+
+    Raises:
+        CheckpointError: with what is missing and what is unexpected.
+    """
     if expected != found:
         missing, extra = sorted(expected - found)[:5], sorted(found - expected)[:5]
         raise CheckpointError(
