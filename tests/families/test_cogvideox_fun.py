@@ -163,7 +163,7 @@ def test_normal_mode_on_an_inp_model_says_why_not(folders: dict[str, Path]) -> N
     with pytest.raises(ConfigError, match=r"16 channels .*reads 33: an InP model is trained to inpaint") as caught:
         CogVideoXFunAdapter.from_pretrained(options(folders["2b"], "normal"))
     assert caught.value.hint == "Use --train-mode inpaint."
-    with pytest.raises(ConfigError, match=r"33 channels .*reads 16$") as caught:
+    with pytest.raises(ConfigError, match=r"33 channels .*reads 16\.$") as caught:
         CogVideoXFunAdapter.from_pretrained(options(folders["normal"], "inpaint"))
     assert caught.value.hint == "Use --train-mode normal."
 
