@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vfun_cli import console
+from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_boundary
 from vfun_cli.errors import CheckpointError
@@ -39,9 +40,7 @@ def ls(
     from rich.markup import escape
     from rich.table import Table
 
-    from vfun_cli.run import locate
-
-    folder = Path(run) if run is not None else locate.default_output_dir(demo=demo)
+    folder = Path(run) if run is not None else defaults.output_dir(demo=demo)
     if not folder.is_dir():
         raise CheckpointError(f"there is no run directory {folder}.", hint="Name the output directory of a run.")
     rows = _list(folder)
@@ -69,7 +68,7 @@ def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug
     from vfun_cli.checkpoints.state import read_state
     from vfun_cli.run import locate
 
-    found = locate.checkpoint(checkpoint, output_dir=locate.default_output_dir(demo=demo)).checkpoint
+    found = locate.checkpoint(checkpoint, output_dir=defaults.output_dir(demo=demo)).checkpoint
     manifest.verify(found)
     read_state(found)
     reader = open_checkpoint(found)
@@ -94,7 +93,7 @@ def diff(first: Checkpoint, second: Checkpoint, demo: Demo = False, json: Json =
     from vfun_cli.checkpoints.reader import open_checkpoint
     from vfun_cli.run import locate
 
-    output_dir = locate.default_output_dir(demo=demo)
+    output_dir = defaults.output_dir(demo=demo)
     readers = [open_checkpoint(locate.checkpoint(name, output_dir=output_dir).checkpoint) for name in (first, second)]
     a, b = readers
     changed = _changed(a.state, b.state)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfun_cli import console, families
+from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite
 from vfun_cli.commands.signature import with_boundary
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -73,7 +74,7 @@ def export_bf16(
 
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")
-    output_dir = locate.default_output_dir(demo=demo)
+    output_dir = defaults.output_dir(demo=demo)
     original = locate.original_checkpoint(checkpoint, output_dir=output_dir)
     path = original or locate.checkpoint(checkpoint, output_dir=output_dir).checkpoint
     state = open_checkpoint(path).state
@@ -82,7 +83,7 @@ def export_bf16(
         released = spec.export_names["same"]
         trained = model or Path(state["run_config"]["pretrained_model_name_or_path"])
     else:  # their parameters have the released names
-        spec, trained = _what_was_trained(original, model or locate.model_directory())
+        spec, trained = _what_was_trained(original, model or defaults.model_directory())
         released = unchanged
     is_lora = state.get("kind") == "lora"
     _check_format(format, spec, is_lora=is_lora, merge=merge)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli import families
+from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.resolve import resolve
@@ -52,7 +53,7 @@ def _continue(
     from vfun_cli.launch import resume_check
     from vfun_cli.run import locate
 
-    found = locate.checkpoint(run, output_dir=locate.default_output_dir(demo=demo))
+    found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
     described = found.run.read_run()
     spec = families.find(described["family"])
     before = described["config"] | {"output_dir": str(found.run.root)}

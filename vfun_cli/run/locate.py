@@ -1,15 +1,11 @@
 """Finding runs and checkpoints from what people type."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import STATE_FILE
-from vfun_cli.config.options import default_of
-from vfun_cli.config.resolve import setting
-from vfun_cli.demo.default import OUTPUT_DIR as DEMO_OUTPUT_DIR
 from vfun_cli.errors import CheckpointError
 from vfun_cli.run.rundir import RunDir
 
@@ -21,13 +17,6 @@ class Found:
     run: RunDir
     checkpoint: Path
     step: int
-
-
-def default_output_dir(*, demo: bool) -> Path:
-    """Where runs go when nothing else is said."""
-    if demo:
-        return DEMO_OUTPUT_DIR
-    return Path(setting("output_dir", os.environ, Path()) or default_of("output_dir"))
 
 
 def checkpoint(name: str | None, *, output_dir: Path) -> Found:
@@ -61,12 +50,6 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
         return None
     theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
     return path if any(each.exists() for each in theirs) else None
-
-
-def model_directory() -> Path | None:
-    """The model that the environment or vfun.toml names."""
-    named = setting("pretrained_model_name_or_path", os.environ, Path())
-    return None if named is None else Path(named)
 
 
 def _existing(name: str, output_dir: Path) -> Path | None:
