@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from vfun_cli.launch import supervise
+from vfun_cli.run.messages import StopRequest
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, PREEMPTION_SIGNALS, StopFlag
+from vfun_cli.training.signals import CONTINUE, INTERRUPTED, PREEMPTED, PREEMPTION_SIGNALS, StopFlag
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +27,16 @@ def handlers_restored() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
 def test_the_first_signal_is_remembered_and_the_second_ends_the_process(number: int, tmp_path: Path) -> None:
-    flag = StopFlag(tmp_path / "request", reads_file=False)
+    flag = StopFlag(RunDir(tmp_path), reads_file=False)
     flag.listen()
-    assert flag.reason() == 0
+    assert flag.reason() == CONTINUE
     os.kill(os.getpid(), number)
     assert flag.reason() == PREEMPTED
     assert {signal.getsignal(each) for each in PREEMPTION_SIGNALS} == {signal.SIG_DFL}
 
 
 def test_the_end_of_the_launcher_does_not_count_as_a_second_signal(tmp_path: Path) -> None:
-    flag = StopFlag(tmp_path / "request", reads_file=False)
+    flag = StopFlag(RunDir(tmp_path), reads_file=False)
     flag.listen()
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR2)
@@ -43,22 +44,23 @@ def test_the_end_of_the_launcher_does_not_count_as_a_second_signal(tmp_path: Pat
 
 
 def test_the_request_file_and_the_clock_are_read_by_one_rank_of_a_machine(tmp_path: Path) -> None:
-    request = tmp_path / "request"
-    request.write_text("interrupted")
-    assert StopFlag(request, reads_file=True).reason() == INTERRUPTED
-    assert StopFlag(request, reads_file=False).reason() == 0
-    request.write_text("preempted")
-    assert StopFlag(request, reads_file=True).reason() == PREEMPTED
-    request.unlink()
-    assert StopFlag(request, reads_file=True, deadline=time.time() - 1).reason() == PREEMPTED
-    assert StopFlag(request, reads_file=True, deadline=time.time() + 60).reason() == 0
+    run = RunDir(tmp_path)
+    StopRequest(reason="interrupted").write(run)
+    assert StopFlag(run, reads_file=True).reason() == INTERRUPTED
+    assert StopFlag(run, reads_file=False).reason() == CONTINUE
+    StopRequest(reason="preempted").write(run)
+    assert StopFlag(run, reads_file=True).reason() == PREEMPTED
+    run.stop_request.unlink()
+    assert StopFlag(run, reads_file=True, deadline=time.time() - 1).reason() == PREEMPTED
+    assert StopFlag(run, reads_file=True, deadline=time.time() + 60).reason() == CONTINUE
 
 
 RANK = """
 import sys, time
 from pathlib import Path
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.signals import StopFlag
-flag = StopFlag(Path(sys.argv[1]), reads_file=False)
+flag = StopFlag(RunDir(Path(sys.argv[1])), reads_file=False)
 flag.listen()
 Path(sys.argv[1] + ".ready").touch()
 while not flag.reason():
@@ -86,7 +88,7 @@ def test_the_second_request_reaches_processes_in_sessions_of_their_own(tmp_path:
         process = subprocess.Popen(sleep, start_new_session=True, env=os.environ | {"_VFUN_JOB": stop.job})
         assert supervise.members(stop.job) == [process.pid]
         os.kill(os.getpid(), signal.SIGTERM)
-        assert run.stop_request.read_text() == "preempted"
+        assert StopRequest.read(run) == StopRequest(reason="preempted")
         assert process.poll() is None
         os.kill(os.getpid(), signal.SIGUSR1)
         assert process.wait(10) == -signal.SIGKILL

@@ -19,8 +19,7 @@ from vfun_cli.errors import RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.objectives import Corrupted
-from vfun_cli.training.signals import PREEMPTED
-from vfun_cli.training.trainer import CONTINUE
+from vfun_cli.training.signals import CONTINUE, PREEMPTED
 
 LIVE = Callable[[str], LiveModel]
 

@@ -21,8 +21,9 @@ from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.live import TrainedState
-from vfun_cli.training.trainer import CONTINUE, Trainer
+from vfun_cli.training.trainer import Trainer
 
 META = torch.device("meta")
 

@@ -1,6 +1,5 @@
 """``vfun cache``: encode everything that a run will need, before it."""
 
-import json as json_
 import os
 import shutil
 import time
@@ -62,8 +61,7 @@ def cache(
         ended = launching.run_once(job, stop)
     if isinstance(ended, supervise.Crashed):
         raise ended
-    ranks = [json_.loads(path.read_text(encoding="utf-8")) for path in sorted(job.run.logs.glob("filled-rank-*.json"))]
-    encoded, stopped = sum(rank["encoded"] for rank in ranks), any(rank["reason"] for rank in ranks)
+    encoded, stopped = ended.step, ended.ending != "completed"
     shutil.rmtree(job.run.root)  # an error leaves its logs
     size = sum(path.stat().st_size for path in folder.glob("entries/??/*.safetensors"))
     if json:
@@ -76,7 +74,7 @@ def cache(
         )
     if stopped:
         console.hint("The same command goes on from here.")
-        raise typer.Exit(stop.exit_code)
+        raise typer.Exit(ended.exit_code)
 
 
 def _for_filling(resolved: Resolved, folder: Path) -> Resolved:

@@ -29,6 +29,7 @@ from vfun_cli.plan.rows import PlanInput, plan, plan_input
 from vfun_cli.plan.schedule import EpochPlan, RunSegment
 from vfun_cli.run import lock
 from vfun_cli.run.locate import Found
+from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir, clear, ensure_writable, refuse_used, write_atomically
 
 
@@ -198,7 +199,7 @@ def carry_out(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> Non
             print_dry_run(job)
         return
     if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
-        _tell_end(job, supervise.Ended(exit_code=0, outcome="completed", step=job.found.step), as_json=as_json)
+        _tell_end(job, Outcome(ending="completed", step=job.found.step), as_json=as_json)
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return
     begins = job.found is None and job.config.machine_rank == 0
@@ -227,7 +228,7 @@ def start(job: Job, stop: supervise.StopRequests, *, as_json: bool) -> int:
     write_plan(job)
     ended = run_once(job, stop)
     for restart in range(1, config.max_restarts + 1):
-        if isinstance(ended, supervise.Ended) or stop.asked:
+        if isinstance(ended, Outcome) or stop.asked:
             break
         console.report(ended)
         job = _continued(job)
@@ -240,14 +241,14 @@ def start(job: Job, stop: supervise.StopRequests, *, as_json: bool) -> int:
     return ended.exit_code
 
 
-def _tell_end(job: Job, ended: supervise.Ended, *, as_json: bool) -> None:
+def _tell_end(job: Job, ended: Outcome, *, as_json: bool) -> None:
     run, newest = job.run, job.run.checkpoint(ended.step)
     if as_json:
         console.print_json(
-            {"run_dir": str(run.root), "outcome": ended.outcome, "step": ended.step, "checkpoint": str(newest)}
+            {"run_dir": str(run.root), "outcome": ended.ending, "step": ended.step, "checkpoint": str(newest)}
         )
     if ended.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
-        console.err.print(f"{ended.outcome} after step {ended.step}; saved {escape(str(newest))}", soft_wrap=True)
+        console.err.print(f"{ended.ending} after step {ended.step}; saved {escape(str(newest))}", soft_wrap=True)
         console.hint(f"next: vfun resume {shlex.quote(str(run.root))}")
     else:
         if not as_json:
@@ -263,7 +264,7 @@ def write_plan(job: Job) -> None:
     write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **_summary(job)}, indent=1))
 
 
-def run_once(job: Job, stop: supervise.StopRequests) -> supervise.Ended | supervise.Crashed:
+def run_once(job: Job, stop: supervise.StopRequests) -> Outcome | supervise.Crashed:
     """One launch to its end, or to its crash."""
     job.run.remove_leftovers(job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:

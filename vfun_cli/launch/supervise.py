@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +18,6 @@ from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
     CheckpointError,
     ConfigError,
     EnvironmentFault,
@@ -30,7 +27,8 @@ from vfun_cli.errors import (
     StoppedAtOnce,
     VfunError,
 )
-from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.run.messages import Outcome, RankError, StopRequest, clear_messages
+from vfun_cli.run.rundir import RunDir
 
 POLL_SECONDS = 0.1
 LINE_EVERY = 10.0
@@ -51,15 +49,6 @@ _ERRORS = {
     error.exit_code: error
     for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How the training processes ended without an error."""
-
-    exit_code: int
-    outcome: str
-    step: int
 
 
 class Crashed(RunError):
@@ -92,14 +81,9 @@ class StopRequests:
         """What the first request was."""
         return "interrupted" if self.asked[0] == signal.SIGINT else "preempted"
 
-    @property
-    def exit_code(self) -> int:
-        """What a job ends with that kept to the first request."""
-        return EXIT_INTERRUPTED if self.reason == "interrupted" else EXIT_PREEMPTED
-
     def write(self) -> None:
         """Leave the request for the ranks."""
-        write_atomically(self.run_dir.stop_request, self.reason)
+        StopRequest(reason=self.reason).write(self.run_dir)
 
 
 @contextmanager
@@ -116,7 +100,7 @@ def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
         kill(stop.job)
 
 
-def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, stop: StopRequests) -> Ended:
+def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, stop: StopRequests) -> Outcome:
     """Run the launch command to its end.
 
     The launcher gets its own process group, so that Ctrl-C reaches this process alone. If the launcher is ended from
@@ -126,8 +110,7 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, st
         VfunError: the run failed; the message is the first failing rank's own.
     """
     run_dir.logs.mkdir(parents=True, exist_ok=True)
-    for stale in [run_dir.stop_request, run_dir.outcome, *run_dir.logs.glob("error-rank-*.json")]:
-        stale.unlink(missing_ok=True)
+    clear_messages(run_dir)
     if stop.asked:
         stop.write()
     log = run_dir.launcher_log(machine_rank)
@@ -143,20 +126,16 @@ def run(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, st
         )
         _watch(process, run_dir, first_step, stop.job)
     kill(stop.job)
-    if process.returncode == 0 or run_dir.outcome.exists():
-        return _ended(run_dir)
+    outcome = Outcome.read(run_dir)
+    if outcome is not None:
+        return outcome
+    if process.returncode == 0:  # on a machine that does not see the directory of rank 0
+        return Outcome(ending="completed", step=0)
     if len(stop.asked) > 1:
         raise StoppedAtOnce(
             "stopped at once; the steps since the last checkpoint are lost.", hint=f"vfun resume {run_dir.root}"
         )
     raise _failure(run_dir, log, start_of_run, process.returncode)
-
-
-def _ended(run_dir: RunDir) -> Ended:
-    content = json.loads(run_dir.outcome.read_text(encoding="utf-8")) if run_dir.outcome.exists() else {}
-    outcome = content.get("outcome", "completed")
-    code = {"completed": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}[outcome]
-    return Ended(exit_code=code, outcome=outcome, step=content.get("step", 0))
 
 
 def members(job: str) -> list[int]:
@@ -314,17 +293,17 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
             f"the run directory {run_dir.root} vanished while it was trained in; nothing can be saved there.",
             hint=f"If it was moved, move it back, then: vfun resume {run_dir.root}",
         )
-    errors = [json.loads(path.read_text(encoding="utf-8")) for path in run_dir.logs.glob("error-rank-*.json")]
+    errors = RankError.read_all(run_dir)
     text = log.read_bytes()[start:].decode(errors="replace")
     killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
-    crashed = all(error["crash"] for error in errors)
+    crashed = all(error.crash for error in errors)
     if errors and not (killed and crashed):  # a killed rank leaves no message; its peers only lost the connection
-        first = min(errors, key=lambda error: error["time"])
+        first = errors[0]
         others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
-        kind = _ERRORS.get(first["exit_code"], RunError)
-        if first["crash"] and kind is RunError:
+        kind = _ERRORS.get(first.exit_code, RunError)
+        if first.crash and kind is RunError:
             kind = Crashed
-        return kind(f"rank {first['rank']}: {first['message']}{others}", hint=first["hint"] or f"The whole log: {log}")
+        return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or f"The whole log: {log}")
     hint = f"The whole log: {log}. Continue from the last checkpoint: vfun resume {run_dir.root}"
     if killed:
         rank, number = int(killed[1]), int(killed[2])

@@ -11,6 +11,9 @@ from typing import Any
 
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
 
+DESCRIBES = ("command", "family", "config", "metadata_sha256")
+"""What every run.json states."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -50,7 +53,7 @@ class RunDir:
 
     @property
     def outcome(self) -> Path:
-        """How the training processes ended, written by rank 0."""
+        """How the ranks ended without an error."""
         return self.logs / "outcome.json"
 
     def launch(self, machine_rank: int = 0) -> Path:
@@ -61,13 +64,21 @@ class RunDir:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
 
-    def filled(self, rank: int) -> Path:
-        """What a rank did that filled a cache, as JSON."""
+    def fill_report(self, rank: int) -> Path:
+        """What a rank did that filled a cache."""
         return self.logs / f"filled-rank-{rank}.json"
 
+    def fill_reports(self) -> list[Path]:
+        """Those that are there."""
+        return sorted(self.logs.glob("filled-rank-*.json"))
+
     def rank_error(self, rank: int) -> Path:
-        """The error that ended a rank, as JSON."""
+        """The error that ended a rank."""
         return self.logs / f"error-rank-{rank}.json"
+
+    def rank_errors(self) -> list[Path]:
+        """Those that are there."""
+        return sorted(self.logs.glob("error-rank-*.json"))
 
     def rank_log(self, rank: int) -> Path:
         """Output of a rank other than 0."""
@@ -120,11 +131,23 @@ class RunDir:
                 f"{self.root} holds no run: there is no run.json in it.",
                 hint="Name the output directory of a run, or one of its checkpoints.",
             )
-        try:
-            content: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{self.run_json} is not valid JSON: {error}.") from None
-        return content
+        return read_description(self.run_json)
+
+
+def read_description(run_json: Path) -> dict[str, Any]:
+    """What a launch wrote for its training processes and for its continuation.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        content = json.loads(run_json.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{run_json} is not valid JSON: {error}.") from None
+    missing = [name for name in DESCRIBES if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise CheckpointError(f"{run_json} is not what vfun writes: it states no {', '.join(missing)}.")
+    return dict(content)
 
 
 def refuse_used(run: RunDir) -> None:

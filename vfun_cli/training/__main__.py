@@ -1,6 +1,5 @@
 """One training process: ``accelerate launch -m vfun_cli.training RUN_JSON``."""
 
-import json
 import os
 import sys
 import time
@@ -11,7 +10,8 @@ from vfun_cli import families
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.run import lock
-from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.run.messages import RankError
+from vfun_cli.run.rundir import RunDir, read_description
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.signals import StopFlag
@@ -29,14 +29,14 @@ def main(argv: list[str]) -> int:
 
 def run_rank(run_json: Path) -> int:
     """Run this rank of the job described by ``run.json``; errors are left for the launching command to show."""
-    described = json.loads(run_json.read_text(encoding="utf-8"))
+    described = read_description(run_json)
     run = RunDir(Path(described["run_dir"]))
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         _send_output_to(run.rank_log(rank))
     # The import of torch takes seconds, and a request to stop may come then already.
     one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    stop = StopFlag(run.stop_request, reads_file=one_of_machine, deadline=described.get("deadline"))
+    stop = StopFlag(run, reads_file=one_of_machine, deadline=described.get("deadline"))
     stop.listen()
     try:
         lock.take_part(run, described["config"]["machine_rank"])
@@ -71,19 +71,19 @@ def _send_output_to(path: Path) -> None:
 def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
     """The rank's own message, so that the first failing rank can be shown first."""
     known = error if isinstance(error, VfunError) else _translate(error)
-    content = {
-        "rank": rank,
-        "time": time.time(),
-        "message": known.message,
-        "hint": known.hint,
-        "exit_code": known.exit_code,
-        "crash": known is not error,
-        "traceback": traceback.format_exc(),
-    }
+    message = RankError(
+        rank=rank,
+        time=time.time(),
+        message=known.message,
+        hint=known.hint,
+        exit_code=known.exit_code,
+        crash=known is not error,
+        traceback=traceback.format_exc(),
+    )
     try:
         if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back
             raise FileNotFoundError(f"{run.root} has vanished")
-        write_atomically(run.rank_error(rank), json.dumps(content))
+        message.write(run)
     except OSError as unwritable:  # a full disk: the log of the launcher may lie there too, but nothing else is left
         print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)
 

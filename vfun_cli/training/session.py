@@ -1,7 +1,6 @@
 """Assembles one rank of a run from its ``run.json`` and trains it to its end."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,8 @@ from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.plan.shapes import most_shapes
-from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.run.messages import ENDINGS, Outcome
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.loader import load_ahead, with_shared_calls
@@ -37,7 +37,7 @@ from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.strategy import assert_strategy, make_accelerator, prefetch_blocks, prepare_environment
-from vfun_cli.training.trainer import OUTCOMES, Trainer
+from vfun_cli.training.trainer import Trainer
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -132,7 +132,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     reason = trainer.train(with_shared_calls(loaded, adapter.encoders), first_step)
     metrics.close()
     if accelerator.is_main_process:
-        write_atomically(run.outcome, json.dumps({"outcome": OUTCOMES[reason], "step": trainer.saved_step}))
+        Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run)
     accelerator.wait_for_everyone()
 
 

@@ -3,11 +3,13 @@
 import ctypes
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 
-INTERRUPTED, PREEMPTED = 1, 2
-"""Why a run should stop, ordered by weight; 0 is no reason."""
+from vfun_cli.run.messages import ENDINGS, StopRequest
+from vfun_cli.run.rundir import RunDir
+
+CONTINUE, INTERRUPTED, PREEMPTED = range(len(ENDINGS))
+"""Why a run should stop, by severity: positions in ``ENDINGS``, so that ranks can tell each other numbers."""
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = signal.SIGUSR2
@@ -19,13 +21,13 @@ _PR_SET_PDEATHSIG = 1
 class StopFlag:
     """Remembers that someone asked to stop; read once at every step boundary."""
 
-    def __init__(self, request: Path, *, reads_file: bool, deadline: float | None = None) -> None:
-        self.request = request
+    def __init__(self, run: RunDir, *, reads_file: bool, deadline: float | None = None) -> None:
+        self.run = run
         self.reads_file = reads_file
         """One rank of each machine looks at the file and the clock."""
         self.deadline = deadline
         """Seconds since 1970."""
-        self.signalled = 0
+        self.signalled = CONTINUE
 
     def listen(self) -> None:
         """Take preemption signals and the launcher's end; a second signal ends the process at once."""
@@ -44,16 +46,13 @@ class StopFlag:
         self.signalled = PREEMPTED
 
     def reason(self) -> int:
-        """0 go on, ``INTERRUPTED`` or ``PREEMPTED``."""
+        """``CONTINUE``, ``INTERRUPTED`` or ``PREEMPTED``."""
         if not self.reads_file:
             return self.signalled
         if self.deadline is not None and time.time() >= self.deadline:
             return PREEMPTED
-        try:
-            asked = self.request.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return self.signalled
-        return max(self.signalled, INTERRUPTED if asked == "interrupted" else PREEMPTED)
+        request = StopRequest.read(self.run)
+        return self.signalled if request is None else max(self.signalled, ENDINGS.index(request.reason))
 
 
 def leave_signals_to_the_rank() -> None:

@@ -21,13 +21,9 @@ from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
-from vfun_cli.training.signals import INTERRUPTED, PREEMPTED, StopFlag
+from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
-
-CONTINUE = 0
-OUTCOMES = {CONTINUE: "completed", INTERRUPTED: "interrupted", PREEMPTED: "preempted"}
-"""Why training ends; all ranks act on the largest reason any of them saw."""
 
 
 @dataclass(frozen=True, kw_only=True)

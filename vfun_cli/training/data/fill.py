@@ -13,15 +13,15 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import RunPlan, load_plan
-from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import Cache, prune
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.data.stream import micro_batches
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
-from vfun_cli.training.signals import StopFlag
+from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
-from vfun_cli.training.trainer import CONTINUE
 
 
 def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -31,7 +31,7 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
     """
     config = RunConfig.from_json(described["config"])
     spec = families.find(described["family"])
-    assert config.cache is not None
+    assert config.cache is not None and config.num_processes is not None
     prepare_environment(config.device)
     accelerator = make_accelerator(config.strategy, config.device, 1, config.mixed_precision)
     adapter = adapter_of(spec)
@@ -54,8 +54,17 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         if reason != CONTINUE:
             break
     # No collective at the end: a rank with less work would wait for the others longer than a collective may take.
-    told = {"reason": reason, "encoded": progress.done, "needed": len(needed.keys)}
-    write_atomically(run.filled(accelerator.process_index), json.dumps(told))
+    rank = accelerator.process_index
+    FillReport(rank=rank, ending=ENDINGS[reason], encoded=progress.done, needed=len(needed.keys)).write(run)
+    write_outcome(run, ranks=config.num_processes // config.num_machines)
+
+
+def write_outcome(run: RunDir, *, ranks: int) -> None:
+    """Of the ranks of this machine together, by the last of them to be done; each machine has a folder of its own."""
+    reports = FillReport.read_all(run)
+    if len(reports) == ranks:
+        worst = max((report.ending for report in reports), key=ENDINGS.index)
+        Outcome(ending=worst, step=sum(report.encoded for report in reports)).write(run)
 
 
 class MissingEntries:

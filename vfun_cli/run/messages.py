@@ -1,0 +1,142 @@
+"""What the processes of a job tell each other: small files in the run directory, each written whole and read as a type.
+
+Readers take what is missing or damaged as not said.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from vfun_cli.run.rundir import RunDir, write_atomically
+
+EXIT_CODES = {"completed": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
+"""How work ends without an error, by severity, and what its command exits with then."""
+
+ENDINGS = tuple(EXIT_CODES)
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequest:
+    """From the command to the ranks: save and stop at the next step boundary."""
+
+    reason: str
+    """``interrupted`` or ``preempted``."""
+
+    def __post_init__(self) -> None:
+        if self.reason not in ENDINGS[1:]:
+            raise ValueError(f"{self.reason!r} is none of {ENDINGS[1:]}")
+
+    def write(self, run: RunDir) -> None:
+        """Leave it for the ranks."""
+        _write(run.stop_request, self)
+
+    @classmethod
+    def read(cls, run: RunDir) -> "StopRequest | None":
+        """The request, if there is one; a file that says nothing else still asks to stop."""
+        if not run.stop_request.exists():
+            return None
+        return _read(run.stop_request, cls) or cls(reason="preempted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """From the ranks to the command: how their work ended without an error."""
+
+    ending: str
+    """One of ``ENDINGS``."""
+    step: int
+    """The last step that is saved; of a cache, clips that were encoded."""
+
+    def __post_init__(self) -> None:
+        if self.ending not in ENDINGS:
+            raise ValueError(f"{self.ending!r} is none of {ENDINGS}")
+
+    @property
+    def exit_code(self) -> int:
+        """What the command exits with."""
+        return EXIT_CODES[self.ending]
+
+    def write(self, run: RunDir) -> None:
+        """Leave it for the command."""
+        _write(run.outcome, self)
+
+    @classmethod
+    def read(cls, run: RunDir) -> "Outcome | None":
+        """The outcome, once there is one."""
+        return _read(run.outcome, cls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankError:
+    """From a rank to the command: the error that ended it."""
+
+    rank: int
+    time: float
+    """Seconds since 1970."""
+    message: str
+    hint: str | None
+    exit_code: int
+    crash: bool
+    """Not an error that the user can act on: it may not happen again."""
+    traceback: str
+
+    def write(self, run: RunDir) -> None:
+        """Leave it for the command.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        _write(run.rank_error(self.rank), self)
+
+    @classmethod
+    def read_all(cls, run: RunDir) -> "list[RankError]":
+        """Of all ranks that left one, the first first."""
+        return sorted(_read_all(run.rank_errors(), cls), key=lambda error: error.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillReport:
+    """From a rank that filled a cache to the others and to the command: what it did."""
+
+    rank: int
+    ending: str
+    """One of ``ENDINGS``."""
+    encoded: int
+    """Clips."""
+    needed: int
+    """Entries that the run asks for of this rank's clips."""
+
+    def write(self, run: RunDir) -> None:
+        """Leave it for the command."""
+        _write(run.fill_report(self.rank), self)
+
+    @classmethod
+    def read_all(cls, run: RunDir) -> "list[FillReport]":
+        """Of all ranks that are done."""
+        return _read_all(run.fill_reports(), cls)
+
+
+def clear_messages(run: RunDir) -> None:
+    """Delete what earlier processes said."""
+    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.fill_reports()]:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, message: Any) -> None:
+    write_atomically(path, json.dumps(asdict(message)))
+
+
+def _read(path: Path, kind: Callable[..., Message]) -> Message | None:
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _read_all(paths: list[Path], kind: Callable[..., Message]) -> list[Message]:
+    return [message for path in paths if (message := _read(path, kind)) is not None]
