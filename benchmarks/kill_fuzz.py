@@ -33,9 +33,10 @@ from vfun_cli.checkpoints.compare import compare_tensors, moments
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.launch import job as launching
-from vfun_cli.run.locate import Found
-from vfun_cli.run.rundir import RunDir, write_atomically
+from vfun_cli.launch.job import Job, decide
+from vfun_cli.launch.start import write_launch_files, write_plan
+from vfun_cli.run import locate
+from vfun_cli.run.rundir import RunDir
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24
@@ -47,7 +48,7 @@ with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}", "w") as file:
 """
 
 
-def write_job(run: RunDir, strategy: str, *, steps: int, cache: Path) -> launching.Job:
+def write_job(run: RunDir, strategy: str, *, steps: int, cache: Path) -> Job:
     """What ``vfun train`` and ``vfun resume`` write before they start the ranks."""
     spec = families.find("wan-s2v")
     given = {
@@ -56,17 +57,13 @@ def write_job(run: RunDir, strategy: str, *, steps: int, cache: Path) -> launchi
     }  # fmt: skip
     resolved = resolve("train", spec, given, demo=demo_default.make(spec), environ={})
     run.remove_leftovers(0)
-    complete = manifest.checkpoints(run.root)
-    found = Found(run=run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
-    job = launching.decide("train", spec, resolved, found=found)
-    for path, text in job.launch.files.items():
-        write_atomically(path, text)
-    launching.write_plan(job)
-    write_atomically(job.run_json, json.dumps(job.description()))
+    job = decide("train", spec, resolved, found=locate.newest(run))
+    write_plan(job)
+    write_launch_files(job)
     return job
 
 
-def environments(job: launching.Job, folder: Path) -> list[dict[str, str]]:
+def environments(job: Job, folder: Path) -> list[dict[str, str]]:
     """What ``accelerate launch`` gives each rank of this strategy."""
     script = folder / "dump.py"
     script.write_text(DUMP)
@@ -77,7 +74,7 @@ def environments(job: launching.Job, folder: Path) -> list[dict[str, str]]:
     return [json.loads(path.read_text()) for path in found]
 
 
-def start(job: launching.Job, ranks: list[dict[str, str]]) -> list[int]:
+def start(job: Job, ranks: list[dict[str, str]]) -> list[int]:
     """Fork the ranks; each leads a session of its own, with its decoding processes in it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,7 +82,7 @@ def start(job: launching.Job, ranks: list[dict[str, str]]) -> list[int]:
     return [_fork(job, environment | {"MASTER_PORT": str(port)}) for environment in ranks]
 
 
-def _fork(job: launching.Job, environment: dict[str, str]) -> int:
+def _fork(job: Job, environment: dict[str, str]) -> int:
     process = os.fork()
     if process:
         return process

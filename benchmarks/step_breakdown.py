@@ -44,8 +44,8 @@ def run_json_of(
     from vfun_cli import families
     from vfun_cli.config.resolve import resolve
     from vfun_cli.demo import default
-    from vfun_cli.launch import job as launching
-    from vfun_cli.run.rundir import write_atomically
+    from vfun_cli.launch.job import decide
+    from vfun_cli.launch.start import write_launch_files, write_plan
 
     spec = families.find(family)
     given = {
@@ -55,11 +55,9 @@ def run_json_of(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     resolved = resolve("train", spec, given, demo=default.make(spec), environ={})
-    job = launching.decide("train", spec, resolved)
-    for path, text in job.launch.files.items():
-        write_atomically(path, text)
-    launching.write_plan(job)
-    write_atomically(job.run_json, json.dumps(job.description()))
+    job = decide("train", spec, resolved)
+    write_plan(job)
+    write_launch_files(job)
     argv = job.launch.argv[: job.launch.argv.index("vfun_cli.training") - 1]
     return job.run_json, [*argv, str(Path(__file__).absolute()), "--rank", str(job.run_json.absolute())]
 

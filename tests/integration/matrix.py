@@ -13,7 +13,8 @@ from vfun_cli import families
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.launch import job as launching
+from vfun_cli.launch.job import decide
+from vfun_cli.launch.start import write_launch_files, write_plan
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir, write_atomically
 
@@ -172,14 +173,11 @@ def write_run(run: Run) -> Path:
     checkpoint, found = run.checkpoint(), None
     if checkpoint is not None and checkpoint.exists():
         found = Found(run=RunDir(checkpoint.parent), checkpoint=checkpoint, step=manifest.step_of(checkpoint) or 0)
-    job = launching.decide(run.command, spec, resolved, found=found)
-    for path, text in job.launch.files.items():
-        write_atomically(path, text)
-    job.source.table.save(job.run.clips())
-    described = job.description()
+    job = decide(run.command, spec, resolved, found=found)
+    write_plan(job)
+    write_launch_files(job)
     if checkpoint is not None:  # of the same layout where this launch has yet to write it: nothing to tell but its path
-        described["resume"] = str(checkpoint.absolute())
-    write_atomically(job.run_json, json.dumps(described))
+        write_atomically(job.run_json, json.dumps(job.description() | {"resume": str(checkpoint.absolute())}))
     return job.run_json.absolute()
 
 

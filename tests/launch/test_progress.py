@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vfun_cli import console
-from vfun_cli.launch import supervise
+from vfun_cli.launch import progress
 
 RECORD: dict[str, Any] = {
     "step": 12345,
@@ -27,9 +27,9 @@ FACTS = ("0.1235", "2.0e-05", "37440 tok/s", "wait 5%", "mfu 43.2%", "120.0 GiB"
 def seen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
     shown = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal, width=80, color_system=None))
-    progress = supervise._Bar(0) if terminal else supervise._Lines()
-    with progress:
-        progress.show(RECORD)
+    display = progress.Bar(0) if terminal else progress.Lines()
+    with display:
+        display.show(RECORD)
     return shown.getvalue()
 
 

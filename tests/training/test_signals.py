@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,10 +74,10 @@ def test_ranks_outlive_their_launcher_only_to_save(tmp_path: Path) -> None:
     argv = f"[sys.executable, '-c', {RANK!r}, {str(mark)!r}]"
     start = f"import subprocess, sys; subprocess.Popen({argv}, start_new_session=True).wait()"
     launcher = subprocess.Popen([sys.executable, "-c", start])
-    _wait_for(Path(f"{mark}.ready"))
+    _wait_for(Path(f"{mark}.ready").exists)
     launcher.kill()
     launcher.wait()
-    _wait_for(Path(f"{mark}.saved"))
+    _wait_for(Path(f"{mark}.saved").exists)
 
 
 def test_the_second_request_reaches_processes_in_sessions_of_their_own(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_second_request_reaches_processes_in_sessions_of_their_own(tmp_path:
     with supervise.stop_requests(run) as stop:
         sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
         process = subprocess.Popen(sleep, start_new_session=True, env=os.environ | {"_VFUN_JOB": stop.job})
-        assert supervise.members(stop.job) == [process.pid]
+        _wait_for(lambda: supervise.members(stop.job) == [process.pid])  # it may still be on its way into exec
         os.kill(os.getpid(), signal.SIGTERM)
         assert StopRequest.read(run) == StopRequest(reason="preempted")
         assert process.poll() is None
@@ -95,9 +95,9 @@ def test_the_second_request_reaches_processes_in_sessions_of_their_own(tmp_path:
     assert supervise.members(stop.job) == []
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(happened: Callable[[], bool]) -> None:
     for _ in range(1000):
-        if path.exists():
+        if happened():
             return
         time.sleep(0.01)
-    raise AssertionError(f"{path} never came")
+    raise AssertionError("it never happened")

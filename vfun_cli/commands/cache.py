@@ -5,7 +5,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,10 @@ from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.launch.preemption import nothing_to_save
+
+if TYPE_CHECKING:
+    from vfun_cli.launch.job import Job
+    from vfun_cli.run.messages import Outcome
 
 
 @with_options("train", idle=True, strategies=True)
@@ -48,33 +52,35 @@ def cache(
     if verify:
         _verify(folder, as_json=json)
         return
-    from vfun_cli.launch import job as launching
-    from vfun_cli.launch import supervise
-    from vfun_cli.run.rundir import ensure_writable
+    from vfun_cli.launch.job import decide
+    from vfun_cli.launch.start import start
 
-    job = replace(launching.decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
-    ensure_writable(job.run.root)
-    console.err.print(f"[bold]cache {spec.name}[/bold] -> {escape(str(folder))}", soft_wrap=True)
+    with nothing_to_save():
+        job = replace(decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
+        outcome = start(job, announce=_announce)
+        shutil.rmtree(job.run.root)  # an error leaves its logs
+    _report(folder, outcome, as_json=json)
+
+
+def _announce(job: "Job") -> None:
+    console.err.print(f"[bold]cache {job.spec.name}[/bold] -> {escape(str(job.config.cache))}", soft_wrap=True)
     console.err.print(f"looking which of its {len(job.source.table)} clips are not there yet; new files are read whole")
-    with nothing_to_save(), supervise.stop_requests(job.run) as stop:
-        launching.write_plan(job)
-        ended = launching.run_once(job, stop)
-    if isinstance(ended, supervise.Crashed):
-        raise ended
-    encoded, stopped = ended.step, ended.ending != "completed"
-    shutil.rmtree(job.run.root)  # an error leaves its logs
+
+
+def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:
+    encoded, complete = outcome.step, outcome.ending == "completed"
     size = sum(path.stat().st_size for path in folder.glob("entries/??/*.safetensors"))
-    if json:
-        console.print_json({"cache": str(folder), "complete": not stopped, "encoded": encoded, "bytes": size})
+    if as_json:
+        console.print_json({"cache": str(folder), "complete": complete, "encoded": encoded, "bytes": size})
     else:
         console.out.print(
-            f"{'stopped' if stopped else 'done'}: {encoded} clips encoded, {size / 2**30:.2f} GiB in "
+            f"{'done' if complete else 'stopped'}: {encoded} clips encoded, {size / 2**30:.2f} GiB in "
             f"{escape(str(folder))}",
             soft_wrap=True,
         )
-    if stopped:
+    if not complete:
         console.hint("The same command goes on from here.")
-        raise typer.Exit(ended.exit_code)
+        raise typer.Exit(outcome.exit_code)
 
 
 def _for_filling(resolved: Resolved, folder: Path) -> Resolved:

@@ -49,8 +49,9 @@ def resume(
 def _continue(
     given: dict[str, Any], run: str | None, allow: list[str] | None, *, demo: bool, dry_run: bool, as_json: bool
 ) -> None:
-    from vfun_cli.launch import job as launching
+    from vfun_cli.commands.jobs import show_or_start
     from vfun_cli.launch import resume_check
+    from vfun_cli.launch.job import decide
     from vfun_cli.run import locate
 
     found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
@@ -61,5 +62,5 @@ def _continue(
         given = {"num_processes": 1, **given}
     resolved = resume_check.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
     resume_check.check_resume(described | {"config": before}, resolved.config, allow or [])
-    job = launching.decide(described["command"], spec, resolved, found=found)
-    launching.carry_out(job, dry_run=dry_run, overwrite=False, as_json=as_json)
+    job = decide(described["command"], spec, resolved, found=found)
+    show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)

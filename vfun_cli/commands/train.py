@@ -70,13 +70,14 @@ def _run(
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
     with nothing_to_save():
-        from vfun_cli.launch import job as launching
+        from vfun_cli.commands.jobs import show_or_start
+        from vfun_cli.launch.job import decide
 
         layer = demo_default.make(spec) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
         found = _checkpoint_to_resume(resolved.config)
-        job = launching.decide(command, spec, resolved, found=found)
-        launching.carry_out(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+        job = decide(command, spec, resolved, found=found)
+        show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 
 def _checkpoint_to_resume(config: RunConfig) -> "Found | None":

@@ -40,6 +40,12 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
     return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
 
 
+def newest(run: RunDir) -> Found | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    complete = manifest.checkpoints(run.root)
+    return Found(run=run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
+
+
 def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
     """A checkpoint that accelerate's save_state left for the original scripts, or None.
 

@@ -1,0 +1,141 @@
+"""How far the training is: a bar on a terminal, a line every few seconds where none is."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from vfun_cli import console
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines when stderr is not a terminal."""
+
+
+@contextmanager
+def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
+    """To be called whenever there may be new lines in the metrics file: it shows them."""
+    steps = NewSteps(metrics, first_step)
+    with Bar(first_step) if console.err.is_terminal else Lines() as display:
+
+        def show_new() -> None:
+            for record in steps.read():
+                display.show(record)
+
+        yield show_new
+
+
+class NewSteps:
+    """New complete lines of a growing JSON-lines file; steps up to ``first_step`` belong to an earlier run."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path, self.seen, self.offset = path, first_step, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Those that came since the last call."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self.offset:  # a resumed run first drops the steps after its checkpoint
+            self.offset = 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole, _, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole) + 1 if whole else 0
+        records = []
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if "event" not in record and record["step"] > self.seen:
+                self.seen = record["step"]
+                records.append(record)
+        return records
+
+
+class _TwoLines(Progress):
+    """A bar, and under it the facts of the last step: together they are too long for 80 columns."""
+
+    facts = "loading the model"
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar's line and the facts."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.facts, style="dim", overflow="ellipsis", no_wrap=True)
+
+
+class Bar:
+    """A Rich progress bar."""
+
+    def __init__(self, first_step: int) -> None:
+        self.progress = _TwoLines(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            console=console.err,
+            expand=True,
+        )
+        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, left="?")
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """The last step, as ``metrics.jsonl`` has it."""
+        self.progress.facts = _facts(record)
+        self.progress.update(
+            self.task, completed=record["step"], total=record["total_steps"], left=_left(record), refresh=True
+        )
+
+
+class Lines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self) -> None:
+        self.last = -LINE_EVERY
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def show(self, record: dict[str, Any]) -> None:
+        """The last step, as ``metrics.jsonl`` has it."""
+        if time.monotonic() - self.last < LINE_EVERY and record["step"] != record["total_steps"]:
+            return
+        self.last = time.monotonic()
+        console.err.print(f"step {record['step']}/{record['total_steps']}  {_facts(record)}  left {_left(record)}")
+
+
+def _facts(record: dict[str, Any]) -> str:
+    if "loss" not in record:
+        return f"{record['step']} clips encoded"
+    facts = [
+        f"loss {record['loss']:.4f}",
+        f"lr {record['learning_rate']:.1e}",
+        f"{record['tokens_per_second']:.0f} tok/s",
+    ]
+    total = record["seconds"] + record["data_wait"]
+    facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
+    if record.get("mfu") is not None:
+        facts.append(f"mfu {100 * record['mfu']:.1f}%")
+    if record["memory_bytes"]:
+        facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(facts)
+
+
+def _left(record: dict[str, Any]) -> str:
+    """Time to the end from the plan: the run's FLOPs still to come over the FLOP rate so far."""
+    minutes, seconds = divmod(int(record["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,82 @@
+"""What people see of a job: the preview of its plan, a dry run, and how it went."""
+
+import shlex
+from typing import Any
+
+from rich.markup import escape
+
+from vfun_cli import console
+from vfun_cli.config.options import options
+from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from vfun_cli.launch.job import Job
+from vfun_cli.plan import preview as plan_preview
+from vfun_cli.run.messages import Outcome
+
+
+def preview(job: Job) -> None:
+    """The Rich preview of the plan and one line of what will be launched, on stderr: stdout is for results."""
+    config = job.config
+    console.err.print(plan_preview.preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+    where = f"{config.num_processes} process{'es' if config.num_processes != 1 else ''}"
+    if config.num_machines > 1:
+        where += f" on {config.num_machines} machines"
+    start = f", from {job.found.checkpoint.name}" if job.found else ""
+    console.err.print(
+        f"\n[bold]{job.command} {job.spec.name}[/bold] under {config.strategy} on {where} ({config.device})"
+        f"{start} -> {escape(str(job.run.root))}",
+        soft_wrap=True,
+    )
+
+
+def dry_run(job: Job, *, as_json: bool) -> None:
+    """All that the job would write and start, on stdout."""
+    if as_json:
+        console.print_json(_dry_run_json(job))
+    else:
+        _print_dry_run(job)
+
+
+def _dry_run_json(job: Job) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "run_dir": str(job.run.root),
+        "argv": job.launch.argv,
+        "files": {str(path): text for path, text in job.launch.files.items()}
+        | {str(job.run_json.absolute()): job.run_text()},
+        "config": job.config.to_json(),
+        "sources": job.resolved.sources,
+        "plan": job.plan_summary(),
+    }
+
+
+def _print_dry_run(job: Job) -> None:
+    """For people: options with sources, files, command, plan."""
+    out = console.out
+    out.print("[bold]Options[/bold]")
+    values = job.config.to_json()
+    for name in options(job.command):
+        value = values[name]
+        out.print(
+            f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]", soft_wrap=True
+        )
+    for path, text in job.launch.files.items():
+        out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
+    out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
+    out.print(plan_preview.preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+
+
+def result(job: Job, outcome: Outcome, *, as_json: bool) -> None:
+    """How the job ended, what it left, and the next command."""
+    run, newest = job.run, job.run.checkpoint(outcome.step)
+    if as_json:
+        console.print_json(
+            {"run_dir": str(run.root), "outcome": outcome.ending, "step": outcome.step, "checkpoint": str(newest)}
+        )
+    if outcome.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+        console.err.print(f"{outcome.ending} after step {outcome.step}; saved {escape(str(newest))}", soft_wrap=True)
+        console.hint(f"next: vfun resume {shlex.quote(str(run.root))}")
+    else:
+        if not as_json:
+            console.out.print(f"done: {outcome.step} steps, {escape(str(newest))}", soft_wrap=True)
+        if newest.is_dir():  # another machine may have the run directory on its own disk
+            console.hint(f"next: vfun export-bf16 {shlex.quote(str(newest))}")

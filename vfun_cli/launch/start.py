@@ -1,0 +1,87 @@
+"""Starting a job: the run directory is locked, the files are written, the processes launched, once or again."""
+
+import json
+from collections.abc import Callable
+
+from vfun_cli import console
+from vfun_cli.checkpoints import manifest
+from vfun_cli.launch import show, supervise
+from vfun_cli.launch.job import Job, continued
+from vfun_cli.launch.preemption import NothingToSave
+from vfun_cli.run import lock
+from vfun_cli.run.messages import Outcome
+from vfun_cli.run.rundir import clear, ensure_writable, refuse_used, write_atomically
+
+
+def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] = show.preview) -> Outcome:
+    """Run a job to its end, alone in its run directory.
+
+    A job that crashes is launched again from its newest checkpoint, ``max_restarts`` times at most.
+
+    Args:
+        overwrite: delete the run that the directory holds.
+        announce: says what begins, once nothing stands in its way.
+
+    Raises:
+        ConfigError: the directory holds a run already, or another command is at work there.
+        VfunError: the job failed.
+    """
+    if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
+        console.hint("The run was complete; a larger --max-train-steps trains on.")
+        return Outcome(ending="completed", step=job.found.step)
+    begins = job.found is None and job.config.machine_rank == 0
+    if begins and not overwrite:
+        refuse_used(job.run)
+    ensure_writable(job.run.root)
+    with lock.held(job.run, job.config.machine_rank):
+        if begins and job.run.holds_run():
+            clear(job.run)
+        announce(job)
+        with supervise.stop_requests(job.run) as stop:
+            write_plan(job)
+            return _launch(job, stop)
+
+
+def write_plan(job: Job) -> None:
+    """What the training processes make their plan from."""
+    run, machine = job.run, job.config.machine_rank
+    run.launch(machine).mkdir(parents=True, exist_ok=True)
+    job.source.table.save(run.clips(machine))
+    write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **job.plan_summary()}, indent=1))
+
+
+def write_launch_files(job: Job) -> None:
+    """What the launcher and the training processes read; from here on the directory holds a run."""
+    for path, text in job.launch.files.items():
+        write_atomically(path, text)
+    write_atomically(job.run_json, job.run_text())
+
+
+def _launch(job: Job, stop: supervise.StopRequests) -> Outcome:
+    """As often as it takes, or as is allowed."""
+    restarts = 0
+    while True:
+        try:
+            return _launch_once(job, stop)
+        except supervise.Crashed as error:
+            if stop.asked or restarts == job.config.max_restarts:
+                raise
+            console.report(error)
+        restarts += 1
+        job = continued(job)
+        start_from = job.found.checkpoint.name if job.found else "the beginning"
+        console.warn(f"restart {restarts} of {job.config.max_restarts}, from {start_from}.")
+
+
+def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
+    job.run.remove_leftovers(job.config.machine_rank)
+    if job.found is not None and job.config.machine_rank == 0:
+        manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
+    if stop.asked:  # before run.json makes a run of the directory, which only a checkpoint can continue
+        raise NothingToSave() if stop.reason == "preempted" else KeyboardInterrupt
+    write_launch_files(job)
+    first_step = job.found.step if job.found else 0
+    try:
+        return supervise.launch(job.launch.argv, job.run, job.config.machine_rank, first_step, stop)
+    finally:
+        job.run.remove_leftovers(job.config.machine_rank)
