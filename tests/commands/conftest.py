@@ -17,6 +17,8 @@ from vfun_cli.main import main
 
 DEMO_FAMILIES = ("wan-s2v", "cogvideox-fun")
 TRAIN = ("train", "wan-s2v", "--demo")
+TRAINED = ("--max-train-steps", "4", "--checkpointing-steps", "2", "--gradient-accumulation-steps", "2")
+"""Options of the run that tests share."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ def place(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture(scope="session")
 def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished demo run of four steps on one process; never changed."""
+    """A folder with a finished demo run of four steps, of two micro-batches on one process; never changed."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(pristine, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        said = vfun_process(*TRAIN, "--max-train-steps", "4", "--checkpointing-steps", "2")
+        said = vfun_process(*TRAIN, *TRAINED)
     assert said.code == 0, said.err
     return folder
 

@@ -4,11 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vfun_cli import families
 from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
 from vfun_cli.commands.signature import with_options
-from vfun_cli.config.resolve import resolve
 from vfun_cli.launch.preemption import nothing_to_save
 
 Run = Annotated[
@@ -55,12 +53,7 @@ def _continue(
     from vfun_cli.run import locate
 
     found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
-    described = found.run.read_run()
-    spec = families.find(described["family"])
-    before = described["config"] | {"output_dir": str(found.run.root)}
-    if given.get("strategy") == "single":
-        given = {"num_processes": 1, **given}
-    resolved = resume_check.keep_step_size(described, resolve(described["command"], spec, given, base=before), given)
-    resume_check.check_resume(described | {"config": before}, resolved.config, allow or [])
-    job = decide(described["command"], spec, resolved, found=found)
+    command, spec, resolved = resume_check.resolve_as_before(found, given)
+    resolved = resume_check.continuation(found, command, spec, resolved, allow=allow or ())
+    job = decide(command, spec, resolved, found=found)
     show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)

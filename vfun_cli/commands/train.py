@@ -1,20 +1,16 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vfun_cli import console, families
 from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
 from vfun_cli.commands.signature import with_options
-from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
 from vfun_cli.launch.preemption import nothing_to_save
-
-if TYPE_CHECKING:
-    from vfun_cli.run.locate import Found
 
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
@@ -71,25 +67,18 @@ def _run(
     spec = families.find(family)
     with nothing_to_save():
         from vfun_cli.commands.jobs import show_or_start
+        from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
+        from vfun_cli.run import locate
 
         layer = demo_default.make(spec) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
-        found = _checkpoint_to_resume(resolved.config)
+        name, found = resolved.config.resume_from_checkpoint, None
+        if name is not None:  # as the original scripts have it: the command line's options are the run's
+            found = locate.checkpoint(name, output_dir=resolved.config.output_dir)
+            resolved = resume_check.continuation(found, command, spec, resolved)
         job = decide(command, spec, resolved, found=found)
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
-
-
-def _checkpoint_to_resume(config: RunConfig) -> "Found | None":
-    """What --resume-from-checkpoint names, as the original scripts have it; the run must still be the same."""
-    if config.resume_from_checkpoint is None:
-        return None
-    from vfun_cli.launch import resume_check
-    from vfun_cli.run import locate
-
-    found = locate.checkpoint(config.resume_from_checkpoint, output_dir=config.output_dir)
-    resume_check.check_resume(found.run.read_run(), config, ())
-    return found
 
 
 def _list_families(command: str, *, as_json: bool) -> None:
