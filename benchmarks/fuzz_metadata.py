@@ -26,7 +26,8 @@ from rich.console import Console
 
 from vfun_cli.demo.media import build_media
 from vfun_cli.errors import VfunError
-from vfun_cli.metadata.checks import ClipNeeds, Settings, validate
+from vfun_cli.metadata.checks import Settings, validate
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.deep import decode_many
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.fix import write_fixed

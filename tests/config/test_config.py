@@ -8,7 +8,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import families
-from vfun_cli.config.options import RunConfig, default_of, options
+from vfun_cli.config.options import RunConfig, default_of, options, parse
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
 
@@ -103,6 +103,14 @@ def test_a_wrong_setting_is_an_error_that_names_it(wrong: dict[str, Any], words:
         settle(**wrong, folder=tmp_path)
     said = f"{caught.value.message} {caught.value.hint or ''}"
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("option", [name for name, (_, _, opt) in options().items() if opt.minimum is not None])
+def test_no_option_goes_below_its_minimum(option: str) -> None:
+    minimum = options()[option][2].minimum
+    assert minimum is not None and parse(option, minimum, option) == minimum
+    with pytest.raises(ConfigError, match=f"{option} is .*, the least that makes sense is"):
+        parse(option, minimum - 1, option)
 
 
 def test_run_json_holds_the_whole_configuration() -> None:

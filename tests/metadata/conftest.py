@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from small_media import SPEECH_FIELDS, encode_video, write_sound
 
-from vfun_cli.metadata.checks import ClipNeeds, Report, Settings, validate
+from vfun_cli.metadata.checks import Report, Settings, validate
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.records import read_metadata
 
 

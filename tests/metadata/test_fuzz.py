@@ -12,7 +12,8 @@ from rich.console import Console
 from small_media import ROW, SPEECH_FIELDS
 
 from vfun_cli.errors import VfunError
-from vfun_cli.metadata.checks import ClipNeeds, Settings, validate
+from vfun_cli.metadata.checks import Settings, validate
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.probe import Failure, probe_many
 from vfun_cli.metadata.records import read_metadata

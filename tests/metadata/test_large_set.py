@@ -10,7 +10,8 @@ from PIL import Image
 from small_media import ROW, SPEECH_FIELDS, encode_video, write_sound
 from test_damage import ALONGSIDE, DAMAGE
 
-from vfun_cli.metadata.checks import ClipNeeds, Settings, validate
+from vfun_cli.metadata.checks import Settings, validate
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.records import read_metadata
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.fields import MetadataField
@@ -15,7 +14,6 @@ from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json, size_table
-from vfun_cli.plan.rows import clip_needs
 from vfun_cli.plan.schedule import count_steps, plan_epochs
 from vfun_cli.plan.sizes import check_options
 
@@ -112,7 +110,8 @@ def test_its_plan_is_shown_and_reported(table: ClipTable) -> None:
 
 
 def test_what_it_needs_is_said_in_its_own_numbers() -> None:
-    assert clip_needs(RunConfig(video_sample_stride=1), SPEC).min_frames == 9
+    needs = SPEC.clip_needs(stride=1)
+    assert (needs.min_frames, needs.shortest_video(1)) == (9, 9)
     with pytest.raises(ConfigError, match=r"is 8, but deep-latents trains on clips of 8k\+1 frames and at least 9"):
         check_options(PlanOptions.pick(vars(OPTIONS), video_sample_n_frames=8), SPEC, SPEC.dims)
     with pytest.raises(ConfigError, match="--image-sample-size is 24; it must be 32 or more"):

@@ -372,3 +372,13 @@ def test_clips_narrower_than_the_transformer_takes_are_refused_with_their_size(p
         prepare(needy, needy.dims, wide, picked)
     assert "--video-sample-size" in str(caught.value.hint)
     assert prepare(needy, needy.dims, square, picked).used.all() and prepare(plain, plain.dims, wide, picked).used.all()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 7])
+@pytest.mark.parametrize("family", ["wan-s2v", "easyanimate-v5-control", "cogvideox-fun"])
+def test_a_video_of_the_length_that_messages_name_is_trained_and_a_shorter_one_is_not(family: str, stride: int) -> None:
+    spec = FAMILIES[family]
+    needed = spec.clip_needs(stride).shortest_video(stride)
+    table = ClipTable.from_columns(width=[640] * 2, height=[640] * 2, frames=[needed - 1, needed], fps=(25, 1))
+    picked = PlanOptions.pick(spec.defaults, video_sample_stride=stride)
+    assert prepare(spec, spec.dims, table, picked).used.tolist() == [False, True]

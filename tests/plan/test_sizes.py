@@ -21,7 +21,6 @@ from vfun_cli.plan.sizes import (
     nearest_aspect,
     round_frames,
     size_set,
-    source_frames_needed,
 )
 
 TOKEN_LENGTH: dict[str, Any] = {"random_hw_adapt": True, "training_with_video_token_length": True}
@@ -198,19 +197,9 @@ def test_images_shrink_by_the_same_divisors_whether_or_not_token_lengths_shorten
         assert found.sizes == expected.sizes and np.array_equal(found.cumulative, expected.cumulative)
 
 
-def test_source_frames_needed_is_where_a_clip_becomes_usable(plain: FamilySpec, speech: FamilySpec) -> None:
-    assert source_frames_needed(plain, 3) == 13
-    assert source_frames_needed(speech, 2) == 7
-
-
 @pytest.mark.parametrize(
     "wrong, word",
     [
-        ({"train_batch_size": 0}, "train-batch-size"),
-        ({"video_repeat": -1}, "video-repeat"),
-        ({"world_size": 0}, "world-size"),
-        ({"tokens_per_batch": 0}, "tokens-per-batch"),
-        ({"video_sample_stride": 0}, "video-sample-stride"),
         ({"video_sample_size": 8}, "video-sample-size"),
         ({"video_sample_n_frames": 4}, "video-sample-n-frames"),
         ({"token_sample_size": 64, **TOKEN_LENGTH}, "token-sample-size"),

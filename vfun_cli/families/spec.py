@@ -8,6 +8,7 @@ from typing import Literal
 
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import CheckpointError
+from vfun_cli.metadata.clip_needs import WHOLE, ClipNeeds, Span
 from vfun_cli.metadata.fields import MetadataField
 
 
@@ -82,9 +83,9 @@ class FamilySpec:
     it: their 49 frames are 48 of the clip."""
     lowest_video_size: int | None = None
     """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
-    strides_to_max_fps: float | None = None
+    strides_to_max_fps: int | None = None
     """Raise the stride until fps / stride is at most this (Wan-S2V: 30); None keeps the stride as given."""
-    usable_span: tuple[float, float] = (0.0, 1.0)
+    usable_span: Span = WHOLE
     """Part of a video that clips are cut from (EasyAnimate: the middle, without titles and credits)."""
     adjust_frames: Callable[[int, ModelDims], int] | None = None
     """Shortens a clip that already obeys the frame rule to one the model can take (CogVideoX-V1.5: an even number
@@ -171,6 +172,15 @@ class FamilySpec:
     def frame_rule(self) -> FrameRule:
         """The lengths that a clip can have."""
         return FrameRule(frames_per_latent=self.vae_stride[0], first_alone=self.first_frame_alone)
+
+    def clip_needs(self, stride: int) -> ClipNeeds:
+        """What a video must have to be trained on with the option ``video_sample_stride``."""
+        return ClipNeeds(
+            min_frames=self.frame_rule.fewest,
+            stride=stride,
+            max_fps=self.strides_to_max_fps,
+            usable_span=self.usable_span,
+        )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Validation: every row against what its family needs and what its files hold, all problems at once."""
 
-import math
 import os
 import shlex
 import unicodedata
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vfun_cli.errors import MetadataError, did_you_mean
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.fields import MetadataField
@@ -35,25 +35,6 @@ AUDIO_SURPLUS = 1
 """Seconds of sound after the video that need no remark."""
 WIDEST_ASPECT = 4
 USUAL_RATES = frozenset({16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000, 192000})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipNeeds:
-    """What the settings ask of a video at least."""
-
-    min_frames: int = 1
-    """Frames of the shortest clip."""
-    stride: int = 1
-    """Source frames per clip frame."""
-    max_fps: int | None = None
-    """The stride is raised until whole frames per second are at most this (Wan-S2V: 30)."""
-
-    def source_frames(self, fps: Fraction) -> int:
-        """Frames that a video of this rate must have."""
-        stride = self.stride
-        if self.max_fps is not None:
-            stride = max(stride, math.floor(fps / (self.max_fps + 1)) + 1)
-        return (self.min_frames - 1) * stride + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,8 +475,9 @@ def _check_length(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
         return
     if facts.width and facts.height and max(facts.width, facts.height) > WIDEST_ASPECT * min(facts.width, facts.height):
         yield row.problem("extreme-aspect", f"{facts.width}x{facts.height} is longer than 4:1", name)
-    needed = needs.source_frames(facts.fps)
-    if facts.kind == "video" and facts.frames < needed:
+    stride = needs.stride_at(facts.fps.numerator, facts.fps.denominator)
+    if facts.kind == "video" and needs.clip_frames(facts.frames, stride) < needs.min_frames:
+        needed = needs.shortest_video(stride)
         yield row.problem("clip-too-short", f"{facts.frames} frames, the settings need {needed}", name)
 
 

@@ -16,7 +16,6 @@ from vfun_cli.plan.sizes import (
     nearest_aspect,
     round_frames,
     size_set,
-    usable_frames,
 )
 
 KINDS = ("video", "image")
@@ -62,20 +61,6 @@ class Clips:
         return self.reason == USED
 
 
-def strides(table: ClipTable, options: PlanOptions, spec: FamilySpec) -> IntArray:
-    """Source frames per clip frame of each row: the option, raised where the family limits the frame rate.
-
-    As the original, the limit looks at whole frames per second: an average rate of 30.02 counts as 30.
-    """
-    stride = np.where(table.is_image, 1, options.video_sample_stride).astype(np.int64)
-    if spec.strides_to_max_fps is not None:
-        # Smallest s with floor(num / (den * s)) <= limit, i.e. num < (limit + 1) * den * s.
-        limit = int(spec.strides_to_max_fps) + 1
-        least = table.fps_num // np.maximum(limit * table.fps_den, 1) + 1
-        stride = np.where(table.is_image, 1, np.maximum(stride, least))
-    return stride
-
-
 def _allowed_sizes(sizes: SizeSet, aspect: IntArray, height: IntArray, width: IntArray) -> IntArray:
     """Number of sizes whose bucket enlarges neither side by more than 1.25; sizes ascend, so it is a prefix."""
     count = np.zeros(len(aspect), dtype=np.int64)
@@ -90,8 +75,9 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
     """Decide for every row whether it can be used and what it may become."""
     num_rows = len(table)
     sets = tuple(size_set(kind, options, spec, dims) if kind in spec.media_types else None for kind in KINDS)
-    stride = strides(table, options, spec)
-    available = np.where(table.is_image, 1, (np.maximum(usable_frames(table.frames, spec), 1) - 1) // stride + 1)
+    needs = spec.clip_needs(options.video_sample_stride)
+    stride = np.where(table.is_image, 1, needs.stride_at(table.fps_num, np.maximum(table.fps_den, 1)))
+    available = np.where(table.is_image, 1, needs.clip_frames(table.frames, stride))
     known_size = (table.width > 0) & (table.height > 0)
     if options.enable_bucket:
         aspect = nearest_aspect(np.maximum(table.height, 1), np.maximum(table.width, 1))
@@ -110,7 +96,7 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
         "unknown-size": ~known_size,
         "unknown-length": video & (table.frames <= 0),
         "unknown-fps": video & ((table.fps_num <= 0) | (table.fps_den <= 0)) & (spec.strides_to_max_fps is not None),
-        "too-short": video & (available < spec.frame_rule.fewest),
+        "too-short": video & (available < needs.min_frames),
         "too-small": allowed == 0,
     }
     reason = np.full(num_rows, USED, dtype=np.int64)

@@ -23,7 +23,6 @@ from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.checks import (
     MEDIA_TYPES,
-    ClipNeeds,
     MediaType,
     Report,
     Settings,
@@ -31,6 +30,7 @@ from vfun_cli.metadata.checks import (
     table_without_files,
     validate,
 )
+from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
@@ -77,7 +77,7 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
         config.train_data_dir,
         spec.fields,
         spec.media_types,
-        needs=clip_needs(config, spec),
+        needs=spec.clip_needs(config.video_sample_stride),
         deep_timeout=deep_timeout,
     )
     return report.plus(left_out_by_plan(config, spec, report))
@@ -131,16 +131,6 @@ def _validate(
         if deep_timeout is not None:
             settings = replace(settings, deep=True, deep_timeout=deep_timeout)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
-
-
-def clip_needs(config: RunConfig, spec: FamilySpec) -> ClipNeeds:
-    """The shortest video that these settings can train on."""
-    most = spec.strides_to_max_fps
-    return ClipNeeds(
-        min_frames=spec.frame_rule.fewest,
-        stride=config.video_sample_stride,
-        max_fps=None if most is None else int(most),
-    )
 
 
 def plan_input(

@@ -20,7 +20,7 @@ from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
 from vfun_cli.plan.clips import KINDS, REASONS, Clips, Samples, draw_epoch, draw_shapes, prepare
 from vfun_cli.plan.draws import random_words
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.sizes import check_options, source_frames_needed
+from vfun_cli.plan.sizes import check_options
 
 FloatArray = NDArray[np.float64]
 
@@ -423,9 +423,10 @@ def _nothing_usable(clips: Clips) -> MetadataError:
         return MetadataError("the metadata holds no rows", hint="Run vfun validate-meta.")
     counts = {name: int(np.count_nonzero(clips.reason == code)) for code, name in enumerate(REASONS)}
     found = [f"{count} {name} ({REASONS[name]})" for name, count in counts.items() if count]
-    needed = source_frames_needed(clips.spec, clips.options.video_sample_stride)
+    stride = clips.options.video_sample_stride
+    needed = clips.spec.clip_needs(stride).shortest_video(stride)
     ways = {
-        "too-short": f"A video needs {needed} frames at --video-sample-stride {clips.options.video_sample_stride}.",
+        "too-short": f"A video needs {needed} frames at --video-sample-stride {stride}.",
         "too-small": "Lower --video-sample-size to the size of the clips.",
     }
     hints = [way for name, way in ways.items() if counts[name]]

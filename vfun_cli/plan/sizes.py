@@ -75,20 +75,6 @@ def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
     return spec.adjust_frames(frames, dims) if spec.adjust_frames and frames > 0 else frames
 
 
-def usable_frames(frames: IntArray, spec: FamilySpec) -> IntArray:
-    """How many source frames of each video clips are cut from: (0.1, 0.9) of 200 are 18 to 180, so 162."""
-    end = (spec.usable_span[1] * frames).astype(np.int64)
-    return end - (spec.usable_span[0] * end).astype(np.int64)
-
-
-def source_frames_needed(spec: FamilySpec, stride: int) -> int:
-    """Frames a video file must have to be used at all at this stride."""
-    needed = (spec.frame_rule.fewest - 1) * stride + 1
-    first, end = spec.usable_span
-    lengths = np.arange(needed, int(needed / (end * (1 - first))) + 3)  # rounding down costs two frames at most
-    return int(lengths[usable_frames(lengths, spec) >= needed][0])
-
-
 def documented_frames(frames: int, spec: FamilySpec) -> int:
     """The documents' figure for a clip: with the reference frame where one enters the VAE before it (48 -> 49)."""
     return frames + spec.reference_frame
@@ -206,27 +192,17 @@ def nearest_aspect(height: IntArray, width: IntArray) -> IntArray:
 
 
 def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> None:
-    """Refuse what cannot work, with a way out.
+    """Refuse what this family cannot train, with a way out.
 
     Raises:
-        ConfigError: an option is out of range or the frame rule leaves nothing.
+        ConfigError: a size without room for a token, or no clip left by the frame rule or the token budget.
     """
-    least = {
-        "video_sample_size": max(spec.grid),
-        "image_sample_size": max(spec.grid),
-        "token_sample_size": 1,
-        "video_sample_stride": 1,
-        "train_batch_size": 1,
-        "video_repeat": 0,
-        "gradient_accumulation_steps": 1,
-        "world_size": 1,
-        "tokens_per_batch": 1,
-    }
-    for name, minimum in least.items():
+    least = max(spec.grid)
+    for name in ("video_sample_size", "image_sample_size"):
         value = getattr(options, name)
-        if value is not None and value < minimum:
+        if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is {value}; it must be {minimum} or more", hint=f"For example {flag} {minimum}.")
+            raise ConfigError(f"{flag} is {value}; it must be {least} or more", hint=f"For example {flag} {least}.")
     fewest = spec.frame_rule.fewest
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import cast
 
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -192,7 +193,7 @@ V5_1 = FamilySpec(
     media_types=("video", "image"),
     vae_stride=(4, 8, 8),
     patch_size=(1, 2, 2),
-    usable_span=(0.1, 0.9),
+    usable_span=(Fraction(1, 10), Fraction(9, 10)),
     block_classes=("EasyAnimateTransformerBlock",),
     objective="flow-matching",
     # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
