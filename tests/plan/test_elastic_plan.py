@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.plan.conftest import PLAIN
@@ -65,17 +65,18 @@ def test_what_was_trained_before_the_change_is_what_was_planned_then(mixed: Mixe
     last=st.integers(1, 9),
     batch=st.integers(1, 2),
 )
+@example(rows=20, sizes=[(4, 7)], last=1, batch=2)  # the size changes where the last epoch ends
 def test_every_sample_of_every_epoch_is_trained_once_or_left_at_the_end(
     mixed: Mixed, rows: int, sizes: list[tuple[int, int]], last: int, batch: int
 ) -> None:
     table, epochs = mixed(rows), 4
-    earlier, until, budget = [], 0, epochs * 15
-    for steps, slots in sizes:
-        if (until + steps) * 12 > budget:
-            break
-        until += steps
-        earlier.append(RunSegment(until=until, slots=slots))
     options = replace(OPTIONS, world_size=last, train_batch_size=batch)
+    earlier, until = [], 0
+    for steps, slots in sizes:
+        until += steps
+        if until > count_steps(PLAIN, PLAIN.dims, table, replace(options, world_size=slots), epochs, earlier):
+            break  # a run of this size is over before
+        earlier.append(RunSegment(until=until, slots=slots))
     plans = run(table, options, epochs, earlier)
     used = samples(plans)
     assert max(used.values()) == 1

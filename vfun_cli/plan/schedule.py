@@ -516,6 +516,8 @@ def plan_run(
             last_chance = step == 0 and epoch == num_epochs - 1
             plan = _plan(clips, epoch, left, complete=last_chance, draws=draws)
             draws = segment is None or plan.num_steps <= segment.until - step
+            if segment is not None and epoch == num_epochs - 1 and step + plan.num_steps == segment.until:
+                draws = len(plan.carry) == 0  # no epoch follows to take what is left: it may fill steps of the new size
             if segment is not None and not draws:
                 plan = plan.cut(segment.until - step)
             left, step, epoch = plan.carry, step + plan.num_steps, epoch + draws
