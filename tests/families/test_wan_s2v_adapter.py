@@ -23,7 +23,7 @@ from vfun_cli.families.wan_s2v.adapter import (
     control_clip,
     decide,
     history_indices,
-    source_of,
+    talking_clip,
 )
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
@@ -104,7 +104,7 @@ def request_for(media: dict[str, str], *, row: int = 0, without: str = "", **cha
 
 def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
     """What belongs to a clip, decoded, before any decision about it."""
-    source = source_of(request_for(media, **changes))
+    source = talking_clip(request_for(media, **changes))
     clips = {name: getattr(source, name) for name in ("pixels", "history", "control", "audio")}
     decoded = load_inputs({name: lazy for name, lazy in clips.items() if lazy is not None})
     return {"history": None, "control": None, **decoded, "fps": source.fps}
@@ -233,7 +233,7 @@ def test_sound_behind_the_last_source_frame_is_silence(media: dict[str, str]) ->
 
 
 def test_a_row_without_control_trains_with_a_black_one(media: dict[str, str]) -> None:
-    source = source_of(request_for(media, without="control_file_path"))
+    source = talking_clip(request_for(media, without="control_file_path"))
     assert source.control is None
     control = pixels_of(control_clip(source, KEEP_ALL))
     assert control.shape == (FRAMES, 3, SIDE, SIDE) and (control == BLACK).all()

@@ -32,11 +32,11 @@ CAPTIONS = ("a red circle moves to the left", "waves", "two people talk at a tab
 CPU = torch.device("cpu")
 
 
-def inputs_of(filler: Any, rank: int) -> list[list[Any]]:
+def inputs_of(dummy_input: Any, rank: int) -> list[list[Any]]:
     """Three calls: a caption each, two on one rank and one on the other, none on rank 1."""
 
     def whole(caption: str) -> Any:
-        return caption if isinstance(filler, str) else (caption, torch.full_like(filler[1], 0.5))
+        return caption if isinstance(dummy_input, str) else (caption, torch.full_like(dummy_input[1], 0.5))
 
     calls = [CAPTIONS[rank : rank + 1], CAPTIONS[: 2 - rank], CAPTIONS[:1] if rank == 0 else ()]
     return [[whole(caption) for caption in captions] for captions in calls]
@@ -88,7 +88,7 @@ def main(folder: Path) -> int:
         sharded.shard_over(EncoderSharding.over_all_ranks(CPU))
         found = {}
         for name in sharded.shared:
-            calls = inputs_of(sharded.sources[name].filler, rank)
+            calls = inputs_of(sharded.sources[name].dummy_input, rank)
             alone, shared = outputs(whole, name, calls), outputs(sharded, name, calls)
             here = sum(parameter.to_local().numel() for parameter in sharded[name].model.parameters())
             everything = sum(parameter.numel() for parameter in whole[name].model.parameters())

@@ -17,7 +17,7 @@ from vfun_cli.modeling.encoders.clip_vision import ClipImageEncoder, load_clip_v
 from vfun_cli.modeling.encoders.placement import encoding_on
 from vfun_cli.modeling.encoders.umt5 import UMT5TextEncoder, load_umt5, pad_text
 from vfun_cli.modeling.encoders.wan_vae import WanVAE, load_wan_vae
-from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder, share_out
+from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder, align_to_frames
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "encoders"
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_every_frame_takes_the_sound_of_its_own_time(fps: Fraction) -> None:
     frames = 80
     length = math.floor(frames / fps * 30)
     ramp = torch.arange(length, dtype=torch.float32).view(1, length, 1)
-    shared = share_out(ramp, fps=fps, frames=frames).flatten()
+    shared = align_to_frames(ramp, fps=fps, frames=frames).flatten()
     exact = torch.tensor([float(30 * k / fps) for k in range(frames)], dtype=torch.float64)
     assert len(shared) == frames
     assert (shared.double() - exact).abs().max() <= 0.5 + 1e-9
@@ -118,7 +118,7 @@ def test_every_frame_takes_the_sound_of_its_own_time(fps: Fraction) -> None:
 
 def test_sound_longer_than_its_clip_is_refused() -> None:
     with pytest.raises(ValueError, match="do not belong"):
-        share_out(torch.zeros(25, 200, 4), fps=Fraction(16), frames=80)
+        align_to_frames(torch.zeros(25, 200, 4), fps=Fraction(16), frames=80)
 
 
 def test_a_speech_folder_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from vfun_cli.checkpoints.tensors import TensorSource
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two sets of named tensors beside each other."""
+    """How two sets of named tensors differ."""
 
     equal: int
     """Tensors with the same shape and the same values, bit for bit."""
@@ -22,7 +22,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether nothing differs."""
         return not (self.different or self.only_first or self.only_second)
 
 

@@ -143,12 +143,12 @@ def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is no manifest of schema {SCHEMA}.", hint="Update vfun, or check the file.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not files or not all(_sound(name, entry) for name, entry in files.items()):
+    if not isinstance(files, dict) or not files or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise CheckpointError(f"{path} is damaged: it lists no files.")
     return files
 
 
-def _sound(name: str, entry: object) -> bool:
+def _is_entry(name: str, entry: object) -> bool:
     # a name must stay inside the directory: a manifest can be edited
     inside = not Path(name).is_absolute() and ".." not in Path(name).parts
     return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()

@@ -190,7 +190,7 @@ class _Unpickler(pickle.Unpickler):
     """Looks names up in the list above and nowhere else."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """The stand-in of a listed name."""
+        """What a listed name turns into."""
         try:
             return _KNOWN[module.replace("__builtin__", "builtins"), name]
         except KeyError:

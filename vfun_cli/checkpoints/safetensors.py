@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.checkpoints.tensors import STORAGE, FileReader, TensorSource, at
+from vfun_cli.checkpoints.tensors import STORAGE, FileReader, TensorSource, tensor_at
 from vfun_cli.errors import CheckpointError, first_line
 
 METADATA = "__metadata__"
@@ -36,7 +36,7 @@ def read_file(path: Path) -> dict[str, TensorSource]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a file's header says beside its tensors.
+    """What a file's header says besides its tensors.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -82,4 +82,4 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any], data: int, size: in
         raise CheckpointError(f"{path}: {name} has {end - start} bytes, which its shape {shape} does not need.")
     if data + end > size:
         raise CheckpointError(f"{path} is truncated: {name} ends {data + end - size} bytes after the end of the file.")
-    return at(path, data + start, shape=shape, dtype=dtype)
+    return tensor_at(path, data + start, shape=shape, dtype=dtype)

@@ -158,7 +158,7 @@ class FileReader:
         return target.tobytes()
 
 
-def at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) -> TensorSource:
+def tensor_at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) -> TensorSource:
     """A tensor that is one run of bytes."""
     segment = Segment(path=path, offset=offset, count=math.prod(shape))
     return TensorSource(shape=shape, dtype=dtype, locate=lambda: (segment,))

@@ -1,4 +1,4 @@
-"""The embedded default: option values that point a command at a tiny model and dataset, made on first use."""
+"""``--demo``: option values that point a command at a tiny model and data set, made on first use."""
 
 import importlib
 import logging
@@ -20,10 +20,10 @@ def make(spec: FamilySpec) -> dict[str, Any]:
     model, data = FOLDER / spec.name / "model", FOLDER / spec.name / "data"
     if not model.is_dir():
         console.hint(f"making the demo's tiny {spec.name} model in {model}")
-        _build_whole(model, lambda folder: _model(spec, folder))
+        _build_atomically(model, lambda folder: _model(spec, folder))
     if not data.is_dir():
         console.hint(f"making the demo's videos in {data}")
-        _build_whole(data, lambda folder: _media(spec, folder))
+        _build_atomically(data, lambda folder: _media(spec, folder))
     return {
         **spec.demo,
         "pretrained_model_name_or_path": model,
@@ -49,8 +49,8 @@ def _media(spec: FamilySpec, folder: Path) -> None:
     build_media(folder, control="control" in kinds, audio="audio" in kinds, images="image" in spec.media_types)
 
 
-def _build_whole(folder: Path, build: Any) -> None:
-    """Build beside and rename, so that an interrupted build leaves nothing that looks finished."""
+def _build_atomically(folder: Path, build: Any) -> None:
+    """Build in a folder next to it and rename, so that an interrupted build leaves nothing that looks finished."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -61,7 +61,7 @@ def _build_whole(folder: Path, build: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries keep to themselves what they think of a tiny random model."""
+    """Silence libraries' warnings about a tiny random model."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vfun_cli.demo.t5_parts import write_t5
-from vfun_cli.demo.vae import make_certain
+from vfun_cli.demo.vae import lower_posterior_variance
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
 from vfun_cli.modeling.encoders.magvit_vae import SUPPORTED, vae_arguments
@@ -171,7 +171,7 @@ def _write_vae(folder: Path) -> None:
     }
     _write_json(folder / "config.json", {"_class_name": "AutoencoderKLMagvit", **config})
     vae = AutoencoderKLMagvit(**vae_arguments(config, "the tiny VAE"))
-    make_certain(vae, vae.config.latent_channels)
+    lower_posterior_variance(vae, vae.config.latent_channels)
     _write_weights(folder, vae)
 
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vfun_cli.demo.vae import make_certain
+from vfun_cli.demo.vae import lower_posterior_variance
 from vfun_cli.modeling.encoders import llama_prompt, llava_prompt
 
 LATENT_CHANNELS = 16
@@ -101,7 +101,7 @@ def _common(folder: Path, image_condition: str | None) -> PreTrainedTokenizerFas
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
     )
-    make_certain(vae, LATENT_CHANNELS)
+    lower_posterior_variance(vae, LATENT_CHANNELS)
     vae.save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(folder / "scheduler")
     vocabulary = _write_clip_tokenizer(folder / "tokenizer_2")

@@ -1,4 +1,4 @@
-"""What the demo VAEs have in common with trained ones and random weights do not give."""
+"""A posterior for the demo VAEs as narrow as a trained one's."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ LOG_VARIANCE = -8.0
 transformer can predict, so that even a memorised clip would keep half of its first loss."""
 
 
-def make_certain(vae: nn.Module, latent_channels: int) -> None:
+def lower_posterior_variance(vae: nn.Module, latent_channels: int) -> None:
     """Set the log-variance half of the posterior to ``LOG_VARIANCE`` everywhere, in place."""
     last = getattr(vae, "quant_conv", None)
     if last is None:

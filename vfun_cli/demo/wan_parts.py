@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vfun_cli.demo.vae import make_certain
+from vfun_cli.demo.vae import lower_posterior_variance
 from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
 
 TEXT_DIM = 32
@@ -44,7 +44,7 @@ def write_clip(folder: Path, *, tokens: int = CLIP_TOKENS) -> None:
 def vae_state(base_dim: int = 4) -> dict[str, Tensor]:
     """A small Wan2.1 VAE under its original names: diffusers' random module with its conversion run backwards."""
     vae = AutoencoderKLWan(base_dim=base_dim)
-    make_certain(vae, vae.config.z_dim)
+    lower_posterior_variance(vae, vae.config.z_dim)
     module = vae.state_dict()
     names = {
         new: original

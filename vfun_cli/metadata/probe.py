@@ -143,7 +143,7 @@ def probe_many(
     keys = list(dict.fromkeys(wanted))
     # Threads beyond the CPUs hide the latency of disks and network file systems.
     answers = remembered(keys, _probe, cache=cache, threads=threads or 2 * cpu_cores(), progress=progress)
-    return {key: _thaw(answer) for key, answer in answers.items()}
+    return {key: _decode_facts(answer) for key, answer in answers.items()}
 
 
 def remembered(
@@ -179,9 +179,9 @@ def remembered(
 def _probe(key: tuple[str, str]) -> str:
     path, kind = key
     try:
-        return _freeze(probe_visual(path) if kind == "visual" else probe_audio(path))
+        return _encode_facts(probe_visual(path) if kind == "visual" else probe_audio(path))
     except ProbeError as error:
-        return _freeze(Failure(code=error.code, message=error.message))
+        return _encode_facts(Failure(code=error.code, message=error.message))
 
 
 def _require_file(path: str | Path) -> None:
@@ -277,7 +277,7 @@ def _probe_video(container: "av.container.InputContainer", path: str) -> VisualF
         # Two different rates are a sign, no proof: the spacing in the index decides.
         variable = _uneven(sorted(entry.timestamp for entry in index)) if len(index) else True
     width, height = context.width, context.height
-    if container.format.name.startswith("mov") and _mp4_is_turned(path, container.size):
+    if container.format.name.startswith("mov") and _mp4_is_rotated(path, container.size):
         width, height = height, width
     square = stream.sample_aspect_ratio in (None, 0, 1)
     return VisualFacts(
@@ -297,7 +297,7 @@ def _uneven(times: list[int]) -> bool:
     return max(body) - min(body) > max(2, sum(steps) / len(steps) / 10)
 
 
-def _mp4_is_turned(path: str, size: int) -> bool:
+def _mp4_is_rotated(path: str, size: int) -> bool:
     """Whether an mp4 of ``size`` bytes shows its first picture track turned by a quarter (``moov/trak/tkhd``).
 
     PyAV tells the rotation only after decoding a frame, which takes ten times as long as the header
@@ -503,13 +503,13 @@ _NAMES = {name: tuple(item.name for item in fields(kind)) for name, kind in _KIN
 _TYPES: dict[str, tuple[Any, ...]] = {name: tuple(item.type for item in fields(kind)) for name, kind in _KINDS.items()}
 
 
-def _freeze(facts: Facts) -> str:
+def _encode_facts(facts: Facts) -> str:
     """``VisualFacts|video|640|…``: values in field order. A text that may hold the separator comes last."""
     name = type(facts).__name__
     return "|".join([name, *map(str, map(facts.__dict__.__getitem__, _NAMES[name]))])
 
 
-def _thaw(text: str) -> Facts:
+def _decode_facts(text: str) -> Facts:
     name, _, rest = text.partition("|")
     parts = rest.split("|", len(_NAMES[name]) - 1)
     values = (_READ[kind](part) if kind in _READ else part for kind, part in zip(_TYPES[name], parts, strict=True))

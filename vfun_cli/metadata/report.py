@@ -72,8 +72,8 @@ def totals(report: Report) -> dict[str, Any]:
         "hours": round(float(sum(clip.frames / clip.fps for clip in videos)) / 3600, 6),
         "sizes": _counted(f"{clip.width}x{clip.height}" for clip in good),
         "frame_rates": _counted(f"{float(clip.fps):.5g}" for clip in videos),
-        "seconds": _spread([float(clip.frames / clip.fps) for clip in videos]),
-        "caption_characters": _spread(captions),
+        "seconds": _min_median_max([float(clip.frames / clip.fps) for clip in videos]),
+        "caption_characters": _min_median_max(captions),
     }
 
 
@@ -216,7 +216,7 @@ def _few(counts: dict[str, int], most: int = 6) -> str:
     return shown + (f", {len(counts) - most} more" if len(counts) > most else "")
 
 
-def _spread(values: Sequence[float]) -> list[float] | None:
+def _min_median_max(values: Sequence[float]) -> list[float] | None:
     """[least, median, most]."""
     ordered = sorted(values)
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]] if ordered else None

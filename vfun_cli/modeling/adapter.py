@@ -1,4 +1,4 @@
-"""What the trainer asks of a model family."""
+"""The interface of a model family: what its encoders read, what the transformer is given, what it predicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class AdapterOptions:
 
     model_dir: Path
     compute_dtype: torch.dtype
-    """dtype of the frozen encoders and of what they give."""
+    """dtype of the frozen encoders and of their outputs."""
     device: torch.device
     vae_mini_batch: int = 1
     low_vram: bool = False
@@ -59,11 +59,11 @@ Inputs = dict[str, Input]
 """Everything that one sample needs, by the family's names."""
 
 Conditions = dict[str, Any]
-"""What ``predict`` needs beside latents and timesteps; tensors are batched along dim 0."""
+"""What ``predict`` needs besides latents and timesteps; tensors are batched along dim 0."""
 
 
 class ModelAdapter(Protocol):
-    """Speaks one model's dialect. The objective owns the mathematics, the trainer owns time.
+    """One model family for the trainer: loads the released files, prepares conditions, predicts.
 
     ``transformer`` is the only module that is trained, wrapped and saved. Encoders stay inside the adapter,
     frozen, in eval mode and without gradients.
@@ -95,7 +95,7 @@ class ModelAdapter(Protocol):
         ...
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
-        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, from what the encoders gave; no gradients.
+        """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, from the encoders' outputs; no gradients.
 
         Everything that is random at each step happens here: drops, sampling of posteriors. ``outputs`` has an entry for
         every input of each sample.

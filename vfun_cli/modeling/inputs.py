@@ -1,8 +1,8 @@
 """What an encoder reads, as a lazy input: it can be loaded (decoded), or described without being decoded.
 
     clip = ConcatenatedClip((ConstantFrames(0.0, 73, height, width), VideoFrames(video, indices, height, width)))
-    load_inputs({"clip": clip})         # float32 [F, 3, height, width] by name
-    describe(clip, digest)      # the same text for the same pixels, whatever the file is called
+    load_inputs({"clip": clip})   # float32 [F, 3, height, width] by name
+    describe(clip, digest)        # the same text for the same pixels, whatever the file is called
 
 A lazy input says all that its value depends on, so its description is the key of whatever is computed from it. Families
 compose their own from these; a new kind is a frozen dataclass with ``load``.
@@ -47,13 +47,13 @@ class ClipInput(LazyInput, Protocol):
         ...
 
     def take(self, positions: Sequence[int]) -> "ClipInput":
-        """These of its frames."""
+        """The frames at these positions."""
         ...
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file of the dataset: a description holds what is in it, not what it is called."""
+    """A file of the dataset, described by its content and not by its name."""
 
     path: str
 
@@ -152,7 +152,7 @@ class ConcatenatedClip:
 
 @dataclass(frozen=True)
 class AudioSegment:
-    """Mono audio from a second on, silence behind its end: float32 [samples]."""
+    """Mono audio from second ``start`` on, silence behind its end: float32 [samples]."""
 
     media: MediaFile
     start: Fraction

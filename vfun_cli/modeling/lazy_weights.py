@@ -1,8 +1,8 @@
-"""Weights that stay in their files until it is known which part of them a rank keeps.
+"""Weights that are read only after sharding, so that each rank reads its own rows of the files.
 
     lazy = LazyWeights()
     with lazy.transformer():
-        adapter = Adapter.from_pretrained(options)   # the transformer's parameters stand for values in mapped files
+        adapter = Adapter.from_pretrained(options)   # the transformer's parameters are placeholders of mapped files
     lazy.to_meta(transformer)
     model = fully_shard(transformer)
     load_shards(model, files, device)                     # each rank reads its own rows
@@ -28,7 +28,7 @@ class LazyWeights:
 
     @contextmanager
     def transformer(self) -> Iterator[None]:
-        """Inside, ``load_weights`` leaves what it is told to be a transformer's."""
+        """Inside, ``load_weights(transformer=True)`` registers mapped tensors here instead of reading them."""
         token = _LAZY.set(self)
         try:
             yield
@@ -36,10 +36,10 @@ class LazyWeights:
             _LAZY.reset(token)
 
     def defer(self, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Let every parameter of ``model`` stand for the tensor in ``state``, to be cast to ``dtype`` when it is read.
+        """Make every parameter a placeholder of its tensor in ``state``, which is cast to ``dtype`` when it is read.
 
-        A stand-in is one zero seen as a whole tensor: on the CPU, because peft puts an adapter where its layer is, and
-        an adapter drawn on meta would have no values.
+        A placeholder is one zero expanded to the parameter's shape: on the CPU, because peft puts an adapter where its
+        layer is, and an adapter drawn on meta would have no values.
         """
         placeholders: dict[int, nn.Parameter] = {}
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -52,7 +52,7 @@ class LazyWeights:
             replace_parameter(model, name, placeholder)
 
     def to_meta(self, model: nn.Module) -> None:
-        """Turn the stand-ins into parameters on meta, which take a cast without becoming real."""
+        """Turn the placeholders into parameters on meta, which take a cast without memory."""
         moved: dict[nn.Parameter, nn.Parameter] = {}
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if parameter not in self.stored:
@@ -64,14 +64,14 @@ class LazyWeights:
         self.stored = {moved[parameter]: tensor for parameter, tensor in self.stored.items()}
 
     def value(self, parameter: nn.Parameter) -> Tensor:
-        """All of a parameter's values: its own, or read from the file."""
+        """A parameter's values: its own, or read from the file."""
         if parameter not in self.stored:
             return parameter.detach()
         return _read(self.stored[parameter], parameter.dtype)
 
     @contextmanager
     def materialized(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a module has its whole weights: one layer's at a time is little."""
+        """Inside, a module has its weights in memory: one layer's at a time is little."""
         own = dict(module.named_parameters())
         for name, parameter in own.items():
             replace_parameter(module, name, nn.Parameter(self.value(parameter), requires_grad=parameter.requires_grad))
@@ -93,7 +93,7 @@ NOT_LAZY = LazyWeights()
 
 
 def lazy_weights() -> LazyWeights | None:
-    """Where ``load_weights`` leaves a transformer's weights, if they are to be lazy."""
+    """Where ``load_weights`` registers a transformer's weights; None outside of ``LazyWeights.transformer``."""
     return _LAZY.get()
 
 
@@ -108,10 +108,10 @@ def load_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.dev
         if name not in files:
             continue
         assert isinstance(parameter, DTensor)
-        whole, shard = files[name], parameter.to_local()
-        part = -(-len(whole) // parameter.device_mesh.size())
+        stored, shard = files[name], parameter.to_local()
+        part = -(-len(stored) // parameter.device_mesh.size())
         first = parameter.device_mesh.get_local_rank() * part
-        shard.copy_(_read(whole[first : first + part], shard.dtype))
+        shard.copy_(_read(stored[first : first + part], shard.dtype))
 
 
 def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -24,7 +24,7 @@ from vfun_cli.errors import MetadataError, first_line
 from vfun_cli.metadata.probe import time_zero
 
 DECODER_RESIZE_FROM = 2.5
-"""Let decord shrink while decoding when the clip is at least this many times larger than asked for."""
+"""Let decord shrink while decoding when the clip is at least this many times larger than the target."""
 DECODER_RESIZE_TO = 2.0
 """… to this multiple of the target, before the exact resize. 720p to 448x256 (24 frames of coloured, hard-edged
 waves, one core): 0.22 s instead of 0.77 s, mean difference 0.72/255, largest 20/255 on saturated edges; most of it is
@@ -69,7 +69,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
             hint="vfun validate-meta --deep lists every clip that is shorter than its header says.",
         )
     try:  # [F, h, w, 3] uint8
-        frames = _turned_frames(path, indices) if _is_turned(reader) else reader.get_batch(list(indices)).asnumpy()
+        frames = _rotated_frames(path, indices) if _is_rotated(reader) else reader.get_batch(list(indices)).asnumpy()
     except Exception as error:  # decord raises whatever its C++ threw
         raise _undecodable(path, _first_bad_frame(reader, indices), error) from error
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
@@ -77,7 +77,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
 
 
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
-    """One picture as a clip of one frame: float32 [1, 3, height, width] in [-1, 1], turned as its EXIF data says."""
+    """One picture as a clip of one frame: float32 [1, 3, height, width] in [-1, 1], rotated as its EXIF data says."""
     try:
         with Image.open(path) as image:
             array = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # [h, w, 3]
@@ -158,7 +158,7 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
 def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.VideoReader", tuple[int, int]]:
     """A decord reader, shrinking while it decodes when the clip is much larger than ``height`` x ``width``.
 
-    Beside it the (height, width) that covers the target in the clip's own aspect.
+    Also the (height, width) that covers the target in the clip's own aspect.
     One thread a reader: the loader already runs a process per clip.
     """
     decord.logging.set_level(decord.logging.QUIET)  # the error says it; FFmpeg would say it again on stderr
@@ -167,7 +167,7 @@ def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.Vide
         full_height, full_width = reader[0].shape[:2]
         reader.seek(0)
         cover = cover_size(full_height, full_width, height, width)
-        if full_height < cover[0] * DECODER_RESIZE_FROM or _is_turned(reader):
+        if full_height < cover[0] * DECODER_RESIZE_FROM or _is_rotated(reader):
             return reader, cover
         # Even sizes: swscale is slower and less exact on odd ones.
         small = [2 * round(side * DECODER_RESIZE_TO / 2) for side in cover]
@@ -176,14 +176,14 @@ def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.Vide
         raise _undecodable(path, 0, error) from error
 
 
-def _is_turned(reader: "decord.VideoReader") -> bool:
-    """Whether the file asks to be shown turned: decord then hands out four channels in false colours."""
+def _is_rotated(reader: "decord.VideoReader") -> bool:
+    """Whether the file is to be shown rotated: decord then returns four channels in false colours."""
     channels: int = reader[0].shape[2]
     reader.seek(0)
     return channels != 3
 
 
-def _turned_frames(path: str | Path, indices: Sequence[int]) -> NDArray[np.uint8]:
+def _rotated_frames(path: str | Path, indices: Sequence[int]) -> NDArray[np.uint8]:
     """Frames of a file recorded on its side (phones), upright, [F, h, w, 3]; decoded from the start with PyAV."""
     found: dict[int, NDArray[np.uint8]] = {}
     with av.open(str(path)) as container:

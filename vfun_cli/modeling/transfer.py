@@ -1,4 +1,4 @@
-"""Between the host and the device without waiting for the work that is queued there."""
+"""Copies between host and device that do not wait for the device's stream, and a second stream beside the main one."""
 
 import time
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on ``device``, in order with what is queued there.
+    """A host tensor on ``device``, copied in the order of its stream.
 
-    CUDA copies from ordinary memory only after its queue has run empty; from pinned memory it queues the copy too.
+    From pageable memory CUDA copies only when the stream has drained; a copy from pinned memory is asynchronous.
     """
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
@@ -20,7 +20,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 class Download:
-    """Values of the device on their way to the host; the copy waits in the queue, not the host."""
+    """Values of the device on their way to the host: an asynchronous copy in the stream."""
 
     def __init__(self, values: Tensor) -> None:
         self.arrived: Any = None
@@ -32,7 +32,7 @@ class Download:
             self.arrived.record()
 
     def numbers(self) -> list[Any]:
-        """The values; waits until the device has come to them."""
+        """The values; waits until the device has computed them."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()
@@ -41,8 +41,8 @@ class Download:
 class SideStream:
     """A second stream of the device: what runs there does not wait for the step on the main stream.
 
-    Memory that one stream has used, another does not use again, so it takes its own on top: not for those who asked to
-    save it (``used``). A device without streams works in the order of the program.
+    The allocator does not share memory between streams, so a second one takes its own on top: ``used`` is false where
+    memory is to be saved. A device without streams works in the order of the program.
     """
 
     def __init__(self, device: torch.device, *, used: bool) -> None:
@@ -67,14 +67,14 @@ class SideStream:
 
 
 class Clock:
-    """Moments of the device's own time: marks in its queue, or this process's clock where there is no queue."""
+    """Moments of the device's own time: CUDA events in its stream, else this process's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.queued = device.type == "cuda"
+        self.has_stream = device.type == "cuda"
 
     def mark(self) -> Any:
         """The moment when the device gets here."""
-        if not self.queued:
+        if not self.has_stream:
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record()
@@ -82,5 +82,5 @@ class Clock:
 
     def seconds(self, first: Any, second: Any) -> float:
         """Between two marks that the device has passed."""
-        elapsed: float = first.elapsed_time(second) / 1000 if self.queued else second - first
+        elapsed: float = first.elapsed_time(second) / 1000 if self.has_stream else second - first
         return elapsed

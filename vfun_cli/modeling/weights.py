@@ -203,7 +203,7 @@ def load_weights(
     rename: from a name in the checkpoint to the name in the model.
     dtype: what floating-point tensors are cast to; others stay as they are.
     where: the file or folder, for the error message.
-    transformer: this is the model that is trained, whose weights ``LazyWeights`` may leave in their files.
+    transformer: this is the model that is trained, whose weights ``LazyWeights`` may read later.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
 

@@ -52,7 +52,7 @@ def add_adapters(
     alpha = int(config.network_alpha) if config.network_alpha.is_integer() else config.network_alpha
     transformer.requires_grad_(False)
     torch.manual_seed(config.seed)  # the same A whatever was drawn while the model was loaded
-    setting = LoraConfig(
+    peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=alpha,  # peft says int, a fraction works as well
         target_modules=layers,
@@ -61,18 +61,18 @@ def add_adapters(
         use_rslora=config.use_rslora,
         base_model_name_or_path=str(config.pretrained_model_name_or_path),
     )
-    inject_adapter_in_model(setting, transformer, ADAPTER)
+    inject_adapter_in_model(peft_config, transformer, ADAPTER)
     adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     other = sorted(adapted.keys() ^ set(layers))
-    assert not other, f"peft adapted {other[:5]} otherwise than asked for"
+    assert not other, f"peft and the chosen layers differ in {other[:5]}"
     if config.use_dora and lazy.stored:
         for module in adapted.values():
-            _measure(module, lazy)
+            _recompute_magnitudes(module, lazy)
     return layers
 
 
-def _measure(module: Any, lazy: LazyWeights) -> None:
-    """DoRA's magnitudes again, which peft took from weights that are still in their files."""
+def _recompute_magnitudes(module: Any, lazy: LazyWeights) -> None:
+    """DoRA's magnitudes again: peft took them from placeholders, before the weights were read."""
     with lazy.materialized(module.get_base_layer()):
         module.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=module.get_base_layer(),
@@ -197,7 +197,7 @@ def _set_weight(parameter: nn.Parameter, source: TensorSource, name: str, factor
 
 
 def save_adapter(state: TrainedState, folder: Path) -> None:
-    """The whole adapter as peft stores it, in float32, and the whole optimizer; the same files for every strategy."""
+    """The gathered adapter as peft stores it, in float32, and the moments; the same files for every strategy."""
     weights, moments = collect(state)
     if not state.accelerator.is_main_process:
         return

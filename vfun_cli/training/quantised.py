@@ -1,7 +1,7 @@
 """Frozen linear layers kept in 8 or 4 bits and multiplied in the compute dtype, so that a 14B base fits a small card.
 
 fp8: e4m3 with one scale a row. nf4: the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), one scale
-for 64 weights. The weight is widened when it is used, forward and backward, and never kept wide.
+for 64 weights. The weight is dequantised when it is used, forward and backward, and never kept so.
 """
 
 from collections.abc import Collection
@@ -39,9 +39,11 @@ class QuantisedLinear(nn.Module):
         self.bias = linear.bias
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The weight, [out, in], widened."""
-        wide: Tensor = _WIDEN[self.precision](self.codes, self.scales, (self.out_features, self.in_features))
-        return wide.to(dtype)
+        """The weight, [out, in], dequantised."""
+        dequantised: Tensor = _DEQUANTISE[self.precision](
+            self.codes, self.scales, (self.out_features, self.in_features)
+        )
+        return dequantised.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear``, in the dtype of the input, or autocast's."""
@@ -52,7 +54,7 @@ class QuantisedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x·Wᵀ that widens W again for the gradient instead of keeping it: autograd would keep every layer's."""
+    """x·Wᵀ that dequantises W again for the gradient instead of keeping it: autograd would keep every layer's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
@@ -104,9 +106,9 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
     levels = torch.tensor(NF4_LEVELS, device=codes.device)
     nearest = torch.stack((codes >> 4, codes & 15), dim=1).flatten().int()
-    wide = levels[nearest].view(-1, NF4_BLOCK) * scales
-    return wide.flatten()[: shape[0] * shape[1]].view(shape)
+    dequantised = levels[nearest].view(-1, NF4_BLOCK) * scales
+    return dequantised.flatten()[: shape[0] * shape[1]].view(shape)
 
 
 _QUANTISE = {"fp8": _to_fp8, "nf4": _to_nf4}
-_WIDEN = {"fp8": _from_fp8, "nf4": _from_nf4}
+_DEQUANTISE = {"fp8": _from_fp8, "nf4": _from_nf4}

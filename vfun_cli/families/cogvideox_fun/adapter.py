@@ -1,4 +1,4 @@
-"""CogVideoX-Fun in the trainer's terms: what is decoded, encoded and handed to the transformer."""
+"""CogVideoX-Fun for the trainer: what is decoded, encoded and given to the transformer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ EMPTY_DROP = 0.9
 """How often a clip without any known pixel gets zeros instead of the latents of an all-masked clip."""
 MASKED = -1.0
 """What pixels to be generated are set to: black."""
-NOISY = "add_noise_in_inpaint_model"
+ADD_NOISE_KEY = "add_noise_in_inpaint_model"
 """The transformer's setting that its known pixels get noise."""
 
 
@@ -52,7 +52,7 @@ class DrawnMask:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownPixels:
     """The pixels that the model is given, float32 [F, 3, H, W]: black where it generates."""
 
     pixels: ClipInput
@@ -89,7 +89,7 @@ class CogVideoXFunAdapter:
             ConfigError: the model was not made for the train mode.
         """
         folder = options.model_dir
-        encoders = cls.encoders_of(options)  # first: it finds out what is missing before gigabytes are read
+        encoders = cls.encoders_of(options)  # first: it names what is missing before gigabytes are read
         return cls(
             scale=read_scale(folder / "vae"),
             encoders=encoders,
@@ -122,7 +122,7 @@ class CogVideoXFunAdapter:
         if train_mode(options.get("train_mode")) != "inpaint":
             return compose(clip_of(request), caption)
         mask = DrawnMask(key.content, request.frames, (request.height, request.width))
-        return compose(clip_of(request), caption, mask, noise=key.content if options[NOISY] else None)
+        return compose(clip_of(request), caption, mask, noise=key.content if options[ADD_NOISE_KEY] else None)
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32; ``text`` [B, 226, channels], to inpaint also ``inpaint`` [B, 17, f, h, w].
@@ -147,7 +147,7 @@ class CogVideoXFunAdapter:
         masks = [output["mask"]["value"] for output in outputs]  # [F, 1, H, W] each
         known = sample_posteriors([output["known"] for output in outputs], keys, "vae-known")
         inpaint = join(known, torch.stack(masks).transpose(1, 2), self.scale)
-        # Whether a mask leaves nothing known is asked on the device: an answer on the host would wait for it.
+        # Decided on the device: reading on the host whether a mask leaves anything known would wait for it.
         dropped = upload(torch.tensor([key.chance("empty-drop", EMPTY_DROP) for key in keys]), inpaint.device)
         empty = torch.stack([mask.all() for mask in masks])
         return inpaint * ~(empty & dropped).view(-1, 1, 1, 1, 1)
@@ -176,13 +176,13 @@ def compose(
     inputs = {"clip": Input(encoder="vae", lazy=pixels), "text": Input(encoder="text", lazy=Value(caption))}
     if mask is None:
         return inputs
-    known = Known(pixels, mask, noise)
+    known = KnownPixels(pixels, mask, noise)
     return inputs | {"mask": Input(encoder=None, lazy=mask), "known": Input(encoder="vae", lazy=known)}
 
 
-def train_mode(asked: str | None) -> str:
+def train_mode(given: str | None) -> str:
     """The train mode of a run that may not have named one."""
-    return asked or SPEC.train_modes[0]
+    return given or SPEC.train_modes[0]
 
 
 def add_noise(known: Tensor, key: SampleKey) -> Tensor:

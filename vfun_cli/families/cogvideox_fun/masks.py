@@ -54,7 +54,7 @@ def rectangle_for_a_while(rng: np.random.Generator, mask: Mask) -> None:
 
 
 def scattered_pixels(rng: np.random.Generator, mask: Mask) -> None:
-    """Every pixel of every frame by its own coin."""
+    """Every pixel of every frame is masked with probability 1/2."""
     mask[:] = rng.integers(2, size=mask.shape, dtype=np.uint8)
 
 
@@ -78,7 +78,7 @@ def circle(rng: np.random.Generator, mask: Mask) -> None:
 
 
 def whole_frames(rng: np.random.Generator, mask: Mask) -> None:
-    """Every frame, all of it, by its own coin."""
+    """Every frame is masked as a whole with probability 1/2."""
     mask[:] = rng.integers(2, size=(len(mask), 1, 1), dtype=np.uint8)
 
 
@@ -107,6 +107,9 @@ VIDEO_MODES: tuple[tuple[Draw, float], ...] = (
     (circle, 0.05),
     (whole_frames, 0.05),
 )
-"""Each kind of mask with its probability, in the order of the original's modes 0 to 9 (docs/numerics.md)."""
+"""Each kind of mask with its probability, in the order of the original's modes 0 to 9.
+
+See docs/numerics.md, Masks of CogVideoX-Fun.
+"""
 
 IMAGE_MODES: tuple[tuple[Draw, float], ...] = ((rectangle, 0.2), (everything, 0.7), (ellipse, 0.05), (circle, 0.05))

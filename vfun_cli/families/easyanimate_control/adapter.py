@@ -1,4 +1,4 @@
-"""EasyAnimate Control in the trainer's terms: what is decoded, encoded and handed to the transformer."""
+"""EasyAnimate Control for the trainer: what is decoded, encoded and given to the transformer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,9 +79,9 @@ class EasyAnimateControl:
         return Encoders(sources, options.device, low_vram=options.low_vram)
 
     @classmethod
-    def train_mode(cls, asked: str | None) -> str:
+    def train_mode(cls, given: str | None) -> str:
         """The train mode of a run that may not have named one."""
-        return asked or cls.spec.train_modes[0]
+        return given or cls.spec.train_modes[0]
 
     @classmethod
     def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
@@ -158,7 +158,7 @@ def _check_channels(config: Mapping[str, Any], latent: int, train_mode: str, fol
 
 
 def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> None:
-    """V5 has two text streams, V5.1 one: tell them apart before gigabytes are read."""
+    """V5 has two text streams, V5.1 one: refuse the other family's model before gigabytes are read."""
     other = {V5.name: V5_1.name, V5_1.name: V5.name}[spec.name]
     streams = 2 if config["text_embed_dim_t5"] else 1
     if streams != spec.dims.extra["text_streams"]:

@@ -1,4 +1,4 @@
-"""HunyuanVideo in the terms of the trainer: released folders in, latents, conditions and predictions out."""
+"""HunyuanVideo for the trainer: what is decoded, encoded and given to the transformer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
 GUIDANCE_SCALE = 6.0
 """The embedded guidance that these guidance-distilled models are trained and sampled at."""
-ENCODERS = (
+REQUIRED_FILES = (
     "vae/config.json",
     "text_encoder/config.json",
     "tokenizer/tokenizer.json",
@@ -40,7 +40,7 @@ class HunyuanVideoAdapter:
     """What the two families share: VAE, pooled CLIP text, transformer, guidance."""
 
     condition: ClassVar[Condition]
-    layout: ClassVar[tuple[str, ...]] = ENCODERS
+    required_files: ClassVar[tuple[str, ...]] = REQUIRED_FILES
     """Files and folders that must be there before gigabytes are read."""
 
     def __init__(
@@ -78,7 +78,7 @@ class HunyuanVideoAdapter:
             CheckpointError: parts are missing; it names all of them.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        require_parts(folder, cls.layout, model="HunyuanVideo")
+        require_parts(folder, cls.required_files, model="HunyuanVideo")
         model, tokenizer = folder / "text_encoder_2", folder / "tokenizer_2"
         sources = {
             "vae": folder_source(
@@ -161,7 +161,7 @@ class TextToVideoAdapter(HunyuanVideoAdapter):
             load=lambda: LlamaPrompt.from_folders(model, tokenizer, dtype=dtype, max_length=PROMPT_TOKENS),
             files=(model, tokenizer),
             settings=f"{dtype} {PROMPT_TOKENS}",
-            filler="",
+            dummy_input="",
         )
 
     @classmethod
@@ -173,7 +173,7 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
     """The first frame is given, to LLaVA as an image and to the transformer as its first latent frame."""
 
     condition = "i2v"
-    layout = (*ENCODERS, "image_processor/preprocessor_config.json")
+    required_files = (*REQUIRED_FILES, "image_processor/preprocessor_config.json")
 
     @classmethod
     def _prompt_source(cls, folder: Path, dtype: torch.dtype) -> EncoderSource:
@@ -184,7 +184,7 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
             ),
             files=folders,
             settings=f"{dtype} {PROMPT_TOKENS} {IMAGE_INTERLEAVE}",
-            filler=("", torch.zeros(1, 3, 64, 64)),
+            dummy_input=("", torch.zeros(1, 3, 64, 64)),
         )
 
     @classmethod

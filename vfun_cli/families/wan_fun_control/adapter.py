@@ -1,4 +1,4 @@
-"""What Wan2.1-Fun Control is conditioned on: pixels and text in, the transformer's inputs out."""
+"""Wan2.1-Fun Control for the trainer: what is decoded, encoded and given to the transformer."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from vfun_cli.modeling.weights import empty_model, load_weights, read_json, requ
 DROP = 0.1
 """Probability, for each condition on its own, of training a sample without it."""
 BLACK = -1.0
-LAYOUT = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
+REQUIRED_FILES = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
 """What a released directory holds beside the transformer's safetensors."""
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class WanFunControlAdapter:
             CheckpointError: parts are missing; it names all of them.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        require_parts(folder, LAYOUT, model="Wan2.1-Fun Control")
+        require_parts(folder, REQUIRED_FILES, model="Wan2.1-Fun Control")
         dims, clip = read_dims(read_json(folder / SPEC.config_file)), folder / clip_vision.WEIGHTS
         return Encoders(
             {
@@ -165,7 +165,7 @@ class WanFunControlAdapter:
         return inputs
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
-        """Latents [B, 16, F, H, W] float32 and what ``predict`` reads beside them.
+        """Latents [B, 16, F, H, W] float32 and what else ``predict`` reads.
 
         ``control`` [B, 32, F, H, W]: latents of the control clip, then of the start image in latent frame 0;
         ``text`` [B, 512, text_dim]; ``image`` [B, 257, image_dim]; V1.1 also ``reference`` [B, 16, H, W].

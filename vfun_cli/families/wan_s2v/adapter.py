@@ -1,4 +1,4 @@
-"""Wan2.2-S2V for the trainer: clips with sound, a control video and history in; what the transformer reads out."""
+"""Wan2.2-S2V for the trainer: what is decoded, encoded and given to the transformer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ GREY = 0.0
 SAMPLE_RATE = 16000
 LATENTS = ("clip", "reference", "control", "history")
 """Inputs that the VAE reads; the last one only where motion is dropped."""
-LAYOUT = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, wav2vec2.FOLDER)
+REQUIRED_FILES = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, wav2vec2.FOLDER)
 """What a released directory holds beside the transformer's safetensors."""
 
 
@@ -96,7 +96,7 @@ class TalkingClip:
     size: Size
 
 
-def source_of(request: SampleRequest) -> TalkingClip:
+def talking_clip(request: SampleRequest) -> TalkingClip:
     """The clip, its history, its control video of the same frames, and its sound."""
     size = (request.height, request.width)
     clip = frame_indices(request)
@@ -158,7 +158,7 @@ def history_indices(start: int, stride: int) -> list[int]:
 
 
 class WanS2VAdapter:
-    """The transformer, its three encoders, and the dialect between them."""
+    """Noisy latents with speech, a reference image, a control video, history and a caption."""
 
     def __init__(self, *, transformer: nn.Module, encoders: Encoders, options: AdapterOptions) -> None:
         self.transformer = transformer
@@ -184,7 +184,7 @@ class WanS2VAdapter:
             CheckpointError: parts are missing; it names all of them.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        require_parts(folder, LAYOUT, model="Wan2.2-S2V")
+        require_parts(folder, REQUIRED_FILES, model="Wan2.2-S2V")
         config = read_dims(read_json(folder / SPEC.config_file)).extra
 
         def load_speech() -> SpeechEncoder:
@@ -206,7 +206,7 @@ class WanS2VAdapter:
     @staticmethod
     def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
-        return compose(source_of(request), _decide(request.key, request.frames, options))
+        return compose(talking_clip(request), _decide(request.key, request.frames, options))
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, F, h, w] float32 and the transformer's other inputs, on the device of the options.
@@ -220,9 +220,10 @@ class WanS2VAdapter:
             {part: sample_posterior(output[part], key, f"posterior-{part}") for part in LATENTS if part in output}
             for output, key in zip(outputs, keys, strict=True)
         ]
-        contexts = [1 if gone else MOTION_LATENTS for gone in dropped]
+        contexts = [1 if drop else MOTION_LATENTS for drop in dropped]
         motion = [each["history"] if "history" in each else each["clip"][:, :MOTION_LATENTS] for each in drawn]
         text = [output["text"]["states"] for output in outputs]
+        audio = [self._speech_features(output, key) for output, key in zip(outputs, keys, strict=True)]
         latents = torch.stack([each["clip"][:, context:] for each, context in zip(drawn, contexts, strict=True)])
         return latents, {
             "control_latents": torch.stack([each["control"][:, 1:] for each in drawn]),
@@ -230,10 +231,10 @@ class WanS2VAdapter:
             "motion_latents": torch.stack(motion),
             "drop_motion": torch.tensor(dropped),
             "text_embeds": pad_text(text, self.text_len),
-            "audio": torch.stack([self._heard(output, key) for output, key in zip(outputs, keys, strict=True)]),
+            "audio": torch.stack(audio),
         }
 
-    def _heard(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
+    def _speech_features(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
         """Speech features [25, audio_dim, n] float32, silent when dropped or from a cut tail on."""
         features = output["audio"]["features"].clone()  # [n, 25, audio_dim]
         decisions = _decide(key, len(features), {"control_ref_image": self.options.control_ref_image})

@@ -49,12 +49,12 @@ class ClipVAE(nn.Module, ABC):
         for shape in dict.fromkeys(shapes):
             members = [index for index, other in enumerate(shapes) if other == shape]
             for start in range(0, len(members), self.mini_batch):
-                together = members[start : start + self.mini_batch]
-                pixels = torch.stack([inputs[index].transpose(0, 1) for index in together])
+                batch = members[start : start + self.mini_batch]
+                pixels = torch.stack([inputs[index].transpose(0, 1) for index in batch])
                 pixels = upload(pixels, next(self.parameters()).device)
                 with torch.no_grad():
                     means, deviations = self.posterior(pixels)
-                for index, mean, deviation in zip(together, means, deviations, strict=True):
+                for index, mean, deviation in zip(batch, means, deviations, strict=True):
                     found[index] = {"mean": mean, "std": deviation}
         return [found[index] for index in range(len(inputs))]
 

@@ -1,4 +1,4 @@
-"""A family's frozen encoders by name: loaded when first used, run without gradients, told apart by their files."""
+"""A family's frozen encoders by name: loaded when first used, run without gradients, identified by their files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from vfun_cli.modeling.encoders.placement import encoding_on
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
 
 Output = dict[str, Tensor]
-"""What an encoder makes of one input, by the encoder's names; the tensors of a VAE are ``mean`` and ``std``."""
+"""What an encoder makes of one input, by the encoder's names; those of a VAE are ``mean`` and ``std``."""
 
 
 class Encoder(Protocol):
@@ -36,8 +36,8 @@ class EncoderSource:
     """Files and folders that its outputs depend on."""
     settings: str
     """What else they depend on, such as its dtype."""
-    filler: Any = None
-    """Of a large encoder, which ranks may share: what a rank without inputs of its own reads while the others work."""
+    dummy_input: Any = None
+    """For a large encoder, which ranks may share: what a rank with fewer inputs than the others encodes too."""
 
 
 class Encoders(Mapping[str, Any]):
@@ -54,9 +54,9 @@ class Encoders(Mapping[str, Any]):
         """The encoder itself, loaded now if it was not."""
         if name not in self.loaded:
             self.loaded[name] = self.sources[name].load()
-            ranks = self._sharing(name)
-            if ranks is not None:
-                ranks.shard(self.loaded[name])
+            sharding = self._sharding_of(name)
+            if sharding is not None:
+                sharding.shard(self.loaded[name])
         return self.loaded[name]
 
     def __iter__(self) -> Any:
@@ -67,21 +67,21 @@ class Encoders(Mapping[str, Any]):
         """How many there are, loaded or not."""
         return len(self.sources)
 
-    def shard_over(self, ranks: EncoderSharding) -> None:
-        """Share the large encoders among ranks; before any is loaded. From now on the ranks run them together."""
-        self.sharding = ranks
+    def shard_over(self, sharding: EncoderSharding) -> None:
+        """Shard the large encoders over the ranks; before any is loaded. From now on the ranks run them together."""
+        self.sharding = sharding
 
     @property
     def shared(self) -> list[str]:
         """The encoders that all ranks run at once, with or without inputs of their own."""
-        return [name for name in self.sources if self._sharing(name) is not None]
+        return [name for name in self.sources if self._sharding_of(name) is not None]
 
-    def _sharing(self, name: str) -> EncoderSharding | None:
-        """The ranks that run this encoder together; None if each has its own."""
-        return None if self.sources[name].filler is None else self.sharding
+    def _sharding_of(self, name: str) -> EncoderSharding | None:
+        """How the ranks share this encoder; None if each has its own."""
+        return None if self.sources[name].dummy_input is None else self.sharding
 
     def load(self) -> None:
-        """All that are not there yet.
+        """Load all that are not loaded yet.
 
         Raises:
             CheckpointError: a part is missing or does not fit.
@@ -95,11 +95,11 @@ class Encoders(Mapping[str, Any]):
         A shared encoder runs ``shared_calls`` times on every rank, as often as the rank with most inputs needs, and
         stays on the device, where it takes a part of its size.
         """
-        idle = max(0, shared_calls - len(inputs))
-        if not inputs and not idle:
+        num_dummies = max(0, shared_calls - len(inputs))
+        if not inputs and not num_dummies:
             return []
-        read = [*inputs, *[self.sources[name].filler] * idle]
+        read = [*inputs, *[self.sources[name].dummy_input] * num_dummies]
         module = self[name]
-        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharing(name) is None):
+        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharding_of(name) is None):
             found: list[Output] = module.outputs(read)
         return found[: len(inputs)]

@@ -1,4 +1,4 @@
-"""Where a frozen encoder lies while it works, and while it does not."""
+"""Freezes an encoder, and moves it to its device for as long as it encodes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -98,5 +98,5 @@ def text_source(
         load=lambda: load(model, tokenizer, dtype=dtype, length=length),
         files=(model, tokenizer),
         settings=f"{dtype} {length}",
-        filler="",
+        dummy_input="",
     )

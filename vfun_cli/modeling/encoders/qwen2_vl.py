@@ -25,13 +25,13 @@ class Qwen2VLText(nn.Module):
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> "Qwen2VLText":
         """From the ``text_encoder`` and ``tokenizer`` folders.
 
-        The visual tower and the output head (2.4 GB of the 7B model in bf16) are let go at once: captions need neither.
+        The visual tower and the output head (2.4 GB of the 7B model in bf16) are freed at once: captions need neither.
 
         Raises:
             CheckpointError: one of them is incomplete.
         """
-        whole = load_model(Qwen2VLForConditionalGeneration, model, dtype=dtype)
-        return cls(whole.model.language_model, load_tokenizer(Qwen2Tokenizer, tokenizer), length=length)
+        full = load_model(Qwen2VLForConditionalGeneration, model, dtype=dtype)
+        return cls(full.model.language_model, load_tokenizer(Qwen2Tokenizer, tokenizer), length=length)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask [B, length] of each caption as a chat of one user message.

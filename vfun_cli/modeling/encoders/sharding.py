@@ -1,4 +1,4 @@
-"""A large text encoder spread over the ranks, where the strategy spreads the transformer.
+"""A large text encoder sharded over the ranks, where the strategy shards the transformer.
 
 Each rank keeps a part of every block and gathers a block's weights while it computes, so the ranks run such an encoder
 together: all of them, equally often, or each would wait for the others for ever.
@@ -20,17 +20,17 @@ class EncoderSharding:
     """The ranks that share an encoder."""
 
     mesh: DeviceMesh
-    hosts: Any
-    """A process group on which the ranks agree without waiting for what is queued on their devices."""
+    cpu_group: Any
+    """A process group on the CPU: its collectives do not wait for the devices' streams."""
 
     @classmethod
     def over_all_ranks(cls, device: torch.device) -> "EncoderSharding":
         """Collective: every rank of the job calls it."""
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        return cls(mesh=mesh, hosts=dist.new_group(backend="gloo"))
+        return cls(mesh=mesh, cpu_group=dist.new_group(backend="gloo"))
 
     def shard(self, encoder: nn.Module) -> None:
-        """Leave this rank its part of each block, on its device; the weights come back together block by block."""
+        """Keep this rank's shard of each block, on its device; a block's weights are gathered while it computes."""
         model = encoder.get_submodule("model")
         for block in _blocks(model):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
@@ -40,15 +40,15 @@ class EncoderSharding:
         type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
 
     def all_reduce_max_async(self, counts: Sequence[int]) -> Callable[[], list[int]]:
-        """Ask for the largest of each count on any rank, and go on; what comes back waits for the answer."""
+        """Start the maximum of each count over all ranks; the function that is returned waits for it."""
         largest = torch.tensor(counts)
-        question = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.hosts, async_op=True)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.cpu_group, async_op=True)
 
-        def answer() -> list[int]:
-            question.wait()
+        def result() -> list[int]:
+            work.wait()
             return largest.tolist()
 
-        return answer
+        return result
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -97,7 +97,7 @@ def source(model_dir: Path, *, dtype: torch.dtype, text_len: int, dim: int) -> E
         return encoder
 
     files = (model_dir / WEIGHTS, model_dir / TOKENIZER)
-    return EncoderSource(load=load, files=files, settings=f"{dtype} {text_len}", filler="")
+    return EncoderSource(load=load, files=files, settings=f"{dtype} {text_len}", dummy_input="")
 
 
 def pad_text(states: Sequence[Tensor], text_len: int) -> Tensor:

@@ -19,7 +19,7 @@ FOLDER = "wav2vec2-large-xlsr-53-english"
 FEATURE_RATE = 50
 """wav2vec 2.0 makes one feature per 320 samples at 16 kHz."""
 VIDEO_RATE = 30
-"""Features are resampled to this rate before they are shared out to the clip's frames."""
+"""Features are resampled to this rate before each frame of the clip takes one."""
 UNUSED = ("wav2vec2.masked_spec_embed",)
 """Read only by SpecAugment in wav2vec's own training; some released files leave it out."""
 
@@ -39,8 +39,7 @@ class SpeechEncoder(nn.Module):
         Raises:
             CheckpointError: the folder is incomplete, or its weights do not fit its configuration.
         """
-        # Only SpecAugment reads it, in training; some released files leave it out.
-        model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=("wav2vec2.masked_spec_embed",))
+        model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=UNUSED)
         try:
             extractor = Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
@@ -90,19 +89,20 @@ class SpeechEncoder(nn.Module):
 
     def encode(self, waveform: Tensor, *, fps: Fraction, frames: int) -> Tensor:
         """[frames, layers + 1, hidden] of a clip of ``frames`` frames at ``fps`` and its sound of the same length."""
-        return share_out(self.features_30hz(waveform), fps=fps, frames=frames)
+        return align_to_frames(self.features_30hz(waveform), fps=fps, frames=frames)
 
     def outputs(self, inputs: Sequence[tuple[Tensor, Fraction, int]]) -> list[Output]:
         """``features`` [frames, layers + 1, hidden] of each (waveform, frames a second, frames)."""
         return [{"features": self.encode(waveform, fps=fps, frames=frames)} for waveform, fps, frames in inputs]
 
 
-def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
+def align_to_frames(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
     """One feature of [layers, L, hidden] at 30 Hz for each video frame: [frames, layers, hidden].
 
     Frame k shows at k / fps seconds and takes the feature nearest to that time, half to even. A frame later than the
     last feature gets zeros: wav2vec makes its last feature up to 25 ms before the sound ends.
-    The rule is that of the original's ``get_audio_embed_bucket_fps``, with the exact frame rate (docs/numerics.md).
+    The rule is that of the original's ``get_audio_embed_bucket_fps``, with the exact frame rate (docs/numerics.md,
+    Conditions).
 
     Raises:
         ValueError: the sound is longer than the clip: the original returns a multiple of the frames then, and the model
@@ -119,7 +119,7 @@ def share_out(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
     times = np.linspace(0, duration, frames, endpoint=False)
     last = math.ceil(frames / fps * VIDEO_RATE) - 1
     indices = torch.from_numpy(np.minimum(np.round(VIDEO_RATE * times), last).astype(np.int64)).to(features.device)
-    heard = indices < length
-    shared = features.new_zeros(frames, layers, hidden)
-    shared[heard] = features[:, indices[heard]].transpose(0, 1)
-    return shared
+    in_range = indices < length
+    aligned = features.new_zeros(frames, layers, hidden)
+    aligned[in_range] = features[:, indices[in_range]].transpose(0, 1)
+    return aligned

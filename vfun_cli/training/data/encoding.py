@@ -1,4 +1,4 @@
-"""From requests to what the transformer reads: load what is missing, encode it, put it together."""
+"""From requests to the transformer's inputs: decode what the cache lacks, encode it, assemble."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from vfun_cli.modeling.transfer import upload
 from vfun_cli.training.data.cache import Cache
 
 NO_SHARED_CALLS: Mapping[str, int] = MappingProxyType({})
-"""Where each rank has all encoders of its own."""
+"""For ranks that share no encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Sample:
     values: dict[str, Any]
     """What the encoders must read, decoded, by the inputs' names."""
     found: dict[str, Output] = field(default_factory=dict)
-    """What the cache had."""
+    """Outputs that were in the cache."""
     keys: dict[str, str] = field(default_factory=dict)
-    """Where the cache wants what it had not."""
+    """Cache keys of the inputs that are encoded now."""
 
 
 def load(

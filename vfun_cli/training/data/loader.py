@@ -46,14 +46,14 @@ class MicroBatch:
     index: int
     """Which micro-batch of the step, from 0."""
     share: float = 1.0
-    """FLOPs of the step on its heaviest rank, in units of the epoch's mean: what the time left is told from."""
+    """FLOPs of the step on its heaviest rank, in units of the epoch's mean: the remaining time is estimated from it."""
     requests: tuple[SampleRequest, ...]
     fault: str | None = None
     """Why decoding these requests is not tried again: it hung, or ended the process."""
 
     @property
     def place(self) -> tuple[int, int]:
-        """Unlike any other micro-batch of this rank."""
+        """(step, index): unique among the micro-batches of this rank."""
         return self.step, self.index
 
 
@@ -67,7 +67,7 @@ class LoadedBatch:
     bad: tuple[tuple[SampleRequest, VfunError], ...] = ()
     """What could not be decoded."""
     is_substitute: bool = False
-    """The samples are those of another micro-batch, computed so that all ranks make the same passes, for nothing."""
+    """The samples are those of another micro-batch, computed with weight 0, so that all ranks make the same passes."""
     shared_calls: Mapping[str, int] = field(default_factory=dict)
     """How often each encoder that the ranks share computes for it, on all of them."""
 
@@ -138,7 +138,7 @@ class WorkerStatus:
         return [(process, (step, index), (now - since) / 1e9) for process, step, index, since in four if process]
 
 
-class _Stream(Sampler[MicroBatch]):
+class _PlannedBatches(Sampler[MicroBatch]):
     """The micro-batches of this rank, from the resume position on."""
 
     def __init__(self, batches: Iterator[MicroBatch]) -> None:
@@ -200,8 +200,8 @@ def _substitute(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
 def with_shared_calls(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
     """Micro-batches with the number of calls of each shared encoder; as they are where no encoder is shared.
 
-    The ranks ask each other about a micro-batch when the one before it is handed out: a step finds the answer there
-    and waits for no other rank.
+    The counts of a micro-batch are reduced over the ranks while the one before it trains: a step finds the result and
+    waits for no other rank.
     """
     ranks, shared = encoders.sharding, encoders.shared
     if ranks is None or not shared:
@@ -243,7 +243,7 @@ def _decoded(
         loader = DataLoader(
             ClipDataset(adapter, options, cache, status),
             batch_size=None,
-            sampler=_Stream(handed_out(batches)),
+            sampler=_PlannedBatches(handed_out(batches)),
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_start_worker,
@@ -289,8 +289,8 @@ def _watched(loader: DataLoader[LoadedBatch], status: WorkerStatus) -> Iterator[
     before = {process.pid for process in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    # torch would raise the death of a worker in the middle of a training step; asked for the next micro-batch,
-    # the loader finds out by itself.
+    # torch would raise the death of a worker in the middle of a training step; when the next micro-batch
+    # is fetched, the loader finds out by itself.
     signal.signal(signal.SIGCHLD, handler)
     started = [process for process in multiprocessing.active_children() if process.pid not in before]
     ended = _Ended(processes={process.pid or 0: process for process in started}, too_slow=set())

@@ -1,4 +1,4 @@
-"""One task at a time beside the training loop, whose failure is not lost."""
+"""One task at a time in a thread of its own, whose error the training loop meets."""
 
 import threading
 from collections.abc import Callable

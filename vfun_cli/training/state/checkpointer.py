@@ -66,7 +66,7 @@ class Checkpointer:
                 self._require_memory(state)
                 self._collect(state, self.run.staging / MODEL_DIR, state.accelerator.is_local_main_process)
                 if state.accelerator.is_local_main_process:
-                    self.background.start(lambda: self._carry_over(state, run_state))
+                    self.background.start(lambda: self._copy_to_disk(state, run_state))
             else:
                 partial = self.run.partial_checkpoint(step)
                 self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
@@ -140,7 +140,7 @@ class Checkpointer:
             save_file(state.average.shadow, folder / EMA_FILE)
         state.accelerator.wait_for_everyone()
 
-    def _carry_over(self, state: TrainedState, run_state: dict[str, Any]) -> None:
+    def _copy_to_disk(self, state: TrainedState, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
         with self._failure_named(run_state["step"]):
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
@@ -152,7 +152,7 @@ class Checkpointer:
             arrived[machine].touch()
             if machine == 0:
                 while not all(mark.exists() for mark in arrived):
-                    time.sleep(_LOOK_SECONDS)
+                    time.sleep(_POLL_SECONDS)
                 for mark in arrived:
                     mark.unlink()
                 self._finish(partial, run_state)
@@ -171,7 +171,7 @@ class Checkpointer:
         partial.replace(final)
         manifest.fsync_directory(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        self._retire(final)
+        self._delete_old(final)
 
     def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns ``state.json``.
@@ -202,7 +202,7 @@ class Checkpointer:
             return FORMATS.get(run_state["strategy"]) == self.format
         return (run_state["strategy"], run_state["world_size"]) == (self.strategy, world_size)
 
-    def _retire(self, newest: Path) -> None:
+    def _delete_old(self, newest: Path) -> None:
         if self.keep is None:
             return
         complete = [path for path in manifest.checkpoints(self.run.root) if path != newest]
@@ -217,15 +217,15 @@ def checkpoint_bytes(state: TrainedState) -> int:
     trained = trained_parameters(state)
     count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
     copies = 3 + (state.average is not None)
-    return count * (4 * copies + 2) + len(trained) * _BYTES_TO_DESCRIBE + _BYTES_BESIDE
+    return count * (4 * copies + 2) + len(trained) * _METADATA_BYTES + _BYTES_OF_OTHER_FILES
 
 
-_BYTES_TO_DESCRIBE = 8192
+_METADATA_BYTES = 8192
 """A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
 
-_BYTES_BESIDE = 1 << 20
+_BYTES_OF_OTHER_FILES = 1 << 20
 
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 def _lack_of_space(folder: Path, needed: int) -> str | None:

@@ -1,6 +1,6 @@
 """Fills the live state of any strategy from a checkpoint of any other: weights, moments and step counts by name.
 
-Tensors are read one after another when they are put into place, so no more than one is ever whole in memory.
+Tensors are read one after another when they are put into place, so at most one full tensor is in memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def load_converted(state: TrainedState, checkpoint: CheckpointReader) -> None:
 
 @dataclass(frozen=True)
 class _Weights(Mapping[str, Tensor]):
-    """Weights by name, read when they are asked for."""
+    """Weights by name, read when they are accessed."""
 
     checkpoint: CheckpointReader
 
@@ -42,7 +42,7 @@ class _Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class _Moments(Mapping[str, Tensor]):
-    """``<parameter>.<moment>``, read when it is asked for."""
+    """``<parameter>.<moment>``, read when it is accessed."""
 
     checkpoint: CheckpointReader
 

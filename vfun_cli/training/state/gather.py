@@ -1,6 +1,6 @@
-"""Trained weights and optimizer moments as whole tensors, read from and put back into any strategy.
+"""Trained weights and optimizer moments as full tensors, gathered from and put back into any strategy.
 
-LoRA checkpoints use it: adapters are small, so one file holds them whole, whatever sharded them in training.
+LoRA checkpoints use it: adapters are small, so one file holds full tensors, whatever sharded them in training.
 Every function here is collective: all ranks call it, in the same order.
 """
 
@@ -82,7 +82,7 @@ def _write(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """The whole value on the parameter's device, sharded as the parameter is."""
+    """The full value on the parameter's device, sharded as the parameter is."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -138,12 +138,12 @@ def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | N
             count += moments[piece.master][key].to(count.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=zero.dp_process_group)
         return count
-    whole = torch.zeros(_numel(parameter), device=device)
+    full = torch.zeros(_numel(parameter), device=device)
     if piece is not None:
         source = piece.master if key is None else moments[piece.master][key]
-        whole.narrow(0, piece.offset, piece.count).copy_(piece.inside(source.detach()))
-    dist.all_reduce(whole, group=zero.dp_process_group)
-    return whole.reshape(_shape(parameter))
+        full.narrow(0, piece.offset, piece.count).copy_(piece.inside(source.detach()))
+    dist.all_reduce(full, group=zero.dp_process_group)
+    return full.reshape(_shape(parameter))
 
 
 def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
