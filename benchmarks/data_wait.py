@@ -78,7 +78,8 @@ class Bench:
         from vfun_cli import families
         from vfun_cli.config.options import RunConfig
         from vfun_cli.plan.run_plan import load_plan
-        from vfun_cli.training.data.cache import Cache, entries
+        from vfun_cli.run.cachedir import entries
+        from vfun_cli.training.data.cache import Cache
         from vfun_cli.training.data.stream import micro_batches
         from vfun_cli.training.session import adapter_of, adapter_options, load_options
 

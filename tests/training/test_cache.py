@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,15 +20,16 @@ from typer.testing import CliRunner, Result
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.errors import CheckpointError, EnvironmentFault
+from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.main import app
 from vfun_cli.modeling.adapter import Inputs, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.run.cachedir import entries, partials, prune, verify_entry
 from vfun_cli.training.data import cache as cache_module
-from vfun_cli.training.data.cache import Cache, entries, partials, prune
+from vfun_cli.training.data.cache import Cache, read_entry
 from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 FAMILIES = tuple(families.FAMILIES)
@@ -385,3 +388,38 @@ def test_verify_names_damaged_entries_and_leaves_them(cache: Cache) -> None:
     assert said.exit_code == as_json.exit_code == 0
     assert said.stdout == "1 entries, all whole\n"
     assert json.loads(as_json.stdout) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": []}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"])
+def test_an_entry_is_whole_to_readers_with_and_without_torch(dtype: str, cache: Cache) -> None:
+    values = torch.arange(6).to(getattr(torch, dtype))
+    _, path = filled(cache, {"b": values.view(2, 3), "a": values[3].clone(), "none": values[:0].clone()})
+    verify_entry(path)
+    assert {*read_entry(path)} == {"a", "b", "none"}
+
+
+def test_verify_loads_no_torch(cache: Cache) -> None:
+    _, good = filled(cache)
+    bad = cache.path("cd" * 16)
+    bad.parent.mkdir()
+    bad.write_bytes(good.read_bytes()[:-1] + b"x")
+    script = (
+        "import sys\nfrom vfun_cli.main import main\n"
+        f"try:\n    main(['cache', 'wan-s2v', '--demo', '--cache', {str(cache.root)!r}, '--verify', '--json'])\n"
+        "except SystemExit as ended:\n    print(ended.code)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    content, code, torch_loaded = done.stdout.splitlines()
+    assert json.loads(content)["damaged"] == [str(bad)]
+    assert (code, torch_loaded) == ("5", "False")
+
+
+def test_verify_of_what_is_no_cache_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "file", "empty"):
+        said = verify(tmp_path / name)
+        assert said.exit_code == ConfigError.exit_code and "there is no cache in" in said.stderr, name
+    said = verify(tmp_path / "empty", "--prune")
+    assert said.exit_code == ConfigError.exit_code and "--prune" in said.stderr

@@ -17,7 +17,8 @@ import pytest
 
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
-from vfun_cli.training.data.cache import entries, partials, read_entry
+from vfun_cli.run.cachedir import entries, partials
+from vfun_cli.training.data.cache import read_entry
 
 pytestmark = pytest.mark.slow
 

@@ -1,8 +1,6 @@
 """``vfun cache``: encode everything that a run will need, before it."""
 
-import os
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,10 +43,13 @@ def cache(
     · [bold]vfun cache wan-s2v --cache latents --verify[/bold]
     """
     spec = families.find(family)
-    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
+    if verify and prune:
+        raise ConfigError("--verify only reads, --prune deletes before it fills.", hint="Drop one of them.")
+    needs_demo = demo and not verify  # making the demo loads torch
+    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if needs_demo else None)
     folder = resolved.config.cache
     if folder is None:
-        raise ConfigError("no cache is named.", hint=f"vfun cache {spec.name} --cache FOLDER")
+        raise ConfigError("no cache is named.", hint="Name its folder with --cache.")
     if verify:
         _verify(folder, as_json=json)
         return
@@ -68,8 +69,10 @@ def _announce(job: "Job") -> None:
 
 
 def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:
+    from vfun_cli.run.cachedir import entries
+
     encoded, complete = outcome.step, outcome.ending == "completed"
-    size = sum(path.stat().st_size for path in folder.glob("entries/??/*.safetensors"))
+    size = sum(path.stat().st_size for path in entries(folder))
     if as_json:
         console.print_json({"cache": str(folder), "complete": complete, "encoded": encoded, "bytes": size})
     else:
@@ -84,23 +87,23 @@ def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:
 
 
 def _for_filling(resolved: Resolved, folder: Path) -> Resolved:
-    """The same data and plan, with processes that hold no transformer; their logs lie inside the cache.
+    """The same data and plan, with processes that hold no transformer; their logs lie inside the cache."""
+    from vfun_cli.run.cachedir import fill_dir
 
-    Several commands may fill one cache at once, so each has a folder of its own.
-    """
     config = resolved.config
     strategy = "single" if config.num_processes == 1 else "ddp"
-    run = folder / "fill" / f"{time.time_ns()}-{os.getpid()}"
-    return replace(resolved, config=replace(config, output_dir=run, strategy=strategy))
+    return replace(resolved, config=replace(config, output_dir=fill_dir(folder), strategy=strategy))
 
 
 def _verify(folder: Path, *, as_json: bool) -> None:
-    from vfun_cli.training.data.cache import DamagedEntry, entries, read_entry
+    from vfun_cli.run.cachedir import DamagedEntry, entries, is_cache, verify_entry
 
+    if not is_cache(folder):
+        raise ConfigError(f"there is no cache in {folder}.", hint="The same command without --verify fills one.")
     damaged, good = [], 0
     for path in entries(folder):
         try:
-            read_entry(path)
+            verify_entry(path)
             good += 1
         except DamagedEntry as error:
             damaged.append(str(path))

@@ -1,8 +1,5 @@
 """Encoder outputs on disk, under names that say what they were made from.
 
-    DIR/entries/3f/3fa9….safetensors   one output; named by the digest of input, media, encoder and code
-    DIR/files/….json                   digests of files that were read once, by path, size and times
-
 Whatever changes what an encoder would give changes the name, so nothing is ever stale and several runs may fill one
 directory at once: an entry is written beside its place and renamed, and two that write the same one write the same.
 """
@@ -11,8 +8,7 @@ import hashlib
 import json
 import secrets
 import sys
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -31,17 +27,15 @@ from vfun_cli.modeling import encoders, inputs, media, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
+from vfun_cli.run.cachedir import DIGEST, Content, DamagedEntry, content_digest, entry, require_digest
 from vfun_cli.run.rundir import write_atomically
 
-SUFFIX = ".safetensors"
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
 SHARED_CODE = (media, probe, randomness, inputs, weights)
 """Modules that decode media and load encoders, beside the encoders' own."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
 """What runs, prepares and decodes. Another release may give other numbers: transformers 5 moved a state of wav2vec."""
-ABANDONED = 3600
-"""Seconds after which a file that is being written is not."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class Cache:
 
     def path(self, key: str) -> Path:
         """Where an entry lies."""
-        return self.root / "entries" / key[:2] / f"{key}{SUFFIX}"
+        return entry(self.root, key)
 
     def has(self, key: str) -> bool:
         """Whether there is such an entry."""
@@ -107,7 +101,7 @@ class Cache:
         partial = path.with_name(f".{key}.{secrets.token_hex(8)}")  # hosts that share a disk share process ids
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {"content": content_digest(tensors)})
+            save_file(tensors, partial, {DIGEST: _digest_of_tensors(tensors)})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -122,10 +116,6 @@ class Cache:
         return _digest_of(self.root, path)
 
 
-class DamagedEntry(Exception):
-    """A file of the cache that does not hold what was written."""
-
-
 def read_entry(path: Path) -> Output:
     """The tensors of one entry. Raises FileNotFoundError, or DamagedEntry for other bytes than were written."""
     if not path.exists():
@@ -133,42 +123,24 @@ def read_entry(path: Path) -> Output:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            stated = (file.metadata() or {}).get("content")
+            stated = (file.metadata() or {}).get(DIGEST)
     except (SafetensorError, OSError) as error:
         raise DamagedEntry(f"{path} is damaged ({error})") from None
-    if stated != content_digest(tensors):
-        raise DamagedEntry(f"{path} is damaged: its content is not what was written")
+    require_digest(path, stated, _digest_of_tensors(tensors))
     return tensors
 
 
-def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bytes."""
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def entries(root: Path) -> Iterator[Path]:
-    """All entries of a cache."""
-    yield from (root / "entries").glob(f"??/*{SUFFIX}")
-
-
-def partials(root: Path) -> Iterator[Path]:
-    """What processes that were killed left behind, and what live ones are writing."""
-    yield from (root / "entries").glob("??/.*")
-
-
-def prune(root: Path, wanted: Collection[str]) -> None:
-    """Delete all entries but these, and what killed processes left behind an hour or more ago."""
-    for path in entries(root):
-        if path.name.removesuffix(SUFFIX) not in wanted:
-            path.unlink(missing_ok=True)
-    for path in partials(root):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    return content_digest(
+        {
+            name: Content(
+                dtype=str(tensor.dtype),
+                shape=tensor.shape,
+                data=[tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data],
+            )
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 @cache

@@ -13,9 +13,10 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import RunPlan, load_plan
+from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.cache import Cache, prune
+from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.data.stream import micro_batches
