@@ -1,7 +1,7 @@
 """``vfun plan-buckets``: the token-length bucket plan, before any GPU."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -9,9 +9,15 @@ from rich.markup import escape
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
+from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vfun_cli.families.spec import FamilySpec
+    from vfun_cli.plan.rows import PlanInput
+    from vfun_cli.plan.schedule import EpochPlan
 
 
 @with_options("plan-buckets")
@@ -55,49 +61,79 @@ def plan_buckets(
     Examples: [bold]vfun plan-buckets wan-s2v[/bold] · [bold]vfun plan-buckets wan-s2v --meta metadata.json
     --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
     """
-    from vfun_cli.metadata.records import find_row, read_metadata
-    from vfun_cli.plan.picture import plot
-    from vfun_cli.plan.planning import plan_options
-    from vfun_cli.plan.preview import preview
-    from vfun_cli.plan.report import plan_json, why, why_lines
-    from vfun_cli.plan.rows import dims_if_there, plan, plan_input, plan_input_without_files
-
     spec = families.find(family)
     if meta is not None:
         given["train_data_meta"] = meta
     resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
-    config = resolved.config
-    ranks = world_size or config.num_processes or 1
+    config, ranks = resolved.config, world_size or resolved.config.num_processes or 1
     model = config.pretrained_model_name_or_path
     if model is not None and not model.is_dir():
         console.hint(f"{model} is not here: planned with the dimensions of the largest {spec.name} release")
     if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
         if why_clip is not None or plot_to is not None:
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
-        dims = dims_if_there(config, spec)
-        if json:
-            console.print_json(plan_json(spec, dims, plan_options(config, ranks)))
-        else:
-            console.out.print(preview(spec, dims, plan_options(config, ranks)))
-            console.hint("Name the metadata with --meta for the plan of its clips.")
+        _show_sizes(spec, config, ranks, as_json=json)
         return
-    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
-    plans = plan(source, epochs)
-    known = (spec, source.dims)
+    source, plans = _plan(spec, config, ranks, epochs)
     if plot_to is not None:
-        plot(plot_to, *known, source.options, plans[0])
-        console.hint(f"wrote {plot_to}")
+        _draw(source, plans, plot_to)
     if why_clip is not None:
-        assert config.train_data_meta is not None
-        metadata = read_metadata(config.train_data_meta)
-        row = find_row(metadata, why_clip, [field.name for field in spec.fields])
-        story = why(*known, source.table, source.options, row, plans)
-        story["file"] = next(record.fields.get("file_path") for record in metadata.records if record.row == row)
-        if json:
-            console.print_json(story)
-        else:
-            console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
-    elif json:
-        console.print_json(plan_json(*known, source.options, source.table, plans, assignment=assignment))
+        _explain(config, source, plans, why_clip, as_json=json)
     else:
-        console.out.print(preview(*known, source.options, source.table, plans))
+        _show_plan(source, plans, assignment=assignment, as_json=json)
+
+
+def _show_sizes(spec: "FamilySpec", config: RunConfig, ranks: int, *, as_json: bool) -> None:
+    """The size table alone."""
+    from vfun_cli.plan.planning import plan_options
+    from vfun_cli.plan.preview import preview
+    from vfun_cli.plan.report import plan_json
+    from vfun_cli.plan.rows import dims_if_there
+
+    dims, sizes = dims_if_there(config, spec), plan_options(config, ranks)
+    if as_json:
+        console.print_json(plan_json(spec, dims, sizes))
+    else:
+        console.out.print(preview(spec, dims, sizes))
+        console.hint("Name the metadata with --meta for the plan of its clips.")
+
+
+def _plan(spec: "FamilySpec", config: RunConfig, ranks: int, epochs: int) -> "tuple[PlanInput, list[EpochPlan]]":
+    from vfun_cli.plan.rows import plan, plan_input, plan_input_without_files
+
+    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
+    return source, plan(source, epochs)
+
+
+def _draw(source: "PlanInput", plans: "list[EpochPlan]", target: Path) -> None:
+    from vfun_cli.plan.picture import plot
+
+    plot(target, source.spec, source.dims, source.options, plans[0])
+    console.hint(f"wrote {target}")
+
+
+def _explain(config: RunConfig, source: "PlanInput", plans: "list[EpochPlan]", clip: str, *, as_json: bool) -> None:
+    """One clip, from its file to its bucket."""
+    from vfun_cli.metadata.records import find_row, read_metadata
+    from vfun_cli.plan.report import why, why_lines
+
+    assert config.train_data_meta is not None
+    metadata = read_metadata(config.train_data_meta)
+    row = find_row(metadata, clip, [field.name for field in source.spec.fields])
+    story = why(source.spec, source.dims, source.table, source.options, row, plans)
+    story["file"] = next(record.fields.get("file_path") for record in metadata.records if record.row == row)
+    if as_json:
+        console.print_json(story)
+    else:
+        console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
+
+
+def _show_plan(source: "PlanInput", plans: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:
+    from vfun_cli.plan.preview import preview
+    from vfun_cli.plan.report import plan_json
+
+    known = (source.spec, source.dims, source.options, source.table, plans)
+    if as_json:
+        console.print_json(plan_json(*known, assignment=assignment))
+    else:
+        console.out.print(preview(*known))
