@@ -41,16 +41,31 @@ def check_weights(model_dir: Path) -> int:
     return len(files) + len(pickles)
 
 
-def _check_index(index: Path, held: Mapping[Path, Collection[str]]) -> None:
+def read_index(index: Path) -> dict[str, Path]:
+    """For every tensor that a ``*.safetensors.index.json`` names, the shard beside it that holds the tensor.
+
+    Raises:
+        CheckpointError: it is no index, or a shard is missing.
+    """
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(placed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
-    missing = [name for name in shards if index.parent / name not in held]
+        files = {name: index.parent / shard for name, shard in placed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not a safetensors index ({error!r}).", hint="Download the index file again."
+        ) from error
+    shards = sorted(set(files.values()))
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(f"{index} names {len(shards)} shards, and these are missing: {_some(missing)}.")
-    lost = [name for name, shard in placed.items() if name not in held[index.parent / shard]]
+        raise CheckpointError(
+            f"{index} names {len(shards)} shards, and {len(missing)} of them are missing: {_some(missing)}.",
+            hint=f"Download the missing files again into {index.parent}.",
+        )
+    return files
+
+
+def _check_index(index: Path, held: Mapping[Path, Collection[str]]) -> None:
+    lost = [name for name, shard in read_index(index).items() if name not in held.get(shard, ())]
     if lost:
         raise CheckpointError(f"{index} places tensors in shards that do not hold them: {_some(lost)}.")
 

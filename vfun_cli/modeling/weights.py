@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.released import INDEX, read_index
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.modeling.lazy_weights import lazy_weights, replace_parameter
 
@@ -63,10 +64,10 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
     Raises:
         CheckpointError: there is none, a shard of the index is missing, or a file is damaged.
     """
-    index = folder / f"{stem}.safetensors.index.json"
+    index = folder / f"{stem}{INDEX}"
     single = folder / f"{stem}.safetensors"
     if index.is_file():
-        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        files = sorted(set(read_index(index).values()))
     elif single.is_file():
         files = [single]
     else:
@@ -75,12 +76,6 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
         raise CheckpointError(
             f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file.",
             hint=POINT_AT_RELEASE,
-        )
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index} names {len(files)} shards, and {len(missing)} of them are missing: {_some(missing)}.",
-            hint=f"Download the missing files again into {folder}.",
         )
     for file in files:
         _open(file)
@@ -290,16 +285,6 @@ def _refuse_meta(model: nn.Module) -> None:
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
         raise RuntimeError(f"{type(model).__name__} has buffers on meta ({_some(empty)}): build it with empty_model")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is not a safetensors index: {first_line(error)}.", hint="Download the index file again."
-        ) from error
 
 
 def _open(file: Path) -> safe_open:
