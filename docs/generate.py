@@ -7,7 +7,8 @@ from typing import Any, get_args, get_origin
 import numpy as np
 
 from vfun_cli import families
-from vfun_cli.config.options import IGNORED_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
+from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.table import ClipTable
 
@@ -30,8 +31,8 @@ output_dir = "runs/first"
 learning_rate = 1e-5
 ```
 
-*Resume* says what a changed value means for `vfun resume`: **harmless** passes, **trajectory** is refused unless
-`--allow` names it, **layout** is refused.
+*Resume* says what a changed value means for `vfun resume`: **harmless** and **sharding** pass with a notice (the latter
+spreads the same run otherwise), **trajectory** is refused unless `--allow` names it.
 """
 
 

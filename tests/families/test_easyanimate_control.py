@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderModel
 
-from vfun_cli.config.options import parse
+from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1, complete_config
@@ -90,7 +90,7 @@ def test_every_default_is_an_option_with_a_valid_value(spec) -> None:
     assert len(values) > 30
     for name, value in values.items():
         parse(name, value, spec.name)
-    spec.check_options(spec.defaults)
+    spec.check_options(RunConfig())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_every_default_is_an_option_with_a_valid_value(spec) -> None:
 )
 def test_values_that_cannot_train_the_family_are_refused_with_the_others(spec, given, message, hint) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        spec.check_options(given)
+        spec.check_options(RunConfig(**given))
     assert hint in caught.value.hint
 
 

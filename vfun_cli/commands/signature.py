@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from vfun_cli import console
-from vfun_cli.config.options import IGNORED_FLAGS, STRATEGY_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
+from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
 
 Command = Callable[..., None]

@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 
 MODEL = "Model"
@@ -28,7 +29,7 @@ TRAIN = ("train", "lora")
 DATA_COMMANDS = ("train", "lora", "plan-buckets", "validate-meta")
 PLAN_COMMANDS = ("train", "lora", "plan-buckets")
 
-ResumeEffect = Literal["trajectory", "harmless", "layout"]
+ResumeEffect = Literal["trajectory", "harmless", "sharding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +47,9 @@ class Opt:
     minimum: float | None = None
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
-    """What a changed value means for a resumed run: another trajectory, nothing, or another sharding layout."""
+    """What a changed value means for a resumed run: another trajectory, nothing, or the same steps spread otherwise."""
     hidden: bool = False
 
-
-STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3", "zero3-offload")
-
-# Flags of the original scripts that choose a strategy there, and what they choose here.
-STRATEGY_FLAGS = {
-    "ddp": "ddp",
-    "fsdp": "fsdp",
-    "zero2": "zero2",
-    "zero3": "zero3",
-    "zero3_offload": "zero3-offload",
-    "use_fsdp": "fsdp",
-    "use_deepspeed": "zero2",
-}
 
 DEFAULT_VARIANTS = 4
 """Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
@@ -380,8 +368,8 @@ class RunConfig:
         Opt(
             help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it.",
             panel=PARALLEL,
-            choices=STRATEGIES,
-            on_resume="layout",
+            choices=tuple(STRATEGIES),
+            on_resume="sharding",
         ),
     ] = "auto"
     device: Annotated[
@@ -390,7 +378,7 @@ class RunConfig:
             help="Where to train; auto takes the GPUs if there are any.",
             panel=PARALLEL,
             choices=("auto", "cuda", "cpu"),
-            on_resume="layout",
+            on_resume="sharding",
         ),
     ] = "auto"
     num_processes: Annotated[
@@ -399,12 +387,14 @@ class RunConfig:
             help="Processes over all machines; by default one a GPU, or two on a machine without.",
             panel=PARALLEL,
             minimum=1,
-            on_resume="layout",
+            on_resume="sharding",
         ),
     ] = None
     num_machines: Annotated[
         int,
-        Opt(help="Machines in the job; start the same command on each.", panel=PARALLEL, minimum=1, on_resume="layout"),
+        Opt(
+            help="Machines in the job; start the same command on each.", panel=PARALLEL, minimum=1, on_resume="sharding"
+        ),
     ] = 1
     machine_rank: Annotated[
         int, Opt(help="Which machine this is, from 0.", panel=PARALLEL, minimum=0, on_resume="harmless")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import CheckpointError
@@ -57,6 +57,22 @@ class ModelDims:
     num_layers: int
     extra: Mapping[str, int] = field(default_factory=dict)
     """Dimensions only one family has (audio injectors, single-stream blocks, reference tokens, …)."""
+
+
+class ConditioningOptions(Protocol):
+    """The options of a run in which families differ; ``config.options.RunConfig`` has them."""
+
+    @property
+    def train_mode(self) -> str | None:
+        """What the model is conditioned on; None: the family's first mode."""
+
+    @property
+    def control_ref_image(self) -> str:
+        """Which frame serves as the reference image."""
+
+    @property
+    def loss_type(self) -> str | None:
+        """The original scripts' name of the objective; None: the family's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +165,7 @@ class FamilySpec:
     train_modes: tuple[str, ...] = ()
     reference_images: tuple[str, ...] = ()
     """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
-    check_options: Callable[[Mapping[str, object]], None] = lambda options: None
+    check_options: Callable[["ConditioningOptions"], None] = lambda options: None
     """Raises ConfigError for an option value that exists but cannot train this family."""
 
     def settings_beside(self, model_dir: Path) -> dict[str, object]:

@@ -74,7 +74,7 @@ def changes(before: Mapping[str, Any], after: RunConfig) -> list[Change]:
         earlier = before.get(name, default_of(name))
         effect: str = opt.on_resume
         if name == ACCUMULATION and step_size(before) == step_size(now):
-            effect = "layout"  # the same steps, cut for another number of processes
+            effect = "sharding"  # the same steps, cut for another number of processes
         if now[name] != earlier:
             found.append(Change(name=name, before=earlier, after=now[name], effect=effect))
     return found
@@ -149,7 +149,7 @@ def _allowing(
     """The command that goes on with these options all the same."""
     words = ["vfun", "resume", str(found.checkpoint)]
     for change in changes(described["config"], after):
-        kept = change.name == ACCUMULATION and change.effect == "layout"  # resume does that by itself
+        kept = change.name == ACCUMULATION and change.effect == "sharding"  # resume does that by itself
         if change.after is not None and not kept and change.name != "resume_from_checkpoint":
             words += _typed(change.name, change.after)
     for name in [*allowed, *(change.name for change in refused)]:

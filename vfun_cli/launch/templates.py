@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run.rundir import RunDir
 
@@ -38,12 +39,12 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
     """Render the launch files of this machine; pure but for choosing a free port."""
     folder = run.launch(config.machine_rank).absolute()
     accelerate_file = folder / "accelerate.yaml"
-    deepspeed_template = templates_dir() / "deepspeed" / f"{config.strategy}.json"
     deepspeed_file = folder / "deepspeed.json"
+    strategy = STRATEGIES[config.strategy]
     values = _values(config, spec) | {"deepspeed_config_file": _yaml_text(str(deepspeed_file))}
-    files = {accelerate_file: _render(templates_dir() / "accelerate" / f"{config.strategy}.yaml", values)}
-    if deepspeed_template.is_file():
-        files[deepspeed_file] = _render(deepspeed_template, values)
+    files = {accelerate_file: _render(strategy.launch_file, values)}
+    if strategy.deepspeed_file is not None:
+        files[deepspeed_file] = _render(strategy.deepspeed_file, values)
     argv = [
         sys.executable,
         "-m",
@@ -75,8 +76,8 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
     }
 
 
-def _render(template: Path, values: dict[str, Any]) -> str:
-    return Template(template.read_text(encoding="utf-8")).substitute(values)
+def _render(template: str, values: dict[str, Any]) -> str:
+    return Template((templates_dir() / template).read_text(encoding="utf-8")).substitute(values)
 
 
 def _json_bool(value: bool) -> str:

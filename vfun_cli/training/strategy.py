@@ -20,22 +20,24 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
 
 
 def make_accelerator(
-    strategy: str, device: str, accumulation: int, mixed_precision: str, reduce_dtype: str = "fp32"
+    name: str, device: str, accumulation: int, mixed_precision: str, reduce_dtype: str = "fp32"
 ) -> Accelerator:
     """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
     settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
-    if strategy.startswith("zero"):
+    wrapper = STRATEGIES[name].wrapper
+    if wrapper == "deepspeed":
         if device == "cpu":
             use_gloo_alone()
         backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
         return Accelerator(**settings, kwargs_handlers=[backend])
     settings["mixed_precision"] = mixed_precision
-    if strategy == "fsdp":
+    if wrapper == "fsdp":
         if device == "cpu":
             # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
             state = PartialState(cpu=True)
@@ -45,7 +47,7 @@ def make_accelerator(
     if device == "cuda":
         return Accelerator(**settings)
     # A bucket view saves a copy of every gradient.
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if strategy == "ddp" else []
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if wrapper == "ddp" else []
     return Accelerator(**settings, cpu=True, kwargs_handlers=handlers)
 
 
@@ -85,26 +87,26 @@ def prepare_environment(device: str) -> None:
         torch.set_num_threads(max(1, cpu_cores() // local))
 
 
-def assert_strategy(strategy: str, model: nn.Module) -> None:
+def assert_strategy(name: str, model: nn.Module) -> None:
     """Refuse to train under another strategy than the one asked for.
 
     Raises:
         RunError: accelerate prepared something else, naming both.
     """
-    found = running_strategy(model)
-    expected = strategy.removesuffix("-offload")
-    if found != expected:
+    strategy, found = STRATEGIES[name], running_wrapper(model)
+    if found != (strategy.wrapper, strategy.zero_stage):
+        prepared = " stage ".join(str(part) for part in found if part is not None)
         raise RunError(
-            f"strategy {strategy} was asked for, but accelerate prepared {found} ({type(model).__name__}).",
+            f"strategy {name} was asked for, but accelerate prepared {prepared} ({type(model).__name__}).",
             hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.",
         )
 
 
-def running_strategy(model: nn.Module) -> str:
-    """The strategy a prepared model really runs under, from its wrapper."""
+def running_wrapper(model: nn.Module) -> tuple[str, int | None]:
+    """What a prepared model is really wrapped in, and DeepSpeed's stage; compare with a ``Strategy``."""
     if isinstance(model, DistributedDataParallel):
-        return "ddp"
+        return "ddp", None
     if isinstance(model, FSDPModule):
-        return "fsdp"
+        return "fsdp", None
     stage = getattr(model, "zero_optimization_stage", None)
-    return f"zero{stage()}" if stage is not None else "single"
+    return ("none", None) if stage is None else ("deepspeed", stage())

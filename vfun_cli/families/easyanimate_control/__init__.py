@@ -8,7 +8,7 @@ from typing import cast
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, ConditioningOptions, FamilySpec, ModelDims
 from vfun_cli.metadata.fields import MetadataField
 
 CAPTION_TOKENS = 256
@@ -129,20 +129,20 @@ def modules_without_gradient(dims: ModelDims) -> tuple[str, ...]:
     return tuple(f"{last}.{part}" for part in ("attn1.to_add_out", "txt_ff", "attn1.add_q_proj", "attn1.norm_added_q"))
 
 
-def check_options(options: Mapping[str, object], family: str) -> None:
+def check_options(options: ConditioningOptions, family: str) -> None:
     """Refuse what the original scripts take and this family cannot be trained with.
 
     Raises ConfigError, naming what is possible.
     """
     spec = SPECS[family]
-    mode = options.get("train_mode") or spec.train_modes[0]
+    mode = options.train_mode or spec.train_modes[0]
     if mode not in spec.train_modes:
         why = " Camera models read pose files, not clips." if mode == "control_camera_ref" else ""
         raise ConfigError(
             f"train_mode {mode!r} is not supported by {family}.{why}",
             hint=f"choose one of: {', '.join(spec.train_modes)}",
         )
-    image = options.get("control_ref_image") or spec.reference_images[0]
+    image = options.control_ref_image
     if image not in spec.reference_images:
         raise ConfigError(
             f"control_ref_image {image!r} is not supported: the reference enters at latent frame 0, "
@@ -150,7 +150,7 @@ def check_options(options: Mapping[str, object], family: str) -> None:
             hint=f"choose one of: {', '.join(spec.reference_images)}",
         )
     own = next(loss for loss, name in LOSS_TYPES.items() if name == family)
-    loss = options.get("loss_type") or own
+    loss = options.loss_type or own
     if loss == own:
         return
     if loss == "sigma":
@@ -162,7 +162,7 @@ def check_options(options: Mapping[str, object], family: str) -> None:
     raise ConfigError(f"loss_type {loss!r} cannot train {family}: {why}", hint=f"use --loss_type={own}")
 
 
-def _check(family: str) -> Callable[[Mapping[str, object]], None]:
+def _check(family: str) -> Callable[[ConditioningOptions], None]:
     return lambda options: check_options(options, family)
 
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
-from vfun_cli.training.state.formats import FORMATS, CheckpointFormat
+from vfun_cli.training.state.formats import CheckpointFormat, format_of
 from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 MODEL_DIR = "model"
@@ -41,7 +42,7 @@ class Checkpointer:
     ) -> None:
         self.run = run
         self.strategy = strategy
-        self.format = format or FORMATS[strategy]
+        self.format = format or format_of(strategy)
         self.keep = keep
         self.config_files = config_files
         self.background = Background()
@@ -196,10 +197,10 @@ class Checkpointer:
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
         """Whether the strategy's own loader reads what another launch wrote; it restores the state bit for bit."""
-        if self.format is not FORMATS[self.strategy]:
+        if self.format is not format_of(self.strategy):
             return True  # adapters: one format for all strategies
         if self.format.any_world_size:
-            return FORMATS.get(run_state["strategy"]) == self.format
+            return run_state["strategy"] in STRATEGIES and format_of(run_state["strategy"]) is self.format
         return (run_state["strategy"], run_state["world_size"]) == (self.strategy, world_size)
 
     def _delete_old(self, newest: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
 
@@ -106,10 +107,12 @@ def _load_engine(state: TrainedState, folder: Path) -> None:
 
 
 FORMATS = {
-    "single": CheckpointFormat(_save_plain, _load_plain),
-    "ddp": CheckpointFormat(_save_plain, _load_plain),
-    "fsdp": CheckpointFormat(_save_sharded, _load_sharded),
-    "zero2": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
-    "zero3": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
-    "zero3-offload": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
+    "plain": CheckpointFormat(_save_plain, _load_plain),
+    "dcp": CheckpointFormat(_save_sharded, _load_sharded),
+    "deepspeed": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
 }
+
+
+def format_of(strategy: str) -> CheckpointFormat:
+    """In what form a strategy of this name keeps its state."""
+    return FORMATS[STRATEGIES[strategy].checkpoint_format]

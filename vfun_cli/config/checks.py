@@ -1,0 +1,119 @@
+"""What options refuse each other: checked once, on the resolved configuration, before anything is read or started."""
+
+from vfun_cli.config.options import RunConfig, default_of, parse
+from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
+from vfun_cli.families.spec import FamilySpec
+
+
+def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
+    """Refuse combinations that no single option can refuse.
+
+    Raises:
+        ConfigError: a combination that cannot work.
+        EnvironmentFault: a quantised base without a GPU.
+    """
+    _check_processes(config)
+    _check_strategy(config)
+    _check_conditioning(config, spec)
+    if lora:
+        _check_lora(config, spec)
+        _check_quantised_base(config)
+    elif not config.trainable_modules:
+        raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
+
+
+def _check_processes(config: RunConfig) -> None:
+    assert config.num_processes is not None
+    if config.num_processes > 1 and not STRATEGIES[config.strategy].several_processes:
+        raise ConfigError(
+            f"strategy {config.strategy!r} with num_processes {config.num_processes}.",
+            hint="Drop one of them, or choose --ddp, --fsdp, --zero2 or --zero3.",
+        )
+    if config.num_processes % config.num_machines:
+        raise ConfigError(
+            f"num_processes {config.num_processes} does not divide by num_machines {config.num_machines}.",
+            hint="num_processes counts all machines together.",
+        )
+    if config.machine_rank >= config.num_machines:
+        raise ConfigError(f"machine_rank {config.machine_rank} of {config.num_machines} machines: ranks count from 0.")
+    if config.num_machines > 1 and config.main_process_port is None:
+        raise ConfigError("several machines need the port to meet at.", hint="Add --main-process-port 29500.")
+
+
+def _check_strategy(config: RunConfig) -> None:
+    """Options that only some strategies can follow."""
+    strategy = STRATEGIES[config.strategy]
+    if config.use_ema and not strategy.whole_weights:
+        raise ConfigError(
+            f"use_ema needs whole weights on a rank; strategy {strategy.name} shards them.",
+            hint="Drop --use-ema, or choose --ddp.",
+        )
+    for name, value in (("fsdp_prefetch", config.fsdp_prefetch), ("fsdp_reduce_dtype", config.fsdp_reduce_dtype)):
+        if strategy.wrapper != "fsdp" and value != default_of(name):
+            raise ConfigError(f"{name} is about FSDP; the strategy is {strategy.name}.", hint="Drop it, or add --fsdp.")
+    if config.compile and not strategy.whole_blocks:
+        raise ConfigError(
+            "compile cannot be combined with ZeRO-3, which gathers each layer's weights in the middle of a block.",
+            hint="Choose --fsdp, which gathers whole blocks, or drop --compile.",
+        )
+    if config.compile and config.base_precision != "bf16":
+        raise ConfigError("compile and a quantised base cannot be combined.", hint="Drop one of them.")
+
+
+def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
+    """Choices that a family has, or has not."""
+    spec.check_options(config)  # first: a family says why
+    mode, image = config.train_mode, config.control_ref_image
+    if mode is not None and mode not in spec.train_modes:
+        known = ", ".join(spec.train_modes) or "none: leave --train-mode out"
+        raise ConfigError(
+            f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} Its modes: {known}."
+        )
+    if config.loss_type is not None and "loss_type" not in spec.defaults:
+        raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
+    if image != default_of("control_ref_image") and image not in spec.reference_images:
+        raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
+
+
+def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
+    if not config.target_name:
+        own = parse("target_name", spec.lora_defaults["target_name"], spec.name)
+        raise ConfigError(
+            "target_name is empty: no layer would get an adapter.",
+            hint=f"{spec.name}'s own: --target-name {','.join(own)}",
+        )
+    if config.trainable_modules != default_of("trainable_modules"):
+        raise ConfigError(
+            "trainable_modules chooses weights of the model; LoRA trains adapters only.",
+            hint="Choose layers with --target-name, or use vfun train.",
+        )
+    if not config.network_alpha > 0:
+        raise ConfigError(f"network_alpha is {config.network_alpha:g}: the adapters would have no effect.")
+    if not config.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout is {config.lora_dropout}; it is a probability below 1.")
+    if config.use_dora and not STRATEGIES[config.strategy].whole_blocks:
+        raise ConfigError(
+            "use_dora needs a layer's whole weight in the forward pass, which ZeRO-3 keeps in parts.",
+            hint="Choose --fsdp, --zero2 or --ddp.",
+        )
+
+
+def _check_quantised_base(config: RunConfig) -> None:
+    precision = config.base_precision
+    if precision == "bf16":
+        return
+    if config.device != "cuda":
+        raise EnvironmentFault(
+            f"base_precision {precision} needs a GPU, this run is on {config.device}.",
+            hint="Use --base-precision bf16 here.",
+        )
+    if not STRATEGIES[config.strategy].whole_weights:
+        raise ConfigError(
+            f"base_precision {precision} with strategy {config.strategy}: a quantised base cannot be sharded.",
+            hint="Use --ddp, or --base-precision bf16, which the strategy spreads over the GPUs.",
+        )
+    if config.use_dora:
+        raise ConfigError(
+            f"use_dora needs the base's weights, base_precision {precision} keeps codes.", hint="Drop one of the two."
+        )
