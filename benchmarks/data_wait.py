@@ -81,19 +81,18 @@ class Bench:
         from vfun_cli.run.cachedir import entries
         from vfun_cli.training.data.cache import Cache
         from vfun_cli.training.data.stream import micro_batches
-        from vfun_cli.training.session import adapter_of, adapter_options, load_options
+        from vfun_cli.training.model import adapter_of, adapter_options
 
         self.folder, self.spec = folder, families.find("wan-s2v")
         run_json, _ = run_json_of("wan-s2v", "single", folder / "run", folder / "cache", steps, "no")
         described = json.loads(run_json.read_text())
         self.config = RunConfig.from_json(described["config"])
         self.plan, self.adapter = load_plan(self.config, self.spec, described), adapter_of(self.spec)
-        self.load_options = load_options(self.config, self.spec)
-        self.options = adapter_options(self.config, torch.device("cpu"))
+        self.options = adapter_options(self.config, self.spec, torch.device("cpu"))
         self.cache = Cache.for_encoders(folder / "cache", self.adapter.encoders_of(self.options))
         for batch in micro_batches(self.plan, rank=0, first_step=0):
             for request in batch.requests:
-                inputs = self.adapter.inputs(request, self.load_options)
+                inputs = self.adapter.inputs(request, self.options)
                 for name, wanted in inputs.items():
                     if wanted.encoder is not None and not self.cache.has(self.cache.key(wanted)):
                         self.cache.write(self.cache.key(wanted), entry(name, inputs))
@@ -126,7 +125,7 @@ class Bench:
         peaks: list[list[int]] = []
         sizes: list[int] = []
         loaded = load_ahead(
-            self.adapter, self.load_options, micro_batches(self.plan, rank=0, first_step=0), workers, "stop", self.cache
+            self.adapter, self.options, micro_batches(self.plan, rank=0, first_step=0), workers, "stop", self.cache
         )
 
         def watched() -> Generator[LoadedBatch, None, None]:

@@ -93,13 +93,13 @@ def rank(folder: Path, way: str) -> None:
     from vfun_cli.families.wan_s2v import SPEC
     from vfun_cli.families.wan_s2v.transformer import load_transformer
     from vfun_cli.modeling.lazy_weights import LazyWeights
-    from vfun_cli.training.session import prepare_state
+    from vfun_cli.training.model import prepare_state
     from vfun_cli.training.strategy import make_accelerator
 
     torch.set_num_threads(1)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(SPEC.block_classes)
-    config = RunConfig(strategy="fsdp", mixed_precision="no")
-    accelerator = make_accelerator("fsdp", "cpu", 1, "no")
+    config = RunConfig(strategy="fsdp", device="cpu", mixed_precision="no")
+    accelerator = make_accelerator(config)
     lazy = LazyWeights()
     accelerator.wait_for_everyone()
     peak, began = Peak(), time.monotonic()

@@ -46,9 +46,9 @@ from vfun_cli.training.data.encoding import Sample, outputs_of, prepared
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.model import adapter_of, adapter_options, prepare_state
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
-from vfun_cli.training.session import adapter_of, adapter_options, load_options, prepare_state
 from vfun_cli.training.trainer import Trainer
 
 WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -137,9 +137,9 @@ class Bench:
             "train", self.spec, given, demo=demo_default.make(self.spec), environ={}
         ).config
         self.device = torch.device(device)
-        self.adapter = adapter_of(self.spec).from_pretrained(adapter_options(self.config, self.device))
+        self.adapter = adapter_of(self.spec).from_pretrained(adapter_options(self.config, self.spec, self.device))
         wide, narrow, self.most_blocks = WIDTHS[family]
-        stated = read_json(adapter_options(self.config, self.device).model_dir / self.spec.config_file)
+        stated = read_json(adapter_options(self.config, self.spec, self.device).model_dir / self.spec.config_file)
         own = {name: value for name, value in stated.items() if not name.startswith("_") and name != "model_type"}
         self.kind, self.settings = type(self.adapter.transformer), own | (narrow if tiny else wide)
         self.record = write_clip(folder, 200, 64 if tiny else 640)
@@ -169,7 +169,7 @@ class Bench:
                 record={name: value for name, value in self.record.items() if name in fields}, stride=1,
                 total_frames=200, fps=(16, 1),
             )  # fmt: skip
-            inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
+            inputs = adapter_of(self.spec).inputs(request, adapter_options(self.config, self.spec, self.device))
             if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
         made = outputs_of(self.adapter.encoders, [prepared(inputs)])[0]

@@ -34,6 +34,7 @@ from vfun_cli.training.objectives import make_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
 CPU = torch.device("cpu")
+PLAIN = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=CPU)
 MODELS: dict[str, dict[str, Any]] = {
     "2b": {},
     "5b": dict(ROTARY),
@@ -361,7 +362,7 @@ def test_only_models_that_want_it_get_noise_on_known_pixels(
     adapters: dict[str, CogVideoXFunAdapter], media: Path
 ) -> None:
     asked, adapter = request(media), adapters["5b"]  # one model, so that its weights make no difference
-    samples = [load(CogVideoXFunAdapter, asked, settings(name)) for name in ("2b", "5b")]
+    samples = [load(CogVideoXFunAdapter, asked, replace(PLAIN, model_settings=settings(name))) for name in ("2b", "5b")]
     quiet, noisy = (encode(adapter, [sample], [asked.key])[1]["inpaint"] for sample in samples)
     assert torch.equal(quiet[:, 0], noisy[:, 0])
     assert (quiet[:, 1:] - noisy[:, 1:]).abs().max() > 1e-4
@@ -379,7 +380,7 @@ def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str,
 
 
 def test_one_caption_in_ten_is_left_out(media: Path) -> None:
-    normal = {"train_mode": "normal"}
+    normal = replace(PLAIN, train_mode="normal")
     made = [CogVideoXFunAdapter.inputs(request(media, "image", row=row), normal) for row in range(300)]
     texts = [inputs["text"].lazy for inputs in made]
     assert set(texts) == {Value(""), Value("a red ball")}
@@ -389,7 +390,7 @@ def test_one_caption_in_ten_is_left_out(media: Path) -> None:
 def test_masks_and_their_noise_are_drawn_and_described_by_what_decides_them(media: Path) -> None:
     def seen(epoch: int, noisy: bool, variants: int = 0) -> tuple[dict[str, Tensor], list[str]]:
         asked = replace(request(media, "image"), key=SampleKey(0, epoch, 1, variants=variants))
-        inputs = CogVideoXFunAdapter.inputs(asked, {"add_noise_in_inpaint_model": noisy})
+        inputs = CogVideoXFunAdapter.inputs(asked, replace(PLAIN, model_settings={"add_noise_in_inpaint_model": noisy}))
         drawn = {name: inputs[name].lazy for name in ("mask", "known")}
         assert inputs["mask"].encoder is None
         return load_inputs(drawn), [describe(each, str) for each in drawn.values()]
@@ -425,13 +426,15 @@ def test_a_row_becomes_a_loss_with_gradients(
 ) -> None:
     adapter, asked = adapters[name], request(media, kind)
     mode = "normal" if name == "normal" else None
-    sample = load(type(adapter), asked, {"train_mode": mode} | settings(name))
+    sample = load(type(adapter), asked, replace(PLAIN, train_mode=mode, model_settings=settings(name)))
     seen = sample.values
     assert seen["clip"].shape == (asked.frames, 3, 32, 48)
     assert ("mask" in seen) == ("known" in seen) == (name != "normal")
     if name != "normal":
         assert seen["mask"].shape == (asked.frames, 1, 32, 48)
-        quiet = load(type(adapter), asked, {"add_noise_in_inpaint_model": False}).values["known"]
+        quiet = load(type(adapter), asked, replace(PLAIN, model_settings={"add_noise_in_inpaint_model": False})).values[
+            "known"
+        ]
         assert torch.equal(quiet, seen["clip"].masked_fill(seen["mask"], -1.0))
         assert torch.equal(seen["known"], quiet) == (name == "2b" or bool(seen["mask"].all()))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from vfun_cli.training.objectives import make_objective
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = {V5_1.name: (EasyAnimateV51, build_v5_1), V5.name: (EasyAnimateV5, build_v5)}
 CPU = torch.device("cpu")
+PLAIN = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,7 @@ def test_one_caption_in_ten_is_left_out_of_every_text_encoder(media: Path) -> No
     requests = [request(media, "image", row=row) for row in range(300)]
     texts = []
     for asked in requests:
-        inputs = EasyAnimateV5.inputs(asked, {})
+        inputs = EasyAnimateV5.inputs(asked, PLAIN)
         assert inputs["encoder_hidden_states"].lazy == inputs["encoder_hidden_states_t5"].lazy
         texts.append(inputs["encoder_hidden_states"].lazy)
     assert set(texts) == {Value(""), Value("a red ball")}
@@ -313,11 +315,11 @@ def test_one_caption_in_ten_is_left_out_of_every_text_encoder(media: Path) -> No
 
 def test_with_variants_starts_repeat_and_the_reference_is_there_before_its_drop(media: Path) -> None:
     keys = [SampleKey(42, 0, 3), *(SampleKey(42, epoch, 3, variants=2) for epoch in range(40))]
-    made = [EasyAnimateV51.inputs(request(media, "video", key=key), {}) for key in keys]
+    made = [EasyAnimateV51.inputs(request(media, "video", key=key), PLAIN) for key in keys]
     assert len({inputs["clip"].lazy for inputs in made[1:]}) == 2 == len({inputs["reference"] for inputs in made[1:]})
     assert made[0]["clip"] == made[1]["clip"]
     assert {inputs["encoder_hidden_states"].lazy for inputs in made} == {Value(""), Value("a red ball")}
-    assert "reference" not in EasyAnimateV51.inputs(request(media, "video"), {"train_mode": "control"})
+    assert "reference" not in EasyAnimateV51.inputs(request(media, "video"), replace(PLAIN, train_mode="control"))
 
 
 def test_drops_happen_as_often_as_specified() -> None:
@@ -334,7 +336,7 @@ def test_an_image_is_its_own_reference_and_loses_it_as_a_video_does(dropped: boo
     reference = conditions["control_latents"][:, 16:]
     assert latents.shape[2] == 1
     assert reference.any() == (not dropped)
-    inputs = EasyAnimateV51.inputs(request(media, "image"), {})
+    inputs = EasyAnimateV51.inputs(request(media, "image"), PLAIN)
     assert inputs["reference"].lazy == inputs["clip"].lazy
 
 
@@ -411,7 +413,7 @@ def request(folder: Path, kind: str, row: int = 3, **changes: Any) -> SampleRequ
 def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters, folders, media: Path) -> None:
     adapter = adapters[name]
     asked = request(media, kind)
-    sample = load(type(adapter), asked, {})
+    sample = load(type(adapter), asked, PLAIN)
     pixels, control = sample.values["clip"], sample.values["control"]
     assert pixels.shape == control.shape == (asked.frames, 3, 32, 48)
     if kind == "video":

@@ -292,13 +292,14 @@ def test_encoders_are_loaded_when_they_are_first_used(folders: dict[str, Path]) 
 
 def test_with_variants_only_so_many_starts_are_drawn_and_captions_stay_random() -> None:
     keys = [SampleKey(seed=1, epoch=epoch, row=0, variants=2) for epoch in range(60)]
+    plain = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=torch.device("cpu"))
     drawn = []
     for each in keys:
         request = SampleRequest(
             key=each, record={"file_path": "clip.mp4", "text": "a light"}, kind="video", frames=9, height=64,
             width=80, stride=2, total_frames=300, fps=(24, 1),
         )  # fmt: skip
-        drawn.append(ImageToVideoAdapter.inputs(request, {}))
+        drawn.append(ImageToVideoAdapter.inputs(request, plain))
     assert len({inputs["clip"] for inputs in drawn}) == 2 == len({inputs["image"] for inputs in drawn})
     assert {inputs["pooled"].lazy for inputs in drawn} == {Value(""), Value("a light")}
     for inputs in drawn:

@@ -31,6 +31,9 @@ from vfun_cli.modeling.weights import read_json, read_safetensors, safetensors_f
 from vfun_cli.training.data.encoding import encode, load, prepared
 
 CPU = torch.device("cpu")
+FIRST = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=CPU)
+RANDOM = dataclasses.replace(FIRST, control_ref_image="random")
+
 SHAPES = [
     ClipShape(frames=frames, height=height, width=width)
     for frames in (1, 9)
@@ -339,7 +342,7 @@ def test_a_control_clip_shows_the_frames_of_its_video(tmp_path):
         "text": "grey",
     }
     requests = [request(record, kind="video", frames=9, row=row) for row in range(12)]
-    samples = [load(WanFunControlAdapter, each, {}).values for each in requests]
+    samples = [load(WanFunControlAdapter, each, FIRST).values for each in requests]
     for sample in samples:
         assert sample["clip"].shape == (9, 3, 48, 64)
         assert torch.equal(sample["clip"], sample["control"])
@@ -353,7 +356,7 @@ def test_a_missing_control_is_black_for_videos_and_images(tmp_path):
     image = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
     cases = (request(video, kind="video", frames=5, total=20), request(image, kind="image", frames=1, total=1))
     for case in cases:
-        sample = load(WanFunControlAdapter, case, {}).values
+        sample = load(WanFunControlAdapter, case, FIRST).values
         assert sample["control"].shape == sample["clip"].shape == (case.frames, 3, 48, 64)
         assert (sample["control"] == -1).all()
 
@@ -362,7 +365,7 @@ def test_texts_are_dropped_one_time_in_ten(tmp_path):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "picture.png")
     record = {"file_path": str(tmp_path / "picture.png"), "text": "x"}
     texts = [
-        load(WanFunControlAdapter, request(record, kind="image", frames=1, row=row), {}).values["text"]
+        load(WanFunControlAdapter, request(record, kind="image", frames=1, row=row), FIRST).values["text"]
         for row in range(300)
     ]
     assert texts.count("") / 300 == pytest.approx(0.1, abs=0.05)
@@ -372,7 +375,7 @@ def test_with_variants_only_so_many_clips_and_pictures_are_drawn_and_drops_stay_
     record = {"file_path": "clip.mp4", "control_file_path": "control.mp4", "text": "grey"}
     keys = [SampleKey(seed=3, epoch=epoch, row=0, variants=3) for epoch in range(90)]
     requests = [dataclasses.replace(request(record, kind="video", frames=9), key=key) for key in keys]
-    drawn = [WanFunControlAdapter.inputs(each, {"control_ref_image": "random"}) for each in requests]
+    drawn = [WanFunControlAdapter.inputs(each, RANDOM) for each in requests]
     for name in ("clip", "control", "picture", "image"):
         assert 1 < len({each[name] for each in drawn}) <= 3, name
     assert {each["text"].lazy for each in drawn} == {Value(""), Value("grey")}
@@ -384,7 +387,7 @@ def test_the_picture_that_is_encoded_is_the_one_that_is_chosen():
     record = {"file_path": "clip.mp4", "text": "grey"}
     for row in range(30):
         case = request(record, kind="video", frames=9, row=row)
-        inputs = WanFunControlAdapter.inputs(case, {"control_ref_image": "random"})
+        inputs = WanFunControlAdapter.inputs(case, RANDOM)
         choice = choose(case.key, 9, train_mode="", control_ref_image="random")
         assert inputs["picture"].lazy == inputs["image"].lazy == inputs["clip"].lazy.take([choice.picture])
 

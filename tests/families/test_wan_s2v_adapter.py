@@ -60,9 +60,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PLAIN = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=torch.device("cpu"))
+RANDOM = dataclasses.replace(PLAIN, control_ref_image="random")
+
+
 def options_for(model_dir: Path, **changes: Any) -> AdapterOptions:
-    plain = AdapterOptions(model_dir=model_dir, compute_dtype=torch.float32, device=torch.device("cpu"))
-    return dataclasses.replace(plain, **changes)
+    return dataclasses.replace(PLAIN, model_dir=model_dir, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
 
 def read(media: dict[str, str], row: int) -> dict[str, Any]:
     """What the encoders read."""
-    inputs = WanS2VAdapter.inputs(request_for(media, row=row), {"control_ref_image": "random"})
+    inputs = WanS2VAdapter.inputs(request_for(media, row=row), RANDOM)
     return prepared(inputs).values
 
 
@@ -349,7 +352,7 @@ def test_a_dropped_text_is_empty_and_the_reference_is_the_drawn_frame(media: dic
 
 def test_with_variants_only_so_many_starts_are_drawn_and_drops_stay_random(media: dict[str, str]) -> None:
     keys = [SampleKey(seed=7, epoch=epoch, row=3, variants=2) for epoch in range(60)]
-    drawn = [WanS2VAdapter.inputs(request_for(media, key=key), {"control_ref_image": "random"}) for key in keys]
+    drawn = [WanS2VAdapter.inputs(request_for(media, key=key), RANDOM) for key in keys]
     assert len({each["audio"] for each in drawn}) == 2 == len({each["reference"] for each in drawn})
     assert len({decide(key, frames=FRAMES, control_ref_image="random").silent_from for key in keys} - {None}) <= 2
     assert {each["text"].lazy for each in drawn} == {Value(""), Value("someone speaks")}
@@ -374,7 +377,7 @@ def test_the_transformer_reads_what_the_adapter_makes_of_a_real_clip(
     media: dict[str, str], adapter: WanS2VAdapter
 ) -> None:
     requests = [request_for(media, row=row) for row in (1, 2)]
-    samples = [prepared(WanS2VAdapter.inputs(request, {"control_ref_image": "first_frame"})) for request in requests]
+    samples = [prepared(WanS2VAdapter.inputs(request, PLAIN)) for request in requests]
     latents, conditions = encode(adapter, samples, [request.key for request in requests])
     assert latents.shape == (2, 16, 2, 8, 8) and conditions["audio"].shape == (2, 25, 32, FRAMES)
     prediction = adapter.predict(adapter.transformer, latents, torch.tensor([500.0, 20.0]), conditions)

@@ -32,7 +32,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.data.loader import batch_keys
 from vfun_cli.training.data.stream import micro_batches
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def model_directory_with_the_export(spec: FamilySpec, folder: Path) -> Path:
 def adapter_from(spec: FamilySpec, model_dir: Path) -> tuple[ModelAdapter, Any]:
     given = {**memorised(spec.name), "mixed_precision": "no", "pretrained_model_name_or_path": model_dir}
     config = resolve("train", spec, given, demo=demo_default.make(spec), environ={}).config
-    return adapter_of(spec).from_pretrained(adapter_options(config, torch.device("cpu"))), config
+    return adapter_of(spec).from_pretrained(adapter_options(config, spec, torch.device("cpu"))), config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,7 +113,10 @@ def prediction_of(
 ) -> Tensor:
     """What a transformer says of the run's first clip, its latents reshaped."""
     batch = next(micro_batches(load_plan(config, spec, run.read_run()), rank=0, first_step=0))
-    samples = [prepared(adapter_of(spec).inputs(each, load_options(config, spec))) for each in batch.requests]
+    samples = [
+        prepared(adapter_of(spec).inputs(each, adapter_options(config, spec, torch.device("cpu"))))
+        for each in batch.requests
+    ]
     with torch.no_grad():
         latents, conditions = encode(adapter, samples, batch_keys(batch.requests))
         conditions.pop("loss_mask", None)

@@ -26,7 +26,7 @@ from vfun_cli.modeling.inputs import Value
 from vfun_cli.training.data.encoding import Sample
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, with_shared_calls
 from vfun_cli.training.ending import end_with
-from vfun_cli.training.session import adapter_of, adapter_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 CAPTIONS = ("a red circle moves to the left", "waves", "two people talk at a table, one of them laughs")
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def main(folder: Path) -> int:
     os.chdir(folder)
     for spec in families.FAMILIES.values():
         config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
-        options = replace(adapter_options(config, CPU), compute_dtype=torch.bfloat16)
+        options = replace(adapter_options(config, spec, CPU), compute_dtype=torch.bfloat16)
         whole, sharded = (adapter_of(spec).encoders_of(options) for _ in range(2))
         sharded.shard_over(EncoderSharding.over_all_ranks(CPU))
         found = {}

@@ -15,8 +15,9 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
+from vfun_cli.training.model import adapter_of, adapter_options
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.precision import encoder_dtype
 
 FAMILIES = tuple(families.FAMILIES)
 
@@ -68,14 +69,14 @@ def test_a_training_step_leaves_the_encoders_alone(
     monkeypatch.chdir(workplace)
     spec = families.find(family)
     config = resolve("train", spec, {"mixed_precision": "no"}, demo=demo_default.make(spec), environ={}).config
-    adapter: ModelAdapter = adapter_of(spec).from_pretrained(adapter_options(config, torch.device("cpu")))
+    adapter: ModelAdapter = adapter_of(spec).from_pretrained(adapter_options(config, spec, torch.device("cpu")))
     adapter.encoders.load()
     frozen = encoders(adapter, {id(adapter.transformer)})
     assert len(frozen) >= 2, "at least a VAE and a text encoder"
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in frozen]
 
     sample = request(spec, config)
-    inputs = adapter_of(spec).inputs(sample, load_options(config, spec))
+    inputs = adapter_of(spec).inputs(sample, adapter_options(config, spec, torch.device("cpu")))
     latents, conditions = encode(adapter, [prepared(inputs)], [sample.key])
     objective = make_objective(spec.objective, spec.objective_options, Path(config.pretrained_model_name_or_path))
     corrupted = objective.corrupt(latents, [sample.key])
@@ -101,4 +102,4 @@ def test_encoders_compute_in_bf16_only_where_it_is_asked_for_and_fast(
     precision: str, device: str, dtype: torch.dtype
 ) -> None:
     config = RunConfig(pretrained_model_name_or_path=Path("model"), mixed_precision=precision)
-    assert adapter_options(config, torch.device(device)).compute_dtype == dtype
+    assert encoder_dtype(config, torch.device(device)) == dtype

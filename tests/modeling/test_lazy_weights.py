@@ -20,7 +20,7 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions
 from vfun_cli.modeling.lazy_weights import LazyWeights, load_shards
 from vfun_cli.modeling.weights import empty_model, load_weights
-from vfun_cli.training.session import adapter_of
+from vfun_cli.training.model import adapter_of
 
 WORLD, RANK = 4, 2
 

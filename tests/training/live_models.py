@@ -17,9 +17,9 @@ from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.planning import read_dims
 from vfun_cli.training.data.encoding import Sample, encode, outputs_of, prepared
+from vfun_cli.training.model import adapter_of, adapter_options
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
 
 FAMILIES = tuple(families.FAMILIES)
 SMALL, TALL = (8, 64, 64), (16, 96, 64)
@@ -80,14 +80,18 @@ class LiveModel:
         assert self.config.pretrained_model_name_or_path is not None
         self.folder = self.config.pretrained_model_name_or_path
         self.adapter: ModelAdapter = adapter_of(self.spec).from_pretrained(
-            adapter_options(self.config, torch.device("cpu"))
+            adapter_options(self.config, self.spec, torch.device("cpu"))
         )
         self.dims: ModelDims = read_dims(self.spec, self.folder)
         self.objective = make_objective(self.spec.objective, self.spec.objective_options, self.folder)
 
     def transformer(self) -> nn.Module:
         """A fresh one with the demo's weights, all that can be trained chosen."""
-        fresh = adapter_of(self.spec).from_pretrained(adapter_options(self.config, torch.device("cpu"))).transformer
+        fresh = (
+            adapter_of(self.spec)
+            .from_pretrained(adapter_options(self.config, self.spec, torch.device("cpu")))
+            .transformer
+        )
         choose_trainable(fresh, (".",), self.spec.modules_without_gradient(self.dims))
         return fresh.train()
 
@@ -107,7 +111,7 @@ class LiveModel:
         """A clip as a full cache has it."""
         for row in range(20):
             request = self.request(row, frames, height, width)
-            inputs = adapter_of(self.spec).inputs(request, load_options(self.config, self.spec))
+            inputs = adapter_of(self.spec).inputs(request, adapter_options(self.config, self.spec, torch.device("cpu")))
             if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
         (found,) = outputs_of(self.adapter.encoders, [prepared(inputs)])

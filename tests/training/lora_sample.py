@@ -14,7 +14,7 @@ from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer,
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
-from vfun_cli.training.session import prepare_state
+from vfun_cli.training.model import prepare_state
 from vfun_cli.training.state.live import TrainedState
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"

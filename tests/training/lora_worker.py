@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from lora_sample import load_model, options, prepared, train
 from torch.distributed.tensor import DTensor
 
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.ending import end_with
@@ -55,7 +56,7 @@ def accelerator(strategy: str, folder: Path) -> Accelerator:
         file = folder / f"{strategy}-{os.environ['RANK']}.json"
         file.write_text(json.dumps(content))
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    return make_accelerator(strategy, "cpu", 1, "bf16")
+    return make_accelerator(RunConfig(strategy=strategy, device="cpu", mixed_precision="bf16"))
 
 
 def start(strategy: str, folder: Path) -> TrainedState:

@@ -30,7 +30,7 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.cachedir import entries, partials, prune, verify_entry
 from vfun_cli.training.data import cache as cache_module
 from vfun_cli.training.data.cache import Cache, read_entry
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 FAMILIES = tuple(families.FAMILIES)
 
@@ -75,7 +75,7 @@ def request_for(spec: FamilySpec, folder: Path | None = None, **changes: Any) ->
 
 
 def inputs_for(spec: FamilySpec, request: SampleRequest) -> Inputs:
-    return adapter_of(spec).inputs(request, load_options(config_of(spec), spec))
+    return adapter_of(spec).inputs(request, adapter_options(config_of(spec), spec, torch.device("cpu")))
 
 
 PATHS = {"video": "train/00000001.mp4", "control": "control/00000001.mp4", "sound": "wav/00000001.wav"}
@@ -153,13 +153,13 @@ S2V = families.find("wan-s2v")
 
 
 def encoders_from(spec: FamilySpec, model: Path | None = None) -> Encoders:
-    options = adapter_options(config_of(spec), torch.device("cpu"))
+    options = adapter_options(config_of(spec), spec, torch.device("cpu"))
     return adapter_of(spec).encoders_of(replace(options, model_dir=model or options.model_dir))
 
 
 def keys_of(cache: Cache, request: SampleRequest, spec: FamilySpec = S2V) -> dict[str, str]:
     inputs = adapter_of(spec).inputs(
-        request, load_options(config_of(spec), spec) | {"control_ref_image": "first_frame"}
+        request, replace(adapter_options(config_of(spec), spec, torch.device("cpu")), control_ref_image="first_frame")
     )
     return {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}
 
@@ -185,7 +185,7 @@ def whole_request(spec: FamilySpec, folder: Path | None = None, *, late: bool = 
 @functools.cache
 def _whole_key(family: str, late: bool) -> SampleKey:
     spec = families.find(family)
-    adapter, options = adapter_of(spec), load_options(config_of(spec), spec)
+    adapter, options = adapter_of(spec), adapter_options(config_of(spec), spec, torch.device("cpu"))
     for row in range(1000):
         request = request_for(spec, key=SampleKey(seed=1, epoch=0, row=row))
         if (frame_indices(request, spec.usable_span)[0] >= 20) != late:
@@ -301,7 +301,7 @@ def test_the_name_of_a_file_does_not_matter(copied: Path, cache: Cache) -> None:
 
 def test_another_precision_of_the_encoders_is_another_entry(cache: Cache) -> None:
     request = request_for(S2V)
-    options = replace(adapter_options(config_of(S2V), torch.device("cpu")), compute_dtype=torch.bfloat16)
+    options = replace(adapter_options(config_of(S2V), S2V, torch.device("cpu")), compute_dtype=torch.bfloat16)
     other = Cache.for_encoders(cache.root, adapter_of(S2V).encoders_of(options))
     assert "audio" not in changed(keys_of(cache, request), keys_of(other, request))  # float32 always
     assert changed(keys_of(cache, request), keys_of(other, request)) >= {"clip", "reference", "control", "text"}

@@ -12,7 +12,7 @@ from live_models import LiveModel
 import vfun_cli
 from vfun_cli.training.data import cache as caches
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 LIVE = Callable[[str], LiveModel]
 ALL = {"wan-s2v": {"clip", "reference", "control", "text", "audio"}, "cogvideox-fun": {"clip", "known", "text"}}
@@ -43,9 +43,9 @@ def keys(live: LiveModel, folder: Path) -> dict[str, str]:
     """Of one clip's inputs, as a process that starts now makes them."""
     forget()
     kind = adapter_of(live.spec)
-    cache = Cache.for_encoders(folder, kind.encoders_of(adapter_options(live.config, torch.device("cpu"))))
+    cache = Cache.for_encoders(folder, kind.encoders_of(adapter_options(live.config, live.spec, torch.device("cpu"))))
     for row in range(20):
-        inputs = kind.inputs(live.request(row, 8, 64, 64), load_options(live.config, live.spec))
+        inputs = kind.inputs(live.request(row, 8, 64, 64), adapter_options(live.config, live.spec, torch.device("cpu")))
         if "history" not in inputs:
             break
     return {name: cache.key(each) for name, each in inputs.items() if each.encoder is not None}

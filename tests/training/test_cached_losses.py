@@ -13,7 +13,7 @@ from trainer_parts import Parts, loaded
 
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import load, outputs_of
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 LIVE = Callable[[str], LiveModel]
 CAPTIONS = ("a red circle moves", "waves")
@@ -29,14 +29,14 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
     """The cache is filled clip by clip, as ``vfun cache`` does it; the step reads two clips at once."""
     live = live_model(family)
     config = replace(live.config, mixed_precision=precision)
-    kind, options = adapter_of(live.spec), load_options(config, live.spec)
+    kind, options = adapter_of(live.spec), adapter_options(config, live.spec, torch.device("cpu"))
     requests = [live.request(row, 4, 64, 64) for row in range(len(CAPTIONS))]
     requests = [
         replace(request, record={**request.record, "text": caption})
         for request, caption in zip(requests, CAPTIONS, strict=True)
     ]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    setting = replace(adapter_options(config, torch.device("cpu")), compute_dtype=dtype)
+    setting = replace(options, compute_dtype=dtype)
     encoders = kind.encoders_of(setting)
     cache = Cache.for_encoders(tmp_path / "cache", encoders)
     for request in requests:

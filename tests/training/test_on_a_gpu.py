@@ -12,7 +12,7 @@ from live_models import LiveModel
 from trainer_parts import Parts, loaded
 
 from vfun_cli.training.data.encoding import load
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,9 +27,9 @@ def test_encoders_that_work_beside_the_step_give_the_losses_of_those_that_work_b
 ) -> None:
     """``low_vram`` is what makes them wait; every step has another clip, so a late or reused tensor shows."""
     live, device, losses = live_model(family), torch.device("cuda"), {}
-    kind, options = adapter_of(live.spec), load_options(live.config, live.spec)
+    kind, options = adapter_of(live.spec), adapter_options(live.config, live.spec, torch.device("cpu"))
     for low_vram in (False, True):
-        setting = replace(adapter_options(live.config, device), low_vram=low_vram)
+        setting = replace(adapter_options(live.config, live.spec, device), low_vram=low_vram)
         adapter: Any = copy.copy(live.adapter)
         adapter.encoders, adapter.options = kind.encoders_of(setting), setting
         folder = tmp_path / str(low_vram)

@@ -518,6 +518,11 @@ class RunConfig:
         ),
     ] = "bf16"
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the transformer computes in bf16; else in float32."""
+        return self.mixed_precision == "bf16"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
         return {name: _plain(value) for name, value in asdict(self).items()}

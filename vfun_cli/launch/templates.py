@@ -61,7 +61,7 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
 def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
     return {
         "mixed_precision": config.mixed_precision,
-        "bf16": _json_bool(config.mixed_precision == "bf16"),
+        "bf16": _json_bool(config.bf16),
         "use_cpu": _json_bool(config.device == "cpu"),
         "pin_memory": _json_bool(config.device == "cuda"),
         "num_machines": config.num_machines,

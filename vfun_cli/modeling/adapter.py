@@ -1,7 +1,7 @@
 """The interface of a model family: what its encoders read, what the transformer is given, what it predicts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,11 @@ class AdapterOptions:
     device: torch.device
     vae_mini_batch: int = 1
     low_vram: bool = False
-    train_mode: str = ""
+    train_mode: str | None = None
+    """None: the family's first mode."""
     control_ref_image: str = "first_frame"
+    model_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the transformer's ``config.json`` under the keys that the family's SPEC names (``input_settings``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ class ModelAdapter(Protocol):
         ...
 
     @staticmethod
-    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """What the encoders must read for this clip; nothing is decoded. A pure function of the request.
 
         Draws that decide it (start, reference frame, mask) are made with ``request.key.content``.

@@ -20,30 +20,30 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
+from vfun_cli.training.precision import compute_dtype
 
 
-def make_accelerator(
-    name: str, device: str, accumulation: int, mixed_precision: str, reduce_dtype: str = "fp32"
-) -> Accelerator:
+def make_accelerator(config: RunConfig) -> Accelerator:
     """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
-    settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation}
-    wrapper = STRATEGIES[name].wrapper
+    settings: dict[str, Any] = {"gradient_accumulation_steps": config.gradient_accumulation_steps}
+    wrapper, device = STRATEGIES[config.strategy].wrapper, config.device
     if wrapper == "deepspeed":
         if device == "cpu":
             use_gloo_alone()
         backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
         return Accelerator(**settings, kwargs_handlers=[backend])
-    settings["mixed_precision"] = mixed_precision
+    settings["mixed_precision"] = config.mixed_precision
     if wrapper == "fsdp":
         if device == "cpu":
             # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
             state = PartialState(cpu=True)
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
-        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(mixed_precision, reduce_dtype))
+        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config))
     if device == "cuda":
         return Accelerator(**settings)
     # A bucket view saves a copy of every gradient.
@@ -58,15 +58,15 @@ def use_gloo_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _fsdp_plugin(mixed_precision: str, reduce_dtype: str) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launch file says (through accelerate's environment), with a precision policy of our own.
 
     accelerate's policy casts every float input of the forward pass, which rounds the timestep 999 to 1000 in bf16:
     18 % relative error of a tiny Wan-S2V prediction against 0.9 % without. It also reduces gradients in bf16, which
     here has to be asked for.
     """
-    dtype = torch.bfloat16 if mixed_precision == "bf16" else None
-    reduced = torch.bfloat16 if reduce_dtype == "bf16" else torch.float32
+    dtype = compute_dtype(config) if config.bf16 else None
+    reduced = torch.bfloat16 if config.fsdp_reduce_dtype == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 

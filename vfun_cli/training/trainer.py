@@ -21,6 +21,7 @@ from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
+from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
@@ -74,7 +75,7 @@ class Trainer:
         self.stop = stop
         self.total_steps = total_steps
         self.description = description
-        self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.dtype = compute_dtype(config)
         self.side_stream = SideStream(accelerator.device, used=not config.low_vram)
         self.saved_step: int | None = None
         self.unread: tuple[PendingStep, Download] | None = None

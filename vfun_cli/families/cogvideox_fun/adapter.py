@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,14 +114,16 @@ class CogVideoXFunAdapter:
         return Encoders(sources, options.device, low_vram=options.low_vram)
 
     @staticmethod
-    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
         caption = "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or ""
-        if train_mode(options.get("train_mode")) != "inpaint":
+        if train_mode(options.train_mode) != "inpaint":
             return compose(clip_of(request), caption)
         mask = DrawnMask(key.content, request.frames, (request.height, request.width))
-        return compose(clip_of(request), caption, mask, noise=key.content if options[ADD_NOISE_KEY] else None)
+        return compose(
+            clip_of(request), caption, mask, noise=key.content if options.model_settings[ADD_NOISE_KEY] else None
+        )
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32; ``text`` [B, 226, channels], to inpaint also ``inpaint`` [B, 17, f, h, w].

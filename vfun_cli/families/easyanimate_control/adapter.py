@@ -84,13 +84,13 @@ class EasyAnimateControl:
         return given or cls.spec.train_modes[0]
 
     @classmethod
-    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
         usable = V5_1.usable_span
         caption = "" if request.key.chance("text-drop", TEXT_DROP) else str(request.record["text"])
         pixels = clip_of(request, usable_span=usable)
         control = clip_of(request, "control_file_path", usable_span=usable)
-        return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.get("train_mode")))
+        return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.train_mode))
 
     @classmethod
     def compose(cls, pixels: ClipInput, control: ClipInput, caption: str, *, train_mode: str) -> Inputs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -98,7 +98,7 @@ class HunyuanVideoAdapter:
         raise NotImplementedError
 
     @classmethod
-    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return cls.compose(clip_of(request), str(request.record.get("text") or ""), request.key)
 

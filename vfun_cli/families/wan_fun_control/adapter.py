@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -45,7 +44,7 @@ class Choice:
     image: bool
 
 
-def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: str) -> Choice:
+def choose(key: SampleKey, frames: int, *, train_mode: str | None, control_ref_image: str) -> Choice:
     """Draw one sample's conditions.
 
     A picture is start image (it is frame 0 of the clip) or reference (it is a later frame), never both. Images keep
@@ -62,7 +61,7 @@ def choose(key: SampleKey, frames: int, *, train_mode: str, control_ref_image: s
     )
 
 
-def has_picture(train_mode: str) -> bool:
+def has_picture(train_mode: str | None) -> bool:
     """Whether the mode trains with a start image or reference at all."""
     return train_mode != "control"
 
@@ -121,7 +120,7 @@ class WanFunControlAdapter:
         )
 
     @classmethod
-    def inputs(cls, request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip.
 
         A row without a control clip trains with a black one.
@@ -134,8 +133,8 @@ class WanFunControlAdapter:
             clip_of(request, "control_file_path") if has_control else black,
             request.record["text"],
             request.key,
-            train_mode=options.get("train_mode") or "",
-            control_ref_image=options.get("control_ref_image", "first_frame"),
+            train_mode=options.train_mode,
+            control_ref_image=options.control_ref_image,
         )
 
     @classmethod
@@ -146,7 +145,7 @@ class WanFunControlAdapter:
         text: str,
         key: SampleKey,
         *,
-        train_mode: str,
+        train_mode: str | None,
         control_ref_image: str,
     ) -> Inputs:
         """``clip``, ``control`` and ``text``, empty one time in ten; ``picture`` and ``image``, if the mode has them.

@@ -204,9 +204,12 @@ class WanS2VAdapter:
         )
 
     @staticmethod
-    def inputs(request: SampleRequest, options: Mapping[str, Any]) -> Inputs:
+    def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
-        return compose(talking_clip(request), _decide(request.key, request.frames, options))
+        return compose(
+            talking_clip(request),
+            decide(request.key, frames=request.frames, control_ref_image=options.control_ref_image),
+        )
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, F, h, w] float32 and the transformer's other inputs, on the device of the options.
@@ -237,7 +240,7 @@ class WanS2VAdapter:
     def _speech_features(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
         """Speech features [25, audio_dim, n] float32, silent when dropped or from a cut tail on."""
         features = output["audio"]["features"].clone()  # [n, 25, audio_dim]
-        decisions = _decide(key, len(features), {"control_ref_image": self.options.control_ref_image})
+        decisions = decide(key, frames=len(features), control_ref_image=self.options.control_ref_image)
         features[0 if decisions.drop_audio else decisions.silent_from or len(features) :] = 0
         return features.permute(1, 2, 0)
 
@@ -282,7 +285,3 @@ def control_clip(source: TalkingClip, decisions: Decisions) -> ClipInput:
         return source.control
     shown = source.control.take(range(decisions.silent_from))
     return ConcatenatedClip((shown, ConstantFrames(BLACK, source.frames - decisions.silent_from, source.size)))
-
-
-def _decide(key: SampleKey, frames: int, options: Mapping[str, Any]) -> Decisions:
-    return decide(key, frames=frames, control_ref_image=options.get("control_ref_image", "first_frame"))

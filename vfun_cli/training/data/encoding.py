@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vfun_cli.modeling.adapter import Conditions, Inputs, ModelAdapter, SampleRequest
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.randomness import SampleKey
@@ -32,7 +32,7 @@ class Sample:
 
 
 def load(
-    adapter: type[ModelAdapter], request: SampleRequest, options: Mapping[str, Any], cache: Cache | None = None
+    adapter: type[ModelAdapter], request: SampleRequest, options: AdapterOptions, cache: Cache | None = None
 ) -> Sample:
     """Decode of one clip what the cache does not have.
 

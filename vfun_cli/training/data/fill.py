@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
@@ -20,7 +20,7 @@ from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.data.stream import micro_batches
-from vfun_cli.training.session import adapter_of, adapter_options, load_options
+from vfun_cli.training.model import adapter_of, adapter_options
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 
@@ -34,11 +34,11 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
     spec = families.find(described["family"])
     assert config.cache is not None and config.num_processes is not None
     prepare_environment(config.device)
-    accelerator = make_accelerator(config.strategy, config.device, 1, config.mixed_precision)
+    accelerator = make_accelerator(replace(config, gradient_accumulation_steps=1))
     adapter = adapter_of(spec)
-    encoders = adapter.encoders_of(adapter_options(config, accelerator.device))
+    options = adapter_options(config, spec, accelerator.device)
+    encoders = adapter.encoders_of(options)
     cache = Cache.for_encoders(config.cache, encoders)
-    options = load_options(config, spec)
     needed = MissingEntries(adapter, options, cache)
     plan = load_plan(config, spec, described)
     work = list(needed.missing(plan, accelerator.process_index, accelerator.num_processes))
@@ -71,7 +71,7 @@ def write_outcome(run: RunDir, *, ranks: int) -> None:
 class MissingEntries:
     """The entries that a run will ask for of one rank's share of its clips."""
 
-    def __init__(self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache) -> None:
+    def __init__(self, adapter: type[ModelAdapter], options: AdapterOptions, cache: Cache) -> None:
         self.adapter = adapter
         self.options = options
         self.cache = cache

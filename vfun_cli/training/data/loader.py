@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vfun_cli.errors import MetadataError, RunError, VfunError
-from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.data.cache import Cache
@@ -86,7 +86,7 @@ class ClipDataset(Dataset[LoadedBatch]):
     """Decodes whole micro-batches; the sampler hands it the requests themselves."""
 
     def __init__(
-        self, adapter: type[ModelAdapter], options: Mapping[str, Any], cache: Cache | None, status: "WorkerStatus"
+        self, adapter: type[ModelAdapter], options: AdapterOptions, cache: Cache | None, status: "WorkerStatus"
     ) -> None:
         self.adapter = adapter
         self.options = options
@@ -150,7 +150,7 @@ class _PlannedBatches(Sampler[MicroBatch]):
 
 def load_ahead(
     adapter: type[ModelAdapter],
-    options: Mapping[str, Any],
+    options: AdapterOptions,
     batches: Iterator[MicroBatch],
     workers: int,
     on_bad_sample: str = "stop",
@@ -223,7 +223,7 @@ def _with_call_counts(loaded: LoadedBatch, shared: Sequence[str], answer: Callab
 
 def _decoded(
     adapter: type[ModelAdapter],
-    options: Mapping[str, Any],
+    options: AdapterOptions,
     batches: Iterator[MicroBatch],
     workers: int,
     cache: Cache | None,

@@ -1,0 +1,143 @@
+"""From a configuration to the model that is trained: loaded, made trainable, wrapped by the strategy."""
+
+import importlib
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.modeling.encoders.sharding import EncoderSharding
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
+from vfun_cli.modeling.weights import read_json
+from vfun_cli.plan.run_plan import RunPlan
+from vfun_cli.plan.shapes import most_shapes
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
+from vfun_cli.training.lora import add_adapters
+from vfun_cli.training.optim import choose_trainable, make_optimizer
+from vfun_cli.training.precision import compute_dtype, encoder_dtype
+from vfun_cli.training.quantised import quantise_blocks
+from vfun_cli.training.state.ema import WeightAverage
+from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.strategy import assert_strategy, prefetch_blocks
+
+
+def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:
+    """The family's adapter class."""
+    module, name = spec.adapter.split(":")
+    found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:
+    """The part of the configuration that the family's adapter sees, and the model's own settings that it asks for.
+
+    Raises:
+        CheckpointError: the model's configuration cannot be read.
+    """
+    assert config.pretrained_model_name_or_path is not None
+    stated = read_json(config.pretrained_model_name_or_path / spec.config_file)
+    return AdapterOptions(
+        model_dir=config.pretrained_model_name_or_path,
+        compute_dtype=encoder_dtype(config, device),
+        device=device,
+        vae_mini_batch=config.vae_mini_batch,
+        low_vram=config.low_vram,
+        train_mode=config.train_mode,
+        control_ref_image=config.control_ref_image,
+        model_settings={name: stated.get(name) for name in spec.input_settings},
+    )
+
+
+def load_adapter(
+    config: RunConfig, spec: FamilySpec, options: AdapterOptions, accelerator: Accelerator
+) -> tuple[ModelAdapter, LazyWeights]:
+    """The family's model, its encoders shared by the ranks where the strategy does that, none of them loaded yet.
+
+    Where the strategy reads weights after wrapping, the transformer's parameters are placeholders, and the second value
+    knows what they stand for.
+
+    Raises:
+        CheckpointError: the model's files are missing or do not fit.
+    """
+    strategy, lazy = STRATEGIES[config.strategy], LazyWeights()
+    with lazy.transformer() if strategy.loads_lazily else nullcontext():
+        adapter = adapter_of(spec).from_pretrained(options)
+    if strategy.shares_encoders and accelerator.num_processes > 1:
+        adapter.encoders.shard_over(EncoderSharding.over_all_ranks(accelerator.device))
+    return adapter, lazy
+
+
+def choose_weights(
+    config: RunConfig, spec: FamilySpec, plan: RunPlan, transformer: nn.Module, lazy: LazyWeights, *, lora: bool
+) -> None:
+    """Decide what trains: adapters that are put in, or the parts of the model that were named.
+
+    Raises:
+        ConfigError: a name that matches nothing in this model.
+    """
+    if lora:
+        add_adapters(transformer, config, spec, plan.dims, lazy)
+    else:
+        choose_trainable(transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
+
+
+def prepare_blocks(config: RunConfig, spec: FamilySpec, plan: RunPlan, transformer: nn.Module) -> None:
+    """Recomputation and compilation of the transformer's blocks.
+
+    Raises:
+        EnvironmentFault: no compiler where one is needed.
+    """
+    checkpoint_blocks(transformer, spec.block_classes, config.gradient_checkpointing)
+    if config.compile:
+        compile_blocks(transformer, spec.block_classes, most_shapes(spec, plan.dims, plan.options))
+
+
+def prepare_state(
+    config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any, lazy: LazyWeights = NOT_LAZY
+) -> TrainedState:
+    """Set precisions, and let the strategy wrap the transformer and the optimizer."""
+    transformer = adapter.transformer
+    lazy.to_meta(transformer)
+    dtype = compute_dtype(config)
+    for parameter in transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if config.base_precision != "bf16":
+        quantise_blocks(transformer, spec.block_classes, config.base_precision, accelerator.device)
+    transformer.train()
+    blocks = find_blocks(transformer, spec.block_classes)
+    wrap = _shard if STRATEGIES[config.strategy].loads_lazily else _wrap
+    model, optimizer = wrap(config, transformer, accelerator, lazy)
+    assert_strategy(config.strategy, model)
+    if config.fsdp_prefetch:
+        prefetch_blocks(blocks, config.fsdp_prefetch)
+    average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
+    return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
+
+
+def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+    """As accelerate does it, from a model that has its weights."""
+    if STRATEGIES[config.strategy].wrapper != "deepspeed":
+        transformer.to(accelerator.device)
+    model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
+    return model, optimizer
+
+
+def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+    """FSDP: sharded first, then each rank reads its shards; the optimizer knows only those."""
+    files = lazy.by_name(transformer)
+    sharded = fsdp2_prepare_model(accelerator, transformer)
+    load_shards(sharded, files, accelerator.device)
+    optimizer = make_optimizer(sharded, config, accelerator.device)
+    shards = list(optimizer.param_groups[0]["params"])
+    model, optimizer = accelerator.prepare(sharded, optimizer)
+    # accelerate looks parameters up by the address of their data, and all shards without rows have the same.
+    optimizer.param_groups[0]["params"] = shards
+    return model, optimizer
