@@ -26,29 +26,6 @@ SENTENCE_END = re.compile(r"[.?](\{\})?$")
 UPPER_START = frozenset({"A", "An", "It", "Its", "No", "Not", "Only", "That", "The", "There", "These", "This", "You"})
 """Ordinary words with which a message must not start in upper case: it follows "error: "."""
 
-PENDING = frozenset(
-    {
-        "commands/export.py",
-        "commands/signature.py",
-        "config/lora.py",
-        "families/cogvideox_fun/__init__.py",
-        "families/cogvideox_fun/transformer.py",
-        "families/easyanimate_control/__init__.py",
-        "families/easyanimate_control/transformer.py",
-        "families/spec.py",
-        "families/wan_fun_control/__init__.py",
-        "launch/resume_check.py",
-        "plan/picture.py",
-        "plan/report.py",
-        "plan/schedule.py",
-        "plan/sizes.py",
-        "run/rundir.py",
-        "training/__main__.py",
-        "training/data/cache.py",
-    }
-)
-"""Modules whose texts are still to be mended."""
-
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 
@@ -168,8 +145,6 @@ def faults(module: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_errors_speak_in_whole_sentences(module: str) -> None:
-    if module in PENDING:
-        pytest.skip("to be mended")
     assert not faults(module), "\n".join(faults(module))
 
 
@@ -210,7 +185,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 def test_docstrings_name_their_errors_in_a_raises_block() -> None:
     sentence = re.compile(r"\bRaises? \w*(Error|Fault)\b|^\s*Raises [^:]", re.MULTILINE)
-    found = [place for place, text in docstrings() if sentence.search(text) and place.partition(":")[0] not in PENDING]
+    found = [place for place, text in docstrings() if sentence.search(text)]
     assert not found, "\n".join(found)
 
 

@@ -98,11 +98,11 @@ def test_every_default_is_an_option_with_a_valid_value(spec) -> None:
 @pytest.mark.parametrize(
     ("spec", "given", "message", "hint"),
     [
-        (V5_1, {"loss_type": "sigma"}, "V1 to V3", "--loss_type=flow"),
-        (V5, {"loss_type": "sigma"}, "V1 to V3", "--loss_type=ddpm"),
-        (V5, {"loss_type": "flow"}, "belongs to easyanimate-v5.1-control", "--loss_type=ddpm"),
-        (V5_1, {"loss_type": "ddpm"}, "belongs to easyanimate-v5-control", "--loss_type=flow"),
-        (V5_1, {"loss_type": "huber"}, "no such loss", "--loss_type=flow"),
+        (V5_1, {"loss_type": "sigma"}, "V1 to V3", "--loss-type flow"),
+        (V5, {"loss_type": "sigma"}, "V1 to V3", "--loss-type ddpm"),
+        (V5, {"loss_type": "flow"}, "belongs to easyanimate-v5.1-control", "--loss-type ddpm"),
+        (V5_1, {"loss_type": "ddpm"}, "belongs to easyanimate-v5-control", "--loss-type flow"),
+        (V5_1, {"loss_type": "huber"}, "no such loss", "--loss-type flow"),
         (V5_1, {"train_mode": "control_camera_ref"}, "pose files", "control_ref, control"),
         (V5_1, {"train_mode": "normal"}, "'normal' is not supported", "control_ref, control"),
         (

@@ -89,7 +89,7 @@ def with_boundary(body: Command) -> Command:
             if values.get("debug"):
                 raise
             unexpected = RunError(
-                f"unexpected {type(error).__name__}: {error}",
+                f"unexpected {type(error).__name__}: {error}.",
                 hint="This is a fault of vfun. The same command with --debug shows where; please report that.",
             )
             console.report(unexpected)

@@ -81,7 +81,7 @@ def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
         own = parse("target_name", spec.lora_defaults["target_name"], spec.name)
         raise ConfigError(
             "target_name is empty: no layer would get an adapter.",
-            hint=f"{spec.name}'s own: --target-name {','.join(own)}",
+            hint=f"The default of {spec.name} is --target-name {','.join(own)}.",
         )
     if config.trainable_modules != default_of("trainable_modules"):
         raise ConfigError(

@@ -142,12 +142,12 @@ class FamilySpec:
     modules_without_gradient: Callable[[ModelDims], tuple[str, ...]] = lambda dims: ()
     """Names of transformer modules whose parameters never get a gradient other than zero; the trainer freezes them."""
     defaults: Mapping[str, object]
-    """Option values of the seeds' command line, by option name."""
+    """Option values of the published command line, by option name."""
     strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Where the seeds' command differs between strategies."""
+    """Where the published command line differs between strategies."""
     lora_defaults: Mapping[str, object] = field(default_factory=dict)
     lora_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Spellings of ``target_name`` in the documents that name no layer, and the layers they mean."""
+    """Spellings of ``target_name`` in the published command lines that name no layer, and the layers they mean."""
     lora_formats: Mapping[str, str] = field(
         default_factory=lambda: {name: name for name in ("peft", "diffusers", "comfyui", "original")}
     )
@@ -166,12 +166,13 @@ class FamilySpec:
     reference_images: tuple[str, ...] = ()
     """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
     check_options: Callable[["ConditioningOptions"], None] = lambda options: None
-    """Raises ConfigError for an option value that exists but cannot train this family."""
+    """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
 
     def settings_beside(self, model_dir: Path) -> dict[str, object]:
         """``other_settings`` of a model directory; what is not stated there is left out.
 
-        Raises CheckpointError for a damaged file.
+        Raises:
+            CheckpointError: a damaged file.
         """
         found: dict[str, object] = {}
         for name, (file, key) in self.other_settings.items():
@@ -179,7 +180,7 @@ class FamilySpec:
             try:
                 stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             except ValueError as error:
-                raise CheckpointError(f"cannot read {path}: {error}", hint="Download the file again.") from None
+                raise CheckpointError(f"cannot read {path}: {error}.", hint="Download the file again.") from None
             if stated.get(key) is not None:
                 found[name] = stated[key]
         return found

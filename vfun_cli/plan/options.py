@@ -47,7 +47,7 @@ class PlanOptions:
 
     @property
     def low(self) -> int:
-        """The smaller of the two sample sizes: the documents disagree on which option it is."""
+        """The smaller of the two sample sizes: the published guides disagree on which option it is."""
         return min(self.video_sample_size, self.image_sample_size or self.video_sample_size)
 
     @property

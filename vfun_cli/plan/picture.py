@@ -67,7 +67,7 @@ def plot(path: Path, spec: FamilySpec, dims: ModelDims, options: PlanOptions, pl
     """
     suffix = path.suffix.lower()
     if suffix not in (".svg", ".png"):
-        raise ConfigError(f"cannot draw {path.name}: the suffix decides the format", hint="Use .svg or .png.")
+        raise ConfigError(f"cannot draw {path.name}: the suffix decides the format.", hint="Use .svg or .png.")
     scene, height = compose(spec, dims, options, plan)
     if suffix == ".svg":
         path.write_text(to_svg(scene, height), encoding="utf-8")
@@ -230,7 +230,7 @@ def _save_png(path: Path, scene: Scene, height: float) -> None:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise EnvironmentFault("a PNG needs Pillow, which is not installed", hint="Use --plot plan.svg.") from error
+        raise EnvironmentFault("a PNG needs Pillow, which is not installed.", hint="Use --plot plan.svg.") from error
     image = Image.new("RGB", (WIDTH * PNG_SCALE, round(height * PNG_SCALE)), PALETTE["page"][0])
     draw = ImageDraw.Draw(image, "RGBA")
     anchors = {"start": "ls", "middle": "ms", "end": "rs"}

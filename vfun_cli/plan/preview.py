@@ -116,7 +116,7 @@ def _sizes_alone(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> Ren
 def _reference_note(spec: FamilySpec) -> Text:
     if not spec.reference_frame:
         return Text("", end="")
-    return Text("frames: the clip's own and one reference frame, as the documents count", style="dim")
+    return Text("frames: the clip's own and one reference frame, as the published guides count", style="dim")
 
 
 def _sizes_used(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: EpochPlan) -> RenderableType:

@@ -26,12 +26,12 @@ class SizeRow:
     size: int
     """Base size in pixels, a fraction rounded down."""
     frames: int
-    """The documents' figure: with the reference frame, where one enters the VAE beside the clip."""
+    """The published figure: with the reference frame, where one enters the VAE beside the clip."""
     clip_frames: int
     latents: tuple[int, int, int]
     """Latent frames (with the reference), height, width."""
     tokens: int
-    """The documents' figure: tokens of the latents above."""
+    """The published figure: tokens of the latents above."""
     sequence_tokens: int
     """What the transformer sees: text, reference and motion included."""
     flops: float
@@ -230,7 +230,7 @@ def why(
     """
     found = np.flatnonzero(table.row == row)
     if len(found) == 0:
-        raise ConfigError(f"the metadata has no row {row}", hint=f"Rows count from 0; there are {len(table)}.")
+        raise ConfigError(f"the metadata has no row {row}.", hint=f"Rows count from 0; there are {len(table)}.")
     here = int(found[0])
     one = ClipTable(**{name: column[here : here + 1] for name, column in vars(table).items()})
     clips = prepare(spec, dims, one, options)

@@ -76,7 +76,7 @@ def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
 
 
 def documented_frames(frames: int, spec: FamilySpec) -> int:
-    """The documents' figure for a clip: with the reference frame where one enters the VAE before it (48 -> 49)."""
+    """The published figure for a clip: with the reference frame where one enters the VAE before it (48 -> 49)."""
     return frames + spec.reference_frame
 
 
@@ -107,7 +107,7 @@ def _divided(size: int, *further: Fraction) -> list[Fraction]:
 
 
 def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
-    """Base sizes of videos or images, smallest first, as the documents describe the three modes.
+    """Base sizes of videos or images, smallest first, as the published guides describe the three modes.
 
     One that two divisors lead to stands there twice: the original draws it twice as often.
     """
@@ -169,7 +169,7 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
         smallest = min(bases(kind, options, spec))
         raise ConfigError(
             f"--token-sample-size {options.token_sample_size} leaves less than {spec.frame_rule.fewest} frames "
-            f"at {int(smallest)}, the smallest size",
+            f"at {int(smallest)}, the smallest size.",
             hint=f"Use --token-sample-size {int(smallest)} or more, or smaller sample sizes.",
         )
     buckets = [[bucket(aspect, size.base, spec) for size in sizes] for aspect in range(len(ASPECTS))]
@@ -207,8 +207,8 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
         raise ConfigError(
             f"--video-sample-n-frames is {options.video_sample_n_frames}, but {spec.name} trains on clips of "
-            f"{spec.frame_rule} frames and at least {fewest}",
-            hint=f"Use --video-sample-n-frames {fewest} or more; the documents use 49 to 81.",
+            f"{spec.frame_rule} frames and at least {fewest}.",
+            hint=f"Use --video-sample-n-frames {fewest} or more; the published command lines use 49 to 81.",
         )
     if "video" in spec.media_types:
         size_set("video", options, spec, dims)

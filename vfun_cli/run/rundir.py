@@ -151,7 +151,11 @@ def read_description(run_json: Path) -> dict[str, Any]:
 
 
 def refuse_used(run: RunDir) -> None:
-    """Raise ConfigError if the directory holds a run already."""
+    """Refuse a directory that holds a run already.
+
+    Raises:
+        ConfigError: it does.
+    """
     if run.holds_run():
         raise ConfigError(
             f"{run.root} already holds a run.",

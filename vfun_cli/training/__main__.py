@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vfun_cli import families
 from vfun_cli.devices import cpu_cores
-from vfun_cli.errors import FitError, RunError, VfunError
+from vfun_cli.errors import FitError, RunError, VfunError, first_line
 from vfun_cli.run import lock
 from vfun_cli.run.messages import RankError
 from vfun_cli.run.rundir import RunDir, read_description
@@ -92,15 +92,11 @@ def _translate(error: BaseException) -> VfunError:
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return FitError(
-            f"out of memory: {_first_line(error)}",
+            f"out of memory: {first_line(error)}.",
             hint="Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy "
             "that shards more (--fsdp, --zero3, --zero3-offload).",
         )
-    return RunError(f"{name}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
+    return RunError(f"{name}: {first_line(error)}.")
 
 
 if __name__ == "__main__":

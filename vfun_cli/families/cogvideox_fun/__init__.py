@@ -14,7 +14,7 @@ from vfun_cli.metadata.fields import MetadataField
 
 FRAMES_PER_LATENT = 4
 
-POINT_AT = "point --pretrained_model_name_or_path at a CogVideoX-Fun InP model: 2b or 5b, V1.0, V1.1 or V1.5"
+POINT_AT = "Point --pretrained-model-name-or-path at a CogVideoX-Fun InP model: 2b or 5b, V1.0, V1.1 or V1.5."
 
 REQUIRED_CONFIG = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers")
 CONFIG_DEFAULTS: Mapping[str, object] = {
@@ -31,11 +31,15 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
 
 
 def read_dims(config: Mapping[str, object]) -> ModelDims:
-    """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
+    """Dimensions from ``transformer/config.json``.
+
+    Raises:
+        CheckpointError: sizes are missing.
+    """
     missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
     if missing:
         raise CheckpointError(
-            f"the transformer's config.json is not CogVideoX-Fun's: it states no {', '.join(missing)}", hint=POINT_AT
+            f"the transformer's config.json is not CogVideoX-Fun's: it states no {', '.join(missing)}.", hint=POINT_AT
         )
     full = {name: value or 0 for name, value in {**CONFIG_DEFAULTS, **config}.items() if isinstance(value, int | None)}
     dim = full["num_attention_heads"] * full["attention_head_dim"]
@@ -62,13 +66,15 @@ def adjust_frames(frames: int, dims: ModelDims) -> int:
 
     V1.5 joins its latent frames in pairs, so their number must be even: 49 frames, 13 latents, become 45. A picture's
     single latent is paired with an empty one.
-    Raises ConfigError for more frames than a 2b model has positions for.
+
+    Raises:
+        ConfigError: more frames than a 2b model has positions for.
     """
     most = dims.extra["most_frames"]
     if most and frames > most:
         raise ConfigError(
-            f"clips of {frames} frames: this CogVideoX-Fun model (2b) has positions for {most} frames and no more",
-            hint=f"use --video-sample-n-frames {most}, or a 5b model",
+            f"clips of {frames} frames: this CogVideoX-Fun model (2b) has positions for {most} frames and no more.",
+            hint=f"Use --video-sample-n-frames {most}, or a 5b model.",
         )
     latents = (frames - 1) // FRAMES_PER_LATENT + 1
     return max(frames - latents % dims.extra["patch_frames"] * FRAMES_PER_LATENT, 1)
@@ -124,7 +130,7 @@ DEFAULTS: Mapping[str, object] = {
     "low_vram": True,
     "train_mode": "inpaint",
 }
-"""The document's command line, the same for its three strategies."""
+"""The published command line, the same for its three strategies."""
 
 SPEC = FamilySpec(
     name="cogvideox-fun",
@@ -137,7 +143,7 @@ SPEC = FamilySpec(
     adjust_frames=adjust_frames,
     block_classes=("CogVideoXBlock",),
     objective="ddpm",  # betas and prediction type are in the model directory's scheduler/
-    # V1.1-5b: the documents' 49 frames at 512, as for the 2b models, and no end of positions.
+    # V1.1-5b: the published 49 frames at 512, as for the 2b models, and no end of positions.
     dims=read_dims(
         {
             "num_attention_heads": 48,
@@ -158,7 +164,7 @@ SPEC = FamilySpec(
     lora_defaults={
         "rank": 64,
         "network_alpha": 32,
-        # The document's "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
+        # The published "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
         "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
     },
     lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},

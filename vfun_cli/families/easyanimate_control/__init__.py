@@ -14,7 +14,7 @@ from vfun_cli.metadata.fields import MetadataField
 CAPTION_TOKENS = 256
 """Every caption is padded or cut to this many tokens, for each text encoder."""
 
-POINT_AT = "point --pretrained_model_name_or_path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control"
+POINT_AT = "Point --pretrained-model-name-or-path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control."
 
 REQUIRED_CONFIG = (
     "num_attention_heads",
@@ -45,12 +45,13 @@ LOSS_TYPES = {"flow": "easyanimate-v5.1-control", "ddpm": "easyanimate-v5-contro
 def complete_config(config: Mapping[str, object]) -> dict[str, object]:
     """A transformer's ``config.json`` with the defaults of the released code filled in.
 
-    Raises CheckpointError if a size without a default is missing.
+    Raises:
+        CheckpointError: a size without a default is missing.
     """
     missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
     if missing:
         raise CheckpointError(
-            f"the transformer's config.json is not EasyAnimate's: it states no {', '.join(missing)}",
+            f"the transformer's config.json is not EasyAnimate's: it states no {', '.join(missing)}.",
             hint=POINT_AT,
         )
     return {**CONFIG_DEFAULTS, **config}
@@ -63,12 +64,16 @@ def _is_easyanimate(config: Mapping[str, object], *, t5: bool) -> bool:
 
 
 def caption_lengths(settings: Mapping[str, object]) -> tuple[int, ...]:
-    """Tokens that each text stream has room for: 256, or what a tokenizer of V5 takes if that is less (section 3)."""
+    """Tokens that each text stream has room for: 256, or what a tokenizer of V5 takes if that is less."""
     return tuple(min(cast(int, settings.get(name, CAPTION_TOKENS)), CAPTION_TOKENS) for name in TOKENIZER_LIMITS)
 
 
 def read_dims(config: Mapping[str, object]) -> ModelDims:
-    """Dimensions from ``transformer/config.json``. Raises CheckpointError if sizes are missing."""
+    """Dimensions from ``transformer/config.json``.
+
+    Raises:
+        CheckpointError: sizes are missing.
+    """
     full = cast(Mapping[str, int], complete_config(config))
     dim = full["num_attention_heads"] * full["attention_head_dim"]
     channels = [full[name] for name in ("text_embed_dim", "text_embed_dim_t5") if full[name]]
@@ -132,7 +137,8 @@ def modules_without_gradient(dims: ModelDims) -> tuple[str, ...]:
 def check_options(options: ConditioningOptions, family: str) -> None:
     """Refuse what the original scripts take and this family cannot be trained with.
 
-    Raises ConfigError, naming what is possible.
+    Raises:
+        ConfigError: with what is possible.
     """
     spec = SPECS[family]
     mode = options.train_mode or spec.train_modes[0]
@@ -140,14 +146,14 @@ def check_options(options: ConditioningOptions, family: str) -> None:
         why = " Camera models read pose files, not clips." if mode == "control_camera_ref" else ""
         raise ConfigError(
             f"train_mode {mode!r} is not supported by {family}.{why}",
-            hint=f"choose one of: {', '.join(spec.train_modes)}",
+            hint=f"Choose one of: {', '.join(spec.train_modes)}.",
         )
     image = options.control_ref_image
     if image not in spec.reference_images:
         raise ConfigError(
             f"control_ref_image {image!r} is not supported: the reference enters at latent frame 0, "
-            "where the released models expect the clip's first frame",
-            hint=f"choose one of: {', '.join(spec.reference_images)}",
+            "where the released models expect the clip's first frame.",
+            hint=f"Choose one of: {', '.join(spec.reference_images)}.",
         )
     own = next(loss for loss, name in LOSS_TYPES.items() if name == family)
     loss = options.loss_type or own
@@ -159,7 +165,7 @@ def check_options(options: ConditioningOptions, family: str) -> None:
         why = f"it belongs to {LOSS_TYPES[loss]}"
     else:
         why = "there is no such loss"
-    raise ConfigError(f"loss_type {loss!r} cannot train {family}: {why}", hint=f"use --loss_type={own}")
+    raise ConfigError(f"loss_type {loss!r} cannot train {family}: {why}.", hint=f"Use --loss-type {own}.")
 
 
 def _check(family: str) -> Callable[[ConditioningOptions], None]:
@@ -180,7 +186,7 @@ DEFAULTS: Mapping[str, object] = {
     "adam_weight_decay": 5e-3,
     "control_ref_image": "first_frame",
 }
-"""What the documents' commands of both families say."""
+"""What the published command lines of both families say."""
 
 V5_1 = FamilySpec(
     name="easyanimate-v5.1-control",

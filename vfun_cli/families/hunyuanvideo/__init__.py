@@ -21,7 +21,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.fields import MetadataField
 
-# The documents' command line, the same for single process, ZeRO-2 and FSDP.
+# The published command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
     **FULL_FINE_TUNE,
     "train_data_meta": "datasets/internal_datasets/metadata.json",

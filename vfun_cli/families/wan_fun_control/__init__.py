@@ -3,7 +3,7 @@
 ``train_mode`` and what the released training script has:
 
 * ``control_ref``: control clip, start image, reference image (V1.1) and CLIP embedding, each dropped now and then.
-* ``control_object`` and ``inpaint``, which the documents use, are no modes of the released script: every name but its
+* ``control_object`` and ``inpaint``, which the guides use, are no modes of the released script: every name but its
   own two special ones takes the branch of ``control_ref`` there, and so they do here. A Control checkpoint has no mask
   channels to inpaint with.
 * ``control``: the control clip alone. The script's default, where it stops at an undefined variable; here start image,
@@ -42,7 +42,7 @@ def check_variant(in_dim: object, *, camera: bool) -> None:
         raise CheckpointError("Camera checkpoints (control_adapter) are not supported.", hint=HINT)
     if in_dim != CONTROL_IN_DIM:
         raise CheckpointError(
-            f"The transformer reads {in_dim} channels (in_dim); a Control checkpoint reads {CONTROL_IN_DIM}: noisy, "
+            f"the transformer reads {in_dim} channels (in_dim); a Control checkpoint reads {CONTROL_IN_DIM}: noisy, "
             "control and start image latents. 36 are an inpainting (InP) or image-to-video model, 16 text-to-video.",
             hint=HINT,
         )
@@ -129,7 +129,7 @@ DEFAULTS: dict[str, object] = {
     "train_mode": "control_object",
     "control_ref_image": "first_frame",
 }
-"""The document's command line, as typed there."""
+"""The published command line, as typed there."""
 
 SPEC = FamilySpec(
     name="wan-fun-control",
@@ -147,7 +147,7 @@ SPEC = FamilySpec(
     block_classes=("WanTransformerBlock",),
     objective="flow-matching",
     objective_options={"shift": 5.0},
-    # Wan2.1-Fun-14B-Control, the documents' model. V1.1 has one frame of tokens more, as its config.json says.
+    # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
     dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
     read_dims=read_dims,
     recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,

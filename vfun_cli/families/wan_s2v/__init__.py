@@ -25,7 +25,7 @@ DEFAULTS: dict[str, object] = {
     "adam_weight_decay": 3e-2,
     "low_vram": True,
 }
-"""The document's command line, as typed there; its four strategies use the same values."""
+"""The published command line, as typed there; its four strategies use the same values."""
 
 SPEC = FamilySpec(
     name="wan-s2v",

@@ -95,7 +95,11 @@ class Cache:
             return None
 
     def write(self, key: str, output: Output) -> None:
-        """Add an entry. Raises EnvironmentFault if the disk cannot take it."""
+        """Add an entry.
+
+        Raises:
+            EnvironmentFault: the disk cannot take it.
+        """
         path = self.path(key)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in output.items()}
         partial = path.with_name(f".{key}.{secrets.token_hex(8)}")  # hosts that share a disk share process ids
@@ -117,7 +121,12 @@ class Cache:
 
 
 def read_entry(path: Path) -> Output:
-    """The tensors of one entry. Raises FileNotFoundError, or DamagedEntry for other bytes than were written."""
+    """The tensors of one entry.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedEntry: it holds other bytes than were written.
+    """
     if not path.exists():
         raise FileNotFoundError(path)
     try:
