@@ -23,8 +23,8 @@ from vfun_cli.metadata.probe import (
     AudioFacts,
     Failure,
     VisualFacts,
-    _freeze,
-    _thaw,
+    _decode_facts,
+    _encode_facts,
     probe_many,
     probe_visual,
 )
@@ -141,8 +141,8 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
     }
     assert FACTS_VERSION == 2
     for text, facts in texts.items():
-        assert _freeze(facts) == text
-        assert _thaw(text) == facts
+        assert _encode_facts(facts) == text
+        assert _decode_facts(text) == facts
 
 
 def test_facts_of_another_version_are_not_believed(tmp_path: Path) -> None:

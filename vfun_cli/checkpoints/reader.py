@@ -230,7 +230,7 @@ def _dcp_runs(
     box: tuple[int, ...],
     info: Any,
 ) -> Iterator[tuple[int, Segment]]:
-    """One stored box as (position in the whole tensor, run of elements), in the box's own order."""
+    """One stored box as (position in the full tensor, run of elements), in the box's own order."""
     if info.__dict__["state"].get("transform_descriptors"):
         raise CheckpointError(f"{folder}: {name} is stored compressed, which is not supported.")
     relative = Path(info.relative_path)
@@ -240,7 +240,7 @@ def _dcp_runs(
     stored = archive.value
     if not isinstance(stored, StoredTensor) or stored.shape != box or stored.storage.dtype != dtype:
         raise CheckpointError(f"{folder / relative}: the part of {name} is not the tensor that the metadata describes.")
-    whole = archive.locate(stored)
+    segment = archive.locate(stored)
     # an axis can be merged into the run when every later axis is complete
     axis = len(shape)
     while axis > 0 and (axis == len(shape) or box[axis] == shape[axis]):
@@ -253,7 +253,7 @@ def _dcp_runs(
         for i in reversed(range(axis)):
             rest, index = divmod(rest, box[i])
             start += index * strides[i]
-        yield start, Segment(path=whole.path, offset=whole.offset + number * run * itemsize, count=run)
+        yield start, Segment(path=segment.path, offset=segment.offset + number * run * itemsize, count=run)
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------------------------
@@ -469,8 +469,8 @@ def _cut(flats: list[list[TensorSource]], runs: tuple[_Run, ...], name: str, fol
         for group in groups:
             take = min(left, group.numel - start)
             if take > 0:
-                (whole,) = group.segments
-                segments.append(Segment(path=whole.path, offset=whole.offset + 4 * start, count=take))
+                (flat,) = group.segments
+                segments.append(Segment(path=flat.path, offset=flat.offset + 4 * start, count=take))
                 left -= take
             start = max(start - group.numel, 0)
         if left:

@@ -1,4 +1,4 @@
-"""Whether the weight files of a model directory are whole, from their headers: a second now instead of a failed launch.
+"""Checks from their headers that the weight files of a model directory are complete, before a launch.
 
 The names that a model needs are checked by the training processes, which build it; here only what the files say of
 themselves is compared: the index with its shards, each header with the length of its file.

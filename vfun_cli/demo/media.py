@@ -43,7 +43,7 @@ CLIPS = (
 
 
 def build_media(folder: Path, *, control: bool, audio: bool, images: bool, seed: int = 0) -> Path:
-    """Write ``metadata.json`` and ``train/``, as asked ``control/``, ``wav/`` and still pictures; returns the metadata.
+    """Write ``metadata.json`` and ``train/``, on request ``control/``, ``wav/`` and still images; returns the metadata.
 
     The folders are named as in the published examples. Equal arguments give equal files.
     """

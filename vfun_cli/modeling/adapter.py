@@ -51,7 +51,7 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One thing that a sample needs encoded."""
+    """One input of a sample and the encoder that reads it."""
 
     encoder: str | None
     """Which of the adapter's encoders reads it; None: it goes as it is into ``assemble``, as ``value``."""

@@ -77,7 +77,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
 
 
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
-    """One picture as a clip of one frame: float32 [1, 3, height, width] in [-1, 1], rotated as its EXIF data says."""
+    """One image as a clip of one frame: float32 [1, 3, height, width] in [-1, 1], rotated as its EXIF data says."""
     try:
         with Image.open(path) as image:
             array = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # [h, w, 3]

@@ -1,4 +1,4 @@
-"""Rotary tables over (frames, height, width) for models that stretch every picture onto one base grid.
+"""Rotary tables over (frames, height, width) for models that stretch every clip onto one base grid.
 
 CogVideoX 1.0 and EasyAnimate were trained with end-point-exclusive positions, ``start + i * (stop - start) / n``. The
 helper of diffusers 0.42 ends at ``stop * (n - 1) / n`` instead, which is another grid whenever the crop does not start

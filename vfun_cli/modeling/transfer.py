@@ -1,4 +1,4 @@
-"""Copies between host and device that do not wait for the device's stream, and a second stream beside the main one."""
+"""Copies between host and device that do not wait for the device's stream, and a second stream."""
 
 import time
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What was planned and what was trained: compared at the end of every epoch, over all ranks."""
+"""Compares what all ranks trained with the plan, at the end of every epoch."""
 
 import sys
 from collections import deque

@@ -1,4 +1,4 @@
-"""How much arithmetic a step is, and how much of a device's peak that comes to."""
+"""FLOPs and tokens of a step, and the share of the device's peak that they come to (MFU)."""
 
 from dataclasses import dataclass, field
 
@@ -60,7 +60,7 @@ class TrainedShare:
     base: int
     """Weights of the model itself."""
     added: int
-    """Weights of adapters beside them."""
+    """Weights of adapters."""
     trained: int
     """Weights that get a gradient, of either kind."""
 

@@ -1,4 +1,4 @@
-"""Which weights train, the optimizer over them, and the learning rate as a function of the step."""
+"""The trainable parameters, their optimizer, and its learning rate as a function of the step."""
 
 import math
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ Mask = NDArray[np.bool_]
 
 
 def draw_mask(rng: np.random.Generator, frames: int, height: int, width: int) -> Mask:
-    """One mask of a clip, or of a picture if ``frames`` is 1. A pure function of the generator's state and the size.
+    """One mask of a clip, or of an image if ``frames`` is 1. A pure function of the generator's state and the size.
 
     Sides are 16 pixels or more, as of every bucket.
     """

@@ -1,4 +1,4 @@
-"""The CogVideoX transformer of diffusers with the positions of CogVideoX-Fun, and pictures through V1.5."""
+"""The CogVideoX transformer of diffusers with the positions of CogVideoX-Fun, and single images through V1.5."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -18,7 +18,7 @@ from vfun_cli.modeling.weights import empty_model, load_weights, model_settings,
 
 
 class ResizedPositions(CogVideoXPatchEmbed):
-    """Patches with the one table of positions that the 2b models were trained with, resized to the picture.
+    """Patches with the one table of positions that the 2b models were trained with, resized to the clip.
 
     diffusers computes another table for every size instead, which is off by 0.7 in the prediction.
     """
@@ -58,7 +58,7 @@ class ResizedPositions(CogVideoXPatchEmbed):
 
 
 class CogVideoXFunTransformer(CogVideoXTransformer3DModel):
-    """diffusers' model under diffusers' names; what it is given beside text and time it works out from the latents."""
+    """diffusers' model under diffusers' names; it computes the rotary positions from the latents."""
 
     def __init__(self, *, add_noise_in_inpaint_model: bool = False, **config: Any) -> None:
         super().__init__(**config)
@@ -90,7 +90,7 @@ class CogVideoXFunTransformer(CogVideoXTransformer3DModel):
         if not config.use_rotary_positional_embeddings:
             return None
         height, width = (side // config.patch_size for side in latents.shape[3:])
-        # V1.5 counts tokens; 1.0 and 1.1 stretch every picture onto the grid they were trained on.
+        # V1.5 counts tokens; 1.0 and 1.1 stretch every clip onto the grid they were trained on.
         base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
         if config.patch_size_t:
             base = (height, width)

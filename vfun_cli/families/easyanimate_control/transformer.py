@@ -1,7 +1,7 @@
 """The EasyAnimate transformer of diffusers, built from the released configuration and named as released.
 
-diffusers renamed the text half of an MMDiT block and computes rotary positions that are wrong off centre; both are
-mended here. Everything else of the model, V5's two text streams included, is diffusers' own.
+diffusers renamed the text half of an MMDiT block, and its rotary positions are wrong for crops that do not start at
+zero; both are corrected here. Everything else of the model, V5's two text streams included, is diffusers' own.
 """
 
 from collections.abc import Mapping
@@ -62,10 +62,10 @@ def build_transformer(config: Mapping[str, Any]) -> EasyAnimateTransformer3DMode
 
 def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of diffusers' class that a released configuration means."""
-    asked = {name: config[name] for name in UNSUPPORTED if config.get(name)}
-    if asked:
+    unsupported = {name: config[name] for name in UNSUPPORTED if config.get(name)}
+    if unsupported:
         raise CheckpointError(
-            f"the transformer's config.json asks for layers that the Control models do not have: {asked}.",
+            f"the transformer's config.json states layers that the Control models do not have: {unsupported}.",
             hint=POINT_AT,
         )
     given = {k: v for k, v in config.items() if k not in NOT_MODEL_SHAPE and k not in UNSUPPORTED}

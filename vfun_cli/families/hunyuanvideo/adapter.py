@@ -33,7 +33,7 @@ REQUIRED_FILES = (
     "text_encoder_2/config.json",
     "tokenizer_2",
 )
-"""What the encoders of both families are loaded from, beside weights."""
+"""What the encoders of both families are loaded from, besides their weights."""
 
 
 class HunyuanVideoAdapter:
@@ -191,7 +191,7 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
     def _condition_inputs(cls, pixels: ClipInput, caption: Value) -> Inputs:
         """``prompt`` reads caption and first frame, ``image`` is the first frame alone, as in inference.
 
-        The clip's own first latent will not do: the encoder normalises over the whole temporal window.
+        The clip's own first latent is another one: the encoder normalises over the whole temporal window.
         """
         first = pixels.take([0])
         return {

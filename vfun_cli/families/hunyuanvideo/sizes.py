@@ -12,7 +12,7 @@ SHIFT = 7.0
 """Timestep shift of the released scheduler."""
 
 PROMPT_TOKENS = 256
-"""Caption tokens that the Llama encoder hands over in text-to-video."""
+"""Caption tokens that the Llama encoder gives the transformer in text-to-video."""
 IMAGE_TOKENS = 576
 """Tokens of one 336-pixel image in LLaVA: (336 / 14) squared."""
 IMAGE_INTERLEAVE = 4

@@ -43,7 +43,7 @@ _UNUSED = {"head"}
 
 
 class ClipImageEncoder(nn.Module):
-    """One picture to the hidden states of the last layer but one, [tokens, width] (released: [257, 1280])."""
+    """One image to the hidden states of the last layer but one, [tokens, width] (released: [257, 1280])."""
 
     def __init__(self, model: CLIPVisionModel) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class ClipImageEncoder(nn.Module):
         antialiasing and crops, and gives other features.
         """
         eight_bit = ((frames.float() * 0.5 + 0.5) * 255).clamp(0, 255).to(torch.uint8)
-        # The originals hold the picture in the model's dtype from here on.
-        picture = (eight_bit.float() / 255 - 0.5).div(0.5).to(self.model.dtype)
+        # The originals hold the image in the model's dtype from here on.
+        image = (eight_bit.float() / 255 - 0.5).div(0.5).to(self.model.dtype)
         size = cast(int, self.model.embeddings.image_size)
-        square = nn.functional.interpolate(picture, size=(size, size), mode="bicubic", align_corners=False)
+        square = nn.functional.interpolate(image, size=(size, size), mode="bicubic", align_corners=False)
         return (square.float() * 0.5 + 0.5 - self.mean) / self.std
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -100,12 +100,12 @@ class ClipImageEncoder(nn.Module):
         return [{"states": self.encode(clip)[0]} for clip in inputs]
 
     def encode_pixel_values(self, pixel_values: Tensor) -> Tensor:
-        """Hidden states [B, tokens, width] of preprocessed pictures [B, 3, S, S], one picture at a time."""
+        """Hidden states [B, tokens, width] of preprocessed images [B, 3, S, S], one image at a time."""
         with torch.no_grad():
             return torch.cat(
                 [
-                    self.model(picture[None].to(self.model.dtype), output_hidden_states=True).hidden_states[-2]
-                    for picture in pixel_values
+                    self.model(image[None].to(self.model.dtype), output_hidden_states=True).hidden_states[-2]
+                    for image in pixel_values
                 ]
             )
 

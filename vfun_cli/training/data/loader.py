@@ -260,7 +260,7 @@ def _decoded(
                 if not dead:
                     raise
                 faults = _faults(status, ended)
-        # All that was handed out is decoded again, but not what hung or crashed.
+        # Micro-batches that are not back yet are decoded again, but not those that hung or crashed.
         again = [replace(batch, fault=faults.get(batch.place)) for batch in waiting]
         batches = chain(again, batches)
         waiting.clear()

@@ -99,7 +99,7 @@ class Checkpointer:
             shutil.rmtree(self.run.partial_checkpoint(step), ignore_errors=True)
             raise RunError(
                 f"{self.run.checkpoint(step).name} could not be written to {self.run.root}: {_reason(error)}.",
-                hint=f"The checkpoints before it are whole. Make room or mend the directory, then: "
+                hint=f"The earlier checkpoints are complete. Make room or repair the directory, then: "
                 f"vfun resume {self.run.root}",
             ) from error
 
@@ -116,8 +116,8 @@ class Checkpointer:
         if lack is not None:
             raise RunError(
                 f"no checkpoint can be written to {self.run.root}: {lack}.",
-                hint=f"The checkpoints there are whole. Make room (vfun checkpoints ls {self.run.root} shows what they "
-                f"take; --checkpoints-total-limit keeps fewer), then: vfun resume {self.run.root}",
+                hint=f"The checkpoints there are complete. Make room (vfun checkpoints ls {self.run.root} shows what "
+                f"they take; --checkpoints-total-limit keeps fewer), then: vfun resume {self.run.root}",
             )
 
     def _require_memory(self, state: TrainedState) -> None:

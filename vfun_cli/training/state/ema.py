@@ -1,4 +1,4 @@
-"""An exponential moving average of the trainable weights, kept in float32 beside them."""
+"""An exponential moving average of the trainable weights, kept in float32."""
 
 from collections.abc import Mapping
 
