@@ -52,7 +52,7 @@ class Encoded:
     """An adapter of a transformer without encoders, and the one clip that it knows, as a warm cache has it."""
 
     def __init__(self) -> None:
-        latent = SPEC.latent_shape(SimpleNamespace(**SHAPE))  # type: ignore[arg-type]
+        latent = SPEC.plan.latent_shape(SimpleNamespace(**SHAPE))  # type: ignore[arg-type]
         torch.manual_seed(1)
         self.latents, self.text = torch.randn(1, 16, *latent), torch.randn(1, 226, MODEL["text_embed_dim"])
         self.encoders = Encoders({}, CPU)
@@ -156,7 +156,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         steps = repeats + warm_up + 1  # the last one tells that the one before is over
         trainer = make_trainer(
-            Path(folder), encoded, make_model(settings), config, SPEC, SPEC.read_dims(settings), steps
+            Path(folder), encoded, make_model(settings), config, SPEC, SPEC.model.read_dims(settings), steps
         )
         source = batches()
         trainer.train(source, 0)

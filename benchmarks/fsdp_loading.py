@@ -97,7 +97,7 @@ def rank(folder: Path, way: str) -> None:
     from vfun_cli.training.strategy import make_accelerator
 
     torch.set_num_threads(1)
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(SPEC.block_classes)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(SPEC.model.block_classes)
     config = RunConfig(strategy="fsdp", device="cpu", mixed_precision="no")
     accelerator = make_accelerator(config)
     lazy = LazyWeights()

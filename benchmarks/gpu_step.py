@@ -139,7 +139,7 @@ class Bench:
         self.device = torch.device(device)
         self.adapter = adapter_of(self.spec).from_pretrained(adapter_options(self.config, self.spec, self.device))
         wide, narrow, self.most_blocks = WIDTHS[family]
-        stated = read_json(adapter_options(self.config, self.spec, self.device).model_dir / self.spec.config_file)
+        stated = read_json(adapter_options(self.config, self.spec, self.device).model_dir / self.spec.model.config_file)
         own = {name: value for name, value in stated.items() if not name.startswith("_") and name != "model_type"}
         self.kind, self.settings = type(self.adapter.transformer), own | (narrow if tiny else wide)
         self.record = write_clip(folder, 200, 64 if tiny else 640)
@@ -161,7 +161,7 @@ class Bench:
     def loaded(self, shape: tuple[int, int, int]) -> LoadedBatch:
         """A micro-batch of one clip, as a full cache has it."""
         frames, height, width = shape
-        frames += self.spec.first_frame_alone
+        frames += self.spec.plan.first_frame_alone
         fields = {field.name for field in self.spec.fields} | {"text", "type"}
         for row in range(20):
             request = SampleRequest(
@@ -181,12 +181,14 @@ class Bench:
         with self.device:
             torch.manual_seed(0)
             transformer = self.kind(**settings)
-        config, dims = self.config, self.spec.read_dims(settings)
+        config, dims = self.config, self.spec.model.read_dims(settings)
         self.adapter.transformer = transformer
-        choose_trainable(transformer, (".",), self.spec.modules_without_gradient(dims))
-        checkpoint_blocks(transformer, self.spec.block_classes, checkpointing)
+        choose_trainable(transformer, (".",), self.spec.model.modules_without_gradient(dims))
+        checkpoint_blocks(transformer, self.spec.model.block_classes, checkpointing)
         if compiled:
-            compile_blocks(transformer, self.spec.block_classes, most_shapes(self.spec, dims, plan_options(config)))
+            compile_blocks(
+                transformer, self.spec.model.block_classes, most_shapes(self.spec, dims, plan_options(config))
+            )
         accelerator: Any = Accelerator(cpu=self.device.type == "cpu", mixed_precision="bf16")
         costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
         idle: Any = SimpleNamespace(reason=lambda: 0)
@@ -194,7 +196,7 @@ class Bench:
             config=config, accelerator=accelerator, adapter=self.adapter, checkpointer=idle, ledger=idle, stop=idle,
             state=prepare_state(config, self.spec, self.adapter, accelerator), cache=None, total_steps=10**6,
             objective=make_objective(
-                self.spec.objective, self.spec.objective_options, config.pretrained_model_name_or_path
+                self.spec.model.objective, self.spec.model.objective_options, config.pretrained_model_name_or_path
             ),
             description={},
             metrics=Metrics(

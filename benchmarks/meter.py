@@ -71,7 +71,7 @@ def measure(ranks: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         total = WARM_UP + steps + 1
         trainer = make_trainer(
-            Path(folder), encoded, make_model(settings), config, SPEC, SPEC.read_dims(settings), total
+            Path(folder), encoded, make_model(settings), config, SPEC, SPEC.model.read_dims(settings), total
         )
         metrics, gather = trainer.metrics, trainer.gather
         metrics.measure = watch.around(metrics.measure)  # type: ignore[method-assign]

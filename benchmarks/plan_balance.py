@@ -43,8 +43,8 @@ def main() -> None:
         for data, table in sets.items():
             for batch, options in BATCHES.items():
                 for world_size in ranks:
-                    chosen = PlanOptions.pick(spec.defaults, **{**options, "world_size": world_size})
-                    plan = plan_epoch(spec, spec.dims, table, chosen, 0)
+                    chosen = PlanOptions.pick(spec.defaults.train, **{**options, "world_size": world_size})
+                    plan = plan_epoch(spec, spec.model.dims, table, chosen, 0)
                     line = {
                         "family": name,
                         "data": data,

@@ -30,7 +30,9 @@ def main() -> None:
         table = mixed_set(rows, images=0.3 if "image" in spec.media_types else 0.0)
         for world_size in (1, 8, 512):
             started, worked = time.perf_counter(), time.process_time()
-            plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=world_size), 0)
+            plan = plan_epoch(
+                spec, spec.model.dims, table, PlanOptions.pick(spec.defaults.train, world_size=world_size), 0
+            )
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
             started = time.perf_counter()
             digest = plan.digest()

@@ -39,7 +39,7 @@ TEXT_ROWS = 16
 
 def step_seconds(model: Any, frames: int, height: int, width: int) -> float:
     """CPU seconds of forward and backward on one clip, the least of some repeats."""
-    latents = torch.randn(1, 48, *SPEC.latent_shape(ClipShape(frames=frames, height=height, width=width)))
+    latents = torch.randn(1, 48, *SPEC.plan.latent_shape(ClipShape(frames=frames, height=height, width=width)))
     text, image = torch.randn(1, TEXT_ROWS, 32), torch.randn(1, IMAGE_TOKENS, 32)
     found = []
     for _ in range(REPEATS):
@@ -69,9 +69,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = WanFunControlTransformer(has_reference=False, **MODEL).train()
     table = mixed_set(rows, images=0.3)
-    dims = SPEC.read_dims({**MODEL, "in_dim": 48, "dim": 64})
+    dims = SPEC.model.read_dims({**MODEL, "in_dim": 48, "dim": 64})
     plans = {
-        number: plan_epoch(SPEC, dims, table, PlanOptions.pick(SPEC.defaults, **sizes, world_size=number), 0)
+        number: plan_epoch(SPEC, dims, table, PlanOptions.pick(SPEC.defaults.train, **sizes, world_size=number), 0)
         for number in ranks
     }
     measured: dict[tuple[int, ...], float] = {}

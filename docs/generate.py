@@ -89,11 +89,11 @@ def _family(name: str) -> str:
     spec = families.FAMILIES[name]
     rows = [f"\n### {name}\n\n| option | train | lora |\n|---|---|---|\n"]
     for option in options():
-        train = spec.defaults.get(option, default_of(option))
-        lora = spec.lora_defaults.get(option, train)
+        train = spec.defaults.train.get(option, default_of(option))
+        lora = spec.defaults.lora.get(option, train)
         by_strategy = "".join(
             f" ({strategy}: {_text(values[option])})"
-            for strategy, values in spec.strategy_defaults.items()
+            for strategy, values in spec.defaults.by_strategy.items()
             if option in values
         )
         if _text(train) != _text(default_of(option)) or _text(lora) != _text(train) or by_strategy:
@@ -126,10 +126,10 @@ def preview_picture() -> tuple[str, str]:
     from vfun_cli.plan.schedule import plan_epochs
 
     spec = families.FAMILIES["wan-s2v"]
-    options = PlanOptions.pick(spec.defaults, world_size=8)
-    plans = list(plan_epochs(spec, spec.dims, _films(2000), options, 1))
+    options = PlanOptions.pick(spec.defaults.train, world_size=8)
+    plans = list(plan_epochs(spec, spec.model.dims, _films(2000), options, 1))
     console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True, color_system="256")
-    console.print(preview(spec, spec.dims, options, _films(2000), plans))
+    console.print(preview(spec, spec.model.dims, options, _films(2000), plans))
     text = console.export_text(clear=False)
     return console.export_svg(title="vfun plan-buckets wan-s2v --world-size 8", unique_id="plan"), text
 

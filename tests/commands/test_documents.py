@@ -170,8 +170,10 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guides' working directory: models and data where they say, tiny models in the released layouts."""
     root = tmp_path_factory.mktemp("documented")
     for spec in families.FAMILIES.values():
-        module, build = spec.demo_builder.split(":")
-        getattr(importlib.import_module(module), build)(root / str(spec.defaults["pretrained_model_name_or_path"]))
+        module, build = spec.defaults.demo_builder.split(":")
+        getattr(importlib.import_module(module), build)(
+            root / str(spec.defaults.train["pretrained_model_name_or_path"])
+        )
     data = root / "datasets/internal_datasets"
     for kind in ("train", "control"):
         encode_video(data / kind / "00000001.mp4", frames=60, width=640, height=640)
@@ -222,7 +224,7 @@ def test_the_metadata_that_a_guide_prints_is_valid_and_is_all_used(family: str, 
 def test_a_directory_of_another_family_is_refused_and_its_own_is_named(family: str, there: Path) -> None:
     spec = families.find(family)
     for other in families.FAMILIES.values():
-        directory = there / str(other.defaults["pretrained_model_name_or_path"])
+        directory = there / str(other.defaults.train["pretrained_model_name_or_path"])
         if other is spec:
             assert planning.read_dims(spec, directory).num_layers > 0
             continue

@@ -107,7 +107,7 @@ def first_frame_known(frames: int = 5) -> Tensor:
 def settings(name: str) -> dict[str, Any]:
     """The spec's ``input_settings`` of a model."""
     config = {**TRANSFORMER, **MODELS[name]}
-    return {key: config[key] for key in SPEC.input_settings}
+    return {key: config[key] for key in SPEC.model.input_settings}
 
 
 def dims(name: str) -> ModelDims:
@@ -118,16 +118,16 @@ def dims(name: str) -> ModelDims:
 
 
 def test_every_default_is_an_option_with_a_valid_value() -> None:
-    values = {**SPEC.defaults, **SPEC.demo, **SPEC.lora_defaults}
+    values = {**SPEC.defaults.train, **SPEC.defaults.demo, **SPEC.defaults.lora}
     assert len(values) > 30
     for name, value in values.items():
         parse(name, value, SPEC.name)
-    assert SPEC.defaults["train_mode"] in SPEC.train_modes
+    assert SPEC.defaults.train["train_mode"] in SPEC.train_modes
 
 
 def test_lora_targets_are_layers_of_the_model(adapters: dict[str, CogVideoXFunAdapter]) -> None:
     names = [name for name, _ in adapters["2b"].transformer.named_modules()]
-    hits = Counter(target for target in SPEC.lora_defaults["target_name"] for name in names if name.endswith(target))
+    hits = Counter(target for target in SPEC.defaults.lora["target_name"] for name in names if name.endswith(target))
     assert hits == dict.fromkeys(("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"), 2)
 
 
@@ -141,19 +141,19 @@ def test_lora_targets_are_layers_of_the_model(adapters: dict[str, CogVideoXFunAd
 def test_sizes_and_frames_follow_the_documents_and_the_parity_of_v15(
     name: str, token: int, frames: dict[int, int]
 ) -> None:
-    asked = PlanOptions.pick(SPEC.defaults, token_sample_size=token)
+    asked = PlanOptions.pick(SPEC.defaults.train, token_sample_size=token)
     assert {size: frames_at(size, asked, SPEC, dims(name)) for size in frames} == frames
 
 
 @pytest.mark.parametrize(("frames", "adjusted"), [(81, 77), (49, 45), (17, 13), (13, 13), (9, 5), (5, 5), (1, 1)])
 def test_v15_takes_an_even_number_of_latent_frames(frames: int, adjusted: int) -> None:
-    assert SPEC.adjust_frames is not None
-    assert SPEC.adjust_frames(frames, dims("V1.5")) == adjusted
-    assert SPEC.adjust_frames(frames, dims("5b")) == frames
+    assert SPEC.plan.adjust_frames is not None
+    assert SPEC.plan.adjust_frames(frames, dims("V1.5")) == adjusted
+    assert SPEC.plan.adjust_frames(frames, dims("5b")) == frames
 
 
 def test_2b_refuses_more_frames_than_it_has_positions_for() -> None:
-    asked = PlanOptions.pick(SPEC.defaults, video_sample_n_frames=53)
+    asked = PlanOptions.pick(SPEC.defaults.train, video_sample_n_frames=53)
     check_options(asked, SPEC, dims("5b"))
     with pytest.raises(ConfigError, match="positions for 49 frames") as caught:
         check_options(asked, SPEC, dims("2b"))
@@ -440,7 +440,7 @@ def test_a_row_becomes_a_loss_with_gradients(
 
     latents, conditions = encode(adapter, [sample], [asked.key])
     assert latents.shape == (1, 16, 2 if kind == "video" else 1, 4, 6)
-    objective = make_objective(SPEC.objective, SPEC.objective_options, folders[name])
+    objective = make_objective(SPEC.model.objective, SPEC.model.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [asked.key])
     prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
     assert prediction.shape == latents.shape
@@ -474,7 +474,7 @@ def test_bf16_encoders_and_inputs_run_without_autocast(folders: dict[str, Path])
 
 
 def test_learns_the_velocity_of_its_directorys_schedule(folders: dict[str, Path]) -> None:
-    schedule = make_objective(SPEC.objective, SPEC.objective_options, folders["2b"])
+    schedule = make_objective(SPEC.model.objective, SPEC.model.objective_options, folders["2b"])
     assert schedule.prediction_type == "v_prediction"
     # Zero terminal SNR, and without the sampler's shift: training reads the file as DDPM.
     expected = {0: 0.99915, 100: 0.88676, 500: 0.24102, 900: 0.00296, 999: 0.0}
@@ -486,5 +486,5 @@ def test_exported_names_are_those_of_the_released_file(
 ) -> None:
     stored = set(load_file(folders["2b"] / "transformer/diffusion_pytorch_model.safetensors"))
     adapter = adapters["2b"]
-    assert {SPEC.export_names["same"](name) for name, _ in adapter.transformer.named_parameters()} == stored
+    assert {SPEC.export.names["same"](name) for name, _ in adapter.transformer.named_parameters()} == stored
     assert json.loads((folders["5b"] / "transformer/config.json").read_text())["add_noise_in_inpaint_model"] is True

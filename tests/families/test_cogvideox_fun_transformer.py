@@ -199,20 +199,20 @@ def test_planned_tokens_and_flops_are_those_of_the_live_model(clip: ClipShape, r
         model.transformer_blocks[0].register_forward_hook(
             lambda _, args, out: seen.append(out[0].shape[1] + out[1].shape[1])
         )
-        frames, height, width = SPEC.latent_shape(clip)
+        frames, height, width = SPEC.plan.latent_shape(clip)
         latents, text = torch.empty(1, frames, 33, height, width), torch.empty(1, 226, 40)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             prediction = model(latents, text, torch.zeros(1))
     dims = read_dims(settings)
     assert prediction.shape == (1, frames, 16, height, width)
-    assert seen == [SPEC.sequence_tokens(clip, dims)]
-    assert SPEC.forward_flops(clip, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
-    assert {type(block).__name__ for block in model.transformer_blocks} == set(SPEC.block_classes)
+    assert seen == [SPEC.model.sequence_tokens(clip, dims)]
+    assert SPEC.model.forward_flops(clip, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert {type(block).__name__ for block in model.transformer_blocks} == set(SPEC.model.block_classes)
 
 
 def test_the_documents_example_has_13312_video_tokens() -> None:
     clip = ClipShape(frames=49, height=512, width=512)
-    assert SPEC.sequence_tokens(clip, SPEC.dims) == 13_312 + 226
+    assert SPEC.model.sequence_tokens(clip, SPEC.model.dims) == 13_312 + 226
 
 
 def test_2b_refuses_more_latent_frames_than_it_has_positions_for(tmp_path: Path) -> None:

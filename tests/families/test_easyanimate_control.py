@@ -88,7 +88,7 @@ def key_where(**drops: bool) -> SampleKey:
 
 @pytest.mark.parametrize("spec", [V5_1, V5], ids=lambda spec: spec.name)
 def test_every_default_is_an_option_with_a_valid_value(spec) -> None:
-    values = {**spec.defaults, **spec.demo, **spec.lora_defaults}
+    values = {**spec.defaults.train, **spec.defaults.demo, **spec.defaults.lora}
     assert len(values) > 30
     for name, value in values.items():
         parse(name, value, spec.name)
@@ -258,11 +258,11 @@ def test_a_tokenizer_of_v5_that_takes_fewer_tokens_shortens_its_stream_and_the_p
     assert conditions["encoder_hidden_states_t5"].shape[1] == 256
     shape = ClipShape(frames=5, height=64, width=96)
     dims = {name: planning.read_dims(V5, where) for name, where in (("77", folder), ("256", folders[V5.name]))}
-    assert {name: V5.sequence_tokens(shape, found) for name, found in dims.items()} == {
-        "77": 77 + 256 + V5.video_tokens(shape),
-        "256": 512 + V5.video_tokens(shape),
+    assert {name: V5.model.sequence_tokens(shape, found) for name, found in dims.items()} == {
+        "77": 77 + 256 + V5.plan.video_tokens(shape),
+        "256": 512 + V5.plan.video_tokens(shape),
     }
-    assert V5.forward_flops(shape, dims["77"]) < V5.forward_flops(shape, dims["256"])
+    assert V5.model.forward_flops(shape, dims["77"]) < V5.model.forward_flops(shape, dims["256"])
     path.write_text('{"model_max_length": ')
     for read in (lambda: planning.read_dims(V5, folder), lambda: EasyAnimateV5.from_pretrained(options(folder))):
         with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer/tokenizer_config\.json") as caught:
@@ -421,7 +421,7 @@ def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters
         assert (pixels.mean(dim=(1, 2, 3)).diff() > 0).all()
 
     latents, conditions = encode(adapter, [sample], [asked.key])
-    objective = make_objective(adapter.spec.objective, adapter.spec.objective_options, folders[name])
+    objective = make_objective(adapter.spec.model.objective, adapter.spec.model.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [asked.key])
     prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
     assert prediction.shape == latents.shape
@@ -444,14 +444,14 @@ def test_bf16_encoders_and_inputs_run_without_autocast(name: str, folders) -> No
 
 def test_clips_come_from_the_middle_of_the_video(media: Path) -> None:
     starts = {
-        frame_indices(request(media, "video", row=row, frames=5, total_frames=200), V5_1.usable_span)[0]
+        frame_indices(request(media, "video", row=row, frames=5, total_frames=200), V5_1.plan.usable_span)[0]
         for row in range(2000)
     }
     assert (min(starts), max(starts)) == (18, 180 - 5)
 
 
 def test_v5_learns_the_velocity_of_its_directorys_schedule(folders) -> None:
-    objective = make_objective(V5.objective, V5.objective_options, folders[V5.name])
+    objective = make_objective(V5.model.objective, V5.model.objective_options, folders[V5.name])
     assert objective.prediction_type == "v_prediction"
     assert objective.alphas_cumprod.shape == (1000,)
     assert objective.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-7)  # zero terminal SNR
@@ -461,6 +461,6 @@ def test_v5_learns_the_velocity_of_its_directorys_schedule(folders) -> None:
 def test_exported_names_are_those_of_the_released_file(name: str, adapters, folders) -> None:
     adapter = adapters[name]
     stored = set(load_file(folders[name] / "transformer/diffusion_pytorch_model.safetensors"))
-    assert {V5.export_names["same"](parameter) for parameter, _ in adapter.transformer.named_parameters()} == stored
+    assert {V5.export.names["same"](parameter) for parameter, _ in adapter.transformer.named_parameters()} == stored
     assert any("attn2.to_q" in parameter for parameter in stored)
     assert released_name("proj_out.weight") == "proj_out.weight"

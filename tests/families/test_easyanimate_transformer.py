@@ -239,21 +239,21 @@ def test_planned_tokens_and_flops_are_those_of_the_live_model(
         model.transformer_blocks[0].register_forward_hook(
             lambda _, args, out: seen.append(out[0].shape[1] + out[1].shape[1])
         )
-        latents = torch.empty(1, 16, *spec.latent_shape(clip))
+        latents = torch.empty(1, 16, *spec.plan.latent_shape(clip))
         captions = {"encoder_hidden_states": torch.empty(1, CAPTION_TOKENS, 40)}
         if two_streams:
             captions["encoder_hidden_states_t5"] = torch.empty(1, CAPTION_TOKENS, 24)
         control = torch.empty(1, settings["in_channels"] - 16, *latents.shape[2:])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(latents, torch.zeros(1), control_latents=control, **captions)
-    dims = spec.read_dims(settings)
-    assert seen == [spec.sequence_tokens(clip, dims)]
-    assert spec.forward_flops(clip, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
-    assert {type(block).__name__ for block in model.transformer_blocks} == set(spec.block_classes)
+    dims = spec.model.read_dims(settings)
+    assert seen == [spec.model.sequence_tokens(clip, dims)]
+    assert spec.model.forward_flops(clip, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert {type(block).__name__ for block in model.transformer_blocks} == set(spec.model.block_classes)
 
 
 def test_the_documents_example_has_13312_video_tokens() -> None:
     clip = ClipShape(frames=49, height=512, width=512)
-    assert V5_1.video_tokens(clip) == 13_312
-    assert V5_1.sequence_tokens(clip, V5_1.dims) == 13_312 + 256
-    assert V5.sequence_tokens(clip, V5.dims) == 13_312 + 512
+    assert V5_1.plan.video_tokens(clip) == 13_312
+    assert V5_1.model.sequence_tokens(clip, V5_1.model.dims) == 13_312 + 256
+    assert V5.model.sequence_tokens(clip, V5.model.dims) == 13_312 + 512

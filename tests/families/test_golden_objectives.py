@@ -75,7 +75,7 @@ def objective_of(family: str, folder: Path, **schedule: Any) -> Objective:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULE, **schedule}))
     spec = FAMILIES[family]
-    return make_objective(spec.objective, spec.objective_options, folder)
+    return make_objective(spec.model.objective, spec.model.objective_options, folder)
 
 
 def golden(case: str) -> dict[str, Tensor]:
@@ -166,5 +166,5 @@ def test_other_prediction_types_are_refused_with_those_that_train(family: str, t
 def test_a_directory_without_a_schedule_is_refused_with_a_way_out(tmp_path: Path) -> None:
     spec = FAMILIES["cogvideox-fun"]
     with pytest.raises(CheckpointError, match="holds no noise schedule") as caught:
-        make_objective(spec.objective, spec.objective_options, tmp_path)
+        make_objective(spec.model.objective, spec.model.objective_options, tmp_path)
     assert "scheduler" in caught.value.hint

@@ -89,7 +89,7 @@ def run(adapter: HunyuanVideoAdapter, shape: ClipShape, rows: list[int]) -> tupl
 
 
 def dims_of(spec: FamilySpec, folder: Path) -> ModelDims:
-    return spec.read_dims(json.loads((folder / spec.config_file).read_text()))
+    return spec.model.read_dims(json.loads((folder / spec.model.config_file).read_text()))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -104,8 +104,8 @@ def test_planned_tokens_are_the_live_joint_sequence(
     with torch.no_grad():
         _, latents, _ = run(adapter, shape, [0])
     hook.remove()
-    assert lengths == [spec.sequence_tokens(shape, dims_of(spec, folders[name]))]
-    assert spec.latent_shape(shape) == tuple(latents.shape[2:])
+    assert lengths == [spec.model.sequence_tokens(shape, dims_of(spec, folders[name]))]
+    assert spec.plan.latent_shape(shape) == tuple(latents.shape[2:])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -118,34 +118,34 @@ def test_planned_flops_are_what_torch_counts(
     # The counter does not know the fused CPU attention, it does know the matrix products of the plain one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         adapter.predict(adapter.transformer, latents, torch.tensor([500.0]), conditions)
-    assert spec.forward_flops(shape, dims_of(spec, folders[name])) == counter.get_total_flops()
+    assert spec.model.forward_flops(shape, dims_of(spec, folders[name])) == counter.get_total_flops()
 
 
 def test_a_clip_of_the_documents_is_13312_tokens_and_the_text() -> None:
     shape = ClipShape(frames=49, height=512, width=512)
-    assert T2V.video_tokens(shape) == 13312
-    assert T2V.sequence_tokens(shape, T2V.dims) == 13312 + 256
-    assert I2V.sequence_tokens(shape, I2V.dims) == 13312 + 144 + 252
+    assert T2V.plan.video_tokens(shape) == 13312
+    assert T2V.model.sequence_tokens(shape, T2V.model.dims) == 13312 + 256
+    assert I2V.model.sequence_tokens(shape, I2V.model.dims) == 13312 + 144 + 252
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_block_classes_are_the_classes_of_the_model(name: str, adapters: dict[str, HunyuanVideoAdapter]) -> None:
     transformer = adapters[name].transformer
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    assert {type(block).__name__ for block in blocks} == set(SPECS[name].block_classes)
+    assert {type(block).__name__ for block in blocks} == set(SPECS[name].model.block_classes)
 
 
 def test_lora_targets_name_modules(adapters: dict[str, HunyuanVideoAdapter]) -> None:
     modules = adapters["t2v"].transformer.named_modules()
     names = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    for target in T2V.lora_defaults["target_name"]:  # type: ignore[attr-defined]
+    for target in T2V.defaults.lora["target_name"]:  # type: ignore[attr-defined]
         assert any(name.endswith(f".{target}") for name in names), target
 
 
 def test_every_latent_frame_of_text_to_video_counts(adapters: dict[str, HunyuanVideoAdapter]) -> None:
     for shape in (SHAPES[0], SHAPES[4]):
         prediction, latents, conditions = run(adapters["t2v"], shape, [0, 1])
-        assert prediction.shape == latents.shape == (2, 16, *T2V.latent_shape(shape))
+        assert prediction.shape == latents.shape == (2, 16, *T2V.plan.latent_shape(shape))
         assert "loss_mask" not in conditions
 
 
@@ -224,14 +224,14 @@ def test_a_clip_goes_from_its_file_to_gradients(
     assert loaded.values["clip"].shape == (9, 3, 64, 80) and loaded.values["pooled"] == "a light goes on"
 
     latents, conditions = encode(adapter, [loaded], [request.key])
-    objective = make_objective(SPECS[name].objective, SPECS[name].objective_options, folders[name])
+    objective = make_objective(SPECS[name].model.objective, SPECS[name].model.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [request.key])
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
     loss = objective.loss(prediction, corrupted.target, conditions.get("loss_mask"))
     loss.backward()
     assert torch.isfinite(loss) and latents.dtype == torch.float32
-    assert SPECS[name].modules_without_gradient(SPECS[name].dims) == ()
+    assert SPECS[name].model.modules_without_gradient(SPECS[name].model.dims) == ()
     for parameter, tensor in adapter.transformer.named_parameters():
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all(), parameter
     assert not any(p.requires_grad for part in adapter.encoders.values() for p in part.parameters())
@@ -259,7 +259,7 @@ def test_guidance_is_six_thousand_in_the_compute_dtype(folders: dict[str, Path],
 
 
 def test_the_schedule_is_the_released_ones(folders: dict[str, Path], tmp_path: Path) -> None:
-    sigmas = make_objective(T2V.objective, T2V.objective_options, folders["t2v"]).sigmas()  # type: ignore[attr-defined]
+    sigmas = make_objective(T2V.model.objective, T2V.model.objective_options, folders["t2v"]).sigmas()  # type: ignore[attr-defined]
     timesteps = [round(1000 * float(sigmas[index]), 3) for index in (0, 1, 998, 999)]
     assert timesteps == [1000.0, 999.857, 13.834, 6.958]
     assert float(sigmas[500]) == pytest.approx(0.875, abs=1e-3)

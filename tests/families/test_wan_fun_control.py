@@ -120,7 +120,7 @@ def live_model(*, reference: bool, dim: int = 64) -> WanFunControlTransformer:
 
 
 def run_live(model: WanFunControlTransformer, shape: ClipShape) -> None:
-    frames, height, width = SPEC.latent_shape(shape)
+    frames, height, width = SPEC.plan.latent_shape(shape)
     reference = torch.zeros(1, 16, height, width) if model.has_reference else None
     image = torch.zeros(1, IMAGE_TOKENS, IMAGE_DIM)
     latents = torch.zeros(1, 48, frames, height, width)
@@ -138,15 +138,15 @@ def test_planned_tokens_and_flops_are_those_of_the_live_model(shape, reference):
     with FlopCounterMode(display=False) as counter:
         run_live(model, shape)
     dims = read_dims({**CONFIG, "image_dim": IMAGE_DIM, "add_ref_conv": reference})
-    assert lengths == [SPEC.sequence_tokens(shape, dims)]
-    assert SPEC.forward_flops(shape, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert lengths == [SPEC.model.sequence_tokens(shape, dims)]
+    assert SPEC.model.forward_flops(shape, dims) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_the_documents_clip_has_the_documents_tokens():
     shape = ClipShape(frames=49, height=512, width=512)
-    assert SPEC.sequence_tokens(shape, SPEC.dims) == 13_312
+    assert SPEC.model.sequence_tokens(shape, SPEC.model.dims) == 13_312
     v11 = read_dims({"in_dim": 48, "dim": 5120, "ffn_dim": 13824, "num_layers": 40, "add_ref_conv": True})
-    assert SPEC.sequence_tokens(shape, v11) == 13_312 + 1_024
+    assert SPEC.model.sequence_tokens(shape, v11) == 13_312 + 1_024
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_configurations_of_other_models_are_refused(change, message):
 
 
 def test_every_default_is_a_value_its_option_takes():
-    layers = [SPEC.defaults, SPEC.lora_defaults, SPEC.demo, *SPEC.strategy_defaults.values()]
+    layers = [SPEC.defaults.train, SPEC.defaults.lora, SPEC.defaults.demo, *SPEC.defaults.by_strategy.values()]
     values = [parse(name, value, "default") for layer in layers for name, value in layer.items()]
     assert len(values) > 40
     modes = {layer["train_mode"] for layer in layers if "train_mode" in layer}
@@ -174,8 +174,8 @@ def test_the_released_directory_loads_exactly_and_names_go_back(folder):
     adapter = WanFunControlAdapter.from_pretrained(options(folder))
     released = dict(read_safetensors(safetensors_files(folder)))
     live = adapter.transformer.state_dict()
-    assert {SPEC.export_names["same"](name) for name in live} == set(released)
-    assert {SPEC.export_names["same"](name) for name in live} == set(released)
+    assert {SPEC.export.names["same"](name) for name in live} == set(released)
+    assert {SPEC.export.names["same"](name) for name in live} == set(released)
     assert all(torch.equal(live[name], released[released_name(name)].float()) for name in live)
     assert {tensor.dtype for tensor in live.values()} == {torch.float32}
 

@@ -420,4 +420,4 @@ def test_a_missing_part_is_named_before_anything_is_read(gone: str, model_dir: P
 
 def test_export_names_are_the_released_names(adapter: WanS2VAdapter) -> None:
     names = [name for name, _ in adapter.transformer.named_parameters()]
-    assert "blocks.0.self_attn.q.weight" in names and [SPEC.export_names["same"](name) for name in names] == names
+    assert "blocks.0.self_attn.q.weight" in names and [SPEC.export.names["same"](name) for name in names] == names

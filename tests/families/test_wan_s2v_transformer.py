@@ -115,7 +115,7 @@ def golden_arguments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def random_arguments(config: dict[str, object], shape: ClipShape, device: str = "cpu") -> dict[str, object]:
-    frames, height, width = SPEC.latent_shape(shape)
+    frames, height, width = SPEC.plan.latent_shape(shape)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -275,9 +275,9 @@ def test_the_released_configuration_has_the_released_tensors() -> None:
         36: 10,
         39: 11,
     }
-    assert SPEC.read_dims(RELEASED_CONFIG) == SPEC.dims
-    assert set(SPEC.block_classes) <= {type(module).__name__ for module in model.modules()}
-    assert SPEC.sequence_tokens(ClipShape(frames=80, height=640, width=640), SPEC.dims) == 36000
+    assert SPEC.model.read_dims(RELEASED_CONFIG) == SPEC.model.dims
+    assert set(SPEC.model.block_classes) <= {type(module).__name__ for module in model.modules()}
+    assert SPEC.model.sequence_tokens(ClipShape(frames=80, height=640, width=640), SPEC.model.dims) == 36000
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_sequence_tokens_are_the_live_sequence(shape: ClipShape, demo: Path) -> 
     model.blocks[0].register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
     with torch.no_grad():
         model(**random_arguments(config, shape))
-    assert lengths == [SPEC.sequence_tokens(shape, SPEC.read_dims(config))]
+    assert lengths == [SPEC.model.sequence_tokens(shape, SPEC.model.read_dims(config))]
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -309,7 +309,9 @@ def test_forward_flops_are_the_live_models(shape: ClipShape, changes: dict[str, 
         model = WanS2VTransformer3DModel(**config)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**random_arguments(config, shape, device="meta"))
-    assert SPEC.forward_flops(shape, SPEC.read_dims(config)) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert SPEC.model.forward_flops(shape, SPEC.model.read_dims(config)) == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 def test_the_demo_model_loads_like_a_released_one(demo: Path, tmp_path: Path) -> None:

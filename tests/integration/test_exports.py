@@ -52,13 +52,13 @@ def rounded(values: np.ndarray) -> Tensor:
 
 def export_to(output: Path, spec: FamilySpec, form: str) -> None:
     checkpoint = straight(spec.name, "single").last_checkpoint()
-    base = Path("vfun-demo") / spec.name / "model" / Path(spec.config_file).parent
+    base = Path("vfun-demo") / spec.name / "model" / Path(spec.model.config_file).parent
     export(
         checkpoint,
         output,
         base_dir=base,
-        names=spec.export_names["same"],
-        output_names=unchanged if form == "same" else spec.export_names[form],
+        names=spec.export.names["same"],
+        output_names=unchanged if form == "same" else spec.export.names[form],
         overwrite=True,
     )
 
@@ -67,7 +67,7 @@ def model_directory_with_the_export(spec: FamilySpec, folder: Path) -> Path:
     """A copy of the released directory whose transformer files are those of the export."""
     target = folder / "model"
     shutil.copytree(Path("vfun-demo") / spec.name / "model", target)
-    transformer = target / Path(spec.config_file).parent
+    transformer = target / Path(spec.model.config_file).parent
     for old in transformer.glob("*.safetensors*"):
         old.unlink()
     export_to(folder / "export", spec, "same")
@@ -137,14 +137,16 @@ def by_key(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
     """What ComfyUI and the originals' inference do: W + alpha / rank B A, of a joint layer its rows."""
     tensors = load_file(next(folder.glob("*.safetensors")))
     comfyui = any(key.startswith("diffusion_model.") for key in tensors)
-    dims = spec.read_dims(json.loads((Path("vfun-demo") / spec.name / "model" / spec.config_file).read_text()))
+    dims = spec.model.read_dims(
+        json.loads((Path("vfun-demo") / spec.name / "model" / spec.model.config_file).read_text())
+    )
     used = set()
     for layer, module in transformer.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        location = LayerLocation(name=released_layer(layer, spec.export_names["same"]))
-        if comfyui and spec.comfyui_location is not None and "blocks." in layer:
-            location = spec.comfyui_location(layer, dims)
+        location = LayerLocation(name=released_layer(layer, spec.export.names["same"]))
+        if comfyui and spec.export.comfyui_location is not None and "blocks." in layer:
+            location = spec.export.comfyui_location(layer, dims)
         name = f"diffusion_model.{location.name}" if comfyui else f"lora_unet__{location.name.replace('.', '_')}"
         if f"{name}.alpha" in tensors:
             used.add(name)
@@ -156,7 +158,7 @@ def by_key(transformer: Any, folder: Path, spec: FamilySpec) -> Any:
 
 
 READERS = {"peft": through_peft, "diffusers": through_diffusers, "comfyui": by_key, "original": by_key}
-LORA_FORMATS = [(spec.name, form) for spec in families.FAMILIES.values() for form in spec.lora_formats]
+LORA_FORMATS = [(spec.name, form) for spec in families.FAMILIES.values() for form in spec.export.lora_formats]
 
 
 @pytest.mark.parametrize(("family", "form"), LORA_FORMATS)
@@ -209,8 +211,8 @@ def test_the_export_loads_with_diffusers_and_predicts_the_same(
     weights = open_checkpoint(straight(family, "single").last_checkpoint()).weights
     loaded, released, renamed = (
         dict(theirs.named_parameters()),
-        spec.export_names["same"],
-        spec.export_names["diffusers"],
+        spec.export.names["same"],
+        spec.export.names["diffusers"],
     )
     assert len(weights) > 20
     for name, source in weights.items():

@@ -36,9 +36,9 @@ def in_bf16(values: np.ndarray) -> np.ndarray:
 def export_of(run: Run) -> str:
     """Content hash of the export of the run's last checkpoint."""
     spec = families.find(run.family)
-    base = Path("vfun-demo") / run.family / "model" / Path(spec.config_file).parent
+    base = Path("vfun-demo") / run.family / "model" / Path(spec.model.config_file).parent
     output = RunDir(run.folder).root / "export"
-    done = export(run.last_checkpoint(), output, base_dir=base, names=spec.export_names["same"], overwrite=True)
+    done = export(run.last_checkpoint(), output, base_dir=base, names=spec.export.names["same"], overwrite=True)
     assert done.verified
     return done.sha256
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_bit_equal_to_the_straight_one(
     if command == "train":
         assert export_of(again) == export_of(whole)
         exported = read_base(RunDir(whole.folder).root / "export")[1]
-        released = families.find(family).export_names["same"]
+        released = families.find(family).export.names["same"]
         for name, values in weights_of(whole).items():
             np.testing.assert_array_equal(exported[released(name)].read(), in_bf16(values), err_msg=name)
 

@@ -53,7 +53,7 @@ def request(spec: FamilySpec, config: Any) -> SampleRequest:
         "type": "video",
     }
     fields = {field.name for field in spec.fields} | {"text", "type"}
-    frames = 8 + spec.first_frame_alone
+    frames = 8 + spec.plan.first_frame_alone
     return SampleRequest(
         key=SampleKey(seed=1, epoch=0, row=0),
         record={name: value for name, value in record.items() if name in fields},
@@ -78,7 +78,9 @@ def test_a_training_step_leaves_the_encoders_alone(
     sample = request(spec, config)
     inputs = adapter_of(spec).inputs(sample, adapter_options(config, spec, torch.device("cpu")))
     latents, conditions = encode(adapter, [prepared(inputs)], [sample.key])
-    objective = make_objective(spec.objective, spec.objective_options, Path(config.pretrained_model_name_or_path))
+    objective = make_objective(
+        spec.model.objective, spec.model.objective_options, Path(config.pretrained_model_name_or_path)
+    )
     corrupted = objective.corrupt(latents, [sample.key])
     mask = conditions.pop("loss_mask", None)
     optimizer = torch.optim.AdamW(adapter.transformer.parameters(), lr=1e-2)

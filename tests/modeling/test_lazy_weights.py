@@ -70,7 +70,7 @@ def test_a_rank_holds_no_weights_before_they_are_sharded(
         model_dir=folder,
         compute_dtype=torch.float32,
         device=torch.device("cpu"),
-        train_mode=str(spec.defaults.get("train_mode") or ""),
+        train_mode=str(spec.defaults.train.get("train_mode") or ""),
     )
     lazy = LazyWeights()
     with lazy.transformer():

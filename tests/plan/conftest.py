@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.metadata.table import ClipTable
 
 TEXT_TOKENS = 10
@@ -27,17 +27,17 @@ PLAIN = FamilySpec(
     adapter="",
     fields=(),
     media_types=("video", "image"),
-    vae_stride=(4, 8, 8),
-    patch_size=(1, 2, 2),
-    block_classes=(),
-    objective="flow-matching",
-    dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
-    read_dims=lambda config: ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
-    recognises=lambda config: False,
-    sequence_tokens=_tokens,
-    forward_flops=_flops,
-    attention_flops=_flops,
-    defaults={},
+    model=ModelSpec(
+        dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
+        read_dims=lambda config: ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
+        recognises=lambda config: False,
+        block_classes=(),
+        sequence_tokens=_tokens,
+        forward_flops=_flops,
+        attention_flops=_flops,
+        objective="flow-matching",
+    ),
+    plan=PlanSpec(vae_stride=(4, 8, 8), patch_size=(1, 2, 2)),
 )
 
 SPEECH = replace(
@@ -45,10 +45,9 @@ SPEECH = replace(
     name="speech",
     summary="4k frames, videos only, as Wan-S2V",
     media_types=("video",),
-    first_frame_alone=False,
-    reference_frame=True,
-    lowest_video_size=256,
-    strides_to_max_fps=30,
+    plan=replace(
+        PLAIN.plan, first_frame_alone=False, reference_frame=True, lowest_video_size=256, strides_to_max_fps=30
+    ),
 )
 
 

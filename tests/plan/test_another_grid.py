@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
@@ -21,7 +21,7 @@ TEXT_TOKENS = 128
 
 
 def sequence_tokens(shape: ClipShape, dims: ModelDims) -> int:
-    return SPEC.video_tokens(shape) + TEXT_TOKENS
+    return SPEC.plan.video_tokens(shape) + TEXT_TOKENS
 
 
 def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
@@ -43,17 +43,17 @@ SPEC = FamilySpec(
     adapter="",
     fields=(MetadataField(name="file_path", media="visual"),),
     media_types=("video", "image"),
-    vae_stride=(8, 32, 32),
-    patch_size=(1, 1, 1),
-    block_classes=("Block",),
-    objective="flow-matching",
-    dims=read_dims({}),
-    read_dims=read_dims,
-    recognises=lambda config: config.get("_class_name") == "DeepLatents",
-    sequence_tokens=sequence_tokens,
-    forward_flops=forward_flops,
-    attention_flops=attention_flops,
-    defaults={},
+    model=ModelSpec(
+        dims=read_dims({}),
+        read_dims=read_dims,
+        recognises=lambda config: config.get("_class_name") == "DeepLatents",
+        block_classes=("Block",),
+        sequence_tokens=sequence_tokens,
+        forward_flops=forward_flops,
+        attention_flops=attention_flops,
+        objective="flow-matching",
+    ),
+    plan=PlanSpec(vae_stride=(8, 32, 32), patch_size=(1, 1, 1)),
 )
 OPTIONS = PlanOptions(
     video_sample_size=256, image_sample_size=1024, token_sample_size=512, video_sample_n_frames=97,
@@ -73,7 +73,7 @@ def table() -> ClipTable:
 
 
 def test_its_clips_fill_whole_latents_and_tokens(table: ClipTable) -> None:
-    plans = list(plan_epochs(SPEC, SPEC.dims, table, OPTIONS, 2))
+    plans = list(plan_epochs(SPEC, SPEC.model.dims, table, OPTIONS, 2))
     for plan in plans:
         assert plan.num_steps > 50 and len(plan.buckets) > 100
         assert not (plan.height % 32).any() and not (plan.width % 32).any()
@@ -84,13 +84,13 @@ def test_its_clips_fill_whole_latents_and_tokens(table: ClipTable) -> None:
         ledger = plan.ledger
         assert ledger.used + sum(ledger.dropped.values()) == ledger.rows == 2000
         assert ledger.trained == ledger.samples + ledger.carried_in - ledger.carried_out
-    assert sum(plan.num_steps for plan in plans) == count_steps(SPEC, SPEC.dims, table, OPTIONS, 2)
+    assert sum(plan.num_steps for plan in plans) == count_steps(SPEC, SPEC.model.dims, table, OPTIONS, 2)
     short = ~table.is_image & (table.frames < 9)
     assert plans[0].ledger.dropped["too-short"] == np.count_nonzero(short) > 0
 
 
 def test_its_sizes_keep_the_token_budget() -> None:
-    rows = {row.size: row for row in size_table(OPTIONS, SPEC, SPEC.dims) if row.kind == "video"}
+    rows = {row.size: row for row in size_table(OPTIONS, SPEC, SPEC.model.dims) if row.kind == "video"}
     assert {size: row.frames for size, row in rows.items()} == {
         256: 97, 384: 97, 512: 97, 640: 57, 768: 41, 896: 25, 1024: 17,
     }  # fmt: skip
@@ -99,20 +99,20 @@ def test_its_sizes_keep_the_token_budget() -> None:
 
 
 def test_its_plan_is_shown_and_reported(table: ClipTable) -> None:
-    plans = list(plan_epochs(SPEC, SPEC.dims, table, OPTIONS, 2))
+    plans = list(plan_epochs(SPEC, SPEC.model.dims, table, OPTIONS, 2))
     console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: PTH123
-    console.print(preview(SPEC, SPEC.dims, OPTIONS, table, plans))
+    console.print(preview(SPEC, SPEC.model.dims, OPTIONS, table, plans))
     assert "deep-latents" in console.export_text()
-    content = plan_json(SPEC, SPEC.dims, OPTIONS, table, plans, assignment=True)
+    content = plan_json(SPEC, SPEC.model.dims, OPTIONS, table, plans, assignment=True)
     assert sum(bucket["clips"] for bucket in content["buckets"]) == content["ledger"]["samples"]
     assert all(bucket["height"] % 32 == bucket["width"] % 32 == 0 for bucket in content["buckets"])
     assert content["steps_per_epoch"] == len(content["epochs"][0]["assignment"]) / 8
 
 
 def test_what_it_needs_is_said_in_its_own_numbers() -> None:
-    needs = SPEC.clip_needs(stride=1)
+    needs = SPEC.plan.clip_needs(stride=1)
     assert (needs.min_frames, needs.shortest_video(1)) == (9, 9)
     with pytest.raises(ConfigError, match=r"is 8, but deep-latents trains on clips of 8k\+1 frames and at least 9"):
-        check_options(PlanOptions.pick(vars(OPTIONS), video_sample_n_frames=8), SPEC, SPEC.dims)
+        check_options(PlanOptions.pick(vars(OPTIONS), video_sample_n_frames=8), SPEC, SPEC.model.dims)
     with pytest.raises(ConfigError, match="--image-sample-size is 24; it must be 32 or more"):
-        check_options(PlanOptions.pick(vars(OPTIONS), image_sample_size=24), SPEC, SPEC.dims)
+        check_options(PlanOptions.pick(vars(OPTIONS), image_sample_size=24), SPEC, SPEC.model.dims)

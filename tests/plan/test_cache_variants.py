@@ -29,7 +29,8 @@ def draws(spec: FamilySpec, table: ClipTable, variants: int | None, num_epochs: 
         video_sample_stride=2, random_hw_adapt=True, training_with_video_token_length=True, cache_variants=variants,
     )  # fmt: skip
     plan = RunPlan(
-        spec=spec, dims=spec.dims, table=table, options=options, num_epochs=num_epochs, total_steps=10**6, root=None,
+        spec=spec, dims=spec.model.dims, table=table, options=options, num_epochs=num_epochs, total_steps=10**6,
+        root=None,
         records={int(row): Record(row=int(row), fields={}, raw={}) for row in table.row},
     )  # fmt: skip
     found: dict[int, dict[int, Draw]] = defaultdict(dict)
@@ -71,7 +72,7 @@ def test_a_cache_changes_nothing_of_the_plan_but_the_variants_that_it_sets(
         options = plan_options(
             resolve("train", spec, {"num_processes": 2, "strategy": "ddp", **given}, environ={}).config
         )
-        return options, [plan.digest() for plan in plan_epochs(plain, plain.dims, mixed(40), options, 6)]
+        return options, [plan.digest() for plan in plan_epochs(plain, plain.model.dims, mixed(40), options, 6)]
 
     assert plan(cache=Path("latents"), cache_variants=3) == plan(cache_variants=3)
     assert plan(cache=Path("latents")) == plan(cache_variants=4)

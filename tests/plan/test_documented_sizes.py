@@ -24,11 +24,11 @@ SHARES: dict[str, tuple[float, float | None]] = {SPEECH: (0.9, None), "wan-fun-c
 
 def chosen(spec: FamilySpec, **values: Any) -> PlanOptions:
     """The family's documented command line with other sizes; 49 frames as in all examples."""
-    return PlanOptions.pick({**spec.defaults, "video_sample_n_frames": 49, **values})
+    return PlanOptions.pick({**spec.defaults.train, "video_sample_n_frames": 49, **values})
 
 
 def table(spec: FamilySpec, kind: str = "video", **values: Any) -> dict[int, SizeRow]:
-    return {row.size: row for row in size_table(chosen(spec, **values), spec, spec.dims) if row.kind == kind}
+    return {row.size: row for row in size_table(chosen(spec, **values), spec, spec.model.dims) if row.kind == kind}
 
 
 def sizes(order: int, video: int, image: int) -> dict[str, int]:
@@ -107,14 +107,14 @@ def test_the_chances_of_sizes_are_those_of_the_original_scripts(family: str) -> 
     spec = FAMILIES[family]
     full, token = SHARES.get(family, (0.75, None))
     alone = chosen(spec, **sizes(1, 1024, 1024), random_hw_adapt=True, training_with_video_token_length=False)
-    drawn = np.diff(size_set("video", alone, spec, spec.dims).cumulative[-1], prepend=0)
+    drawn = np.diff(size_set("video", alone, spec, spec.model.dims).cumulative[-1], prepend=0)
     assert drawn[-1] == pytest.approx(full) and np.allclose(drawn[:-1], (1 - full) / (len(drawn) - 1))
     if "image" in spec.media_types:
         images = chosen(spec, **sizes(1, 256, 1024))
-        drawn = np.diff(size_set("image", images, spec, spec.dims).cumulative[-1], prepend=0)
+        drawn = np.diff(size_set("image", images, spec, spec.model.dims).cumulative[-1], prepend=0)
         assert drawn[-1] == pytest.approx(full) and np.allclose(drawn[:-1], (1 - full) / 4)
     by_token = chosen(spec, **sizes(1, 256, 1024), token_sample_size=512, training_with_video_token_length=True)
-    found = size_set("video", by_token, spec, spec.dims)
+    found = size_set("video", by_token, spec, spec.model.dims)
     drawn = np.diff(found.cumulative[-1], prepend=0)
     place = [int(size.base) for size in found.sizes].index(512)
     assert drawn[place] == pytest.approx(token or 1 / len(drawn))
@@ -123,7 +123,7 @@ def test_the_chances_of_sizes_are_those_of_the_original_scripts(family: str) -> 
 @pytest.mark.parametrize("crop", [True, False], ids=["random_frame_crop", "short-clips"])
 def test_paired_latents_of_cogvideox_v15_stay_paired_however_a_clip_is_shortened(crop: bool) -> None:
     spec = FAMILIES["cogvideox-fun"]
-    paired = replace(spec.dims, extra={**spec.dims.extra, "patch_frames": 2, "most_frames": 0})
+    paired = replace(spec.model.dims, extra={**spec.model.dims.extra, "patch_frames": 2, "most_frames": 0})
     lengths = [200] * 2000 if crop else list(range(15, 215))
     table = ClipTable.from_columns(width=[512] * len(lengths), height=[512] * len(lengths), frames=lengths, fps=(25, 1))
     frames = set(plan_epoch(spec, paired, table, chosen(spec, random_frame_crop=crop), 0).frames.tolist())
@@ -132,7 +132,7 @@ def test_paired_latents_of_cogvideox_v15_stay_paired_however_a_clip_is_shortened
 
 def test_paired_latents_of_cogvideox_v15_take_45_of_49_frames() -> None:
     spec = FAMILIES["cogvideox-fun"]
-    paired = replace(spec.dims, extra={**spec.dims.extra, "patch_frames": 2, "most_frames": 0})
+    paired = replace(spec.model.dims, extra={**spec.model.dims.extra, "patch_frames": 2, "most_frames": 0})
     options = chosen(spec, **sizes(1, 256, 1024), token_sample_size=512)
     found = {row.size: row.clip_frames for row in size_table(options, spec, paired) if row.kind == "video"}
     assert (found[512], found[768], found[1024]) == (45, 21, 5)

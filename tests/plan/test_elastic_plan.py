@@ -33,12 +33,12 @@ def samples(plans: Sequence[EpochPlan]) -> Counter[tuple[int, int, int]]:
 
 
 def run(table: ClipTable, options: PlanOptions, epochs: int, earlier: Sequence[RunSegment] = ()) -> list[EpochPlan]:
-    return list(plan_run(PLAIN, PLAIN.dims, table, options, epochs, earlier))
+    return list(plan_run(PLAIN, PLAIN.model.dims, table, options, epochs, earlier))
 
 
 def test_a_run_that_never_changed_is_planned_as_ever(plain: FamilySpec, mixed: Mixed) -> None:
     table = mixed(200)
-    epochs = plan_epochs(plain, plain.dims, table, OPTIONS, 3)
+    epochs = plan_epochs(plain, plain.model.dims, table, OPTIONS, 3)
     assert [plan.digest() for plan in run(table, OPTIONS, 3)] == [plan.digest() for plan in epochs]
 
 
@@ -74,7 +74,7 @@ def test_every_sample_of_every_epoch_is_trained_once_or_left_at_the_end(
     earlier, until = [], 0
     for steps, slots in sizes:
         until += steps
-        if until > count_steps(PLAIN, PLAIN.dims, table, replace(options, world_size=slots), epochs, earlier):
+        if until > count_steps(PLAIN, PLAIN.model.dims, table, replace(options, world_size=slots), epochs, earlier):
             break  # a run of this size is over before
         earlier.append(RunSegment(until=until, slots=slots))
     plans = run(table, options, epochs, earlier)
@@ -85,7 +85,9 @@ def test_every_sample_of_every_epoch_is_trained_once_or_left_at_the_end(
     per_epoch = set(Counter(epoch for _, _, epoch in drawn).values())
     assert len(per_epoch) == 1, "an epoch lost or gained samples"
     assert not left & set(used)
-    assert sum(plan.num_steps for plan in plans) == count_steps(PLAIN, PLAIN.dims, table, options, epochs, earlier)
+    assert sum(plan.num_steps for plan in plans) == count_steps(
+        PLAIN, PLAIN.model.dims, table, options, epochs, earlier
+    )
 
 
 def test_equal_step_sizes_leave_no_trace_in_the_history() -> None:

@@ -36,8 +36,8 @@ def shown(renderable: Any, width: int, *, encoding: str = "utf-8", colour: bool 
 
 def test_the_json_keeps_its_contract(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     table = mixed(400)
-    plans = list(plan_epochs(plain, plain.dims, table, OPTIONS, 2))
-    found = json.loads(json.dumps(plan_json(plain, plain.dims, OPTIONS, table, plans)))
+    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
+    found = json.loads(json.dumps(plan_json(plain, plain.model.dims, OPTIONS, table, plans)))
     assert found["family"] == "plain"
     assert {"size": 512, "frames": 49, "tokens": 13312}.items() <= found["sizes"][2].items()
     ledger = found["ledger"]
@@ -55,8 +55,10 @@ def test_the_json_keeps_its_contract(plain: FamilySpec, mixed: Callable[..., Cli
 
 def test_without_metadata_the_json_is_the_size_table() -> None:
     spec = FAMILIES["wan-s2v"]
-    options = PlanOptions.pick(spec.defaults, video_sample_size=768, token_sample_size=512, video_sample_n_frames=49)
-    found = plan_json(spec, spec.dims, options)
+    options = PlanOptions.pick(
+        spec.defaults.train, video_sample_size=768, token_sample_size=512, video_sample_n_frames=49
+    )
+    found = plan_json(spec, spec.model.dims, options)
     assert set(found) == {"family", "sizes", "image_sizes"}
     size = next(size for size in found["sizes"] if size["size"] == 512)
     assert (size["frames"], size["tokens"], size["clip_frames"]) == (49, 13312, 48)
@@ -70,7 +72,7 @@ def test_totals_count_seconds_of_motion_and_frame_rates(plain: FamilySpec) -> No
         is_image=[False, False, True],
     )  # fmt: skip
     options = PlanOptions(video_sample_size=512, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=2)
-    plan = plan_epoch(plain, plain.dims, table, options, 0)
+    plan = plan_epoch(plain, plain.model.dims, table, options, 0)
     sums = totals(plan, table, plain)
     assert sums.seconds_total == pytest.approx((250 + 97) / 25)
     assert sums.seconds_kept == pytest.approx((49 * 2 + 97) / 25)  # the last frame of a file has no second half
@@ -84,8 +86,8 @@ def test_the_preview_fits_the_terminal_and_names_every_part(
     plain: FamilySpec, mixed: Callable[..., ClipTable], width: int
 ) -> None:
     table = mixed(3000)
-    plans = list(plan_epochs(plain, plain.dims, table, OPTIONS, 2))
-    text = shown(preview(plain, plain.dims, OPTIONS, table, plans), width)
+    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
+    text = shown(preview(plain, plain.model.dims, OPTIONS, table, plans), width)
     lines = text.splitlines()
     assert max(len(line) for line in lines) <= width
     assert "…" not in text
@@ -96,21 +98,21 @@ def test_the_preview_fits_the_terminal_and_names_every_part(
 
 def test_an_epoch_without_steps_is_shown_too(plain: FamilySpec, tmp_path: Path) -> None:
     table = ClipTable.from_columns(width=[640], height=[640], frames=[100], fps=(25, 1))
-    plan = plan_epoch(plain, plain.dims, table, OPTIONS, 0)
+    plan = plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)
     assert plan.num_steps == 0
-    assert "0 in, 1 on to the next epoch" in shown(preview(plain, plain.dims, OPTIONS, table, [plan]), 80)
-    assert plan_json(plain, plain.dims, OPTIONS, table, [plan])["steps_per_epoch"] == 0
-    plot(tmp_path / "plan.svg", plain, plain.dims, OPTIONS, plan)
+    assert "0 in, 1 on to the next epoch" in shown(preview(plain, plain.model.dims, OPTIONS, table, [plan]), 80)
+    assert plan_json(plain, plain.model.dims, OPTIONS, table, [plan])["steps_per_epoch"] == 0
+    plot(tmp_path / "plan.svg", plain, plain.model.dims, OPTIONS, plan)
 
 
 def test_the_preview_without_metadata_is_the_size_table(plain: FamilySpec) -> None:
-    text = shown(preview(plain, plain.dims, OPTIONS), 80)
+    text = shown(preview(plain, plain.model.dims, OPTIONS), 80)
     assert "13,312" in text and "Buckets" not in text
 
 
 def test_the_preview_needs_no_colour_and_no_unicode(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     table = mixed(300)
-    plan = preview(plain, plain.dims, OPTIONS, table, [plan_epoch(plain, plain.dims, table, OPTIONS, 0)])
+    plan = preview(plain, plain.model.dims, OPTIONS, table, [plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)])
     assert "\x1b" not in shown(plan, 80)
     assert "\x1b[" in shown(plan, 80, colour=True)
     assert "####" in shown(plan, 80, encoding="ascii")
@@ -118,7 +120,7 @@ def test_the_preview_needs_no_colour_and_no_unicode(plain: FamilySpec, mixed: Ca
 
 def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     table = mixed(120)
-    plans = list(plan_epochs(plain, plain.dims, table, OPTIONS, 2))
+    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
     batches = {
         (sample.row, sample.epoch): (batch.shape, step, rank)
         for rank in range(8)
@@ -130,7 +132,7 @@ def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable
     }
     checked = 0
     for row in range(120):
-        story = why(plain, plain.dims, table, OPTIONS, row, plans)
+        story = why(plain, plain.model.dims, table, OPTIONS, row, plans)
         assert json.dumps(story) and why_lines(story)[0].startswith(f"row {row}: ")
         for draw in story.get("draws", ()):
             if draw["carried"]:
@@ -145,11 +147,11 @@ def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable
 
 def test_why_says_why_a_clip_is_dropped(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640, 64], height=[480, 64], frames=[5, 90], fps=(25, 1), row=[3, 8])
-    short, small = (why(plain, plain.dims, table, OPTIONS, row) for row in (3, 8))
+    short, small = (why(plain, plain.model.dims, table, OPTIONS, row) for row in (3, 8))
     assert (short["dropped"], small["dropped"]) == ("too-short", "too-small")
     assert "dropped: too-short" in why_lines(short)[-1]
     with pytest.raises(ConfigError, match="no row 4"):
-        why(plain, plain.dims, table, OPTIONS, 4)
+        why(plain, plain.model.dims, table, OPTIONS, 4)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
@@ -157,10 +159,10 @@ def test_the_picture_is_the_same_for_the_same_plan(
     plain: FamilySpec, mixed: Callable[..., ClipTable], tmp_path: Path, suffix: str
 ) -> None:
     table = mixed(400)
-    plan = plan_epoch(plain, plain.dims, table, OPTIONS, 0)
+    plan = plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)
     files = [tmp_path / f"{name}.{suffix}" for name in "ab"]
     for file in files:
-        plot(file, plain, plain.dims, OPTIONS, plan)
+        plot(file, plain, plain.model.dims, OPTIONS, plan)
     assert files[0].read_bytes() == files[1].read_bytes()
     if suffix == "svg":
         root = ElementTree.parse(files[0]).getroot()
@@ -177,4 +179,10 @@ def test_an_unknown_picture_format_is_refused(
     plain: FamilySpec, mixed: Callable[..., ClipTable], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"plan\.gif"):
-        plot(tmp_path / "plan.gif", plain, plain.dims, OPTIONS, plan_epoch(plain, plain.dims, mixed(50), OPTIONS, 0))
+        plot(
+            tmp_path / "plan.gif",
+            plain,
+            plain.model.dims,
+            OPTIONS,
+            plan_epoch(plain, plain.model.dims, mixed(50), OPTIONS, 0),
+        )

@@ -82,15 +82,15 @@ def test_every_clip_is_trained_once_an_epoch_or_carried(
 ) -> None:
     spec = speech if videos_only else plain
     picked = options(**chosen)
-    used = prepare(spec, spec.dims, table, picked).used
+    used = prepare(spec, spec.model.dims, table, picked).used
     if not used.any():
         with pytest.raises(MetadataError):
-            plan_epoch(spec, spec.dims, table, picked, 0)
+            plan_epoch(spec, spec.model.dims, table, picked, 0)
         return
     times = {r: 1 if table.is_image[r] else max(1, picked.video_repeat) for r in np.flatnonzero(used).tolist()}
     carry = Carry.empty()
     for epoch in range(3):
-        plan = plan_epoch(spec, spec.dims, table, picked, epoch, carry=carry)
+        plan = plan_epoch(spec, spec.model.dims, table, picked, epoch, carry=carry)
         drawn = Counter((row, copy, epoch) for row, count in times.items() for copy in range(count))
         assert trained([plan]) + carried(plan.carry) == drawn + carried(carry)
         ledger = plan.ledger
@@ -109,17 +109,19 @@ def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any]
 ) -> None:
     picked = options(**chosen)
-    clips = prepare(plain, plain.dims, table, picked)
+    clips = prepare(plain, plain.model.dims, table, picked)
     if not clips.used.any():
         return
     alone = replace(picked, train_batch_size=1, tokens_per_batch=None, world_size=1, gradient_accumulation_steps=1)
     shapes = {}
-    for batch in (b for step in plan_epoch(plain, plain.dims, table, alone, 0).micro_batches_for(0) for b in step):
+    for batch in (
+        b for step in plan_epoch(plain, plain.model.dims, table, alone, 0).micro_batches_for(0) for b in step
+    ):
         shapes[batch.samples[0]] = (batch.kind, batch.shape)
-    plan = plan_epoch(plain, plain.dims, table, picked, 0)
+    plan = plan_epoch(plain, plain.model.dims, table, picked, 0)
     for number in range(len(plan.frames)):
         batch = plan.micro_batch(number)
-        tokens = plain.sequence_tokens(batch.shape, plain.dims)
+        tokens = plain.model.sequence_tokens(batch.shape, plain.model.dims)
         full = max(1, picked.tokens_per_batch // tokens) if picked.tokens_per_batch else picked.train_batch_size
         assert len(batch.samples) == full
         for sample in batch.samples:
@@ -138,14 +140,14 @@ def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], ranks: int
 ) -> None:
     one = options(**{**chosen, "world_size": 1, "gradient_accumulation_steps": 1})
-    if not prepare(plain, plain.dims, table, one).used.any():
+    if not prepare(plain, plain.model.dims, table, one).used.any():
         return
     runs = {}
     for world_size in (1, ranks):
         carry, plans = Carry.empty(), []
         for epoch in range(3):
             picked = replace(one, world_size=world_size)
-            plans.append(plan_epoch(plain, plain.dims, table, picked, epoch, carry=carry))
+            plans.append(plan_epoch(plain, plain.model.dims, table, picked, epoch, carry=carry))
             carry = plans[-1].carry
         runs[world_size] = trained(plans) + carried(carry)
     assert runs[1] == runs[ranks]
@@ -158,9 +160,9 @@ def test_one_process_accumulating_two_takes_the_steps_of_two_processes(
 ) -> None:
     single = options(**{**chosen, "world_size": 1, "gradient_accumulation_steps": 2})
     pair = replace(single, world_size=2, gradient_accumulation_steps=1)
-    if not prepare(plain, plain.dims, table, single).used.any():
+    if not prepare(plain, plain.model.dims, table, single).used.any():
         return
-    left, right = (plan_epoch(plain, plain.dims, table, picked, 0) for picked in (single, pair))
+    left, right = (plan_epoch(plain, plain.model.dims, table, picked, 0) for picked in (single, pair))
     assert left.digest() == right.digest()
     together = [a + b for a, b in zip(right.micro_batches_for(0), right.micro_batches_for(1), strict=True)]
     assert list(left.micro_batches_for(0)) == together
@@ -172,7 +174,7 @@ def test_a_draw_does_not_depend_on_the_other_rows(plain: FamilySpec, mixed: Call
     part = ClipTable(**{name: column[kept] for name, column in vars(table).items()})
     shapes = []
     for each in (table, part):
-        plan = plan_epoch(plain, plain.dims, each, options(), 3)
+        plan = plan_epoch(plain, plain.model.dims, each, options(), 3)
         shapes.append({b.samples[0].row: b.shape for s in plan.micro_batches_for(0) for b in s})
     assert len(shapes[1]) > 50
     assert shapes[1].items() <= shapes[0].items()
@@ -182,7 +184,7 @@ def test_equal_input_gives_equal_bytes_and_any_change_another_digest(
     plain: FamilySpec, mixed: Callable[..., ClipTable]
 ) -> None:
     def digest(epoch: int = 0, **values: Any) -> str:
-        return plan_epoch(plain, plain.dims, mixed(300), options(**values), epoch).digest()
+        return plan_epoch(plain, plain.model.dims, mixed(300), options(**values), epoch).digest()
 
     assert digest() == digest()
     others = [digest(1), digest(seed=1), digest(world_size=2), digest(train_batch_size=2), digest(video_repeat=2)]
@@ -191,12 +193,14 @@ def test_equal_input_gives_equal_bytes_and_any_change_another_digest(
 
 def test_the_plan_is_the_same_on_every_machine(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     table = ClipTable.from_columns(width=[1280] * 40, height=[720] * 40, frames=[200] * 40, fps=(25, 1))
-    digest = plan_epoch(plain, plain.dims, table, options(world_size=4), 0).digest()
+    digest = plan_epoch(plain, plain.model.dims, table, options(world_size=4), 0).digest()
     assert digest == "906c60a2bfbb645296e02cac32f93d64118cc7b3e0b71f2377c881db59f25178"
 
 
 def test_zero_and_one_repeat_both_mean_once(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    counts = [plan_epoch(plain, plain.dims, mixed(100), options(video_repeat=n), 0).ledger.samples for n in (0, 1, 2)]
+    counts = [
+        plan_epoch(plain, plain.model.dims, mixed(100), options(video_repeat=n), 0).ledger.samples for n in (0, 1, 2)
+    ]
     assert counts[0] == counts[1] < counts[2]
 
 
@@ -207,7 +211,7 @@ def test_ranks_are_equally_loaded_with_the_published_settings(family: str, world
     table = ClipTable.from_columns(
         width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1), is_image=[False] * 8000
     )
-    plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=world_size), 0)
+    plan = plan_epoch(spec, spec.model.dims, table, PlanOptions.pick(spec.defaults.train, world_size=world_size), 0)
     assert plan.num_steps >= 100
     assert mean_over_max(plan) >= 0.98
 
@@ -220,22 +224,22 @@ def test_ranks_are_equally_loaded_on_mixed_sets(
 ) -> None:
     spec = FAMILIES[family]
     table = mixed(num_rows, images=0.3 if "image" in spec.media_types else 0.0)
-    chosen = PlanOptions.pick(spec.defaults, world_size=world_size, **batch)
-    plan = plan_epoch(spec, spec.dims, table, chosen, 0)
+    chosen = PlanOptions.pick(spec.defaults.train, world_size=world_size, **batch)
+    plan = plan_epoch(spec, spec.model.dims, table, chosen, 0)
     assert mean_over_max(plan) >= 0.98
 
 
 def test_independent_draws_waste_half_of_the_hardware_with_the_published_settings() -> None:
     spec = FAMILIES["wan-s2v"]
     table = ClipTable.from_columns(width=[1280] * 8000, height=[720] * 8000, frames=[400] * 8000, fps=(25, 1))
-    plan = plan_epoch(spec, spec.dims, table, PlanOptions.pick(spec.defaults, world_size=8), 0)
+    plan = plan_epoch(spec, spec.model.dims, table, PlanOptions.pick(spec.defaults.train, world_size=8), 0)
     figures = [independent_balance(plan, world_size=ranks) for ranks in (8, 64, 512)]
     assert figures == pytest.approx([0.486, 0.463, 0.464], abs=0.015)
 
 
 def test_the_heaviest_step_opens_the_epoch_on_request(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     usual, first = (
-        plan_epoch(plain, plain.dims, mixed(500), options(world_size=4, heaviest_first=wish), 0)
+        plan_epoch(plain, plain.model.dims, mixed(500), options(world_size=4, heaviest_first=wish), 0)
         for wish in (False, True)
     )
     assert first.flops[first.steps[0]].max() == first.flops.max() != usual.flops[usual.steps[0]].max()
@@ -243,7 +247,7 @@ def test_the_heaviest_step_opens_the_epoch_on_request(plain: FamilySpec, mixed: 
 
 
 def test_steps_are_shuffled_rather_than_sorted(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    plan = plan_epoch(plain, plain.dims, mixed(2000), options(world_size=4), 0)
+    plan = plan_epoch(plain, plain.model.dims, mixed(2000), options(world_size=4), 0)
     cost = plan.flops[plan.steps].max(axis=1)
     assert abs(np.corrcoef(cost, np.arange(len(cost)))[0, 1]) < 0.2
 
@@ -251,8 +255,8 @@ def test_steps_are_shuffled_rather_than_sorted(plain: FamilySpec, mixed: Callabl
 def test_few_clips_make_progress_over_epochs(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
     chosen = options(world_size=8)
-    plans = list(plan_epochs(plain, plain.dims, table, chosen, 100))
-    assert sum(plan.num_steps for plan in plans) == 300 // 8 == count_steps(plain, plain.dims, table, chosen, 100)
+    plans = list(plan_epochs(plain, plain.model.dims, table, chosen, 100))
+    assert sum(plan.num_steps for plan in plans) == 300 // 8 == count_steps(plain, plain.model.dims, table, chosen, 100)
     assert max(len(plan.carry) for plan in plans) < 8
 
 
@@ -261,13 +265,13 @@ def test_a_run_too_small_for_a_step_borrows_from_the_following_epochs(plain: Fam
     table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
     chosen = options(world_size=8, train_batch_size=batch)
     for num_epochs in (1, 2):
-        plans = list(plan_epochs(plain, plain.dims, table, chosen, num_epochs))
+        plans = list(plan_epochs(plain, plain.model.dims, table, chosen, num_epochs))
         assert [plan.num_steps for plan in plans] == [0] * (num_epochs - 1) + [1]
         assert plans[-1].ledger.borrowed > 0
         found = trained(plans)
         assert sum(found.values()) == 8 * batch
         assert max(found.values()) == 1
-        assert count_steps(plain, plain.dims, table, chosen, num_epochs) == 1
+        assert count_steps(plain, plain.model.dims, table, chosen, num_epochs) == 1
 
 
 def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: FamilySpec) -> None:
@@ -276,7 +280,7 @@ def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: F
         image_sample_size=None, video_sample_size=512, training_with_video_token_length=False, random_hw_adapt=False,
         train_batch_size=4,
     )  # fmt: skip
-    (plan,) = plan_epochs(plain, plain.dims, table, chosen, 1)
+    (plan,) = plan_epochs(plain, plain.model.dims, table, chosen, 1)
     assert (plan.num_steps, plan.ledger.trained, plan.ledger.borrowed) == (1, 4, 1)
     assert len(plan.carry) == 6 and (plan.carry.epoch == 0).all()
 
@@ -287,33 +291,33 @@ def test_counted_steps_are_the_planned_steps(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], num_epochs: int
 ) -> None:
     picked = options(**chosen)
-    if not prepare(plain, plain.dims, table, picked).used.any():
+    if not prepare(plain, plain.model.dims, table, picked).used.any():
         return
-    plans = plan_epochs(plain, plain.dims, table, picked, num_epochs)
-    assert sum(plan.num_steps for plan in plans) == count_steps(plain, plain.dims, table, picked, num_epochs)
+    plans = plan_epochs(plain, plain.model.dims, table, picked, num_epochs)
+    assert sum(plan.num_steps for plan in plans) == count_steps(plain, plain.model.dims, table, picked, num_epochs)
 
 
 def test_nothing_waits_for_more_than_one_epoch(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    for plan in plan_epochs(plain, plain.dims, mixed(300), options(world_size=64), 6):
+    for plan in plan_epochs(plain, plain.model.dims, mixed(300), options(world_size=64), 6):
         assert (plan.carry.epoch == plan.epoch).all()
 
 
 def test_a_resumed_plan_equals_the_uninterrupted_one(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     table, chosen = mixed(150), options(world_size=8, train_batch_size=2)
-    whole = [plan.digest() for plan in plan_epochs(plain, plain.dims, table, chosen, 6)]
-    third = list(plan_epochs(plain, plain.dims, table, chosen, 3))[-1]
+    whole = [plan.digest() for plan in plan_epochs(plain, plain.model.dims, table, chosen, 6)]
+    third = list(plan_epochs(plain, plain.model.dims, table, chosen, 3))[-1]
     saved = Carry.from_json(json.loads(json.dumps(third.carry.to_json())))
     assert len(saved) > 0
     for carry in (saved, None):
-        resumed = plan_epochs(plain, plain.dims, table, chosen, 6, first_epoch=3, carry=carry)
+        resumed = plan_epochs(plain, plain.model.dims, table, chosen, 6, first_epoch=3, carry=carry)
         assert [plan.digest() for plan in resumed] == whole[3:]
 
 
 def test_strides_follow_the_option_or_the_highest_frame_rate(plain: FamilySpec, speech: FamilySpec) -> None:
     rates = [(24, 1), (30, 1), (30000, 1001), (3002, 100), (50, 1), (60000, 1001), (60, 1), (120, 1)]
     table = ClipTable.from_columns(width=[640] * 8, height=[640] * 8, frames=[500] * 8, fps=rates)
-    assert prepare(plain, plain.dims, table, options(video_sample_stride=3)).stride.tolist() == [3] * 8
-    assert prepare(speech, speech.dims, table, options(video_sample_stride=1)).stride.tolist() == [
+    assert prepare(plain, plain.model.dims, table, options(video_sample_stride=3)).stride.tolist() == [3] * 8
+    assert prepare(speech, speech.model.dims, table, options(video_sample_stride=1)).stride.tolist() == [
         1, 1, 1, 1, 2, 2, 2, 4,
     ]  # fmt: skip
 
@@ -326,7 +330,7 @@ def test_dropped_rows_are_counted_by_reason(speech: FamilySpec) -> None:
         fps=[(25, 1), (25, 1), (0, 0), (25, 1), (25, 1), (25, 1), (25, 1)],
         is_image=[False, False, False, False, False, True, False],
     )
-    ledger = plan_epoch(speech, speech.dims, table, options(video_sample_stride=2), 0).ledger
+    ledger = plan_epoch(speech, speech.model.dims, table, options(video_sample_stride=2), 0).ledger
     assert ledger.used == 1
     reasons = ["unsupported-type", "unknown-size", "unknown-length", "unknown-fps", "too-short", "too-small"]
     assert ledger.dropped == dict.fromkeys(reasons, 1)
@@ -335,22 +339,22 @@ def test_dropped_rows_are_counted_by_reason(speech: FamilySpec) -> None:
 def test_a_set_without_any_usable_row_names_the_reasons_and_the_way_out(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640, 64], height=[640, 64], frames=[3, 100], fps=(25, 1))
     with pytest.raises(MetadataError, match=r"1 too-short.*1 too-small") as caught:
-        plan_epoch(plain, plain.dims, table, options(), 0)
+        plan_epoch(plain, plain.model.dims, table, options(), 0)
     assert caught.value.hint is not None and "9 frames" in caught.value.hint
     empty = ClipTable.from_columns(width=[], height=[], frames=[], fps=(25, 1))
     with pytest.raises(MetadataError, match="no rows"):
-        plan_epoch(plain, plain.dims, empty, options(), 0)
+        plan_epoch(plain, plain.model.dims, empty, options(), 0)
 
 
 def test_squares_only_without_buckets(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    plan = plan_epoch(plain, plain.dims, mixed(200), options(enable_bucket=False), 0)
+    plan = plan_epoch(plain, plain.model.dims, mixed(200), options(enable_bucket=False), 0)
     assert (plan.height == plan.width).all()
 
 
 def test_frame_crop_keeps_most_clips_whole_and_all_lengths_legal(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[480] * 4000, height=[480] * 4000, frames=[200] * 4000, fps=(25, 1))
     chosen = options(video_sample_size=480, image_sample_size=480, random_frame_crop=True)
-    frames, counts = np.unique(plan_epoch(plain, plain.dims, table, chosen, 0).frames, return_counts=True)
+    frames, counts = np.unique(plan_epoch(plain, plain.model.dims, table, chosen, 0).frames, return_counts=True)
     assert frames.tolist() == list(range(5, 50, 4))
     assert counts[-1] / 4000 == pytest.approx(0.9, abs=0.02)
     assert counts[:-1].min() > 15
@@ -367,18 +371,21 @@ def test_clips_narrower_than_the_transformer_takes_are_refused_with_their_size(p
     wide = ClipTable.from_columns(width=[640], height=[360], frames=[100], fps=[(25, 1)], is_image=[False])
     square = ClipTable.from_columns(width=[360], height=[360], frames=[100], fps=[(25, 1)], is_image=[False])
     picked = options(video_sample_size=64, token_sample_size=64)
-    needy = replace(plain, smallest_side=64)
+    needy = replace(plain, plan=replace(plain.plan, smallest_side=64))
     with pytest.raises(ConfigError, match=r"train at 80x48; .* at least 64 pixels a side") as caught:
-        prepare(needy, needy.dims, wide, picked)
+        prepare(needy, needy.model.dims, wide, picked)
     assert "--video-sample-size" in str(caught.value.hint)
-    assert prepare(needy, needy.dims, square, picked).used.all() and prepare(plain, plain.dims, wide, picked).used.all()
+    assert (
+        prepare(needy, needy.model.dims, square, picked).used.all()
+        and prepare(plain, plain.model.dims, wide, picked).used.all()
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 7])
 @pytest.mark.parametrize("family", ["wan-s2v", "easyanimate-v5-control", "cogvideox-fun"])
 def test_a_video_of_the_length_that_messages_name_is_trained_and_a_shorter_one_is_not(family: str, stride: int) -> None:
     spec = FAMILIES[family]
-    needed = spec.clip_needs(stride).shortest_video(stride)
+    needed = spec.plan.clip_needs(stride).shortest_video(stride)
     table = ClipTable.from_columns(width=[640] * 2, height=[640] * 2, frames=[needed - 1, needed], fps=(25, 1))
-    picked = PlanOptions.pick(spec.defaults, video_sample_stride=stride)
-    assert prepare(spec, spec.dims, table, picked).used.tolist() == [False, True]
+    picked = PlanOptions.pick(spec.defaults.train, video_sample_stride=stride)
+    assert prepare(spec, spec.model.dims, table, picked).used.tolist() == [False, True]

@@ -34,7 +34,9 @@ def options(**values: Any) -> PlanOptions:
 
 
 def table(spec: FamilySpec, chosen: PlanOptions) -> dict[int, tuple[int, int]]:
-    return {row.size: (row.frames, row.tokens) for row in size_table(chosen, spec, spec.dims) if row.kind == "video"}
+    return {
+        row.size: (row.frames, row.tokens) for row in size_table(chosen, spec, spec.model.dims) if row.kind == "video"
+    }
 
 
 def test_documents_token_length_example_of_the_speech_family() -> None:
@@ -44,7 +46,7 @@ def test_documents_token_length_example_of_the_speech_family() -> None:
     assert list(rows) == [256, 384, 512, 640, 768]
     assert (rows[256][0], rows[512][0], rows[768][0]) == (49, 49, 21)
     assert rows[512][1] == 13312
-    own = {row.size: row.clip_frames for row in size_table(chosen, spec, spec.dims)}
+    own = {row.size: row.clip_frames for row in size_table(chosen, spec, spec.model.dims)}
     assert own == {256: 48, 384: 48, 512: 48, 640: 28, 768: 20}
 
 
@@ -67,7 +69,7 @@ def test_both_orders_of_the_two_sizes_give_the_documents_range(
     rows = table(plain, chosen)
     assert list(rows) == [256, 384, 512, 640, 768, 896, 1024]
     assert (rows[256][0], rows[1024][0]) == (49, last)
-    images = [row for row in size_table(chosen, plain, plain.dims) if row.kind == "image"]
+    images = [row for row in size_table(chosen, plain, plain.model.dims) if row.kind == "image"]
     assert [(row.size, row.frames) for row in images] == [(size, 1) for size in (256, 512, 682, 819, 1024)]
 
 
@@ -92,7 +94,7 @@ def test_documents_examples_of_random_hw_adapt_alone(
     for kind, ends in (("video", videos), ("image", images)):
         found = bases(kind, chosen, plain)
         assert [found[0], found[-1]] == list(ends)
-    assert {size.frames for size in size_set("video", chosen, plain, plain.dims).sizes} == {49}
+    assert {size.frames for size in size_set("video", chosen, plain, plain.model.dims).sizes} == {49}
 
 
 def test_without_adaptation_each_kind_has_its_own_size(plain: FamilySpec) -> None:
@@ -103,19 +105,28 @@ def test_without_adaptation_each_kind_has_its_own_size(plain: FamilySpec) -> Non
 
 def test_eighty_frames_are_kept_where_the_command_line_asks_for_eighty(speech: FamilySpec) -> None:
     chosen = options(video_sample_n_frames=80, token_sample_size=640)
-    own = [frames_at(size, chosen, speech, speech.dims) for size in (256, 640, 768, 896, 1024)]
+    own = [frames_at(size, chosen, speech, speech.model.dims) for size in (256, 640, 768, 896, 1024)]
     assert own == [80, 80, 52, 40, 28]
 
 
 def test_frames_are_rounded_down_never_up(plain: FamilySpec) -> None:
-    assert [round_frames(n, plain, plain.dims) for n in (0, 1, 4, 5, 48, 49, 80, 81)] == [0, 1, 1, 5, 45, 49, 77, 81]
+    assert [round_frames(n, plain, plain.model.dims) for n in (0, 1, 4, 5, 48, 49, 80, 81)] == [
+        0,
+        1,
+        1,
+        5,
+        45,
+        49,
+        77,
+        81,
+    ]
 
 
 def test_a_family_may_shorten_clips_further(plain: FamilySpec) -> None:
     def even_latents(frames: int, dims: ModelDims) -> int:
         return frames - 4 if ((frames - 1) // 4 + 1) % 2 and frames > 1 else frames
 
-    spec = replace(plain, adjust_frames=even_latents)
+    spec = replace(plain, plan=replace(plain.plan, adjust_frames=even_latents))
     chosen = options(video_sample_size=512, image_sample_size=1024, **TOKEN_LENGTH)
     assert [frames for frames, _ in table(spec, chosen).values()] == [45, 29, 21, 13, 5]
 
@@ -136,10 +147,10 @@ def test_buckets_scale_the_aspect_table_and_floor_to_whole_tokens(plain: FamilyS
 def test_every_bucket_is_made_of_whole_tokens_along_both_sides(
     plain: FamilySpec, vae_stride: tuple[int, int, int], patch_size: tuple[int, int, int], grid: tuple[int, int]
 ) -> None:
-    spec = replace(plain, vae_stride=vae_stride, patch_size=patch_size)
+    spec = replace(plain, plan=replace(plain.plan, vae_stride=vae_stride, patch_size=patch_size))
     chosen = options(video_sample_size=256, image_sample_size=1000, **TOKEN_LENGTH)
     for kind in ("video", "image"):
-        found = size_set(kind, chosen, spec, spec.dims)
+        found = size_set(kind, chosen, spec, spec.model.dims)
         assert found.heights.shape == (40, len(found.sizes))
         assert not (found.heights % grid[0]).any() and not (found.widths % grid[1]).any()
         assert found.heights.min() >= grid[0] and found.widths.min() >= grid[1]
@@ -157,12 +168,13 @@ def test_nearest_aspect_is_the_key_with_the_smallest_difference() -> None:
 
 def test_probabilities_favour_what_the_family_says(plain: FamilySpec) -> None:
     chosen = options(video_sample_size=256, image_sample_size=1024, **TOKEN_LENGTH)
-    alike = size_set("video", chosen, plain, plain.dims).cumulative
+    alike = size_set("video", chosen, plain, plain.model.dims).cumulative
     assert np.allclose(np.diff(alike[4, :4], prepend=0), 0.25)
-    half = size_set("video", chosen, replace(plain, token_size_share=0.5), plain.dims).cumulative
+    spec = replace(plain, plan=replace(plain.plan, token_size_share=0.5))
+    half = size_set("video", chosen, spec, spec.model.dims).cumulative
     assert np.allclose(np.diff(half[7], prepend=0)[2], 0.5)  # 512
     assert np.allclose(np.diff(half[2, :2], prepend=0), [0.5, 0.5])
-    full = size_set("video", options(video_sample_size=1024, random_hw_adapt=True), plain, plain.dims).cumulative
+    full = size_set("video", options(video_sample_size=1024, random_hw_adapt=True), plain, plain.model.dims).cumulative
     assert np.allclose(np.diff(full[4], prepend=0), [0.25 / 3, 0.25 / 3, 0.25 / 3, 0.75])
 
 
@@ -179,7 +191,7 @@ def test_an_image_size_that_the_originals_list_twice_is_twice_as_likely(
 ) -> None:
     """1, 1.25, 1.5 and 2, then image / video."""
     found = size_set(
-        "image", options(video_sample_size=video, image_sample_size=1024, random_hw_adapt=True), plain, plain.dims
+        "image", options(video_sample_size=video, image_sample_size=1024, random_hw_adapt=True), plain, plain.model.dims
     )
     drawn = np.diff(found.cumulative[-1], prepend=0)
     assert {int(size.base): pytest.approx(chance) for size, chance in zip(found.sizes, drawn, strict=True)} == chances
@@ -189,11 +201,11 @@ def test_images_shrink_by_the_same_divisors_whether_or_not_token_lengths_shorten
     both = options(video_sample_size=256, image_sample_size=1024, **TOKEN_LENGTH)
     alone = replace(both, training_with_video_token_length=False)
     length = replace(both, random_hw_adapt=False)
-    expected = size_set("image", both, plain, plain.dims)
+    expected = size_set("image", both, plain, plain.model.dims)
     assert expected.sizes[0].base == 256 and expected.sizes[-1].base == 1024
     assert np.allclose(np.diff(expected.cumulative[5], prepend=0), [0.0625] * 4 + [0.75])
     for chosen in (alone, length):
-        found = size_set("image", chosen, plain, plain.dims)
+        found = size_set("image", chosen, plain, plain.model.dims)
         assert found.sizes == expected.sizes and np.array_equal(found.cumulative, expected.cumulative)
 
 
@@ -209,13 +221,13 @@ def test_options_that_cannot_work_are_refused_with_a_way_out(
     plain: FamilySpec, wrong: dict[str, Any], word: str
 ) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
-        check_options(options(**wrong), plain, plain.dims)
+        check_options(options(**wrong), plain, plain.model.dims)
     assert caught.value.hint
 
 
 def test_every_family_plans_with_its_own_defaults() -> None:
     assert FAMILIES
     for spec in FAMILIES.values():
-        chosen = PlanOptions.pick(spec.defaults)
-        check_options(chosen, spec, spec.dims)
+        chosen = PlanOptions.pick(spec.defaults.train)
+        check_options(chosen, spec, spec.model.dims)
         assert table(spec, chosen)

@@ -83,7 +83,7 @@ class LiveModel:
             adapter_options(self.config, self.spec, torch.device("cpu"))
         )
         self.dims: ModelDims = read_dims(self.spec, self.folder)
-        self.objective = make_objective(self.spec.objective, self.spec.objective_options, self.folder)
+        self.objective = make_objective(self.spec.model.objective, self.spec.model.objective_options, self.folder)
 
     def transformer(self) -> nn.Module:
         """A fresh one with the demo's weights, all that can be trained chosen."""
@@ -92,7 +92,7 @@ class LiveModel:
             .from_pretrained(adapter_options(self.config, self.spec, torch.device("cpu")))
             .transformer
         )
-        choose_trainable(fresh, (".",), self.spec.modules_without_gradient(self.dims))
+        choose_trainable(fresh, (".",), self.spec.model.modules_without_gradient(self.dims))
         return fresh.train()
 
     @cache  # noqa: B019 (a handful of shapes of seven models)
@@ -125,9 +125,9 @@ class LiveModel:
 
     def request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
         """A clip of the demo, as a row of its own."""
-        frames += self.spec.first_frame_alone
-        if self.spec.adjust_frames is not None:
-            frames = self.spec.adjust_frames(frames, self.dims)
+        frames += self.spec.plan.first_frame_alone
+        if self.spec.plan.adjust_frames is not None:
+            frames = self.spec.plan.adjust_frames(frames, self.dims)
         root = Path(self.config.train_data_dir or "")
         record = {
             "file_path": str(root / "train/00000001.mp4"),

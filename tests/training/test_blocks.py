@@ -41,7 +41,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients(family: str, how: str,
     found = {}
     for kind in ("none", how):
         model = live.transformer()
-        checkpoint_blocks(model, live.spec.block_classes, kind)
+        checkpoint_blocks(model, live.spec.model.block_classes, kind)
         loss = live.loss(model, live.inputs(*SMALL))
         loss.backward()
         found[kind] = loss.detach(), gradients(model)
@@ -54,7 +54,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients(family: str, how: str,
 def products_of_backward(live: LiveModel, how: str) -> int:
     """Matrix products and attentions in the backward pass, what it computes again included."""
     model, products = live.transformer(), 0
-    checkpoint_blocks(model, live.spec.block_classes, how)
+    checkpoint_blocks(model, live.spec.model.block_classes, how)
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
@@ -78,7 +78,7 @@ def test_selective_checkpointing_repeats_no_product(family: str, live_model: LIV
 def run(live: LiveModel, dtype: torch.dtype, backend: str | None, steps: list[Inputs]) -> list[float]:
     model = live.transformer().to(dtype)
     if backend is not None:
-        compile_blocks(model, live.spec.block_classes, 8, backend=backend)
+        compile_blocks(model, live.spec.model.block_classes, 8, backend=backend)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
     losses = []
     for inputs in steps:
@@ -124,7 +124,7 @@ def test_compiled_losses_are_the_eager_ones_and_no_shape_is_compiled_twice(
 
     compiled = run(live, dtype, backend, noting([small, tall, small, tall]))  # type: ignore[arg-type]
     assert compiled == pytest.approx(eager, rel=TOLERANCE[dtype])
-    kinds = len(live.spec.block_classes)
+    kinds = len(live.spec.model.block_classes)
     assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3], graphs
     # The first block of a kind may get its tokens as a view, the others as they are: two at most for each shape.
     assert graphs[1] <= 2 * 2 * kinds, "blocks of a kind share what is compiled"
@@ -139,9 +139,9 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
     live, found = live_model(family), []
     for backend in (None, "aot_eager"):
         model = live.transformer()
-        checkpoint_blocks(model, live.spec.block_classes, how)
+        checkpoint_blocks(model, live.spec.model.block_classes, how)
         if backend is not None:
-            compile_blocks(model, live.spec.block_classes, 2, backend=backend)
+            compile_blocks(model, live.spec.model.block_classes, 2, backend=backend)
         live.loss(model, live.inputs(*SMALL)).backward()
         found.append(gradients(model))
     for name, gradient in found[0].items():
@@ -155,7 +155,7 @@ def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_each_shape_c
 ) -> None:
     live = live_model(family)
     model = live.transformer()
-    compile_blocks(model, live.spec.block_classes, 2, backend="aot_eager")
+    compile_blocks(model, live.spec.model.block_classes, 2, backend="aot_eager")
     adapter: Any = copy.copy(live.adapter)
     adapter.encoders = Encoders({}, torch.device("cpu"))
     parts = Parts(tmp_path, model, live, adapter, live.objective)
@@ -172,7 +172,7 @@ def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_each_shape_c
 def test_more_shapes_than_were_planned_end_the_run(live_model: LIVE, nothing_compiled: None) -> None:
     live = live_model("cogvideox-fun")
     model = live.transformer()
-    compile_blocks(model, live.spec.block_classes, 1, backend="aot_eager")
+    compile_blocks(model, live.spec.model.block_classes, 1, backend="aot_eager")
     torch._dynamo.config.recompile_limit = 1
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for shape in (SMALL, TALL):
@@ -183,10 +183,10 @@ def test_without_a_compiler_compile_says_so(live_model: LIVE, monkeypatch: pytes
     live = live_model("cogvideox-fun")
     monkeypatch.setattr(blocks.shutil, "which", lambda name: None)
     with pytest.raises(EnvironmentFault, match="needs a C\\+\\+ compiler"):
-        compile_blocks(live.transformer(), live.spec.block_classes, 1)
+        compile_blocks(live.transformer(), live.spec.model.block_classes, 1)
 
 
 def test_blocks_are_found_under_every_family_by_their_class(live_model: LIVE) -> None:
     for family in FAMILIES:
         live = live_model(family)
-        assert len(find_blocks(live.adapter.transformer, live.spec.block_classes)) >= live.dims.num_layers
+        assert len(find_blocks(live.adapter.transformer, live.spec.model.block_classes)) >= live.dims.num_layers

@@ -68,7 +68,7 @@ def request_for(spec: FamilySpec, folder: Path | None = None, **changes: Any) ->
     asked = SampleRequest(
         key=SampleKey(seed=1, epoch=0, row=0),
         record={name: value for name, value in record.items() if name in fields},
-        kind="video", frames=8 + spec.first_frame_alone, height=64, width=64, stride=1, total_frames=40,
+        kind="video", frames=8 + spec.plan.first_frame_alone, height=64, width=64, stride=1, total_frames=40,
         fps=(16, 1),
     )  # fmt: skip
     return replace(asked, **changes)
@@ -188,7 +188,7 @@ def _whole_key(family: str, late: bool) -> SampleKey:
     adapter, options = adapter_of(spec), adapter_options(config_of(spec), spec, torch.device("cpu"))
     for row in range(1000):
         request = request_for(spec, key=SampleKey(seed=1, epoch=0, row=row))
-        if (frame_indices(request, spec.usable_span)[0] >= 20) != late:
+        if (frame_indices(request, spec.plan.usable_span)[0] >= 20) != late:
             continue
         inputs = adapter.inputs(request, options)
         read = [str(value) for name, value in request.record.items() if name != "type"]

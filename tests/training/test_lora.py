@@ -55,7 +55,7 @@ def settings(family: str, **given: Any) -> dict[str, Any]:
 def test_files_of_the_original_start_a_run_with_their_predictions(file: str, base: Path) -> None:
     config = options(target_name=("to_q", "to_k", "to_v"))
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / file, config, SPEC, SPEC.dims)
+    load_network(model, GOLDEN / file, config, SPEC, SPEC.model.dims)
     expected = load_file(GOLDEN / FILES[file] / "io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
     assert (predict(load_model(base)) - expected).abs().max() > 1e-3  # the adapter matters
@@ -64,7 +64,7 @@ def test_files_of_the_original_start_a_run_with_their_predictions(file: str, bas
 def test_a_file_of_another_strength_starts_with_the_same_predictions(base: Path) -> None:
     config = options(target_name=("to_q", "to_k", "to_v"), network_alpha=4.0)
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims)
+    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.model.dims)
     expected = load_file(GOLDEN / "lora_kohya/io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
 
@@ -72,7 +72,7 @@ def test_a_file_of_another_strength_starts_with_the_same_predictions(base: Path)
 def test_layers_the_file_does_not_hold_start_fresh(base: Path) -> None:
     config = options()
     model = with_adapters(base, config)
-    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims)
+    load_network(model, GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.model.dims)
     expected = load_file(GOLDEN / "lora_kohya/io.safetensors")["pred"]
     torch.testing.assert_close(predict(model), expected, atol=1e-5, rtol=0)
 
@@ -81,7 +81,7 @@ def test_a_file_with_layers_that_are_not_trained_is_refused(base: Path) -> None:
     config = options(target_name=("to_q",))
     with pytest.raises(ConfigError, match=r"4 layers that --target-name leaves out") as caught:
         load_network(
-            with_adapters(base, config), GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.dims
+            with_adapters(base, config), GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.model.dims
         )
     assert caught.value.hint is not None and "to_" in caught.value.hint
 
@@ -91,7 +91,7 @@ def test_a_file_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     save_file({f"double_{name}": value for name, value in stored.items()}, tmp_path / "other.safetensors")
     config = options()
     with pytest.raises(CheckpointError, match="6 of 6 adapters are for layers that this model does not have"):
-        load_network(with_adapters(base, config), tmp_path / "other.safetensors", config, SPEC, SPEC.dims)
+        load_network(with_adapters(base, config), tmp_path / "other.safetensors", config, SPEC, SPEC.model.dims)
 
 
 def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
@@ -103,9 +103,10 @@ def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
             self.to_q, self.add_q_proj = nn.Linear(8, 8), nn.Linear(8, 8)
 
     model = nn.ModuleDict({"transformer_blocks": nn.ModuleList([Block(), Block()])})
-    spec = replace(SPEC, modules_without_gradient=lambda dims: ("transformer_blocks.1.add_q_proj",))
+    without = replace(SPEC.model, modules_without_gradient=lambda dims: ("transformer_blocks.1.add_q_proj",))
+    spec = replace(SPEC, model=without)
     config = options(rank=2, network_alpha=2.0, target_name=("to_q", "add_q_proj"))
-    add_adapters(model, config, spec, spec.dims)
+    add_adapters(model, config, spec, spec.model.dims)
     layers = [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("to_q", "add_q_proj")]
     stored = {
         f"transformer.{layer}.lora_{side}.weight": torch.ones(shape)
@@ -113,7 +114,7 @@ def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
         for side, shape in (("A", (2, 8)), ("B", (8, 2)))
     }
     save_file(stored, tmp_path / "all.safetensors")
-    load_network(model, tmp_path / "all.safetensors", config, spec, spec.dims)
+    load_network(model, tmp_path / "all.safetensors", config, spec, spec.model.dims)
     assert "1 layers without any effect in this model, e.g. transformer_blocks.1.add_q_proj" in capsys.readouterr().err
     loaded = {name for name, value in model.named_parameters() if ".lora_B." in name and (value == 1).all()}
     assert loaded == {f"{layer}.lora_B.default.weight" for layer in layers[:3]}
@@ -228,7 +229,7 @@ def test_the_first_a_depends_on_the_seed_alone(base: Path) -> None:
 def test_a_checkpoint_holds_adapter_and_optimizer_only(tmp_path: Path) -> None:
     model = nn.ModuleDict({"wide": nn.Linear(512, 2048), "narrow": nn.Linear(2048, 512)})
     config = options(rank=64, target_name=("wide", "narrow"))
-    add_adapters(model, config, SPEC, SPEC.dims)
+    add_adapters(model, config, SPEC, SPEC.model.dims)
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False)
     state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
@@ -295,7 +296,7 @@ def test_a_quantised_layer_is_near_its_original_and_passes_gradients(precision: 
 def test_a_quantised_base_trains_its_adapters(base: Path) -> None:
     config = options(mixed_precision="bf16")
     model = with_adapters(base, config)
-    assert quantise_blocks(model, SPEC.block_classes, "nf4", torch.device("cpu")) > 10
+    assert quantise_blocks(model, SPEC.model.block_classes, "nf4", torch.device("cpu")) > 10
     kept = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     target = load_file(GOLDEN / "2b_native/io.safetensors")["target"]

@@ -88,7 +88,7 @@ def through_training_on(trained: Trained, folder: Path) -> torch.nn.Module:
     """Our own reader, in a run of another strength."""
     config = options(network_alpha=3.0, use_dora=trained.config.use_dora)
     model = with_adapters(trained.base, config)
-    load_network(model, folder, config, SPEC, SPEC.dims)
+    load_network(model, folder, config, SPEC, SPEC.model.dims)
     return model
 
 
@@ -272,7 +272,7 @@ def test_a_layer_that_comfyui_loads_no_lora_for_is_refused(tmp_path: Path) -> No
 
 def test_what_diffusers_saves_itself_is_read_at_its_strength(plain: Trained, tmp_path: Path) -> None:
     model = with_adapters(plain.base, plain.config)
-    load_network(model, plain.checkpoint, plain.config, SPEC, SPEC.dims)
+    load_network(model, plain.checkpoint, plain.config, SPEC, SPEC.model.dims)
     setting = {**model.peft_config["default"].to_dict(), "target_modules": sorted(TARGETS)}
     CogVideoXPipeline.save_lora_weights(
         str(tmp_path),

@@ -34,7 +34,9 @@ def grown(live: LiveModel, command: str) -> tuple[nn.Module, ModelDims]:
     with torch.device("meta"):
         model = type(small)(**config, **own)
     released = {"dim": live.dims.dim, "ffn_dim": live.dims.ffn_dim, "in_dim": 48, "add_ref_conv": True, "image_dim": 32}
-    dims = live.spec.read_dims({**config, **(released | changes if own else {}), "text_dim": config.get("text_dim")})
+    dims = live.spec.model.read_dims(
+        {**config, **(released | changes if own else {}), "text_dim": config.get("text_dim")}
+    )
     return model.train(), dims
 
 
@@ -55,7 +57,7 @@ def test_flops_of_training_are_those_of_the_live_model(
     inputs = live.inputs(*shape).enlarged(high, wide)
     model, dims = grown(live, "train")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(live.spec.modules_without_gradient(dims)))
+        parameter.requires_grad_(not name.startswith(live.spec.model.modules_without_gradient(dims)))
     share = trained_share(model)
     cost = Costs(spec=live.spec, dims=dims, share=share).of(
         inputs.shape.frames, inputs.shape.height, inputs.shape.width

@@ -130,7 +130,7 @@ def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Pat
     parts = made(live, tmp_path, Steps())
     assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
     lines = parts.lines()
-    tokens = live.spec.sequence_tokens(SHAPE, live.dims)
+    tokens = live.spec.model.sequence_tokens(SHAPE, live.dims)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and parts.saves.steps == [6]
     assert all(earlier["loss"] > later["loss"] for earlier, later in pairwise(lines))
     for line in lines:

@@ -64,7 +64,7 @@ def find(name: str, *, output_dir: Path, model: Path | None) -> Trained:
         path=path,
         spec=spec,
         model=model or Path(state["run_config"]["pretrained_model_name_or_path"]),
-        released=spec.export_names["same"],
+        released=spec.export.names["same"],
         is_lora=state.get("kind") == "lora",
     )
 
@@ -78,9 +78,9 @@ def check(trained: Trained, form: Form) -> None:
     spec, is_lora, merge = trained.spec, trained.is_lora, form.merge
     if merge and not is_lora:
         raise ConfigError("--merge is for LoRA checkpoints; this one holds the model's own weights.", hint="Drop it.")
-    possible = tuple(spec.export_names)
+    possible = tuple(spec.export.names)
     if is_lora:
-        possible = ("same",) if merge else ("same", *spec.lora_formats)
+        possible = ("same",) if merge else ("same", *spec.export.lora_formats)
     if form.format not in possible:
         what = "a merged model" if merge else "a LoRA" if is_lora else "a full checkpoint"
         raise ConfigError(f"--format {form.format}: {what} of {spec.name} comes as: {', '.join(possible)}.")
@@ -97,7 +97,7 @@ def export(trained: Trained, output: Path, form: Form) -> ExportResult:
         return lora_export.export_adapter(
             trained.path,
             output,
-            format="peft" if form.format == "same" else trained.spec.lora_formats[form.format],
+            format="peft" if form.format == "same" else trained.spec.export.lora_formats[form.format],
             released=trained.released,
             locate=_comfyui_locations(trained) if form.format == "comfyui" else None,
             dtype=form.dtype,
@@ -120,7 +120,7 @@ def export(trained: Trained, output: Path, form: Form) -> ExportResult:
         output,
         base_dir=_base_directory(trained),
         names=trained.released,
-        output_names=unchanged if form.format == "same" else trained.spec.export_names[form.format],
+        output_names=unchanged if form.format == "same" else trained.spec.export.names[form.format],
         max_shard_size=form.max_shard_size,
         dtype=form.dtype,
         overwrite=form.overwrite,
@@ -139,18 +139,18 @@ def _trained_by_original_scripts(checkpoint: Path, model: Path | None) -> tuple[
         what = "" if model is None else f" {model} holds no model of a known family."
         raise CheckpointError(
             f"{checkpoint} is a checkpoint of the original scripts, which does not say what was trained.{what}",
-            hint="Name the directory of the model that was trained: --pretrained-model-name-or-path DIR",
+            hint="Name the directory of the model that was trained with --pretrained-model-name-or-path.",
         )
     return families.find(fitting[0]), model
 
 
 def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation] | None:
     """Where ComfyUI looks for the layers of the model that a checkpoint belongs to."""
-    location, spec = trained.spec.comfyui_location, trained.spec
+    location, spec = trained.spec.export.comfyui_location, trained.spec
     if location is None:
         return None
-    config = json.loads((trained.path / "config" / Path(spec.config_file).name).read_text(encoding="utf-8"))
-    dims = spec.read_dims(config)
+    config = json.loads((trained.path / "config" / Path(spec.model.config_file).name).read_text(encoding="utf-8"))
+    dims = spec.model.read_dims(config)
     return lambda layer: location(layer, dims)
 
 
@@ -165,4 +165,4 @@ def _base_directory(trained: Trained) -> Path:
             f"the run's model directory {trained.model} is not there; its configuration and frozen weights are needed.",
             hint="Name its new place with --pretrained-model-name-or-path.",
         )
-    return trained.model / Path(trained.spec.config_file).parent
+    return trained.model / Path(trained.spec.model.config_file).parent

@@ -70,7 +70,7 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(
             f"{spec.name} has no train mode {mode!r}.{did_you_mean(mode, spec.train_modes)} Its modes: {known}."
         )
-    if config.loss_type is not None and "loss_type" not in spec.defaults:
+    if config.loss_type is not None and "loss_type" not in spec.defaults.train:
         raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
     if image != default_of("control_ref_image") and image not in spec.reference_images:
         raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
@@ -78,7 +78,7 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
 
 def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
     if not config.target_name:
-        own = parse("target_name", spec.lora_defaults["target_name"], spec.name)
+        own = parse("target_name", spec.defaults.lora["target_name"], spec.name)
         raise ConfigError(
             "target_name is empty: no layer would get an adapter.",
             hint=f"The default of {spec.name} is --target-name {','.join(own)}.",

@@ -77,17 +77,17 @@ def _layers(
     if base is not None:
         layers.append(("run.json", base))
     else:
-        layers.append((f"{spec.name} default", spec.defaults))
+        layers.append((f"{spec.name} default", spec.defaults.train))
         if command == "lora":
-            layers.append((f"{spec.name} LoRA default", spec.lora_defaults))
+            layers.append((f"{spec.name} LoRA default", spec.defaults.lora))
         layers += _file_layers(directory / SETTINGS_FILE, spec.name)
         layers += _environment_layers(environ)
     if demo is not None:
         layers.append(("demo", demo))
     layers.append((OPTION, given))
     strategy = next((layer["strategy"] for _, layer in reversed(layers) if "strategy" in layer), "auto")
-    if base is None and strategy in spec.strategy_defaults:
-        layers.insert(2, (f"{spec.name} {strategy} default", spec.strategy_defaults[strategy]))
+    if base is None and strategy in spec.defaults.by_strategy:
+        layers.insert(2, (f"{spec.name} {strategy} default", spec.defaults.by_strategy[strategy]))
     return layers
 
 

@@ -25,7 +25,7 @@ def make(spec: FamilySpec) -> dict[str, Any]:
         console.hint(f"making the demo's videos in {data}")
         _build_atomically(data, lambda folder: _media(spec, folder))
     return {
-        **spec.demo,
+        **spec.defaults.demo,
         "pretrained_model_name_or_path": model,
         "train_data_dir": data,
         "train_data_meta": data / "metadata.json",
@@ -34,7 +34,7 @@ def make(spec: FamilySpec) -> dict[str, Any]:
 
 
 def _model(spec: FamilySpec, folder: Path) -> None:
-    module, name = spec.demo_builder.split(":")
+    module, name = spec.defaults.demo_builder.split(":")
     build = getattr(importlib.import_module(module), name)
     from transformers.utils import logging as transformers_logging
 

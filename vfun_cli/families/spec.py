@@ -76,63 +76,23 @@ class ConditioningOptions(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilySpec:
-    """One trainable model family. Frozen and free of torch: the adapter is named, not imported."""
+class ModelSpec:
+    """The transformer: its dimensions, its cost, and what its loss is."""
 
-    name: str
-    """Name on the command line, e.g. ``wan-s2v``."""
-    summary: str
-    """One line for ``vfun train`` without arguments."""
-    adapter: str
-    """``module:Class`` of the ModelAdapter, imported by the training plane only."""
-    fields: tuple[MetadataField, ...]
-    media_types: tuple[Literal["video", "image"], ...]
-    """Row types the family can train on."""
-    vae_stride: tuple[int, int, int]
-    """Pixels per latent along (frames, height, width)."""
-    patch_size: tuple[int, int, int]
-    """Latents per token along (frames, height, width)."""
-    first_frame_alone: bool = True
-    """The VAE makes a latent of a clip's first frame alone; False: every latent holds as many frames."""
-    reference_frame: bool = False
-    """A reference frame enters the VAE before the clip and becomes a latent of its own (Wan-S2V). The documents count
-    it: their 49 frames are 48 of the clip."""
-    lowest_video_size: int | None = None
-    """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
-    strides_to_max_fps: int | None = None
-    """Raise the stride until fps / stride is at most this (Wan-S2V: 30); None keeps the stride as given."""
-    usable_span: Span = WHOLE
-    """Part of a video that clips are cut from (EasyAnimate: the middle, without titles and credits)."""
-    adjust_frames: Callable[[int, ModelDims], int] | None = None
-    """Shortens a clip that already obeys the frame rule to one the model can take (CogVideoX-V1.5: an even number
-    of latent frames). Never lengthens it; applied to videos only."""
-    token_size_share: float | None = None
-    """In token-length mode, the probability of the video size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
-    None draws all sizes alike."""
-    full_size_share: float = 0.75
-    """Probability of the full size among images of adaptive sizes, and among videos with ``random_hw_adapt`` alone (the
-    Wan scripts: 0.9)."""
-    motion_frames: int = 0
-    """Pixel frames of history before the clip that the model reads (Wan-S2V: 73)."""
-    block_classes: tuple[str, ...]
-    """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
-    objective: Literal["flow-matching", "ddpm"]
-    objective_options: Mapping[str, object] = field(default_factory=dict)
-    """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
     dims: ModelDims
     """Dimensions of the largest released model, used when no model directory is given."""
     read_dims: Callable[[Mapping[str, object]], ModelDims]
     """Dimensions from the transformer's ``config.json``."""
+    recognises: Callable[[Mapping[str, object]], bool]
+    """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
     other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
-    smallest_side: int = 1
-    """Pixels; the transformer refuses clips that are narrower or lower."""
     input_settings: tuple[str, ...] = ()
-    """Keys of that file that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
-    recognises: Callable[[Mapping[str, object]], bool]
-    """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
+    """Keys of ``config_file`` that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
+    block_classes: tuple[str, ...]
+    """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]
@@ -141,32 +101,9 @@ class FamilySpec:
     """The part of them in products of two activations (attention); the rest multiplies weights, frozen or trained."""
     modules_without_gradient: Callable[[ModelDims], tuple[str, ...]] = lambda dims: ()
     """Names of transformer modules whose parameters never get a gradient other than zero; the trainer freezes them."""
-    defaults: Mapping[str, object]
-    """Option values of the published command line, by option name."""
-    strategy_defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Where the published command line differs between strategies."""
-    lora_defaults: Mapping[str, object] = field(default_factory=dict)
-    lora_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Spellings of ``target_name`` in the published command lines that name no layer, and the layers they mean."""
-    lora_formats: Mapping[str, str] = field(
-        default_factory=lambda: {name: name for name in ("peft", "diffusers", "comfyui", "original")}
-    )
-    """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
-    ComfyUI nodes of some families read the original's keys."""
-    comfyui_location: Callable[[str, ModelDims], LayerLocation] | None = None
-    """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
-    demo: Mapping[str, object] = field(default_factory=dict)
-    """Option values of the embedded default (tiny model, tiny media)."""
-    demo_builder: str = ""
-    """``module:function`` that writes the tiny model directory."""
-    export_names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": unchanged})
-    """``same`` turns a transformer parameter's name into the released one; every other export format turns a released
-    name into its own."""
-    train_modes: tuple[str, ...] = ()
-    reference_images: tuple[str, ...] = ()
-    """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
-    check_options: Callable[["ConditioningOptions"], None] = lambda options: None
-    """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
+    objective: Literal["flow-matching", "ddpm"]
+    objective_options: Mapping[str, object] = field(default_factory=dict)
+    """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
 
     def settings_beside(self, model_dir: Path) -> dict[str, object]:
         """``other_settings`` of a model directory; what is not stated there is left out.
@@ -185,10 +122,47 @@ class FamilySpec:
                 found[name] = stated[key]
         return found
 
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSpec:
+    """What a clip of the family may become: its sizes, its lengths, its tokens."""
+
+    vae_stride: tuple[int, int, int]
+    """Pixels per latent along (frames, height, width)."""
+    patch_size: tuple[int, int, int]
+    """Latents per token along (frames, height, width)."""
+    first_frame_alone: bool = True
+    """The VAE makes a latent of a clip's first frame alone; False: every latent holds as many frames."""
+    reference_frame: bool = False
+    """A reference frame enters the VAE before the clip and becomes a latent of its own (Wan-S2V). The published
+    figures count it: their 49 frames are 48 of the clip."""
+    adjust_frames: Callable[[int, ModelDims], int] | None = None
+    """Shortens a clip that already obeys the frame rule to one the model can take (CogVideoX-V1.5: an even number
+    of latent frames). Never lengthens it; applied to videos only."""
+    usable_span: Span = WHOLE
+    """Part of a video that clips are cut from (EasyAnimate: the middle, without titles and credits)."""
+    strides_to_max_fps: int | None = None
+    """Raise the stride until fps / stride is at most this (Wan-S2V: 30); None keeps the stride as given."""
+    smallest_side: int = 1
+    """Pixels; the transformer refuses clips that are narrower or lower."""
+    lowest_video_size: int | None = None
+    """Fixed lower end of the size range (Wan-S2V: 256); None means min(video, image sample size)."""
+    token_size_share: float | None = None
+    """In token-length mode, the probability of the video size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
+    None draws all sizes alike."""
+    full_size_share: float = 0.75
+    """Probability of the full size among images of adaptive sizes, and among videos with ``random_hw_adapt`` alone (the
+    Wan scripts: 0.9)."""
+
     @property
     def frame_rule(self) -> FrameRule:
         """The lengths that a clip can have."""
         return FrameRule(frames_per_latent=self.vae_stride[0], first_alone=self.first_frame_alone)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Pixels of a token along (height, width): the sides of a bucket are multiples of them."""
+        return self.vae_stride[1] * self.patch_size[1], self.vae_stride[2] * self.patch_size[2]
 
     def clip_needs(self, stride: int) -> ClipNeeds:
         """What a video must have to be trained on with the option ``video_sample_stride``."""
@@ -198,11 +172,6 @@ class FamilySpec:
             max_fps=self.strides_to_max_fps,
             usable_span=self.usable_span,
         )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Pixels of a token along (height, width): the sides of a bucket are multiples of them."""
-        return self.vae_stride[1] * self.patch_size[1], self.vae_stride[2] * self.patch_size[2]
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
         """Latent (frames, height, width) of a clip, without a reference frame's."""
@@ -214,3 +183,63 @@ class FamilySpec:
         frames, height, width = self.latent_shape(shape)
         pt, ph, pw = self.patch_size
         return (frames // pt) * (height // ph) * (width // pw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefaultOptions:
+    """Option values by name, where they are not the options' own defaults."""
+
+    train: Mapping[str, object] = field(default_factory=dict)
+    """The published command line."""
+    by_strategy: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Where the published command line differs between strategies."""
+    lora: Mapping[str, object] = field(default_factory=dict)
+    """Where ``vfun lora`` differs from ``train``."""
+    lora_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Spellings of ``target_name`` in the published command lines that name no layer, and the layers they mean."""
+    demo: Mapping[str, object] = field(default_factory=dict)
+    """Of ``--demo``: a tiny model on tiny media."""
+    demo_builder: str = ""
+    """``module:function`` that writes the tiny model directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec:
+    """What other programs call the trained weights."""
+
+    names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": unchanged})
+    """``same`` turns a transformer parameter's name into the released one; every other export format turns a released
+    name into its own."""
+    lora_formats: Mapping[str, str] = field(
+        default_factory=lambda: {name: name for name in ("peft", "diffusers", "comfyui", "original")}
+    )
+    """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
+    ComfyUI nodes of some families read the original's keys."""
+    comfyui_location: Callable[[str, ModelDims], LayerLocation] | None = None
+    """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """One trainable model family. Frozen and free of torch: the adapter is named, not imported."""
+
+    name: str
+    """Name on the command line, e.g. ``wan-s2v``."""
+    summary: str
+    """One line for ``vfun train`` without arguments."""
+    adapter: str
+    """``module:Class`` of the ModelAdapter, imported by the training plane only."""
+    fields: tuple[MetadataField, ...]
+    """What it reads from a row of the metadata."""
+    media_types: tuple[Literal["video", "image"], ...]
+    """Row types the family can train on."""
+    train_modes: tuple[str, ...] = ()
+    """Values of ``train_mode``; none: it has no such choice."""
+    reference_images: tuple[str, ...] = ()
+    """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
+    check_options: Callable[[ConditioningOptions], None] = lambda options: None
+    """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
+    model: ModelSpec
+    plan: PlanSpec
+    defaults: DefaultOptions = field(default_factory=DefaultOptions)
+    export: ExportSpec = field(default_factory=ExportSpec)

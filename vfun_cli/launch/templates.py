@@ -69,7 +69,7 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
         "machine_rank": config.machine_rank,
         "main_process_ip": _yaml_text(config.main_process_ip),
         "main_process_port": config.main_process_port or _free_port(),
-        "block_classes": ",".join(spec.block_classes),
+        "block_classes": ",".join(spec.model.block_classes),
         "train_batch_size": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "max_grad_norm": config.max_grad_norm,

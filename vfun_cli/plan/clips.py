@@ -75,7 +75,7 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
     """Decide for every row whether it can be used and what it may become."""
     num_rows = len(table)
     sets = tuple(size_set(kind, options, spec, dims) if kind in spec.media_types else None for kind in KINDS)
-    needs = spec.clip_needs(options.video_sample_stride)
+    needs = spec.plan.clip_needs(options.video_sample_stride)
     stride = np.where(table.is_image, 1, needs.stride_at(table.fps_num, np.maximum(table.fps_den, 1)))
     available = np.where(table.is_image, 1, needs.clip_frames(table.frames, stride))
     known_size = (table.width > 0) & (table.height > 0)
@@ -95,7 +95,9 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
         "unsupported-type": ~supported,
         "unknown-size": ~known_size,
         "unknown-length": video & (table.frames <= 0),
-        "unknown-fps": video & ((table.fps_num <= 0) | (table.fps_den <= 0)) & (spec.strides_to_max_fps is not None),
+        "unknown-fps": video
+        & ((table.fps_num <= 0) | (table.fps_den <= 0))
+        & (spec.plan.strides_to_max_fps is not None),
         "too-short": video & (available < needs.min_frames),
         "too-small": allowed == 0,
     }
@@ -119,11 +121,12 @@ def _require_sides(sizes: SizeSet, aspect: IntArray, spec: FamilySpec) -> None:
     """
     kinds = np.unique(aspect)
     sides = np.stack([sizes.heights[kinds, 0], sizes.widths[kinds, 0]], axis=1)
-    narrow = np.flatnonzero(sides.min(axis=1) < spec.smallest_side)
+    least = spec.plan.smallest_side
+    narrow = np.flatnonzero(sides.min(axis=1) < least)
     if len(narrow):
         height, width = sides[narrow[0]].tolist()
         raise ConfigError(
-            f"clips would train at {width}x{height}; {spec.name} needs at least {spec.smallest_side} pixels a side.",
+            f"clips would train at {width}x{height}; {spec.name} needs at least {least} pixels a side.",
             hint="Use a larger --video-sample-size and --token-sample-size.",
         )
 
@@ -202,7 +205,7 @@ def draw_shapes(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -
 
 def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) -> IntArray:
     """Most frames of each sample under random_frame_crop: the full length, or one of the shorter ones alike."""
-    rule = clips.spec.frame_rule
+    rule = clips.spec.plan.frame_rule
     longest = max(rule.fewest, clips.options.video_sample_n_frames)
     lengths = np.arange(rule.fewest, longest + 1, rule.frames_per_latent)
     chance = uniform("frames", clips.options.seed, variant, row, copy)

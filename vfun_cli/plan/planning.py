@@ -31,8 +31,8 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         CheckpointError: the directory or its configuration is missing or damaged.
     """
     if model_dir is None:
-        return spec.dims
-    path = model_dir / spec.config_file
+        return spec.model.dims
+    path = model_dir / spec.model.config_file
     if not model_dir.is_dir():
         raise CheckpointError(
             f"there is no model directory {model_dir}.",
@@ -46,11 +46,13 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{model_dir} is no {spec.name} model: {spec.config_file} is missing.",
+            f"{model_dir} is no {spec.name} model: {spec.model.config_file} is missing.",
             hint=f"vfun train {spec.name} needs the model in its released layout.",
         )
     try:
-        return spec.read_dims(json.loads(path.read_text(encoding="utf-8")) | spec.settings_beside(model_dir))
+        return spec.model.read_dims(
+            json.loads(path.read_text(encoding="utf-8")) | spec.model.settings_beside(model_dir)
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not the configuration of a {spec.name} transformer: {type(error).__name__}: {error}.",

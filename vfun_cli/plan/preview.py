@@ -114,7 +114,7 @@ def _sizes_alone(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> Ren
 
 
 def _reference_note(spec: FamilySpec) -> Text:
-    if not spec.reference_frame:
+    if not spec.plan.reference_frame:
         return Text("", end="")
     return Text("frames: the clip's own and one reference frame, as the published guides count", style="dim")
 

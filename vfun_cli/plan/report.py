@@ -42,11 +42,11 @@ def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRo
     """The line for one size."""
     height, width = bucket(SQUARE, size.base, spec)
     shape = ClipShape(frames=size.frames, height=height, width=width)
-    frames, height, width = spec.latent_shape(shape)
-    tokens = spec.video_tokens(shape)
-    if spec.reference_frame:
+    frames, height, width = spec.plan.latent_shape(shape)
+    tokens = spec.plan.video_tokens(shape)
+    if spec.plan.reference_frame:
         frames += 1
-        tokens += (height // spec.patch_size[1]) * (width // spec.patch_size[2])
+        tokens += (height // spec.plan.patch_size[1]) * (width // spec.plan.patch_size[2])
     return SizeRow(
         kind=kind,
         size=int(size.base),
@@ -54,8 +54,8 @@ def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRo
         clip_frames=size.frames,
         latents=(frames, height, width),
         tokens=tokens,
-        sequence_tokens=spec.sequence_tokens(shape, dims),
-        flops=spec.forward_flops(shape, dims),
+        sequence_tokens=spec.model.sequence_tokens(shape, dims),
+        flops=spec.model.forward_flops(shape, dims),
     )
 
 
@@ -106,7 +106,9 @@ def totals(plan: EpochPlan, table: ClipTable, spec: FamilySpec) -> Totals:
     """Sums over the micro-batches that the epoch trains."""
     size = np.diff(plan.offset)
     shapes, inverse = np.unique(np.stack([plan.frames, plan.height, plan.width]), axis=1, return_inverse=True)
-    own = np.array([spec.video_tokens(ClipShape(frames=f, height=h, width=w)) for f, h, w in shapes.T.tolist()] or [0])
+    own = np.array(
+        [spec.plan.video_tokens(ClipShape(frames=f, height=h, width=w)) for f, h, w in shapes.T.tolist()] or [0]
+    )
     order = np.argsort(table.row, kind="stable")
     clip = order[np.searchsorted(table.row, plan.row, sorter=order)]
     video = ~table.is_image[clip] & (table.fps_num[clip] > 0) & (table.fps_den[clip] > 0)
@@ -284,7 +286,7 @@ def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
         "height": shape.height,
         "width": shape.width,
         "frames": shape.frames,
-        "tokens": clips.spec.sequence_tokens(shape, clips.dims),
+        "tokens": clips.spec.model.sequence_tokens(shape, clips.dims),
     }
     row = int(clips.table.row[0])
     hits = np.flatnonzero((plan.row == row) & (plan.copy == copy) & (plan.sample_epoch == plan.epoch))

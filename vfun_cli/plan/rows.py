@@ -77,7 +77,7 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
         config.train_data_dir,
         spec.fields,
         spec.media_types,
-        needs=spec.clip_needs(config.video_sample_stride),
+        needs=spec.plan.clip_needs(config.video_sample_stride),
         deep_timeout=deep_timeout,
     )
     return report.plus(left_out_by_plan(config, spec, report))
@@ -93,7 +93,7 @@ def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> lis
     With the released model's dimensions: the data must not seem bad because the model directory is.
     """
     visual = next(field.name for field in spec.fields if field.media == "visual")
-    clips = prepare(spec, spec.dims, report.table(), plan_options(config))
+    clips = prepare(spec, spec.model.dims, report.table(), plan_options(config))
     problems = [
         Problem(row=row, code=CODES_OF_REASONS[reason], message=words, field=visual)
         for row, reason, words in dropped(clips)

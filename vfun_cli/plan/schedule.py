@@ -238,8 +238,8 @@ def _shapes_of(samples: Samples, clips: Clips) -> tuple[_Shapes, IntArray]:
         ClipShape(frames=f, height=h, width=w)
         for f, h, w in zip(frames.tolist(), height.tolist(), width.tolist(), strict=True)
     ]
-    tokens = np.array([clips.spec.sequence_tokens(shape, clips.dims) for shape in shapes], dtype=np.int64)
-    flops = np.array([clips.spec.forward_flops(shape, clips.dims) for shape in shapes], dtype=np.float64)
+    tokens = np.array([clips.spec.model.sequence_tokens(shape, clips.dims) for shape in shapes], dtype=np.int64)
+    flops = np.array([clips.spec.model.forward_flops(shape, clips.dims) for shape in shapes], dtype=np.float64)
     if clips.options.tokens_per_batch is None:
         batch = np.full(len(shapes), clips.options.train_batch_size, dtype=np.int64)
     else:
@@ -424,7 +424,7 @@ def _nothing_usable(clips: Clips) -> MetadataError:
     counts = {name: int(np.count_nonzero(clips.reason == code)) for code, name in enumerate(REASONS)}
     found = [f"{count} {name} ({REASONS[name]})" for name, count in counts.items() if count]
     stride = clips.options.video_sample_stride
-    needed = clips.spec.clip_needs(stride).shortest_video(stride)
+    needed = clips.spec.plan.clip_needs(stride).shortest_video(stride)
     ways = {
         "too-short": f"A video needs {needed} frames at --video-sample-stride {stride}.",
         "too-small": "Lower --video-sample-size to the size of the clips.",

@@ -18,9 +18,9 @@ def most_shapes(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> int:
             lengths = (
                 {1} if kind == "image" else {round_frames(frames, spec, dims) for frames in range(size.frames + 1)}
             )
-            lengths = {length for length in lengths if kind == "image" or length >= spec.frame_rule.fewest}
+            lengths = {length for length in lengths if kind == "image" or length >= spec.plan.frame_rule.fewest}
             shapes |= {(length, *side) for side in sides for length in lengths}
     if options.tokens_per_batch is None:
         return len(shapes) * options.train_batch_size
-    fewest = min(spec.sequence_tokens(ClipShape(frames=f, height=h, width=w), dims) for f, h, w in shapes)
+    fewest = min(spec.model.sequence_tokens(ClipShape(frames=f, height=h, width=w), dims) for f, h, w in shapes)
     return len(shapes) * max(1, options.tokens_per_batch // fewest)

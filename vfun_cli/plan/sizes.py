@@ -71,13 +71,13 @@ class SizeSet:
 
 def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
     """The longest clip of at most ``frames`` frames that the family can train on; 0 if there is none."""
-    frames = spec.frame_rule.round_down(frames)
-    return spec.adjust_frames(frames, dims) if spec.adjust_frames and frames > 0 else frames
+    frames = spec.plan.frame_rule.round_down(frames)
+    return spec.plan.adjust_frames(frames, dims) if spec.plan.adjust_frames and frames > 0 else frames
 
 
 def documented_frames(frames: int, spec: FamilySpec) -> int:
     """The published figure for a clip: with the reference frame where one enters the VAE before it (48 -> 49)."""
-    return frames + spec.reference_frame
+    return frames + spec.plan.reference_frame
 
 
 def frames_at(size: Fraction | int, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> int:
@@ -87,17 +87,17 @@ def frames_at(size: Fraction | int, options: PlanOptions, spec: FamilySpec, dims
     reference frame before it: n counts that (49 = 48 + 1, and 80 asks for 80 + 1), and v - 1 is left for the clip.
     """
     most = options.video_sample_n_frames
-    if spec.reference_frame:
-        most = documented_frames(spec.frame_rule.round_down(most), spec)
+    if spec.plan.reference_frame:
+        most = documented_frames(spec.plan.frame_rule.round_down(most), spec)
     budget = Fraction(most * options.token_sample_size**2) / Fraction(size) ** 2
     allowed = int(min(budget, Fraction(most)))
-    return round_frames(allowed - spec.reference_frame, spec, dims)
+    return round_frames(allowed - spec.plan.reference_frame, spec, dims)
 
 
 def _token_length_bases(options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
     low, high = options.low, options.high
-    if spec.lowest_video_size is not None:
-        low = min(spec.lowest_video_size, high)
+    if spec.plan.lowest_video_size is not None:
+        low = min(spec.plan.lowest_video_size, high)
     return [Fraction(size) for size in (*range(low, high, SIZE_STEP), high)]
 
 
@@ -126,10 +126,10 @@ def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: 
     rows = np.ones((len(sizes) + 1, len(sizes)))
     for allowed in range(1, len(sizes) + 1):
         if kind == "video" and options.training_with_video_token_length:
-            share = spec.token_size_share
+            share = spec.plan.token_size_share
             favourite = min(range(allowed), key=lambda i: abs(sizes[i].base - options.token_sample_size))
         else:
-            share, favourite = spec.full_size_share, allowed - 1
+            share, favourite = spec.plan.full_size_share, allowed - 1
         entries = np.array([size.entries for size in sizes[:allowed]], dtype=np.float64)
         if share is None or entries.sum() == 1:
             weights = entries / entries.sum()
@@ -144,7 +144,7 @@ def _cumulative(kind: str, sizes: tuple[Size, ...], options: PlanOptions, spec: 
 
 def bucket(aspect: int, base: Fraction, spec: FamilySpec) -> tuple[int, int]:
     """Height and width of an entry of ASPECTS, scaled to the base size and floored to whole tokens."""
-    sides = zip(ASPECTS[aspect][1:], spec.grid, strict=True)
+    sides = zip(ASPECTS[aspect][1:], spec.plan.grid, strict=True)
     height, width = (max(step, int(side * base / ASPECT_BASE) // step * step) for side, step in sides)
     return height, width
 
@@ -163,12 +163,12 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
             frames = frames_at(base, options, spec, dims)
         else:
             frames = round_frames(options.video_sample_n_frames, spec, dims)
-        if kind == "image" or frames >= spec.frame_rule.fewest:
+        if kind == "image" or frames >= spec.plan.frame_rule.fewest:
             sizes.append(Size(base=base, frames=frames, entries=entries))
     if not sizes:
         smallest = min(bases(kind, options, spec))
         raise ConfigError(
-            f"--token-sample-size {options.token_sample_size} leaves less than {spec.frame_rule.fewest} frames "
+            f"--token-sample-size {options.token_sample_size} leaves less than {spec.plan.frame_rule.fewest} frames "
             f"at {int(smallest)}, the smallest size.",
             hint=f"Use --token-sample-size {int(smallest)} or more, or smaller sample sizes.",
         )
@@ -197,17 +197,17 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
     Raises:
         ConfigError: a size without room for a token, or no clip left by the frame rule or the token budget.
     """
-    least = max(spec.grid)
+    least = max(spec.plan.grid)
     for name in ("video_sample_size", "image_sample_size"):
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is {value}; it must be {least} or more", hint=f"For example {flag} {least}.")
-    fewest = spec.frame_rule.fewest
+    fewest = spec.plan.frame_rule.fewest
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
         raise ConfigError(
             f"--video-sample-n-frames is {options.video_sample_n_frames}, but {spec.name} trains on clips of "
-            f"{spec.frame_rule} frames and at least {fewest}.",
+            f"{spec.plan.frame_rule} frames and at least {fewest}.",
             hint=f"Use --video-sample-n-frames {fewest} or more; the published command lines use 49 to 81.",
         )
     if "video" in spec.media_types:

@@ -47,8 +47,8 @@ def add_adapters(
         ConfigError: a target that matches no layer.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    released = spec.export_names["same"]
-    layers = choose_layers(linear, config.target_name, released, spec.modules_without_gradient(dims))
+    released = spec.export.names["same"]
+    layers = choose_layers(linear, config.target_name, released, spec.model.modules_without_gradient(dims))
     alpha = int(config.network_alpha) if config.network_alpha.is_integer() else config.network_alpha
     transformer.requires_grad_(False)
     torch.manual_seed(config.seed)  # the same A whatever was drawn while the model was loaded
@@ -147,9 +147,9 @@ def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: Fa
     adapter = read_adapter(path)
     modules = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     every = _every_linear(transformer)
-    places = match_layers(adapter.pairs, every, spec.export_names["same"], adapter.path)
+    places = match_layers(adapter.pairs, every, spec.export.names["same"], adapter.path)
     absent = [layer for layer in places.values() if layer not in modules]
-    without_effect = _inside(absent, spec.modules_without_gradient(dims))
+    without_effect = _inside(absent, spec.model.modules_without_gradient(dims))
     if without_effect:
         print(
             f"warning: {path} has adapters for {len(without_effect)} layers without any effect in this model, "

@@ -109,9 +109,9 @@ class Costs:
         return self.known[key]
 
     def _cost(self, shape: ClipShape) -> ClipCost:
-        attention = self.spec.attention_flops(shape, self.dims)
-        weights = self.spec.forward_flops(shape, self.dims) - attention
+        attention = self.spec.model.attention_flops(shape, self.dims)
+        weights = self.spec.model.forward_flops(shape, self.dims) - attention
         share = self.share
         passed = weights * (share.base + share.added) / share.base
         flops = 3 * attention + 2 * passed + weights * share.trained / share.base
-        return ClipCost(tokens=self.spec.sequence_tokens(shape, self.dims), flops=flops)
+        return ClipCost(tokens=self.spec.model.sequence_tokens(shape, self.dims), flops=flops)

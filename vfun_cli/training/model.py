@@ -42,7 +42,7 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
         CheckpointError: the model's configuration cannot be read.
     """
     assert config.pretrained_model_name_or_path is not None
-    stated = read_json(config.pretrained_model_name_or_path / spec.config_file)
+    stated = read_json(config.pretrained_model_name_or_path / spec.model.config_file)
     return AdapterOptions(
         model_dir=config.pretrained_model_name_or_path,
         compute_dtype=encoder_dtype(config, device),
@@ -51,7 +51,7 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
         low_vram=config.low_vram,
         train_mode=config.train_mode,
         control_ref_image=config.control_ref_image,
-        model_settings={name: stated.get(name) for name in spec.input_settings},
+        model_settings={name: stated.get(name) for name in spec.model.input_settings},
     )
 
 
@@ -85,7 +85,7 @@ def choose_weights(
     if lora:
         add_adapters(transformer, config, spec, plan.dims, lazy)
     else:
-        choose_trainable(transformer, config.trainable_modules, spec.modules_without_gradient(plan.dims))
+        choose_trainable(transformer, config.trainable_modules, spec.model.modules_without_gradient(plan.dims))
 
 
 def prepare_blocks(config: RunConfig, spec: FamilySpec, plan: RunPlan, transformer: nn.Module) -> None:
@@ -94,9 +94,9 @@ def prepare_blocks(config: RunConfig, spec: FamilySpec, plan: RunPlan, transform
     Raises:
         EnvironmentFault: no compiler where one is needed.
     """
-    checkpoint_blocks(transformer, spec.block_classes, config.gradient_checkpointing)
+    checkpoint_blocks(transformer, spec.model.block_classes, config.gradient_checkpointing)
     if config.compile:
-        compile_blocks(transformer, spec.block_classes, most_shapes(spec, plan.dims, plan.options))
+        compile_blocks(transformer, spec.model.block_classes, most_shapes(spec, plan.dims, plan.options))
 
 
 def prepare_state(
@@ -110,9 +110,9 @@ def prepare_state(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     if config.base_precision != "bf16":
-        quantise_blocks(transformer, spec.block_classes, config.base_precision, accelerator.device)
+        quantise_blocks(transformer, spec.model.block_classes, config.base_precision, accelerator.device)
     transformer.train()
-    blocks = find_blocks(transformer, spec.block_classes)
+    blocks = find_blocks(transformer, spec.model.block_classes)
     wrap = _shard if STRATEGIES[config.strategy].loads_lazily else _wrap
     model, optimizer = wrap(config, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)

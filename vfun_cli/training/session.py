@@ -54,7 +54,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator, lazy)
 
-    config_file = options.model_dir / spec.config_file
+    config_file = options.model_dir / spec.model.config_file
     checkpointer = Checkpointer(
         run,
         config.strategy,
@@ -81,7 +81,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         accelerator=accelerator,
         adapter=adapter,
         state=state,
-        objective=make_objective(spec.objective, spec.objective_options, options.model_dir),
+        objective=make_objective(spec.model.objective, spec.model.objective_options, options.model_dir),
         checkpointer=checkpointer,
         metrics=metrics,
         ledger=ledger,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import COMMON, DEMO
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.metadata.fields import MetadataField
 
 FRAMES_PER_LATENT = 4
@@ -82,7 +82,7 @@ def adjust_frames(frames: int, dims: ModelDims) -> int:
 
 def clip_tokens(shape: ClipShape, dims: ModelDims) -> int:
     """Tokens of the clip itself."""
-    frames, height, width = SPEC.latent_shape(shape)
+    frames, height, width = SPEC.plan.latent_shape(shape)
     pairs = -(-frames // dims.extra["patch_frames"])
     return pairs * (height // dims.extra["patch"]) * (width // dims.extra["patch"])
 
@@ -138,40 +138,48 @@ SPEC = FamilySpec(
     adapter="vfun_cli.families.cogvideox_fun.adapter:CogVideoXFunAdapter",
     fields=(MetadataField(name="file_path", media="visual"),),
     media_types=("video", "image"),
-    vae_stride=(FRAMES_PER_LATENT, 8, 8),
-    patch_size=(1, 2, 2),
-    adjust_frames=adjust_frames,
-    block_classes=("CogVideoXBlock",),
-    objective="ddpm",  # betas and prediction type are in the model directory's scheduler/
-    # V1.1-5b: the published 49 frames at 512, as for the 2b models, and no end of positions.
-    dims=read_dims(
-        {
-            "num_attention_heads": 48,
-            "attention_head_dim": 64,
-            "in_channels": 33,
-            "num_layers": 42,
-            "use_rotary_positional_embeddings": True,
-        }
-    ),
-    read_dims=read_dims,
-    recognises=lambda config: config.get("_class_name") == "CogVideoXTransformer3DModel",
-    config_file="transformer/config.json",
-    input_settings=("add_noise_in_inpaint_model",),
-    sequence_tokens=sequence_tokens,
-    forward_flops=forward_flops,
-    attention_flops=attention_flops,
-    defaults=DEFAULTS,
-    lora_defaults={
-        "rank": 64,
-        "network_alpha": 32,
-        # The published "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
-        "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
-    },
-    lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
-    export_names={"same": unchanged, "diffusers": unchanged},
-    # ComfyUI runs this model in nodes that split a LoRA's keys at the first dot: the original's have one alone.
-    lora_formats={"peft": "peft", "diffusers": "diffusers", "comfyui": "original", "original": "original"},
-    demo=DEMO,
-    demo_builder="vfun_cli.demo.cogvideox_fun:build_model",
     train_modes=("inpaint", "normal"),
+    model=ModelSpec(
+        # V1.1-5b: the published 49 frames at 512, as for the 2b models, and no end of positions.
+        dims=read_dims(
+            {
+                "num_attention_heads": 48,
+                "attention_head_dim": 64,
+                "in_channels": 33,
+                "num_layers": 42,
+                "use_rotary_positional_embeddings": True,
+            }
+        ),
+        read_dims=read_dims,
+        recognises=lambda config: config.get("_class_name") == "CogVideoXTransformer3DModel",
+        config_file="transformer/config.json",
+        input_settings=("add_noise_in_inpaint_model",),
+        block_classes=("CogVideoXBlock",),
+        sequence_tokens=sequence_tokens,
+        forward_flops=forward_flops,
+        attention_flops=attention_flops,
+        objective="ddpm",  # betas and prediction type are in the model directory's scheduler/
+    ),
+    plan=PlanSpec(
+        vae_stride=(FRAMES_PER_LATENT, 8, 8),
+        patch_size=(1, 2, 2),
+        adjust_frames=adjust_frames,
+    ),
+    defaults=DefaultOptions(
+        train=DEFAULTS,
+        lora={
+            "rank": 64,
+            "network_alpha": 32,
+            # The published "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
+            "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+        },
+        lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
+        demo=DEMO,
+        demo_builder="vfun_cli.demo.cogvideox_fun:build_model",
+    ),
+    export=ExportSpec(
+        names={"same": unchanged, "diffusers": unchanged},
+        # ComfyUI runs this model in nodes that split a LoRA's keys at the first dot: the original's have one alone.
+        lora_formats={"peft": "peft", "diffusers": "diffusers", "comfyui": "original", "original": "original"},
+    ),
 )

@@ -92,7 +92,7 @@ class CogVideoXFunAdapter:
         return cls(
             scale=read_scale(folder / "vae"),
             encoders=encoders,
-            transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.config_file)),
+            transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.model.config_file)),
             options=options,
         )
 
@@ -104,7 +104,7 @@ class CogVideoXFunAdapter:
             CheckpointError: a part is missing.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        length = read_dims(read_json(folder / SPEC.config_file)).extra["text_tokens"]
+        length = read_dims(read_json(folder / SPEC.model.config_file)).extra["text_tokens"]
         sources = {
             "vae": folder_source(
                 CogVideoXVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch

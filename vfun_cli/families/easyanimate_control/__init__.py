@@ -8,7 +8,16 @@ from typing import cast
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
-from vfun_cli.families.spec import ClipShape, ConditioningOptions, FamilySpec, ModelDims
+from vfun_cli.families.spec import (
+    ClipShape,
+    ConditioningOptions,
+    DefaultOptions,
+    ExportSpec,
+    FamilySpec,
+    ModelDims,
+    ModelSpec,
+    PlanSpec,
+)
 from vfun_cli.metadata.fields import MetadataField
 
 CAPTION_TOKENS = 256
@@ -96,7 +105,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
 
 def sequence_tokens(clip: ClipShape, dims: ModelDims) -> int:
     """Caption tokens, padding included (nothing masks it), then the clip's own."""
-    return dims.extra["caption_tokens"] + V5_1.video_tokens(clip)
+    return dims.extra["caption_tokens"] + V5_1.plan.video_tokens(clip)
 
 
 def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
@@ -105,8 +114,8 @@ def forward_flops(clip: ClipShape, dims: ModelDims) -> float:
     A text token costs a block as much as a video token, by weights of its own or by the video's; only a block that
     shares its weights leaves the output projection of the text out.
     """
-    dim, time_dim, patch = dims.dim, dims.extra["time_dim"], V5_1.patch_size[1] * V5_1.patch_size[2]
-    video, length = V5_1.video_tokens(clip), sequence_tokens(clip, dims)
+    dim, time_dim, patch = dims.dim, dims.extra["time_dim"], V5_1.plan.patch_size[1] * V5_1.plan.patch_size[2]
+    video, length = V5_1.plan.video_tokens(clip), sequence_tokens(clip, dims)
     per_token = 4 * dim * dim + 2 * dim * dims.ffn_dim  # q, k, v, out and the feed-forward, in multiply-adds
     modulation = 2 * time_dim * 6 * dim
     blocks = dims.num_layers * (length * per_token + modulation)
@@ -197,53 +206,61 @@ V5_1 = FamilySpec(
         MetadataField(name="control_file_path", media="control"),
     ),
     media_types=("video", "image"),
-    vae_stride=(4, 8, 8),
-    patch_size=(1, 2, 2),
-    usable_span=(Fraction(1, 10), Fraction(9, 10)),
-    block_classes=("EasyAnimateTransformerBlock",),
-    objective="flow-matching",
-    # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
-    objective_options={"shift": 1.0},
-    dims=read_dims(
-        {
-            "num_attention_heads": 48,
-            "attention_head_dim": 64,
-            "in_channels": 48,
-            "out_channels": 16,
-            "patch_size": 2,
-            "num_layers": 48,
-            "text_embed_dim": 3584,
-            "text_embed_dim_t5": None,
-        }
-    ),
-    read_dims=read_dims,
-    recognises=lambda config: _is_easyanimate(config, t5=False),
-    config_file="transformer/config.json",
-    sequence_tokens=sequence_tokens,
-    forward_flops=forward_flops,
-    attention_flops=attention_flops,
-    modules_without_gradient=modules_without_gradient,
-    check_options=_check("easyanimate-v5.1-control"),
-    defaults={
-        **DEFAULTS,
-        "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5.1-12b-zh-Control",
-        "loss_type": "flow",
-        "train_mode": "control_ref",
-    },
-    lora_defaults={
-        "rank": 64,
-        "network_alpha": 32,
-        "learning_rate": 1e-4,
-        "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
-    },
-    lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
-    demo=DEMO,
-    demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
-    export_names={"same": released_name, "diffusers": diffusers_name},
-    # diffusers' transformer and pipeline of this model load no LoRA; ComfyUI runs it in the original's own nodes.
-    lora_formats={"peft": "peft", "comfyui": "original", "original": "original"},
     train_modes=("control_ref", "control"),
     reference_images=("first_frame",),
+    check_options=_check("easyanimate-v5.1-control"),
+    model=ModelSpec(
+        dims=read_dims(
+            {
+                "num_attention_heads": 48,
+                "attention_head_dim": 64,
+                "in_channels": 48,
+                "out_channels": 16,
+                "patch_size": 2,
+                "num_layers": 48,
+                "text_embed_dim": 3584,
+                "text_embed_dim_t5": None,
+            }
+        ),
+        read_dims=read_dims,
+        recognises=lambda config: _is_easyanimate(config, t5=False),
+        config_file="transformer/config.json",
+        block_classes=("EasyAnimateTransformerBlock",),
+        sequence_tokens=sequence_tokens,
+        forward_flops=forward_flops,
+        attention_flops=attention_flops,
+        modules_without_gradient=modules_without_gradient,
+        objective="flow-matching",
+        # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
+        objective_options={"shift": 1.0},
+    ),
+    plan=PlanSpec(
+        vae_stride=(4, 8, 8),
+        patch_size=(1, 2, 2),
+        usable_span=(Fraction(1, 10), Fraction(9, 10)),
+    ),
+    defaults=DefaultOptions(
+        train={
+            **DEFAULTS,
+            "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5.1-12b-zh-Control",
+            "loss_type": "flow",
+            "train_mode": "control_ref",
+        },
+        lora={
+            "rank": 64,
+            "network_alpha": 32,
+            "learning_rate": 1e-4,
+            "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+        },
+        lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
+        demo=DEMO,
+        demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
+    ),
+    export=ExportSpec(
+        names={"same": released_name, "diffusers": diffusers_name},
+        # diffusers' transformer and pipeline of this model load no LoRA; ComfyUI runs it in the original's own nodes.
+        lora_formats={"peft": "peft", "comfyui": "original", "original": "original"},
+    ),
 )
 
 V5 = replace(
@@ -251,31 +268,37 @@ V5 = replace(
     name="easyanimate-v5-control",
     summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
     adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
-    objective="ddpm",
-    objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
-    dims=read_dims(
-        {
-            "num_attention_heads": 48,
-            "attention_head_dim": 64,
-            "in_channels": 32,
-            "out_channels": 16,
-            "patch_size": 2,
-            "num_layers": 48,
-            "text_embed_dim": 1024,
-            "text_embed_dim_t5": 2048,
-        }
-    ),
-    other_settings=TOKENIZER_LIMITS,
-    check_options=_check("easyanimate-v5-control"),
-    recognises=lambda config: _is_easyanimate(config, t5=True),
-    defaults={
-        **DEFAULTS,
-        "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5-12b-zh-Control",
-        "loss_type": "ddpm",
-        "train_mode": "control",
-    },
-    demo_builder="vfun_cli.demo.easyanimate_control:build_v5",
     train_modes=("control",),
+    check_options=_check("easyanimate-v5-control"),
+    model=replace(
+        V5_1.model,
+        dims=read_dims(
+            {
+                "num_attention_heads": 48,
+                "attention_head_dim": 64,
+                "in_channels": 32,
+                "out_channels": 16,
+                "patch_size": 2,
+                "num_layers": 48,
+                "text_embed_dim": 1024,
+                "text_embed_dim_t5": 2048,
+            }
+        ),
+        recognises=lambda config: _is_easyanimate(config, t5=True),
+        other_settings=TOKENIZER_LIMITS,
+        objective="ddpm",
+        objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
+    ),
+    defaults=replace(
+        V5_1.defaults,
+        train={
+            **DEFAULTS,
+            "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5-12b-zh-Control",
+            "loss_type": "ddpm",
+            "train_mode": "control",
+        },
+        demo_builder="vfun_cli.demo.easyanimate_control:build_v5",
+    ),
 )
 
 SPECS = {spec.name: spec for spec in (V5_1, V5)}

@@ -53,7 +53,7 @@ class EasyAnimateControl:
             CheckpointError: the directory does not fit.
         """
         folder = options.model_dir
-        config = complete_config(read_json(folder / cls.spec.config_file))
+        config = complete_config(read_json(folder / cls.spec.model.config_file))
         _check_family(config, cls.spec, folder)
         encoders = cls.encoders_of(options)
         _check_channels(config, latent_channels(folder / "vae"), cls.train_mode(options.train_mode), folder)
@@ -67,7 +67,7 @@ class EasyAnimateControl:
             CheckpointError: a part is missing.
         """
         folder, dtype = options.model_dir, options.compute_dtype
-        lengths = caption_lengths(cls.spec.settings_beside(folder))
+        lengths = caption_lengths(cls.spec.model.settings_beside(folder))
         text = {
             argument: text_source(load, folder / model, folder / tokenizer, dtype=dtype, length=length)
             for (argument, (load, model, tokenizer)), length in zip(cls.text.items(), lengths, strict=False)
@@ -86,7 +86,7 @@ class EasyAnimateControl:
     @classmethod
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
-        usable = V5_1.usable_span
+        usable = V5_1.plan.usable_span
         caption = "" if request.key.chance("text-drop", TEXT_DROP) else str(request.record["text"])
         pixels = clip_of(request, usable_span=usable)
         control = clip_of(request, "control_file_path", usable_span=usable)
@@ -161,7 +161,7 @@ def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> 
     """V5 has two text streams, V5.1 one: refuse the other family's model before gigabytes are read."""
     other = {V5.name: V5_1.name, V5_1.name: V5.name}[spec.name]
     streams = 2 if config["text_embed_dim_t5"] else 1
-    if streams != spec.dims.extra["text_streams"]:
+    if streams != spec.model.dims.extra["text_streams"]:
         raise ConfigError(
             f"{folder} looks like {other}, not {spec.name}: its transformer reads {streams} text stream(s).",
             hint=f"vfun train {other}",

@@ -1,7 +1,7 @@
 """HunyuanVideo text-to-video and image-to-video: one 13B architecture, two released directories."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
@@ -18,7 +18,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     released_dims,
     sequence_tokens,
 )
-from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec
 from vfun_cli.metadata.fields import MetadataField
 
 # The published command line, the same for single process, ZeRO-2 and FSDP.
@@ -61,57 +61,71 @@ _LORA_ALIASES = {
 }
 
 
-def _spec(condition: Condition, **own: Any) -> FamilySpec:
+def _spec(
+    condition: Condition,
+    *,
+    summary: str,
+    adapter: str,
+    media_types: tuple[Literal["video", "image"], ...],
+    train_mode: str,
+    block_classes: tuple[str, ...],
+    model_dir: str,
+) -> FamilySpec:
     return FamilySpec(
         name=f"hunyuanvideo-{condition}",
+        summary=summary,
+        adapter=f"vfun_cli.families.hunyuanvideo.adapter:{adapter}",
         fields=(MetadataField(name="file_path", media="visual"),),
-        vae_stride=VAE_STRIDE,
-        patch_size=PATCH_SIZE,
-        objective="flow-matching",
-        objective_options={"shift": SHIFT},
-        dims=released_dims(condition),
-        read_dims=dims_reader(condition),
-        recognises=lambda config: fits(config, condition),
-        config_file="transformer/config.json",
-        sequence_tokens=sequence_tokens,
-        forward_flops=forward_flops,
-        attention_flops=attention_flops,
-        lora_defaults=_LORA,
-        lora_aliases=_LORA_ALIASES,
-        demo=DEMO,
-        export_names={"same": unchanged, "diffusers": unchanged},
-        comfyui_location=comfyui_location,
-        **own,
+        media_types=media_types,
+        train_modes=(train_mode,),
+        model=ModelSpec(
+            dims=released_dims(condition),
+            read_dims=dims_reader(condition),
+            recognises=lambda config: fits(config, condition),
+            config_file="transformer/config.json",
+            block_classes=block_classes,
+            sequence_tokens=sequence_tokens,
+            forward_flops=forward_flops,
+            attention_flops=attention_flops,
+            objective="flow-matching",
+            objective_options={"shift": SHIFT},
+        ),
+        plan=PlanSpec(vae_stride=VAE_STRIDE, patch_size=PATCH_SIZE),
+        defaults=DefaultOptions(
+            train={
+                **_DEFAULTS,
+                "pretrained_model_name_or_path": f"models/Diffusion_Transformer/{model_dir}",
+                "train_mode": train_mode,
+            },
+            lora=_LORA,
+            lora_aliases=_LORA_ALIASES,
+            demo=DEMO,
+            demo_builder=f"vfun_cli.demo.hunyuanvideo:build_{condition}",
+        ),
+        export=ExportSpec(
+            names={"same": unchanged, "diffusers": unchanged},
+            comfyui_location=comfyui_location,
+        ),
     )
 
 
 T2V = _spec(
     "t2v",
     summary="HunyuanVideo, text to video (13B)",
-    adapter="vfun_cli.families.hunyuanvideo.adapter:TextToVideoAdapter",
+    adapter="TextToVideoAdapter",
     media_types=("video", "image"),
+    train_mode="normal",
     block_classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-    defaults={
-        **_DEFAULTS,
-        "pretrained_model_name_or_path": "models/Diffusion_Transformer/HunyuanVideo",
-        "train_mode": "normal",
-    },
-    train_modes=("normal",),
-    demo_builder="vfun_cli.demo.hunyuanvideo:build_t2v",
+    model_dir="HunyuanVideo",
 )
 
 I2V = _spec(
     "i2v",
     summary="HunyuanVideo-I2V, first frame to video (13B, the 16-channel token-replace model)",
-    adapter="vfun_cli.families.hunyuanvideo.adapter:ImageToVideoAdapter",
+    adapter="ImageToVideoAdapter",
     # The first latent frame is given. A picture has no other, so it teaches this model nothing.
     media_types=("video",),
+    train_mode="i2v",
     block_classes=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
-    defaults={
-        **_DEFAULTS,
-        "pretrained_model_name_or_path": "models/Diffusion_Transformer/HunyuanVideo-I2V",
-        "train_mode": "i2v",
-    },
-    train_modes=("i2v",),
-    demo_builder="vfun_cli.demo.hunyuanvideo:build_i2v",
+    model_dir="HunyuanVideo-I2V",
 )

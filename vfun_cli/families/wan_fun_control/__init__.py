@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.metadata.fields import MetadataField
 
@@ -77,20 +77,20 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
 def _reference_tokens(shape: ClipShape, dims: ModelDims) -> int:
     """V1.1 puts one frame of tokens before the clip, whether there is a reference image or not."""
     picture = ClipShape(frames=1, height=shape.height, width=shape.width)
-    return SPEC.video_tokens(picture) * dims.extra["reference"]
+    return SPEC.plan.video_tokens(picture) * dims.extra["reference"]
 
 
 def sequence_tokens(shape: ClipShape, dims: ModelDims) -> int:
     """Tokens of the self-attention: the clip, and the reference of V1.1. Text and CLIP are only attended to."""
-    return SPEC.video_tokens(shape) + _reference_tokens(shape, dims)
+    return SPEC.plan.video_tokens(shape) + _reference_tokens(shape, dims)
 
 
 def forward_flops(shape: ClipShape, dims: ModelDims) -> float:
     """Matrix products, convolutions and attention of one forward pass; a multiply-add counts two."""
     dim, text_dim, freq_dim, image_dim = dims.dim, *(dims.extra[key] for key in ("text_dim", "freq_dim", "image_dim"))
-    video, reference = SPEC.video_tokens(shape), _reference_tokens(shape, dims)
+    video, reference = SPEC.plan.video_tokens(shape), _reference_tokens(shape, dims)
     tokens, context = video + reference, TEXT_TOKENS + IMAGE_TOKENS
-    patch = SPEC.patch_size[0] * SPEC.patch_size[1] * SPEC.patch_size[2]
+    patch = SPEC.plan.patch_size[0] * SPEC.plan.patch_size[1] * SPEC.plan.patch_size[2]
     block = (
         6 * tokens * dim * dim  # self-attention q, k, v, o and cross-attention q, o
         + 2 * context * dim * dim  # k, v of text and of the CLIP embedding
@@ -140,41 +140,47 @@ SPEC = FamilySpec(
         MetadataField(name="control_file_path", media="control", required=False),
     ),
     media_types=("video", "image"),
-    vae_stride=(4, 8, 8),
-    patch_size=(1, 2, 2),
-    token_size_share=0.5,
-    full_size_share=0.9,
-    block_classes=("WanTransformerBlock",),
-    objective="flow-matching",
-    objective_options={"shift": 5.0},
-    # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
-    dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
-    read_dims=read_dims,
-    recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
-    sequence_tokens=sequence_tokens,
-    forward_flops=forward_flops,
-    attention_flops=attention_flops,
-    defaults=DEFAULTS,
-    strategy_defaults={"zero3": {"train_mode": "inpaint"}},
-    lora_defaults={
-        "learning_rate": 1e-4,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-        "rank": 64,
-        "network_alpha": 32,
-        "target_name": "q,k,v,ffn.0,ffn.2",
-    },
-    demo={
-        **DEMO,
-        "image_sample_size": 96,
-        "video_sample_stride": 2,
-        "dataloader_num_workers": 1,
-        "max_train_steps": 8,
-        "checkpointing_steps": 4,
-        "control_ref_image": "random",
-    },
-    demo_builder="vfun_cli.demo.wan_fun_control:build_model",
-    export_names={"same": released_name},
     train_modes=("control_object", "inpaint", "control_ref", "control"),
     reference_images=("first_frame", "random"),
+    model=ModelSpec(
+        # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
+        dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
+        read_dims=read_dims,
+        recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
+        block_classes=("WanTransformerBlock",),
+        sequence_tokens=sequence_tokens,
+        forward_flops=forward_flops,
+        attention_flops=attention_flops,
+        objective="flow-matching",
+        objective_options={"shift": 5.0},
+    ),
+    plan=PlanSpec(
+        vae_stride=(4, 8, 8),
+        patch_size=(1, 2, 2),
+        token_size_share=0.5,
+        full_size_share=0.9,
+    ),
+    defaults=DefaultOptions(
+        train=DEFAULTS,
+        by_strategy={"zero3": {"train_mode": "inpaint"}},
+        lora={
+            "learning_rate": 1e-4,
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "rank": 64,
+            "network_alpha": 32,
+            "target_name": "q,k,v,ffn.0,ffn.2",
+        },
+        demo={
+            **DEMO,
+            "image_sample_size": 96,
+            "video_sample_stride": 2,
+            "dataloader_num_workers": 1,
+            "max_train_steps": 8,
+            "checkpointing_steps": 4,
+            "control_ref_image": "random",
+        },
+        demo_builder="vfun_cli.demo.wan_fun_control:build_model",
+    ),
+    export=ExportSpec(names={"same": released_name}),
 )

@@ -106,7 +106,7 @@ class WanFunControlAdapter:
         """
         folder, dtype = options.model_dir, options.compute_dtype
         require_parts(folder, REQUIRED_FILES, model="Wan2.1-Fun Control")
-        dims, clip = read_dims(read_json(folder / SPEC.config_file)), folder / clip_vision.WEIGHTS
+        dims, clip = read_dims(read_json(folder / SPEC.model.config_file)), folder / clip_vision.WEIGHTS
         return Encoders(
             {
                 "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
@@ -213,7 +213,7 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
         CheckpointError: no such model there, or another one.
     """
     files = safetensors_files(folder)
-    config = transformer_config(_shapes(files), read_json(folder / SPEC.config_file))
+    config = transformer_config(_shapes(files), read_json(folder / SPEC.model.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config))
     load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
     return model

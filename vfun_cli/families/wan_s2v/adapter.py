@@ -185,7 +185,7 @@ class WanS2VAdapter:
         """
         folder, dtype = options.model_dir, options.compute_dtype
         require_parts(folder, REQUIRED_FILES, model="Wan2.2-S2V")
-        config = read_dims(read_json(folder / SPEC.config_file)).extra
+        config = read_dims(read_json(folder / SPEC.model.config_file)).extra
 
         def load_speech() -> SpeechEncoder:
             encoder = SpeechEncoder.from_folder(folder / wav2vec2.FOLDER)

@@ -583,7 +583,7 @@ def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
         CheckpointError: files are missing, damaged or do not fit, or a key is unknown.
     """
     known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
-    config = model_settings(read_json(model_dir / SPEC.config_file), known, model="Wan2.2-S2V")
+    config = model_settings(read_json(model_dir / SPEC.model.config_file), known, model="Wan2.2-S2V")
     model = empty_model(lambda: WanS2VTransformer3DModel(**config))
     load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
     return model
