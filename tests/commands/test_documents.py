@@ -1,6 +1,5 @@
 """What the guides of the original scripts print: command lines, metadata, directories; through the command line."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tests.commands.conftest import Vfun
 from tests.metadata.small_media import encode_video, write_sound
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig, parse
+from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
 from vfun_cli.plan import planning
 
@@ -170,10 +170,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guides' working directory: models and data where they say, tiny models in the released layouts."""
     root = tmp_path_factory.mktemp("documented")
     for spec in families.FAMILIES.values():
-        module, build = spec.defaults.demo_builder.split(":")
-        getattr(importlib.import_module(module), build)(
-            root / str(spec.defaults.train["pretrained_model_name_or_path"])
-        )
+        demo_default.builder(spec)(root / str(spec.defaults.train["pretrained_model_name_or_path"]))
     data = root / "datasets/internal_datasets"
     for kind in ("train", "control"):
         encode_video(data / kind / "00000001.mp4", frames=60, width=640, height=640)

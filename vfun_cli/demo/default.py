@@ -3,7 +3,7 @@
 import importlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,17 @@ from vfun_cli.families.spec import FamilySpec
 
 FOLDER = Path("vfun-demo")
 OUTPUT_DIR = FOLDER / "output_dir"
+
+BUILDERS = {
+    "wan-s2v": "vfun_cli.demo.wan_s2v:build_model",
+    "wan-fun-control": "vfun_cli.demo.wan_fun_control:build_model",
+    "hunyuanvideo-t2v": "vfun_cli.demo.hunyuanvideo:build_t2v",
+    "hunyuanvideo-i2v": "vfun_cli.demo.hunyuanvideo:build_i2v",
+    "easyanimate-v5.1-control": "vfun_cli.demo.easyanimate_control:build_v5_1",
+    "easyanimate-v5-control": "vfun_cli.demo.easyanimate_control:build_v5",
+    "cogvideox-fun": "vfun_cli.demo.cogvideox_fun:build_model",
+}
+"""For each family the ``module:function`` that writes its tiny model; imported when it is needed, for it loads torch."""
 
 
 def make(spec: FamilySpec) -> dict[str, Any]:
@@ -33,9 +44,15 @@ def make(spec: FamilySpec) -> dict[str, Any]:
     }
 
 
+def builder(spec: FamilySpec) -> Callable[[Path], None]:
+    """What writes the tiny model of a family into a folder, in the released layout."""
+    module, name = BUILDERS[spec.name].split(":")
+    build: Callable[[Path], None] = getattr(importlib.import_module(module), name)
+    return build
+
+
 def _model(spec: FamilySpec, folder: Path) -> None:
-    module, name = spec.defaults.demo_builder.split(":")
-    build = getattr(importlib.import_module(module), name)
+    build = builder(spec)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

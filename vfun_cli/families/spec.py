@@ -199,8 +199,6 @@ class DefaultOptions:
     """Spellings of ``target_name`` in the published command lines that name no layer, and the layers they mean."""
     demo: Mapping[str, object] = field(default_factory=dict)
     """Of ``--demo``: a tiny model on tiny media."""
-    demo_builder: str = ""
-    """``module:function`` that writes the tiny model directory."""
 
 
 @dataclass(frozen=True, kw_only=True)

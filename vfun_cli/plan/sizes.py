@@ -202,7 +202,7 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is {value}; it must be {least} or more", hint=f"For example {flag} {least}.")
+            raise ConfigError(f"{flag} is {value}; it must be {least} or more.", hint=f"For example {flag} {least}.")
     fewest = spec.plan.frame_rule.fewest
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:
         raise ConfigError(

@@ -175,7 +175,6 @@ SPEC = FamilySpec(
         },
         lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
         demo=DEMO,
-        demo_builder="vfun_cli.demo.cogvideox_fun:build_model",
     ),
     export=ExportSpec(
         names={"same": unchanged, "diffusers": unchanged},

@@ -254,7 +254,6 @@ V5_1 = FamilySpec(
         },
         lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
         demo=DEMO,
-        demo_builder="vfun_cli.demo.easyanimate_control:build_v5_1",
     ),
     export=ExportSpec(
         names={"same": released_name, "diffusers": diffusers_name},
@@ -297,7 +296,6 @@ V5 = replace(
             "loss_type": "ddpm",
             "train_mode": "control",
         },
-        demo_builder="vfun_cli.demo.easyanimate_control:build_v5",
     ),
 )
 

@@ -100,7 +100,6 @@ def _spec(
             lora=_LORA,
             lora_aliases=_LORA_ALIASES,
             demo=DEMO,
-            demo_builder=f"vfun_cli.demo.hunyuanvideo:build_{condition}",
         ),
         export=ExportSpec(
             names={"same": unchanged, "diffusers": unchanged},

@@ -180,7 +180,6 @@ SPEC = FamilySpec(
             "checkpointing_steps": 4,
             "control_ref_image": "random",
         },
-        demo_builder="vfun_cli.demo.wan_fun_control:build_model",
     ),
     export=ExportSpec(names={"same": released_name}),
 )

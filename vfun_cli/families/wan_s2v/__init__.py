@@ -73,7 +73,6 @@ SPEC = FamilySpec(
             "checkpointing_steps": 4,
             "low_vram": False,
         },
-        demo_builder="vfun_cli.demo.wan_s2v:build_model",
     ),
     export=ExportSpec(
         lora_formats={"peft": "peft", "comfyui": "comfyui", "original": "original"},  # diffusers has no Wan-S2V
