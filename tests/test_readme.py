@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import vfun_process
+from tests.jobs import vfun_process
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 

@@ -1,12 +1,10 @@
 """What vfun says to twenty broken set-ups: the right exit code, one clear message, a next step, inputs untouched."""
 
 import json
+import os
 import re
 import signal
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import TRAIN, Vfun, digest
+from tests.jobs import finish, start, training_processes, wait_for_step
 from vfun_cli.run.rundir import RunDir
 
 MODEL = Path("vfun-demo/wan-s2v/model")
@@ -199,7 +198,6 @@ BROKEN = (
 def test_a_broken_setup_is_one_message_with_a_next_step(broken: Broken, place: Path, vfun: Vfun) -> None:
     broken.damage()
     before = digest(place)
-    started = time.monotonic()
     said = vfun(*broken.command)
     assert said.code == broken.code, said.err
     text = " ".join(said.err.split())
@@ -210,7 +208,6 @@ def test_a_broken_setup_is_one_message_with_a_next_step(broken: Broken, place: P
     assert "Bucket plan" not in said.err, "an error comes before the preview, not under it"
     assert digest(place) == before
     assert not list(place.rglob("launcher.log")), "the launcher was started"
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
@@ -251,69 +248,14 @@ def test_resuming_a_finished_run_says_so_and_starts_nothing(
     assert RunDir(trained / OUTPUT).launcher_log().read_bytes() == log
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "vfun_cli", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(run: RunDir, step: int, process: "subprocess.Popen[str]") -> None:
-    limit = time.monotonic() + 240
-    while time.monotonic() < limit:
-        lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
-        if any(json.loads(line).get("step", 0) >= step for line in lines):
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    raise AssertionError("no step in time")
-
-
-def worker_pids(run_json: Path) -> dict[int, int]:
-    """Training processes of a run by rank, from /proc."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = dict(
-                entry.split(b"=", 1) for entry in (folder / "environ").read_bytes().split(b"\0") if b"=" in entry
-            )
-        except OSError:
-            continue
-        if str(run_json).encode() in arguments and b"-m" in arguments and b"RANK" in environment:
-            found.setdefault(int(environment[b"RANK"]), int(folder.name))
-    return found
-
-
 @pytest.mark.slow
 def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
-    process = start(place, *TRAIN, "--ddp", "--max-train-steps", "10000", "--dataloader-num-workers", "0")
+    job = start(*TRAIN, "--ddp", "--max-train-steps", "10000", "--dataloader-num-workers", "0")
     run = RunDir(place / OUTPUT)
-    wait_for_step(run, 1, process)
-    pids = worker_pids(run.run_json)
-    assert set(pids) >= {0, 1}, pids
-    subprocess.run(["kill", "-9", str(pids[1])], check=True)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert "rank 1" in err and "SIGKILL" in err and "Traceback" not in err, err
-    assert "vfun resume" in err
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_resume_goes_on(place: Path) -> None:
-    process = start(place, *TRAIN, "--max-train-steps", "10000", "--dataloader-num-workers", "0")
-    run = RunDir(place / OUTPUT)
-    wait_for_step(run, 2, process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "saved" in err and "vfun resume" in err and "Traceback" not in err
-    steps = [int(path.name.split("-")[1]) for path in run.root.glob("checkpoint-*[0-9]")]
-    last = max(steps)
-    again = start(place, "resume", "--demo", "--max-train-steps", str(last + 2), "--json")
-    out, err = again.communicate(timeout=240)
-    assert again.returncode == 0, err
-    assert json.loads(out)["step"] == last + 2
+    wait_for_step(run, 1, job)
+    _, ranks = training_processes(run)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    said = finish(job, 1)
+    assert "rank 1" in said.err and "SIGKILL" in said.err and "Traceback" not in said.err, said.err
+    assert "vfun resume" in said.err

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import Vfun, digest, vfun_process
+from tests.commands.conftest import Vfun, digest
+from tests.jobs import losses, vfun_process
 from vfun_cli import families, main
+from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
 DRY = ("--demo", "--dry-run")
@@ -185,8 +187,7 @@ def test_no_color_is_heeded_on_a_terminal(place: Path) -> None:
 @pytest.mark.slow
 def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json")
-    assert said.code == 0
+    said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json", code=0)
     assert [line.split(" in ")[0] for line in said.err.splitlines()] == [
         "making the demo's tiny hunyuanvideo-i2v model",
         "making the demo's videos",
@@ -202,9 +203,9 @@ def test_the_argv_of_a_dry_run_run_by_hand_gives_the_same_losses(place: Path) ->
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")
     subprocess.run(plan["argv"], check=True, capture_output=True, timeout=300)
-    assert vfun_process(*train, "--output-dir", "by-vfun").code == 0
-    assert losses(Path("by-hand")) == losses(Path("by-vfun"))
-    assert len(losses(Path("by-hand"))) == 3
+    vfun_process(*train, "--output-dir", "by-vfun", code=0)
+    by_hand, by_vfun = losses(RunDir(Path("by-hand"))), losses(RunDir(Path("by-vfun")))
+    assert by_hand == by_vfun and len(by_hand) == 3
 
 
 @pytest.mark.slow
@@ -221,14 +222,8 @@ def test_paths_with_spaces_quotes_and_letters_of_any_alphabet(place: Path) -> No
         "--video-sample-size", "64", "--image-sample-size", "64", "--token-sample-size", "64",
         "--video-sample-n-frames", "9", "--video-sample-stride", "1",
         "--pretrained-model-name-or-path", str(model), "--train-data-meta", str(data / "metadata.json"),
-        "--output-dir", str(output), "--json",
+        "--output-dir", str(output), "--json", code=0,
     )  # fmt: skip
-    assert said.code == 0, said.err
-    assert Path(json.loads(said.out)["checkpoint"]).is_dir() and len(losses(output)) == 2
-    exported = vfun_process("export-bf16", str(output / "checkpoint-2"), "--json")
-    assert exported.code == 0 and json.loads(exported.out)["verified"], exported.err
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    assert Path(json.loads(said.out)["checkpoint"]).is_dir() and len(losses(RunDir(output))) == 2
+    exported = vfun_process("export-bf16", str(output / "checkpoint-2"), "--json", code=0)
+    assert json.loads(exported.out)["verified"]

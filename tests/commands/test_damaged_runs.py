@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import TRAIN, Vfun
-from tests.commands.test_broken_setups import start, wait_for_step
+from tests.jobs import finish, start, wait_for_step
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run.rundir import RunDir
 
@@ -122,11 +122,11 @@ def test_a_read_only_directory_is_refused_before_anything_is_started(read_only: 
 
 
 def test_a_directory_that_vanishes_while_it_is_trained_in_is_named_and_not_made_anew(place: Path) -> None:
-    process = start(place, *TRAIN, "--max-train-steps", "10000", "--checkpointing-steps", "2")
+    job = start(*TRAIN, "--max-train-steps", "10000", "--checkpointing-steps", "2")
     run, moved = RunDir(place / OUTPUT), place / "moved"
-    wait_for_step(run, 3, process)
+    wait_for_step(run, 3, job)
     run.root.rename(moved)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 1 and "vanished" in said and "fault of vfun" not in said, said
+    said = finish(job, 1)
+    assert "vanished" in said.err and "fault of vfun" not in said.err, said.err
     assert not run.root.exists()
     manifest.verify(moved / "checkpoint-2")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests import jobs
 from vfun_cli import families
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config.resolve import resolve
@@ -203,6 +204,5 @@ def launch(runs: Sequence[Run]) -> None:
 
 
 def losses(run: Run) -> list[float]:
-    """Loss of each step, from metrics.jsonl."""
-    lines = RunDir(run.folder).metrics.read_text(encoding="utf-8").splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    """Loss of each step."""
+    return jobs.losses(RunDir(run.folder))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands.conftest import vfun_process
+from tests.jobs import records, vfun_process
 from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -16,33 +16,19 @@ STEPS = 12
 """Six videos and two pictures on two ranks: four steps an epoch."""
 
 
-def vfun(*arguments: str, code: int = 0) -> tuple[str, str]:
-    said = vfun_process(*arguments)
-    assert said.code == code, said.err[-3000:]
-    return said.out, said.err
-
-
 def train(folder: str, *options: str, code: int = 0) -> tuple[list[dict[str, Any]], str]:
     """The epoch lines of metrics.jsonl, and what the run said."""
-    common = (
-        "--demo",
-        "--ddp",
-        "--checkpointing-steps",
-        "100",
-        "--output-dir",
-        folder,
-        "--dataloader-num-workers",
-        "1",
-    )
-    _, err = vfun("train", FAMILY, *common, "--max-train-steps", str(STEPS), *options, code=code)
-    lines = RunDir(Path(folder)).metrics.read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record.get("event") == "epoch"], err
+    said = vfun_process(
+        "train", FAMILY, "--demo", "--ddp", "--max-train-steps", STEPS, "--checkpointing-steps", 100,
+        "--dataloader-num-workers", 1, "--output-dir", folder, *options, code=code,
+    )  # fmt: skip
+    return [record for record in records(RunDir(Path(folder))) if record.get("event") == "epoch"], said.err
 
 
 def test_three_epochs_on_two_ranks_execute_the_printed_plan(workplace: Path) -> None:
     epochs, _ = train("runs/planned")
-    out, _ = vfun("plan-buckets", FAMILY, "--demo", "--json", "--assignment", "--epochs", "3", "--world-size", "2")
-    planned = json.loads(out)["epochs"]
+    plan = ("plan-buckets", FAMILY, "--demo", "--json", "--assignment", "--epochs", 3, "--world-size", 2)
+    planned = json.loads(vfun_process(*plan, code=0).out)["epochs"]
     assert len(epochs) == len(planned) == 3
     for said, plan in zip(epochs, planned, strict=True):
         assert said["epoch"] == plan["epoch"] and said["steps"] == plan["steps"] == 4 and said["complete"]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import Job, finish, start, training_processes, vfun_process, wait_for_step
 from vfun_cli.checkpoints.compare import compare_tensors
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.run.rundir import RunDir
@@ -23,48 +22,11 @@ GRACE = 60
 """Seconds; a step of the demo takes about one."""
 
 
-def vfun(*arguments: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-m", "vfun_cli", *arguments]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def train(run: RunDir, strategy: str, *more: str) -> "subprocess.Popen[str]":
-    return vfun(
-        "train", "wan-s2v", "--demo", "--strategy", strategy, "--output-dir", str(run.root),
-        "--max-train-steps", str(STEPS), "--checkpointing-steps", str(STEPS), *more,
+def train(run: RunDir, strategy: str, *more: str) -> Job:
+    return start(
+        "train", "wan-s2v", "--demo", "--strategy", strategy, "--output-dir", run.root,
+        "--max-train-steps", STEPS, "--checkpointing-steps", STEPS, *more,
     )  # fmt: skip
-
-
-def finish(process: "subprocess.Popen[str]", code: int) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def wait_for_step(run: RunDir, step: int, process: "subprocess.Popen[str]") -> None:
-    while not run.metrics.exists() or run.metrics.read_text().count('"loss"') < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def processes(run: RunDir) -> tuple[list[int], list[int]]:
-    """The launcher, and the ranks in order."""
-    launchers, ranks = [], {}
-    for folder in Path("/proc").iterdir():
-        try:
-            argv = (folder / "cmdline").read_bytes().decode().split("\0")
-            environment = dict(
-                entry.split("=", 1) for entry in (folder / "environ").read_bytes().decode().split("\0") if "=" in entry
-            )
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, ValueError):
-            continue
-        if "vfun_cli.training" in argv and str(run.run_json.absolute()) in argv:
-            if "accelerate.commands.launch" in argv:
-                launchers.append(int(folder.name))
-            else:
-                ranks.setdefault(parent, {})[environment.get("RANK", "0")] = int(folder.name)
-    return launchers, [pid for _, pid in sorted(ranks[launchers[0]].items())]
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +36,7 @@ def undisturbed(workplace: Path) -> Callable[[str], Path]:
     @cache
     def straight(strategy: str) -> Path:
         run = RunDir(workplace / "straight" / strategy)
-        finish(train(run, strategy), 0)
+        finish(train(run, strategy))
         return run.checkpoint(STEPS)
 
     return straight
@@ -100,7 +62,7 @@ def test_a_signal_anywhere_saves_and_exits_75_and_resume_is_exact(
     run = RunDir(workplace / "told" / strategy)
     job = train(run, strategy)
     wait_for_step(run, 2, job)
-    launchers, ranks = processes(run)
+    launchers, ranks = training_processes(run)
     told = {
         "command": [job.pid],
         "launcher": launchers,
@@ -114,7 +76,7 @@ def test_a_signal_anywhere_saves_and_exits_75_and_resume_is_exact(
     assert time.monotonic() - asked < GRACE
     (checkpoint,) = run.root.glob("checkpoint-*")
     assert 2 <= json.loads((checkpoint / "state.json").read_text())["step"] < STEPS
-    finish(vfun("resume", str(run.root)), 0)
+    vfun_process("resume", run.root, code=0)
     assert same_weights(run.checkpoint(STEPS), undisturbed(strategy))
 
 
@@ -124,10 +86,10 @@ def test_a_killed_rank_starts_over_from_the_newest_checkpoint(
     run = RunDir(workplace / "killed")
     job = train(run, "ddp", "--checkpointing-steps", "2", "--max-restarts", "1")
     wait_for_step(run, 3, job)
-    os.kill(processes(run)[1][1], signal.SIGKILL)
-    output = finish(job, 0)
-    assert "rank 1 was ended by SIGKILL" in output
-    assert "restart 1 of 1, from checkpoint-2" in output
+    os.kill(training_processes(run)[1][1], signal.SIGKILL)
+    said = finish(job)
+    assert "rank 1 was ended by SIGKILL" in said.err
+    assert "restart 1 of 1, from checkpoint-2" in said.err
     assert same_weights(run.checkpoint(STEPS), undisturbed("ddp"))
 
 

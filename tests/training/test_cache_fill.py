@@ -5,9 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.jobs import Job, finish, kill_all, records, start, wait_for
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 from vfun_cli.run.cachedir import entries, partials
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import read_entry
 
 pytestmark = pytest.mark.slow
@@ -32,12 +31,13 @@ EPOCHS = {S2V: 1, I2V: 2}
 @pytest.fixture(scope="module", autouse=True)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory of our own with the demos that the tests ask for."""
-    folder, before = tmp_path_factory.mktemp("fill"), Path.cwd()
-    os.chdir(folder)
-    for family in (S2V, I2V):
-        demo_default.make(families.find(family))
-    yield folder
-    os.chdir(before)
+    folder = tmp_path_factory.mktemp("fill")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")  # everywhere: sums on two threads are rounded differently
+        for family in (S2V, I2V):
+            demo_default.make(families.find(family))
+        yield folder
 
 
 Alone = Callable[[str], tuple[Path, int]]
@@ -55,22 +55,18 @@ def alone(workplace: Path) -> Alone:
     return of
 
 
-def fill(folder: Path, family: str, *more: str, ranks: int = 1) -> "subprocess.Popen[str]":
-    argv = [
-        sys.executable, "-m", "vfun_cli", "cache", family, "--demo", "--cache", str(folder), "--cache-variants", "1",
-        "--max-train-steps", str(EPOCHS[family] * CLIPS // ranks), "--num-processes", str(ranks),
-        "--video-sample-size", "64", "--token-sample-size", "64", "--no-enable-bucket",
-        "--mixed-precision", "no", "--dataloader-num-workers", "0", *more,
-    ]  # fmt: skip
-    # On one thread everywhere: sums on two are rounded differently.
-    environment = os.environ | {"CACHE_TEST": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def fill(folder: Path, family: str, *more: str, ranks: int = 1) -> Job:
+    return start(
+        "cache", family, "--demo", "--cache", folder, "--cache-variants", 1,
+        "--max-train-steps", EPOCHS[family] * CLIPS // ranks, "--num-processes", ranks,
+        "--video-sample-size", 64, "--token-sample-size", 64, "--no-enable-bucket",
+        "--mixed-precision", "no", "--dataloader-num-workers", 0, *more,
+    )  # fmt: skip
 
 
-def whole(job: "subprocess.Popen[str]") -> str:
-    said, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, said
-    return said
+def whole(job: Job) -> str:
+    said = finish(job)
+    return said.out + said.err
 
 
 def encoded(said: str) -> int:
@@ -91,31 +87,15 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in entries(folder)}
 
 
-def kill_all(folder: Path) -> None:
-    """Every process of the fill, wherever it moved to: they inherit a mark."""
-    mark = f"CACHE_TEST={folder}".encode()
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
-
-
 def clips_done(folder: Path) -> int:
     """By the progress of the fill at work, or of the one that was killed."""
-    lines = [line for path in folder.glob("fill/*/metrics.jsonl") for line in path.read_text().splitlines()]
-    return max((json.loads(line)["step"] for line in lines), default=0)
+    return max((line["step"] for run in folder.glob("fill/*") for line in records(RunDir(run))), default=0)
 
 
 def test_a_killed_fill_loses_nothing_but_the_entry_in_hand(alone: Alone, tmp_path: Path) -> None:
-    killed = fill(tmp_path, S2V)
-    deadline = time.monotonic() + 200
-    while clips_done(tmp_path) < 2:
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_all(tmp_path)
-    killed.communicate()
+    job = fill(tmp_path, S2V)
+    wait_for(lambda: clips_done(tmp_path) >= 2, job)
+    kill_all(job)
     done, survived, before = clips_done(tmp_path), contents(tmp_path), stamps(tmp_path)  # each is whole
     assert 2 <= done < CLIPS and len([*partials(tmp_path)]) <= 1
 

@@ -23,7 +23,7 @@ BUILDERS = {
     "easyanimate-v5-control": "vfun_cli.demo.easyanimate_control:build_v5",
     "cogvideox-fun": "vfun_cli.demo.cogvideox_fun:build_model",
 }
-"""For each family the ``module:function`` that writes its tiny model; imported when it is needed, for it loads torch."""
+"""The ``module:function`` that writes the tiny model of each family; imported when needed, for it loads torch."""
 
 
 def make(spec: FamilySpec) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""vfun as a user runs it: commands in processes of their own, the processes of a job, and what its run recorded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from vfun_cli.run.rundir import RunDir
+
+TIMEOUT = 300
+"""Seconds; more than any command of the tests takes on a busy machine."""
+MARK = "JOB_OF_A_TEST"
+"""Environment variable by which all processes of a command are known."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+Job = subprocess.Popen[str]
+
+
+def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = ()) -> Job:
+    """A vfun command in a session of its own, on these processor cores alone where some are named."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vfun_cli", *map(str, arguments)],
+        cwd=cwd, env=os.environ | {MARK: str(uuid4())}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
+    )  # fmt: skip
+
+
+def finish(job: Job, code: int | None = 0) -> Said:
+    """Waits for the end of a command, which must have this exit code where one is given."""
+    out, err = job.communicate(timeout=TIMEOUT)
+    assert code is None or job.returncode == code, f"exit code {job.returncode}\n{err[-6000:]}"
+    return Said(job.returncode, out, err)
+
+
+def vfun_process(*arguments: object, code: int | None = None) -> Said:
+    """A vfun command from its start to its end."""
+    return finish(start(*arguments), code)
+
+
+def wait_for(condition: Callable[[], object], job: Job) -> None:
+    """Until the condition holds of a job that still runs."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def wait_for_step(run: RunDir, step: int, job: Job) -> None:
+    """Until the run has recorded this step."""
+    wait_for(lambda: last_step(run) >= step, job)
+
+
+def records(run: RunDir) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl, in order; the run may be writing the next one."""
+    if not run.metrics.exists():
+        return []
+    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(run: RunDir) -> list[float]:
+    """Loss of each step."""
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def last_step(run: RunDir) -> int:
+    """The newest step that the run recorded, 0 before the first."""
+    return max((record["step"] for record in records(run) if "loss" in record), default=0)
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was started with."""
+    entries = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def training_processes(run: RunDir) -> tuple[list[int], list[int]]:
+    """The launcher of a run that trains, and its ranks in order."""
+    launchers, ranks = [], {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            argv = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = environment_of(int(folder.name))
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if "vfun_cli.training" in argv and str(run.run_json.absolute()) in argv:
+            if "accelerate.commands.launch" in argv:
+                launchers.append(int(folder.name))
+            else:
+                ranks.setdefault(parent, {})[environment.get("RANK", "0")] = int(folder.name)
+    return launchers, [pid for _, pid in sorted(ranks[launchers[0]].items())]
+
+
+def kill_all(job: Job) -> None:
+    """kill -9 of a command and of all that it started, in whatever session: they inherit its mark."""
+    mark = environment_of(job.pid)[MARK]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if environment_of(int(process.name)).get(MARK) == mark:
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:
+            continue
+    job.wait()
