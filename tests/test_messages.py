@@ -21,8 +21,8 @@ UNKNOWN = "\0"
 """A text that is made elsewhere: nothing is known of it here."""
 
 COMMAND = re.compile(r"vfun |pip |unset |export [A-Z_]+=")
-SENTENCE_END = re.compile(r"[.?](\{\})?$")
-"""A full stop; what did_you_mean adds may follow."""
+SENTENCE_END = re.compile(r"[.?]( ?\{\})?$")
+"""A full stop; what did_you_mean adds, or a command that another function makes, may follow."""
 UPPER_START = frozenset({"A", "An", "It", "Its", "No", "Not", "Only", "That", "The", "There", "These", "This", "You"})
 """Ordinary words with which a message must not start in upper case: it follows "error: "."""
 

@@ -38,14 +38,19 @@ class ConfigError(VfunError):
     """An option, a configuration file or a combination of options is wrong."""
 
     exit_code = 2
-    usual_hint = "vfun COMMAND --help and docs/options.md say what each option takes."
+    usual_hint = "The command's --help and docs/options.md say what each option takes."
 
 
 class MetadataError(VfunError):
     """The dataset or its metadata cannot be trained on."""
 
     exit_code = 3
-    usual_hint = "vfun validate-meta reports every problem of the metadata at once."
+    usual_hint = "Every problem of the metadata at once: vfun validate-meta"
+
+    def with_command(self, command: str) -> "MetadataError":
+        """The same where the metadata are known: the hint names them to ``vfun validate-meta``."""
+        hint = self.hint or ""
+        return MetadataError(self.message, hint=hint.replace("vfun validate-meta", command))
 
 
 class FitError(VfunError):

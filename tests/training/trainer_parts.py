@@ -44,7 +44,8 @@ def loaded(step: int, requests: Sequence[SampleRequest], samples: Sequence[Sampl
 class Saves:
     """Notes which steps were saved."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
         self.steps: list[int] = []
 
     def require_space(self, state: Any) -> None: ...
@@ -71,7 +72,7 @@ class Parts:
         accelerator.device_placement = False
         run = RunDir(folder)
         self.metrics_file = run.metrics
-        self.saves, self.stop = Saves(), SimpleNamespace(reason=lambda: CONTINUE)
+        self.saves, self.stop = Saves(run), SimpleNamespace(reason=lambda: CONTINUE)
         costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
         optimizer = make_optimizer(model, self.config, device)
         model, optimizer = accelerator.prepare(model, optimizer)

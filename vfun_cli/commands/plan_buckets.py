@@ -12,7 +12,7 @@ from vfun_cli.commands.signature import with_options
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, MetadataError
 
 if TYPE_CHECKING:
     from vfun_cli.families.spec import FamilySpec
@@ -99,10 +99,13 @@ def _show_sizes(spec: "FamilySpec", config: RunConfig, ranks: int, *, as_json: b
 
 
 def _plan(spec: "FamilySpec", config: RunConfig, ranks: int, epochs: int) -> "tuple[PlanInput, list[EpochPlan]]":
-    from vfun_cli.plan.rows import plan, plan_input, plan_input_without_files
+    from vfun_cli.plan.rows import plan, plan_input, plan_input_without_files, validate_command
 
-    source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
-    return source, plan(source, epochs)
+    try:
+        source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
+        return source, plan(source, epochs)
+    except MetadataError as error:
+        raise error.with_command(validate_command(config, spec)) from None
 
 
 def _draw(source: "PlanInput", plans: "list[EpochPlan]", target: Path) -> None:

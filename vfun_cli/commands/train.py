@@ -92,4 +92,4 @@ def _list_families(command: str, *, as_json: bool) -> None:
     for name, summary in summaries.items():
         table.add_row(f"[bold]{name}[/bold]", summary)
     console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:", table)
-    console.hint(f"vfun {command} FAMILY --help lists the options; --demo tries a family out on a tiny model.")
+    console.hint("--help after a family lists the options; --demo tries a family out on a tiny model.")

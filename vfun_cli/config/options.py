@@ -569,7 +569,7 @@ def parse(name: str, value: Any, where: str) -> Any:
     if name not in known:
         raise ConfigError(
             f"{where}: unknown option {name!r}.{did_you_mean(name, known)}",
-            hint="vfun train --help lists the options.",
+            hint="The options: vfun train --help",
         )
     _, kind, opt = known[name]
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)

@@ -12,12 +12,12 @@ from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.plan.planning import earlier_segments, metadata_digest
 from vfun_cli.plan.report import plan_json
-from vfun_cli.plan.rows import PlanInput, plan, plan_input
+from vfun_cli.plan.rows import PlanInput, plan, plan_input, validate_command
 from vfun_cli.plan.schedule import EpochPlan, RunSegment
 from vfun_cli.run import locate
 from vfun_cli.run.locate import Found
@@ -99,7 +99,11 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         )
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
-    source = plan_input(config, spec)
+    try:
+        source = plan_input(config, spec)
+        plans = plan(source, 1)
+    except MetadataError as error:
+        raise error.with_command(validate_command(config, spec)) from None
     check_batch(config, len(source.table))
     check_weights(config.pretrained_model_name_or_path)
     run = RunDir(config.output_dir)
@@ -109,7 +113,7 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         spec=spec,
         resolved=resolved,
         source=source,
-        plans=plan(source, 1),
+        plans=plans,
         run=run,
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
+from vfun_cli.errors import ConfigError
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.preemption import NothingToSave
-from vfun_cli.run import lock
+from vfun_cli.run import locate, lock
 from vfun_cli.run.messages import Outcome
-from vfun_cli.run.rundir import clear, ensure_writable, refuse_used, write_atomically
+from vfun_cli.run.rundir import RunDir, clear, ensure_writable, write_atomically
 
 
 def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] = show.preview) -> Outcome:
@@ -31,7 +32,7 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         return Outcome(ending="completed", step=job.found.step)
     begins = job.found is None and job.config.machine_rank == 0
     if begins and not overwrite:
-        refuse_used(job.run)
+        _refuse_used(job.run)
     ensure_writable(job.run.root)
     with lock.held(job.run, job.config.machine_rank):
         if begins and job.run.holds_run():
@@ -40,6 +41,15 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         with supervise.stop_requests(job.run) as stop:
             write_plan(job)
             return _launch(job, stop)
+
+
+def _refuse_used(run: RunDir) -> None:
+    if not run.holds_run():
+        return
+    hint = "--output-dir names another directory, --overwrite deletes the run."
+    if locate.newest(run) is not None:
+        hint += f" {locate.way_on(run)}"
+    raise ConfigError(f"{run.root} already holds a run.", hint=hint)
 
 
 def write_plan(job: Job) -> None:
@@ -73,6 +83,11 @@ def _launch(job: Job, stop: supervise.StopRequests) -> Outcome:
         console.warn(f"restart {restarts} of {job.config.max_restarts}, from {start_from}.")
 
 
+def _way_on(job: Job) -> str:
+    """The hint after a failure."""
+    return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
+
+
 def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
     job.run.remove_leftovers(job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
@@ -82,6 +97,8 @@ def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
     write_launch_files(job)
     first_step = job.found.step if job.found else 0
     try:
-        return supervise.launch(job.launch.argv, job.run, job.config.machine_rank, first_step, stop)
+        return supervise.launch(
+            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job)
+        )
     finally:
         job.run.remove_leftovers(job.config.machine_rank)

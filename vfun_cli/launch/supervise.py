@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -93,11 +93,22 @@ def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
         kill(stop.job)
 
 
-def launch(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int, stop: StopRequests) -> Outcome:
+def launch(
+    argv: list[str],
+    run_dir: RunDir,
+    machine_rank: int,
+    first_step: int,
+    stop: StopRequests,
+    *,
+    way_on: Callable[[], str],
+) -> Outcome:
     """Run the launch command to its end.
 
     The launcher gets its own process group, so that Ctrl-C reaches this process alone. If the launcher is ended from
     outside, the ranks save and stop by themselves, and are waited for.
+
+    Args:
+        way_on: the hint after a failure that says nothing better, asked for when it has happened.
 
     Raises:
         VfunError: the run failed; the message is the first failing rank's own.
@@ -125,10 +136,8 @@ def launch(argv: list[str], run_dir: RunDir, machine_rank: int, first_step: int,
     if process.returncode == 0:  # on a machine that does not see the directory of rank 0
         return Outcome(ending="completed", step=0)
     if len(stop.asked) > 1:
-        raise StoppedAtOnce(
-            "stopped at once; the steps since the last checkpoint are lost.", hint=f"vfun resume {run_dir.root}"
-        )
-    raise _failure(run_dir, log, start_of_run, process.returncode)
+        raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
+    raise _failure(run_dir, log, start_of_run, process.returncode, way_on)
 
 
 def members(job: str) -> list[int]:
@@ -167,13 +176,14 @@ def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int,
         show_new()
 
 
-def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
+def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable[[], str]) -> VfunError:
     """The first failing rank's message; without one, what the launcher's log tells."""
     if not log.exists():
         return RunError(
             f"the run directory {run_dir.root} vanished while it was trained in; nothing can be saved there.",
-            hint=f"If it was moved, move it back, then: vfun resume {run_dir.root}",
+            hint="If it was moved, resume it at its new place: the checkpoints that it had are whole.",
         )
+    hint = f"The whole log is {log}. {way_on()}"
     errors = RankError.read_all(run_dir)
     text = log.read_bytes()[start:].decode(errors="replace")
     killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
@@ -184,8 +194,7 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int) -> VfunError:
         kind = _ERRORS.get(first.exit_code, RunError)
         if first.crash and kind is RunError:
             kind = Crashed
-        return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or f"The whole log: {log}")
-    hint = f"The whole log: {log}. Continue from the last checkpoint: vfun resume {run_dir.root}"
+        return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or hint)
     if killed:
         rank, number = int(killed[1]), int(killed[2])
         name = signal.Signals(number).name

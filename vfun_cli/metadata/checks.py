@@ -1,7 +1,6 @@
 """Validation: every row against what its family needs and what its files hold, all problems at once."""
 
 import os
-import shlex
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -105,10 +104,8 @@ class Report:
         """The rows without errors, for the plan."""
         return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
 
-    def require_ok(self, *options: str) -> None:
+    def require_ok(self) -> None:
         """Refuse a report with errors: training starts on good rows only.
-
-        ``options`` make ``vfun validate-meta`` check the same again: the message ends with that command.
 
         Raises:
             MetadataError: with the first errors.
@@ -120,10 +117,9 @@ class Report:
         if len(errors) > 10:
             lines.append(f"  … and {len(errors) - 10} more")
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
-        command = shlex.join(["vfun", "validate-meta", str(self.metadata.path), *options])
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on:\n" + "\n".join(lines),
-            hint=f"{command} shows all; --fix OUT writes a copy without them.",
+            hint="--fix OUT writes a copy without them. All that is wrong: vfun validate-meta",
         )
 
 
@@ -208,7 +204,7 @@ def table_without_files(metadata: Metadata) -> "ClipTable":
     if metadata.problems:
         raise MetadataError(
             printable(f"{metadata.path}: {metadata.problems[0].message}"),
-            hint=f"vfun validate-meta {metadata.path}",
+            hint="All that is wrong: vfun validate-meta",
         )
     clips = []
     for record in metadata.records:
@@ -216,7 +212,7 @@ def table_without_files(metadata: Metadata) -> "ClipTable":
         if clip is None:
             raise MetadataError(
                 f"{metadata.path}: row {record.row} does not state width, height, frames and fps.",
-                hint="vfun validate-meta --fix OUT fills them in from the files.",
+                hint="--fix OUT writes a copy that has them from the files: vfun validate-meta",
             )
         clips.append(clip)
     return _table(clips)

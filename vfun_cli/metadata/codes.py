@@ -411,6 +411,6 @@ def explain(name: str) -> Code:
     if name not in CODES:
         raise ConfigError(
             f"there is no problem code {name!r}.{did_you_mean(name, CODES)}",
-            hint="vfun validate-meta --explain all lists the codes.",
+            hint="All codes: vfun validate-meta --explain all",
         )
     return CODES[name]

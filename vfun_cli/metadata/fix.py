@@ -40,7 +40,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     """
     output = Path(output)
     if output.exists():
-        raise ConfigError(f"{output} exists already.", hint="Name a file that does not exist yet: --fix NEW.")
+        raise ConfigError(f"{output} exists already.", hint="Name a file with --fix that does not exist yet.")
     left_out: dict[int, list[str]] = {}
     for problem in report.errors:
         clip = report.clips.get(problem.row) if problem.row is not None else None
@@ -50,7 +50,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     if not kept:
         raise MetadataError(
             f"{report.metadata.path}: no row is left after leaving out the bad ones.",
-            hint="vfun validate-meta lists what is wrong with each.",
+            hint="Without --fix, the same command lists them.",
         )
     rows = [_corrected(record.raw, report.clips.get(record.row)) for record in kept]
     changed = sum(row != dict(record.raw) for row, record in zip(rows, kept, strict=True))
@@ -60,7 +60,7 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
             file.write(data)
     except OSError as error:
         raise EnvironmentFault(
-            f"{output} cannot be written: {error.strerror or error}.", hint="Choose another place for --fix."
+            f"{output} cannot be written: {error.strerror or error}.", hint="Choose another file with --fix."
         ) from None
     return Fixed(
         output=output, kept=len(kept), changed=changed, left_out={row: tuple(codes) for row, codes in left_out.items()}

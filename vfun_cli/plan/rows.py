@@ -1,5 +1,6 @@
 """What every command does before a run: check the rows, read the model's dimensions, plan the epochs."""
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,6 +134,14 @@ def _validate(
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
 
 
+def validate_command(config: RunConfig, spec: FamilySpec) -> str:
+    """The command that checks the metadata of a run as the run does."""
+    words = ["vfun", "validate-meta", str(config.train_data_meta), "--family", spec.name]
+    if config.train_data_dir is not None:
+        words += ["--data-root", str(config.train_data_dir)]
+    return shlex.join(words)
+
+
 def plan_input(
     config: RunConfig, spec: FamilySpec, world_size: int | None = None, *, needs_model: bool = True
 ) -> PlanInput:
@@ -146,9 +155,8 @@ def plan_input(
     for line in summary_of_warnings(report):
         console.warn(line)
     if any(problem.severity == "warning" for problem in report.problems):
-        console.hint(f"vfun validate-meta {config.train_data_meta} --family {spec.name} shows the rows")
-    root = () if config.train_data_dir is None else ("--data-root", str(config.train_data_dir))
-    report.require_ok("--family", spec.name, *root)
+        console.hint(f"The rows: {validate_command(config, spec)}")
+    report.require_ok()
     return PlanInput(
         spec=spec,
         dims=read_dims(spec, config.pretrained_model_name_or_path) if needs_model else dims_if_there(config, spec),

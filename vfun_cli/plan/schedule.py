@@ -420,7 +420,7 @@ def checked_clips(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: 
 
 def _nothing_usable(clips: Clips) -> MetadataError:
     if len(clips.table) == 0:
-        return MetadataError("the metadata holds no rows.", hint="Run vfun validate-meta.")
+        return MetadataError("the metadata holds no rows.", hint="What is wrong with it: vfun validate-meta")
     counts = {name: int(np.count_nonzero(clips.reason == code)) for code, name in enumerate(REASONS)}
     found = [f"{count} {name} ({REASONS[name]})" for name, count in counts.items() if count]
     stride = clips.options.video_sample_stride
@@ -432,7 +432,7 @@ def _nothing_usable(clips: Clips) -> MetadataError:
     hints = [way for name, way in ways.items() if counts[name]]
     return MetadataError(
         f"none of the {len(clips.table)} rows can be trained on: {'; '.join(found)}.",
-        hint=" ".join([*hints, "vfun validate-meta shows the rows."]),
+        hint=" ".join([*hints, "The rows: vfun validate-meta"]),
     )
 
 

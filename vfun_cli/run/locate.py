@@ -1,5 +1,6 @@
 """Finding runs and checkpoints from what people type."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def newest(run: RunDir) -> Found | None:
     return Found(run=run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
 
 
+def way_on(run: RunDir, **changed: object) -> str:
+    """The hint after a failure of training: the command that goes on from what is saved there.
+
+    Args:
+        changed: options that should change, although they change what is trained.
+    """
+    options = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    if newest(run) is None:
+        return f"No checkpoint was saved: the same command with {' '.join([*options, '--overwrite'])} begins anew."
+    allowed = [word for name in changed for word in ("--allow", name.replace("_", "-"))]
+    return "To go on: " + shlex.join(["vfun", "resume", str(run.root), *options, *allowed])
+
+
 def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
     """A checkpoint that accelerate's save_state left for the original scripts, or None.
 
@@ -68,5 +82,6 @@ def _newest(run: RunDir) -> Found:
     step = manifest.step_of(path) or 0
     for other in sorted(run.root.glob("checkpoint-*")):
         if (manifest.step_of(other) or 0) > step:
-            console.warn(f"passed over {other}, which is newer and damaged: vfun checkpoints verify says how.")
+            how = shlex.join(["vfun", "checkpoints", "verify", str(other)])
+            console.warn(f"passed over {other}, which is newer and damaged. What is wrong with it: {how}")
     return Found(run=run, checkpoint=path, step=step)

@@ -9,7 +9,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
+from vfun_cli.errors import CheckpointError, EnvironmentFault
 
 DESCRIBES = ("command", "family", "config", "metadata_sha256")
 """What every run.json states."""
@@ -148,20 +148,6 @@ def read_description(run_json: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{run_json} is not what vfun writes: it states no {', '.join(missing)}.")
     return dict(content)
-
-
-def refuse_used(run: RunDir) -> None:
-    """Refuse a directory that holds a run already.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if run.holds_run():
-        raise ConfigError(
-            f"{run.root} already holds a run.",
-            hint=f"vfun resume {run.root} to continue it, --output-dir for another directory, or --overwrite to "
-            "delete it.",
-        )
 
 
 def ensure_writable(folder: Path) -> None:

@@ -4,11 +4,15 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vfun_cli import families
+from vfun_cli.config.options import RunConfig
 from vfun_cli.devices import cpu_cores
-from vfun_cli.errors import FitError, RunError, VfunError, first_line
+from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
+from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
 from vfun_cli.run.messages import RankError
 from vfun_cli.run.rundir import RunDir, read_description
@@ -49,7 +53,7 @@ def run_rank(run_json: Path) -> int:
 
         work(run, described, stop)
     except BaseException as error:
-        _leave_error(run, rank, error)
+        _leave_error(run, rank, error, described)
         traceback.print_exc()
         return 1
     return 0
@@ -68,16 +72,18 @@ def _send_output_to(path: Path) -> None:
         os.dup2(log, stream)
 
 
-def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
+def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mapping[str, Any]) -> None:
     """The rank's own message, so that the first failing rank can be shown first."""
     known = error if isinstance(error, VfunError) else _translate(error)
+    if isinstance(known, MetadataError):
+        known = known.with_command(_validate_command(described))
     message = RankError(
         rank=rank,
         time=time.time(),
         message=known.message,
         hint=known.hint,
         exit_code=known.exit_code,
-        crash=known is not error,
+        crash=not isinstance(error, VfunError),
         traceback=traceback.format_exc(),
     )
     try:
@@ -86,6 +92,10 @@ def _leave_error(run: RunDir, rank: int, error: BaseException) -> None:
         message.write(run)
     except OSError as unwritable:  # a full disk: the log of the launcher may lie there too, but nothing else is left
         print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)
+
+
+def _validate_command(described: Mapping[str, Any]) -> str:
+    return validate_command(RunConfig.from_json(described["config"]), families.find(described["family"]))
 
 
 def _translate(error: BaseException) -> VfunError:

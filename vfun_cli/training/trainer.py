@@ -14,6 +14,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.transfer import Download, SideStream, upload
+from vfun_cli.run.locate import way_on
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import encode
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
@@ -188,11 +189,13 @@ class Trainer:
             ended=pending.ended,
         )
         if not math.isfinite(mean):
+            self.checkpointer.wait()  # whether there is one to go on from
             rows = [key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)]
             raise RunError(
                 f"the loss of step {pending.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
                 f"rows {rows}.",
-                hint="Resume from the last checkpoint with a lower --learning-rate, or look at those rows.",
+                hint="Look at those rows, or try a lower learning rate. "
+                + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
             )
         return int(max(reasons))
 

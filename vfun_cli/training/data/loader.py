@@ -103,13 +103,13 @@ class ClipDataset(Dataset[LoadedBatch]):
                 samples.append(load(self.adapter, request, self.options, self.cache))
                 good.append(request)
             except VfunError as error:
-                hint = f"{error.hint or _DEEP_HINT} Or train without such clips: --on-bad-sample skip."
+                hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
                 bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
         self.status.end()
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
 
 
-_DEEP_HINT = "vfun validate-meta --deep names the files that cannot be decoded."
+_DEEP_HINT = "All files that cannot be decoded: vfun validate-meta --deep"
 
 
 class WorkerStatus:

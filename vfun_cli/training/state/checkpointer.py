@@ -17,6 +17,7 @@ from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
+from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
@@ -99,8 +100,7 @@ class Checkpointer:
             shutil.rmtree(self.run.partial_checkpoint(step), ignore_errors=True)
             raise RunError(
                 f"{self.run.checkpoint(step).name} could not be written to {self.run.root}: {_reason(error)}.",
-                hint=f"The earlier checkpoints are complete. Make room or repair the directory, then: "
-                f"vfun resume {self.run.root}",
+                hint=f"Make room or repair the directory. {way_on(self.run)}",
             ) from error
 
     def require_space(self, state: TrainedState) -> None:
@@ -116,8 +116,8 @@ class Checkpointer:
         if lack is not None:
             raise RunError(
                 f"no checkpoint can be written to {self.run.root}: {lack}.",
-                hint=f"The checkpoints there are complete. Make room (vfun checkpoints ls {self.run.root} shows what "
-                f"they take; --checkpoints-total-limit keeps fewer), then: vfun resume {self.run.root}",
+                hint="The checkpoints there are complete. Make room, or keep fewer of them with "
+                f"--checkpoints-total-limit. {way_on(self.run)}",
             )
 
     def _require_memory(self, state: TrainedState) -> None:

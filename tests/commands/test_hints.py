@@ -1,0 +1,153 @@
+"""The command that a hint names works in the situation that the hint was given in."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.commands.conftest import TRAIN, TRAINED, Vfun
+from vfun_cli.run.rundir import RunDir
+
+DATA = Path("vfun-demo/wan-s2v/data")
+RUN = RunDir(Path("vfun-demo/output_dir"))
+DRY = "--dry-run"
+TRAINS = ("train", "lora", "resume")
+NAN = "1e38"
+"""A learning rate after which the next loss is not a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """A command that ends with a hint, and what the command in that hint is answered with."""
+
+    name: str
+    typed: tuple[str, ...]
+    hint: str
+    """How the hint goes on after ``vfun``, as a pattern."""
+    code: int = 0
+    """Of the command in the hint: to check what is broken finds it broken."""
+    damage: Callable[[], object] = lambda: None
+
+
+def drop_a_field() -> None:
+    rows = json.loads((DATA / "metadata.json").read_text())
+    rows[2].pop("audio_path")
+    (DATA / "metadata.json").write_text(json.dumps(rows))
+
+
+def spoil_pictures() -> None:
+    """Headers stay whole: only who decodes finds it."""
+    for path in (DATA / "train").glob("*.mp4"):
+        content = bytearray(path.read_bytes())
+        begin = content.index(b"mdat") + 4
+        end = min(begin + 20_000, len(content))
+        content[begin:end] = bytes(end - begin) if content.index(b"moov") < begin else b"\xff" * (end - begin)
+        path.write_bytes(content)
+
+
+UNTRAINED = (
+    Situation(
+        name="a code that does not exist",
+        typed=("validate-meta", "--explain", "nothing"),
+        hint="validate-meta --explain all",
+    ),
+    Situation(
+        name="rows that cannot be trained on", typed=TRAIN, damage=drop_a_field,
+        hint="validate-meta .*metadata.json --family wan-s2v --data-root .*", code=3,
+    ),
+    Situation(
+        name="no such metadata", typed=(*TRAIN, "--train-data-meta", "none.json"),
+        hint="validate-meta none.json --family wan-s2v .*", code=3,
+    ),
+    Situation(
+        name="a plan without its metadata", typed=("plan-buckets", "wan-s2v", "--meta", "none.json"),
+        hint="validate-meta none.json --family wan-s2v.*", code=3,
+    ),
+)  # fmt: skip
+
+AFTER_A_RUN = (
+    Situation(name="the directory holds a run", typed=(*TRAIN, *TRAINED), hint="resume vfun-demo/output_dir"),
+    Situation(name="a run that is complete", typed=("resume", "--demo"), hint="export-bf16 .*checkpoint-4"),
+    Situation(
+        name="another learning rate", typed=("resume", "--demo", "--learning-rate", "0.5"),
+        hint="resume .*checkpoint-4 --learning-rate 0.5 --allow learning-rate",
+    ),
+    Situation(
+        name="another learning rate of train",
+        typed=(*TRAIN, *TRAINED, "--learning-rate", "0.5", "--resume-from-checkpoint", "latest"),
+        hint="resume .*checkpoint-4 --learning-rate 0.5 --allow learning-rate",
+    ),
+    Situation(
+        name="the checkpoint of another command",
+        typed=("lora", *TRAIN[1:], "--resume-from-checkpoint", "checkpoint-4"),
+        hint="resume .*checkpoint-4",
+    ),
+    Situation(
+        name="a newer checkpoint that is damaged", typed=("resume", "--demo", DRY),
+        damage=(RUN.checkpoint(4) / "manifest.json").unlink, hint="checkpoints verify .*checkpoint-4", code=5,
+    ),
+    Situation(
+        name="a loss that is not a number",
+        typed=("resume", "--demo", "--learning-rate", NAN, "--allow", "learning-rate", "--max-train-steps", "8"),
+        hint=r"resume .*output_dir --learning-rate 1e\+37 --allow learning-rate",
+    ),
+)  # fmt: skip
+
+
+def command_in(said: str) -> list[str]:
+    """Of the last hint: a command is all of the hint, or what stands after its last colon."""
+    found = re.findall(r"^(?:next: |.*: )vfun ([a-z].*)$", said, re.MULTILINE)
+    assert found, said
+    return shlex.split(found[-1])
+
+
+def check(situation: Situation, vfun: Vfun) -> None:
+    situation.damage()
+    said = vfun(*situation.typed)
+    command = command_in(said.err)
+    assert re.fullmatch(situation.hint, shlex.join(command)), said.err
+    answer = vfun(*command, *([DRY] if command[0] in TRAINS else []))
+    assert answer.code == situation.code, answer.err
+    assert "Usage:" not in answer.err
+
+
+@pytest.mark.parametrize("situation", UNTRAINED, ids=lambda situation: situation.name)
+def test_the_command_of_a_hint_works(situation: Situation, place: Path, vfun: Vfun) -> None:
+    check(situation, vfun)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", AFTER_A_RUN, ids=lambda situation: situation.name)
+def test_the_command_of_a_hint_works_after_a_run(
+    situation: Situation, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    check(situation, vfun)
+
+
+@pytest.mark.slow
+def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun: Vfun) -> None:
+    command = (*TRAIN, "--max-train-steps", "3", "--learning-rate", NAN)
+    said = vfun(*command)
+    assert said.code == 1 and "is nan" in said.err, said.err
+    found = re.search(r"the same command with (.*) begins anew", said.err)
+    assert found and "vfun resume" not in said.err, said.err
+    assert found[1] == "--learning-rate 1e+37 --overwrite"
+    again = vfun(*command, *shlex.split(found[1]), "--learning-rate", "1e-5", "--max-train-steps", "1")
+    assert again.code == 0, again.err
+
+
+@pytest.mark.slow
+def test_a_file_that_only_decoding_finds_broken_is_found_by_the_command_of_the_hint(place: Path, vfun: Vfun) -> None:
+    spoil_pictures()
+    said = vfun(*TRAIN, "--max-train-steps", "1")
+    assert said.code == 3 and "--on-bad-sample skip" in said.err, said.err
+    command = command_in(said.err)
+    assert "--deep" in command
+    assert vfun(*command).code == 3
