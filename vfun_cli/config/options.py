@@ -9,7 +9,9 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from vfun_cli.config.strategies import STRATEGIES
@@ -542,20 +544,25 @@ IGNORED_FLAGS: dict[str, str] = {
 }
 
 
-def options(command: str | None = None) -> dict[str, tuple[Field[Any], Any, Opt]]:
-    """Every option (of one command) by name: dataclass field, type, declaration."""
+Declared = tuple[Field[Any], Any, Opt]
+"""An option's dataclass field, type and declaration."""
+
+
+@cache
+def options(command: str | None = None) -> Mapping[str, Declared]:
+    """Every option (of one command) by name."""
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     found = {}
     for field in fields(RunConfig):
         kind, opt = get_args(hints[field.name])
         if command is None or command in opt.commands:
             found[field.name] = (field, kind, opt)
-    return found
+    return MappingProxyType(found)
 
 
 def default_of(name: str) -> Any:
     """The option's own default, before any family's."""
-    default = next(field.default for field in fields(RunConfig) if field.name == name)
+    default = options()[name][0].default
     return None if default is MISSING else default
 
 
