@@ -42,7 +42,9 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def with_options(command: str, *, idle: bool = False, strategies: bool = False) -> Callable[[Command], Command]:
+def with_options(
+    command: str, *, ignored_flags: bool = False, strategies: bool = False
+) -> Callable[[Command], Command]:
     """Give a command the options declared for it; the body receives those typed, in ``given``.
 
     The body's own parameters stay. ``given`` holds option values by name, only those that were typed.
@@ -50,7 +52,7 @@ def with_options(command: str, *, idle: bool = False, strategies: bool = False) 
 
     def decorate(body: Command) -> Command:
         own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "given"]
-        declared = _parameters(command, idle=idle, strategies=strategies)
+        declared = _parameters(command, ignored_flags=ignored_flags, strategies=strategies)
 
         @functools.wraps(body)
         def run(**values: Any) -> None:
@@ -113,14 +115,14 @@ def _given(typed: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _parameters(command: str, *, idle: bool, strategies: bool) -> list[inspect.Parameter]:
+def _parameters(command: str, *, ignored_flags: bool, strategies: bool) -> list[inspect.Parameter]:
     found = []
     if strategies:
         for name in STRATEGY_FLAGS:
             found.append(_flag(name, "Processes and machines", _strategy_help(name)))
     for name, (_, kind, opt) in options(command).items():
         found.append(_parameter(name, kind, opt))
-    if idle:
+    if ignored_flags:
         for name in IGNORED_FLAGS:
             kind = str if name == "config_path" else bool
             declaration = typer.Option(_long(name), hidden=True)

@@ -15,7 +15,7 @@ from vfun_cli.launch.preemption import nothing_to_save
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
 
-@with_options("train", idle=True, strategies=True)
+@with_options("train", ignored_flags=True, strategies=True)
 def train(
     given: dict[str, Any],
     family: Family = None,
@@ -33,7 +33,7 @@ def train(
     _run("train", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
-@with_options("lora", idle=True, strategies=True)
+@with_options("lora", ignored_flags=True, strategies=True)
 def lora(
     given: dict[str, Any],
     family: Family = None,

@@ -103,8 +103,8 @@ def choose_layers(
                 hint="Name endings such as to_q or attn1.to_q, comma-separated.",
             )
         chosen |= found
-    idle = _inside(linear, without_gradient)
-    layers = [layer for layer in linear if layer in chosen and layer not in idle]
+    unreachable = _inside(linear, without_gradient)
+    layers = [layer for layer in linear if layer in chosen and layer not in unreachable]
     if not layers:
         raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
     return layers

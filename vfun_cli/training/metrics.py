@@ -30,8 +30,8 @@ class Measured(NamedTuple):
     """Model FLOPs of its micro-batches."""
     tokens: float
     """Tokens computed."""
-    idle_tokens: float
-    """Those of samples that stand in for others and train nothing."""
+    substitute_tokens: float
+    """Those of substitute micro-batches, which train nothing."""
     samples: float
     """Clips trained on."""
     waited: float
@@ -81,16 +81,16 @@ class Metrics:
 
     def measure(self, micro_batches: list[LoadedBatch]) -> Measured:
         """What this rank contributes to the step it is about to start; cheap, on every rank."""
-        flops, tokens, idle, samples = 0.0, 0, 0, 0
+        flops, tokens, substitute, samples = 0.0, 0, 0, 0
         for loaded in micro_batches:
             for request in loaded.batch.requests:
                 cost = self.costs.of(request.frames, request.height, request.width)
                 flops += cost.flops
                 tokens += cost.tokens
-                idle += cost.tokens * loaded.is_substitute
+                substitute += cost.tokens * loaded.is_substitute
             samples += len(loaded.trained)
         waited, self.waited = self.waited, 0.0
-        return Measured(flops, tokens, idle, samples, waited, _memory(self.device), _compiled_graphs())
+        return Measured(flops, tokens, substitute, samples, waited, _memory(self.device), _compiled_graphs())
 
     def step(
         self,
@@ -202,7 +202,7 @@ def _throughput(ranks: list[Measured], whole: float, peak_flops: float | None, m
         "tflops": float(f"{achieved / 1e12:.4g}"),
         "mfu": None if peak_flops is None else round(achieved / peak_flops, 4),
         "mean_over_max_flops": round(flops / len(ranks) / max(rank.flops for rank in ranks), 4),
-        "padding": round((sum(rank.idle_tokens for rank in ranks) + masked_tokens) / tokens, 4),
+        "padding": round((sum(rank.substitute_tokens for rank in ranks) + masked_tokens) / tokens, 4),
         "memory_bytes": int(max(rank.memory for rank in ranks)),
         "compiled_graphs": int(max(rank.graphs for rank in ranks)),
     }

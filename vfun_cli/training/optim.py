@@ -47,8 +47,8 @@ def choose_trainable(transformer: nn.Module, modules: Sequence[str], without_gra
             )
     trained = []
     for name, parameter in transformer.named_parameters():
-        idle = any(name.startswith(f"{module}.") for module in without_gradient)
-        chosen = any(part in name for part in modules) and not idle
+        unreachable = any(name.startswith(f"{module}.") for module in without_gradient)
+        chosen = any(part in name for part in modules) and not unreachable
         parameter.requires_grad_(chosen)
         if chosen:
             trained.append(name)
