@@ -80,7 +80,7 @@ class Bench:
         from vfun_cli.plan.run_plan import load_plan
         from vfun_cli.run.cachedir import entries
         from vfun_cli.training.data.cache import Cache
-        from vfun_cli.training.data.stream import micro_batches
+        from vfun_cli.training.data.stream import micro_batches, record_reader
         from vfun_cli.training.model import adapter_of, adapter_options
 
         self.folder, self.spec = folder, families.find("wan-s2v")
@@ -90,7 +90,8 @@ class Bench:
         self.plan, self.adapter = load_plan(self.config, self.spec, described), adapter_of(self.spec)
         self.options = adapter_options(self.config, self.spec, torch.device("cpu"))
         self.cache = Cache.for_encoders(folder / "cache", self.adapter.encoders_of(self.options))
-        for batch in micro_batches(self.plan, rank=0, first_step=0):
+        self.read_record = record_reader(self.config, self.spec)
+        for batch in micro_batches(self.plan, self.read_record, rank=0, first_step=0):
             for request in batch.requests:
                 inputs = self.adapter.inputs(request, self.options)
                 for name, wanted in inputs.items():
@@ -124,9 +125,8 @@ class Bench:
         trainer = make_trainer(folder, adapter, model, self.config, self.spec, self.plan.dims, steps)
         peaks: list[list[int]] = []
         sizes: list[int] = []
-        loaded = load_ahead(
-            self.adapter, self.options, micro_batches(self.plan, rank=0, first_step=0), workers, "stop", self.cache
-        )
+        batches = micro_batches(self.plan, self.read_record, rank=0, first_step=0)
+        loaded = load_ahead(self.adapter, self.options, batches, workers, "stop", self.cache)
 
         def watched() -> Generator[LoadedBatch, None, None]:
             for number, each in enumerate(loaded):

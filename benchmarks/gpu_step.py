@@ -38,7 +38,7 @@ from vfun_cli.modeling import media
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
-from vfun_cli.plan.planning import plan_options
+from vfun_cli.plan.options import plan_options
 from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks

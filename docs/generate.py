@@ -123,13 +123,13 @@ def preview_picture() -> tuple[str, str]:
 
     from vfun_cli.plan.options import PlanOptions
     from vfun_cli.plan.preview import preview
-    from vfun_cli.plan.schedule import plan_epochs
+    from vfun_cli.plan.run_plan import RunPlan
 
     spec = families.FAMILIES["wan-s2v"]
     options = PlanOptions.pick(spec.defaults.train, world_size=8)
-    plans = list(plan_epochs(spec, spec.model.dims, _films(2000), options, 1))
+    plan = RunPlan(spec=spec, dims=spec.model.dims, options=options, table=_films(2000))
     console = Console(record=True, width=84, file=io.StringIO(), force_terminal=True, color_system="256")
-    console.print(preview(spec, spec.model.dims, options, _films(2000), plans))
+    console.print(preview(plan, [plan.first_epoch]))
     text = console.export_text(clear=False)
     return console.export_svg(title="vfun plan-buckets wan-s2v --world-size 8", unique_id="plan"), text
 

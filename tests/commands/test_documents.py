@@ -14,7 +14,7 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
-from vfun_cli.plan import planning
+from vfun_cli.families import detect
 
 # What the guides type, family by family; values as typed there.
 COMMON = {
@@ -223,9 +223,9 @@ def test_a_directory_of_another_family_is_refused_and_its_own_is_named(family: s
     for other in families.FAMILIES.values():
         directory = there / str(other.defaults.train["pretrained_model_name_or_path"])
         if other is spec:
-            assert planning.read_dims(spec, directory).num_layers > 0
+            assert detect.read_dims(spec, directory).num_layers > 0
             continue
         with pytest.raises(CheckpointError) as caught:
-            planning.read_dims(spec, directory)
+            detect.read_dims(spec, directory)
         assert f"looks like a {other.name} model, not like {family}" in caught.value.message
         assert f"vfun train {other.name}," in caught.value.hint

@@ -15,6 +15,7 @@ from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderMo
 from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families import detect
 from vfun_cli.families.easyanimate_control import V5, V5_1, complete_config
 from vfun_cli.families.easyanimate_control.adapter import EasyAnimateControl, EasyAnimateV5, EasyAnimateV51
 from vfun_cli.families.easyanimate_control.names import released_name
@@ -27,7 +28,6 @@ from vfun_cli.modeling.inputs import Decoded, Value
 from vfun_cli.modeling.media import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
-from vfun_cli.plan import planning
 from vfun_cli.training.data.encoding import encode, load, prepared
 from vfun_cli.training.objectives import make_objective
 
@@ -257,14 +257,14 @@ def test_a_tokenizer_of_v5_that_takes_fewer_tokens_shortens_its_stream_and_the_p
     assert conditions["encoder_hidden_states"].shape[1] == 77
     assert conditions["encoder_hidden_states_t5"].shape[1] == 256
     shape = ClipShape(frames=5, height=64, width=96)
-    dims = {name: planning.read_dims(V5, where) for name, where in (("77", folder), ("256", folders[V5.name]))}
+    dims = {name: detect.read_dims(V5, where) for name, where in (("77", folder), ("256", folders[V5.name]))}
     assert {name: V5.model.sequence_tokens(shape, found) for name, found in dims.items()} == {
         "77": 77 + 256 + V5.plan.video_tokens(shape),
         "256": 512 + V5.plan.video_tokens(shape),
     }
     assert V5.model.forward_flops(shape, dims["77"]) < V5.model.forward_flops(shape, dims["256"])
     path.write_text('{"model_max_length": ')
-    for read in (lambda: planning.read_dims(V5, folder), lambda: EasyAnimateV5.from_pretrained(options(folder))):
+    for read in (lambda: detect.read_dims(V5, folder), lambda: EasyAnimateV5.from_pretrained(options(folder))):
         with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer/tokenizer_config\.json") as caught:
             read()
         assert "again" in caught.value.hint

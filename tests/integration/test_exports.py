@@ -31,7 +31,7 @@ from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.data.loader import batch_keys
-from vfun_cli.training.data.stream import micro_batches
+from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.model import adapter_of, adapter_options
 
 pytestmark = pytest.mark.slow
@@ -112,11 +112,10 @@ def prediction_of(
     reshape: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """What a transformer says of the run's first clip, its latents reshaped."""
-    batch = next(micro_batches(load_plan(config, spec, run.read_run()), rank=0, first_step=0))
-    samples = [
-        prepared(adapter_of(spec).inputs(each, adapter_options(config, spec, torch.device("cpu"))))
-        for each in batch.requests
-    ]
+    plan = load_plan(config, spec, run.read_run())
+    batch = next(micro_batches(plan, record_reader(config, spec), rank=0, first_step=0))
+    options = adapter_options(config, spec, torch.device("cpu"))
+    samples = [prepared(adapter_of(spec).inputs(each, options)) for each in batch.requests]
     with torch.no_grad():
         latents, conditions = encode(adapter, samples, batch_keys(batch.requests))
         conditions.pop("loss_mask", None)

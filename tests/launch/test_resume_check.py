@@ -11,7 +11,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError
 from vfun_cli.launch import resume_check
-from vfun_cli.plan.planning import metadata_digest
+from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 

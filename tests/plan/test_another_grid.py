@@ -14,7 +14,7 @@ from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json, size_table
-from vfun_cli.plan.schedule import count_steps, plan_epochs
+from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.sizes import check_options
 
 TEXT_TOKENS = 128
@@ -63,30 +63,31 @@ OPTIONS = PlanOptions(
 
 
 @pytest.fixture(scope="module")
-def table() -> ClipTable:
+def plan() -> RunPlan:
     rng = np.random.default_rng(0)
     height = rng.choice([480, 540, 720, 1080], 2000)
     width = (height * rng.choice([16 / 9, 9 / 16, 4 / 3, 1.0, 2.39, 0.4, 3.9], 2000)).astype(int)
-    return ClipTable.from_columns(
+    table = ClipTable.from_columns(
         width=width, height=height, frames=rng.integers(3, 400, 2000), fps=(25, 1), is_image=rng.random(2000) < 0.3
     )
+    return RunPlan(spec=SPEC, dims=SPEC.model.dims, options=OPTIONS, table=table, num_epochs=2)
 
 
-def test_its_clips_fill_whole_latents_and_tokens(table: ClipTable) -> None:
-    plans = list(plan_epochs(SPEC, SPEC.model.dims, table, OPTIONS, 2))
-    for plan in plans:
-        assert plan.num_steps > 50 and len(plan.buckets) > 100
-        assert not (plan.height % 32).any() and not (plan.width % 32).any()
-        assert set(np.unique(plan.frames).tolist()) == {1, *range(9, 98, 8)}
-        latents = np.where(plan.kind == 1, 1, (plan.frames - 1) // 8 + 1)
-        assert (plan.tokens == latents * (plan.height // 32) * (plan.width // 32) + TEXT_TOKENS).all()
-        assert mean_over_max(plan) > 0.95 > independent_balance(plan)
-        ledger = plan.ledger
+def test_its_clips_fill_whole_latents_and_tokens(plan: RunPlan) -> None:
+    epochs = list(plan.epochs())
+    for epoch in epochs:
+        assert epoch.num_steps > 50 and len(epoch.buckets) > 100
+        assert not (epoch.height % 32).any() and not (epoch.width % 32).any()
+        assert set(np.unique(epoch.frames).tolist()) == {1, *range(9, 98, 8)}
+        latents = np.where(epoch.kind == 1, 1, (epoch.frames - 1) // 8 + 1)
+        assert (epoch.tokens == latents * (epoch.height // 32) * (epoch.width // 32) + TEXT_TOKENS).all()
+        assert mean_over_max(epoch) > 0.95 > independent_balance(epoch)
+        ledger = epoch.ledger
         assert ledger.used + sum(ledger.dropped.values()) == ledger.rows == 2000
         assert ledger.trained == ledger.samples + ledger.carried_in - ledger.carried_out
-    assert sum(plan.num_steps for plan in plans) == count_steps(SPEC, SPEC.model.dims, table, OPTIONS, 2)
-    short = ~table.is_image & (table.frames < 9)
-    assert plans[0].ledger.dropped["too-short"] == np.count_nonzero(short) > 0
+    assert sum(epoch.num_steps for epoch in epochs) == plan.steps()
+    short = ~plan.table.is_image & (plan.table.frames < 9)
+    assert epochs[0].ledger.dropped["too-short"] == np.count_nonzero(short) > 0
 
 
 def test_its_sizes_keep_the_token_budget() -> None:
@@ -98,12 +99,12 @@ def test_its_sizes_keep_the_token_budget() -> None:
     assert (rows[1024].latents, rows[1024].tokens) == ((3, 32, 32), 3072)
 
 
-def test_its_plan_is_shown_and_reported(table: ClipTable) -> None:
-    plans = list(plan_epochs(SPEC, SPEC.model.dims, table, OPTIONS, 2))
+def test_its_plan_is_shown_and_reported(plan: RunPlan) -> None:
+    epochs = list(plan.epochs())
     console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: PTH123
-    console.print(preview(SPEC, SPEC.model.dims, OPTIONS, table, plans))
+    console.print(preview(plan, epochs))
     assert "deep-latents" in console.export_text()
-    content = plan_json(SPEC, SPEC.model.dims, OPTIONS, table, plans, assignment=True)
+    content = plan_json(plan, epochs, assignment=True)
     assert sum(bucket["clips"] for bucket in content["buckets"]) == content["ledger"]["samples"]
     assert all(bucket["height"] % 32 == bucket["width"] % 32 == 0 for bucket in content["buckets"])
     assert content["steps_per_epoch"] == len(content["epochs"][0]["assignment"]) / 8

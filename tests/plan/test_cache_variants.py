@@ -9,13 +9,11 @@ import pytest
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.metadata.records import Record
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.modeling.clips import frame_indices
-from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.planning import plan_options
+from vfun_cli.plan.options import PlanOptions, plan_options
 from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.plan.schedule import plan_epochs
+from vfun_cli.plan.schedule import plan_run
 from vfun_cli.training.data.stream import micro_batches
 
 Draw = tuple[int, int, int, int]
@@ -29,12 +27,10 @@ def draws(spec: FamilySpec, table: ClipTable, variants: int | None, num_epochs: 
         video_sample_stride=2, random_hw_adapt=True, training_with_video_token_length=True, cache_variants=variants,
     )  # fmt: skip
     plan = RunPlan(
-        spec=spec, dims=spec.model.dims, table=table, options=options, num_epochs=num_epochs, total_steps=10**6,
-        root=None,
-        records={int(row): Record(row=int(row), fields={}, raw={}) for row in table.row},
-    )  # fmt: skip
+        spec=spec, dims=spec.model.dims, table=table, options=options, num_epochs=num_epochs, max_steps=10**6
+    )
     found: dict[int, dict[int, Draw]] = defaultdict(dict)
-    for batch in micro_batches(plan, rank=0, first_step=0):
+    for batch in micro_batches(plan, lambda row: {}, rank=0, first_step=0):
         for each in batch.requests:
             found[each.key.row][each.key.epoch] = (frame_indices(each)[0], each.frames, each.height, each.width)
     return {row: [epochs[epoch] for epoch in range(num_epochs)] for row, epochs in found.items()}
@@ -72,7 +68,7 @@ def test_a_cache_changes_nothing_of_the_plan_but_the_variants_that_it_sets(
         options = plan_options(
             resolve("train", spec, {"num_processes": 2, "strategy": "ddp", **given}, environ={}).config
         )
-        return options, [plan.digest() for plan in plan_epochs(plain, plain.model.dims, mixed(40), options, 6)]
+        return options, [plan.digest() for plan in plan_run(plain, plain.model.dims, mixed(40), options, 6)]
 
     assert plan(cache=Path("latents"), cache_variants=3) == plan(cache_variants=3)
     assert plan(cache=Path("latents")) == plan(cache_variants=4)

@@ -4,6 +4,7 @@ import io
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.picture import plot
 from vfun_cli.plan.preview import preview
 from vfun_cli.plan.report import plan_json, totals, why, why_lines
-from vfun_cli.plan.schedule import plan_epoch, plan_epochs
+from vfun_cli.plan.run_plan import RunPlan
 
 OPTIONS = PlanOptions(
     video_sample_size=256, image_sample_size=768, token_sample_size=512, video_sample_n_frames=49,
     video_sample_stride=2, random_hw_adapt=True, training_with_video_token_length=True, world_size=8,
 )  # fmt: skip
+
+
+def plan_of(spec: FamilySpec, table: ClipTable, options: PlanOptions = OPTIONS, num_epochs: int = 2) -> RunPlan:
+    return RunPlan(spec=spec, dims=spec.model.dims, options=options, table=table, num_epochs=num_epochs)
 
 
 def shown(renderable: Any, width: int, *, encoding: str = "utf-8", colour: bool = False) -> str:
@@ -35,9 +40,9 @@ def shown(renderable: Any, width: int, *, encoding: str = "utf-8", colour: bool 
 
 
 def test_the_json_keeps_its_contract(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    table = mixed(400)
-    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
-    found = json.loads(json.dumps(plan_json(plain, plain.model.dims, OPTIONS, table, plans)))
+    plan = plan_of(plain, mixed(400))
+    epochs = list(plan.epochs())
+    found = json.loads(json.dumps(plan_json(plan, epochs)))
     assert found["family"] == "plain"
     assert {"size": 512, "frames": 49, "tokens": 13312}.items() <= found["sizes"][2].items()
     ledger = found["ledger"]
@@ -49,8 +54,8 @@ def test_the_json_keeps_its_contract(plain: FamilySpec, mixed: Callable[..., Cli
     assert sum(bucket["compute_share"] for bucket in found["buckets"]) == pytest.approx(1, abs=1e-3)
     assert found["balance"]["world_size"] == 8
     assert found["balance"]["mean_over_max_flops"] > 0.98 > found["balance"]["independent_draws"]
-    assert found["steps_per_epoch"] == plans[0].num_steps == ledger["trained"] // 8
-    assert [epoch["digest"] for epoch in found["epochs"]] == [plan.digest() for plan in plans]
+    assert found["steps_per_epoch"] == epochs[0].num_steps == ledger["trained"] // 8
+    assert [epoch["digest"] for epoch in found["epochs"]] == [epoch.digest() for epoch in epochs]
 
 
 def test_without_metadata_the_json_is_the_size_table() -> None:
@@ -58,7 +63,7 @@ def test_without_metadata_the_json_is_the_size_table() -> None:
     options = PlanOptions.pick(
         spec.defaults.train, video_sample_size=768, token_sample_size=512, video_sample_n_frames=49
     )
-    found = plan_json(spec, spec.model.dims, options)
+    found = plan_json(plan_of(spec, ClipTable.empty(), options))
     assert set(found) == {"family", "sizes", "image_sizes"}
     size = next(size for size in found["sizes"] if size["size"] == 512)
     assert (size["frames"], size["tokens"], size["clip_frames"]) == (49, 13312, 48)
@@ -72,8 +77,8 @@ def test_totals_count_seconds_of_motion_and_frame_rates(plain: FamilySpec) -> No
         is_image=[False, False, True],
     )  # fmt: skip
     options = PlanOptions(video_sample_size=512, token_sample_size=512, video_sample_n_frames=49, video_sample_stride=2)
-    plan = plan_epoch(plain, plain.model.dims, table, options, 0)
-    sums = totals(plan, table, plain)
+    plan = plan_of(plain, table, options)
+    sums = totals(plan, plan.first_epoch)
     assert sums.seconds_total == pytest.approx((250 + 97) / 25)
     assert sums.seconds_kept == pytest.approx((49 * 2 + 97) / 25)  # the last frame of a file has no second half
     assert [(float(fps), stride, videos) for fps, stride, videos in sums.frame_rates] == [(25.0, 2, 2)]
@@ -85,9 +90,8 @@ def test_totals_count_seconds_of_motion_and_frame_rates(plain: FamilySpec) -> No
 def test_the_preview_fits_the_terminal_and_names_every_part(
     plain: FamilySpec, mixed: Callable[..., ClipTable], width: int
 ) -> None:
-    table = mixed(3000)
-    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
-    text = shown(preview(plain, plain.model.dims, OPTIONS, table, plans), width)
+    plan = plan_of(plain, mixed(3000))
+    text = shown(preview(plan, list(plan.epochs())), width)
     lines = text.splitlines()
     assert max(len(line) for line in lines) <= width
     assert "…" not in text
@@ -98,41 +102,54 @@ def test_the_preview_fits_the_terminal_and_names_every_part(
 
 def test_an_epoch_without_steps_is_shown_too(plain: FamilySpec, tmp_path: Path) -> None:
     table = ClipTable.from_columns(width=[640], height=[640], frames=[100], fps=(25, 1))
-    plan = plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)
-    assert plan.num_steps == 0
-    assert "0 in, 1 on to the next epoch" in shown(preview(plain, plain.model.dims, OPTIONS, table, [plan]), 80)
-    assert plan_json(plain, plain.model.dims, OPTIONS, table, [plan])["steps_per_epoch"] == 0
-    plot(tmp_path / "plan.svg", plain, plain.model.dims, OPTIONS, plan)
+    plan = plan_of(plain, table)
+    epoch = plan.first_epoch
+    assert epoch.num_steps == 0
+    assert "0 in, 1 on to the next epoch" in shown(preview(plan, [epoch]), 80)
+    assert plan_json(plan, [epoch])["steps_per_epoch"] == 0
+    plot(tmp_path / "plan.svg", plan, epoch)
+
+
+def test_what_is_shown_of_a_run_too_small_for_a_step_is_what_it_trains(plain: FamilySpec) -> None:
+    plan = plan_of(plain, ClipTable.from_columns(width=[640], height=[640], frames=[100], fps=(25, 1)), num_epochs=1)
+    assert [epoch.digest() for epoch in plan.epochs()] == [plan.first_epoch.digest()]
+    assert plan.steps() == plan.first_epoch.num_steps == 1
+
+
+def test_a_step_limit_ends_a_run_whatever_its_epochs_hold(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    plan = plan_of(plain, mixed(200))
+    assert plan.steps() == sum(epoch.num_steps for epoch in plan.epochs()) > 3
+    assert replace(plan, max_steps=3).steps() == 3
 
 
 def test_the_preview_without_metadata_is_the_size_table(plain: FamilySpec) -> None:
-    text = shown(preview(plain, plain.model.dims, OPTIONS), 80)
+    text = shown(preview(plan_of(plain, ClipTable.empty())), 80)
     assert "13,312" in text and "Buckets" not in text
 
 
 def test_the_preview_needs_no_colour_and_no_unicode(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    table = mixed(300)
-    plan = preview(plain, plain.model.dims, OPTIONS, table, [plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)])
-    assert "\x1b" not in shown(plan, 80)
-    assert "\x1b[" in shown(plan, 80, colour=True)
-    assert "####" in shown(plan, 80, encoding="ascii")
+    plan = plan_of(plain, mixed(300))
+    found = preview(plan, [plan.first_epoch])
+    assert "\x1b" not in shown(found, 80)
+    assert "\x1b[" in shown(found, 80, colour=True)
+    assert "####" in shown(found, 80, encoding="ascii")
 
 
 def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    table = mixed(120)
-    plans = list(plan_epochs(plain, plain.model.dims, table, OPTIONS, 2))
+    plan = plan_of(plain, mixed(120))
+    epochs = list(plan.epochs())
     batches = {
         (sample.row, sample.epoch): (batch.shape, step, rank)
         for rank in range(8)
-        for plan in plans
-        for step, of_step in enumerate(plan.micro_batches_for(rank))
+        for epoch in epochs
+        for step, of_step in enumerate(epoch.micro_batches_for(rank))
         for batch in of_step
         for sample in batch.samples
-        if sample.epoch == plan.epoch
+        if sample.epoch == epoch.epoch
     }
     checked = 0
     for row in range(120):
-        story = why(plain, plain.model.dims, table, OPTIONS, row, plans)
+        story = why(plan, row, epochs)
         assert json.dumps(story) and why_lines(story)[0].startswith(f"row {row}: ")
         for draw in story.get("draws", ()):
             if draw["carried"]:
@@ -147,22 +164,22 @@ def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable
 
 def test_why_says_why_a_clip_is_dropped(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640, 64], height=[480, 64], frames=[5, 90], fps=(25, 1), row=[3, 8])
-    short, small = (why(plain, plain.model.dims, table, OPTIONS, row) for row in (3, 8))
+    plan = plan_of(plain, table)
+    short, small = (why(plan, row) for row in (3, 8))
     assert (short["dropped"], small["dropped"]) == ("too-short", "too-small")
     assert "dropped: too-short" in why_lines(short)[-1]
     with pytest.raises(ConfigError, match="no row 4"):
-        why(plain, plain.model.dims, table, OPTIONS, 4)
+        why(plan, 4)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_picture_is_the_same_for_the_same_plan(
     plain: FamilySpec, mixed: Callable[..., ClipTable], tmp_path: Path, suffix: str
 ) -> None:
-    table = mixed(400)
-    plan = plan_epoch(plain, plain.model.dims, table, OPTIONS, 0)
+    plan = plan_of(plain, mixed(400))
     files = [tmp_path / f"{name}.{suffix}" for name in "ab"]
     for file in files:
-        plot(file, plain, plain.model.dims, OPTIONS, plan)
+        plot(file, plan, plan.first_epoch)
     assert files[0].read_bytes() == files[1].read_bytes()
     if suffix == "svg":
         root = ElementTree.parse(files[0]).getroot()
@@ -178,11 +195,6 @@ def test_the_picture_is_the_same_for_the_same_plan(
 def test_an_unknown_picture_format_is_refused(
     plain: FamilySpec, mixed: Callable[..., ClipTable], tmp_path: Path
 ) -> None:
+    plan = plan_of(plain, mixed(50))
     with pytest.raises(ConfigError, match=r"plan\.gif"):
-        plot(
-            tmp_path / "plan.gif",
-            plain,
-            plain.model.dims,
-            OPTIONS,
-            plan_epoch(plain, plain.model.dims, mixed(50), OPTIONS, 0),
-        )
+        plot(tmp_path / "plan.gif", plan, plan.first_epoch)

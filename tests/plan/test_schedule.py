@@ -1,6 +1,5 @@
 """The schedule: every clip once, one shape a micro-batch, equal cost on all ranks, whatever the world size."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, prepare
 from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.schedule import Carry, EpochPlan, count_steps, plan_epoch, plan_epochs
+from vfun_cli.plan.schedule import Carry, EpochPlan, count_steps, plan_epoch, plan_run
 
 SETTINGS: dict[str, Any] = {
     "video_sample_size": 256, "image_sample_size": 768, "token_sample_size": 512, "video_sample_n_frames": 49,
@@ -255,7 +254,7 @@ def test_steps_are_shuffled_rather_than_sorted(plain: FamilySpec, mixed: Callabl
 def test_few_clips_make_progress_over_epochs(plain: FamilySpec) -> None:
     table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
     chosen = options(world_size=8)
-    plans = list(plan_epochs(plain, plain.model.dims, table, chosen, 100))
+    plans = list(plan_run(plain, plain.model.dims, table, chosen, 100))
     assert sum(plan.num_steps for plan in plans) == 300 // 8 == count_steps(plain, plain.model.dims, table, chosen, 100)
     assert max(len(plan.carry) for plan in plans) < 8
 
@@ -265,7 +264,7 @@ def test_a_run_too_small_for_a_step_borrows_from_the_following_epochs(plain: Fam
     table = ClipTable.from_columns(width=[640] * 3, height=[640] * 3, frames=[100] * 3, fps=(25, 1))
     chosen = options(world_size=8, train_batch_size=batch)
     for num_epochs in (1, 2):
-        plans = list(plan_epochs(plain, plain.model.dims, table, chosen, num_epochs))
+        plans = list(plan_run(plain, plain.model.dims, table, chosen, num_epochs))
         assert [plan.num_steps for plan in plans] == [0] * (num_epochs - 1) + [1]
         assert plans[-1].ledger.borrowed > 0
         found = trained(plans)
@@ -280,7 +279,7 @@ def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: F
         image_sample_size=None, video_sample_size=512, training_with_video_token_length=False, random_hw_adapt=False,
         train_batch_size=4,
     )  # fmt: skip
-    (plan,) = plan_epochs(plain, plain.model.dims, table, chosen, 1)
+    (plan,) = plan_run(plain, plain.model.dims, table, chosen, 1)
     assert (plan.num_steps, plan.ledger.trained, plan.ledger.borrowed) == (1, 4, 1)
     assert len(plan.carry) == 6 and (plan.carry.epoch == 0).all()
 
@@ -293,24 +292,23 @@ def test_counted_steps_are_the_planned_steps(
     picked = options(**chosen)
     if not prepare(plain, plain.model.dims, table, picked).used.any():
         return
-    plans = plan_epochs(plain, plain.model.dims, table, picked, num_epochs)
+    plans = plan_run(plain, plain.model.dims, table, picked, num_epochs)
     assert sum(plan.num_steps for plan in plans) == count_steps(plain, plain.model.dims, table, picked, num_epochs)
 
 
 def test_nothing_waits_for_more_than_one_epoch(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
-    for plan in plan_epochs(plain, plain.model.dims, mixed(300), options(world_size=64), 6):
+    for plan in plan_run(plain, plain.model.dims, mixed(300), options(world_size=64), 6):
         assert (plan.carry.epoch == plan.epoch).all()
 
 
-def test_a_resumed_plan_equals_the_uninterrupted_one(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+def test_an_epoch_planned_from_what_the_one_before_left_equals_the_run(
+    plain: FamilySpec, mixed: Callable[..., ClipTable]
+) -> None:
     table, chosen = mixed(150), options(world_size=8, train_batch_size=2)
-    whole = [plan.digest() for plan in plan_epochs(plain, plain.model.dims, table, chosen, 6)]
-    third = list(plan_epochs(plain, plain.model.dims, table, chosen, 3))[-1]
-    saved = Carry.from_json(json.loads(json.dumps(third.carry.to_json())))
-    assert len(saved) > 0
-    for carry in (saved, None):
-        resumed = plan_epochs(plain, plain.model.dims, table, chosen, 6, first_epoch=3, carry=carry)
-        assert [plan.digest() for plan in resumed] == whole[3:]
+    whole = list(plan_run(plain, plain.model.dims, table, chosen, 6))
+    assert len(whole[2].carry) > 0
+    alone = plan_epoch(plain, plain.model.dims, table, chosen, 3, carry=whole[2].carry)
+    assert alone.digest() == whole[3].digest()
 
 
 def test_strides_follow_the_option_or_the_highest_frame_rate(plain: FamilySpec, speech: FamilySpec) -> None:

@@ -65,7 +65,7 @@ def cache(
 
 def _announce(job: "Job") -> None:
     console.err.print(f"[bold]cache {job.spec.name}[/bold] -> {escape(str(job.config.cache))}", soft_wrap=True)
-    console.err.print(f"looking which of its {len(job.source.table)} clips are not there yet; new files are read whole")
+    console.err.print(f"looking which of its {len(job.plan.table)} clips are not there yet; new files are read whole")
 
 
 def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:

@@ -1,5 +1,7 @@
 """``vfun plan-buckets``: the token-length bucket plan, before any GPU."""
 
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +15,11 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
+from vfun_cli.families.detect import read_dims_if_there
+from vfun_cli.families.spec import FamilySpec
 
 if TYPE_CHECKING:
-    from vfun_cli.families.spec import FamilySpec
-    from vfun_cli.plan.rows import PlanInput
+    from vfun_cli.plan.run_plan import RunPlan
     from vfun_cli.plan.schedule import EpochPlan
 
 
@@ -74,56 +77,62 @@ def plan_buckets(
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
         _show_sizes(spec, config, ranks, as_json=json)
         return
-    source, plans = _plan(spec, config, ranks, epochs)
+    plan, planned = _plan(spec, config, ranks, epochs)
     if plot_to is not None:
-        _draw(source, plans, plot_to)
+        _draw(plan, planned[0], plot_to)
     if why_clip is not None:
-        _explain(config, source, plans, why_clip, as_json=json)
+        _explain(config, plan, planned, why_clip, as_json=json)
     else:
-        _show_plan(source, plans, assignment=assignment, as_json=json)
+        _show_plan(plan, planned, assignment=assignment, as_json=json)
 
 
-def _show_sizes(spec: "FamilySpec", config: RunConfig, ranks: int, *, as_json: bool) -> None:
+def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: bool) -> None:
     """The size table alone."""
-    from vfun_cli.plan.planning import plan_options
+    from vfun_cli.metadata.table import ClipTable
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json
-    from vfun_cli.plan.rows import dims_if_there
+    from vfun_cli.plan.run_plan import RunPlan
 
-    dims, sizes = dims_if_there(config, spec), plan_options(config, ranks)
+    dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
+    plan = RunPlan.of(config, spec, dims, ClipTable.empty(), world_size=ranks)
     if as_json:
-        console.print_json(plan_json(spec, dims, sizes))
+        console.print_json(plan_json(plan))
     else:
-        console.out.print(preview(spec, dims, sizes))
+        console.out.print(preview(plan))
         console.hint("Name the metadata with --meta for the plan of its clips.")
 
 
-def _plan(spec: "FamilySpec", config: RunConfig, ranks: int, epochs: int) -> "tuple[PlanInput, list[EpochPlan]]":
-    from vfun_cli.plan.rows import plan, plan_input, plan_input_without_files, validate_command
+def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tuple[RunPlan, list[EpochPlan]]":
+    """The plan and its first epochs, from rows that state everything, or else from checked files."""
+    from vfun_cli.plan.rows import checked_table, stated_table, validate_command
+    from vfun_cli.plan.run_plan import RunPlan
 
     try:
-        source = plan_input_without_files(config, spec, ranks) or plan_input(config, spec, ranks, needs_model=False)
-        return source, plan(source, epochs)
+        table = stated_table(config) or checked_table(config, spec)
+        dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
+        plan = RunPlan.of(config, spec, dims, table, world_size=ranks)
+        plan = replace(plan, num_epochs=max(plan.num_epochs, epochs))
+        return plan, list(islice(plan.epochs(), epochs))
     except MetadataError as error:
         raise error.with_command(validate_command(config, spec)) from None
 
 
-def _draw(source: "PlanInput", plans: "list[EpochPlan]", target: Path) -> None:
+def _draw(plan: "RunPlan", epoch: "EpochPlan", target: Path) -> None:
     from vfun_cli.plan.picture import plot
 
-    plot(target, source.spec, source.dims, source.options, plans[0])
+    plot(target, plan, epoch)
     console.hint(f"wrote {target}")
 
 
-def _explain(config: RunConfig, source: "PlanInput", plans: "list[EpochPlan]", clip: str, *, as_json: bool) -> None:
+def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", clip: str, *, as_json: bool) -> None:
     """One clip, from its file to its bucket."""
     from vfun_cli.metadata.records import find_row, read_metadata
     from vfun_cli.plan.report import why, why_lines
 
     assert config.train_data_meta is not None
     metadata = read_metadata(config.train_data_meta)
-    row = find_row(metadata, clip, [field.name for field in source.spec.fields])
-    story = why(source.spec, source.dims, source.table, source.options, row, plans)
+    row = find_row(metadata, clip, [field.name for field in plan.spec.fields])
+    story = why(plan, row, planned)
     story["file"] = next(record.fields.get("file_path") for record in metadata.records if record.row == row)
     if as_json:
         console.print_json(story)
@@ -131,12 +140,11 @@ def _explain(config: RunConfig, source: "PlanInput", plans: "list[EpochPlan]", c
         console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
 
 
-def _show_plan(source: "PlanInput", plans: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:
+def _show_plan(plan: "RunPlan", planned: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json
 
-    known = (source.spec, source.dims, source.options, source.table, plans)
     if as_json:
-        console.print_json(plan_json(*known, assignment=assignment))
+        console.print_json(plan_json(plan, planned, assignment=assignment))
     else:
-        console.out.print(preview(*known))
+        console.out.print(preview(plan, planned))

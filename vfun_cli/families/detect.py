@@ -1,17 +1,17 @@
-"""Which family a model directory fits, from its configuration files alone."""
+"""Which family a model directory fits and what its dimensions are, from its configuration files alone."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vfun_cli.families.spec import FamilySpec
+from vfun_cli import families
+from vfun_cli.errors import CheckpointError
+from vfun_cli.families.spec import FamilySpec, ModelDims
 
 
-def fitting(model_dir: Path, families: Iterable[FamilySpec]) -> list[str]:
+def fitting(model_dir: Path, specs: Iterable[FamilySpec]) -> list[str]:
     """Names of the families whose transformer configuration the directory holds; none if it cannot be read."""
-    return [
-        spec.name for spec in families if (config := read_config(model_dir, spec)) and spec.model.recognises(config)
-    ]
+    return [spec.name for spec in specs if (config := read_config(model_dir, spec)) and spec.model.recognises(config)]
 
 
 def read_config(model_dir: Path, spec: FamilySpec) -> dict[str, object]:
@@ -21,3 +21,48 @@ def read_config(model_dir: Path, spec: FamilySpec) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
+    """The model's dimensions from its directory; those of the largest release when none is given.
+
+    Raises:
+        CheckpointError: the directory or its configuration is missing or damaged.
+    """
+    if model_dir is None:
+        return spec.model.dims
+    path = model_dir / spec.model.config_file
+    if not model_dir.is_dir():
+        raise CheckpointError(
+            f"there is no model directory {model_dir}.",
+            hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
+        )
+    others = fitting(model_dir, families.FAMILIES.values())
+    if others and spec.name not in others:
+        raise CheckpointError(
+            f"{model_dir} looks like a {' or '.join(others)} model, not like {spec.name}.",
+            hint=f"vfun train {others[0]}, or point --pretrained-model-name-or-path at a {spec.name} model.",
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{model_dir} is no {spec.name} model: {spec.model.config_file} is missing.",
+            hint=f"vfun train {spec.name} needs the model in its released layout.",
+        )
+    try:
+        return spec.model.read_dims(
+            json.loads(path.read_text(encoding="utf-8")) | spec.model.settings_beside(model_dir)
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the configuration of a {spec.name} transformer: {type(error).__name__}: {error}.",
+            hint="Download the file again.",
+        ) from None
+
+
+def read_dims_if_there(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
+    """The same, but those of the largest release where the directory is not on this machine.
+
+    Raises:
+        CheckpointError: its configuration is missing or damaged.
+    """
+    return read_dims(spec, model_dir if model_dir is not None and model_dir.is_dir() else None)

@@ -13,12 +13,14 @@ from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
+from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
-from vfun_cli.plan.planning import earlier_segments, metadata_digest
+from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.plan.report import plan_json
-from vfun_cli.plan.rows import PlanInput, plan, plan_input, validate_command
-from vfun_cli.plan.schedule import EpochPlan, RunSegment
+from vfun_cli.plan.rows import checked_table, validate_command
+from vfun_cli.plan.run_plan import RunPlan
+from vfun_cli.plan.schedule import earlier_segments
 from vfun_cli.run import locate
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
@@ -32,8 +34,7 @@ class Job:
     """``train``, ``lora`` or ``cache``."""
     spec: FamilySpec
     resolved: Resolved
-    source: PlanInput
-    plans: list[EpochPlan]
+    plan: RunPlan
     run: RunDir
     run_json: Path
     launch: LaunchPlan
@@ -49,10 +50,6 @@ class Job:
         """The resolved options."""
         return self.resolved.config
 
-    def earlier(self) -> list[RunSegment]:
-        """Sizes of the steps before the checkpoint, where they differ from this launch's."""
-        return earlier_segments(read_state(self.found.checkpoint), self.source.options.slots) if self.found else []
-
     def description(self) -> dict[str, Any]:
         """What ``run.json`` says."""
         assert self.config.train_data_meta is not None
@@ -66,9 +63,9 @@ class Job:
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
             "metadata_sha256": metadata_digest(self.config.train_data_meta),
-            "plan_digest": self.plans[0].digest(),
+            "plan_digest": self.plan.first_epoch.digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
-            "layouts": [vars(layout) for layout in self.earlier()],
+            "layouts": [vars(layout) for layout in self.plan.earlier],
             "deadline": self.deadline,
             "prune": self.prune,
         }
@@ -79,7 +76,7 @@ class Job:
 
     def plan_summary(self) -> dict[str, Any]:
         """The plan as JSON."""
-        return plan_json(self.spec, self.source.dims, self.source.options, self.source.table, self.plans)
+        return plan_json(self.plan, [self.plan.first_epoch])
 
 
 def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None) -> Job:
@@ -100,11 +97,14 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        source = plan_input(config, spec)
-        plans = plan(source, 1)
+        table = checked_table(config, spec)
+        plan = RunPlan.of(config, spec, read_dims(spec, config.pretrained_model_name_or_path), table)
+        if found is not None:
+            plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
+        _ = plan.first_epoch  # raises where no row can be used
     except MetadataError as error:
         raise error.with_command(validate_command(config, spec)) from None
-    check_batch(config, len(source.table))
+    check_batch(config, len(table))
     check_weights(config.pretrained_model_name_or_path)
     run = RunDir(config.output_dir)
     run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
@@ -112,8 +112,7 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         command=command,
         spec=spec,
         resolved=resolved,
-        source=source,
-        plans=plans,
+        plan=plan,
         run=run,
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),

@@ -10,7 +10,7 @@ from vfun_cli.config.options import RunConfig, default_of, options
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.plan.planning import metadata_digest
+from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.run.locate import Found
 
 METADATA = "train_data_meta"

@@ -16,7 +16,7 @@ from vfun_cli.run.messages import Outcome
 def preview(job: Job) -> None:
     """The Rich preview of the plan and one line of what will be launched, on stderr: stdout is for results."""
     config = job.config
-    console.err.print(plan_preview.preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+    console.err.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
     where = f"{config.num_processes} process{'es' if config.num_processes != 1 else ''}"
     if config.num_machines > 1:
         where += f" on {config.num_machines} machines"
@@ -62,7 +62,7 @@ def _print_dry_run(job: Job) -> None:
     for path, text in job.launch.files.items():
         out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
     out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
-    out.print(plan_preview.preview(job.spec, job.source.dims, job.source.options, job.source.table, job.plans))
+    out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
 
 
 def result(job: Job, outcome: Outcome, *, as_json: bool) -> None:

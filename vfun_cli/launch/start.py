@@ -56,8 +56,10 @@ def write_plan(job: Job) -> None:
     """What the training processes make their plan from."""
     run, machine = job.run, job.config.machine_rank
     run.launch(machine).mkdir(parents=True, exist_ok=True)
-    job.source.table.save(run.clips(machine))
-    write_atomically(run.plan_json, json.dumps({"digest": job.plans[0].digest(), **job.plan_summary()}, indent=1))
+    job.plan.table.save(run.clips(machine))
+    write_atomically(
+        run.plan_json, json.dumps({"digest": job.plan.first_epoch.digest(), **job.plan_summary()}, indent=1)
+    )
 
 
 def write_launch_files(job: Job) -> None:

@@ -1,6 +1,7 @@
 """Metadata files: JSON lists, JSON lines and CSV, read into records with every bad row reported."""
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,6 +61,11 @@ def read_metadata(path: str | Path) -> Metadata:
     if not text.strip():
         return _failed(path, kind, "empty-metadata", f"{path}: the file is empty")
     return _READERS[kind](path, text)
+
+
+def metadata_digest(path: Path) -> str:
+    """SHA-256 of the metadata file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:

@@ -63,6 +63,11 @@ class ClipTable:
             fps_den=rates[:, 1],
         )
 
+    @classmethod
+    def empty(cls) -> "ClipTable":
+        """No clips."""
+        return cls.from_columns(width=[], height=[], frames=[], fps=(1, 1))
+
     def save(self, path: Path) -> None:
         """Write the columns to an ``.npz`` file."""
         with path.open("wb") as file:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vfun_cli.config.options import RunConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -54,3 +56,8 @@ class PlanOptions:
     def high(self) -> int:
         """The larger of the two sample sizes."""
         return max(self.video_sample_size, self.image_sample_size or self.video_sample_size)
+
+
+def plan_options(config: RunConfig, world_size: int | None = None) -> PlanOptions:
+    """The options of the plan, which share their names with the configuration's; by default on its own ranks."""
+    return PlanOptions.pick(vars(config), world_size=world_size or config.num_processes or 1)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from vfun_cli.errors import ConfigError, EnvironmentFault
-from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.balance import independent_balance, independent_rounds, mean_over_max, planned_rounds
 from vfun_cli.plan.clips import KINDS
-from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.report import SizeRow, size_of_bucket, size_table
-from vfun_cli.plan.schedule import EpochPlan, FloatArray
+from vfun_cli.plan.run_plan import RunPlan
+from vfun_cli.plan.schedule import Buckets, EpochPlan, FloatArray
 
 WIDTH, MARGIN = 960, 40
 
@@ -58,8 +58,8 @@ class Label:
 Scene = list[Rectangle | Label]
 
 
-def plot(path: Path, spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: EpochPlan) -> None:
-    """Draw the plan of an epoch into ``path``, as its suffix says.
+def plot(path: Path, plan: RunPlan, epoch: EpochPlan) -> None:
+    """Draw the plan in an epoch into ``path``, as its suffix says.
 
     Raises:
         ConfigError: the suffix is neither .svg nor .png.
@@ -68,36 +68,37 @@ def plot(path: Path, spec: FamilySpec, dims: ModelDims, options: PlanOptions, pl
     suffix = path.suffix.lower()
     if suffix not in (".svg", ".png"):
         raise ConfigError(f"cannot draw {path.name}: the suffix decides the format.", hint="Use .svg or .png.")
-    scene, height = compose(spec, dims, options, plan)
+    scene, height = compose(plan, epoch)
     if suffix == ".svg":
         path.write_text(to_svg(scene, height), encoding="utf-8")
     else:
         _save_png(path, scene, height)
 
 
-def compose(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: EpochPlan) -> tuple[Scene, float]:
+def compose(plan: RunPlan, epoch: EpochPlan) -> tuple[Scene, float]:
     """The picture as shapes, and its height."""
-    ledger = plan.ledger
+    ledger = epoch.ledger
     scene: Scene = [
-        Label(x=MARGIN, y=52, text=f"Bucket plan of {spec.name}", size=22, bold=True),
+        Label(x=MARGIN, y=52, text=f"Bucket plan of {plan.spec.name}", size=22, bold=True),
         Label(
             x=MARGIN, y=76, fill="faint",
-            text=f"{ledger.used:,} of {ledger.rows:,} rows in {len(plan.buckets):,} buckets, "
-            f"{plan.num_steps:,} steps on {plan.world_size} rank{'s' * (plan.world_size != 1)}, "
-            f"{int(plan.tokens.sum()):,} tokens",
+            text=f"{ledger.used:,} of {ledger.rows:,} rows in {len(epoch.buckets):,} buckets, "
+            f"{epoch.num_steps:,} steps on {epoch.world_size} rank{'s' * (epoch.world_size != 1)}, "
+            f"{int(epoch.tokens.sum()):,} tokens",
         ),
     ]  # fmt: skip
-    rows = size_table(options, spec, dims)
-    sizes_end = _sizes(scene, 116, rows, plan, size_of_bucket(plan.buckets, options, spec, dims))
-    map_end = _map(scene, 116, plan)
+    rows = size_table(plan.options, plan.spec, plan.dims)
+    line = size_of_bucket(epoch.buckets, plan.options, plan.spec, plan.dims)
+    sizes_end = _sizes(scene, 116, rows, epoch.buckets, line)
+    map_end = _map(scene, 116, epoch.buckets)
     top = max(sizes_end, map_end) + 44
     scene.append(Label(x=MARGIN, y=top, text="Time on the ranks", size=15, bold=True))
     _legend(scene, MARGIN + 172, top, (("compute", "computing (mean)"), ("waiting", "waiting for the slowest rank")))
-    planned = planned_rounds(plan)[:STRIP_ROUNDS]
-    independent = independent_rounds(plan, len(planned), plan.world_size)
+    planned = planned_rounds(epoch)[:STRIP_ROUNDS]
+    independent = independent_rounds(epoch, len(planned), epoch.world_size)
     tallest = max((float(rounds.max()) for rounds in (planned, independent) if rounds.size), default=1.0)
-    _strip(scene, top + 20, "this plan", planned, mean_over_max(plan), tallest)
-    _strip(scene, top + 140, "independent draws", independent, independent_balance(plan), tallest)
+    _strip(scene, top + 20, "this plan", planned, mean_over_max(epoch), tallest)
+    _strip(scene, top + 140, "independent draws", independent, independent_balance(epoch), tallest)
     scene.append(
         Label(x=MARGIN + 150, y=top + 262, fill="faint", size=12,
               text=f"the first {len(planned)} rounds of the epoch; height: FLOPs of the slowest rank")
@@ -116,9 +117,8 @@ def _size_name(row: SizeRow) -> str:
     return f"{row.size}, image" if row.kind == "image" else f"{row.size}, {row.frames} frames"
 
 
-def _sizes(scene: Scene, top: float, rows: list[SizeRow], plan: EpochPlan, line: np.ndarray) -> float:
+def _sizes(scene: Scene, top: float, rows: list[SizeRow], buckets: Buckets, line: IntArray) -> float:
     """Bars of clips and of compute for each size; returns where they end."""
-    buckets = plan.buckets
     clips = np.bincount(line, weights=buckets.clips, minlength=len(rows))
     cost = np.bincount(line, weights=buckets.clips * buckets.flops, minlength=len(rows))
     shares = {"clips": clips / clips.sum(), "compute": cost / cost.sum()}
@@ -141,9 +141,8 @@ MAP_SIDE = 330
 MAP_FILLS = {"video": "clips", "image": "images"}
 
 
-def _map(scene: Scene, top: float, plan: EpochPlan) -> float:
+def _map(scene: Scene, top: float, buckets: Buckets) -> float:
     """Every bucket at its width and height, its area by the number of clips; returns where the map ends."""
-    buckets = plan.buckets
     left = WIDTH - MARGIN - MAP_SIDE
     scene.append(Label(x=left, y=top, text="Buckets", size=15, bold=True))
     kinds = sorted(set(buckets.kind.tolist()))

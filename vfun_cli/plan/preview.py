@@ -12,13 +12,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.metadata.table import ClipTable
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS
-from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.report import Totals, size_of_bucket, size_table, totals
-from vfun_cli.plan.schedule import EpochPlan
+from vfun_cli.plan.run_plan import RunPlan
+from vfun_cli.plan.schedule import EpochPlan, Ledger
 
 MOST_BUCKETS = 12
 """Lines of the bucket table; the rest is one line."""
@@ -67,40 +66,35 @@ def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def preview(
-    spec: FamilySpec,
-    dims: ModelDims,
-    options: PlanOptions,
-    table: ClipTable | None = None,
-    plans: Sequence[EpochPlan] = (),
-) -> RenderableType:
-    """The plan of consecutive epochs of a run; details are the first one's. Without plans, the size table alone."""
-    parts: list[RenderableType] = [_mode(spec, options)]
-    if table is None or not plans:
-        return Group(*parts, _sizes_alone(spec, dims, options))
-    plan = plans[0]
-    parts += [_sizes_used(spec, dims, options, plan), _buckets(plan)]
-    parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, table, spec), spec))]
-    parts += [_heading("Rows", f"{plan.ledger.rows:,} in the metadata"), _facts(_ledger_facts(plan))]
-    note = f"mean over max FLOPs of {plan.world_size} ranks: the share of time spent computing"
-    parts += [_heading("Balance", note), _balance(plan)]
-    if len(plans) > 1:
-        parts += [_heading("Epochs"), _epochs(plans)]
+def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
+    """The plan in ``epochs``, consecutive ones; details are the first one's. Without epochs, the size table alone."""
+    parts: list[RenderableType] = [_mode(plan)]
+    if not epochs:
+        return Group(*parts, _sizes_alone(plan))
+    first = epochs[0]
+    parts += [_sizes_used(plan, first), _buckets(first)]
+    parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, first)))]
+    parts += [_heading("Rows", f"{first.ledger.rows:,} in the metadata"), _facts(_ledger_facts(first.ledger))]
+    note = f"mean over max FLOPs of {first.world_size} ranks: the share of time spent computing"
+    parts += [_heading("Balance", note), _balance(first)]
+    if len(epochs) > 1:
+        parts += [_heading("Epochs"), _epochs(epochs)]
     return Group(*parts)
 
 
-def _mode(spec: FamilySpec, options: PlanOptions) -> Text:
+def _mode(plan: RunPlan) -> Text:
+    options = plan.options
     if options.training_with_video_token_length:
         mode = f"token-length buckets, {options.video_sample_n_frames} frames at {options.token_sample_size}"
     elif options.random_hw_adapt:
         mode = f"random sizes, up to {options.video_sample_n_frames} frames"
     else:
         mode = f"one size, up to {options.video_sample_n_frames} frames"
-    return Text.assemble(("Bucket plan", "bold"), f"  {spec.name}  ", (mode, "dim"))
+    return Text.assemble(("Bucket plan", "bold"), f"  {plan.spec.name}  ", (mode, "dim"))
 
 
-def _sizes_alone(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> RenderableType:
-    rows = size_table(options, spec, dims)
+def _sizes_alone(plan: RunPlan) -> RenderableType:
+    rows = size_table(plan.options, plan.spec, plan.dims)
     result = _table("size", "frames", "latents", "tokens", "sequence", "cost", "")
     most = max(row.flops for row in rows)
     for row in rows:
@@ -110,7 +104,7 @@ def _sizes_alone(spec: FamilySpec, dims: ModelDims, options: PlanOptions) -> Ren
             f"{row.flops / 1e12:,.0f} TF", Bar(row.flops / most, COMPUTE_STYLE, 16),
         )  # fmt: skip
     note = "square clips; sequence: with text, reference and motion; cost: one forward pass"
-    return Group(_heading("Sizes"), result, Text(note, style="dim"), _reference_note(spec))
+    return Group(_heading("Sizes"), result, Text(note, style="dim"), _reference_note(plan.spec))
 
 
 def _reference_note(spec: FamilySpec) -> Text:
@@ -119,11 +113,11 @@ def _reference_note(spec: FamilySpec) -> Text:
     return Text("frames: the clip's own and one reference frame, as the published guides count", style="dim")
 
 
-def _sizes_used(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: EpochPlan) -> RenderableType:
-    rows = size_table(options, spec, dims)
-    line = size_of_bucket(plan.buckets, options, spec, dims)
-    clips = np.bincount(line, weights=plan.buckets.clips, minlength=len(rows))
-    cost = np.bincount(line, weights=plan.buckets.clips * plan.buckets.flops, minlength=len(rows))
+def _sizes_used(plan: RunPlan, epoch: EpochPlan) -> RenderableType:
+    rows, buckets = size_table(plan.options, plan.spec, plan.dims), epoch.buckets
+    line = size_of_bucket(buckets, plan.options, plan.spec, plan.dims)
+    clips = np.bincount(line, weights=buckets.clips, minlength=len(rows))
+    cost = np.bincount(line, weights=buckets.clips * buckets.flops, minlength=len(rows))
     share = cost / cost.sum()
     result = _table("size", "frames", "latents", "tokens", "clips", "compute", "")
     for row, count, part in zip(rows, clips.tolist(), share.tolist(), strict=True):
@@ -132,11 +126,11 @@ def _sizes_used(spec: FamilySpec, dims: ModelDims, options: PlanOptions, plan: E
             name, str(row.frames), "x".join(map(str, row.latents)), f"{row.tokens:,}", f"{count:,.0f}",
             _percent(part), Bar(part / share.max(), COMPUTE_STYLE, 16),
         )  # fmt: skip
-    return Group(_heading("Sizes", "for square clips, at most"), result, _reference_note(spec))
+    return Group(_heading("Sizes", "for square clips, at most"), result, _reference_note(plan.spec))
 
 
-def _buckets(plan: EpochPlan) -> RenderableType:
-    buckets = plan.buckets
+def _buckets(epoch: EpochPlan) -> RenderableType:
+    buckets = epoch.buckets
     cost = buckets.clips * buckets.flops
     share, order = cost / cost.sum(), np.argsort(-cost, kind="stable")
     shown, rest = order[:MOST_BUCKETS], order[MOST_BUCKETS:]
@@ -187,7 +181,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
-def _total_facts(sums: Totals, spec: FamilySpec) -> list[tuple[str, str]]:
+def _total_facts(sums: Totals) -> list[tuple[str, str]]:
     extra = 1 - sums.own_tokens / sums.tokens if sums.tokens else 0.0
     facts = [
         ("steps", f"{sums.steps:,}, with {sums.samples:,} samples in {sums.micro_batches:,} micro-batches"),
@@ -208,8 +202,7 @@ def _total_facts(sums: Totals, spec: FamilySpec) -> list[tuple[str, str]]:
     return facts
 
 
-def _ledger_facts(plan: EpochPlan) -> list[tuple[str, str]]:
-    ledger = plan.ledger
+def _ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
     facts = [("used", f"{ledger.used:,}")]
     facts.append(("  truncated", f"{ledger.truncated:,}, longer than the clip taken from them"))
     if ledger.shortened:
@@ -223,22 +216,22 @@ def _ledger_facts(plan: EpochPlan) -> list[tuple[str, str]]:
     return facts
 
 
-def _balance(plan: EpochPlan) -> Table:
+def _balance(epoch: EpochPlan) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(no_wrap=True)
-    figures = (("this plan", mean_over_max(plan)), ("independent draws", independent_balance(plan)))
+    figures = (("this plan", mean_over_max(epoch)), ("independent draws", independent_balance(epoch)))
     for name, share in figures:
         grid.add_row(name, _percent(share), Bar(share, COMPUTE_STYLE, 24))
     return grid
 
 
-def _epochs(plans: Sequence[EpochPlan]) -> Table:
+def _epochs(epochs: Sequence[EpochPlan]) -> Table:
     result = _table("epoch", "steps", "trained", "carried on", "balance")
-    for plan in plans:
+    for epoch in epochs:
         result.add_row(
-            str(plan.epoch), f"{plan.num_steps:,}", f"{plan.ledger.trained:,}", f"{plan.ledger.carried_out:,}",
-            _percent(mean_over_max(plan)),
+            str(epoch.epoch), f"{epoch.num_steps:,}", f"{epoch.ledger.trained:,}", f"{epoch.ledger.carried_out:,}",
+            _percent(mean_over_max(epoch)),
         )  # fmt: skip
     return result

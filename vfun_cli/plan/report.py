@@ -14,6 +14,7 @@ from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
 from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import Buckets, EpochPlan
 from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket, documented_frames, size_set
 
@@ -102,27 +103,27 @@ class Totals:
     """(source frames per second, stride, videos), the commonest first."""
 
 
-def totals(plan: EpochPlan, table: ClipTable, spec: FamilySpec) -> Totals:
+def totals(plan: RunPlan, epoch: EpochPlan) -> Totals:
     """Sums over the micro-batches that the epoch trains."""
-    size = np.diff(plan.offset)
-    shapes, inverse = np.unique(np.stack([plan.frames, plan.height, plan.width]), axis=1, return_inverse=True)
+    table, size = plan.table, np.diff(epoch.offset)
+    shapes, inverse = np.unique(np.stack([epoch.frames, epoch.height, epoch.width]), axis=1, return_inverse=True)
     own = np.array(
-        [spec.plan.video_tokens(ClipShape(frames=f, height=h, width=w)) for f, h, w in shapes.T.tolist()] or [0]
+        [plan.spec.plan.video_tokens(ClipShape(frames=f, height=h, width=w)) for f, h, w in shapes.T.tolist()] or [0]
     )
     order = np.argsort(table.row, kind="stable")
-    clip = order[np.searchsorted(table.row, plan.row, sorter=order)]
+    clip = order[np.searchsorted(table.row, epoch.row, sorter=order)]
     video = ~table.is_image[clip] & (table.fps_num[clip] > 0) & (table.fps_den[clip] > 0)
-    clip, frames, stride = clip[video], np.repeat(plan.frames, size)[video], plan.stride[video]
+    clip, frames, stride = clip[video], np.repeat(epoch.frames, size)[video], epoch.stride[video]
     num, den = table.fps_num[clip], table.fps_den[clip]
     rates, videos = np.unique(np.stack([num, den, stride]), axis=1, return_counts=True)
     common = np.argsort(-videos, kind="stable")
     return Totals(
-        samples=len(plan.row),
-        micro_batches=len(plan.frames),
-        steps=plan.num_steps,
-        tokens=int(plan.tokens.sum()),
+        samples=len(epoch.row),
+        micro_batches=len(epoch.frames),
+        steps=epoch.num_steps,
+        tokens=int(epoch.tokens.sum()),
         own_tokens=int((own[inverse.reshape(-1)] * size).sum()) if len(size) else 0,
-        forward_flops=float(plan.flops.sum()),
+        forward_flops=float(epoch.flops.sum()),
         seconds_kept=float((np.minimum(frames * stride, table.frames[clip]) * den / num).sum()),
         seconds_total=float((table.frames[clip] * den / num).sum()),
         frame_rates=tuple(
@@ -131,29 +132,22 @@ def totals(plan: EpochPlan, table: ClipTable, spec: FamilySpec) -> Totals:
     )
 
 
-def plan_json(
-    spec: FamilySpec,
-    dims: ModelDims,
-    options: PlanOptions,
-    table: ClipTable | None = None,
-    plans: Sequence[EpochPlan] = (),
-    *,
-    assignment: bool = False,
-) -> dict[str, Any]:
-    """What ``plan-buckets --json`` prints, without ``schema``. ``plans`` are consecutive epochs of one run.
+def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bool = False) -> dict[str, Any]:
+    """What ``plan-buckets --json`` prints, without ``schema``; ``epochs`` are consecutive ones of the plan.
 
-    Without plans, the size table alone. Counts are those of the first epoch; ``epochs`` has a line for each, on
-    request (``assignment``) with every micro-batch. Training writes its own ``assignment_digest`` after each epoch.
+    Without epochs, the size table alone. Counts are those of the first epoch; each has a line in the result's
+    ``epochs``, on request (``assignment``) with every micro-batch. Training writes its own ``assignment_digest`` after
+    each epoch.
     """
-    rows = size_table(options, spec, dims)
+    rows = size_table(plan.options, plan.spec, plan.dims)
     result: dict[str, Any] = {
-        "family": spec.name,
+        "family": plan.spec.name,
         "sizes": [_size_json(row) for row in rows if row.kind == "video"],
         "image_sizes": [_size_json(row) for row in rows if row.kind == "image"],
     }
-    if table is None or not plans:
+    if not epochs:
         return result
-    plan, buckets = plans[0], plans[0].buckets
+    first, buckets = epochs[0], epochs[0].buckets
     share = buckets.clips * buckets.flops
     share = share / share.sum()
     columns = (buckets.kind, buckets.height, buckets.width, buckets.frames, buckets.tokens, buckets.clips, share)
@@ -169,14 +163,14 @@ def plan_json(
         }
         for kind, height, width, frames, tokens, clips, part in zip(*(c.tolist() for c in columns), strict=True)
     ]
-    result["ledger"] = plan.ledger.to_json()
+    result["ledger"] = first.ledger.to_json()
     result["balance"] = {
-        "world_size": plan.world_size,
-        "mean_over_max_flops": round(mean_over_max(plan), 6),
-        "independent_draws": round(independent_balance(plan), 6),
+        "world_size": first.world_size,
+        "mean_over_max_flops": round(mean_over_max(first), 6),
+        "independent_draws": round(independent_balance(first), 6),
     }
-    result["steps_per_epoch"] = plan.num_steps
-    result["totals"] = _totals_json(totals(plan, table, spec))
+    result["steps_per_epoch"] = first.num_steps
+    result["totals"] = _totals_json(totals(plan, first))
     result["epochs"] = [
         {
             "epoch": each.epoch,
@@ -188,7 +182,7 @@ def plan_json(
             "assignment_digest": planned_digest(each),
             **({"assignment": assignment_json(each)} if assignment else {}),
         }
-        for each in plans
+        for each in epochs
     ]
     return result
 
@@ -222,20 +216,19 @@ def _totals_json(sums: Totals) -> dict[str, Any]:
     }
 
 
-def why(
-    spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions, row: int, plans: Sequence[EpochPlan] = ()
-) -> dict[str, Any]:
+def why(plan: RunPlan, row: int, epochs: Sequence[EpochPlan] = ()) -> dict[str, Any]:
     """One clip from its file to its bucket, in order, as JSON; :func:`why_lines` says it in words.
 
     Raises:
         ConfigError: the table has no such row.
     """
+    table = plan.table
     found = np.flatnonzero(table.row == row)
     if len(found) == 0:
         raise ConfigError(f"the metadata has no row {row}.", hint=f"Rows count from 0; there are {len(table)}.")
     here = int(found[0])
     one = ClipTable(**{name: column[here : here + 1] for name, column in vars(table).items()})
-    clips = prepare(spec, dims, one, options)
+    clips = prepare(plan.spec, plan.dims, one, plan.options)
     kind = KINDS[int(one.is_image[0])]
     height, width, stride = int(one.height[0]), int(one.width[0]), int(clips.stride[0])
     story: dict[str, Any] = {"row": row, "kind": kind, "source": {"height": height, "width": width}}
@@ -255,7 +248,7 @@ def why(
     if reason != USED:
         name = list(REASONS)[reason]
         return story | {"dropped": name, "message": REASONS[name]}
-    story["draws"] = [_placed(clips, copy, plan) for plan in plans for copy in _copies(clips)]
+    story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in _copies(clips)]
     return story
 
 
@@ -275,13 +268,13 @@ def _copies(clips: Clips) -> range:
     return range(1 if clips.table.is_image[0] else max(1, clips.options.video_repeat))
 
 
-def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
+def _placed(clips: Clips, copy: int, epoch: EpochPlan) -> dict[str, Any]:
     """What one repetition became in an epoch, and where it is trained."""
     one = np.zeros(1, dtype=np.int64)
-    sample = draw_shapes(clips, one, one + copy, one + plan.epoch)
+    sample = draw_shapes(clips, one, one + copy, one + epoch.epoch)
     shape = ClipShape(frames=int(sample.frames[0]), height=int(sample.height[0]), width=int(sample.width[0]))
     result: dict[str, Any] = {
-        "epoch": plan.epoch,
+        "epoch": epoch.epoch,
         "copy": copy,
         "height": shape.height,
         "width": shape.width,
@@ -289,12 +282,12 @@ def _placed(clips: Clips, copy: int, plan: EpochPlan) -> dict[str, Any]:
         "tokens": clips.spec.model.sequence_tokens(shape, clips.dims),
     }
     row = int(clips.table.row[0])
-    hits = np.flatnonzero((plan.row == row) & (plan.copy == copy) & (plan.sample_epoch == plan.epoch))
+    hits = np.flatnonzero((epoch.row == row) & (epoch.copy == copy) & (epoch.sample_epoch == epoch.epoch))
     if len(hits) == 0:
         return result | {"carried": True}
-    number = int(np.searchsorted(plan.offset, hits[0], side="right")) - 1
-    step, slot = (int(place[0]) for place in np.nonzero(plan.steps == number))
-    index, rank = divmod(slot, plan.world_size)
+    number = int(np.searchsorted(epoch.offset, hits[0], side="right")) - 1
+    step, slot = (int(place[0]) for place in np.nonzero(epoch.steps == number))
+    index, rank = divmod(slot, epoch.world_size)
     return result | {"carried": False, "step": step, "rank": rank, "accumulation_index": index}
 
 

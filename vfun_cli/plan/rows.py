@@ -1,10 +1,9 @@
-"""What every command does before a run: check the rows, read the model's dimensions, plan the epochs."""
+"""What every command does before a run: check its rows, and make the plan's table of clips from them."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import (
@@ -21,7 +20,7 @@ from rich.text import Text
 from vfun_cli import console
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
-from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.checks import (
     MEDIA_TYPES,
     MediaType,
@@ -38,22 +37,10 @@ from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.clips import dropped, prepare
-from vfun_cli.plan.options import PlanOptions
-from vfun_cli.plan.planning import ENDLESS_EPOCHS, plan_options, read_dims
-from vfun_cli.plan.schedule import EpochPlan, plan_epochs
+from vfun_cli.plan.options import plan_options
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
 """Remembered file headers, keyed by path, size and modification time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanInput:
-    """All that a plan is a function of."""
-
-    spec: FamilySpec
-    dims: ModelDims
-    options: PlanOptions
-    table: ClipTable
 
 
 EVERY_FIELD = (
@@ -142,14 +129,11 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     return shlex.join(words)
 
 
-def plan_input(
-    config: RunConfig, spec: FamilySpec, world_size: int | None = None, *, needs_model: bool = True
-) -> PlanInput:
-    """Checked rows and the model's dimensions; without ``needs_model``, released dimensions where there is no model.
+def checked_table(config: RunConfig, spec: FamilySpec) -> ClipTable:
+    """The clips of a run whose rows are all good; what is odd about them is told.
 
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
-        CheckpointError: no such model directory.
     """
     report = check_rows(config, spec)
     for line in summary_of_warnings(report):
@@ -157,37 +141,14 @@ def plan_input(
     if any(problem.severity == "warning" for problem in report.problems):
         console.hint(f"The rows: {validate_command(config, spec)}")
     report.require_ok()
-    return PlanInput(
-        spec=spec,
-        dims=read_dims(spec, config.pretrained_model_name_or_path) if needs_model else dims_if_there(config, spec),
-        options=plan_options(config, world_size),
-        table=report.table(),
-    )
+    return report.table()
 
 
-def plan_input_without_files(config: RunConfig, spec: FamilySpec, world_size: int | None = None) -> PlanInput | None:
-    """The same from rows that state everything, to plan a cluster run on a laptop; None if they do not."""
+def stated_table(config: RunConfig) -> ClipTable | None:
+    """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
     assert config.train_data_meta is not None
     metadata = read_metadata(config.train_data_meta)
-    if not states_everything(metadata):
-        return None
-    return PlanInput(
-        spec=spec,
-        dims=dims_if_there(config, spec),
-        options=plan_options(config, world_size),
-        table=table_without_files(metadata),
-    )
-
-
-def dims_if_there(config: RunConfig, spec: FamilySpec) -> ModelDims:
-    """The model directory's dimensions, or the released ones where the directory is not on this machine."""
-    model = config.pretrained_model_name_or_path
-    return read_dims(spec, model if model is not None and model.is_dir() else None)
-
-
-def plan(source: PlanInput, epochs: int) -> list[EpochPlan]:
-    """The first epochs of the run, exactly those that the training core will execute."""
-    return list(islice(plan_epochs(source.spec, source.dims, source.table, source.options, ENDLESS_EPOCHS), epochs))
+    return table_without_files(metadata) if states_everything(metadata) else None
 
 
 class _Rate(ProgressColumn):

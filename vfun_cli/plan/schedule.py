@@ -7,7 +7,7 @@ was drawn in, so that its noise does not depend on the number of ranks.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ DIGEST_FORMAT = b"vfun plan 1\n"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Carry:
-    """Samples that an epoch left for the next one. Their shapes follow from these numbers, so this is all to save."""
+    """Samples that an epoch left for the next one; their shapes follow from these numbers."""
 
     row: IntArray
     copy: IntArray
@@ -43,15 +43,6 @@ class Carry:
         """Nothing carried: how the first epoch starts."""
         return cls(row=np.zeros(0, np.int64), copy=np.zeros(0, np.int64), epoch=np.zeros(0, np.int64))
 
-    def to_json(self) -> dict[str, list[int]]:
-        """Plain lists, for a checkpoint's state."""
-        return {"row": self.row.tolist(), "copy": self.copy.tolist(), "epoch": self.epoch.tolist()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, list[int]]) -> "Carry":
-        """The inverse of :meth:`to_json`."""
-        return cls(**{name: np.array(values[name], dtype=np.int64) for name in ("row", "copy", "epoch")})
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunSegment:
@@ -61,6 +52,22 @@ class RunSegment:
     """The part's end, in optimizer steps of the run."""
     slots: int
     """World size x accumulation."""
+
+
+def earlier_segments(state: Mapping[str, Any], slots: int) -> tuple[RunSegment, ...]:
+    """The sizes that steps had up to a checkpoint, for a continuation whose steps hold ``slots`` micro-batches.
+
+    Args:
+        state: the checkpoint's ``state.json``.
+    """
+    layouts = [RunSegment(**entry) for entry in state.get("layouts", ())]
+    ran = state["world_size"] * state["run_config"]["gradient_accumulation_steps"]
+    began = layouts[-1].until if layouts else 0
+    if state["step"] > began and ran != slots:
+        layouts.append(RunSegment(until=state["step"], slots=ran))
+    elif state["step"] == began and layouts and layouts[-1].slots == slots:
+        layouts.pop()  # back to the size it had before, without a step in between
+    return tuple(layouts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,38 +464,6 @@ def plan_epoch(
     """
     clips = checked_clips(spec, dims, table, options)
     return _plan(clips, epoch, carry or Carry.empty(), complete=complete)
-
-
-def plan_epochs(
-    spec: FamilySpec,
-    dims: ModelDims,
-    table: ClipTable,
-    options: PlanOptions,
-    num_epochs: int,
-    *,
-    first_epoch: int = 0,
-    carry: Carry | None = None,
-) -> Iterator[EpochPlan]:
-    """The plans of a run's epochs, each with the carry of the one before.
-
-    To resume at ``first_epoch``, hand in the carry that its predecessor left (``EpochPlan.carry``, saved with the
-    checkpoint); without it the epochs before are planned again, which gives the same. A run that would not make a
-    single step borrows from the epochs after its last.
-
-    Raises:
-        ConfigError: options that cannot work.
-        MetadataError: no row can be used.
-    """
-    clips = checked_clips(spec, dims, table, options)
-    start = 0 if carry is None else first_epoch
-    left, num_steps = carry or Carry.empty(), 0
-    for epoch in range(start, num_epochs):
-        # A carry handed in says that epochs came before; only a run planned from its start can be stepless.
-        last_chance = start == 0 and num_steps == 0 and epoch == num_epochs - 1
-        plan = _plan(clips, epoch, left, complete=last_chance)
-        left, num_steps = plan.carry, num_steps + plan.num_steps
-        if epoch >= first_epoch:
-            yield plan
 
 
 def plan_run(

@@ -15,7 +15,7 @@ from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.loader import load_ahead, with_shared_calls
-from vfun_cli.training.data.stream import micro_batches
+from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT, load_network
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
@@ -73,7 +73,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         device=accelerator.device,
         writes=accelerator.is_main_process,
         first_step=first_step,
-        total_steps=plan.total_steps,
+        total_steps=plan.steps(),
     )
     ledger = EpochLedger(accelerator, first_step)
     trainer = Trainer(
@@ -87,13 +87,15 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         ledger=ledger,
         cache=cache,
         stop=stop,
-        total_steps=plan.total_steps,
+        total_steps=plan.steps(),
         description=_state_of(config, described, accelerator),
     )
     loaded = load_ahead(
         adapter_of(spec),
         options,
-        micro_batches(plan, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
+        micro_batches(
+            plan, record_reader(config, spec), rank=accelerator.process_index, first_step=first_step, tell=ledger.plan
+        ),
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,

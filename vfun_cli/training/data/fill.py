@@ -19,7 +19,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
-from vfun_cli.training.data.stream import micro_batches
+from vfun_cli.training.data.stream import ReadRecord, micro_batches, record_reader
 from vfun_cli.training.model import adapter_of, adapter_options
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
@@ -41,7 +41,7 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
     cache = Cache.for_encoders(config.cache, encoders)
     needed = MissingEntries(adapter, options, cache)
     plan = load_plan(config, spec, described)
-    work = list(needed.missing(plan, accelerator.process_index, accelerator.num_processes))
+    work = list(needed.missing(plan, record_reader(config, spec), accelerator.process_index, accelerator.num_processes))
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
@@ -77,7 +77,7 @@ class MissingEntries:
         self.cache = cache
         self.keys: set[str] = set()
 
-    def missing(self, plan: RunPlan, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    def missing(self, plan: RunPlan, read_record: ReadRecord, rank: int, world_size: int) -> Iterator[MicroBatch]:
         """One micro-batch for each clip of which an entry is not there yet, each entry once.
 
         All epochs of a clip are one rank's: training has it on any rank, and each of them would encode it.
@@ -86,7 +86,7 @@ class MissingEntries:
         alone = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
         owners: dict[int, int] = {}
         number = count()
-        for batch in micro_batches(replace(plan, options=alone), rank=0, first_step=0):
+        for batch in micro_batches(replace(plan, options=alone), read_record, rank=0, first_step=0):
             for request in batch.requests:
                 if owners.setdefault(request.key.row, len(owners) % world_size) != rank:
                     continue

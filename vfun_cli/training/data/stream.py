@@ -5,34 +5,63 @@ from typing import Any
 
 import numpy as np
 
-from vfun_cli.metadata.records import Record
+from vfun_cli.config.options import RunConfig
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample, plan_run
+from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
 from vfun_cli.training.data.loader import MicroBatch
+
+ReadRecord = Callable[[int], dict[str, Any]]
+"""What a row of the metadata says, its media paths joined to the data root."""
+
+
+def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
+    """The rows of a run's metadata."""
+    assert config.train_data_meta is not None
+    records = {record.row: record.fields for record in read_metadata(config.train_data_meta).records}
+    root = config.train_data_dir
+
+    def read_record(row: int) -> dict[str, Any]:
+        fields = dict(records[row])
+        for field in spec.fields:
+            if fields.get(field.name) and root is not None:
+                fields[field.name] = str(root / str(fields[field.name]))
+        return fields
+
+    return read_record
 
 
 def micro_batches(
-    plan: RunPlan, *, rank: int, first_step: int, tell: Callable[[EpochPlan, int], None] = lambda epoch, step: None
+    plan: RunPlan,
+    read_record: ReadRecord,
+    *,
+    rank: int,
+    first_step: int,
+    tell: Callable[[EpochPlan, int], None] = lambda epoch, step: None,
 ) -> Iterator[MicroBatch]:
     """Every micro-batch of one rank in order, steps before ``first_step`` left out.
 
     ``tell`` hears of every epoch of which a step is trained, with the step of the run that it starts at.
     """
     place = {int(row): position for position, row in enumerate(plan.table.row)}
-    step = 0
-    for epoch_plan in plan_run(plan.spec, plan.dims, plan.table, plan.options, plan.num_epochs, plan.earlier):
+    step, total_steps = 0, plan.steps()
+    for epoch_plan in plan.epochs():
         skipped = min(max(0, first_step - step), epoch_plan.num_steps)
         if skipped < epoch_plan.num_steps:
             tell(epoch_plan, step)
         step += skipped
         shares = _shares(epoch_plan)[skipped:]
         for share, batches in zip(shares, epoch_plan.micro_batches_for(rank, skipped), strict=True):
-            if step >= plan.total_steps:
+            if step >= total_steps:
                 return
             for index, batch in enumerate(batches):
-                requests = tuple(_request(plan, batch, sample, place[sample.row]) for sample in batch.samples)
+                requests = tuple(
+                    _request(plan, batch, sample, place[sample.row], read_record(sample.row))
+                    for sample in batch.samples
+                )
                 yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
             step += 1
 
@@ -47,7 +76,9 @@ def _shares(plan: EpochPlan) -> list[float]:
     return shares
 
 
-def _request(plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int) -> SampleRequest:
+def _request(
+    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int, record: dict[str, Any]
+) -> SampleRequest:
     table = plan.table
     return SampleRequest(
         key=SampleKey(
@@ -57,7 +88,7 @@ def _request(plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, pos
             copy=sample.copy,
             variants=plan.options.cache_variants or 0,
         ),
-        record=_absolute(plan, plan.records[sample.row]),
+        record=record,
         kind=batch.kind,
         frames=batch.shape.frames,
         height=batch.shape.height,
@@ -66,12 +97,3 @@ def _request(plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, pos
         total_frames=int(np.asarray(table.frames)[position]),
         fps=(int(table.fps_num[position]), int(table.fps_den[position])),
     )
-
-
-def _absolute(plan: RunPlan, record: Record) -> dict[str, Any]:
-    """The record with its media paths joined to the data root."""
-    fields = dict(record.fields)
-    for field in plan.spec.fields:
-        if fields.get(field.name) and plan.root is not None:
-            fields[field.name] = str(plan.root / str(fields[field.name]))
-    return fields
