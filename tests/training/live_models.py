@@ -125,7 +125,8 @@ class LiveModel:
 
     def request(self, row: int, frames: int, height: int, width: int) -> SampleRequest:
         """A clip of the demo, as a row of its own."""
-        frames += self.spec.plan.first_frame_alone
+        rule = self.spec.plan.frame_rule
+        frames = max(frames, rule.frames_per_latent) + rule.first_alone
         if self.spec.plan.adjust_frames is not None:
             frames = self.spec.plan.adjust_frames(frames, self.dims)
         root = Path(self.config.train_data_dir or "")
