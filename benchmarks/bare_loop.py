@@ -109,8 +109,8 @@ def make_trainer(
     costs = Costs(spec=spec, dims=dims, share=trained_share(model))
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config, CPU))
     idle: Any = SimpleNamespace(
-        step=lambda batches: None, close=lambda: None, require_space=lambda state: None, check=lambda: None,
-        wait=lambda: None, save=lambda *given, **named: folder, reason=lambda: 0,
+        step=lambda batches: None, close=lambda: None, require_space=lambda state: None,
+        raise_background_error=lambda: None, wait=lambda: None, save=lambda *given, **named: folder, reason=lambda: 0,
     )  # fmt: skip
     return Trainer(
         config=config, accelerator=accelerator, adapter=adapter, objective=FlowMatching(shift=5.0), checkpointer=idle,
