@@ -2,13 +2,14 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.matrix import all_runs, launch, prepare_demo
+from tests.integration.matrix import Run, all_runs, launch, prepare_demo
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +23,47 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
+LAUNCHES = ("single", "zero3", "fsdp", "zero2", "ddp")
+"""The one that fills the cache, since on another number of threads the encoders round otherwise; then longest first."""
+
+
 @pytest.fixture(scope="session")
-def trained(workplace: Path) -> Callable[[str], None]:
-    """Trains everything of a strategy on its first call, in one launch."""
+def trained(workplace: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Waits until everything of a strategy is trained, each strategy in one launch.
 
-    @cache
-    def run(strategy: str) -> None:
-        launch(all_runs(strategy))
+    The launches of all strategies that tests of this session name begin at once, two at a time: the start of one is
+    work for one core, and two ranks that wait for each other leave a part of both cores idle.
+    """
+    named = {strategy_of(item) for item in request.session.items}
+    launches: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(2) as pool:
 
-    return run
+        def begin(strategy: str) -> None:
+            if strategy != "single":
+                launches["single"].result()
+            launch(all_runs(strategy))
+
+        def wait(strategy: str) -> None:
+            if strategy not in launches:
+                launches[strategy] = pool.submit(begin, strategy)
+            launches[strategy].result()
+
+        for strategy in LAUNCHES:
+            if strategy in {"single", *named}:
+                launches[strategy] = pool.submit(begin, strategy)
+        yield wait
+        pool.shutdown(cancel_futures=True)
+
+
+def strategy_of(item: pytest.Item) -> str | None:
+    """The strategy that a test's parameters name."""
+    given = parameters(item)
+    return given["cell"].strategy if "cell" in given else given.get("strategy")
+
+
+def parameters(item: pytest.Item) -> Mapping[str, Any]:
+    """Of a parametrised test; of another none."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 TABLE = Path(__file__).parents[2] / "README.md"
@@ -43,10 +76,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     outcomes: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     for item in session.items:
-        cell = getattr(item, "callspec", None)
-        if cell is not None and {"command", "family", "strategy"} <= set(cell.params):
-            key = (cell.params["command"], cell.params["family"], cell.params["strategy"])
-            outcomes[key].append(item.stash.get(PASSED, False))
+        cell = parameters(item).get("cell")
+        if isinstance(cell, Run):
+            outcomes[cell.command, cell.family, cell.strategy].append(item.stash.get(PASSED, False))
+    if not outcomes:  # a session without the matrix
+        return
     text = TABLE.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
     TABLE.write_text(f"{before}{START}\n{render_table(outcomes)}{END}{after}", encoding="utf-8")

@@ -94,10 +94,14 @@ def straight(family: str, strategy: str, command: str = "train") -> Run:
     return Run(name=f"{command}-{family}", family=family, strategy=strategy, command=command)
 
 
-def resumed(family: str, strategy: str, command: str = "train") -> Run:
-    """The second half again, from the first run's checkpoint in the middle."""
-    first = straight(family, strategy, command)
+def resumed(first: Run) -> Run:
+    """The second half of a run again, from its checkpoint in the middle."""
     return replace(first, name=f"{first.name}-resumed", resume_from=first.name)
+
+
+def resumed_too(run: Run) -> bool:
+    """Every family under one strategy, which shards its weights; one family under every strategy."""
+    return run.strategy == "fsdp" or run.family == "wan-s2v"
 
 
 def unlearning(family: str) -> Run:
@@ -114,12 +118,8 @@ def extra(name: str, strategy: str) -> Run:
 
 def all_runs(strategy: str) -> list[Run]:
     """Everything that one launch trains."""
-    runs = [
-        make(family, strategy, command)
-        for command in COMMANDS
-        for family in families.FAMILIES
-        for make in (straight, resumed)
-    ]
+    runs = [straight(family, strategy, command) for command in COMMANDS for family in families.FAMILIES]
+    runs += [resumed(run) for run in runs if resumed_too(run)]
     if strategy == "single":
         runs += [unlearning(family) for family in families.FAMILIES]
     return runs + [extra(name, strategy) for name in EXTRAS[strategy]]
