@@ -95,7 +95,7 @@ def test_the_export_is_the_trained_weights_in_bf16(cell: Run, trained: Trained) 
     trained(cell.strategy)
     export_of(cell)
     exported = read_base(RunDir(cell.folder).root / "export")[1]
-    released = families.find(cell.family).export_names["same"]
+    released = families.find(cell.family).export.names["same"]
     weights = weights_of(cell)
     assert len(weights) > 20
     for name, values in weights.items():

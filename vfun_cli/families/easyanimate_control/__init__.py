@@ -289,7 +289,7 @@ V5 = replace(
         objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
     ),
     defaults=replace(
-        V5_1.defaults.train,
+        V5_1.defaults,
         train={
             **DEFAULTS,
             "pretrained_model_name_or_path": "models/Diffusion_Transformer/EasyAnimateV5-12b-zh-Control",
