@@ -148,15 +148,55 @@ def test_no_module_outside_families_branches_on_a_family_name() -> None:
                 assert "family ==" not in text and "spec.name ==" not in text, f"{relative}: {text}"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train"], ["plan-buckets", "wan-s2v"]])
-def test_the_control_plane_starts_without_heavy_packages(arguments: list[str], tmp_path: Path) -> None:
+LIGHT = [
+    ["--help"],
+    ["train", "--help"],
+    ["train"],
+    ["train", "no-family"],
+    ["train", "wan-s2v", "--no-option"],
+    ["train", "wan-s2v", "--learning-rate", "x"],
+    ["train", "wan-s2v", "--fsdp", "--zero2"],
+    ["train", "wan-s2v", "--fsdp", "--use-ema"],
+    ["lora", "wan-s2v", "--zero3", "--use-dora"],
+    ["train", "wan-s2v", "--num-processes", "9999"],
+    ["train", "wan-s2v", "--resume-from-checkpoint", "latest"],
+    ["train", "wan-s2v", "--output-dir", "used"],
+    ["train", "wan-s2v", "--train-data-meta", "none.json"],
+    ["resume"],
+    ["resume", "none"],
+    ["cache", "wan-s2v"],
+    ["cache", "wan-s2v", "--cache", "none", "--verify"],
+    ["plan-buckets", "wan-s2v", "--meta", "none.json"],
+    ["validate-meta"],
+    ["validate-meta", "none.json", "--family", "wan-s2v"],
+    ["export-bf16", "checkpoint-9"],
+    ["checkpoints", "ls", "none"],
+    ["checkpoints", "verify", "none"],
+    ["checkpoints", "diff", "none", "none"],
+]
+"""Help, and what is refused before there is anything to plan, read or export."""
+
+
+def loaded(arguments: list[str], folder: Path, packages: set[str]) -> list[str]:
+    """Which of the packages a command has loaded when it ends."""
     script = (
         "import sys\nfrom vfun_cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        f"print('HEAVY', sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))"
+        f"print('LOADED', *sorted(set({sorted(packages)!r}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=True)
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_help_and_refusals_load_neither_numpy_nor_heavy_packages(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "run.json").write_text("{}")
+    assert loaded(arguments, tmp_path, HEAVY | {"numpy"}) == []
+
+
+def test_a_plan_loads_no_heavy_packages(tmp_path: Path) -> None:
+    assert loaded(["plan-buckets", "wan-s2v"], tmp_path, HEAVY | {"numpy"}) == ["numpy"]
 
 
 def test_every_family_has_a_demo() -> None:

@@ -63,14 +63,16 @@ def ls(
 @with_boundary
 def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Read every file of a checkpoint and compare it with what was written: sizes, hashes, tensors."""
-    from vfun_cli.checkpoints import compare, manifest
-    from vfun_cli.checkpoints.reader import open_checkpoint
+    from vfun_cli.checkpoints import manifest
     from vfun_cli.checkpoints.state import read_state
     from vfun_cli.run import locate
 
     found = locate.checkpoint(checkpoint, output_dir=defaults.output_dir(demo=demo)).checkpoint
     manifest.verify(found)
     read_state(found)
+    from vfun_cli.checkpoints import compare  # with numpy: not for a checkpoint that is not there
+    from vfun_cli.checkpoints.reader import open_checkpoint
+
     reader = open_checkpoint(found)
     tensors = [*reader.weights.values(), *reader.ema.values(), *compare.moments(reader).values()]
     for tensor in tensors:
@@ -89,13 +91,14 @@ def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug
 @with_boundary
 def diff(first: Checkpoint, second: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Compare two checkpoints, of any strategies: options, weights, optimizer moments."""
-    from vfun_cli.checkpoints import compare
-    from vfun_cli.checkpoints.reader import open_checkpoint
     from vfun_cli.run import locate
 
     output_dir = defaults.output_dir(demo=demo)
-    readers = [open_checkpoint(locate.checkpoint(name, output_dir=output_dir).checkpoint) for name in (first, second)]
-    a, b = readers
+    found = [locate.checkpoint(name, output_dir=output_dir).checkpoint for name in (first, second)]
+    from vfun_cli.checkpoints import compare  # with numpy: not for a checkpoint that is not there
+    from vfun_cli.checkpoints.reader import open_checkpoint
+
+    a, b = (open_checkpoint(path) for path in found)
     changed = _changed(a.state, b.state)
     parts = {
         "weights": compare.compare_tensors(a.weights, b.weights),

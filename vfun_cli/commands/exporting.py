@@ -4,21 +4,21 @@ It knows families and where models lie; the writers in ``checkpoints`` know neit
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vfun_cli import families
-from vfun_cli.checkpoints import export as model_export
-from vfun_cli.checkpoints import lora_export
-from vfun_cli.checkpoints.export import ExportResult
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
-from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.commands import defaults
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run import locate
+
+if TYPE_CHECKING:
+    from vfun_cli.checkpoints.export import ExportResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ def find(name: str, *, output_dir: Path, model: Path | None) -> Trained:
     """
     original = locate.original_checkpoint(name, output_dir=output_dir)
     if original is not None:  # their parameters have the released names
-        open_checkpoint(original)
+        _read(original)
         spec, directory = _trained_by_original_scripts(original, model or defaults.model_directory())
         return Trained(path=original, spec=spec, model=directory, released=unchanged, is_lora=False)
     path = locate.checkpoint(name, output_dir=output_dir).checkpoint
-    state = open_checkpoint(path).state
+    state = _read(path)
     spec = families.find(state["family"])
     return Trained(
         path=path,
@@ -67,6 +67,17 @@ def find(name: str, *, output_dir: Path, model: Path | None) -> Trained:
         released=spec.export.names["same"],
         is_lora=state.get("kind") == "lora",
     )
+
+
+def _read(checkpoint: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of itself, once it can be opened.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    from vfun_cli.checkpoints.reader import open_checkpoint  # with numpy: not for a checkpoint that is not there
+
+    return open_checkpoint(checkpoint).state
 
 
 def check(trained: Trained, form: Form) -> None:
@@ -86,12 +97,15 @@ def check(trained: Trained, form: Form) -> None:
         raise ConfigError(f"--format {form.format}: {what} of {spec.name} comes as: {', '.join(possible)}.")
 
 
-def export(trained: Trained, output: Path, form: Form) -> ExportResult:
+def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
     """Write the weights into the directory ``output``.
 
     Raises:
         VfunError: the checkpoint, the model's directory or the output is not what it should be.
     """
+    from vfun_cli.checkpoints import export as model_export
+    from vfun_cli.checkpoints import lora_export
+
     weights: lora_export.Weights = "ema" if form.ema else "trained"
     if trained.is_lora and not form.merge:
         return lora_export.export_adapter(

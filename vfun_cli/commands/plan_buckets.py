@@ -105,10 +105,11 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
 def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tuple[RunPlan, list[EpochPlan]]":
     """The plan and its first epochs, from rows that state everything, or else from checked files."""
     from vfun_cli.plan.rows import checked_table, stated_table, validate_command
-    from vfun_cli.plan.run_plan import RunPlan
 
     try:
         table = stated_table(config) or checked_table(config, spec)
+        from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for rows that are refused
+
         dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
         plan = RunPlan.of(config, spec, dims, table, world_size=ranks)
         plan = replace(plan, num_epochs=max(plan.num_epochs, epochs))

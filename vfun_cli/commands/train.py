@@ -69,6 +69,7 @@ def _run(
         from vfun_cli.commands.jobs import show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
+        from vfun_cli.launch.start import refuse_used
         from vfun_cli.run import locate
 
         layer = demo_default.make(spec) if demo else None
@@ -77,6 +78,8 @@ def _run(
         if name is not None:  # as the original scripts have it: the command line's options are the run's
             found = locate.checkpoint(name, output_dir=resolved.config.output_dir)
             resolved = resume_check.continuation(found, command, spec, resolved)
+        if not (dry_run or overwrite):
+            refuse_used(resolved.config, found)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found)
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 

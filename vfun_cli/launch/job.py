@@ -4,10 +4,9 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__, devices
-from vfun_cli.checkpoints.released import check_weights
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
@@ -17,13 +16,13 @@ from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.records import metadata_digest
-from vfun_cli.plan.report import plan_json
 from vfun_cli.plan.rows import checked_table, validate_command
-from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.plan.schedule import earlier_segments
 from vfun_cli.run import locate
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from vfun_cli.plan.run_plan import RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Job:
     """``train``, ``lora`` or ``cache``."""
     spec: FamilySpec
     resolved: Resolved
-    plan: RunPlan
+    plan: "RunPlan"
     run: RunDir
     run_json: Path
     launch: LaunchPlan
@@ -76,6 +75,8 @@ class Job:
 
     def plan_summary(self) -> dict[str, Any]:
         """The plan as JSON."""
+        from vfun_cli.plan.report import plan_json
+
         return plan_json(self.plan, [self.plan.first_epoch])
 
 
@@ -97,14 +98,12 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        table = checked_table(config, spec)
-        plan = RunPlan.of(config, spec, read_dims(spec, config.pretrained_model_name_or_path), table)
-        if found is not None:
-            plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
-        _ = plan.first_epoch  # raises where no row can be used
+        plan = _plan(config, spec, found)
     except MetadataError as error:
         raise error.with_command(validate_command(config, spec)) from None
-    check_batch(config, len(table))
+    check_batch(config, len(plan.table))
+    from vfun_cli.checkpoints.released import check_weights
+
     check_weights(config.pretrained_model_name_or_path)
     run = RunDir(config.output_dir)
     run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
@@ -119,6 +118,25 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         found=found,
         deadline=time.time() + 3600 * config.max_hours if config.max_hours is not None else None,
     )
+
+
+def _plan(config: RunConfig, spec: FamilySpec, found: Found | None) -> "RunPlan":
+    """The plan of the checked rows, whose first epoch can be planned.
+
+    Raises:
+        MetadataError: rows that cannot be trained on.
+        CheckpointError: no such model directory.
+    """
+    table = checked_table(config, spec)
+    dims = read_dims(spec, config.pretrained_model_name_or_path)
+    from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for what is refused until here
+    from vfun_cli.plan.schedule import earlier_segments
+
+    plan = RunPlan.of(config, spec, dims, table)
+    if found is not None:
+        plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
+    _ = plan.first_epoch  # raises where no row can be used
+    return plan
 
 
 def check_trackers(config: RunConfig) -> None:

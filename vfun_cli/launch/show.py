@@ -9,12 +9,13 @@ from vfun_cli import console
 from vfun_cli.config.options import options
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from vfun_cli.launch.job import Job
-from vfun_cli.plan import preview as plan_preview
 from vfun_cli.run.messages import Outcome
 
 
 def preview(job: Job) -> None:
     """The Rich preview of the plan and one line of what will be launched, on stderr: stdout is for results."""
+    from vfun_cli.plan import preview as plan_preview
+
     config = job.config
     console.err.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
     where = f"{config.num_processes} process{'es' if config.num_processes != 1 else ''}"
@@ -51,6 +52,8 @@ def _dry_run_json(job: Job) -> dict[str, Any]:
 
 def _print_dry_run(job: Job) -> None:
     """For people: options with sources, files, command, plan."""
+    from vfun_cli.plan import preview as plan_preview
+
     out = console.out
     out.print("[bold]Options[/bold]")
     values = job.config.to_json()

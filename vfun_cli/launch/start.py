@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate, lock
+from vfun_cli.run.locate import Found
 from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir, clear, ensure_writable, write_atomically
 
@@ -30,9 +32,9 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
     if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
+    if not overwrite:
+        refuse_used(job.config, job.found)
     begins = job.found is None and job.config.machine_rank == 0
-    if begins and not overwrite:
-        _refuse_used(job.run)
     ensure_writable(job.run.root)
     with lock.held(job.run, job.config.machine_rank):
         if begins and job.run.holds_run():
@@ -43,8 +45,17 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
             return _launch(job, stop)
 
 
-def _refuse_used(run: RunDir) -> None:
-    if not run.holds_run():
+def refuse_used(config: RunConfig, found: Found | None) -> None:
+    """Refuse to begin a run where there is one.
+
+    Args:
+        found: the checkpoint that a run continues from.
+
+    Raises:
+        ConfigError: the run directory holds a run already.
+    """
+    run = RunDir(config.output_dir)
+    if found is not None or config.machine_rank != 0 or not run.holds_run():
         return
     hint = "--output-dir names another directory, --overwrite deletes the run."
     if locate.newest(run) is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import (
     BarColumn,
@@ -35,9 +36,10 @@ from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
-from vfun_cli.metadata.table import ClipTable
-from vfun_cli.plan.clips import dropped, prepare
 from vfun_cli.plan.options import plan_options
+
+if TYPE_CHECKING:
+    from vfun_cli.metadata.table import ClipTable
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
 """Remembered file headers, keyed by path, size and modification time."""
@@ -68,6 +70,8 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
         needs=spec.plan.clip_needs(config.video_sample_stride),
         deep_timeout=deep_timeout,
     )
+    if not report.ok:
+        return report
     return report.plus(left_out_by_plan(config, spec, report))
 
 
@@ -80,6 +84,8 @@ def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> lis
 
     With the released model's dimensions: the data must not seem bad because the model directory is.
     """
+    from vfun_cli.plan.clips import dropped, prepare  # with numpy: not for metadata that cannot be read
+
     visual = next(field.name for field in spec.fields if field.media == "visual")
     clips = prepare(spec, spec.model.dims, report.table(), plan_options(config))
     problems = [
@@ -129,7 +135,7 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     return shlex.join(words)
 
 
-def checked_table(config: RunConfig, spec: FamilySpec) -> ClipTable:
+def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
     """The clips of a run whose rows are all good; what is odd about them is told.
 
     Raises:
@@ -144,7 +150,7 @@ def checked_table(config: RunConfig, spec: FamilySpec) -> ClipTable:
     return report.table()
 
 
-def stated_table(config: RunConfig) -> ClipTable | None:
+def stated_table(config: RunConfig) -> "ClipTable | None":
     """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
     assert config.train_data_meta is not None
     metadata = read_metadata(config.train_data_meta)
