@@ -75,7 +75,7 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         ({"environ": {"VFUN_LERNING_RATE": "1"}}, ["$VFUN_LERNING_RATE", "learning_rate"]),
         ({"environ": {"VFUN_LEARNING_RATE": "nan"}}, ["VFUN_LEARNING_RATE", "finite"]),
         ({"given": {"lr_scheduler": "cosin"}}, ["--lr-scheduler", "'cosine'"]),
-        ({"given": {"video_sample_size": 0}}, ["--video-sample-size", "16"]),
+        ({"given": {"video_sample_size": 0}}, ["--video-sample-size is 0", "least"]),
         ({"given": {"train_mode": "control"}}, ["wan-s2v", "'control'", "--train-mode"]),
         ({"given": {"loss_type": "flow"}}, ["loss_type", "wan-s2v"]),
         *(

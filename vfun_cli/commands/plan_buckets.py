@@ -92,9 +92,11 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json
     from vfun_cli.plan.run_plan import RunPlan
+    from vfun_cli.plan.sizes import check_options
 
     dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
     plan = RunPlan.of(config, spec, dims, ClipTable.empty(), world_size=ranks)
+    check_options(plan.options, spec, dims)  # as a plan of clips would be
     if as_json:
         console.print_json(plan_json(plan))
     else:

@@ -147,7 +147,7 @@ class RunConfig:
             help="Base size of videos; with buckets, the area of the square of this side.",
             panel=BUCKETS,
             unit="pixels",
-            minimum=16,
+            minimum=1,
             commands=PLAN_COMMANDS,
         ),
     ] = 512
@@ -157,7 +157,7 @@ class RunConfig:
             help="Base size of images, and the other end of the size range (either order).",
             panel=BUCKETS,
             unit="pixels",
-            minimum=16,
+            minimum=1,
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -167,7 +167,7 @@ class RunConfig:
             help="Size at which a clip keeps all its frames; sets the token budget.",
             panel=BUCKETS,
             unit="pixels",
-            minimum=16,
+            minimum=1,
             commands=PLAN_COMMANDS,
         ),
     ] = 512

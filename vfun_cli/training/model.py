@@ -19,7 +19,7 @@ from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
-from vfun_cli.training.lora import add_adapters
+from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.precision import compute_dtype, encoder_dtype
 from vfun_cli.training.quantised import quantise_blocks
@@ -75,28 +75,36 @@ def load_adapter(
 
 
 def choose_weights(
-    config: RunConfig, spec: FamilySpec, plan: RunPlan, transformer: nn.Module, lazy: LazyWeights, *, lora: bool
+    config: RunConfig, plan: RunPlan, transformer: nn.Module, lazy: LazyWeights, *, lora: bool, fresh: bool
 ) -> None:
     """Decide what trains: adapters that are put in, or the parts of the model that were named.
 
+    Args:
+        fresh: no checkpoint will be loaded; adapters start from the LoRA that ``network_path`` names, if it does.
+
     Raises:
+        CheckpointError: the LoRA to start from does not fit.
         ConfigError: a name that matches nothing in this model.
     """
-    if lora:
-        add_adapters(transformer, config, spec, plan.dims, lazy)
-    else:
-        choose_trainable(transformer, config.trainable_modules, spec.model.modules_without_gradient(plan.dims))
+    spec, dims = plan.spec, plan.dims
+    if not lora:
+        choose_trainable(transformer, config.trainable_modules, spec.model.modules_without_gradient(dims))
+        return
+    add_adapters(transformer, config, spec, dims, lazy)
+    if config.network_path is not None and fresh:
+        load_network(transformer, config.network_path, config, spec, dims)
 
 
-def prepare_blocks(config: RunConfig, spec: FamilySpec, plan: RunPlan, transformer: nn.Module) -> None:
+def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> None:
     """Recomputation and compilation of the transformer's blocks.
 
     Raises:
         EnvironmentFault: no compiler where one is needed.
     """
-    checkpoint_blocks(transformer, spec.model.block_classes, config.gradient_checkpointing)
+    classes = plan.spec.model.block_classes
+    checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
     if config.compile:
-        compile_blocks(transformer, spec.model.block_classes, most_shapes(spec, plan.dims, plan.options))
+        compile_blocks(transformer, classes, most_shapes(plan.spec, plan.dims, plan.options))
 
 
 def prepare_state(

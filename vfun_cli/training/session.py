@@ -17,7 +17,7 @@ from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.loader import load_ahead, with_shared_calls
 from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.ledger import EpochLedger
-from vfun_cli.training.lora import ADAPTER_FORMAT, load_network
+from vfun_cli.training.lora import ADAPTER_FORMAT
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import (
@@ -46,25 +46,14 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     adapter, lazy = load_adapter(config, spec, options, accelerator)
     cache = _encoders_or_cache(config, adapter)
 
-    lora = described["command"] == "lora"
-    choose_weights(config, spec, plan, adapter.transformer, lazy, lora=lora)
-    if lora and config.network_path is not None and not described.get("resume"):
-        load_network(adapter.transformer, config.network_path, config, spec, plan.dims)
-    prepare_blocks(config, spec, plan, adapter.transformer)
+    lora, resume = described["command"] == "lora", described.get("resume")
+    choose_weights(config, plan, adapter.transformer, lazy, lora=lora, fresh=resume is None)
+    prepare_blocks(config, plan, adapter.transformer)
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator, lazy)
+    checkpointer = _checkpointer(run, config, options.model_dir / spec.model.config_file, lora=lora)
+    first_step = 0 if resume is None else int(checkpointer.load(state, Path(resume))["step"])
 
-    config_file = options.model_dir / spec.model.config_file
-    checkpointer = Checkpointer(
-        run,
-        config.strategy,
-        keep=config.checkpoints_total_limit,
-        config_files={config_file.name: config_file},
-        format=ADAPTER_FORMAT if lora else None,
-    )
-    first_step = 0
-    if described.get("resume"):
-        first_step = int(checkpointer.load(state, Path(described["resume"]))["step"])
     metrics = Metrics(
         run,
         config,
@@ -105,6 +94,16 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     if accelerator.is_main_process:
         Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run)
     accelerator.wait_for_everyone()
+
+
+def _checkpointer(run: RunDir, config: RunConfig, config_file: Path, *, lora: bool) -> Checkpointer:
+    return Checkpointer(
+        run,
+        config.strategy,
+        keep=config.checkpoints_total_limit,
+        config_files={config_file.name: config_file},
+        format=ADAPTER_FORMAT if lora else None,
+    )
 
 
 def _encoders_or_cache(config: RunConfig, adapter: ModelAdapter) -> Cache | None:
