@@ -218,36 +218,6 @@ def test_with_json_a_broken_setup_is_one_object(broken: Broken, place: Path, vfu
     assert content["schema"] == 1 and content["error"]["exit_code"] == broken.code == said.code
 
 
-# The rest needs training processes.
-
-
-@pytest.mark.slow
-def test_resume_with_another_learning_rate_is_refused_and_allowed_by_name(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
-) -> None:
-    monkeypatch.chdir(trained)
-    before = digest(trained)
-    said = vfun("resume", "--demo", "--learning-rate", "0.5", "--max-train-steps", "6")
-    assert said.code == 5
-    assert re.search(r"learning_rate \S+ -> 0.5", said.err) and "--allow learning-rate" in said.err
-    assert "max_train_steps" not in said.err, "a longer run is the same run"
-    assert digest(trained) == before
-    allowed = vfun("resume", "--demo", "--learning-rate", "0.5", "--allow", "learning-rate", "--dry-run", "--json")
-    assert allowed.code == 0, allowed.err
-    assert json.loads(allowed.out)["config"]["learning_rate"] == 0.5
-
-
-@pytest.mark.slow
-def test_resuming_a_finished_run_says_so_and_starts_nothing(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
-) -> None:
-    monkeypatch.chdir(trained)
-    log = RunDir(trained / OUTPUT).launcher_log().read_bytes()
-    said = vfun("resume", "--demo")
-    assert said.code == 0 and "done: 4 steps" in said.out and "--max-train-steps" in said.err
-    assert RunDir(trained / OUTPUT).launcher_log().read_bytes() == log
-
-
 @pytest.mark.slow
 def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
     job = start(*TRAIN, "--ddp", "--max-train-steps", "10000", "--dataloader-num-workers", "0")

@@ -1,7 +1,8 @@
-"""What resume says to a run that was damaged on the disk: the right exit code, what and where, all else untouched."""
+"""What resume says to a run that is finished, changed or damaged: the right exit code, what and where, nothing lost."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TRAIN, Vfun
+from tests.commands.conftest import TRAIN, Vfun, digest
 from tests.jobs import finish, start, wait_for_step
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run.rundir import RunDir
@@ -32,6 +33,31 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDi
 def content(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_resume_with_another_learning_rate_is_refused_and_allowed_by_name(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
+) -> None:
+    monkeypatch.chdir(trained)
+    before = digest(trained)
+    said = vfun("resume", "--demo", "--learning-rate", "0.5", "--max-train-steps", "6")
+    assert said.code == 5
+    assert re.search(r"learning_rate \S+ -> 0.5", said.err) and "--allow learning-rate" in said.err
+    assert "max_train_steps" not in said.err, "a longer run is the same run"
+    assert digest(trained) == before
+    allowed = vfun("resume", "--demo", "--learning-rate", "0.5", "--allow", "learning-rate", "--dry-run", "--json")
+    assert allowed.code == 0, allowed.err
+    assert json.loads(allowed.out)["config"]["learning_rate"] == 0.5
+
+
+def test_resuming_a_finished_run_says_so_and_starts_nothing(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, vfun: Vfun
+) -> None:
+    monkeypatch.chdir(trained)
+    log = RunDir(trained / OUTPUT).launcher_log().read_bytes()
+    said = vfun("resume", "--demo")
+    assert said.code == 0 and "done: 4 steps" in said.out and "--max-train-steps" in said.err
+    assert RunDir(trained / OUTPUT).launcher_log().read_bytes() == log
 
 
 def test_a_changed_byte_in_any_file_of_the_newest_checkpoint_is_named_and_nothing_started(
