@@ -4,6 +4,8 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,29 +162,47 @@ READERS = {"peft": through_peft, "diffusers": through_diffusers, "comfyui": by_k
 LORA_FORMATS = [(spec.name, form) for spec in families.FAMILIES.values() for form in spec.export.lora_formats]
 
 
+@dataclass(frozen=True)
+class TrainedLora:
+    """A LoRA of the matrix, and what its model predicts."""
+
+    checkpoint: Path
+    expected: Tensor
+
+
+@pytest.fixture(scope="module")
+def trained_lora(trained: Callable[[str], None]) -> Callable[[str], TrainedLora]:
+    """Of a family, with W + alpha / rank B A by hand in every layer; rank 64, alpha 32."""
+
+    @cache
+    def of(family: str) -> TrainedLora:
+        trained("single")
+        spec, run = families.find(family), straight(family, "single", "lora")
+        live, config = adapter_from(spec, Path("vfun-demo") / family / "model")
+        untrained = prediction_of(live, live.transformer, spec, config, RunDir(run.folder))
+        pairs = open_adapter(run.last_checkpoint()).pairs
+        for layer, pair in pairs.items():
+            update = 0.5 * rounded(pair.up.read()) @ rounded(pair.down.read())
+            live.transformer.get_submodule(layer).weight.data += update
+        expected = prediction_of(live, live.transformer, spec, config, RunDir(run.folder))
+        assert len(pairs) > 5 and (expected - untrained).abs().max() > 1e-3
+        return TrainedLora(run.last_checkpoint(), expected)
+
+    return of
+
+
 @pytest.mark.parametrize(("family", "form"), LORA_FORMATS)
 def test_a_trained_lora_predicts_the_same_in_every_format(
-    family: str, form: str, trained: Callable[[str], None], tmp_path: Path
+    family: str, form: str, trained_lora: Callable[[str], TrainedLora], tmp_path: Path
 ) -> None:
-    trained("single")
-    spec = families.find(family)
-    lora = straight(family, "single", "lora")
-    argv = ["export-bf16", str(lora.last_checkpoint()), "--format", form, "--output", str(tmp_path / "out"), "--json"]
+    spec, lora = families.find(family), trained_lora(family)
+    argv = ["export-bf16", str(lora.checkpoint), "--format", form, "--output", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(app, argv)
     assert done.exit_code == 0, done.output
     adapter, config = adapter_from(spec, Path("vfun-demo") / family / "model")
-    run = RunDir(lora.folder)
-    untrained = prediction_of(adapter, adapter.transformer, spec, config, run)
-    found = prediction_of(adapter, READERS[form](adapter.transformer, tmp_path / "out", spec), spec, config, run)
-
-    live, _ = adapter_from(spec, Path("vfun-demo") / family / "model")
-    pairs = open_adapter(lora.last_checkpoint()).pairs
-    for layer, pair in pairs.items():  # rank 64, alpha 32
-        update = 0.5 * rounded(pair.up.read()) @ rounded(pair.down.read())
-        live.transformer.get_submodule(layer).weight.data += update
-    expected = prediction_of(live, live.transformer, spec, config, run)
-    assert len(pairs) > 5 and (expected - untrained).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    transformer = READERS[form](adapter.transformer, tmp_path / "out", spec)
+    found = prediction_of(adapter, transformer, spec, config, RunDir(lora.checkpoint.parent))
+    torch.testing.assert_close(found, lora.expected, rtol=0, atol=1e-5)
 
 
 def native_size(values: Tensor) -> Tensor:
