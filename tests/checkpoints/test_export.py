@@ -126,7 +126,7 @@ def test_averaged_weights_are_exported_on_request(samples: Path, base: Path, tmp
     export(samples / "single", tmp_path / "ema", base_dir=base, weights="ema")
     found = load_file(tmp_path / "ema" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(found["head.bias"], torch.from_numpy(sample_weights()["head.bias"] * 2).bfloat16())
-    with pytest.raises(CheckpointError, match="no ema weights"):
+    with pytest.raises(CheckpointError, match="no moving average"):
         export(samples / "zero2", tmp_path / "none", base_dir=base, weights="ema")
 
 
