@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_spread_text_encoder_says_what_the_whole_one_says(family: str, folder: Path) -> None:
+def test_a_sharded_text_encoder_says_what_the_whole_one_says(family: str, folder: Path) -> None:
     ranks = [torch.load(folder / f"{family}-{rank}.pt") for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys() and len(ranks[0]) >= 1
     for name in ranks[0]:
