@@ -101,7 +101,7 @@ BROKEN = (
         name="wrong family for the directory",
         command=(*TRAIN, "--pretrained-model-name-or-path", "vfun-demo/cogvideox-fun/model"),
         code=5,
-        words=("looks like a cogvideox-fun model", "vfun train cogvideox-fun"),
+        words=("looks like a cogvideox-fun model", "Train cogvideox-fun"),
     ),
     Broken(
         name="damaged configuration",

@@ -228,4 +228,4 @@ def test_a_directory_of_another_family_is_refused_and_its_own_is_named(family: s
         with pytest.raises(CheckpointError) as caught:
             detect.read_dims(spec, directory)
         assert f"looks like a {other.name} model, not like {family}" in caught.value.message
-        assert f"vfun train {other.name}," in caught.value.hint
+        assert f"Train {other.name}," in caught.value.hint

@@ -4,6 +4,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import TRAIN, TRAINED, Vfun
+from tests.test_messages import MODULES, raised
+from vfun_cli.devices import require_package
+from vfun_cli.errors import EnvironmentFault
 from vfun_cli.run.rundir import RunDir
 
 DATA = Path("vfun-demo/wan-s2v/data")
@@ -40,6 +46,23 @@ def drop_a_field() -> None:
     (DATA / "metadata.json").write_text(json.dumps(rows))
 
 
+def drop_a_control_clip() -> None:
+    rows = json.loads((DATA / "metadata.json").read_text())
+    rows[2].pop("control_file_path")
+    (DATA / "metadata.json").write_text(json.dumps(rows))
+
+
+def write_small_rows() -> None:
+    row = {"file_path": "a.mp4", "text": "A dog.", "type": "video", "width": 8, "height": 8, "frames": 99, "fps": 25}
+    Path("small.json").write_text(json.dumps([row]))
+
+
+def add_an_option() -> None:
+    content = json.loads(RUN.run_json.read_text())
+    content["config"]["of_another_version"] = 1
+    RUN.run_json.write_text(json.dumps(content))
+
+
 def spoil_pictures() -> None:
     """Headers stay whole: only who decodes finds it."""
     for path in (DATA / "train").glob("*.mp4"):
@@ -65,6 +88,14 @@ UNTRAINED = (
         hint="validate-meta none.json --family wan-s2v .*", code=3,
     ),
     Situation(
+        name="rows that the plan leaves out", typed=("plan-buckets", "cogvideox-fun", "--meta", "small.json"),
+        damage=write_small_rows, hint="validate-meta small.json --family cogvideox-fun.*", code=3,
+    ),
+    Situation(
+        name="rows with a warning", typed=(*TRAIN, DRY), damage=drop_a_control_clip,
+        hint="validate-meta .*metadata.json --family wan-s2v --data-root .*",
+    ),
+    Situation(
         name="a plan without its metadata", typed=("plan-buckets", "wan-s2v", "--meta", "none.json"),
         hint="validate-meta none.json --family wan-s2v.*", code=3,
     ),
@@ -86,6 +117,10 @@ AFTER_A_RUN = (
         name="the checkpoint of another command",
         typed=("lora", *TRAIN[1:], "--resume-from-checkpoint", "checkpoint-4"),
         hint="resume .*checkpoint-4",
+    ),
+    Situation(
+        name="an option that run.json should not have", typed=("resume", "--demo"), damage=add_an_option,
+        hint="train --help",
     ),
     Situation(
         name="a newer checkpoint that is damaged", typed=("resume", "--demo", DRY),
@@ -151,3 +186,41 @@ def test_a_file_that_only_decoding_finds_broken_is_found_by_the_command_of_the_h
     command = command_in(said.err)
     assert "--deep" in command
     assert vfun(*command).code == 3
+
+
+def test_a_missing_package_is_installed_by_the_command_of_the_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EnvironmentFault) as missing:
+        require_package("tracker", {"tracker": "a-tracker-that-is-missing"})
+    wheel = tmp_path / "a_tracker_that_is_missing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        described = "Metadata-Version: 2.1\nName: a-tracker-that-is-missing\nVersion: 1.0\n"
+        file.writestr("a_tracker_that_is_missing-1.0.dist-info/METADATA", described)
+        file.writestr("a_tracker_that_is_missing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr("a_tracker_that_is_missing-1.0.dist-info/RECORD", "")
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "DRY_RUN": "1"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    command = shlex.split(missing.value.hint or "")
+    assert command[0] == "pip"
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Would install" in done.stdout, done.stderr
+
+
+def test_every_hint_with_a_command_stands_in_this_file() -> None:
+    """A new one has to be run in its situation too."""
+    commands = {
+        hint
+        for module in MODULES
+        for _, _, hints in raised(module)
+        for hint in hints
+        if re.search(r"(^|: )(vfun|pip) [a-z]", hint)
+    }
+    assert commands == {
+        "vfun resume {}",  # the checkpoint of another command
+        "The options: vfun train --help",  # an option that run.json should not have
+        "pip install {}",  # a missing package
+        "--fix OUT writes a copy without them. All that is wrong: vfun validate-meta",  # rows that cannot be trained on
+        "All codes: vfun validate-meta --explain all",  # a code that does not exist
+        "All files that cannot be decoded: vfun validate-meta --deep",  # a file that only decoding finds broken
+    }

@@ -129,7 +129,7 @@ def test_adapter_refuses_a_train_mode_that_the_model_has_no_channels_for(folders
 def test_a_directory_of_the_other_version_is_recognised(folders) -> None:
     with pytest.raises(ConfigError, match="looks like easyanimate-v5-control") as caught:
         EasyAnimateV51.from_pretrained(options(folders[V5.name]))
-    assert "vfun train easyanimate-v5-control" in caught.value.hint
+    assert "Train easyanimate-v5-control" in caught.value.hint
     with pytest.raises(ConfigError, match=r"looks like easyanimate-v5\.1-control"):
         EasyAnimateV5.from_pretrained(options(folders[V5_1.name]))
 

@@ -6,6 +6,7 @@ before all runs on two processes. What a run is compared with is waited for when
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -113,7 +114,9 @@ def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> N
     wait_for_step(run, 3, job)
     job.send_signal(signal.SIGINT)
     said = finish(job, 130)
-    assert "saved" in said.err and "vfun resume" in said.err and "Traceback" not in said.err, said.err
+    assert "saved" in said.err and "Traceback" not in said.err, said.err
+    assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
+    vfun_process("resume", run.root, "--dry-run", code=0)  # what follows goes on as the original scripts do
     saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
     assert saved >= 3 and run.checkpoint(saved).is_dir()
     vfun_process(*arguments, "--resume-from-checkpoint=latest", code=0)

@@ -84,7 +84,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
     seen = f"; {', '.join(started)} has no valid {MANIFEST}" if started else ""
     raise CheckpointError(
         f"no complete checkpoint in {output_dir}{seen}.",
-        hint="Name a run directory or a checkpoint: vfun resume PATH",
+        hint="Name a run directory or a checkpoint.",
     )
 
 

@@ -147,7 +147,7 @@ class FileReader:
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} is truncated: it ends at byte {self.size}, {len(view)} bytes too early.",
-                    hint="Name another checkpoint: vfun resume and vfun export-bf16 take its path.",
+                    hint="Name another checkpoint by its path.",
                 )
             view, offset = view[count:], offset + count
 

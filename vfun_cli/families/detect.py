@@ -41,12 +41,12 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
     if others and spec.name not in others:
         raise CheckpointError(
             f"{model_dir} looks like a {' or '.join(others)} model, not like {spec.name}.",
-            hint=f"vfun train {others[0]}, or point --pretrained-model-name-or-path at a {spec.name} model.",
+            hint=f"Train {others[0]}, or point --pretrained-model-name-or-path at a {spec.name} model.",
         )
     if not path.is_file():
         raise CheckpointError(
             f"{model_dir} is no {spec.name} model: {spec.model.config_file} is missing.",
-            hint=f"vfun train {spec.name} needs the model in its released layout.",
+            hint="The model is needed in its released layout.",
         )
     try:
         return spec.model.read_dims(

@@ -8,6 +8,7 @@ from typing import Any
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig, default_of, options
 from vfun_cli.config.resolve import Resolved, resolve
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.records import metadata_digest
@@ -36,7 +37,8 @@ def resolve_as_before(found: Found, given: Mapping[str, Any]) -> tuple[str, Fami
     """
     described = found.run.read_run()
     command, spec = described["command"], families.find(described["family"])
-    if given.get("strategy") == "single":
+    strategy = STRATEGIES.get(given.get("strategy", ""))
+    if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}
     return command, spec, resolve(command, spec, given, base=_options_of(found, described))
 

@@ -195,32 +195,14 @@ def _bad_rows(problems: Iterable[Problem]) -> frozenset[int]:
     return frozenset(problem.row for problem in problems if problem.row is not None and problem.severity == "error")
 
 
-def table_without_files(metadata: Metadata) -> "ClipTable":
-    """The clip table of rows that state width, height, frames and fps (images: width and height); opens no file.
+def table_without_files(metadata: Metadata) -> "ClipTable | None":
+    """The clip table of rows that all state width, height, frames and fps (images: width and height); opens no file.
 
-    Raises:
-        MetadataError: the metadata has problems, or a row leaves something out.
+    None if the metadata has problems or a row leaves something out.
     """
-    if metadata.problems:
-        raise MetadataError(
-            printable(f"{metadata.path}: {metadata.problems[0].message}"),
-            hint="All that is wrong: vfun validate-meta",
-        )
-    clips = []
-    for record in metadata.records:
-        clip = _stated_clip(record)
-        if clip is None:
-            raise MetadataError(
-                f"{metadata.path}: row {record.row} does not state width, height, frames and fps.",
-                hint="--fix OUT writes a copy that has them from the files: vfun validate-meta",
-            )
-        clips.append(clip)
-    return _table(clips)
-
-
-def states_everything(metadata: Metadata) -> bool:
-    """Whether ``table_without_files`` would work."""
-    return not metadata.problems and all(_stated_clip(record) is not None for record in metadata.records)
+    clips = [_stated_clip(record) for record in metadata.records]
+    stated = [clip for clip in clips if clip is not None]
+    return None if metadata.problems or len(stated) < len(clips) else _table(stated)
 
 
 def exact_rate(value: Any) -> Fraction | None:

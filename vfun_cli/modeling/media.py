@@ -66,7 +66,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
     if bad := [index for index in indices if not 0 <= index < len(reader)]:
         raise MetadataError(
             f"{path}: frame {bad[0]} is needed, and the file has {len(reader)} frames.",
-            hint="vfun validate-meta --deep lists every clip that is shorter than its header says.",
+            hint="The file is shorter than its header says.",
         )
     try:  # [F, h, w, 3] uint8
         frames = _rotated_frames(path, indices) if _is_rotated(reader) else reader.get_batch(list(indices)).asnumpy()
@@ -106,14 +106,14 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
     except Exception as error:
         raise MetadataError(
             f"{path}: the audio cannot be decoded ({type(error).__name__}: {first_line(error)}).",
-            hint="Play the file, encode it again, or leave its row out: vfun validate-meta --deep --fix OUT",
+            hint="Encode the file again, or leave its row out.",
         ) from error
     missing = wanted[1] - end
     if missing > AUDIO_TAIL_TOLERANCE:
         raise MetadataError(
             f"{path}: audio from {float(start):.3f} s to {float(start + duration):.3f} s is needed, "
             f"and the file ends at {float(end):.3f} s.",
-            hint="vfun validate-meta lists every row whose audio is shorter than its clip.",
+            hint="Use a longer file, or a shorter clip.",
         )
     samples = _resample(native, native_rate, rate)
     skip = first - round(origin * rate)  # exact: origin lies on both sampling grids
@@ -209,7 +209,7 @@ def _undecodable(path: str | Path, frame: int, error: Exception) -> MetadataErro
     exists = Path(path).is_file()
     return MetadataError(
         f"{path}: frame {frame} cannot be decoded ({why[-1][:200]})." if exists else f"{path}: there is no such file.",
-        hint="vfun validate-meta --deep decodes every frame and lists every such file.",
+        hint="Encode the file again, or leave its row out.",
     )
 
 

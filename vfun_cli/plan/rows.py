@@ -27,7 +27,6 @@ from vfun_cli.metadata.checks import (
     MediaType,
     Report,
     Settings,
-    states_everything,
     table_without_files,
     validate,
 )
@@ -153,8 +152,7 @@ def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
 def stated_table(config: RunConfig) -> "ClipTable | None":
     """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
     assert config.train_data_meta is not None
-    metadata = read_metadata(config.train_data_meta)
-    return table_without_files(metadata) if states_everything(metadata) else None
+    return table_without_files(read_metadata(config.train_data_meta))
 
 
 class _Rate(ProgressColumn):

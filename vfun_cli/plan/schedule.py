@@ -427,7 +427,7 @@ def checked_clips(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: 
 
 def _nothing_usable(clips: Clips) -> MetadataError:
     if len(clips.table) == 0:
-        return MetadataError("the metadata holds no rows.", hint="What is wrong with it: vfun validate-meta")
+        return MetadataError("the metadata holds no rows.", hint="Write at least one record.")
     counts = {name: int(np.count_nonzero(clips.reason == code)) for code, name in enumerate(REASONS)}
     found = [f"{count} {name} ({REASONS[name]})" for name, count in counts.items() if count]
     stride = clips.options.video_sample_stride

@@ -164,7 +164,7 @@ def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> 
     if streams != spec.model.dims.extra["text_streams"]:
         raise ConfigError(
             f"{folder} looks like {other}, not {spec.name}: its transformer reads {streams} text stream(s).",
-            hint=f"vfun train {other}",
+            hint=f"Train {other}, or name a model of {spec.name}.",
         )
 
 

@@ -65,7 +65,7 @@ def check_config(config: Mapping[str, object], condition: Condition) -> None:
     if kind != "HunyuanVideoTransformer3DModel":
         raise ConfigError(
             f"the model directory holds a {kind}, hunyuanvideo-{condition} trains a HunyuanVideoTransformer3DModel.",
-            hint="vfun train without a family lists the families and their model directories.",
+            hint="docs/families.md has the models of each family.",
         )
     found = config.get("image_condition_type")
     if found == _IMAGE_CONDITION[condition]:

@@ -159,7 +159,8 @@ def _refuse_other_models(shapes: Shapes) -> None:
     """Name the Wan models that look alike and are not this family."""
     if any(name.startswith("casual_audio_encoder.") for name in shapes):
         raise CheckpointError(
-            "these are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.", hint="vfun train wan-s2v"
+            "these are the weights of Wan2.2-S2V, not of a Wan2.1-Fun Control model.",
+            hint="Train wan-s2v, or name another model.",
         )
     needed = ("patch_embedding", "head.head", "blocks.0.ffn.0", "time_embedding.0", "text_embedding.0")
     if missing := [name for name in needed if f"{name}.weight" not in shapes]:
