@@ -4,19 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-slow test-integration test-long lint format docs clean
+.PHONY: demo test test-fast test-long lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m vfun_cli.demo.tour
 
-# The slow tests wait for processes much of the time: both parts at once keep two cores busy.
 test: lint test-fast
-	$(MAKE) --jobs=2 --output-sync test-slow test-integration
-
-test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/integration -m "slow and not long"
-
-test-integration: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m "slow and not long"
 
 test-fast: $(INSTALLED)
