@@ -11,7 +11,7 @@ from statistics import median
 import record
 
 ROUNDS = 11
-LIMIT = 0.1
+LIMIT = 0.09
 """The most that vfun may take of accelerate's time."""
 
 
