@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TRAIN, Vfun, digest
+from tests.commands.conftest import QUICK, TRAIN, Vfun, digest
 from tests.jobs import finish, start, training_processes, wait_for_step
 from vfun_cli.run.rundir import RunDir
 
@@ -220,7 +220,7 @@ def test_with_json_a_broken_setup_is_one_object(broken: Broken, place: Path, vfu
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
-    job = start(*TRAIN, "--ddp", "--max-train-steps", "10000", "--dataloader-num-workers", "0")
+    job = start(*TRAIN, *QUICK, "--ddp", "--max-train-steps", "10000")
     run = RunDir(place / OUTPUT)
     wait_for_step(run, 1, job)
     _, ranks = training_processes(run)

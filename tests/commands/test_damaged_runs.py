@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TRAIN, Vfun, digest
+from tests.commands.conftest import QUICK, TRAIN, Vfun, digest
 from tests.jobs import finish, start, wait_for_step
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run.rundir import RunDir
@@ -148,7 +148,7 @@ def test_a_read_only_directory_is_refused_before_anything_is_started(read_only: 
 
 
 def test_a_directory_that_vanishes_while_it_is_trained_in_is_named_and_not_made_anew(place: Path) -> None:
-    job = start(*TRAIN, "--max-train-steps", "10000", "--checkpointing-steps", "2")
+    job = start(*TRAIN, *QUICK, "--max-train-steps", "10000", "--checkpointing-steps", "2")
     run, moved = RunDir(place / OUTPUT), place / "moved"
     wait_for_step(run, 3, job)
     run.root.rename(moved)

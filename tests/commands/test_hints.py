@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TRAIN, TRAINED, Vfun
+from tests.commands.conftest import QUICK, TRAIN, TRAINED, Vfun
 from tests.test_messages import MODULES, raised
 from vfun_cli.devices import require_package
 from vfun_cli.errors import EnvironmentFault
@@ -168,7 +168,7 @@ def test_the_command_of_a_hint_works_after_a_run(
 
 @pytest.mark.slow
 def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun: Vfun) -> None:
-    command = (*TRAIN, "--max-train-steps", "3", "--learning-rate", NAN)
+    command = (*TRAIN, *QUICK, "--max-train-steps", "3", "--learning-rate", NAN)
     said = vfun(*command)
     assert said.code == 1 and "is nan" in said.err, said.err
     found = re.search(r"the same command with (.*) begins anew", said.err)

@@ -45,7 +45,8 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     if strategy != "single":
         trained("single")
     run, half = RunDir(Path("killed") / strategy), STEPS["train"] // 2
-    job = start("train", FAMILY, "--demo", f"--strategy={strategy}", *options(run.root, **together(strategy)))
+    arguments = options(run.root, dataloader_num_workers=1, **together(strategy))
+    job = start("train", FAMILY, "--demo", f"--strategy={strategy}", *arguments)
     wait_for(lambda: run.checkpoint(half).exists() and last_step(run) > half, job)
     kill_all(job)
     resumed = json.loads(vfun_process("resume", run.root, "--json", code=0).out)
