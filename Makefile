@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m vfun_cli.demo.tour
 
 test: lint test-fast
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --ignore=tests/integration -m "slow and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal --ignore=tests/integration -m "slow and not long"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m "slow and not long"
 
 test-fast: $(INSTALLED)
