@@ -3,7 +3,9 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,21 @@ def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         vfun_process(*TRAIN, *TRAINED, code=0)
     return folder
+
+
+@contextmanager
+def file_system(place: Path, options: str = "") -> Iterator[Path]:
+    """A file system of its own, in memory, mounted there with these options; the test is skipped where none can be."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting takes root")
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", *(["-o", options] if options else []), "tmpfs", str(place)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("no mounts here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def digest(folder: Path) -> dict[str, str]:

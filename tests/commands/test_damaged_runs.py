@@ -1,7 +1,6 @@
 """What resume says to a run that is finished, changed or damaged: the right exit code, what and where, nothing lost."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import QUICK, TRAIN, Vfun, digest
+from tests.commands.conftest import QUICK, TRAIN, Vfun, digest, file_system
 from tests.jobs import finish, start, wait_for_step
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run.rundir import RunDir
@@ -121,18 +120,10 @@ def test_a_checkpoint_of_another_model_is_refused(run: RunDir, vfun: Vfun) -> No
 @pytest.fixture
 def read_only(run: RunDir) -> Iterator[RunDir]:
     """The same run on a file system that cannot be written: root may write where permissions say no."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    place = Path("read-only").absolute()
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], check=False).returncode:
-        pytest.skip("no mounts here")
-    try:
+    with file_system(Path("read-only").absolute()) as place:
         shutil.copytree(run.root, place / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         yield RunDir(place / "run")
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_read_only_directory_is_refused_before_anything_is_started(read_only: RunDir, vfun: Vfun) -> None:

@@ -1,9 +1,11 @@
 """The command that a hint names works in the situation that the hint was given in."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import QUICK, TRAIN, TRAINED, Vfun
+from tests.commands.conftest import QUICK, TRAIN, TRAINED, Vfun, file_system
+from tests.jobs import finish, start, training_processes, wait_for, wait_for_step
 from tests.test_messages import MODULES, raised
 from vfun_cli.devices import require_package
 from vfun_cli.errors import EnvironmentFault
@@ -176,6 +179,35 @@ def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun
     assert found[1] == "--learning-rate 1e+37 --overwrite"
     again = vfun(*command, *shlex.split(found[1]), "--learning-rate", "1e-5", "--max-train-steps", "1")
     assert again.code == 0, again.err
+
+
+ENDLESS = (*TRAIN, *QUICK, "--max-train-steps", "10000", "--checkpointing-steps", "2")
+
+
+@pytest.mark.slow
+def test_a_run_that_a_second_ctrl_c_stops_goes_on_as_its_hint_says(place: Path, vfun: Vfun) -> None:
+    job = start(*ENDLESS)
+    wait_for_step(RUN, 3, job)
+    for rank in training_processes(RUN)[1]:
+        os.kill(rank, signal.SIGSTOP)  # in a step whose end does not come
+    job.send_signal(signal.SIGINT)
+    wait_for(RUN.stop_request.exists, job)
+    job.send_signal(signal.SIGINT)
+    said = finish(job, 130)
+    assert "stopped at once" in said.err, said.err
+    command = command_in(said.err)
+    assert command == ["resume", "vfun-demo/output_dir"]
+    assert vfun(*command, DRY).code == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_is_full_goes_on_as_its_hint_says(place: Path, vfun: Vfun) -> None:
+    with file_system(place / "disk", "size=12M"):  # a checkpoint takes 8
+        said = vfun(*ENDLESS, "--output-dir", "disk/run")
+        assert said.code == 1 and "no checkpoint can be written" in said.err, said.err
+        command = command_in(said.err)
+        assert command == ["resume", str(place / "disk/run")]
+        assert vfun(*command, DRY).code == 0
 
 
 @pytest.mark.slow

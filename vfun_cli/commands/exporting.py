@@ -148,7 +148,7 @@ def _trained_by_original_scripts(checkpoint: Path, model: Path | None) -> tuple[
     Raises:
         CheckpointError: there is no such directory.
     """
-    fitting = [] if model is None else detect.fitting(model, families.FAMILIES.values())
+    fitting = [] if model is None else detect.fitting(model)
     if model is None or not fitting:
         what = "" if model is None else f" {model} holds no model of a known family."
         raise CheckpointError(

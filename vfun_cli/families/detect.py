@@ -1,7 +1,6 @@
 """Which family a model directory fits and what its dimensions are, from its configuration files alone."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from vfun_cli import families
@@ -9,9 +8,10 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 
 
-def fitting(model_dir: Path, specs: Iterable[FamilySpec]) -> list[str]:
+def fitting(model_dir: Path) -> list[str]:
     """Names of the families whose transformer configuration the directory holds; none if it cannot be read."""
-    return [spec.name for spec in specs if (config := read_config(model_dir, spec)) and spec.model.recognises(config)]
+    configs = {name: read_config(model_dir, spec) for name, spec in families.FAMILIES.items()}
+    return [name for name, config in configs.items() if config and families.FAMILIES[name].model.recognises(config)]
 
 
 def read_config(model_dir: Path, spec: FamilySpec) -> dict[str, object]:
@@ -37,7 +37,7 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
             f"there is no model directory {model_dir}.",
             hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
         )
-    others = fitting(model_dir, families.FAMILIES.values())
+    others = fitting(model_dir)
     if others and spec.name not in others:
         raise CheckpointError(
             f"{model_dir} looks like a {' or '.join(others)} model, not like {spec.name}.",
