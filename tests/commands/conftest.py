@@ -3,9 +3,7 @@
 import hashlib
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ QUICK = (
 """Options of a run whose clips do not matter: as small as they can be, decoded by the process that trains."""
 TRAINED = (*QUICK, "--max-train-steps", "4", "--checkpointing-steps", "2", "--gradient-accumulation-steps", "2")
 """Options of the run that tests share."""
+ENDLESS = (*TRAIN, *QUICK, "--max-train-steps", "10000", "--checkpointing-steps", "2")
+"""A run that is ended from outside."""
 
 
 Vfun = Callable[..., Said]
@@ -76,21 +76,6 @@ def trained(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         vfun_process(*TRAIN, *TRAINED, code=0)
     return folder
-
-
-@contextmanager
-def file_system(place: Path, options: str = "") -> Iterator[Path]:
-    """A file system of its own, in memory, mounted there with these options; the test is skipped where none can be."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", *(["-o", options] if options else []), "tmpfs", str(place)]
-    if subprocess.run(mount, check=False).returncode:
-        pytest.skip("no mounts here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def digest(folder: Path) -> dict[str, str]:

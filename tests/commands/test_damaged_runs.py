@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import QUICK, TRAIN, Vfun, digest, file_system
+from tests.commands.conftest import ENDLESS, TRAIN, Vfun, digest
+from tests.disks import file_system, make_read_only
 from tests.jobs import finish, start, wait_for_step
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run.rundir import RunDir
@@ -119,10 +119,10 @@ def test_a_checkpoint_of_another_model_is_refused(run: RunDir, vfun: Vfun) -> No
 
 @pytest.fixture
 def read_only(run: RunDir) -> Iterator[RunDir]:
-    """The same run on a file system that cannot be written: root may write where permissions say no."""
+    """The same run on a file system that cannot be written."""
     with file_system(Path("read-only").absolute()) as place:
         shutil.copytree(run.root, place / "run")
-        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        make_read_only(place)
         yield RunDir(place / "run")
 
 
@@ -139,7 +139,7 @@ def test_a_read_only_directory_is_refused_before_anything_is_started(read_only: 
 
 
 def test_a_directory_that_vanishes_while_it_is_trained_in_is_named_and_not_made_anew(place: Path) -> None:
-    job = start(*TRAIN, *QUICK, "--max-train-steps", "10000", "--checkpointing-steps", "2")
+    job = start(*ENDLESS)
     run, moved = RunDir(place / OUTPUT), place / "moved"
     wait_for_step(run, 3, job)
     run.root.rename(moved)

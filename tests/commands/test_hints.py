@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import QUICK, TRAIN, TRAINED, Vfun, file_system
+from tests.commands.conftest import ENDLESS, QUICK, TRAIN, TRAINED, Vfun
+from tests.disks import file_system
 from tests.jobs import finish, start, training_processes, wait_for, wait_for_step
 from tests.test_messages import MODULES, raised
 from vfun_cli.devices import require_package
@@ -179,9 +180,6 @@ def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun
     assert found[1] == "--learning-rate 1e+37 --overwrite"
     again = vfun(*command, *shlex.split(found[1]), "--learning-rate", "1e-5", "--max-train-steps", "1")
     assert again.code == 0, again.err
-
-
-ENDLESS = (*TRAIN, *QUICK, "--max-train-steps", "10000", "--checkpointing-steps", "2")
 
 
 @pytest.mark.slow

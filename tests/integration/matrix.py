@@ -25,7 +25,7 @@ COMMANDS = ("train", "lora")
 STEPS = {"train": 8, "lora": 6}
 LEARNING_RATES = {"train": 4e-3, "lora": 1e-2}
 LAUNCH_TIMEOUT = 1500
-"""Seconds; a launch of all families takes about two minutes on two quiet cores."""
+"""Seconds; a launch of all families takes about a minute on two quiet cores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,12 +112,13 @@ with_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor
             pytest.param(*what, (SMALL, TALL), marks=[with_compiler, pytest.mark.long])
             for what in [
                 *((family, "inductor", torch.float32) for family in FAMILIES),
+                # In bf16 eager's own gradients are 30 % off where CogVideoX's are small: nothing to compare with.
                 ("wan-fun-control", "inductor", torch.bfloat16),
             ]
         ),
     ],
 )
-def test_compiled_losses_are_the_eager_ones_and_no_shape_is_compiled_twice(
+def test_compiled_losses_and_gradients_are_the_eager_ones_and_no_shape_is_compiled_twice(
     family: str,
     backend: str,
     dtype: torch.dtype,

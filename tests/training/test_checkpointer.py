@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tests.disks import file_system, make_read_only
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError, FitError, RunError
@@ -128,11 +128,8 @@ def test_a_write_that_fails_half_way_leaves_the_checkpoint_before_it(run: RunDir
     manifest.verify(run.checkpoint(1))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
 def test_a_full_tmpfs_ends_in_the_same_error(run: RunDir) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(run.root)], check=False).returncode:
-        pytest.skip("no mounts here")
-    try:
+    with file_system(run.root, "size=8m"):
         state, saver = trained(width=500), checkpointer(run)
         with pytest.raises(RunError, match="bytes are missing"):
             for number in range(1, 5):
@@ -140,25 +137,18 @@ def test_a_full_tmpfs_ends_in_the_same_error(run: RunDir) -> None:
         whole = manifest.checkpoints(run.root)
         assert whole
         manifest.verify(whole[-1])
-    finally:
-        subprocess.run(["umount", str(run.root)], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs takes root")
 def test_a_directory_that_became_read_only_leaves_the_checkpoint_before_it(run: RunDir) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(run.root)], check=False).returncode:
-        pytest.skip("no mounts here")
-    try:
+    with file_system(run.root):
         state, saver = trained(), checkpointer(run)
         saver.save(state, progress(1))
-        subprocess.run(["mount", "-o", "remount,ro", str(run.root)], check=True)
+        make_read_only(run.root)
         with pytest.raises(RunError, match=r"checkpoint-2 could not be written.*Read-only file system") as caught:
             saver.save(state, progress(2))
         assert "vfun resume" in (caught.value.hint or "")
         assert [path.name for path in run.root.iterdir()] == ["checkpoint-1"]
         manifest.verify(run.checkpoint(1))
-    finally:
-        subprocess.run(["umount", str(run.root)], check=True)
 
 
 def test_a_vanished_run_directory_is_named_and_not_made_anew(run: RunDir) -> None:

@@ -10,8 +10,11 @@ from vfun_cli.families.spec import FamilySpec, ModelDims
 
 def fitting(model_dir: Path) -> list[str]:
     """Names of the families whose transformer configuration the directory holds; none if it cannot be read."""
-    configs = {name: read_config(model_dir, spec) for name, spec in families.FAMILIES.items()}
-    return [name for name, config in configs.items() if config and families.FAMILIES[name].model.recognises(config)]
+    return [
+        spec.name
+        for spec in families.FAMILIES.values()
+        if (config := read_config(model_dir, spec)) and spec.model.recognises(config)
+    ]
 
 
 def read_config(model_dir: Path, spec: FamilySpec) -> dict[str, object]:

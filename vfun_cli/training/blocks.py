@@ -42,6 +42,14 @@ VARIANTS = 4
 """Graphs of one kind of block for one shape, at most. The first block may get its tokens as a view, EasyAnimate's last
 has no text half, a forward without gradients is another; two are the most that the families' tests see."""
 
+EXACT: dict[str, Any] = {"triton.mix_order_reduction": False, "cpp.max_horizontal_fusion_size": 1}
+"""Fusions of inductor that this torch (2.13) gets wrong, switched off.
+
+The first: on GPUs, where normalised and modulated tokens are reduced over two axes in one kernel, gradients of the
+modulation are not written at all, as reported for Wan 2.1 (pytorch issue 193061, torch 2.10 to 2.13). The second: on
+CPUs, the gradient of a block's input is off by 2 to 20 % in float32 (measured: EasyAnimate, HunyuanVideo).
+"""
+
 
 def find_blocks(transformer: nn.Module, block_classes: Collection[str]) -> list[nn.Module]:
     """The transformer's blocks in order."""
@@ -64,15 +72,6 @@ def _selective_contexts() -> Any:
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-EXACT: dict[str, Any] = {"triton.mix_order_reduction": False, "cpp.max_horizontal_fusion_size": 1}
-"""Fusions of inductor that this torch (2.13) gets wrong, switched off.
-
-The first: on GPUs, where normalised and modulated tokens are reduced over two axes in one kernel, gradients of the
-modulation are not written at all, as reported for Wan 2.1 (pytorch issue 193061, torch 2.10 to 2.13). The second: on
-CPUs, the gradient of a block's input is off by 2 to 20 % in float32 (measured: EasyAnimate, HunyuanVideo).
-"""
 
 
 def compile_blocks(
