@@ -34,8 +34,8 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.modeling import media
 from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.options import plan_options
@@ -117,8 +117,8 @@ def write_clip(folder: Path, frames: int, size: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.random((frames, 3, size, size), dtype=np.float32)) * 2 - 1
     for name in ("clip.mp4", "control.mp4"):
-        media.write_video(folder / name, pixels, Fraction(16))
-    media.write_wav(folder / "sound.wav", rng.standard_normal(frames * 1000).astype(np.float32) / 10, 16000)
+        writing.write_video(folder / name, pixels, Fraction(16))
+    writing.write_wav(folder / "sound.wav", rng.standard_normal(frames * 1000).astype(np.float32) / 10, 16000)
     return {
         "file_path": str(folder / "clip.mp4"), "control_file_path": str(folder / "control.mp4"),
         "audio_path": str(folder / "sound.wav"), "text": "waves roll in", "type": "video",

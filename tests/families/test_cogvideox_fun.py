@@ -25,7 +25,7 @@ from vfun_cli.families.spec import ModelDims
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, SampleRequest
 from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.modeling.inputs import Decoded, Value, describe, load_inputs
-from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.media.writing import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, frames_at

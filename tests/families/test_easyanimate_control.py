@@ -25,7 +25,7 @@ from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
 from vfun_cli.modeling.inputs import Decoded, Value
-from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.media.writing import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.data.encoding import encode, load, prepared

@@ -24,7 +24,7 @@ from vfun_cli.families.hunyuanvideo.adapter import (
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.inputs import Decoded, TupleInput, Value
-from vfun_cli.modeling.media import write_png, write_video
+from vfun_cli.modeling.media.writing import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.data.encoding import load as load_clip

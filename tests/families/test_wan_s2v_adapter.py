@@ -28,7 +28,7 @@ from vfun_cli.families.wan_s2v.adapter import (
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.inputs import Decoded, Value, load_inputs
-from vfun_cli.modeling.media import write_video, write_wav
+from vfun_cli.modeling.media.writing import write_video, write_wav
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
 

@@ -18,16 +18,9 @@ from small_media import ROW, encode_video
 from vfun_cli.metadata import decoder
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.deep import decode_many
-from vfun_cli.metadata.probe import (
-    FACTS_VERSION,
-    AudioFacts,
-    Failure,
-    VisualFacts,
-    _decode_facts,
-    _encode_facts,
-    probe_many,
-    probe_visual,
-)
+from vfun_cli.metadata.facts import AudioFacts, Failure, VisualFacts, decode_facts, encode_facts
+from vfun_cli.metadata.probe import probe_many, probe_visual
+from vfun_cli.metadata.remembered import FACTS_VERSION
 
 
 def codes(report: Report) -> list[str]:
@@ -141,8 +134,8 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
     }
     assert FACTS_VERSION == 2
     for text, facts in texts.items():
-        assert _encode_facts(facts) == text
-        assert _decode_facts(text) == facts
+        assert encode_facts(facts) == text
+        assert decode_facts(text) == facts
 
 
 def test_facts_of_another_version_are_not_believed(tmp_path: Path) -> None:

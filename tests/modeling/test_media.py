@@ -17,16 +17,11 @@ from vfun_cli.errors import MetadataError
 from vfun_cli.metadata.checks import validate
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
-from vfun_cli.modeling.media import (
-    cover_size,
-    read_audio,
-    read_frames,
-    read_image,
-    resize_and_crop,
-    write_png,
-    write_video,
-    write_wav,
-)
+from vfun_cli.modeling.media.frames import read_frames
+from vfun_cli.modeling.media.pictures import read_image
+from vfun_cli.modeling.media.sizes import cover_size, resize_and_crop
+from vfun_cli.modeling.media.sound import read_audio
+from vfun_cli.modeling.media.writing import write_png, write_video, write_wav
 
 NTSC = Fraction(30000, 1001)
 BITS = 7

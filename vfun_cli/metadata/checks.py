@@ -13,9 +13,11 @@ from vfun_cli.errors import MetadataError, did_you_mean
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
+from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.fields import MetadataField
-from vfun_cli.metadata.probe import AudioFacts, Facts, Failure, OnProgress, VisualFacts, probe_many
+from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
+from vfun_cli.metadata.remembered import OnProgress
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable

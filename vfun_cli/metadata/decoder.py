@@ -12,7 +12,7 @@ def decode_visual(path: str) -> str:
     import av
     import decord
 
-    from vfun_cli.metadata.probe import PICTURES
+    from vfun_cli.metadata.pictures import PICTURES
 
     if path.lower().endswith(tuple(PICTURES)):
         from PIL import Image

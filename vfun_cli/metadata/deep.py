@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from vfun_cli.devices import cpu_cores
-from vfun_cli.metadata.probe import Failure, OnProgress, remembered
+from vfun_cli.metadata.facts import Failure
+from vfun_cli.metadata.remembered import OnProgress, remembered
 
 Kind = Literal["visual", "audio"]
 

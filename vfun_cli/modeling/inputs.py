@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vfun_cli.modeling.media import read_audio, read_frames, read_image
+from vfun_cli.modeling.media.frames import read_frames
+from vfun_cli.modeling.media.pictures import read_image
+from vfun_cli.modeling.media.sound import read_audio
 
 Size = tuple[int, int]
 """(height, width)"""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vfun_cli.modeling import media
 from vfun_cli.modeling.inputs import load_inputs
+from vfun_cli.modeling.media import writing
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
 
@@ -30,8 +30,8 @@ def _write_value(stem: Path, value: Any, fps: Fraction) -> None:
         stem.with_suffix(".txt").write_text(value + "\n", encoding="utf-8")
     elif isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == 3:
         if value.shape[0] == 1:
-            media.write_png(stem.with_suffix(".png"), value[0])
+            writing.write_png(stem.with_suffix(".png"), value[0])
         else:
-            media.write_video(stem.with_suffix(".mp4"), value, fps)
+            writing.write_video(stem.with_suffix(".mp4"), value, fps)
     elif isinstance(value, torch.Tensor) and value.ndim == 1:
-        media.write_wav(stem.with_suffix(".wav"), value.numpy(), 16000)
+        writing.write_wav(stem.with_suffix(".wav"), value.numpy(), 16000)

@@ -22,17 +22,18 @@ from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
-from vfun_cli.metadata import probe
-from vfun_cli.modeling import encoders, inputs, media, randomness, weights
+from vfun_cli.metadata import sounds, videos
+from vfun_cli.modeling import encoders, inputs, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
+from vfun_cli.modeling.media import frames, pictures, sizes, sound
 from vfun_cli.run.cachedir import DIGEST, Content, DamagedEntry, content_digest, entry, require_digest
 from vfun_cli.run.rundir import write_atomically
 
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
-SHARED_CODE = (media, probe, randomness, inputs, weights)
+SHARED_CODE = (frames, pictures, sizes, sound, sounds, videos, randomness, inputs, weights)
 """Modules that decode media and load encoders, beside the encoders' own."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
 """What runs, prepares and decodes. Another release may give other numbers: transformers 5 moved a state of wav2vec."""

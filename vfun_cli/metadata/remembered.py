@@ -1,0 +1,103 @@
+"""Answers about files, remembered in an SQLite file until the file changes."""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+CACHE_WAIT = 1.0
+"""Seconds to wait for another process that writes the cache, before doing without it."""
+FACTS_VERSION = 2
+"""Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with (files done, files in all)."""
+
+
+def remembered(
+    keys: Sequence[tuple[str, str]],
+    compute: Callable[[tuple[str, str]], str],
+    *,
+    cache: Path | None,
+    threads: int,
+    progress: OnProgress | None,
+) -> dict[tuple[str, str], str]:
+    """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
+
+    A file counts as unchanged when its size and modification time are.
+    """
+    stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
+    known = _load(cache) if cache else {}
+    found = {key: known[key][1] for key in keys if key in known and known[key][0] == stamps[key[0]]}
+    missing = [key for key in keys if key not in found]
+    report = progress or (lambda done, total: None)
+    report(len(found), len(keys))
+    pool = ThreadPoolExecutor(min(threads, len(missing)) or 1)
+    try:
+        for done, (key, answer) in enumerate(zip(missing, pool.map(compute, missing), strict=True), 1):
+            found[key] = answer
+            report(len(keys) - len(missing) + done, len(keys))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
+        if cache and missing:
+            _save(cache, ((key, stamps[key[0]], found[key]) for key in missing if key in found))
+    return found
+
+
+# The cache: one table, one row per file and kind of probe.
+_PASSING = ("unreadable-file", "decode-timeout", "decode-crash")
+"""Failures that may be the machine's and not the file's: tried again next time."""
+_Stamp = tuple[int, int]
+_TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTEGER, size INTEGER, mtime_ns INTEGER,
+            facts TEXT, PRIMARY KEY (path, kind))"""
+
+
+def _stamp(path: str) -> _Stamp | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _load(cache: Path) -> dict[tuple[str, str], tuple[_Stamp, str]]:
+    """All remembered facts. A cache that is damaged or of another version counts as empty: it can be made again."""
+    if not cache.is_file():
+        return {}
+    try:
+        with closing(sqlite3.connect(f"{cache.absolute().as_uri()}?mode=ro", timeout=CACHE_WAIT, uri=True)) as database:
+            rows = database.execute(
+                "SELECT path, kind, size, mtime_ns, facts FROM facts WHERE version = ?", (FACTS_VERSION,)
+            )
+            return {(path, kind): ((size, mtime), facts) for path, kind, size, mtime, facts in rows}
+    except sqlite3.Error:
+        return {}
+
+
+def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, str]]) -> None:
+    """Remember facts; a cache that cannot be written costs time next time, nothing else."""
+    rows = [
+        (*key, FACTS_VERSION, *stamp, answer)
+        for key, stamp, answer in entries
+        if stamp is not None and not any(code in answer for code in _PASSING)
+    ]
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(cache, rows)
+        except sqlite3.OperationalError:  # in use, or no permission
+            return
+        except sqlite3.DatabaseError:  # not a database, or damaged
+            cache.unlink(missing_ok=True)
+            _write(cache, rows)
+    except (OSError, sqlite3.Error):
+        return
+
+
+def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
+    with closing(sqlite3.connect(cache, timeout=CACHE_WAIT)) as database, database:
+        database.execute(_TABLE)
+        database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
