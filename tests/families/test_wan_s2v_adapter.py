@@ -29,6 +29,7 @@ from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.inputs import Decoded, Value, load_inputs
 from vfun_cli.modeling.media.writing import write_video, write_wav
+from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
 
@@ -110,13 +111,17 @@ def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
     source = talking_clip(request_for(media, **changes))
     clips = {name: getattr(source, name) for name in ("pixels", "history", "control", "audio")}
     decoded = load_inputs({name: lazy for name, lazy in clips.items() if lazy is not None})
-    return {"history": None, "control": None, **decoded, "fps": source.fps}
+    return {"history": None, "control": None, **_readable(decoded), "fps": source.fps}
 
 
 def read(media: dict[str, str], row: int) -> dict[str, Any]:
     """What the encoders read."""
     inputs = WanS2VAdapter.inputs(request_for(media, row=row), RANDOM)
-    return prepared(inputs).values
+    return _readable(prepared(inputs).values)
+
+
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: readable(value) for name, value in values.items()}
 
 
 def small_source(seed: int, *, history: int, text: str = "hello") -> TalkingClip:
@@ -137,7 +142,7 @@ def small_source(seed: int, *, history: int, text: str = "hello") -> TalkingClip
 
 def pixels_of(clip: Any) -> Tensor:
     """A clip of a small source, decoded."""
-    return load_inputs({"clip": clip})["clip"]
+    return readable(load_inputs({"clip": clip})["clip"])
 
 
 def encoded(adapter: WanS2VAdapter, sources: list[TalkingClip], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:

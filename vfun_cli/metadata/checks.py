@@ -419,7 +419,9 @@ def _check_visual(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
             elif exact_rate(str(facts.fps)) is None:
                 yield row.problem("unknown-frame-rate", "the video states no usable frame rate", name)
             elif facts.variable:
-                yield row.problem("variable-frame-rate", f"frames are unevenly spaced ({_rate(facts.fps)})", name)
+                yield row.problem(
+                    "variable-frame-rate", f"frames are unevenly spaced; read by time at {_rate(facts.fps)}", name
+                )
         if not facts.width or not facts.height:
             yield row.problem("no-frames", "the picture has no size", name)
         elif not facts.square:

@@ -226,6 +226,13 @@ CODES: dict[str, Code] = {
             '"audio_path" naming an mp4 without sound',
             "Name a file with sound.",
         ),
+        _code(
+            "unsupported-codec",
+            "error",
+            "Nothing here decodes the video: its codec is unknown to this build of FFmpeg, or no picture came out.",
+            "a camera's raw format",
+            "ffmpeg -i IN -c:v libx264 -crf 12 -c:a copy OUT.mp4",
+        ),
         _code("no-frames", "error", "The video has no frames.", "a recording that stopped at once", _DROP),
         _code(
             "unknown-frame-rate",
@@ -237,9 +244,10 @@ CODES: dict[str, Code] = {
         _code(
             "variable-frame-rate",
             "warning",
-            "Frames are unevenly spaced: motion changes speed and sound drifts, as frames are taken by number.",
+            "Frames are unevenly spaced. They are read by time at the average rate: speed and lips stay right, and "
+            "pictures repeat or are left out.",
             "a phone or screen recording",
-            "ffmpeg -i in.mp4 -fps_mode cfr -r 30 out.mp4",
+            "Nothing; for another rate than the average: ffmpeg -i in.mp4 -fps_mode cfr -r 30 out.mp4",
         ),
         _code(
             "non-square-pixels",
@@ -394,7 +402,7 @@ CODES: dict[str, Code] = {
         _code(
             "fewer-frames",
             "error",
-            "Fewer frames can be decoded than the header says.",
+            "Fewer frames can be decoded than the file has times for.",
             "header 240 frames, decoded 231",
             _DROP,
         ),
