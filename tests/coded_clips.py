@@ -2,6 +2,7 @@
 bit depth x spacing x start offset. Shared by the tests and by ``benchmarks/frame_matrix.py``.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -10,13 +11,24 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-BITS = 8
-HEIGHT, WIDTH = 64, 128
-CLOCK = 90000
-"""Ticks a second in which pictures are handed to the encoder: 3750 at 24 fps, 3003 at 30000/1001."""
+from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter
+from vfun_cli.metadata.facts import VisualFacts
+from vfun_cli.metadata.probe import probe_many
+from vfun_cli.modeling.adapter import AdapterOptions, SampleRequest
+from vfun_cli.modeling.clips import frame_indices
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.data.encoding import load
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
+from vfun_cli.training.sanity_check import write_first_batch
 
+BITS = 8
+KEY_EVERY = 12
+"""Pictures from one key frame to the next."""
+HEIGHT, WIDTH = 64, 128
 X264 = {"preset": "ultrafast", "threads": "1", "crf": "20", "sc_threshold": "0"}
 OPEN_264 = {**X264, "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0:b-pyramid=normal"}
 CLOSED_264 = {**X264, "g": "12", "bf": "2", "b_strategy": "0"}
@@ -25,7 +37,7 @@ REFRESH_264 = {**X264, "x264-params": "intra-refresh=1:keyint=12:bframes=0"}
 X265 = "log-level=none:pools=none:frame-threads=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
 OPEN_265 = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=1"}
 CLOSED_265 = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=0"}
-AV1 = {"preset": "13", "svtav1-params": "lp=1:keyint=12:fast-decode=0", "crf": "20"}
+AV1 = {"preset": "10", "svtav1-params": "lp=1:keyint=12", "crf": "8"}
 VP9 = {"deadline": "realtime", "cpu-used": "8", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "10", "crf": "20"}
 MPEG = {"g": "12", "bf": "2", "qscale": "2", "threads": "1"}
 
@@ -63,8 +75,8 @@ class Coded:
     spacing: Callable[[int], Fraction] = even
     hidden: int = 0
     """Pictures at the start that an edit list hides (a trim without encoding)."""
-    lead: int = 0
-    """Pictures cut off in front without an edit list, so that the first ones refer to what is gone."""
+    lead: bool = False
+    """Cut at the second key frame, so that the pictures in front of it refer to what is gone."""
     late: int = 0
     """Pictures' times by which the film starts late."""
     rotation: int = 0
@@ -111,19 +123,19 @@ MATRIX: tuple[Coded, ...] = (
     _264("screen.mp4", spacing=screen),
     _264("fragments.mp4", muxer=FRAGMENTS),
     _264("fragments-open.mp4", OPEN_264, muxer=FRAGMENTS),
-    _264("cut-open.mp4", OPEN_264, lead=5),
+    _264("cut-open.mp4", OPEN_264, lead=True),
     _264("closed.mkv"),
     _264("open.mkv", OPEN_264),
     _264("ntsc.mkv", fps=NTSC),
     _264("late.mkv", late=9),
     _264("phone.mkv", spacing=phone),
-    _264("cut-open.mkv", OPEN_264, lead=5),
+    _264("cut-open.mkv", OPEN_264, lead=True),
     _264("closed.avi"),
     _264("open.avi", OPEN_264),
     _264("closed.ts"),
     _264("open.ts", OPEN_264),
     _264("late.ts", late=9),
-    _264("cut-open.ts", OPEN_264, lead=5),
+    _264("cut-open.ts", OPEN_264, lead=True),
     _264("phone.ts", spacing=phone),
     _264("open.m2ts", OPEN_264, container="mpegts", muxer=M2TS),
     _264("closed.flv"),
@@ -137,11 +149,11 @@ MATRIX: tuple[Coded, ...] = (
     _265("turned-hevc.mov", rotation=90),
     _265("late-hevc.mp4", late=3),
     _265("phone-hevc.mp4", spacing=phone),
-    _265("cut-hevc.mp4", lead=5),
+    _265("cut-hevc.mp4", lead=True),
     _265("open-hevc.mkv"),
-    _265("cut-hevc.mkv", lead=5),
+    _265("cut-hevc.mkv", lead=True),
     _265("open-hevc.ts"),
-    _265("cut-hevc.ts", lead=5),
+    _265("cut-hevc.ts", lead=True),
     # AV1, VP9
     Coded(name="av1.mp4", codec="libsvtav1", options=AV1),
     Coded(name="ten-bit-av1.mkv", codec="libsvtav1", options=AV1, pixels="yuv420p10le"),
@@ -226,6 +238,11 @@ def encode(clip: Coded, folder: Path) -> Path:
     return path
 
 
+def true_numbers(clip: Coded) -> list[int]:
+    """The numbers of the pictures that a player shows; a cut without an edit list begins at the second key frame."""
+    return list(range(KEY_EVERY if clip.lead else clip.hidden, clip.frames))
+
+
 def _cut(source: Path, path: Path, clip: Coded) -> None:
     """Copy packets: hide the first pictures behind an edit list, or begin at the second key frame."""
     with av.open(str(source)) as read, av.open(str(path), "w", format=clip.container, options=clip.muxer) as written:
@@ -264,4 +281,59 @@ def sequential(path: Path) -> list[tuple[Fraction | None, int]]:
         for frame in container.decode(video=0):
             shown = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
             found.append((frame.time, numbers(shown[None])[0]))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What one draw of a clip holds in ``sanity_check/`` of a run, and what it should."""
+
+    start: int
+    stride: int
+    expected: list[int]
+    found: list[int]
+
+
+def validated(path: Path) -> VisualFacts:
+    """What validation and plan know of a video."""
+    facts = probe_many([(str(path), "visual")])[str(path), "visual"]
+    assert isinstance(facts, VisualFacts), facts
+    return facts
+
+
+def shown(path: Path, rate: Fraction, *, variable: bool) -> list[int]:
+    """The number of each frame of a video by sequential decoding; of an uneven one as the ``fps`` filter has it."""
+    pictures = sequential(path)
+    if not variable:
+        return [number for _, number in pictures]
+    times = [time for time, _ in pictures if time is not None]
+    middles = [times[0] + (index + 0.5) / rate for index in range(len(pictures))]
+    return [pictures[sum(time < middle for time in times) - 1][1] for middle in middles]
+
+
+def held_after_training(path: Path, facts: VisualFacts, folder: Path, draws: int) -> list[Held]:
+    """Random clips of a video on the way of a run: request, adapter, loader, ``sanity_check/``."""
+    frames = shown(path, facts.fps, variable=facts.variable)
+    rng = np.random.default_rng(len(path.name))
+    found = []
+    for draw in range(draws):
+        stride = int(rng.integers(1, 6))
+        count = int(rng.integers(1, (facts.frames - 1) // stride + 2))
+        request = SampleRequest(
+            key=SampleKey(seed=0, epoch=0, row=draw), record={"file_path": str(path), "text": ""}, kind="video",
+            frames=count, height=HEIGHT, width=WIDTH, stride=stride, total_frames=facts.frames,
+            fps=facts.fps.as_integer_ratio(),
+        )  # fmt: skip
+        options = AdapterOptions(
+            model_dir=Path(), compute_dtype=torch.float32, device=torch.device("cpu"), train_mode="normal"
+        )
+        sample = load(CogVideoXFunAdapter, request, options)
+        batch = MicroBatch(epoch=0, step=0, index=0, requests=(request,))
+        write_first_batch(RunDir(folder), LoadedBatch(batch=batch, samples=[sample]))
+        (film,) = [file for file in (folder / "sanity_check").iterdir() if file.suffix in (".mp4", ".png")]
+        indices = frame_indices(request)
+        expected = [frames[index] for index in indices]
+        held = [number for _, number in sequential(film)]
+        found.append(Held(start=indices[0], stride=stride, expected=expected, found=held))
+        shutil.rmtree(folder / "sanity_check")
     return found
