@@ -77,10 +77,9 @@ def test_deep_counts_packets_of_which_no_picture_comes(data: Path, check: Callab
         for number, packet in enumerate(container.demux(video=0)):
             if packet.size:
                 packet.stream = stream
-                if number == 20:
-                    packet.update(
-                        (packet.size - 4).to_bytes(4, "big") + b"\x0c" + b"\xff" * (packet.size - 5)
-                    )  # filler
+                if number == 23:  # the last one: filler data (H.264, 7.3.2.7) of the same length, and no picture
+                    filler = b"\x0c".ljust(packet.size - 4, b"\xff")
+                    packet.update(len(filler).to_bytes(4, "big") + filler)
                 out.mux(packet)
     report = check([ROW], deep=True)
     assert "fewer-frames" in codes(report)

@@ -19,9 +19,23 @@ from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.media.pictures import read_image
 from vfun_cli.modeling.media.sound import read_audio
-from vfun_cli.modeling.media.writing import write_png, write_wav
+from vfun_cli.modeling.media.writing import write_png, write_video, write_wav
+from vfun_cli.modeling.pixels import float_pixels
 
 NTSC = Fraction(30000, 1001)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    write_video(path, torch.zeros(100, 3, 32, 64), NTSC)
+    return path
+
+
+def test_the_written_frame_rate_is_exact(film: Path) -> None:
+    with av.open(str(film)) as container:
+        assert container.streams.video[0].average_rate == NTSC
+        assert container.streams.video[0].frames == 100
 
 
 def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
@@ -32,7 +46,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "p.png", exif=exif)
     pixels = read_image(tmp_path / "p.png", 60, 40)
     assert pixels.shape == (1, 3, 60, 40)
-    assert pixels[0, 0, :28].min() == 1 and pixels[0, 0, 32:].max() == -1
+    assert pixels[0, 0, :28].min() == 255 and pixels[0, 0, 32:].max() == 0
 
 
 def test_grey_and_transparent_pictures_become_three_channels_and_broken_ones_an_error(tmp_path: Path) -> None:
@@ -133,7 +147,8 @@ def test_a_written_wav_and_png_come_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_audio(tmp_path / "a.wav", Fraction(0), Fraction(1)), tone(1, 16000), atol=4e-5)
     pixels = torch.linspace(-1, 1, 3 * 16 * 24).reshape(1, 3, 16, 24)
     write_png(tmp_path / "p.png", pixels)
-    torch.testing.assert_close(read_image(tmp_path / "p.png", 16, 24), pixels, atol=1 / 255 + 1e-6, rtol=0)
+    found = float_pixels(read_image(tmp_path / "p.png", 16, 24))
+    torch.testing.assert_close(found, pixels, atol=1 / 255 + 1e-6, rtol=0)
 
 
 # The demo data set
