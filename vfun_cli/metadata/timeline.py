@@ -9,13 +9,14 @@ alone; everything else packet by packet, without decoding.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
 from vfun_cli.metadata.facts import ProbeError
+from vfun_cli.metadata.mp4 import PictureTrack, picture_track
 
 if TYPE_CHECKING:
     import av
@@ -72,56 +73,96 @@ def shown_video(container: "av.container.InputContainer") -> "VideoStream | None
     return next(films, None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What validation and plan need of a timeline."""
+
+    frames: int
+    rate: Fraction
+    variable: bool
+
+
+def read_overview(container: "av.container.InputContainer", track: PictureTrack | None) -> Overview:
+    """The overview of a file that was just opened; of an mp4 with ``track`` from its header, without its pictures.
+
+    Raises:
+        ProbeError: as :func:`read_timeline`.
+    """
+    stream = _stream_of(container)
+    if track is None or not _is_indexed(stream) or (track.leads and not stream.index_entries[1].is_discard):
+        timeline = _from_packets(container, stream)
+        return Overview(frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable)
+    if _is_even(stream, track):
+        return Overview(frames=stream.frames, rate=Fraction(stream.average_rate or 0), variable=False)
+    entries = [(entry.timestamp, entry.is_discard) for entry in stream.index_entries]
+    times = sorted(time for time, _ in entries)  # those that are hidden too: they may lie between others
+    variable, frames = _uneven(times), sum(not hidden for _, hidden in entries)
+    return Overview(frames=frames, rate=_rate(stream, times, variable=variable), variable=variable)
+
+
 def read_timeline(container: "av.container.InputContainer", *, by_packets: bool = False) -> Timeline:
     """The timeline of a file that was just opened; afterwards the container stands anywhere.
 
     Raises:
         ProbeError: there is no video, nothing here decodes it, or none of its pictures can be decoded.
     """
+    stream = _stream_of(container)
+    track = None if by_packets else track_of(container)
+    if track is not None and _is_indexed(stream) and _is_even(stream, track):
+        first = next(container.demux(stream)).pts
+        if first is not None:
+            return _from_header(stream, first, cast(int, track.step))
+        container.seek(0)
+    return _from_packets(container, stream)
+
+
+def track_of(container: "av.container.InputContainer") -> PictureTrack | None:
+    """What the header of an mp4 or mov says; None for other files."""
+    return picture_track(container.name, container.size) if container.format.name.startswith("mov") else None
+
+
+def _stream_of(container: "av.container.InputContainer") -> "VideoStream":
     stream = shown_video(container)
     if stream is None:
         raise ProbeError("no-video-stream", "there is no picture in it")
     if stream.codec_context is None:
         raise ProbeError("unsupported-codec", f"no decoder for its video here: {CONVERSION}")
-    packets = container.demux(stream)
-    head: list[av.Packet] = []
-    if not by_packets and _has_even_index(container, stream):
-        head = list(islice(packets, 2))
-        # A second picture that is shown before the first one: those in front of a cut, which may not decode.
-        first, second = (*(packet.pts for packet in head), None, None)[:2]
-        if first is not None and (second is None or first < second):
-            return _from_index(stream, first)
-    return _from_packets(container, stream, chain(head, packets))
+    return stream
 
 
-def _has_even_index(container: "av.container.InputContainer", stream: "VideoStream") -> bool:
-    """Whether the index of an mp4 or mov has all its pictures, hides none and has even steps."""
+def _is_indexed(stream: "VideoStream") -> bool:
+    """Whether the header of an mp4 has an entry for every picture (fragments have none), and they will decode."""
+    return stream.frames > 0 and len(stream.index_entries) > 0 and stream.codec_context.name in TRIED_CODECS
+
+
+def _is_even(stream: "VideoStream", track: PictureTrack) -> bool:
+    """Whether all pictures of an indexed file are shown, one step apart.
+
+    One edit hides pictures at the start, or those in front of a cut, or at the end, which are then not in the index at
+    all; more edits may hide any.
+    """
     index = stream.index_entries
     return (
-        0 < len(index) == stream.frames
-        and container.format.name.startswith("mov")
-        and stream.codec_context.name in TRIED_CODECS
-        and not any(entry.is_discard for entry in index)
-        and not _uneven([entry.timestamp for entry in index])
+        track.step is not None
+        and track.parts <= 1
+        and not track.leads
+        and track.pictures == stream.frames == len(index)
+        and not index[0].is_discard
     )
 
 
-def _from_index(stream: "VideoStream", first: int) -> Timeline:
+def _from_header(stream: "VideoStream", first: int, step: int) -> Timeline:
     """The first picture is shown at ``first``; steps between decoding times are those between pictures, if even."""
-    entries = list(stream.index_entries)
-    shift = first - entries[0].timestamp
-    times = [entry.timestamp + shift for entry in entries]
-    keys = [time for time, entry in zip(times, entries, strict=True) if entry.is_keyframe]
+    times = range(first, first + stream.frames * step, step)
+    keys = [time for time, entry in zip(times, stream.index_entries, strict=True) if entry.is_keyframe]
     return Timeline(
-        times=times, tick=_tick(stream), rate=_rate(stream, times, variable=False), variable=False, keys=keys,
+        times=times, tick=_tick(stream), rate=Fraction(stream.average_rate or 0), variable=False, keys=keys,
         complete=False,
     )  # fmt: skip
 
 
-def _from_packets(
-    container: "av.container.InputContainer", stream: "VideoStream", packets: "Iterable[av.Packet]"
-) -> Timeline:
-    found = [(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard) for p in packets if p.size]
+def _from_packets(container: "av.container.InputContainer", stream: "VideoStream") -> Timeline:
+    found = [(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
     shown = [(pts, dts) for pts, dts, _, _, hidden in found if not hidden]
     if all(pts is None and dts is None for pts, dts in shown):
         # A raw stream: FFmpeg would make up 25 pictures a second.
