@@ -132,7 +132,7 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
         "AudioFacts|16000|1|3|1/5|True|False|aac": sound,
         "Failure|unreadable-media|a | b": failure,
     }
-    assert FACTS_VERSION == 2
+    assert FACTS_VERSION == 3
     for text, facts in texts.items():
         assert encode_facts(facts) == text
         assert decode_facts(text) == facts
