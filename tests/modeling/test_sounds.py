@@ -16,7 +16,7 @@ from vfun_cli.modeling.media.writing import write_wav
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 SHORT_FORM = (
-    "piped.wav", "centre.ac3", "he.m4a", "bare.mp3", "trimmed.mp4", "late.mkv", "cut.ts", "film.avi",
+    "piped.wav", "centre.ac3", "he.m4a", "a.mp3", "bare.mp3", "trimmed.mp4", "late.mkv", "cut.ts", "film.avi",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ PLACEHOLDERS = (2_000_000_000, 2**31, 2**32, 2**63)
 """Lengths that mean "not known yet", give or take NEAR bytes: speech services, pipes and recorders that cannot go back
 write 0x7ffff000, 0x7fffffff, 0x80000000, 2000000000 or 0xffffffff, some of them less their header's 36 to 80 bytes."""
 NEAR = 4096
-PIECE = 3 << 15
+PIECE = 3 << 13
 """Bytes read at once: whole samples of 8, 16, 24, 32 and 64 bits."""
 SAMPLES: "dict[tuple[int, int], DTypeLike]" = {
     (1, 8): "u1", (1, 16): "<i2", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8",
