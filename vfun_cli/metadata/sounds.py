@@ -103,7 +103,7 @@ def _last_end(stream: "av.audio.stream.AudioStream", after: Fraction | None = No
     MP3 states whole packets and what to drop of the last one; Ogg and Matroska state what is left of it, and that too.
     Some Matroska files state no length: a packet is then as long as the one before.
     """
-    end, longest, before = None, Fraction(0), None
+    timed, end, longest, before = stream.container.format.name in TIMED, None, Fraction(0), None
     latest: deque[Any] = deque(maxlen=3)
     with _again(stream) as again:
         if after is not None:
@@ -119,9 +119,8 @@ def _last_end(stream: "av.audio.stream.AudioStream", after: Fraction | None = No
                 length = min(length, longest - Fraction(dropped, stream.rate))
             end = _seconds(packet.pts, stream) + length
             latest.append(packet)
-        rates = {frame.sample_rate for packet in latest for frame in packet.decode()}
-    timed = stream.container.format.name in TIMED
-    return end if timed or rates <= {stream.codec_context.sample_rate} else _end_of_frames(stream)
+        rates = set() if timed else {frame.sample_rate for packet in latest for frame in packet.decode()}
+    return end if rates <= {stream.codec_context.sample_rate} else _end_of_frames(stream)
 
 
 def _end_of_frames(stream: "av.audio.stream.AudioStream") -> Fraction:
@@ -135,7 +134,8 @@ def _again(stream: Any) -> Iterator[Any]:
     """The stream, in a file opened anew."""
     import av
 
-    with av.open(stream.container.name) as container:
+    given = stream.container
+    with av.open(given.name, timeout=(given.open_timeout, given.read_timeout)) as container:
         yield container.streams[stream.index]
 
 
