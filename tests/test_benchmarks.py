@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NOT_SCRIPTS = {"plan_sets", "record"}
+NOT_SCRIPTS = {"click_sounds", "plan_sets", "record"}
 """Modules that the benchmarks share."""
 MARKS = {
     "bare_loop": pytest.mark.slow,
@@ -28,6 +28,7 @@ MARKS = {
     "plan_million": (),
     "scaling": pytest.mark.slow,
     "sigterm": pytest.mark.long,
+    "sound_matrix": (),
     "startup": pytest.mark.long,
     "step_breakdown": pytest.mark.long,
     "validate_throughput": pytest.mark.slow,
@@ -49,6 +50,7 @@ NUMBERS = {
     "plan_million": ["results/0/seconds"],
     "scaling": ["results/0/our_schedule"],
     "sigterm": ["good"],
+    "sound_matrix": ["kinds", "clicks"],
     "startup": [
         "single/seconds to the first step",
         "single/checkpoint in the background/seconds held up",

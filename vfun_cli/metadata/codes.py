@@ -86,9 +86,9 @@ CODES: dict[str, Code] = {
         _code(
             "missing-field",
             "error",
-            "The family needs a field that the row does not have.",
-            "a wan-s2v row without audio_path",
-            "Add the field; the message names a similar one if the row has it.",
+            "The family needs a field that the row does not have, and that nothing stands in for.",
+            "a wan-s2v row without audio_path whose video has no sound either",
+            "Add the field (the message names a similar one if the row has it), or use a video with sound.",
         ),
         _code(
             "missing-control",
@@ -366,9 +366,10 @@ CODES: dict[str, Code] = {
         _code(
             "many-channels",
             "note",
-            "The sound has more than two channels; they are averaged, so speech in one of them becomes faint.",
-            "a 5.1 film sound, where the speech is in the centre channel",
-            "Extract the channel that holds the speech: ffmpeg -i in.mp4 -af pan=mono|c0=FC out.wav",
+            "The sound has more than two channels. The centre, where films have their speech, counts fully, the front "
+            "two half each, the others less, LFE not at all; channels that the file does not name are averaged.",
+            "a 5.1 film sound",
+            "Nothing, if speech is in front. Otherwise extract it: ffmpeg -i in.mp4 -af pan=mono|c0=FC out.wav",
         ),
         _code(
             "odd-sample-rate",
