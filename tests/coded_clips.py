@@ -39,6 +39,7 @@ OPEN_265 = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=1"}
 CLOSED_265 = {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=0"}
 AV1 = {"preset": "10", "svtav1-params": "lp=1:keyint=12", "crf": "8"}
 VP9 = {"deadline": "realtime", "cpu-used": "8", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "10", "crf": "20"}
+VP8 = {"deadline": "realtime", "cpu-used": "8", "g": "24", "crf": "10", "b": "1M"}
 MPEG = {"g": "12", "bf": "2", "qscale": "2", "threads": "1"}
 
 
@@ -162,6 +163,8 @@ MATRIX: tuple[Coded, ...] = (
     Coded(name="vp9.webm", codec="libvpx-vp9", options=VP9),
     Coded(name="vp9.mp4", codec="libvpx-vp9", options=VP9),
     Coded(name="phone-vp9.webm", codec="libvpx-vp9", options=VP9, spacing=phone),
+    Coded(name="vp8.webm", codec="libvpx", options=VP8),
+    Coded(name="ntsc-vp8.mkv", codec="libvpx", options=VP8, fps=NTSC),
     # MPEG-1, -2, -4, Windows Media
     _mpeg("mpeg1.mpg", "mpeg1video", container="mpeg"),
     _mpeg("mpeg2.mpg", "mpeg2video", container="vob"),
@@ -219,11 +222,10 @@ def encode(clip: Coded, folder: Path) -> Path:
         stored = [np.rot90(picture(number), clip.rotation // 90) for number in range(clip.frames)]
         (stream.height, stream.width), stream.pix_fmt = stored[0].shape[:2], clip.pixels
         stream.options = dict(clip.options)
+        unit = 1 / clip.fps
         if clip.spacing is not even:
-            stream.codec_context.time_base = (
-                Fraction(1, 1000) if path.suffix in (".mkv", ".webm") else 1 / clip.fps / 10
-            )
-        unit = stream.codec_context.time_base if clip.spacing is not even else 1 / clip.fps
+            unit = Fraction(1, 1000) if path.suffix in (".mkv", ".webm") else unit / 10
+            stream.codec_context.time_base = unit
         for number, shown in enumerate(stored):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="rgb24")
             frame.pts = round((clip.spacing(number) + clip.late) / clip.fps / unit)

@@ -1,6 +1,7 @@
 """Frames come back as a player shows them: every kind of file, every start and stride."""
 
 import dataclasses
+import io
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from PIL import Image
 
 from tests.coded_clips import (
     HEIGHT,
@@ -17,6 +19,7 @@ from tests.coded_clips import (
     encode,
     held_after_training,
     numbers,
+    picture,
     sequential,
     shown,
     true_numbers,
@@ -75,6 +78,28 @@ def test_frames_come_back_as_bytes_in_the_order_asked_for(indices, film: Path) -
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("film") / "numbered clip ä.mp4"
     return encode(Coded(name=path.name, codec="libx264", fps=NTSC, frames=100, options={"g": "12"}), path.parent)
+
+
+def test_pictures_that_vp8_keeps_for_reference_alone_do_not_count(tmp_path: Path) -> None:
+    """Two passes of its encoder make some. Here: key frames out of WebP pictures, some again with a bit that hides."""
+    path = tmp_path / "hidden.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_mux_stream("vp8", rate=25, width=WIDTH, height=HEIGHT)
+        for number in range(20):
+            webp = io.BytesIO()
+            Image.fromarray(picture(number)).save(webp, "WEBP", quality=90)
+            coded = webp.getvalue()[webp.getvalue().index(b"VP8 ") + 8 :]
+            hidden = bytes([coded[0] & 0b1110_1111]) + coded[1:]
+            for place, part in enumerate((coded, hidden) if number % 4 == 3 else (coded,)):
+                packet = av.Packet(part)
+                packet.stream, packet.time_base = stream, Fraction(1, 1000)
+                packet.pts = packet.dts = 40 * number + 20 * place
+                packet.is_keyframe = True
+                container.mux(packet)
+    assert [number for _, number in sequential(path)] == list(range(20))
+    facts = validated(path)
+    assert facts.frames == 20 and not facts.variable
+    assert numbers(read_frames(path, [3, 4, 19], HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy()) == [3, 4, 19]
 
 
 def test_uneven_pictures_are_taken_by_the_middle_of_a_frame_s_time() -> None:

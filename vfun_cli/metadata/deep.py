@@ -41,6 +41,8 @@ def decode_many(
         found = remembered(
             [(path, f"deep-{kind}") for path, kind in keys],
             workers.decode,
+            to_text=str,
+            from_text=str,
             cache=cache,
             threads=threads or cpu_cores(),
             progress=progress,

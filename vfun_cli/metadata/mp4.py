@@ -5,6 +5,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+FIRST_READ = 1 << 14
+"""Bytes read at once: the headers of short clips whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTrack:
@@ -91,12 +94,21 @@ def _boxes(payload: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _moov(path: str, size: int) -> bytes:
-    """The payload of the top-level box, or nothing."""
+    """The payload of the top-level box, or nothing.
+
+    Each call of the system gives Python's lock away, and with several threads it takes a while to come back.
+    """
     file = os.open(path, os.O_RDONLY)
     try:
+        begin = os.pread(file, FIRST_READ, 0)
+
+        def read(position: int, length: int) -> bytes:
+            known = begin[position : position + length]
+            return known if len(known) == length else os.pread(file, length, position)
+
         position = 0
         while position + 8 <= size:
-            head, header = os.pread(file, 16, position), 8
+            head, header = read(position, 16), 8
             length = int.from_bytes(head[:4], "big")
             if length == 1:
                 length, header = int.from_bytes(head[8:16], "big"), 16
@@ -105,7 +117,7 @@ def _moov(path: str, size: int) -> bytes:
             if length < header:
                 break
             if head[4:8] == b"moov":
-                return os.pread(file, min(length, size - position) - header, position + header)
+                return read(position + header, min(length, size - position) - header)
             position += length
         return b""
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
@@ -17,21 +17,28 @@ OnProgress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
 
 
+Key = tuple[str, str]
+"""(path, kind)"""
+Answer = TypeVar("Answer")
+
+
 def remembered(
-    keys: Sequence[tuple[str, str]],
-    compute: Callable[[tuple[str, str]], str],
+    keys: Sequence[Key],
+    compute: Callable[[Key], Answer],
     *,
+    to_text: Callable[[Answer], str],
+    from_text: Callable[[str], Answer],
     cache: Path | None,
     threads: int,
     progress: OnProgress | None,
-) -> dict[tuple[str, str], str]:
+) -> dict[Key, Answer]:
     """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
 
     A file counts as unchanged when its size and modification time are.
     """
     stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
     known = _load(cache) if cache else {}
-    found = {key: known[key][1] for key in keys if key in known and known[key][0] == stamps[key[0]]}
+    found = {key: from_text(known[key][1]) for key in keys if key in known and known[key][0] == stamps[key[0]]}
     missing = [key for key in keys if key not in found]
     report = progress or (lambda done, total: None)
     report(len(found), len(keys))
@@ -43,7 +50,7 @@ def remembered(
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
         if cache and missing:
-            _save(cache, ((key, stamps[key[0]], found[key]) for key in missing if key in found))
+            _save(cache, ((key, stamps[key[0]], to_text(found[key])) for key in missing if key in found))
     return found
 
 
@@ -63,7 +70,7 @@ def _stamp(path: str) -> _Stamp | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _load(cache: Path) -> dict[tuple[str, str], tuple[_Stamp, str]]:
+def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
     """All remembered facts. A cache that is damaged or of another version counts as empty: it can be made again."""
     if not cache.is_file():
         return {}
@@ -77,7 +84,7 @@ def _load(cache: Path) -> dict[tuple[str, str], tuple[_Stamp, str]]:
         return {}
 
 
-def _save(cache: Path, entries: Iterable[tuple[tuple[str, str], _Stamp | None, str]]) -> None:
+def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> None:
     """Remember facts; a cache that cannot be written costs time next time, nothing else."""
     rows = [
         (*key, FACTS_VERSION, *stamp, answer)

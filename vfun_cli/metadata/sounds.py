@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfun_cli.metadata.facts import AudioFacts, ProbeError
+from vfun_cli.metadata.timeline import shown_video
 from vfun_cli.metadata.wav import read_wav, samples
 
 if TYPE_CHECKING:
@@ -65,10 +66,8 @@ def time_zero(container: "av.container.InputContainer") -> Fraction:
     decoded, and what refers across it (open GOPs) is not shown. Nor is a key frame before the start that the container
     states, which counts edit lists. AVI states the order of decoding only: its first frame is its first picture.
     """
-    from av.stream import Disposition
-
-    shown = [stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition]
-    for stream in shown:
+    stream = shown_video(container)
+    if stream is not None:
         with _again(stream) as again:
             key = next((packet for packet in again.container.demux(again) if packet.is_keyframe and packet.size), None)
         moment = key and (key.dts if container.format.name == "avi" or key.pts is None else key.pts)

@@ -162,7 +162,12 @@ def _from_header(stream: "VideoStream", first: int, step: int) -> Timeline:
 
 
 def _from_packets(container: "av.container.InputContainer", stream: "VideoStream") -> Timeline:
-    found = [(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
+    codec = stream.codec_context.name
+    found = [
+        (p.pts, p.dts, p.size, p.is_keyframe, p.is_discard or (codec == "vp8" and not _is_shown_vp8(p)))
+        for p in container.demux(stream)
+        if p.size
+    ]
     shown = [(pts, dts) for pts, dts, _, _, hidden in found if not hidden]
     if all(pts is None and dts is None for pts, dts in shown):
         # A raw stream: FFmpeg would make up 25 pictures a second.
@@ -173,7 +178,7 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
     )
     times = sorted({pts if timed else dts for pts, dts in shown} - {None})
     keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
-    if timed and (stream.codec_context.name not in TRIED_CODECS or times[0] < min(keys, default=times[0])):
+    if timed and (codec not in TRIED_CODECS or times[0] < min(keys, default=times[0])):
         # What is shown before the first picture that decodes refers to pictures that were cut off.
         first = _first_picture(container.name, stream)
         times = [time for time in times if time >= first]
@@ -182,6 +187,11 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
         times=times, tick=_tick(stream), rate=_rate(stream, times, variable=variable), variable=variable,
         keys=sorted(keys), key_sizes=keys, timed=timed,
     )  # fmt: skip
+
+
+def _is_shown_vp8(packet: "av.Packet") -> bool:
+    """Whether it is no picture that others alone refer to (RFC 6386, 9.1: the fifth bit of the frame's tag)."""
+    return bool(memoryview(packet)[0] & 0b0001_0000)
 
 
 def _first_picture(path: str, stream: "VideoStream") -> int:
