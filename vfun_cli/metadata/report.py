@@ -193,17 +193,18 @@ def _render_totals(report: Report, console: Console) -> None:
         for record in report.metadata.records
         if isinstance(record.fields.get("text"), str) and record.row not in report.bad_rows
     ]
-    console.print(_histogram("caption characters", captions))
+    console.print(_histogram("caption characters", captions, plain=console.options.ascii_only))
 
 
-def _histogram(title: str, values: Sequence[int]) -> Table:
+def _histogram(title: str, values: Sequence[int], *, plain: bool) -> Table:
+    block, sliver = "#|" if plain else "█▏"
     table = Table.grid(padding=(0, 2))
     edges = [*CAPTION_STEPS, math.inf]
     counts = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
     for step, (low, count) in enumerate(zip(CAPTION_STEPS, counts, strict=True)):
         high = f"-{CAPTION_STEPS[step + 1] - 1}" if step + 1 < len(CAPTION_STEPS) else " and more"
         length = round(BAR * count / max(1, *counts))
-        table.add_row(title if step == 0 else "", f"{low}{high}", "█" * length or ("▏" if count else ""), str(count))
+        table.add_row(title if step == 0 else "", f"{low}{high}", block * length or (sliver if count else ""), str(count))
     return table
 
 
