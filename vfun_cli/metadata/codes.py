@@ -197,6 +197,13 @@ CODES: dict[str, Code] = {
             "Name a file.",
         ),
         _code("unreadable-file", "error", "The file may not be read.", "mode 000", "Correct the permissions."),
+        _code(
+            "lfs-pointer",
+            "error",
+            "The file is the few lines that a clone without git-lfs has in the place of the real one.",
+            "a data set that was cloned before git lfs install",
+            "Run git lfs pull in the repository that the file belongs to.",
+        ),
         _code("empty-file", "error", "The file has no bytes.", "an interrupted download", _DROP),
         _code(
             "unreadable-media",

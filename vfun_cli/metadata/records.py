@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vfun_cli import lfs
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.metadata.codes import Problem
 
@@ -52,6 +53,8 @@ def read_metadata(path: str | Path) -> Metadata:
         data = path.read_bytes()
     except OSError as error:
         return _failed(path, "json", "unreadable-metadata", f"{path}: {error.strerror or error}")
+    if data.startswith(lfs.START):
+        return _failed(path, "json", "lfs-pointer", f"{path}: {lfs.WHAT}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
