@@ -69,6 +69,13 @@ CODES: dict[str, Code] = {
             "Write at least one record.",
         ),
         _code(
+            "foreign-layout",
+            "error",
+            "The rows are written for another program: under other keys, or in an object around the list.",
+            '{"data": [{"video": "train/1.mp4", "caption": "A dog."}]}',
+            "Rename the keys that the message names: vfun validate-meta --fix OUT writes the list with them renamed.",
+        ),
+        _code(
             "malformed-row",
             "error",
             "A row is not a record: not an object in JSON, not as many cells as the header in CSV.",
@@ -138,6 +145,13 @@ CODES: dict[str, Code] = {
             "The row says image and the file is a video.",
             '"file_path": "train/1.mp4", "type": "image"',
             'Write "type": "video". ' + _REFILL,
+        ),
+        _code(
+            "missing-caption",
+            "warning",
+            "Rows have no text: they train with an empty caption, as unconditional clips.",
+            '{"file_path": "train/1.mp4", "type": "video"}',
+            "Write captions, if the model should learn from them.",
         ),
         _code(
             "empty-caption",

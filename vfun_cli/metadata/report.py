@@ -85,8 +85,10 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
     _render_totals(report, console)
     good, bad = report.ok, len(report.bad_rows)
     verdict = f"[green]{good} of {report.rows} rows are good[/]"
-    if bad or report.errors:
+    if bad:
         verdict = f"[red]{bad} of {report.rows} rows cannot be trained on[/], {good} can"
+    elif report.errors:
+        verdict = f"[red]the file as a whole cannot be trained on[/], {good} of {report.rows} rows are good"
     warned = sum(problem.severity == "warning" for problem in report.problems)
     console.print(verdict + (f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
 
@@ -128,8 +130,8 @@ def summary_of_warnings(report: Report) -> list[str]:
     lines = []
     for code, count in Counter(problem.code for problem in warnings).most_common():
         first = next(problem for problem in warnings if problem.code == code)
-        where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}"
-        lines.append(f"{code}: {where}: {printable(first.message)}")
+        where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}: "
+        lines.append(f"{code}: {'' if first.row is None else where}{printable(first.message)}")
     return lines
 
 
