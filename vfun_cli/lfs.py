@@ -20,7 +20,7 @@ def is_lfs_pointer(path: str | Path) -> bool:
     try:
         if os.stat(path).st_size > LONGEST:  # noqa: PTH116 - once for every file of a data set
             return False
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(len(START)) == START
     except OSError:
         return False

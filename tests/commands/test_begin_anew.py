@@ -1,4 +1,4 @@
-"""``--resume-from-checkpoint latest`` as a job script has it, which is queued again and again from the first time on."""
+"""``--resume-from-checkpoint latest`` as a job script has it, which is queued again and again."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,7 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["the first time", "after a try that saved nothing"])
-def test_latest_begins_anew_where_nothing_was_saved(
-    earlier: bool, place: Path, vfun: Vfun, never_trains: None
-) -> None:
+def test_latest_begins_anew_where_nothing_was_saved(earlier: bool, place: Path, vfun: Vfun, never_trains: None) -> None:
     if earlier:
         RUN.logs.mkdir(parents=True)
         RUN.run_json.write_text("{}")

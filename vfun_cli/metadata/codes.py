@@ -161,6 +161,13 @@ CODES: dict[str, Code] = {
             "Write a caption.",
         ),
         _code(
+            "long-caption",
+            "warning",
+            "Captions have more tokens than the family's text encoder reads (docs/families.md): their end is cut off.",
+            "a caption of 400 words for cogvideox-fun, which reads 226 tokens",
+            "Shorten them, or put what matters first.",
+        ),
+        _code(
             "garbled-caption",
             "warning",
             "The text holds characters that only a wrong decoding produces (U+FFFD, control characters).",

@@ -101,14 +101,14 @@ def _twin(path: str) -> str:
     """
     if path.isascii() and "\\" not in path:
         return ""
-    found = ""
+    found = Path()
     for part in Path(path.replace("\\", "/")).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        there = next((place for form in forms if os.path.exists(place := os.path.join(found, form))), None)  # noqa: PTH
+        there = next((place for form in forms if (place := found / form).exists()), None)
         if there is None:
             return ""
         found = there
-    form = "NFC" if unicodedata.is_normalized("NFC", found) else "NFD"
+    form = "NFC" if unicodedata.is_normalized("NFC", str(found)) else "NFD"
     how = "with / instead of \\" if "\\" in path else f"in Unicode form {form}, which looks the same"
     return f"; there is {found} ({how})"
 

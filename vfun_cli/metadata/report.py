@@ -206,7 +206,9 @@ def _histogram(title: str, values: Sequence[int], *, plain: bool) -> Table:
     for step, (low, count) in enumerate(zip(CAPTION_STEPS, counts, strict=True)):
         high = f"-{CAPTION_STEPS[step + 1] - 1}" if step + 1 < len(CAPTION_STEPS) else " and more"
         length = round(BAR * count / max(1, *counts))
-        table.add_row(title if step == 0 else "", f"{low}{high}", block * length or (sliver if count else ""), str(count))
+        table.add_row(
+            title if step == 0 else "", f"{low}{high}", block * length or (sliver if count else ""), str(count)
+        )
     return table
 
 
