@@ -111,7 +111,9 @@ def test_the_limits_are_those_of_the_documentation(family: str) -> None:
     spec = FAMILIES[family]
     table = page.partition("## Captions")[2].partition("\n## ")[0]
     (row,) = [line for line in table.splitlines() if line.startswith(f"| `{family}` |")]
-    assert list(map(int, row.split("|")[2].split(","))) == [reader.limit for reader in spec.model.captions(spec.model.dims)]
+    assert list(map(int, row.split("|")[2].split(","))) == [
+        reader.limit for reader in spec.model.captions(spec.model.dims)
+    ]
 
 
 def test_short_ascii_captions_are_known_to_fit_without_a_tokenizer(tmp_path: Path) -> None:
