@@ -69,6 +69,7 @@ ROOMS = (
     ("errors",),
     ("console",),
     ("devices",),
+    ("lfs",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

@@ -1,5 +1,6 @@
 """The two consoles: results on stdout, everything said about the work on stderr."""
 
+import io
 import json
 import sys
 from typing import Any
@@ -13,6 +14,15 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+def never_fail() -> None:
+    """Write what the encoding of stdout lacks (a bar, an arrow, a caption) as escapes; Python's stderr does so itself.
+
+    For the start of a process: LANG=C, a Windows code page or PYTHONIOENCODING must not end a command.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 _printed: list[int] = []
 
 
@@ -24,8 +34,12 @@ def json_objects() -> int:
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object with the schema number on stdout."""
     _printed.append(len(content))
-    json.dump({"schema": 1, **content}, sys.stdout, ensure_ascii=False)
-    sys.stdout.write("\n")
+    text = json.dumps({"schema": 1, **content}, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # JSON has escapes of its own: those of never_fail would break it
+        text = json.dumps({"schema": 1, **content})
+    sys.stdout.write(text + "\n")
 
 
 def hint(text: str) -> None:

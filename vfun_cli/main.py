@@ -45,6 +45,7 @@ def _root(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: ``--video_sample_size`` and ``--video-sample-size`` are the same option."""
+    console.never_fail()
     arguments = sys.argv[1:] if argv is None else argv
     printed = console.json_objects()
     try:

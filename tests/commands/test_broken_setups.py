@@ -13,6 +13,7 @@ import pytest
 
 from tests.commands.conftest import QUICK, TRAIN, Vfun, digest
 from tests.jobs import finish, start, training_processes, wait_for_step
+from vfun_cli.lfs import START
 from vfun_cli.run.rundir import RunDir
 
 MODEL = Path("vfun-demo/wan-s2v/model")
@@ -96,6 +97,12 @@ BROKEN = (
         damage=lambda: cut(MODEL / "Wan2.1_VAE.pth", 0.5),
         code=5,
         words=("Wan2.1_VAE.pth", "cut short", "again"),
+    ),
+    Broken(
+        name="git-lfs pointer instead of a tokenizer",
+        damage=lambda: (MODEL / "google/umt5-xxl/tokenizer.json").write_bytes(START),
+        code=5,
+        words=("umt5-xxl/tokenizer.json is a git-lfs pointer", "git lfs pull"),
     ),
     Broken(
         name="wrong family for the directory",

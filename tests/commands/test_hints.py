@@ -250,7 +250,8 @@ def test_every_hint_with_a_command_stands_in_this_file() -> None:
         "vfun resume {}",  # the checkpoint of another command
         "The options: vfun train --help",  # an option that run.json should not have
         "pip install {}",  # a missing package
-        "--fix OUT writes a copy without them. All that is wrong: vfun validate-meta",  # rows that cannot be trained on
+        # rows that cannot be trained on
+        "--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
         "All codes: vfun validate-meta --explain all",  # a code that does not exist
         "All files that cannot be decoded: vfun validate-meta --deep",  # a file that only decoding finds broken
     }

@@ -355,7 +355,7 @@ def test_text_is_zero_padded_and_sound_is_transposed_dropped_and_cut(adapter: Wa
     _, conditions = encoded(adapter, [source], [key_where()])
     [states] = adapter.encoders["text"].encode(["hello"])
     close(conditions["text_embeds"][0, : len(states)], states)
-    assert conditions["text_embeds"].shape == (1, 64, 32)
+    assert conditions["text_embeds"].shape == (1, 128, 32)
     assert conditions["text_embeds"][0, len(states) :].abs().max() == 0
     features = adapter.encoders["speech"].encode(pixels_of(source.audio), fps=Fraction(16), frames=4)
     close(conditions["audio"][0], features.permute(1, 2, 0))

@@ -96,7 +96,7 @@ def elsewhere(root: Path, row: Row) -> Row:
 DAMAGE: list[tuple[str, Damage]] = [
     ("missing-field", edit(audio_path=None)),
     ("missing-field", edit(file_path=None)),
-    ("missing-field", edit(text=None)),
+    ("missing-field", edit(text=None, txet="A ball.")),
     ("missing-control", edit(control_file_path=None)),
     ("missing-type", edit(type=None)),
     ("wrong-type", edit(file_path=7)),

@@ -101,7 +101,7 @@ def test_a_csv_row_with_an_unquoted_comma_is_reported_with_its_line(tmp_path: Pa
         b"\xff\xfe[\x00]\x00",
         b"[" * 100000,
         b'[{"a": ' + b"9" * 5000 + b"}]",
-        b"caption\nA dog\n",
+        b"name\nA dog\n",
         b"a,a,text\n1,2,3\n",
         b"7",
         b'"x"',

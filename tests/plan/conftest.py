@@ -31,6 +31,7 @@ PLAIN = FamilySpec(
         dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
         read_dims=lambda config: ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
         recognises=lambda config: False,
+        captions=lambda dims: (),
         block_classes=(),
         sequence_tokens=_tokens,
         forward_flops=_flops,

@@ -47,6 +47,7 @@ SPEC = FamilySpec(
         dims=read_dims({}),
         read_dims=read_dims,
         recognises=lambda config: config.get("_class_name") == "DeepLatents",
+        captions=lambda dims: (),
         block_classes=("Block",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,

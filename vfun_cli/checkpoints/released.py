@@ -11,8 +11,11 @@ from pathlib import Path
 
 from vfun_cli.checkpoints.safetensors import read_file
 from vfun_cli.errors import CheckpointError
+from vfun_cli.lfs import refuse_lfs_pointer
 
 INDEX = ".safetensors.index.json"
+MODEL_FILES = frozenset({".safetensors", ".pth", ".json", ".model", ".txt"})
+"""Endings of what a model is read from. Pictures and films beside it need not be there."""
 LISTED = 5
 ZIP_START = b"PK"
 
@@ -21,8 +24,12 @@ def check_weights(model_dir: Path) -> int:
     """Check every safetensors and ``.pth`` file under the directory; the number of files checked.
 
     Raises:
-        CheckpointError: a shard is missing or cut short, or lacks a tensor that the index places in it.
+        CheckpointError: a shard is missing or cut short, or lacks a tensor that the index places in it; a file of the
+            model is a git-lfs pointer.
     """
+    for file in sorted(model_dir.rglob("*")):
+        if file.suffix in MODEL_FILES:
+            refuse_lfs_pointer(file)
     again = f"Download {model_dir} again: a part of it is missing or incomplete."
     files = sorted(model_dir.rglob("*.safetensors"))
     try:
@@ -47,6 +54,7 @@ def read_index(index: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: it is no index, or a shard is missing.
     """
+    refuse_lfs_pointer(index)
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / shard for name, shard in placed.items()}

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.lfs import refuse_lfs_pointer
 
 Array = npt.NDArray[np.generic]
 
@@ -121,6 +122,7 @@ class FileReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_lfs_pointer(path)
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:

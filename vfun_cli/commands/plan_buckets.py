@@ -109,7 +109,7 @@ def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tupl
     from vfun_cli.plan.rows import checked_table, stated_table, validate_command
 
     try:
-        table = stated_table(config) or checked_table(config, spec)
+        table = stated_table(config, spec) or checked_table(config, spec)
         from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for rows that are refused
 
         dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)

@@ -48,6 +48,15 @@ def validate_meta(
             "--video-sample-stride", min=1, show_default=False, help="Check that clips are long enough at this stride."
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained-model-name-or-path",
+            show_default=False,
+            help="With --family: the model whose tokenizer tells which captions are too long. "
+            "[default: as train would take it]",
+        ),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
@@ -92,7 +101,12 @@ def validate_meta(
         else:
             render_code(explain, console.out)
         return
-    given = {"train_data_meta": meta, "train_data_dir": data_root, "video_sample_stride": stride}
+    given = {
+        "train_data_meta": meta,
+        "train_data_dir": data_root,
+        "video_sample_stride": stride,
+        "pretrained_model_name_or_path": model,
+    }
     typed = {name: value for name, value in given.items() if value is not None}
     report = _check(family, typed, demo=demo, deep_timeout=deep_timeout if deep else None)
     if problems is not None:

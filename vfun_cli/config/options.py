@@ -459,7 +459,8 @@ class RunConfig:
     resume_from_checkpoint: Annotated[
         str | None,
         Opt(
-            help="Continue from a checkpoint of the output directory: a path or 'latest'.",
+            help="Continue from a checkpoint of the output directory: a path, or 'latest', which begins anew where "
+            "none was saved yet.",
             panel=OUTPUT,
             on_resume="harmless",
         ),

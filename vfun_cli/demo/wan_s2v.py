@@ -48,7 +48,7 @@ CONFIG: dict[str, object] = {
     "num_layers": 4,
     "out_dim": 16,
     "text_dim": wan_parts.TEXT_DIM,
-    "text_len": 64,
+    "text_len": 128,
     "trainable_token_pos_emb": False,
     "zero_init": True,
     "zero_timestep": True,

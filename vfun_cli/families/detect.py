@@ -6,6 +6,7 @@ from pathlib import Path
 from vfun_cli import families
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.lfs import refuse_lfs_pointer
 
 
 def fitting(model_dir: Path) -> list[str]:
@@ -40,6 +41,7 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
             f"there is no model directory {model_dir}.",
             hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
         )
+    refuse_lfs_pointer(path)
     others = fitting(model_dir)
     if others and spec.name not in others:
         raise CheckpointError(

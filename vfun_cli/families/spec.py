@@ -10,6 +10,7 @@ from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import CheckpointError
 from vfun_cli.metadata.clip_needs import WHOLE, ClipNeeds, Span
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders.captions import CaptionReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class ModelSpec:
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     input_settings: tuple[str, ...] = ()
     """Keys of ``config_file`` that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
+    captions: Callable[[ModelDims], tuple[CaptionReader, ...]]
+    """What each text encoder reads of a caption, in the order in which the adapter loads them."""
     block_classes: tuple[str, ...]
     """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +122,7 @@ class Report:
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on:\n" + "\n".join(lines),
-            hint="--fix OUT writes a copy without them. All that is wrong: vfun validate-meta",
+            hint="--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
         )
 
 
@@ -181,7 +182,8 @@ def validate(
         for row in looked_at:
             row.problems.extend(_check_decoded(row, decoded))
     _check_duplicates(rows)
-    problems = sorted([*metadata.problems, *(problem for row in rows for problem in row.problems)], key=_by_row)
+    of_the_set = [*metadata.problems, *_check_captions(rows)]
+    problems = sorted([*of_the_set, *(problem for row in rows for problem in row.problems)], key=_by_row)
     clips = {row.record.row: clip for row in rows if (clip := row.clip()) is not None}
     return Report(
         metadata=metadata, media_types=tuple(media_types), problems=tuple(problems), clips=clips,
@@ -349,8 +351,8 @@ def _check_fields(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Probl
 
 def _check_text(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem]:
     if "text" not in row.record.fields:
-        near = did_you_mean("text", [key for key in row.record.fields if key not in NUMBERS])
-        yield row.problem("missing-field", f"text is missing.{near}", "text")
+        if near := _like_text(tuple(row.record.fields)):
+            yield row.problem("missing-field", f"text is missing.{near}", "text")
         return
     text = row.record.fields["text"]
     if not isinstance(text, str):
@@ -361,6 +363,12 @@ def _check_text(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem
         (c for c in text if c == "\ufffd" or (unicodedata.category(c) in _GARBLED and c not in "\n\r\t")), ""
     ):
         yield row.problem("garbled-caption", f"the caption holds {odd!a}", "text")
+
+
+@lru_cache  # the rows of a file have few different sets of keys
+def _like_text(keys: tuple[str, ...]) -> str:
+    """Names a key that may be a misspelt text: such a row is not meant to have none."""
+    return did_you_mean("text", [key for key in keys if key not in NUMBERS])
 
 
 _GARBLED = ("Cc", "Cs", "Co", "Cn")
@@ -524,7 +532,7 @@ def _check_duplicates(rows: Sequence[_Row]) -> None:
     """Rows with the files and the text of an earlier one, and rows with its video only."""
     texts: defaultdict[str, dict[tuple[Any, ...], int]] = defaultdict(dict)
     for row in rows:
-        name, text = row.field_of("visual"), row.record.fields.get("text")
+        name, text = row.field_of("visual"), row.record.fields.get("text", "")
         path = row.paths.get(name or "")
         if path is None or not isinstance(text, str):
             continue
@@ -535,6 +543,15 @@ def _check_duplicates(rows: Sequence[_Row]) -> None:
             first = min(seen.values())
             row.problems.append(row.problem("conflicting-row", f"the video of row {first} with another text", name))
         seen.setdefault(key, row.record.row)
+
+
+def _check_captions(rows: Sequence[_Row]) -> Iterator[Problem]:
+    """Rows without a text, told once: a whole set may be meant to have none."""
+    keys = [tuple(row.record.fields) for row in rows]
+    without = sum("text" not in each and not _like_text(each) for each in keys)
+    if without:
+        message = f"{without} of {len(rows)} rows have no text: they train with an empty caption"
+        yield Problem(row=None, code="missing-caption", message=message, field="text")
 
 
 def _differ(one: Fraction, other: Fraction) -> bool:

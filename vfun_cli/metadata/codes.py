@@ -69,6 +69,13 @@ CODES: dict[str, Code] = {
             "Write at least one record.",
         ),
         _code(
+            "foreign-layout",
+            "error",
+            "The rows are written for another program: under other keys, or in an object around the list.",
+            '{"data": [{"video": "train/1.mp4", "caption": "A dog."}]}',
+            "Rename the keys that the message names: vfun validate-meta --fix OUT writes the list with them renamed.",
+        ),
+        _code(
             "malformed-row",
             "error",
             "A row is not a record: not an object in JSON, not as many cells as the header in CSV.",
@@ -140,11 +147,25 @@ CODES: dict[str, Code] = {
             'Write "type": "video". ' + _REFILL,
         ),
         _code(
+            "missing-caption",
+            "warning",
+            "Rows have no text: they train with an empty caption, as unconditional clips.",
+            '{"file_path": "train/1.mp4", "type": "video"}',
+            "Write captions, if the model should learn from them.",
+        ),
+        _code(
             "empty-caption",
             "warning",
             "The text is empty or only blanks: the model would learn the clip as unconditional.",
             '"text": ""',
             "Write a caption.",
+        ),
+        _code(
+            "long-caption",
+            "warning",
+            "Captions have more tokens than the family's text encoder reads (docs/families.md): their end is cut off.",
+            "a caption of 400 words for cogvideox-fun, which reads 226 tokens",
+            "Shorten them, or put what matters first.",
         ),
         _code(
             "garbled-caption",
@@ -197,6 +218,13 @@ CODES: dict[str, Code] = {
             "Name a file.",
         ),
         _code("unreadable-file", "error", "The file may not be read.", "mode 000", "Correct the permissions."),
+        _code(
+            "lfs-pointer",
+            "error",
+            "The file is the few lines that a clone without git-lfs has in the place of the real one.",
+            "a data set that was cloned before git lfs install",
+            "Run git lfs pull in the repository that the file belongs to.",
+        ),
         _code("empty-file", "error", "The file has no bytes.", "an interrupted download", _DROP),
         _code(
             "unreadable-media",

@@ -12,7 +12,7 @@ from typing import Any
 from vfun_cli.errors import ConfigError, EnvironmentFault, MetadataError
 from vfun_cli.metadata.checks import Report, RowFacts
 from vfun_cli.metadata.codes import Problem
-from vfun_cli.metadata.records import NUMBERS, MetadataFormat
+from vfun_cli.metadata.records import NUMBERS, MetadataFormat, own_keys
 
 REPAIRED = frozenset({"unknown-type", "image-as-video", "video-as-image", "wrong-size", "wrong-frames", "wrong-fps"})
 """Errors that the values of the file put right."""
@@ -34,6 +34,8 @@ class Fixed:
 def write_fixed(report: Report, output: str | Path) -> Fixed:
     """Write the rows that can be trained, in the format and order of the input, with FILLED values of the files.
 
+    Keys of another trainer become vfun's.
+
     Raises:
         ConfigError: ``output`` exists (the input never changes).
         MetadataError: no row is left.
@@ -52,9 +54,9 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
             f"{report.metadata.path}: no row is left after leaving out the bad ones.",
             hint="Without --fix, the same command lists them.",
         )
-    rows = [_corrected(record.raw, report.clips.get(record.row)) for record in kept]
+    rows = [_corrected(own_keys(record.raw), report.clips.get(record.row)) for record in kept]
     changed = sum(row != dict(record.raw) for row, record in zip(rows, kept, strict=True))
-    data = _render(rows, report.metadata.format, report.metadata.columns)
+    data = _render(rows, report.metadata.format, own_keys(dict.fromkeys(report.metadata.columns)))
     try:
         with output.open("xb") as file:
             file.write(data)

@@ -5,10 +5,12 @@ Nothing is decoded here but the first audible sample of sound files. ``deep`` de
 
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vfun_cli import lfs
 from vfun_cli.devices import cpu_cores
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, ProbeError, VisualFacts, decode_facts, encode_facts
 from vfun_cli.metadata.pictures import PICTURES, probe_picture
@@ -86,13 +88,34 @@ def _require_file(path: str | Path) -> None:
     try:
         status = os.stat(path)  # noqa: PTH116 - pathlib costs a tenth of the whole probe
     except (FileNotFoundError, NotADirectoryError):
-        raise ProbeError("missing-file", "no such file") from None
+        raise ProbeError("missing-file", f"no such file{_twin(str(path))}") from None
     except (OSError, ValueError) as error:
         raise ProbeError("unreadable-file", str(getattr(error, "strerror", None) or error)) from None
     if not stat.S_ISREG(status.st_mode):
         raise ProbeError("not-a-file", "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     if not status.st_size:
         raise ProbeError("empty-file", "the file has no bytes")
+    if status.st_size <= lfs.LONGEST and lfs.is_lfs_pointer(path):
+        raise ProbeError("lfs-pointer", lfs.WHAT)
+
+
+def _twin(path: str) -> str:
+    """Says that the same path is there with slashes for backslashes, or in another Unicode form; else nothing.
+
+    macOS writes names decomposed, most others composed: both look alike. Every part of the path is tried for itself.
+    """
+    if path.isascii() and "\\" not in path:
+        return ""
+    found = Path()
+    for part in Path(path.replace("\\", "/")).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        there = next((place for form in forms if (place := found / form).exists()), None)
+        if there is None:
+            return ""
+        found = there
+    form = "NFC" if unicodedata.is_normalized("NFC", str(found)) else "NFD"
+    how = "with / instead of \\" if "\\" in path else f"in Unicode form {form}, which looks the same"
+    return f"; there is {found} ({how})"
 
 
 def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: str | Path) -> Any:

@@ -4,17 +4,27 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from vfun_cli import lfs
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.metadata.codes import Problem
 
 MetadataFormat = Literal["json", "jsonl", "csv"]
 NUMBERS = ("width", "height", "frames", "fps")
 """Optional fields that spare a look into the file."""
+OTHER_KEYS: Mapping[str, tuple[str, ...]] = {
+    "file_path": (
+        "video", "video_path", "path", "media_path", "media", "file", "file_name", "filename", "image", "image_path",
+    ),
+    "text": ("caption", "captions", "cap", "prompt", "text_prompt"),
+}  # fmt: skip
+"""What other trainers call the fields that every row has; where a row has several, the first counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class Record:
     row: int
     """Counts from 0 in file order, bad rows included."""
     fields: Mapping[str, Any]
-    """What the row says; in CSV empty cells are absent and the NUMBERS are numbers."""
+    """What the row says, under vfun's keys; in CSV empty cells are absent and the NUMBERS are numbers."""
     raw: Mapping[str, Any]
     """What the file has, for writing it back."""
 
@@ -52,6 +62,8 @@ def read_metadata(path: str | Path) -> Metadata:
         data = path.read_bytes()
     except OSError as error:
         return _failed(path, "json", "unreadable-metadata", f"{path}: {error.strerror or error}")
+    if data.startswith(lfs.START):
+        return _failed(path, "json", "lfs-pointer", f"{path}: {lfs.WHAT}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,6 +73,24 @@ def read_metadata(path: str | Path) -> Metadata:
     if not text.strip():
         return _failed(path, kind, "empty-metadata", f"{path}: the file is empty")
     return _READERS[kind](path, text)
+
+
+def own_keys(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with vfun's keys in the place of another trainer's; a key in another case is one too."""
+    keys = _renames(tuple(row))
+    return {keys.get(key, key): value for key, value in row.items()} if keys else row
+
+
+@lru_cache  # the rows of a file have few different sets of keys
+def _renames(keys: tuple[str, ...]) -> Mapping[str, str]:
+    """vfun's key by each key of another trainer that stands in its place."""
+    lower = {key.lower(): key for key in keys}
+    found = {}
+    for own, others in OTHER_KEYS.items():
+        there = next((lower[name] for name in (own, *others) if name in lower), own)
+        if own not in keys and there != own:
+            found[there] = own
+    return found
 
 
 def metadata_digest(path: Path) -> str:
@@ -122,6 +152,16 @@ def _collect(
     problems = tuple(item for item in found if isinstance(item, Problem))
     if not found:
         return _failed(path, kind, "empty-metadata", f"{path}: no records")
+    foreign = Counter(pair for record in records for pair in _renames(tuple(record.raw)).items())
+    renamed = "--fix OUT writes a copy with it renamed"
+    told = [
+        Problem(
+            row=None, code="foreign-layout", field=own,
+            message=f"{count} of {len(found)} rows have {key!r} where vfun reads {own!r}: {renamed}",
+        )
+        for (key, own), count in foreign.items()
+    ]  # fmt: skip
+    problems = (*told, *problems)
     return Metadata(path=path, format=kind, rows=len(found), records=records, problems=problems, columns=columns)
 
 
@@ -147,6 +187,17 @@ def _read_json(path: Path, text: str) -> Metadata:
         data = _parse(text)
     except ValueError as error:
         return _failed(path, "json", "unparsable-metadata", f"{path}: {_where(error, text)}")
+    return _read_value(path, data)
+
+
+def _read_value(path: Path, data: Any) -> Metadata:
+    """The list of records, or the one list of records in an object around it."""
+    key = _key_of_list(data)
+    if key is not None:
+        message = f"the list of records lies in an object, under {key!r}: --fix OUT writes the list alone"
+        problem = Problem(row=None, code="foreign-layout", message=message, path=str(path))
+        inside = _read_value(path, data[key])
+        return replace(inside, problems=(problem, *inside.problems))
     if not isinstance(data, list):
         return _failed(
             path, "json", "unparsable-metadata", f"{path}: line 1: a list of records is needed, not {_kind(data)}"
@@ -154,17 +205,27 @@ def _read_json(path: Path, text: str) -> Metadata:
     return _collect(path, "json", (_record(row, item, f"record {row}") for row, item in enumerate(data)))
 
 
+def _key_of_list(data: Any) -> str | None:
+    """Under which key an object that is no record holds its one list of records."""
+    if not isinstance(data, dict) or own_keys(data).keys() & OTHER_KEYS.keys():
+        return None
+    lists = [key for key, value in data.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
 def _read_lines(path: Path, text: str) -> Metadata:
+    try:
+        data = _parse(text)  # ends at the second line of a JSON lines file
+    except ValueError:
+        data = None
+    if _key_of_list(data) is not None:
+        return _read_value(path, data)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = [_line(row, number, line) for row, (number, line) in enumerate(lines)]
     if all(isinstance(item, Problem) for item in rows):  # not one good line: then it is no JSON lines file
-        try:
-            data = _parse(text)
-        except ValueError:
-            return _failed(path, "jsonl", "unparsable-metadata", f"{path}: {rows[0].message}")  # type: ignore[union-attr]
-        return _failed(
-            path, "json", "unparsable-metadata", f"{path}: line 1: a list of records is needed, not {_kind(data)}"
-        )
+        if data is not None:
+            return _read_value(path, data)
+        return _failed(path, "jsonl", "unparsable-metadata", f"{path}: {rows[0].message}")  # type: ignore[union-attr]
     return _collect(path, "jsonl", iter(rows))
 
 
@@ -178,7 +239,7 @@ def _line(row: int, number: int, line: str) -> Record | Problem:
 def _record(row: int, item: Any, place: str) -> Record | Problem:
     if not isinstance(item, dict):
         return Problem(row=row, code="malformed-row", message=f"{place}: an object is needed, not {_kind(item)}")
-    return Record(row=row, fields=item, raw=item)
+    return Record(row=row, fields=own_keys(item), raw=item)
 
 
 def _read_csv(path: Path, text: str) -> Metadata:
@@ -192,7 +253,7 @@ def _read_csv(path: Path, text: str) -> Metadata:
         return _failed(
             path, "csv", "unparsable-metadata", f"{path}: line 1: column {repeated[0]!r} appears more than once"
         )
-    if not set(columns) & {"file_path", "text", "type"}:
+    if not own_keys(dict.fromkeys(columns)).keys() & {"file_path", "text", "type"}:
         return _failed(
             path, "csv", "unparsable-metadata", f"{path}: line 1: no header with file_path, text and type in it"
         )
@@ -205,7 +266,7 @@ def _cells(row: int, columns: tuple[str, ...], number: int, cells: list[str]) ->
         return Problem(row=row, code="malformed-row", message=message)
     raw = dict(zip(columns, cells, strict=True))
     # An empty caption is a caption; any other empty cell is an absent value.
-    values = {key: _number(value) if key in NUMBERS else value for key, value in raw.items()}
+    values = {key: _number(value) if key in NUMBERS else value for key, value in own_keys(raw).items()}
     return Record(row=row, fields={k: v for k, v in values.items() if v != "" or k == "text"}, raw=raw)
 
 

@@ -85,8 +85,10 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
     _render_totals(report, console)
     good, bad = report.ok, len(report.bad_rows)
     verdict = f"[green]{good} of {report.rows} rows are good[/]"
-    if bad or report.errors:
+    if bad:
         verdict = f"[red]{bad} of {report.rows} rows cannot be trained on[/], {good} can"
+    elif report.errors:
+        verdict = f"[red]the file as a whole cannot be trained on[/], {good} of {report.rows} rows are good"
     warned = sum(problem.severity == "warning" for problem in report.problems)
     console.print(verdict + (f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
 
@@ -128,8 +130,8 @@ def summary_of_warnings(report: Report) -> list[str]:
     lines = []
     for code, count in Counter(problem.code for problem in warnings).most_common():
         first = next(problem for problem in warnings if problem.code == code)
-        where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}"
-        lines.append(f"{code}: {where}: {printable(first.message)}")
+        where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}: "
+        lines.append(f"{code}: {'' if first.row is None else where}{printable(first.message)}")
     return lines
 
 
@@ -193,17 +195,20 @@ def _render_totals(report: Report, console: Console) -> None:
         for record in report.metadata.records
         if isinstance(record.fields.get("text"), str) and record.row not in report.bad_rows
     ]
-    console.print(_histogram("caption characters", captions))
+    console.print(_histogram("caption characters", captions, plain=console.options.ascii_only))
 
 
-def _histogram(title: str, values: Sequence[int]) -> Table:
+def _histogram(title: str, values: Sequence[int], *, plain: bool) -> Table:
+    block, sliver = "#|" if plain else "█▏"
     table = Table.grid(padding=(0, 2))
     edges = [*CAPTION_STEPS, math.inf]
     counts = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
     for step, (low, count) in enumerate(zip(CAPTION_STEPS, counts, strict=True)):
         high = f"-{CAPTION_STEPS[step + 1] - 1}" if step + 1 < len(CAPTION_STEPS) else " and more"
         length = round(BAR * count / max(1, *counts))
-        table.add_row(title if step == 0 else "", f"{low}{high}", "█" * length or ("▏" if count else ""), str(count))
+        table.add_row(
+            title if step == 0 else "", f"{low}{high}", block * length or (sliver if count else ""), str(count)
+        )
     return table
 
 

@@ -48,6 +48,11 @@ class SampleRequest:
     fps: tuple[int, int]
     """Source frame rate as (numerator, denominator)."""
 
+    @property
+    def caption(self) -> str:
+        """The row's text; a row without one has an empty caption."""
+        return str(self.record.get("text", ""))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:

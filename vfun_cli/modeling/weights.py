@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vfun_cli.checkpoints.released import INDEX, read_index
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
+from vfun_cli.lfs import refuse_lfs_pointer
 from vfun_cli.modeling.lazy_weights import lazy_weights, replace_parameter
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -88,6 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
+    refuse_lfs_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,6 +170,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
             f"no such weights file: {path}.",
             hint=POINT_AT_RELEASE,
         )
+    refuse_lfs_pointer(path)
     try:
         # Files from before torch 1.6 are not zip archives and cannot be mapped.
         state = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
@@ -289,6 +292,7 @@ def _refuse_meta(model: nn.Module) -> None:
 
 def _open(file: Path) -> safe_open:
     """Opening checks the header and that the file is as long as the header says."""
+    refuse_lfs_pointer(file)
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

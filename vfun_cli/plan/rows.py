@@ -1,7 +1,7 @@
 """What every command does before a run: check its rows, and make the plan's table of clips from them."""
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,9 @@ from vfun_cli.metadata.checks import (
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.fields import MetadataField
-from vfun_cli.metadata.records import read_metadata
+from vfun_cli.metadata.records import Metadata, read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
+from vfun_cli.plan.captions import long_captions
 from vfun_cli.plan.options import plan_options
 
 if TYPE_CHECKING:
@@ -71,7 +72,18 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
     )
     if not report.ok:
         return report
-    return report.plus(left_out_by_plan(config, spec, report))
+    captions = captions_of(report.metadata, report.bad_rows)
+    long = long_captions(spec, config.pretrained_model_name_or_path, captions)
+    return report.plus([*long, *left_out_by_plan(config, spec, report)])
+
+
+def captions_of(metadata: Metadata, bad_rows: Collection[int] = ()) -> dict[int, str]:
+    """The texts of the rows that can be trained, by row."""
+    return {
+        record.row: text
+        for record in metadata.records
+        if record.row not in bad_rows and isinstance(text := record.fields.get("text"), str)
+    }
 
 
 CODES_OF_REASONS = {"unsupported-type": "unsupported-type", "too-short": "clip-too-short", "too-small": "too-small"}
@@ -131,6 +143,9 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     words = ["vfun", "validate-meta", str(config.train_data_meta), "--family", spec.name]
     if config.train_data_dir is not None:
         words += ["--data-root", str(config.train_data_dir)]
+    model = config.pretrained_model_name_or_path
+    if model is not None and model.is_dir():  # its tokenizer counts the captions
+        words += ["--pretrained-model-name-or-path", str(model)]
     return shlex.join(words)
 
 
@@ -149,10 +164,15 @@ def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
     return report.table()
 
 
-def stated_table(config: RunConfig) -> "ClipTable | None":
+def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":
     """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
     assert config.train_data_meta is not None
-    return table_without_files(read_metadata(config.train_data_meta))
+    metadata = read_metadata(config.train_data_meta)
+    table = table_without_files(metadata)
+    if table is not None:
+        for problem in long_captions(spec, config.pretrained_model_name_or_path, captions_of(metadata)):
+            console.warn(f"{problem.code}: {problem.message}")
+    return table
 
 
 class _Rate(ProgressColumn):

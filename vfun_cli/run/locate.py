@@ -41,6 +41,20 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
     return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
 
 
+def to_resume(name: str, *, output_dir: Path) -> Found | None:
+    """What ``--resume-from-checkpoint`` means; None for ``latest`` in a directory where no checkpoint was ever saved.
+
+    A job script that is queued again always says ``latest``, also the first time. A checkpoint by its name must be
+    there, and where all that are there are damaged nobody begins anew without asking.
+
+    Raises:
+        CheckpointError: as of :func:`checkpoint`.
+    """
+    if name == "latest" and not any(output_dir.glob("checkpoint-*")):
+        return None
+    return checkpoint(name, output_dir=output_dir)
+
+
 def newest(run: RunDir) -> Found | None:
     """The newest complete checkpoint of a run, if there is one."""
     complete = manifest.checkpoints(run.root)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import families
+from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
@@ -23,6 +23,7 @@ from vfun_cli.training.signals import StopFlag
 
 def main(argv: list[str]) -> int:
     """Run this rank of one job and leave its process group."""
+    console.never_fail()
     code = run_rank(Path(argv[0]))
     import torch.distributed
 

@@ -11,6 +11,7 @@ from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.documented import COMMON, DEMO
 from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders import captions
 
 FRAMES_PER_LATENT = 4
 
@@ -154,6 +155,7 @@ SPEC = FamilySpec(
         recognises=lambda config: config.get("_class_name") == "CogVideoXTransformer3DModel",
         config_file="transformer/config.json",
         input_settings=("add_noise_in_inpaint_model",),
+        captions=lambda dims: (captions.t5("tokenizer", dims.extra["text_tokens"]),),
         block_classes=("CogVideoXBlock",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,

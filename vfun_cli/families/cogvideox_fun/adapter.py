@@ -118,7 +118,7 @@ class CogVideoXFunAdapter:
     def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
-        caption = "" if key.chance("text-drop", TEXT_DROP) else request.record.get("text") or ""
+        caption = "" if key.chance("text-drop", TEXT_DROP) else request.caption
         if train_mode(options.train_mode) != "inpaint":
             return compose(clip_of(request), caption)
         mask = DrawnMask(key.content, request.frames, (request.height, request.width))

@@ -19,6 +19,7 @@ from vfun_cli.families.spec import (
     PlanSpec,
 )
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders import captions
 
 CAPTION_TOKENS = 256
 """Every caption is padded or cut to this many tokens, for each text encoder."""
@@ -95,6 +96,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
             "mmdit_layers": min(full["mmdit_layers"], full["num_layers"]),
             "text_streams": len(channels),
             "caption_tokens": sum(lengths),
+            **dict(zip(TOKENIZER_LIMITS, lengths, strict=False)),
             "caption_channels": sum(length * width for length, width in zip(lengths, channels, strict=True)),
             "in_channels": full["in_channels"],
             "out_channels": full["out_channels"],
@@ -225,6 +227,7 @@ V5_1 = FamilySpec(
         read_dims=read_dims,
         recognises=lambda config: _is_easyanimate(config, t5=False),
         config_file="transformer/config.json",
+        captions=lambda dims: (captions.chat("tokenizer", dims.extra["caption_limit"]),),
         block_classes=("EasyAnimateTransformerBlock",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,
@@ -285,6 +288,10 @@ V5 = replace(
         ),
         recognises=lambda config: _is_easyanimate(config, t5=True),
         other_settings=TOKENIZER_LIMITS,
+        captions=lambda dims: (
+            captions.bert("tokenizer", dims.extra["caption_limit"]),
+            captions.t5("tokenizer_2", dims.extra["caption_limit_t5"]),
+        ),
         objective="ddpm",
         objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
     ),

@@ -87,7 +87,7 @@ class EasyAnimateControl:
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
         usable = V5_1.plan.usable_span
-        caption = "" if request.key.chance("text-drop", TEXT_DROP) else str(request.record["text"])
+        caption = "" if request.key.chance("text-drop", TEXT_DROP) else request.caption
         pixels = clip_of(request, usable_span=usable)
         control = clip_of(request, "control_file_path", usable_span=usable)
         return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.train_mode))

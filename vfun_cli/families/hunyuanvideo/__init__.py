@@ -7,7 +7,9 @@ from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
+    ASSISTANT_TOKENS,
     PATCH_SIZE,
+    PROMPT_TOKENS,
     SHIFT,
     VAE_STRIDE,
     Condition,
@@ -20,6 +22,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
 )
 from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders import captions
 
 # The published command line, the same for single process, ZeRO-2 and FSDP.
 _DEFAULTS: Mapping[str, Any] = {
@@ -71,6 +74,7 @@ def _spec(
     block_classes: tuple[str, ...],
     model_dir: str,
 ) -> FamilySpec:
+    cut = {"t2v": 0, "i2v": ASSISTANT_TOKENS}[condition]  # of a caption that is too long, the last four go beside
     return FamilySpec(
         name=f"hunyuanvideo-{condition}",
         summary=summary,
@@ -83,6 +87,7 @@ def _spec(
             read_dims=dims_reader(condition),
             recognises=lambda config: fits(config, condition),
             config_file="transformer/config.json",
+            captions=lambda dims: (captions.instructed("tokenizer", PROMPT_TOKENS, cut), captions.clip("tokenizer_2")),
             block_classes=block_classes,
             sequence_tokens=sequence_tokens,
             forward_flops=forward_flops,

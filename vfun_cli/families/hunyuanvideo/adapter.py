@@ -100,7 +100,7 @@ class HunyuanVideoAdapter:
     @classmethod
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
-        return cls.compose(clip_of(request), str(request.record.get("text") or ""), request.key)
+        return cls.compose(clip_of(request), request.caption, request.key)
 
     @classmethod
     def compose(cls, pixels: ClipInput, text: str, key: SampleKey) -> Inputs:

@@ -18,6 +18,7 @@ from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders import captions
 
 CONTROL_IN_DIM = 48
 """Latent channels a Control transformer reads: 16 noisy, 16 of the control clip, 16 of the start image."""
@@ -147,6 +148,7 @@ SPEC = FamilySpec(
         dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
         read_dims=read_dims,
         recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
+        captions=lambda dims: (captions.umt5(TEXT_TOKENS),),
         block_classes=("WanTransformerBlock",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,

@@ -131,7 +131,7 @@ class WanFunControlAdapter:
         return cls.compose(
             pixels,
             clip_of(request, "control_file_path") if has_control else black,
-            request.record["text"],
+            request.caption,
             request.key,
             train_mode=options.train_mode,
             control_ref_image=options.control_ref_image,

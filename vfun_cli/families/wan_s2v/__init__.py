@@ -10,6 +10,7 @@ from vfun_cli.families.wan_s2v.sizes import (
     sequence_tokens,
 )
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.modeling.encoders import captions
 
 DEFAULTS: dict[str, object] = {
     **FULL_FINE_TUNE,
@@ -41,6 +42,7 @@ SPEC = FamilySpec(
         dims=RELEASED,
         read_dims=read_dims,
         recognises=lambda config: config.get("model_type") == "s2v",
+        captions=lambda dims: (captions.umt5(dims.extra["text_len"]),),
         block_classes=("WanS2VBlock",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,

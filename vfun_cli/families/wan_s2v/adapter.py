@@ -109,7 +109,7 @@ def talking_clip(request: SampleRequest) -> TalkingClip:
         control=VideoFrames(MediaFile(control), tuple(clip), size) if control else None,
         audio=clip_audio(request, clip[0]),
         fps=Fraction(*request.fps) / request.stride,
-        text=request.record["text"],
+        text=request.caption,
         frames=request.frames,
         size=size,
     )

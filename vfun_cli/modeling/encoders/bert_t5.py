@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, BertTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+from transformers import BertModel, PreTrainedTokenizerBase, T5EncoderModel
 
+from vfun_cli.modeling.encoders.captions import BERT, T5, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
-from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 
 
 class PaddedText(nn.Module):
@@ -48,7 +49,7 @@ def load_bert(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) 
         CheckpointError: one of them is incomplete.
     """
     encoder = load_model(BertModel, model, dtype=dtype, unused=("pooler.", "cls."))
-    return PaddedText(encoder, load_tokenizer(BertTokenizer, tokenizer), length=length)
+    return PaddedText(encoder, load_tokenizer(BERT, tokenizer), length=length)
 
 
 def load_t5(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) -> PaddedText:
@@ -59,4 +60,4 @@ def load_t5(model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int) ->
     """
     # Folders made from the whole model still hold the decoder.
     encoder = load_model(T5EncoderModel, model, dtype=dtype, unused=("decoder.", "lm_head."))
-    return PaddedText(encoder, load_tokenizer(T5Tokenizer, tokenizer), length=length)
+    return PaddedText(encoder, load_tokenizer(T5, tokenizer), length=length)

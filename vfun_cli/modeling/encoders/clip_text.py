@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from vfun_cli.modeling.encoders.captions import CLIP, CLIP_LIMIT, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
-from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
-
-MAX_LENGTH = 77
+from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 
 
 class ClipPooledText(nn.Module):
@@ -28,11 +27,11 @@ class ClipPooledText(nn.Module):
         Raises:
             CheckpointError: a folder is incomplete or does not fit.
         """
-        return cls(load_model(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIPTokenizer, tokenizer))
+        return cls(load_model(CLIPTextModel, model, dtype=dtype), load_tokenizer(CLIP, tokenizer))
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """[B, dim]. Captions are cut at 77 tokens and padded without an attention mask, as the model was trained."""
-        ids, _ = padded_tokens(self.tokenizer, captions, MAX_LENGTH)
+        ids, _ = padded_tokens(self.tokenizer, captions, CLIP_LIMIT)
         with torch.no_grad():
             pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
         return pooled

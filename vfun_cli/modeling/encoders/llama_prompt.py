@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor, nn
-from transformers import LlamaModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaModel, PreTrainedTokenizerBase
 
+from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
-from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -31,14 +32,11 @@ class LlamaPrompt(nn.Module):
     def from_folders(cls, model: Path, tokenizer: Path, *, dtype: torch.dtype, max_length: int = 256) -> "LlamaPrompt":
         """From the folders of the text encoder and its tokenizer, offline.
 
-        The tokenizer is read as tokenizer.json states it: the class that the released folder names,
-        LlamaTokenizerFast, rebuilds it for Llama 2 in transformers 5 and gives other tokens.
-
         Raises:
             CheckpointError: a folder is incomplete or does not fit.
         """
         llama = load_model(LlamaModel, model, dtype=dtype)
-        return cls(llama, load_tokenizer(PreTrainedTokenizerFast, tokenizer), max_length)
+        return cls(llama, load_tokenizer(LLAMA, tokenizer), max_length)
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States [B, max_length, dim] and mask [B, max_length] int64 with the valid rows first."""

@@ -12,13 +12,13 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from vfun_cli.errors import CheckpointError, MetadataError
+from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.llama_prompt import HIDDEN_STATE
-from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 from vfun_cli.modeling.pixels import LoadedClip, float_pixels
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
@@ -81,7 +81,7 @@ class LlavaPrompt(nn.Module):
             )
         return cls(
             llava.model,  # the language-model head would cost 128 thousand logits a token for nothing
-            load_tokenizer(PreTrainedTokenizerFast, tokenizer),
+            load_tokenizer(LLAMA, tokenizer),
             CLIPImageProcessorPil.from_pretrained(str(image_processor), local_files_only=True),
             max_length=max_length,
             interleave=interleave,

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers from a local folder, strictly: what does not fit is an error."""
+"""Models of transformers from a local folder, strictly: what does not fit is an error."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from vfun_cli.errors import CheckpointError, first_line
@@ -49,27 +49,6 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
             hint="The folder is incomplete or holds another model: download it again.",
         )
     return freeze(model)
-
-
-def load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> Any:
-    """A tokenizer of class ``kind`` from its folder, offline, padding on the right.
-
-    Raises:
-        CheckpointError: it is not there or cannot be read.
-    """
-    # transformers makes an empty vocabulary out of an empty folder without a word.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", *kind.vocab_files_names.values())):
-        raise CheckpointError(
-            f"no {kind.__name__} in {folder}: none of {', '.join(kind.vocab_files_names.values())}.",
-            hint="Download the folder again.",
-        )
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, padding_side="right")
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"no {kind.__name__} in {folder}: {first_line(error)}.",
-            hint="Download the folder again.",
-        ) from error
 
 
 def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

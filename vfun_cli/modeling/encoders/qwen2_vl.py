@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneration
 
+from vfun_cli.modeling.encoders.captions import QWEN, chat_prompts, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
-from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 
 
 class Qwen2VLText(nn.Module):
@@ -31,22 +32,14 @@ class Qwen2VLText(nn.Module):
             CheckpointError: one of them is incomplete.
         """
         full = load_model(Qwen2VLForConditionalGeneration, model, dtype=dtype)
-        return cls(full.model.language_model, load_tokenizer(Qwen2Tokenizer, tokenizer), length=length)
+        return cls(full.model.language_model, load_tokenizer(QWEN, tokenizer), length=length)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask [B, length] of each caption as a chat of one user message.
 
         Padded on the right. A caption too long loses its end and the template's closing tokens, as in training.
         """
-        chats = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [{"type": "text", "text": caption}]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for caption in captions
-        ]
-        return padded_tokens(self.tokenizer, chats, self.length)
+        return padded_tokens(self.tokenizer, chat_prompts(self.tokenizer, captions), self.length)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""

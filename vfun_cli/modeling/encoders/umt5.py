@@ -6,15 +6,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.encoders.captions import UMT5, UMT5_FOLDER, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights, require_same
 
 WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER = "google/umt5-xxl"
+TOKENIZER = UMT5_FOLDER
 
 _BLOCK_PARTS = {
     "norm1": "layer.0.layer_norm",
@@ -59,7 +60,11 @@ class UMT5TextEncoder(nn.Module):
             CheckpointError: a file is missing or does not fit.
         """
         path = model_dir / WEIGHTS
-        return cls(load_umt5(load_pth(path), dtype=dtype, where=str(path)), load_tokenizer(model_dir), text_len)
+        return cls(
+            load_umt5(load_pth(path), dtype=dtype, where=str(path)),
+            load_tokenizer(UMT5, model_dir / TOKENIZER),
+            text_len,
+        )
 
     @property
     def dim(self) -> int:
@@ -159,19 +164,3 @@ def umt5_name(original: str) -> str:
     if match and match[2] in _BLOCK_PARTS:
         return f"encoder.block.{match[1]}.{_BLOCK_PARTS[match[2]]}.weight"
     return _OTHER_NAMES.get(original, original)
-
-
-def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer folder inside a released Wan directory.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    folder = model_dir / TOKENIZER
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no tokenizer in {folder}: {first_line(error)}.",
-            hint=f"The released model has a folder {TOKENIZER} with tokenizer.json: download all of it.",
-        ) from error
