@@ -60,7 +60,15 @@ def differing(live: LiveModel, folder: Path, change: Callable[[], object]) -> se
 
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
 @pytest.mark.parametrize(
-    "file", ["modeling/media/frames.py", "modeling/weights.py", "modeling/inputs.py", "modeling/encoders/clip_vae.py"]
+    "file",
+    [
+        "modeling/media/frames.py",
+        "metadata/pictures.py",
+        "metadata/pixels.py",
+        "modeling/weights.py",
+        "modeling/inputs.py",
+        "modeling/encoders/clip_vae.py",
+    ],
 )
 def test_code_that_decodes_loads_or_encodes_changes_every_entry(
     family: str, file: str, live_model: LIVE, code: Path, tmp_path: Path
