@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 
 from vfun_cli.errors import MetadataError
@@ -286,6 +286,8 @@ def test_inks_in_luminance_form_are_read_as_adobe_writes_them(tmp_path: Path) ->
     ids=["sRGB", "no profile", "cut off", "for grey", "for inks"],
 )
 def test_a_profile_that_is_srgb_or_cannot_be_meant_changes_nothing(icc: bytes, tmp_path: Path) -> None:
+    Image.fromarray(NOISE).convert("L").save(tmp_path / "g.png", icc_profile=WIDE)
+    assert np.array_equal(upright_rgb(tmp_path / "g.png")[..., 0], Image.fromarray(NOISE).convert("L"))
     Image.fromarray(NOISE).save(tmp_path / "p.png", icc_profile=icc)
     assert np.array_equal(upright_rgb(tmp_path / "p.png"), NOISE)
 
@@ -330,20 +332,29 @@ def test_pictures_are_shown_upright(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_png_is_upright_wherever_its_exif_data_stands_and_is_not_decoded_for_it(late: bool, tmp_path: Path) -> None:
+def test_a_png_is_upright_wherever_its_exif_data_stands(late: bool, tmp_path: Path) -> None:
     exif = chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
     plain = png(np.zeros((16, 24), np.uint8), 8, 0, 24, 16)
     at = -12 if late else 33  # before the end, or behind the header
     (tmp_path / "p.png").write_bytes(plain[:at] + exif + plain[at:])
     assert shown(tmp_path / "p.png").shape == (3, 24, 16)
-    begin = plain.index(b"IDAT")
-    (tmp_path / "unread.png").write_bytes(plain[:begin] + b"IDAT" + bytes(20) + plain[begin + 24 :])
-    assert probe_visual(tmp_path / "unread.png").width == 24
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_common_kinds_are_validated_without_being_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(NOISE).save(tmp_path / "p.png", kind)
+    decoded: list[object] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
+    assert probe_visual(tmp_path / "p.png").width == 64
+    assert not decoded
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
-def test_broken_exif_data_turns_nothing(exif: bytes, tmp_path: Path) -> None:
-    Image.fromarray(STORED).save(tmp_path / "p.jpg", exif=exif)
+def test_broken_exif_data_turns_nothing(exif: bytes, kind: str, tmp_path: Path) -> None:
+    Image.fromarray(STORED).save(tmp_path / "p.jpg", kind, exif=exif)
     assert shown(tmp_path / "p.jpg").shape == (3, 24, 40)
 
 
@@ -423,9 +434,11 @@ def test_validation_and_training_agree_on_every_kind_of_picture(tmp_path: Path) 
 )
 def test_a_picture_that_is_cut_off_never_reaches_training(kind: str, options: dict[str, str], tmp_path: Path) -> None:
     content = encoded(Image.fromarray(NOISE), kind, **options)
-    for share in (0.2, 0.5, 0.8, 0.95, 0.98):
+    for share in (0.1, 0.2, 0.5, 0.8, 0.95, 0.98):
         (tmp_path / "p.png").write_bytes(content[: int(len(content) * share)])
-        assert code_of(tmp_path / "p.png") in ("truncated-media", "unreadable-media", "unsupported-picture")
+        found = code_of(tmp_path / "p.png")
+        # In its headers a file can be cut so that nothing tells what it was.
+        assert found == "truncated-media" or (share != 0.5 and found in ("unreadable-media", "unsupported-picture"))
         with pytest.raises(MetadataError, match=r"p\.png"):
             read_image(tmp_path / "p.png", 16, 16)
 

@@ -38,7 +38,7 @@ _UNREAD = {
 }
 
 LARGEST_PICTURE = 2**28
-"""Pixels: 16384 x 16384. Decoding takes 8 bytes a pixel, 2 GB for the largest."""
+"""Pixels: 16384 x 16384. Decoding takes 10 bytes a pixel, 2.7 GB for the largest."""
 
 _FOREIGN = {
     "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
@@ -50,7 +50,6 @@ _FOREIGN = {
     "PNM": rb"P[1-7Ff]\s",
     "PostScript": rb"%!PS",
     "TIFF with such numbers as 16-bit floats": rb"II[*+]\0|MM\0[*+]",
-    "AVIF without its end": rb".{4}ftypavi[fs]",
 }
 """How files begin that are pictures, and not read."""
 
@@ -81,16 +80,12 @@ def open_picture(path: str | Path) -> "ImageFile":
     Raises:
         ProbeError: it cannot be read, or not as a picture.
     """
-    from PIL import UnidentifiedImageError
-
     try:
         image: ImageFile = _pillow().open(path, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise _unknown(path) from None
     except PermissionError:
         raise ProbeError("unreadable-file", "permission denied") from None
     except Exception as error:  # Pillow's plugins raise many kinds on broken files
-        raise _broken(error) from None
+        raise _unopened(path, error) from None
     image.filename = ""  # read, never mapped: Pillow maps a TIFF of orientation 5 to 8 with its sides exchanged
     try:
         _require_still(image)
@@ -143,17 +138,28 @@ def _require_readable(image: "ImageFile") -> None:
         raise ProbeError("unsupported-picture", f"{size} is more than {LARGEST_PICTURE / 1e6:.0f} million pixels")
 
 
-def _unknown(path: str | Path) -> ProbeError:
+def _unopened(path: str | Path, error: Exception) -> ProbeError:
+    from PIL import UnidentifiedImageError
+
     with Path(path).open("rb") as file:
         begin, size = file.read(16), os.fstat(file.fileno()).st_size
-    if begin[:4] in (b"II*\0", b"MM\0*") and size <= int.from_bytes(
-        begin[4:8], "little" if begin[:1] == b"I" else "big"
-    ):
-        return ProbeError("truncated-media", "the TIFF ends before the place where its directory should be")
+    if _is_cut(begin, size):
+        return ProbeError("truncated-media", "the picture ends before it is complete")
     for name, pattern in _FOREIGN.items():
         if re.match(pattern, begin, re.DOTALL):
             return ProbeError("unsupported-picture", f"a {name} is not read")
-    return ProbeError("unreadable-media", f"not one of the pictures that are read: {', '.join(FORMATS)}")
+    if isinstance(error, UnidentifiedImageError):
+        return ProbeError("unreadable-media", f"not one of the pictures that are read: {', '.join(FORMATS)}")
+    return _broken(error)
+
+
+def _is_cut(begin: bytes, size: int) -> bool:
+    """Whether a file that cannot be opened is the beginning of a TIFF (before its directory), a WebP or an AVIF."""
+    if begin[:4] in (b"II*\0", b"MM\0*"):
+        return size <= int.from_bytes(begin[4:8], "little" if begin[:1] == b"I" else "big")
+    if begin[:4] == b"RIFF" and begin[8:12] == b"WEBP":
+        return size < 8 + int.from_bytes(begin[4:8], "little")
+    return begin[4:11] == b"ftypavi"
 
 
 def _broken(error: Exception) -> ProbeError:

@@ -15,9 +15,6 @@ TURNS = dict(enumerate((
 ), start=2))  # fmt: skip
 """By EXIF orientation; 1 is upright."""
 
-_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
-"""What the ICC profile of such pixels says it is for."""
-
 
 def upright_rgb(path: str | Path) -> NDArray[np.uint8]:
     """A picture as uint8 [h, w, 3]; its size is the one that ``probe_picture`` tells.
@@ -67,13 +64,11 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return _in_mode(image, "RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space != _SPACES.get(image.mode):
-            return _in_mode(image, "RGB")
         transform = ImageCms.buildTransform(
             source, ImageCms.createProfile("sRGB"), image.mode, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ImageCms.PyCMSError):  # littlecms refuses it
         return _in_mode(image, "RGB")
     if image.mode == "RGB" and _changes_nothing(transform):
         return image
