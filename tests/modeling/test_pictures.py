@@ -346,7 +346,7 @@ def test_the_common_kinds_are_validated_without_being_decoded(
 ) -> None:
     Image.fromarray(NOISE).save(tmp_path / "p.png", kind)
     decoded: list[object] = []
-    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image))
     assert probe_visual(tmp_path / "p.png").width == 64
     assert not decoded
 
@@ -407,7 +407,7 @@ def test_validation_and_training_agree_on_every_kind_of_picture(tmp_path: Path) 
     read, refused = 0, 0
     for kind in (*FORMATS, "PPM", "JPEG2000", "TGA"):
         for mode in MODES:
-            for orientation in (1, 3, 5, 8) if kind in FORMATS else (1,):
+            for orientation in (1, 5):
                 content = tagged(Image.new(mode, (24, 16)), kind, orientation)
                 if content is None:
                     break
