@@ -17,7 +17,7 @@ from torch import Tensor
 from vfun_cli.errors import MetadataError
 from vfun_cli.metadata.facts import ProbeError
 from vfun_cli.metadata.pictures import FORMATS, probe_picture
-from vfun_cli.metadata.pixels import upright_rgb
+from vfun_cli.metadata.upright import upright_rgb
 from vfun_cli.metadata.probe import probe_visual
 from vfun_cli.modeling.media.pictures import read_image
 

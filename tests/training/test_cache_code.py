@@ -64,7 +64,7 @@ def differing(live: LiveModel, folder: Path, change: Callable[[], object]) -> se
     [
         "modeling/media/frames.py",
         "metadata/pictures.py",
-        "metadata/pixels.py",
+        "metadata/upright.py",
         "modeling/weights.py",
         "modeling/inputs.py",
         "modeling/encoders/clip_vae.py",

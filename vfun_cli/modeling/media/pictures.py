@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vfun_cli.metadata.pixels import upright_rgb
+from vfun_cli.metadata.upright import upright_rgb
 from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.media.sizes import resize_and_crop
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata import pictures as picture_files
-from vfun_cli.metadata import pixels, sounds, videos
+from vfun_cli.metadata import sounds, upright, videos
 from vfun_cli.modeling import encoders, inputs, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
@@ -35,7 +35,7 @@ from vfun_cli.run.rundir import write_atomically
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
 SHARED_CODE = (
-    frames, pictures, picture_files, pixels, sizes, sound, sounds, videos, randomness, inputs, weights,
+    frames, pictures, picture_files, sizes, sound, sounds, upright, videos, randomness, inputs, weights,
 )  # fmt: skip
 """Modules that decode media and load encoders, beside the encoders' own."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
