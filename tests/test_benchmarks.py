@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NOT_SCRIPTS = {"plan_sets", "record"}
+NOT_SCRIPTS = {"click_sounds", "plan_sets", "record"}
 """Modules that the benchmarks share."""
 MARKS = {
     "bare_loop": pytest.mark.slow,
     "data_wait": pytest.mark.long,
     "export": pytest.mark.long,
+    "frame_matrix": pytest.mark.slow,
     "fsdp_loading": pytest.mark.long,
     "fuzz_metadata": pytest.mark.slow,
     "gpu_step": pytest.mark.long,
@@ -27,6 +28,7 @@ MARKS = {
     "plan_million": (),
     "scaling": pytest.mark.slow,
     "sigterm": pytest.mark.long,
+    "sound_matrix": (),
     "startup": pytest.mark.long,
     "step_breakdown": pytest.mark.long,
     "validate_throughput": pytest.mark.slow,
@@ -36,6 +38,7 @@ NUMBERS = {
     "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
     "data_wait": ["rows/0/wait_share", "rows/0/peak_bytes_of_workers_at_the_end/0"],
     "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
+    "frame_matrix": ["clips", "videos"],
     "fsdp_loading": ["rows/0/copies_at_peak"],
     "fuzz_metadata": ["metadata/files", "media/files"],
     "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/1/tokens_per_second"],
@@ -47,6 +50,7 @@ NUMBERS = {
     "plan_million": ["results/0/seconds"],
     "scaling": ["results/0/our_schedule"],
     "sigterm": ["good"],
+    "sound_matrix": ["kinds", "clicks"],
     "startup": [
         "single/seconds to the first step",
         "single/checkpoint in the background/seconds held up",

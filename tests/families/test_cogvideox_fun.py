@@ -26,6 +26,7 @@ from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, Sample
 from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.modeling.inputs import Decoded, Value, describe, load_inputs
 from vfun_cli.modeling.media.writing import write_png, write_video
+from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, frames_at
@@ -427,7 +428,7 @@ def test_a_row_becomes_a_loss_with_gradients(
     adapter, asked = adapters[name], request(media, kind)
     mode = "normal" if name == "normal" else None
     sample = load(type(adapter), asked, replace(PLAIN, train_mode=mode, model_settings=settings(name)))
-    seen = sample.values
+    seen = {name: readable(value) for name, value in sample.values.items()}
     assert seen["clip"].shape == (asked.frames, 3, 32, 48)
     assert ("mask" in seen) == ("known" in seen) == (name != "normal")
     if name != "normal":

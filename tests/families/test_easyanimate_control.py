@@ -26,6 +26,7 @@ from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE, latent_channels
 from vfun_cli.modeling.inputs import Decoded, Value
 from vfun_cli.modeling.media.writing import write_png, write_video
+from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.data.encoding import encode, load, prepared
@@ -414,7 +415,7 @@ def test_media_become_a_prediction_with_gradients(name: str, kind: str, adapters
     adapter = adapters[name]
     asked = request(media, kind)
     sample = load(type(adapter), asked, PLAIN)
-    pixels, control = sample.values["clip"], sample.values["control"]
+    pixels, control = (readable(sample.values[name]) for name in ("clip", "control"))
     assert pixels.shape == control.shape == (asked.frames, 3, 32, 48)
     if kind == "video":
         torch.testing.assert_close(pixels, -control, atol=0.05, rtol=0)

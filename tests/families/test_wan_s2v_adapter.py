@@ -1,6 +1,7 @@
 """The Wan-S2V adapter on a tiny model in the released layout and on small encoded clips."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click_sounds import KINDS, write_kind
 from torch import Tensor
 
+from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.wan_s2v import build_model
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.wan_s2v import SPEC
@@ -27,10 +30,13 @@ from vfun_cli.families.wan_s2v.adapter import (
 )
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
-from vfun_cli.modeling.inputs import Decoded, Value, load_inputs
+from vfun_cli.modeling.inputs import Decoded, Value, describe, load_inputs
+from vfun_cli.modeling.media.sound import read_audio
 from vfun_cli.modeling.media.writing import write_video, write_wav
+from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
+from vfun_cli.training.data.stream import record_reader
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120
 NTSC = Fraction(30000, 1001)
@@ -110,13 +116,17 @@ def load(media: dict[str, str], **changes: Any) -> dict[str, Any]:
     source = talking_clip(request_for(media, **changes))
     clips = {name: getattr(source, name) for name in ("pixels", "history", "control", "audio")}
     decoded = load_inputs({name: lazy for name, lazy in clips.items() if lazy is not None})
-    return {"history": None, "control": None, **decoded, "fps": source.fps}
+    return {"history": None, "control": None, **_readable(decoded), "fps": source.fps}
 
 
 def read(media: dict[str, str], row: int) -> dict[str, Any]:
     """What the encoders read."""
     inputs = WanS2VAdapter.inputs(request_for(media, row=row), RANDOM)
-    return prepared(inputs).values
+    return _readable(prepared(inputs).values)
+
+
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: readable(value) for name, value in values.items()}
 
 
 def small_source(seed: int, *, history: int, text: str = "hello") -> TalkingClip:
@@ -137,7 +147,7 @@ def small_source(seed: int, *, history: int, text: str = "hello") -> TalkingClip
 
 def pixels_of(clip: Any) -> Tensor:
     """A clip of a small source, decoded."""
-    return load_inputs({"clip": clip})["clip"]
+    return readable(load_inputs({"clip": clip})["clip"])
 
 
 def encoded(adapter: WanS2VAdapter, sources: list[TalkingClip], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
@@ -145,6 +155,23 @@ def encoded(adapter: WanS2VAdapter, sources: list[TalkingClip], keys: list[Sampl
     decisions = [decide(key, frames=4, control_ref_image="first_frame") for key in keys]
     samples = [prepared(compose(source, each)) for source, each in zip(sources, decisions, strict=True)]
     return encode(adapter, samples, keys)
+
+
+def test_a_row_without_audio_path_hears_its_video(tmp_path: Path) -> None:
+    film = next(kind for kind in KINDS if kind.name == "late.mkv")
+    write_kind(tmp_path, film)
+    row = {"file_path": film.name, "text": "someone speaks", "type": "video"}
+    meta = tmp_path / "metadata.json"
+    meta.write_text(json.dumps([row, {**row, "audio_path": film.name}]))
+    read_record = record_reader(RunConfig(train_data_meta=meta, train_data_dir=tmp_path), SPEC)
+    borrowed, own = (request_for(read_record(number), total_frames=100, fps=(25, 1)) for number in (0, 1))
+    assert borrowed.record["audio_path"] == str(tmp_path / film.name)
+    sounds = [WanS2VAdapter.inputs(request, PLAIN)["audio"].lazy for request in (borrowed, own)]
+    assert describe(sounds[0], str) == describe(sounds[1], str)
+    samples, _, _ = load_inputs({"audio": sounds[0]})["audio"]
+    start = Fraction(frame_indices(borrowed)[0], 25)
+    np.testing.assert_array_equal(samples, read_audio(tmp_path / film.name, start, Fraction(FRAMES * 2, 25)))
+    assert samples.abs().max() > 0.3
 
 
 def key_where(frames: int = 4, **wanted: Any) -> SampleKey:

@@ -58,16 +58,42 @@ def test_a_raw_stream_has_no_frame_rate(data: Path, check: Callable[..., Report]
     assert codes(check([{**ROW, "file_path": "train/raw.h264"}])) == ["unknown-frame-rate"]
 
 
-def test_deep_counts_frames_that_an_edit_list_hides(data: Path, check: Callable[..., Report]) -> None:
+def test_frames_that_an_edit_list_hides_do_not_count(data: Path, check: Callable[..., Report]) -> None:
     video = data / "train/1.mp4"
     content = bytearray(video.read_bytes())
     entry = content.find(b"elst") + 12  # how long the file asks to be shown (ISO/IEC 14496-12, 8.6.6)
     length = int.from_bytes(content[entry : entry + 4], "big")
     content[entry : entry + 4] = (length // 2).to_bytes(4, "big")
     video.write_bytes(bytes(content))
+    report = check([{**ROW, "control_file_path": "train/1.mp4"}], deep=True)
+    assert report.clips[0].frames == 12
+    assert not {"fewer-frames", "decode-error"} & set(codes(report))
+
+
+def test_deep_counts_packets_of_which_no_picture_comes(data: Path, check: Callable[..., Report]) -> None:
+    source, video = data / "control/1.mp4", data / "train/1.mp4"
+    with av.open(str(source)) as container, av.open(str(video), "w") as out:
+        stream = out.add_stream_from_template(container.streams.video[0])
+        for number, packet in enumerate(container.demux(video=0)):
+            if packet.size:
+                packet.stream = stream
+                if number == 23:  # the last one: filler data (H.264, 7.3.2.7) of the same length, and no picture
+                    filler = b"\x0c".ljust(packet.size - 4, b"\xff")
+                    packet.update(len(filler).to_bytes(4, "big") + filler)
+                out.mux(packet)
     report = check([ROW], deep=True)
     assert "fewer-frames" in codes(report)
-    assert "decoded 12" in next(p.message for p in report.problems if p.code == "fewer-frames")
+    assert "decoded 23" in next(p.message for p in report.problems if p.code == "fewer-frames")
+
+
+@pytest.mark.parametrize("name", [b"CRAW", b"BRAW", b"xxxx"])
+def test_a_codec_that_nothing_decodes_is_refused_with_the_conversion(
+    name: bytes, data: Path, check: Callable[..., Report]
+) -> None:
+    video = data / "train/1.mp4"
+    video.write_bytes(video.read_bytes().replace(b"avc1", name))
+    report = check([ROW])
+    assert codes(report) == ["unsupported-codec"] and "ffmpeg -i" in report.problems[0].message
 
 
 def test_a_decoder_that_dies_is_reported_and_the_next_file_decoded(data: Path, monkeypatch: Any) -> None:
@@ -132,7 +158,7 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
         "AudioFacts|16000|1|3|1/5|True|False|aac": sound,
         "Failure|unreadable-media|a | b": failure,
     }
-    assert FACTS_VERSION == 3
+    assert FACTS_VERSION == 4
     for text, facts in texts.items():
         assert encode_facts(facts) == text
         assert decode_facts(text) == facts

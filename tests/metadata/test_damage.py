@@ -202,6 +202,58 @@ def test_a_picture_with_alpha_is_noted_once_for_each_field_and_trains(data: Path
     assert report.ok == 2
 
 
+SOUND_OF_THE_VIDEO = (SPEECH_FIELDS[0], MetadataField(name="audio_path", media="audio", otherwise="file_path"))
+MUTE = {"file_path": "train/1.mp4", "text": "A ball rolls.", "type": "video"}
+
+
+def talking(path: Path, seconds: float = 1.0) -> Path:
+    """The video with ``seconds`` of sound in it."""
+    silent = path.rename(path.with_stem("silent"))
+    with av.open(str(silent)) as given, av.open(str(path), "w", format="mov") as container:
+        video = container.add_stream_from_template(given.streams.video[0])
+        sound = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = video
+                container.mux(packet)
+        samples = (9000 * np.sin(np.arange(round(seconds * 16000)) * 0.2)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+    return path
+
+
+def test_a_row_without_a_sound_of_its_own_uses_that_of_its_video(data: Path, check: Callable[..., Report]) -> None:
+    talking(data / "train/1.mp4")
+    assert check([MUTE, {**MUTE, "text": "b", "audio_path": None}], fields=SOUND_OF_THE_VIDEO, deep=True).ok == 2
+
+
+def test_the_sound_of_a_video_is_checked_as_any_other(data: Path, check: Callable[..., Report]) -> None:
+    talking(data / "train/1.mp4", seconds=0.9)
+    (problem,) = check([MUTE], fields=SOUND_OF_THE_VIDEO).problems
+    assert (problem.code, problem.field) == ("audio-too-short", "audio_path")
+
+
+def test_a_row_without_sound_over_a_video_without_sound_says_both_ways_out(check: Callable[..., Report]) -> None:
+    (problem,) = check([MUTE], fields=SOUND_OF_THE_VIDEO).problems
+    assert (problem.code, problem.field) == ("missing-field", "audio_path")
+    assert "name a file with sound, or use a video with sound" in problem.message
+
+
+@pytest.mark.parametrize("damage", [edit(file_path="train/9.mp4"), edit(file_path=None), elsewhere,
+    on("train/1.mp4", text_file), on("train/1.mp4", front_loaded_and_cut)])  # fmt: skip
+def test_what_is_wrong_with_a_video_is_said_once(damage: Damage, data: Path, check: Callable[..., Report]) -> None:
+    talking(data / "train/1.mp4")
+    report = check([damage(data, dict(MUTE))], fields=SOUND_OF_THE_VIDEO)
+    assert [problem.field for problem in report.problems] == ["file_path"]
+
+
+def test_a_mistyped_key_is_not_taken_for_a_row_without_sound(data: Path, check: Callable[..., Report]) -> None:
+    talking(data / "train/1.mp4")
+    (problem,) = check([{**MUTE, "audio_pth": "wav/1.wav"}], fields=SOUND_OF_THE_VIDEO).errors
+    assert problem.code == "missing-field" and "audio_pth" in problem.message
+
+
 def test_a_truncated_picture_is_found(data: Path, check: Callable[..., Report]) -> None:
     cut(0.5)(data / "train/2.jpg")
     row = {"file_path": "train/2.jpg", "text": "A ball.", "type": "image"}

@@ -14,7 +14,7 @@ from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
-from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.metadata.fields import MetadataField, stated_media
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 from vfun_cli.metadata.remembered import OnProgress
@@ -245,11 +245,12 @@ class _Row:
         self.problems: list[Problem] = []
         self.paths: dict[str, str] = {}
         """Absolute media paths by field."""
+        self.borrowed = {item.name for item in fields if item.key(record.fields) != item.name}
+        """Fields that are left to another field's file."""
         self.facts: dict[str, Facts] = {}
-        for item in fields:
-            value = record.fields.get(item.name)
+        for name, value in stated_media(record.fields, fields).items():
             if isinstance(value, str) and _path_fault(value) is None:
-                self.paths[item.name] = absolute(root / value)
+                self.paths[name] = absolute(root / value)
 
     @property
     def files(self) -> dict[str, tuple[str, Literal["visual", "audio"]]]:
@@ -335,7 +336,8 @@ def _check_fields(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Probl
         value = stated.get(item.name)
         if value is None and item.required:
             near = did_you_mean(item.name, [key for key in stated if key not in {f.name for f in row.fields}])
-            yield row.problem("missing-field", f"{item.name} is missing.{near}", item.name)
+            if near or item.name not in row.borrowed:
+                yield row.problem("missing-field", f"{item.name} is missing.{near}", item.name)
         elif value is None:
             if item.media == "control":
                 yield row.problem("missing-control", "no control clip: trains with the black one", item.name)
@@ -390,7 +392,7 @@ def _check_numbers(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Prob
 def _check_paths(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem]:
     base = absolute(row.root)
     for name, path in row.paths.items():
-        if os.path.commonpath([base, path]) != base:
+        if name not in row.borrowed and os.path.commonpath([base, path]) != base:
             yield row.problem("path-outside-root", f"outside the data root {base}", name)
     control, visual = row.field_of("control"), row.field_of("visual")
     if control in row.paths and visual in row.paths and row.paths[control] == row.paths[visual]:
@@ -401,8 +403,16 @@ def _check_paths(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Proble
 
 
 def _check_readable(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
+    visual = row.of("visual")
     for name, facts in row.facts.items():
-        if isinstance(facts, Failure):
+        if name in row.borrowed and (isinstance(visual, Failure) or (visual and visual.truncated)):
+            continue  # said of the video itself
+        if name in row.borrowed and isinstance(facts, Failure) and facts.code == "no-audio-stream":
+            message = (
+                f"{name} is missing, and the video has no sound: name a file with sound, or use a video with sound"
+            )
+            yield row.problem("missing-field", message, name)
+        elif isinstance(facts, Failure):
             yield row.problem(facts.code, facts.message, name)
         elif facts.truncated:
             yield row.problem("truncated-media", "the header promises more bytes than the file has", name)
@@ -419,7 +429,9 @@ def _check_visual(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
             elif exact_rate(str(facts.fps)) is None:
                 yield row.problem("unknown-frame-rate", "the video states no usable frame rate", name)
             elif facts.variable:
-                yield row.problem("variable-frame-rate", f"frames are unevenly spaced ({_rate(facts.fps)})", name)
+                yield row.problem(
+                    "variable-frame-rate", f"frames are unevenly spaced; read by time at {_rate(facts.fps)}", name
+                )
         if not facts.width or not facts.height:
             yield row.problem("no-frames", "the picture has no size", name)
         elif not facts.square:

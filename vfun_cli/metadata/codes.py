@@ -86,9 +86,9 @@ CODES: dict[str, Code] = {
         _code(
             "missing-field",
             "error",
-            "The family needs a field that the row does not have.",
-            "a wan-s2v row without audio_path",
-            "Add the field; the message names a similar one if the row has it.",
+            "The family needs a field that the row does not have, and that nothing stands in for.",
+            "a wan-s2v row without audio_path whose video has no sound either",
+            "Add the field (the message names a similar one if the row has it), or use a video with sound.",
         ),
         _code(
             "missing-control",
@@ -234,6 +234,13 @@ CODES: dict[str, Code] = {
             '"audio_path" naming an mp4 without sound',
             "Name a file with sound.",
         ),
+        _code(
+            "unsupported-codec",
+            "error",
+            "Nothing here decodes the video: its codec is unknown to this build of FFmpeg, or no picture came out.",
+            "a camera's raw format",
+            "ffmpeg -i IN -c:v libx264 -crf 12 -c:a copy OUT.mp4",
+        ),
         _code("no-frames", "error", "The video has no frames.", "a recording that stopped at once", _DROP),
         _code(
             "unknown-frame-rate",
@@ -245,9 +252,10 @@ CODES: dict[str, Code] = {
         _code(
             "variable-frame-rate",
             "warning",
-            "Frames are unevenly spaced: motion changes speed and sound drifts, as frames are taken by number.",
+            "Frames are unevenly spaced. They are read by time at the average rate: speed and lips stay right, and "
+            "pictures repeat or are left out.",
             "a phone or screen recording",
-            "ffmpeg -i in.mp4 -fps_mode cfr -r 30 out.mp4",
+            "Nothing; for another rate than the average: ffmpeg -i in.mp4 -fps_mode cfr -r 30 out.mp4",
         ),
         _code(
             "non-square-pixels",
@@ -373,9 +381,10 @@ CODES: dict[str, Code] = {
         _code(
             "many-channels",
             "note",
-            "The sound has more than two channels; they are averaged, so speech in one of them becomes faint.",
-            "a 5.1 film sound, where the speech is in the centre channel",
-            "Extract the channel that holds the speech: ffmpeg -i in.mp4 -af pan=mono|c0=FC out.wav",
+            "The sound has more than two channels. The centre, where films have their speech, counts fully, the front "
+            "two half each, the others less, LFE not at all; channels that the file does not name are averaged.",
+            "a 5.1 film sound",
+            "Nothing, if speech is in front. Otherwise extract it: ffmpeg -i in.mp4 -af pan=mono|c0=FC out.wav",
         ),
         _code(
             "odd-sample-rate",
@@ -409,7 +418,7 @@ CODES: dict[str, Code] = {
         _code(
             "fewer-frames",
             "error",
-            "Fewer frames can be decoded than the header says.",
+            "Fewer frames can be decoded than the file has times for.",
             "header 240 frames, decoded 231",
             _DROP,
         ),

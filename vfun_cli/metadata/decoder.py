@@ -8,11 +8,11 @@ import sys
 
 
 def decode_visual(path: str) -> str:
-    """Decode every frame with PyAV, then open with decord as training does and read the last frame."""
+    """Decode every picture, and hold its time against the one that training will ask for."""
     import av
-    import decord
 
     from vfun_cli.metadata.pictures import PICTURES
+    from vfun_cli.metadata.timeline import read_timeline, shown_video
 
     if path.lower().endswith(tuple(PICTURES)):
         from PIL import Image
@@ -20,16 +20,17 @@ def decode_visual(path: str) -> str:
         with Image.open(path) as image:
             image.load()
         return "1"
-    frames, damaged = 0, 0
     with av.open(path) as container:
-        for frame in container.decode(video=0):
-            frames += 1
-            damaged += bool(frame.is_corrupt)
-    if damaged:
-        return f"decode-error|{damaged} of {frames} frames are damaged"
-    reader = decord.VideoReader(path, width=64, height=64, num_threads=1)
-    reader[len(reader) - 1]
-    return str(min(frames, len(reader)))
+        timeline = read_timeline(container, by_packets=True)
+    with av.open(path) as container:
+        frames = [(frame.pts, frame.is_corrupt) for frame in container.decode(shown_video(container))]
+    if damaged := sum(corrupt for _, corrupt in frames):
+        return f"decode-error|{damaged} of {len(frames)} frames are damaged"
+    times = {pts for pts, _ in frames}
+    if timeline.timed and len(times) >= len(timeline.times) and (odd := times ^ set(timeline.times)):
+        first = float(min(time for time in odd if time is not None) * timeline.tick)
+        return f"decode-error|at {first:.3f} s its pictures come at other times than the file states"
+    return str(min(len(frames), len(timeline.times)))
 
 
 def decode_audio(path: str) -> str:
@@ -43,7 +44,6 @@ def decode_audio(path: str) -> str:
 def main() -> None:
     """Answer until the input ends."""
     import av  # noqa: F401 - before the first file's clock starts
-    import decord  # noqa: F401
 
     out = sys.stdout
     sys.stdout = sys.stderr  # nothing else may write into the answers

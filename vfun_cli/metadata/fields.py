@@ -1,7 +1,8 @@
 """What a family can read from a row of the metadata."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,3 +12,14 @@ class MetadataField:
     name: str
     media: Literal["visual", "control", "audio"]
     required: bool = True
+    otherwise: str | None = None
+    """The field whose file is read where a row has none for this one (the sound of the video)."""
+
+    def key(self, row: Mapping[str, Any]) -> str:
+        """The key that names this field's file in a row: its own or, where the row has none, ``otherwise``."""
+        return self.otherwise if self.otherwise is not None and row.get(self.name) is None else self.name
+
+
+def stated_media(row: Mapping[str, Any], fields: Sequence[MetadataField]) -> dict[str, Any]:
+    """What a row states as the file of each field, by field; None where it states nothing."""
+    return {item.name: row.get(item.key(row)) for item in fields}

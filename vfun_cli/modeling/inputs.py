@@ -1,7 +1,7 @@
 """What an encoder reads, as a lazy input: it can be loaded (decoded), or described without being decoded.
 
     clip = ConcatenatedClip((ConstantFrames(0.0, 73, height, width), VideoFrames(video, indices, height, width)))
-    load_inputs({"clip": clip})   # float32 [F, 3, height, width] by name
+    load_inputs({"clip": clip})   # pixels by name, see ``pixels``
     describe(clip, digest)        # the same text for the same pixels, whatever the file is called
 
 A lazy input says all that its value depends on, so its description is the key of whatever is computed from it. Families
@@ -23,6 +23,7 @@ from torch.nn import functional
 from vfun_cli.modeling.media.frames import read_frames
 from vfun_cli.modeling.media.pictures import read_image
 from vfun_cli.modeling.media.sound import read_audio
+from vfun_cli.modeling.pixels import LoadedClip, Pieces, constant, joined
 
 Size = tuple[int, int]
 """(height, width)"""
@@ -41,7 +42,11 @@ class LazyInput(Protocol):
 
 
 class ClipInput(LazyInput, Protocol):
-    """Pixels, float32 [F, 3, H, W]."""
+    """Pixels [F, 3, H, W]."""
+
+    def load(self, decoder: "Decoder") -> LoadedClip:
+        """See :class:`LazyInput`."""
+        ...
 
     @property
     def count(self) -> int:
@@ -62,7 +67,7 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """Frames of a video: float32 [F, 3, H, W] in [-1, 1]."""
+    """Frames of a video: uint8 [F, 3, H, W]."""
 
     media: MediaFile
     indices: tuple[int, ...]
@@ -84,7 +89,7 @@ class VideoFrames:
 
 @dataclass(frozen=True)
 class ImageFrame:
-    """An image file as a clip of one frame: float32 [1, 3, H, W] in [-1, 1]."""
+    """An image file as a clip of one frame: uint8 [1, 3, H, W]."""
 
     media: MediaFile
     size: Size
@@ -119,7 +124,7 @@ class ConstantFrames:
 
     def load(self, decoder: "Decoder") -> Tensor:
         """See :class:`LazyInput`."""
-        return torch.full((self.frames, 3, *self.size), self.value)
+        return constant(self.value, self.frames, *self.size)
 
     @property
     def count(self) -> int:
@@ -133,13 +138,13 @@ class ConstantFrames:
 
 @dataclass(frozen=True)
 class ConcatenatedClip:
-    """Clips one after another: float32 [F, 3, H, W]."""
+    """Clips one after another."""
 
     parts: tuple[ClipInput, ...]
 
-    def load(self, decoder: "Decoder") -> Tensor:
+    def load(self, decoder: "Decoder") -> Pieces:
         """See :class:`LazyInput`."""
-        return torch.cat([part.load(decoder) for part in self.parts])
+        return joined([part.load(decoder) for part in self.parts])
 
     @property
     def count(self) -> int:
@@ -222,7 +227,7 @@ class Decoder:
         self.decoded: dict[tuple[MediaFile, Size], tuple[dict[int, int], Tensor]] = {}
 
     def frames(self, wanted: VideoFrames) -> Tensor:
-        """[F, 3, H, W].
+        """uint8 [F, 3, H, W].
 
         Raises:
             MetadataError: the file cannot be decoded.

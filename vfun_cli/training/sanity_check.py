@@ -8,6 +8,7 @@ import torch
 
 from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.media import writing
+from vfun_cli.modeling.pixels import readable
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
 
@@ -23,6 +24,7 @@ def write_first_batch(run: RunDir, loaded: LoadedBatch) -> None:
 
 def _write_value(stem: Path, value: Any, fps: Fraction) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
+    value = readable(value)
     if isinstance(value, tuple):
         for part in value:
             _write_value(stem, part, fps)

@@ -19,6 +19,7 @@ from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.encoders.pretrained import text_source
 from vfun_cli.modeling.inputs import ClipInput, Decoder, LazyInput, Size, Value
+from vfun_cli.modeling.pixels import float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import read_json
@@ -61,7 +62,7 @@ class KnownPixels:
 
     def load(self, decoder: Decoder) -> Tensor:
         """See :class:`~vfun_cli.modeling.inputs.LazyInput`."""
-        known = self.pixels.load(decoder).masked_fill(self.mask.load(decoder), MASKED)
+        known = float_pixels(self.pixels.load(decoder)).masked_fill(self.mask.load(decoder), MASKED)
         return known if self.noise is None else add_noise(known.transpose(0, 1), self.noise).transpose(0, 1)
 
 

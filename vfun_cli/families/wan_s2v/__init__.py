@@ -32,7 +32,7 @@ SPEC = FamilySpec(
     adapter="vfun_cli.families.wan_s2v.adapter:WanS2VAdapter",
     fields=(
         MetadataField(name="file_path", media="visual"),
-        MetadataField(name="audio_path", media="audio"),
+        MetadataField(name="audio_path", media="audio", otherwise="file_path"),
         MetadataField(name="control_file_path", media="control", required=False),
     ),
     media_types=("video",),

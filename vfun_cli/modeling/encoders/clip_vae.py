@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
+from vfun_cli.modeling.pixels import LoadedClip, clip_shape, float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import safetensors_files
@@ -42,16 +43,16 @@ class ClipVAE(nn.Module, ABC):
             return mean
         return mean + torch.cat([deviation for _, deviation in parts]) * noise.to(mean)
 
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Output]:
+    def outputs(self, inputs: Sequence[LoadedClip]) -> list[Output]:
         """``mean`` and ``std`` [z, f, h, w] of clips [F, 3, H, W]; clips of one shape share mini-batches."""
         found: dict[int, Output] = {}
-        shapes = [clip.shape for clip in inputs]
+        shapes = [clip_shape(clip) for clip in inputs]
         for shape in dict.fromkeys(shapes):
             members = [index for index, other in enumerate(shapes) if other == shape]
             for start in range(0, len(members), self.mini_batch):
                 batch = members[start : start + self.mini_batch]
-                pixels = torch.stack([inputs[index].transpose(0, 1) for index in batch])
-                pixels = upload(pixels, next(self.parameters()).device)
+                device = next(self.parameters()).device
+                pixels = torch.stack([float_pixels(inputs[index], device).transpose(0, 1) for index in batch])
                 with torch.no_grad():
                     means, deviations = self.posterior(pixels)
                 for index, mean, deviation in zip(batch, means, deviations, strict=True):

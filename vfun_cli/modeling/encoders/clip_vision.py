@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.pixels import LoadedClip, float_pixels
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights
 
 WEIGHTS = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -95,9 +96,9 @@ class ClipImageEncoder(nn.Module):
         """Hidden states [B, tokens, width] of frames [B, 3, H, W] in [-1, 1]."""
         return self.encode_pixel_values(self.preprocess(frames.to(self.model.device)))
 
-    def outputs(self, inputs: Sequence[Tensor]) -> list[Output]:
+    def outputs(self, inputs: Sequence[LoadedClip]) -> list[Output]:
         """``states`` [tokens, width] of clips of one frame, [1, 3, H, W] each."""
-        return [{"states": self.encode(clip)[0]} for clip in inputs]
+        return [{"states": self.encode(float_pixels(clip, self.model.device))[0]} for clip in inputs]
 
     def encode_pixel_values(self, pixel_values: Tensor) -> Tensor:
         """Hidden states [B, tokens, width] of preprocessed images [B, 3, S, S], one image at a time."""

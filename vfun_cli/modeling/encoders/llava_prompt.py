@@ -19,6 +19,7 @@ from vfun_cli.errors import CheckpointError, MetadataError
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.llama_prompt import HIDDEN_STATE
 from vfun_cli.modeling.encoders.pretrained import load_model, load_tokenizer, padded_tokens
+from vfun_cli.modeling.pixels import LoadedClip, float_pixels
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -112,9 +113,9 @@ class LlavaPrompt(nn.Module):
         states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
         return states, long_mask.to(device).gather(1, rows)
 
-    def outputs(self, inputs: Sequence[tuple[str, Tensor]]) -> list[Output]:
+    def outputs(self, inputs: Sequence[tuple[str, LoadedClip]]) -> list[Output]:
         """``states`` [L, dim] and ``mask`` [L] of each caption with its image, a clip [1, 3, H, W]."""
-        found = (self.encode([caption], [image[0]]) for caption, image in inputs)
+        found = (self.encode([caption], [float_pixels(image)[0]]) for caption, image in inputs)
         return [{"states": states[0], "mask": mask[0]} for states, mask in found]
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -1,91 +1,246 @@
-"""Frames of videos."""
+"""Frames of videos, read by the time at which a player shows them.
 
-from collections.abc import Sequence
+Decoding begins at the key frame before the first wanted picture, goes through each stretch once, and keeps at most
+CHUNK pictures at their own size. The time of every picture that is kept is compared with the time asked for.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import av
-import decord
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vfun_cli.errors import MetadataError
+from vfun_cli.errors import MetadataError, first_line
+from vfun_cli.metadata.facts import ProbeError
+from vfun_cli.metadata.timeline import Timeline, read_timeline, shown_video
 from vfun_cli.modeling.media.faults import undecodable
-from vfun_cli.modeling.media.sizes import cover_size, resize_and_crop
+from vfun_cli.modeling.media.sizes import resize_and_crop
 
-DECODER_RESIZE_FROM = 2.5
-"""Let decord shrink while decoding when the clip is at least this many times larger than the target."""
-DECODER_RESIZE_TO = 2.0
-"""… to this multiple of the target, before the exact resize. 720p to 448x256 (24 frames of coloured, hard-edged
-waves, one core): 0.22 s instead of 0.77 s, mean difference 0.72/255, largest 20/255 on saturated edges; most of it is
-there without the shortcut too, from another chroma interpolation. A multiple of 1.25 gave 2.0 and 169."""
+Pictures: TypeAlias = Iterator[tuple[int, VideoFrame]]
+"""Decoded, each with its number."""
+VideoPacket: TypeAlias = "Packet[VideoStream]"
+
+CHUNK = 4
+"""Pictures that are resized at once: 25 MB at 1080p. One at a time takes 2 % longer."""
+WORTH_A_SEEK = 12
+"""Pictures between two wanted ones from which on a key frame in between is looked for."""
+STEPS_BACK = (0.0, 1.0, 5.0, 20.0, 80.0)
+"""Seconds before the wanted picture from which a key frame is looked for; then from the start of the file. MPEG-TS and
+-PS seek to any packet, and their next key frame may be too late."""
+
+PREDICTED = frozenset({PictureType.P, PictureType.B})
+
+
+class _NotShown(Exception):
+    """A picture that did not come, or came at another time than the timeline has."""
+
+    def __init__(self, picture: int, why: str) -> None:
+        super().__init__(why)
+        self.picture = picture
 
 
 def read_frames(path: str | Path, indices: Sequence[int], height: int, width: int) -> Tensor:
-    """The frames of a video at ``indices``, in that order: float32 [F, 3, height, width] in [-1, 1].
+    """The frames of a video at ``indices``, in that order: uint8 [F, 3, height, width], upright.
+
+    Frame i is picture i in the order in which a player shows them; where pictures are unevenly spaced, see
+    :meth:`~vfun_cli.metadata.timeline.Timeline.picture`.
 
     Raises:
         MetadataError: the file cannot be decoded, or is too short; it names file and frame.
     """
-    reader, cover = _open_video(path, height, width)
-    if bad := [index for index in indices if not 0 <= index < len(reader)]:
-        raise MetadataError(
-            f"{path}: frame {bad[0]} is needed, and the file has {len(reader)} frames.",
-            hint="The file is shorter than its header says.",
-        )
-    try:  # [F, h, w, 3] uint8
-        frames = _rotated_frames(path, indices) if _is_rotated(reader) else reader.get_batch(list(indices)).asnumpy()
-    except Exception as error:  # decord raises whatever its C++ threw
-        raise undecodable(path, _first_bad_frame(reader, indices), error) from error
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
-    return resize_and_crop(pixels, height, width, cover)
-
-
-def _open_video(path: str | Path, height: int, width: int) -> tuple["decord.VideoReader", tuple[int, int]]:
-    """A decord reader, shrinking while it decodes when the clip is much larger than ``height`` x ``width``.
-
-    Also the (height, width) that covers the target in the clip's own aspect.
-    One thread a reader: the loader already runs a process per clip.
-    """
-    decord.logging.set_level(decord.logging.QUIET)  # the error says it; FFmpeg would say it again on stderr
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        full_height, full_width = reader[0].shape[:2]
-        reader.seek(0)
-        cover = cover_size(full_height, full_width, height, width)
-        if full_height < cover[0] * DECODER_RESIZE_FROM or _is_rotated(reader):
-            return reader, cover
-        # Even sizes: swscale is slower and less exact on odd ones.
-        small = [2 * round(side * DECODER_RESIZE_TO / 2) for side in cover]
-        return decord.VideoReader(str(path), height=small[0], width=small[1], num_threads=1), cover
-    except Exception as error:  # decord raises whatever its C++ threw
-        raise undecodable(path, 0, error) from error
-
-
-def _is_rotated(reader: "decord.VideoReader") -> bool:
-    """Whether the file is to be shown rotated: decord then returns four channels in false colours."""
-    channels: int = reader[0].shape[2]
-    reader.seek(0)
-    return channels != 3
-
-
-def _rotated_frames(path: str | Path, indices: Sequence[int]) -> NDArray[np.uint8]:
-    """Frames of a file recorded on its side (phones), upright, [F, h, w, 3]; decoded from the start with PyAV."""
-    found: dict[int, NDArray[np.uint8]] = {}
-    with av.open(str(path)) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in indices:
-                found[index] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-            if index >= max(indices):
-                break
-    return np.stack([found[index] for index in indices])
-
-
-def _first_bad_frame(reader: "decord.VideoReader", indices: Sequence[int]) -> int:
-    for index in sorted(indices):
+    path = str(path)
+    fault: _NotShown | None = None
+    for by_packets in (False, True):  # an index alone may hide an odd order; packets say it
         try:
-            reader[index]
-        except Exception:  # the one we are looking for
-            return index
-    return min(indices)
+            with av.open(path) as container:
+                timeline = read_timeline(container, by_packets=by_packets)
+        except (ProbeError, av.FFmpegError, OSError, ValueError) as error:
+            raise undecodable(path, min(indices), error) from error
+        if bad := [index for index in indices if not 0 <= index < len(timeline.times)]:
+            raise MetadataError(
+                f"{path}: frame {bad[0]} is needed, and the file has {len(timeline.times)} frames.",
+                hint="The file is shorter than its header says.",
+            )
+        pictures = [timeline.picture(index) for index in indices]
+        try:
+            found = _resized(_wanted_pictures(path, timeline, sorted(set(pictures))), height, width)
+            return torch.stack([found[picture] for picture in pictures])
+        except _NotShown as error:
+            fault = error
+        if timeline.complete:
+            break
+    assert fault is not None
+    raise undecodable(path, indices[pictures.index(fault.picture)], fault)
+
+
+def _resized(pictures: Iterator[tuple[int, NDArray[np.uint8]]], height: int, width: int) -> dict[int, Tensor]:
+    """Pictures [h, w, 3] as [3, height, width], a few at a time."""
+    found: dict[int, Tensor] = {}
+    chunk: list[tuple[int, NDArray[np.uint8]]] = []
+
+    def flush() -> None:
+        if chunk:
+            stacked = torch.from_numpy(np.stack([shown for _, shown in chunk])).permute(0, 3, 1, 2)
+            found.update(zip((number for number, _ in chunk), resize_and_crop(stacked, height, width), strict=True))
+            chunk.clear()
+
+    for number, shown in pictures:
+        if len(chunk) == CHUNK or (chunk and chunk[0][1].shape != shown.shape):
+            flush()
+        chunk.append((number, shown))
+    flush()
+    return found
+
+
+def _wanted_pictures(path: str, timeline: Timeline, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(picture, its pixels [h, w, 3] uint8) of the wanted ones, in order.
+
+    Raises:
+        _NotShown: one of them cannot be decoded, or a time is not what the timeline says.
+    """
+    for stretch in _stretches(timeline, wanted):
+        decoded = _timed(path, timeline, stretch) if timeline.timed else _counted(path, stretch)
+        for picture, frame in decoded:
+            pixels = cast("NDArray[np.uint8]", frame.to_ndarray(format="rgb24"))
+            yield picture, np.rot90(pixels, frame.rotation // 90)
+
+
+def _stretches(timeline: Timeline, wanted: Sequence[int]) -> list[list[int]]:
+    """The wanted pictures, parted where beginning anew at a key frame spares decoding what lies between."""
+    stretches = [[wanted[0]]]
+    for before, picture in pairwise(wanted):
+        far = timeline.timed and picture - before > WORTH_A_SEEK
+        latest = bisect_right(timeline.keys, timeline.times[picture]) - 1
+        if far and latest >= 0 and timeline.keys[latest] >= timeline.times[before + WORTH_A_SEEK]:
+            stretches.append([picture])
+        else:
+            stretches[-1].append(picture)
+    return stretches
+
+
+def _counted(path: str, wanted: Sequence[int]) -> Pictures:
+    """Pictures by their number from the start, for files that do not say when a picture is shown."""
+    left = deque(wanted)
+    with av.open(path) as container:
+        for number, frame in enumerate(container.decode(_single_threaded(container))):
+            if frame.is_corrupt:
+                raise _NotShown(left[0], "it is damaged")
+            if number == left[0]:
+                yield left.popleft(), frame
+                if not left:
+                    return
+    raise _NotShown(left[0], "the file ends before it")
+
+
+def _timed(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pictures:
+    """Pictures by their times, from the nearest key frame from which the first of them comes out whole."""
+    latest = timeline.times[wanted[0]]
+    while True:
+        with _packets_from_key(path, timeline, latest) as packets:
+            key = next(packets)
+            decoded = _matched(chain([key], packets), timeline, wanted)
+            try:
+                first = next(decoded)
+            except _NotShown:
+                if key.pts is None or not timeline.keys or key.pts <= timeline.keys[0]:
+                    raise
+                latest = key.pts - 1
+                continue
+            yield first
+            yield from decoded
+            return
+
+
+@contextmanager
+def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[Iterator[VideoPacket]]:
+    """The packets from a key frame on that is shown at ``latest`` or before; from the start, if no seek finds one."""
+    with av.open(path) as container:
+        packets = _sought(container, timeline, latest)
+        if packets is not None:
+            yield packets
+            return
+    with av.open(path) as container:
+        yield container.demux(_single_threaded(container))
+
+
+def _sought(container: InputContainer, timeline: Timeline, latest: int) -> Iterator[VideoPacket] | None:
+    stream = _single_threaded(container)
+    for seconds in STEPS_BACK:
+        target = latest - round(seconds / timeline.tick)
+        if not timeline.keys or target <= timeline.keys[0]:
+            return None
+        try:
+            container.seek(target, stream=stream)
+        except av.FFmpegError:  # this kind of file cannot seek
+            return None
+        packets = container.demux(stream)
+        key = next((packet for packet in packets if packet.size and packet.is_keyframe), None)
+        if key is None or key.pts is None or key.pts > latest:
+            continue
+        # Times behind a seek into MPEG-TS or -PS are worth what their key frame proves.
+        if not timeline.key_sizes or timeline.key_sizes.get(key.pts) == key.size:
+            return chain([key], packets)
+    return None
+
+
+def _matched(packets: Iterator[VideoPacket], timeline: Timeline, wanted: Sequence[int]) -> Pictures:
+    """The wanted pictures among those that the packets decode to; the first packet is a key frame's.
+
+    What is shown before the key frame refers to pictures in front of it: it is never wanted, and its faults are none.
+    """
+    left = deque(wanted)
+    begin: int | None = None
+    unproven = False
+    for packet in packets:
+        if begin is None and packet.pts is not None:
+            begin, unproven = packet.pts, bool(timeline.keys) and packet.pts > timeline.keys[0]
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if packet.pts is not None and begin is not None and packet.pts < begin:
+                continue
+            raise _NotShown(left[0], first_line(error)) from error
+        for frame in frames:
+            if frame.pts is None or (begin is not None and frame.pts < begin):
+                continue
+            if frame.is_corrupt:
+                raise _NotShown(left[0], "it is damaged")
+            if unproven and (frame.pts != begin or frame.pict_type in PREDICTED):
+                # Intra refresh calls it a key frame where the picture begins to be renewed, column by column.
+                raise _NotShown(left[0], "decoding cannot begin at its key frame")
+            unproven = False
+            due = timeline.times[left[0]]
+            if frame.pts > due or (frame.pts < due and not _is_known(timeline, frame.pts)):
+                seconds = (float(time * timeline.tick) for time in (due, frame.pts))
+                raise _NotShown(left[0], "it is due at {:.4f} s, and a picture of {:.4f} s comes".format(*seconds))
+            if frame.pts == due:
+                yield left.popleft(), frame
+                if not left:
+                    return
+    raise _NotShown(left[0], "the file ends before it")
+
+
+def _is_known(timeline: Timeline, time: int) -> bool:
+    place = bisect_left(timeline.times, time)
+    # Before the first picture lies what an edit list hides.
+    return time < timeline.times[0] or (place < len(timeline.times) and timeline.times[place] == time)
+
+
+def _single_threaded(container: InputContainer) -> VideoStream:
+    """The video to decode; the loader runs a process a clip already."""
+    stream = shown_video(container)
+    assert stream is not None  # a timeline was read
+    stream.codec_context.thread_count = 1
+    return stream

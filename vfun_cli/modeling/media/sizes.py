@@ -11,12 +11,13 @@ def cover_size(height: int, width: int, to_height: int, to_width: int) -> tuple[
     return height * to_width // width, to_width
 
 
-def resize_and_crop(pixels: Tensor, height: int, width: int, cover: tuple[int, int] | None = None) -> Tensor:
-    """[F, 3, h, w] float to [F, 3, height, width]: antialiased bilinear resize to ``cover``, then the centre.
+def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """[F, 3, h, w] to [F, 3, height, width] of the same dtype: antialiased bilinear resize, then the centre.
 
-    ``cover`` is given when the decoder has shrunk the frames already, so that rounding there cannot shift the crop.
+    Of uint8 in channels-last order, torch takes 0.8 ms for a 720p picture to 448x256 on one core, a sixth of float32;
+    both directions are rounded to bytes, which moves a value by at most one.
     """
-    size = cover or cover_size(pixels.shape[-2], pixels.shape[-1], height, width)
+    size = cover_size(pixels.shape[-2], pixels.shape[-1], height, width)
     if size != tuple(pixels.shape[-2:]):
         pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)

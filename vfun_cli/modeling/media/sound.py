@@ -1,6 +1,7 @@
 """Sound as mono samples, by the clock of the picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from av.audio.frame import AudioFrame
 from numpy.typing import NDArray
 
 from vfun_cli.errors import MetadataError, first_line
-from vfun_cli.metadata.sounds import time_zero
+from vfun_cli.metadata.sounds import TIMED, open_sound, stated_end, time_zero
 
 AUDIO_TAIL_TOLERANCE = Fraction(20, 1000)
 """Seconds of audio that may be missing at the end of a clip (less than one video frame); filled with silence."""
@@ -18,12 +19,17 @@ AUDIO_WARM_UP = Fraction(1, 20)
 """Seconds decoded on both sides of the wanted audio, so that the resampling filter never sees an edge."""
 TIMESTAMP_JITTER = Fraction(20, 1000)
 """Audio timestamps closer than this to the running sample count are rounding of the container's clock, not gaps."""
+MPEG_WRAP = Fraction(2**33, 90000)
+"""Seconds after which the clock of MPEG streams begins anew (26.5 h): sound just before its 0 is stated at its end."""
+CHANNEL_WEIGHTS = {"FC": 1.0, "FL": 0.5, "FR": 0.5, "LFE": 0.0, "LFE2": 0.0}
+"""See :func:`channel_weights`."""
 
 
 def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int = 16000) -> NDArray[np.float32]:
     """Mono audio [round(duration * rate)] float32 of ``start`` .. ``start + duration`` seconds, sampled at ``rate``.
 
-    Second 0 is the first video frame in a file that has video, otherwise the first sample. Channels are averaged.
+    Second 0 is ``time_zero``: the first picture that is shown in a file that has video, otherwise the first sample.
+    What is heard before it is left out. Channels are mixed by ``channel_weights``.
 
     Raises:
         MetadataError: there is no audio stream, or it ends more than AUDIO_TAIL_TOLERANCE too early.
@@ -33,7 +39,7 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
         raise ValueError(f"audio of {float(duration)} s from second {float(start)}")
     try:
         wanted = Fraction(first, rate), Fraction(first + count, rate)
-        native, native_rate, origin, end = _native_audio(path, *wanted, rate)
+        pieces, end = _native_audio(path, *wanted, rate)
     except MetadataError:
         raise
     except Exception as error:
@@ -48,53 +54,81 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
             f"and the file ends at {float(end):.3f} s.",
             hint="Use a longer file, or a shorter clip.",
         )
-    samples = _resample(native, native_rate, rate)
-    skip = first - round(origin * rate)  # exact: origin lies on both sampling grids
     out = np.zeros(count, np.float32)
-    piece = samples[skip : skip + count]
-    out[: len(piece)] = piece
+    for native_rate, piece in pieces.items():
+        skip = first - round(piece.origin * rate)  # exact: origin lies on both sampling grids
+        samples = _resample(piece.samples, native_rate, rate)[skip : skip + count]
+        out[: len(samples)] += samples
     return out
 
 
-def _native_audio(
-    path: str | Path, start: Fraction, end: Fraction, rate: int
-) -> tuple[NDArray[np.float32], int, Fraction, Fraction]:
-    """Decoded mono samples around [start, end) seconds at the file's own rate.
+@dataclass(frozen=True)
+class _Piece:
+    """Mono samples at one sampling rate, zeros where the file has none at that rate."""
 
-    Returns (samples, their rate, the second of sample 0, the second at which the audio ends). Sample 0 lies on a
-    whole sample of both rates, so that resampling to ``rate`` keeps its phase wherever a clip starts.
+    origin: Fraction
+    """The second of sample 0, a whole sample of this and of the wanted rate: resampling keeps its phase wherever a clip
+    starts."""
+    samples: NDArray[np.float32]
+
+
+def _native_audio(path: str | Path, start: Fraction, end: Fraction, rate: int) -> tuple[dict[int, _Piece], Fraction]:
+    """Decoded mono samples around [start, end) seconds by their sampling rate, and the second at which the audio ends.
+
+    The rate is that of the decoded frames: a container may state half of it (HE-AAC), and it may change midway.
     Decoding begins at the start of the file: it takes 1 ms per 10 s of WAV, and seeking is not exact in mp3.
     """
-    with av.open(str(path)) as container:
+    pieces: dict[int, _Piece] = {}
+    with open_sound(path) as container:
         if not container.streams.audio:
             raise MetadataError(f"{path} has no audio stream.", hint="Name a file with sound in audio_path.")
         stream = container.streams.audio[0]
-        native_rate = stream.rate
-        grid = Fraction(1, np.gcd(native_rate, rate).item())  # seconds between common sampling points
-        origin = max(Fraction(0), (start - AUDIO_WARM_UP) // grid * grid)
-        begin, stop = int(origin * native_rate), int((end + AUDIO_WARM_UP) * native_rate)  # samples
-        buffer = np.zeros(stop - begin, np.float32)
-        zero = time_zero(container)
-        position, known = 0, False  # samples since second 0
+        zero, stated = time_zero(container), stated_end(stream)
+        timed = container.format.name in TIMED
+        position, known = Fraction(0), False  # seconds since second 0
         for frame in container.decode(stream):
-            if frame.sample_rate != native_rate:
-                raise MetadataError(f"{path}: the sampling rate changes from {native_rate} to {frame.sample_rate}.")
+            native_rate = frame.sample_rate
             if frame.pts is not None and frame.time_base is not None:
-                stated = (frame.pts * frame.time_base - zero) * native_rate
-                if not known or abs(stated - position) > TIMESTAMP_JITTER * native_rate:
-                    position, known = round(stated), True
-            _place(buffer, frame, position - begin)
-            position += frame.samples
-            if position >= stop:
+                moment = frame.pts * frame.time_base - zero
+                if container.format.name.startswith("mpeg"):
+                    moment = (moment + MPEG_WRAP / 2) % MPEG_WRAP - MPEG_WRAP / 2
+                if not known or (timed and abs(moment - position) > TIMESTAMP_JITTER):
+                    position, known = moment, True
+            if native_rate not in pieces:
+                pieces[native_rate] = _empty_piece(start, end, native_rate, rate)
+            piece = pieces[native_rate]
+            _place(piece.samples, frame, round((position - piece.origin) * native_rate))
+            position += Fraction(frame.samples, native_rate)
+            if position >= end + AUDIO_WARM_UP:
                 break
-    return buffer, native_rate, origin, Fraction(position, native_rate)
+    return pieces, position if stated is None else min(position, stated - zero)
+
+
+def _empty_piece(start: Fraction, end: Fraction, native_rate: int, rate: int) -> _Piece:
+    grid = Fraction(1, np.gcd(native_rate, rate).item())  # seconds between common sampling points
+    origin = max(Fraction(0), (start - AUDIO_WARM_UP) // grid * grid)
+    return _Piece(origin, np.zeros(int((end + AUDIO_WARM_UP - origin) * native_rate), np.float32))
 
 
 def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> None:
-    """Write what falls into ``buffer`` of one decoded frame, averaged over its channels, from sample ``at``."""
+    """Write what falls into ``buffer`` of one decoded frame, mixed to mono, from sample ``at``."""
     low, high = max(0, -at), min(frame.samples, len(buffer) - at)
     if low < high:
-        buffer[at + low : at + high] = _to_float(frame).mean(axis=0)[low:high]
+        weights = channel_weights([channel.name for channel in frame.layout.channels])
+        buffer[at + low : at + high] = weights @ _to_float(frame)[:, low:high]
+
+
+def channel_weights(names: Sequence[str]) -> NDArray[np.float32]:
+    """What each channel counts in the mono mix, float32 [channels], for speech to keep its level.
+
+    Mono and the centre of surround sound, where films have their speech, count 1. The front left and right count 1/2: a
+    voice that is on both keeps its level, in stereo as in 5.1. Surround channels count half the square root of a half
+    (-9 dB), 3 dB less than the front ones as in ITU-R BS.775; low-frequency effects are left out. Channels that a file
+    does not name are averaged, whatever their number.
+    """
+    if not {"FC", "FL"} & set(names):
+        return np.full(len(names), 1 / len(names), np.float32)
+    return np.array([CHANNEL_WEIGHTS.get(name, 0.5**1.5) for name in names], np.float32)
 
 
 def _to_float(frame: AudioFrame) -> NDArray[np.float32]:

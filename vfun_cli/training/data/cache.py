@@ -23,8 +23,8 @@ from torch import Tensor
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata import pictures as picture_files
-from vfun_cli.metadata import sounds, upright, videos
-from vfun_cli.modeling import encoders, inputs, randomness, weights
+from vfun_cli.metadata import sounds, timeline, upright
+from vfun_cli.modeling import encoders, inputs, pixels, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
@@ -35,10 +35,10 @@ from vfun_cli.run.rundir import write_atomically
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
 SHARED_CODE = (
-    frames, pictures, picture_files, sizes, sound, sounds, upright, videos, randomness, inputs, weights,
+    frames, pictures, picture_files, pixels, sizes, sound, sounds, timeline, upright, randomness, inputs, weights,
 )  # fmt: skip
 """Modules that decode media and load encoders, beside the encoders' own."""
-LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "decord", "av", "pillow")
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "av", "pillow")
 """What runs, prepares and decodes. Another release may give other numbers: transformers 5 moved a state of wav2vec."""
 
 

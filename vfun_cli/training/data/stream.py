@@ -7,6 +7,7 @@ import numpy as np
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.fields import stated_media
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
@@ -15,7 +16,7 @@ from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
 from vfun_cli.training.data.loader import MicroBatch
 
 ReadRecord = Callable[[int], dict[str, Any]]
-"""What a row of the metadata says, its media paths joined to the data root."""
+"""What a row of the metadata says, its media paths joined to the data root; what stands in for a field is filled in."""
 
 
 def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
@@ -26,9 +27,9 @@ def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
 
     def read_record(row: int) -> dict[str, Any]:
         fields = dict(records[row])
-        for field in spec.fields:
-            if fields.get(field.name) and root is not None:
-                fields[field.name] = str(root / str(fields[field.name]))
+        for name, path in stated_media(fields, spec.fields).items():
+            if path:
+                fields[name] = str(path if root is None else root / str(path))
         return fields
 
     return read_record

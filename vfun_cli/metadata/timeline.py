@@ -1,0 +1,232 @@
+"""When a player shows each picture of a video: the one answer that validation, plan and training share.
+
+    with av.open(path) as container:
+        timeline = read_timeline(container)
+    timeline.picture(12)   # which picture frame 12 is, counted in the order in which they are shown
+
+The times are those of the container, after its edit lists. An mp4 with an index of even steps is read from that index
+alone; everything else packet by packet, without decoding.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
+
+from vfun_cli.metadata.facts import ProbeError
+from vfun_cli.metadata.mp4 import PictureTrack, picture_track
+
+if TYPE_CHECKING:
+    import av
+    from av.video.stream import VideoStream
+
+IN_DECODING_ORDER = frozenset({"avi", "asf"})
+"""Containers that keep one time a picture, in decoding order: where a codec reorders, it is not when it is shown."""
+TRIED_CODECS = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4", "prores", "mjpeg"})
+"""Codecs that always decode where they open. Others have to show a picture before a file counts as good."""
+CONVERSION = "convert it with: ffmpeg -i IN -c:v libx264 -crf 12 -c:a copy OUT.mp4"
+RATE_TOLERANCE = Fraction(1, 1000)
+"""Between the rate that a file states and that of its times: a clock of 1 ms moves 48 frames by half of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The pictures that a player shows, in its order."""
+
+    times: Sequence[int]
+    """When each is shown, in ticks; strictly rising."""
+    tick: Fraction
+    """Seconds."""
+    rate: Fraction
+    """Pictures a second; 0 where the file has no clock."""
+    variable: bool
+    """They are not equally far apart."""
+    keys: Sequence[int]
+    """Times from which decoding can begin; behind an index of an open GOP, up to a few pictures early."""
+    key_sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of the packet behind each of ``keys``, where packets were read."""
+    timed: bool = True
+    """Packets say when their picture is shown. Otherwise pictures are counted from the first one."""
+    complete: bool = True
+    """Every packet was looked at; an index alone may hide an odd order of pictures."""
+
+    def picture(self, frame: int) -> int:
+        """Which picture is frame ``frame``, both from 0.
+
+        The same, if pictures are equally far apart. Otherwise the one that is shown in the middle of the frame's time
+        at the rate of the video, as FFmpeg's ``fps`` filter has it: speed and lips stay right, pictures repeat or are
+        left out.
+        """
+        if not self.variable:
+            return frame
+        middle = self.times[0] + (frame + Fraction(1, 2)) / (self.rate * self.tick)
+        return max(0, bisect_left(self.times, middle) - 1)
+
+
+def shown_video(container: "av.container.InputContainer") -> "VideoStream | None":
+    """The first video that is no cover picture."""
+    from av.stream import Disposition
+
+    films = (stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition)
+    return next(films, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What validation and plan need of a timeline."""
+
+    frames: int
+    rate: Fraction
+    variable: bool
+
+
+def read_overview(container: "av.container.InputContainer", track: PictureTrack | None) -> Overview:
+    """The overview of a file that was just opened; of an mp4 with ``track`` from its header, without its pictures.
+
+    Raises:
+        ProbeError: as :func:`read_timeline`.
+    """
+    stream = _stream_of(container)
+    if track is None or not _is_indexed(stream) or (track.leads and not stream.index_entries[1].is_discard):
+        timeline = _from_packets(container, stream)
+        return Overview(frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable)
+    if _is_even(stream, track):
+        return Overview(frames=stream.frames, rate=Fraction(stream.average_rate or 0), variable=False)
+    entries = [(entry.timestamp, entry.is_discard) for entry in stream.index_entries]
+    times = sorted(time for time, _ in entries)  # those that are hidden too: they may lie between others
+    variable, frames = _uneven(times), sum(not hidden for _, hidden in entries)
+    return Overview(frames=frames, rate=_rate(stream, times, variable=variable), variable=variable)
+
+
+def read_timeline(container: "av.container.InputContainer", *, by_packets: bool = False) -> Timeline:
+    """The timeline of a file that was just opened; afterwards the container stands anywhere.
+
+    Raises:
+        ProbeError: there is no video, nothing here decodes it, or none of its pictures can be decoded.
+    """
+    stream = _stream_of(container)
+    track = None if by_packets else track_of(container)
+    if track is not None and _is_indexed(stream) and _is_even(stream, track):
+        first = next(container.demux(stream)).pts
+        if first is not None:
+            return _from_header(stream, first, cast(int, track.step))
+        container.seek(0)
+    return _from_packets(container, stream)
+
+
+def track_of(container: "av.container.InputContainer") -> PictureTrack | None:
+    """What the header of an mp4 or mov says; None for other files."""
+    return picture_track(container.name, container.size) if container.format.name.startswith("mov") else None
+
+
+def _stream_of(container: "av.container.InputContainer") -> "VideoStream":
+    stream = shown_video(container)
+    if stream is None:
+        raise ProbeError("no-video-stream", "there is no picture in it")
+    if stream.codec_context is None:
+        raise ProbeError("unsupported-codec", f"no decoder for its video here: {CONVERSION}")
+    return stream
+
+
+def _is_indexed(stream: "VideoStream") -> bool:
+    """Whether the header of an mp4 has an entry for every picture (fragments have none), and they will decode."""
+    return stream.frames > 0 and len(stream.index_entries) > 0 and stream.codec_context.name in TRIED_CODECS
+
+
+def _is_even(stream: "VideoStream", track: PictureTrack) -> bool:
+    """Whether all pictures of an indexed file are shown, one step apart.
+
+    One edit hides pictures at the start, or those in front of a cut, or at the end, which are then not in the index at
+    all; more edits may hide any.
+    """
+    index = stream.index_entries
+    return (
+        track.step is not None
+        and track.parts <= 1
+        and not track.leads
+        and track.pictures == stream.frames == len(index)
+        and not index[0].is_discard
+    )
+
+
+def _from_header(stream: "VideoStream", first: int, step: int) -> Timeline:
+    """The first picture is shown at ``first``; steps between decoding times are those between pictures, if even."""
+    times = range(first, first + stream.frames * step, step)
+    keys = [time for time, entry in zip(times, stream.index_entries, strict=True) if entry.is_keyframe]
+    return Timeline(
+        times=times, tick=_tick(stream), rate=Fraction(stream.average_rate or 0), variable=False, keys=keys,
+        complete=False,
+    )  # fmt: skip
+
+
+def _from_packets(container: "av.container.InputContainer", stream: "VideoStream") -> Timeline:
+    found = [(p.pts, p.dts, p.size, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
+    shown = [(pts, dts) for pts, dts, _, _, hidden in found if not hidden]
+    if all(pts is None and dts is None for pts, dts in shown):
+        # A raw stream: FFmpeg would make up 25 pictures a second.
+        tick, count = _tick(stream), len(shown)
+        return Timeline(times=range(count), tick=tick, rate=Fraction(0), variable=False, keys=(), timed=False)
+    timed = all(pts is not None for pts, _ in shown) and (
+        container.format.name not in IN_DECODING_ORDER or all(pts == dts for pts, dts in shown)
+    )
+    times = sorted({pts if timed else dts for pts, dts in shown} - {None})
+    keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
+    if timed and (stream.codec_context.name not in TRIED_CODECS or times[0] < min(keys, default=times[0])):
+        # What is shown before the first picture that decodes refers to pictures that were cut off.
+        first = _first_picture(container.name, stream)
+        times = [time for time in times if time >= first]
+    variable = _uneven(times)
+    return Timeline(
+        times=times, tick=_tick(stream), rate=_rate(stream, times, variable=variable), variable=variable,
+        keys=sorted(keys), key_sizes=keys, timed=timed,
+    )  # fmt: skip
+
+
+def _first_picture(path: str, stream: "VideoStream") -> int:
+    """When the first picture that decodes is shown.
+
+    Raises:
+        ProbeError: there is none.
+    """
+    import av
+
+    with av.open(path) as container:
+        for packet in container.demux(container.streams[stream.index]):
+            try:
+                for frame in packet.decode():
+                    if frame.pts is not None:
+                        return frame.pts
+            except av.FFmpegError:
+                continue
+    raise ProbeError("unsupported-codec", f"no picture of its {stream.codec_context.name} video decodes: {CONVERSION}")
+
+
+def _tick(stream: "VideoStream") -> Fraction:
+    return stream.time_base or Fraction(1)
+
+
+def _rate(stream: "VideoStream", times: Sequence[int], *, variable: bool) -> Fraction:
+    """What the file states, where its times agree; otherwise what they say.
+
+    The base rate is exact where the average is a rounded clock's (FLV: 989/33 for 30000/1001), and twice too high in
+    MPEG-1, which counts fields.
+    """
+    average, base = stream.average_rate or Fraction(0), stream.base_rate or Fraction(0)
+    if len(times) < 2:
+        return Fraction(average)
+    measured = Fraction(len(times) - 1) / ((times[-1] - times[0]) * _tick(stream))
+    # An average counts the time of the last picture too.
+    stated, tolerance = ((average,), 2 / Fraction(len(times))) if variable else ((base, average), RATE_TOLERANCE)
+    return Fraction(next((rate for rate in stated if abs(rate - measured) <= tolerance * measured), measured))
+
+
+def _uneven(times: Sequence[int]) -> bool:
+    """Whether sorted timestamps differ by more than the rounding of the container's clock."""
+    if len(times) < 3:
+        return False
+    steps = [later - earlier for earlier, later in pairwise(times)]
+    # The last step is left out: encoders end a file as they like.
+    body = steps[:-1] if len(steps) > 2 else steps
+    return max(body) - min(body) > max(2, sum(steps) / len(steps) / 10)
