@@ -154,11 +154,11 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
     )
     failure = Failure(code="unreadable-media", message="a | b")
     texts = {
-        "VisualFacts|video|640|360|99|30000/1001|False|33033/10000|True|False|h264": visual,
+        "VisualFacts|video|640|360|99|30000/1001|False|33033/10000|True|False|False|h264": visual,
         "AudioFacts|16000|1|3|1/5|True|False|aac": sound,
         "Failure|unreadable-media|a | b": failure,
     }
-    assert FACTS_VERSION == 3
+    assert FACTS_VERSION == 4
     for text, facts in texts.items():
         assert encode_facts(facts) == text
         assert decode_facts(text) == facts

@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from small_media import ROW, SPEECH_FIELDS, encode_video, write_sound
 
 from vfun_cli.metadata.checks import Report
@@ -121,6 +122,7 @@ DAMAGE: list[tuple[str, Damage]] = [
     ("unreadable-media", on("train/1.mp4", text_file)),
     ("unreadable-media", on("wav/1.wav", text_file)),
     ("unreadable-media", on("train/1.mp4", cut(0.5))),
+    ("unsupported-picture", on("train/1.mp4", lambda path: Image.new("F", (64, 48)).save(path, "TIFF"))),
     ("truncated-media", on("train/1.mp4", front_loaded_and_cut)),
     ("truncated-media", on("wav/1.wav", cut(0.7))),
     ("no-video-stream", edit(file_path="wav/1.wav")),
@@ -182,6 +184,22 @@ def test_a_clean_image_row_has_no_problem(check: Callable[..., Report]) -> None:
     fields = (SPEECH_FIELDS[0], MetadataField(name="control_file_path", media="control"))
     row = {"file_path": "train/2.jpg", "control_file_path": "control/2.jpg", "text": "A ball.", "type": "image"}
     assert check([row], fields=fields, media_types=("video", "image"), deep=True).problems == ()
+
+
+def test_a_picture_with_alpha_is_noted_once_for_each_field_and_trains(data: Path, check: Callable[..., Report]) -> None:
+    Image.new("RGBA", (64, 48)).save(data / "train/3.png")
+    fields = (SPEECH_FIELDS[0], MetadataField(name="control_file_path", media="control"))
+    row = {"file_path": "train/3.png", "control_file_path": "control/2.jpg", "text": "A ball.", "type": "image"}
+    report = check(
+        [row, {**row, "file_path": "train/2.jpg", "control_file_path": "train/3.png"}],
+        fields=fields,
+        media_types=("image",),
+    )
+    assert [(problem.row, problem.code, problem.field) for problem in report.problems] == [
+        (0, "transparent-picture", "file_path"),
+        (1, "transparent-picture", "control_file_path"),
+    ]
+    assert report.ok == 2
 
 
 SOUND_OF_THE_VIDEO = (SPEECH_FIELDS[0], MetadataField(name="audio_path", media="audio", otherwise="file_path"))

@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vfun_cli.demo.media import CLIPS, build_media
 from vfun_cli.errors import MetadataError
@@ -36,26 +35,6 @@ def test_the_written_frame_rate_is_exact(film: Path) -> None:
     with av.open(str(film)) as container:
         assert container.streams.video[0].average_rate == NTSC
         assert container.streams.video[0].frames == 100
-
-
-def test_pictures_are_turned_as_their_exif_says(tmp_path: Path) -> None:
-    picture = np.zeros((40, 60, 3), np.uint8)
-    picture[:, :30, 0] = 255  # red on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise: red on top
-    Image.fromarray(picture).save(tmp_path / "p.png", exif=exif)
-    pixels = read_image(tmp_path / "p.png", 60, 40)
-    assert pixels.shape == (1, 3, 60, 40)
-    assert pixels[0, 0, :28].min() == 255 and pixels[0, 0, 32:].max() == 0
-
-
-def test_grey_and_transparent_pictures_become_three_channels_and_broken_ones_an_error(tmp_path: Path) -> None:
-    for mode in ("L", "RGBA", "P", "1"):
-        Image.new(mode, (32, 32), 1).save(tmp_path / "x.png")
-        assert read_image(tmp_path / "x.png", 16, 16).shape == (1, 3, 16, 16)
-    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:50])
-    with pytest.raises(MetadataError, match=r"x\.png"):
-        read_image(tmp_path / "x.png", 16, 16)
 
 
 # Sound

@@ -1,5 +1,7 @@
 """Entries are made again when the code or a library that makes them has changed, and only then."""
 
+import ast
+import importlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -60,13 +62,41 @@ def differing(live: LiveModel, folder: Path, change: Callable[[], object]) -> se
 
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
 @pytest.mark.parametrize(
-    "file", ["modeling/media/frames.py", "modeling/weights.py", "modeling/inputs.py", "modeling/encoders/clip_vae.py"]
+    "file",
+    [
+        "modeling/media/frames.py",
+        "metadata/pictures.py",
+        "metadata/upright.py",
+        "modeling/weights.py",
+        "modeling/inputs.py",
+        "modeling/encoders/clip_vae.py",
+    ],
 )
 def test_code_that_decodes_loads_or_encodes_changes_every_entry(
     family: str, file: str, live_model: LIVE, code: Path, tmp_path: Path
 ) -> None:
     live = live_model(family)
     assert differing(live, tmp_path, lambda: (code / file).open("a").write("\n# changed\n")) == ALL[family]
+
+
+def imported_media_code(name: str) -> set[str]:
+    """The modules that a module's decoding depends on, itself included."""
+    path = Path(str(importlib.import_module(name).__file__))
+    names = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    rooms = ("vfun_cli.metadata.", "vfun_cli.modeling.media.")
+    return {name}.union(*(imported_media_code(found) for found in names if found.startswith(rooms)))
+
+
+def test_no_module_that_decodes_is_forgotten() -> None:
+    readers = ("frames", "pictures", "sound")
+    needed = set().union(*(imported_media_code(f"vfun_cli.modeling.media.{reader}") for reader in readers))
+    carriers = {"vfun_cli.metadata.facts", "vfun_cli.modeling.media.faults"}  # what is said of a file, and its errors
+    assert needed - carriers <= {module.__name__ for module in caches.SHARED_CODE}
+    assert len(needed) > 8
 
 
 @pytest.mark.parametrize(

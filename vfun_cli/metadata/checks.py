@@ -444,6 +444,8 @@ def _check_visual(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
             yield row.problem("no-frames", "the picture has no size", name)
         elif not facts.square:
             yield row.problem("non-square-pixels", "the pixels are not square", name)
+        if facts.transparent:
+            yield row.problem("transparent-picture", "what is transparent in it trains as white", name)
 
 
 def _check_kind(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:

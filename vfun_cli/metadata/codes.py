@@ -234,6 +234,14 @@ CODES: dict[str, Code] = {
             _DROP,
         ),
         _code(
+            "unsupported-picture",
+            "error",
+            "The file is a picture of a kind that is not read, or of more than 268 million pixels.",
+            "a HEIC photograph, an animated WebP, or a float TIFF, which does not say which value is white",
+            "Convert it: magick in.heic out.png; an animation: magick in.webp out.mp4; "
+            "floats, stretched from black to white: magick in.tif -auto-level -depth 16 out.png",
+        ),
+        _code(
             "truncated-media",
             "error",
             "The header promises more bytes than the file has.",
@@ -283,6 +291,13 @@ CODES: dict[str, Code] = {
             "The pixels are not square; the model sees the stored picture, squeezed.",
             "720x576 shown as 16:9",
             "ffmpeg -i in.mp4 -vf scale=iw*sar:ih,setsar=1 out.mp4",
+        ),
+        _code(
+            "transparent-picture",
+            "note",
+            "The picture has an alpha channel. It is laid on white: what is transparent trains as white.",
+            "a product cut out and saved as PNG",
+            "Nothing, if white is meant. On black: magick in.png -background black -flatten out.png",
         ),
         _code(
             "extreme-aspect",

@@ -35,6 +35,8 @@ class VisualFacts:
     """Pixels are square."""
     truncated: bool
     """The index points past the end of the file."""
+    transparent: bool = False
+    """Of a picture: it has an alpha channel, or colours that stand for nothing."""
     codec: str
 
 

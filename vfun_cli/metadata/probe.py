@@ -41,10 +41,11 @@ def probe_visual(path: str | Path) -> VisualFacts:
         try:
             return probe_picture(path)
         except ProbeError as error:
-            if error.code == "truncated-media":
+            if error.code in ("truncated-media", "unsupported-picture"):
                 raise
-            # a video with a picture's suffix is still worth its right name: video-as-image
-    return _guarded(probe_video, path)
+            # an animation is a video, and a video with a picture's suffix still worth its right name: video-as-image
+    facts: VisualFacts = _guarded(probe_video, path)
+    return probe_picture(path) if facts.kind == "image" else facts  # FFmpeg knows more pictures than training reads
 
 
 def probe_audio(path: str | Path) -> AudioFacts:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
-FACTS_VERSION = 3
+FACTS_VERSION = 4
 """Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
 
 OnProgress = Callable[[int, int], None]
