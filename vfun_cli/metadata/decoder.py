@@ -11,14 +11,12 @@ def decode_visual(path: str) -> str:
     """Decode every picture, and hold its time against the one that training will ask for."""
     import av
 
-    from vfun_cli.metadata.pictures import PICTURES
+    from vfun_cli.metadata.probe import probe_visual
     from vfun_cli.metadata.timeline import read_timeline, shown_video
+    from vfun_cli.metadata.upright import upright_rgb
 
-    if path.lower().endswith(tuple(PICTURES)):
-        from PIL import Image
-
-        with Image.open(path) as image:
-            image.load()
+    if probe_visual(path).kind == "image":
+        upright_rgb(path)
         return "1"
     with av.open(path) as container:
         timeline = read_timeline(container, by_packets=True)
@@ -46,6 +44,7 @@ def main() -> None:
     import av  # noqa: F401 - before the first file's clock starts
 
     out = sys.stdout
+    out.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout = sys.stderr  # nothing else may write into the answers
     print(file=out, flush=True)
     for line in sys.stdin:
