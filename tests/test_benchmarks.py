@@ -15,6 +15,7 @@ NOT_SCRIPTS = {"click_sounds", "plan_sets", "record"}
 MARKS = {
     "bare_loop": pytest.mark.slow,
     "data_wait": pytest.mark.long,
+    "decode": pytest.mark.slow,
     "export": pytest.mark.long,
     "frame_matrix": pytest.mark.slow,
     "fsdp_loading": pytest.mark.long,
@@ -37,6 +38,7 @@ MARKS = {
 NUMBERS = {
     "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
     "data_wait": ["rows/0/wait_share", "rows/0/peak_bytes_of_workers_at_the_end/0"],
+    "decode": ["rows/0/seconds/vfun", "rows/1/times_of_vfun/decord", "peak_bytes_of_77_frames_at_1080p/vfun"],
     "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
     "frame_matrix": ["clips", "videos"],
     "fsdp_loading": ["rows/0/copies_at_peak"],
