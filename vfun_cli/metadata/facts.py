@@ -29,8 +29,6 @@ class VisualFacts:
     """0 where the file does not say, and for a picture."""
     variable: bool
     """Frames are not equally far apart."""
-    duration: Fraction
-    """Seconds: frames / fps."""
     square: bool
     """Pixels are square."""
     truncated: bool
@@ -38,6 +36,11 @@ class VisualFacts:
     transparent: bool = False
     """Of a picture: it has an alpha channel, or colours that stand for nothing."""
     codec: str
+
+    @property
+    def duration(self) -> Fraction:
+        """Seconds; 0 where the rate is not known."""
+        return self.frames / self.fps if self.fps else Fraction(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 FIRST_READ = 1 << 14
 """Bytes read at once: the headers of short clips whole."""
+MATRIX_AND_SIZE = struct.Struct(">11i")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,24 +25,29 @@ class PictureTrack:
     """Pieces that the edit list puts one after another; 0 without one. An empty piece in front does not count."""
 
 
-def picture_track(path: str, size: int) -> PictureTrack | None:
-    """Of a file of ``size`` bytes; None where it has no such track in the usual form."""
-    moov = _moov(path, size)
-    for name, trak in _boxes(moov):
-        if name != b"trak" or (header := _find(trak, b"tkhd", 48)) is None:
-            continue
-        # Version 1 has 64-bit times. A 3x3 matrix, then width and height (8.3.2).
-        matrix = trak[header + (52 if trak[header] == 1 else 40) :][:44]
-        if len(matrix) < 44:
+def picture_track(path: str) -> PictureTrack | None:
+    """Of a file; None where it has no such track in the usual form.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    moov = _moov(path)
+    end = 0
+    while (begin := moov.find(b"tkhd", end)) >= 0:
+        end = moov.find(b"tkhd", begin + 4)
+        trak = moov[begin + 4 : end if end >= 0 else len(moov)]
+        if len(trak) < 96:
             return None
-        across, turn, _, _, down, *_, width, height = struct.unpack(">11i", matrix)
-        if width <= 0 or height <= 0:
-            continue
-        step, pictures = _step(trak)
-        return PictureTrack(
-            turned=across == 0 and down == 0 and turn != 0, step=step, pictures=pictures,
-            leads=step is not None and _leads(trak, step), parts=_parts(trak),
-        )  # fmt: skip
+        # Version 1 has 64-bit times. A 3x3 matrix, then width and height (8.3.2).
+        across, turn, _, _, down, *_, width, height = MATRIX_AND_SIZE.unpack_from(trak, 52 if trak[0] == 1 else 40)
+        if width > 0 and height > 0:
+            step, pictures = _step(trak)
+            return PictureTrack(
+                turned=across == 0 and down == 0 and turn != 0, step=step, pictures=pictures,
+                leads=step is not None and _leads(trak, step), parts=_parts(trak),
+            )  # fmt: skip
+        if end < 0:
+            break
     return None
 
 
@@ -83,42 +88,31 @@ def _find(trak: bytes, name: bytes, least: int) -> int | None:
     return at if at >= 4 and at + least <= len(trak) else None
 
 
-def _boxes(payload: bytes) -> Iterator[tuple[bytes, bytes]]:
-    position = 0
-    while position + 8 <= len(payload):
-        length = int.from_bytes(payload[position : position + 4], "big")
-        if length < 8:
-            return
-        yield payload[position + 4 : position + 8], payload[position + 8 : position + length]
-        position += length
-
-
-def _moov(path: str, size: int) -> bytes:
+def _moov(path: str) -> bytes:
     """The payload of the top-level box, or nothing.
 
-    Each call of the system gives Python's lock away, and with several threads it takes a while to come back.
+    Each call of the system gives Python's lock away, and with several threads it takes a while to come back: there are
+    three for most files.
     """
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
-        begin = os.pread(file, FIRST_READ, 0)
-
-        def read(position: int, length: int) -> bytes:
-            known = begin[position : position + length]
-            return known if len(known) == length else os.pread(file, length, position)
-
-        position = 0
-        while position + 8 <= size:
-            head, header = read(position, 16), 8
-            length = int.from_bytes(head[:4], "big")
+        begin, position = os.pread(file, FIRST_READ, 0), 0
+        while len(head := _read(file, begin, position, 16)) >= 8:
+            length, header = int.from_bytes(head[:4], "big"), 8
             if length == 1:
                 length, header = int.from_bytes(head[8:16], "big"), 16
-            if length == 0:
-                length = size - position
+            if length == 0:  # to the end of the file
+                length = os.fstat(file).st_size - position
             if length < header:
                 break
             if head[4:8] == b"moov":
-                return read(position + header, min(length, size - position) - header)
+                return _read(file, begin, position + header, length - header)
             position += length
         return b""
     finally:
         os.close(file)
+
+
+def _read(file: int, begin: bytes, position: int, length: int) -> bytes:
+    known = begin[position : position + length]
+    return known if len(known) == length else os.pread(file, length, position)

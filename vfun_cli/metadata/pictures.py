@@ -69,7 +69,7 @@ def probe_picture(path: str | Path) -> VisualFacts:
         turned = image.format != "TIFF" and orientation(image) >= 5  # Pillow has turned the size of a TIFF already
         width, height = image.size[::-1] if turned else image.size
         return VisualFacts(
-            kind="image", width=width, height=height, frames=1, fps=Fraction(0), variable=False, duration=Fraction(0),
+            kind="image", width=width, height=height, frames=1, fps=Fraction(0), variable=False,
             square=True, truncated=False, transparent=is_transparent(image), codec=(image.format or "").lower(),
         )  # fmt: skip
 

@@ -7,12 +7,14 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vfun_cli import lfs
 from vfun_cli.devices import cpu_cores
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, ProbeError, VisualFacts, decode_facts, encode_facts
+from vfun_cli.metadata.mp4 import PictureTrack, picture_track
 from vfun_cli.metadata.pictures import PICTURES, probe_picture
 from vfun_cli.metadata.remembered import OnProgress, remembered
 from vfun_cli.metadata.sounds import probe_sound, probe_wav
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 
 OPEN_TIMEOUT = 20.0
 """Seconds after which FFmpeg gives up opening or reading one file: it may search the whole of it for what it knows."""
-MP4_SUFFIXES = (".mp4", ".mov", ".m4v", ".m4a", ".3gp")
+MP4_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".m4a", ".3gp"})
 """Files that are tried as mp4 first. Such a header has its own end: no search, and no clock, which takes Python's lock
 at each of FFmpeg's reads (four threads: 144 us a file with it, 120 without, 105 without the search for the format)."""
+
+FILES_AT_ONCE = 16
+"""Files that a thread takes at once."""
 
 MediaKind = Literal["visual", "audio"]
 
@@ -36,15 +41,20 @@ def probe_visual(path: str | Path) -> VisualFacts:
     Raises:
         ProbeError: with the code of what is wrong.
     """
+    path = str(path)
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    if suffix in MP4_SUFFIXES:
+        facts: VisualFacts = _guarded(partial(probe_video, track=_track_of(path)), path)
+        return facts
     _require_file(path)
-    if os.path.splitext(path)[1].lower() in PICTURES:  # noqa: PTH122
+    if suffix in PICTURES:
         try:
             return probe_picture(path)
         except ProbeError as error:
             if error.code in ("truncated-media", "unsupported-picture"):
                 raise
             # an animation is a video, and a video with a picture's suffix still worth its right name: video-as-image
-    facts: VisualFacts = _guarded(probe_video, path)
+    facts = _guarded(probe_video, path)
     return probe_picture(path) if facts.kind == "image" else facts  # FFmpeg knows more pictures than training reads
 
 
@@ -72,7 +82,7 @@ def probe_many(
     # Threads beyond the CPUs hide the latency of disks and network file systems.
     return remembered(
         keys, _probe, to_text=encode_facts, from_text=decode_facts, cache=cache, threads=threads or 2 * cpu_cores(),
-        progress=progress,
+        at_once=FILES_AT_ONCE, progress=progress,
     )  # fmt: skip
 
 
@@ -119,6 +129,17 @@ def _twin(path: str) -> str:
     return f"; there is {found} ({how})"
 
 
+def _track_of(path: str) -> PictureTrack | None:
+    """What the header of an mp4 says, read first: where there is one, the file itself is good."""
+    try:
+        track = picture_track(path)
+    except (OSError, ValueError):
+        track = None
+    if track is None:
+        _require_file(path)
+    return track
+
+
 def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: str | Path) -> Any:
     """Open with PyAV and probe; what FFmpeg says becomes a ProbeError."""
 
@@ -137,7 +158,7 @@ def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: s
 def _opened(path: str) -> "av.container.InputContainer":
     import av
 
-    if path.lower().endswith(MP4_SUFFIXES):
+    if os.path.splitext(path)[1].lower() in MP4_SUFFIXES:  # noqa: PTH122
         try:
             return av.open(path, format="mov")
         except av.InvalidDataError:

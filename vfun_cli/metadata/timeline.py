@@ -27,6 +27,8 @@ IN_DECODING_ORDER = frozenset({"avi", "asf"})
 TRIED_CODECS = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4", "prores", "mjpeg"})
 """Codecs that always decode where they open. Others have to show a picture before a file counts as good."""
 CONVERSION = "convert it with: ffmpeg -i IN -c:v libx264 -crf 12 -c:a copy OUT.mp4"
+COVER = 0x400
+"""FFmpeg's ``AV_DISPOSITION_ATTACHED_PIC``; the test by way of PyAV's enumeration takes 5 us a file."""
 RATE_TOLERANCE = Fraction(1, 1000)
 """Between the rate that a file states and that of its times: a clock of 1 ms moves 48 frames by half of it."""
 
@@ -67,10 +69,7 @@ class Timeline:
 
 def shown_video(container: "av.container.InputContainer") -> "VideoStream | None":
     """The first video that is no cover picture."""
-    from av.stream import Disposition
-
-    films = (stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition)
-    return next(films, None)
+    return next((stream for stream in container.streams.video if not stream.disposition.value & COVER), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +81,14 @@ class Overview:
     variable: bool
 
 
-def read_overview(container: "av.container.InputContainer", track: PictureTrack | None) -> Overview:
+def read_overview(
+    container: "av.container.InputContainer", stream: "VideoStream", track: PictureTrack | None
+) -> Overview:
     """The overview of a file that was just opened; of an mp4 with ``track`` from its header, without its pictures.
 
     Raises:
-        ProbeError: as :func:`read_timeline`.
+        ProbeError: none of its pictures can be decoded.
     """
-    stream = _stream_of(container)
     if track is None or not _is_indexed(stream) or (track.leads and not stream.index_entries[1].is_discard):
         timeline = _from_packets(container, stream)
         return Overview(frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable)
@@ -106,8 +106,8 @@ def read_timeline(container: "av.container.InputContainer", *, by_packets: bool 
     Raises:
         ProbeError: there is no video, nothing here decodes it, or none of its pictures can be decoded.
     """
-    stream = _stream_of(container)
-    track = None if by_packets else track_of(container)
+    stream = video_stream(container)
+    track = picture_track(container.name) if is_mp4(container) and not by_packets else None
     if track is not None and _is_indexed(stream) and _is_even(stream, track):
         first = next(container.demux(stream)).pts
         if first is not None:
@@ -116,12 +116,17 @@ def read_timeline(container: "av.container.InputContainer", *, by_packets: bool 
     return _from_packets(container, stream)
 
 
-def track_of(container: "av.container.InputContainer") -> PictureTrack | None:
-    """What the header of an mp4 or mov says; None for other files."""
-    return picture_track(container.name, container.size) if container.format.name.startswith("mov") else None
+def is_mp4(container: "av.container.InputContainer") -> bool:
+    """Whether it is an mp4, a mov or one of their kin."""
+    return container.format.name.startswith("mov")
 
 
-def _stream_of(container: "av.container.InputContainer") -> "VideoStream":
+def video_stream(container: "av.container.InputContainer") -> "VideoStream":
+    """The video of an open file.
+
+    Raises:
+        ProbeError: there is none, or nothing here decodes it.
+    """
     stream = shown_video(container)
     if stream is None:
         raise ProbeError("no-video-stream", "there is no picture in it")
