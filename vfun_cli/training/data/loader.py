@@ -26,7 +26,7 @@ from vfun_cli.training.data.encoding import Sample, load, shared_call_counts
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
-"""Seconds of decoding one micro-batch before its file counts as one that hangs decord. The other ranks wait meanwhile,
+"""Seconds of decoding one micro-batch before its file counts as one that hangs its decoder. The other ranks wait meanwhile,
 and NCCL gives up after 600."""
 
 END_TIMEOUT = 10
