@@ -13,8 +13,9 @@ from typing import Any
 
 import av
 import pytest
-from small_media import ROW, encode_video
+from small_media import ROW, encode_video, write_sound
 
+from tests.coded_clips import MATRIX, encode
 from vfun_cli.metadata import decoder
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.deep import decode_many
@@ -68,6 +69,17 @@ def test_frames_that_an_edit_list_hides_do_not_count(data: Path, check: Callable
     report = check([{**ROW, "control_file_path": "train/1.mp4"}], deep=True)
     assert report.clips[0].frames == 12
     assert not {"fewer-frames", "decode-error"} & set(codes(report))
+
+
+def test_the_sound_of_a_trimmed_video_need_only_last_as_long_as_what_is_shown(
+    data: Path, check: Callable[..., Report]
+) -> None:
+    """48 pictures, 20 of them hidden by an edit list: 28 at 25 a second are 1.12 s."""
+    trimmed = next(clip for clip in MATRIX if clip.name == "trim.mov")
+    encode(trimmed, data / "train")
+    write_sound(data / "wav/short.wav", seconds=1.12)
+    report = check([{**ROW, "file_path": "train/trim.mov", "audio_path": "wav/short.wav", "control_file_path": None}])
+    assert report.clips[0].frames == 28 and not report.errors
 
 
 def test_deep_counts_packets_of_which_no_picture_comes(data: Path, check: Callable[..., Report]) -> None:

@@ -26,8 +26,8 @@ from vfun_cli.training.data.encoding import Sample, load, shared_call_counts
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
-"""Seconds of decoding one micro-batch before its file counts as one that hangs its decoder. The other ranks wait meanwhile,
-and NCCL gives up after 600."""
+"""Seconds of decoding one micro-batch before its file counts as one that hangs its decoder. The other ranks wait
+meanwhile, and NCCL gives up after 600."""
 
 END_TIMEOUT = 10
 """Seconds between losing contact with a decoding process and its end; a large one takes a while to write its core."""
