@@ -185,7 +185,7 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
     keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
     if timed and (codec not in TRIED_CODECS or times[0] < min(keys, default=times[0])):
         # What is shown before the first picture that decodes refers to pictures that were cut off.
-        first = _first_picture(container.name, stream)
+        first = _first_picture(container.name)
         times = [time for time in times if time >= first]
     variable = _uneven(times)
     return Timeline(
@@ -199,7 +199,7 @@ def _is_shown_vp8(packet: "av.Packet") -> bool:
     return bool(memoryview(packet)[0] & 0b0001_0000)
 
 
-def _first_picture(path: str, stream: "VideoStream") -> int:
+def _first_picture(path: str) -> int:
     """When the first picture that decodes is shown.
 
     Raises:
@@ -208,14 +208,16 @@ def _first_picture(path: str, stream: "VideoStream") -> int:
     import av
 
     with av.open(path) as container:
-        for packet in container.demux(container.streams[stream.index]):
+        stream = video_stream(container)
+        for packet in container.demux(stream):
             try:
                 for frame in packet.decode():
                     if frame.pts is not None:
                         return frame.pts
             except av.FFmpegError:
                 continue
-    raise ProbeError("unsupported-codec", f"no picture of its {stream.codec_context.name} video decodes: {CONVERSION}")
+        codec = stream.codec_context.name
+    raise ProbeError("unsupported-codec", f"no picture of its {codec} video decodes: {CONVERSION}")
 
 
 def _tick(stream: "VideoStream") -> Fraction:

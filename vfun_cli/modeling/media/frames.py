@@ -1,7 +1,7 @@
 """Frames of videos, read by the time at which a player shows them.
 
-Decoding begins at the key frame before the first wanted picture, goes through each stretch once, and keeps at most
-CHUNK pictures at their own size. The time of every picture that is kept is compared with the time asked for.
+Decoding begins at the key frame before the first wanted picture, goes through each stretch once, and keeps one picture at
+its own size: several resized at once take no less time. The time of each is compared with the time asked for.
 """
 
 from bisect import bisect_left, bisect_right
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import av
 import numpy as np
@@ -19,11 +19,9 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vfun_cli.errors import MetadataError, first_line
-from vfun_cli.metadata.facts import ProbeError
 from vfun_cli.metadata.timeline import Timeline, read_timeline, shown_video
 from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.media.sizes import resize_and_crop
@@ -32,8 +30,6 @@ Pictures: TypeAlias = Iterator[tuple[int, VideoFrame]]
 """Decoded, each with its number."""
 VideoPacket: TypeAlias = "Packet[VideoStream]"
 
-CHUNK = 4
-"""Pictures that are resized at once: 25 MB at 1080p. One at a time takes 2 % longer."""
 WORTH_A_SEEK = 12
 """Pictures between two wanted ones from which on a key frame in between is looked for."""
 STEPS_BACK = (0.0, 1.0, 5.0, 20.0, 80.0)
@@ -66,7 +62,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
         try:
             with av.open(path) as container:
                 timeline = read_timeline(container, by_packets=by_packets)
-        except (ProbeError, av.FFmpegError, OSError, ValueError) as error:
+        except Exception as error:  # PyAV raises its own kinds, and plain ones on absurd values
             raise undecodable(path, min(indices), error) from error
         if bad := [index for index in indices if not 0 <= index < len(timeline.times)]:
             raise MetadataError(
@@ -75,46 +71,35 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
             )
         pictures = [timeline.picture(index) for index in indices]
         try:
-            found = _resized(_wanted_pictures(path, timeline, sorted(set(pictures))), height, width)
-            return torch.stack([found[picture] for picture in pictures])
+            found = {
+                picture: resize_and_crop(_upright(frame), height, width)
+                for picture, frame in _wanted_pictures(path, timeline, sorted(set(pictures)))
+            }
+            return torch.cat([found[picture] for picture in pictures])
         except _NotShown as error:
             fault = error
+        except Exception as error:  # where no packet is to blame
+            raise undecodable(path, min(indices), error) from error
         if timeline.complete:
             break
     assert fault is not None
     raise undecodable(path, indices[pictures.index(fault.picture)], fault)
 
 
-def _resized(pictures: Iterator[tuple[int, NDArray[np.uint8]]], height: int, width: int) -> dict[int, Tensor]:
-    """Pictures [h, w, 3] as [3, height, width], a few at a time."""
-    found: dict[int, Tensor] = {}
-    chunk: list[tuple[int, NDArray[np.uint8]]] = []
-
-    def flush() -> None:
-        if chunk:
-            stacked = torch.from_numpy(np.stack([shown for _, shown in chunk])).permute(0, 3, 1, 2)
-            found.update(zip((number for number, _ in chunk), resize_and_crop(stacked, height, width), strict=True))
-            chunk.clear()
-
-    for number, shown in pictures:
-        if len(chunk) == CHUNK or (chunk and chunk[0][1].shape != shown.shape):
-            flush()
-        chunk.append((number, shown))
-    flush()
-    return found
-
-
-def _wanted_pictures(path: str, timeline: Timeline, wanted: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(picture, its pixels [h, w, 3] uint8) of the wanted ones, in order.
+def _wanted_pictures(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pictures:
+    """The wanted pictures, in order.
 
     Raises:
         _NotShown: one of them cannot be decoded, or a time is not what the timeline says.
     """
     for stretch in _stretches(timeline, wanted):
-        decoded = _timed(path, timeline, stretch) if timeline.timed else _counted(path, stretch)
-        for picture, frame in decoded:
-            pixels = cast("NDArray[np.uint8]", frame.to_ndarray(format="rgb24"))
-            yield picture, np.rot90(pixels, frame.rotation // 90)
+        yield from _timed(path, timeline, stretch) if timeline.timed else _counted(path, stretch)
+
+
+def _upright(frame: VideoFrame) -> Tensor:
+    """[1, 3, h, w] uint8, as it is to be shown."""
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
 
 
 def _stretches(timeline: Timeline, wanted: Sequence[int]) -> list[list[int]]:
@@ -148,15 +133,14 @@ def _timed(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pictures:
     """Pictures by their times, from the nearest key frame from which the first of them comes out whole."""
     latest = timeline.times[wanted[0]]
     while True:
-        with _packets_from_key(path, timeline, latest) as packets:
-            key = next(packets)
-            decoded = _matched(chain([key], packets), timeline, wanted)
+        with _packets_from_key(path, timeline, latest) as (packets, key):
+            decoded = _matched(packets, timeline, wanted, key)
             try:
                 first = next(decoded)
             except _NotShown:
-                if key.pts is None or not timeline.keys or key.pts <= timeline.keys[0]:
+                if key is None:
                     raise
-                latest = key.pts - 1
+                latest = key - 1
                 continue
             yield first
             yield from decoded
@@ -164,18 +148,20 @@ def _timed(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pictures:
 
 
 @contextmanager
-def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[Iterator[VideoPacket]]:
-    """The packets from a key frame on that is shown at ``latest`` or before; from the start, if no seek finds one."""
+def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[tuple[Iterator[VideoPacket], int | None]]:
+    """The packets from a key frame on that is shown at ``latest`` or before, and its time; if no seek finds one, all
+    packets, and None.
+    """
     with av.open(path) as container:
-        packets = _sought(container, timeline, latest)
-        if packets is not None:
-            yield packets
+        sought = _sought(container, timeline, latest)
+        if sought is not None:
+            yield sought
             return
     with av.open(path) as container:
-        yield container.demux(_single_threaded(container))
+        yield container.demux(_single_threaded(container)), None
 
 
-def _sought(container: InputContainer, timeline: Timeline, latest: int) -> Iterator[VideoPacket] | None:
+def _sought(container: InputContainer, timeline: Timeline, latest: int) -> tuple[Iterator[VideoPacket], int] | None:
     stream = _single_threaded(container)
     for seconds in STEPS_BACK:
         target = latest - round(seconds / timeline.tick)
@@ -191,29 +177,27 @@ def _sought(container: InputContainer, timeline: Timeline, latest: int) -> Itera
             continue
         # Times behind a seek into MPEG-TS or -PS are worth what their key frame proves.
         if not timeline.key_sizes or timeline.key_sizes.get(key.pts) == key.size:
-            return chain([key], packets)
+            return chain([key], packets), key.pts
     return None
 
 
-def _matched(packets: Iterator[VideoPacket], timeline: Timeline, wanted: Sequence[int]) -> Pictures:
-    """The wanted pictures among those that the packets decode to; the first packet is a key frame's.
+def _matched(packets: Iterator[VideoPacket], timeline: Timeline, wanted: Sequence[int], key: int | None) -> Pictures:
+    """The wanted pictures among those that the packets decode to, from the key frame of time ``key`` on, or all.
 
     What is shown before the key frame refers to pictures in front of it: it is never wanted, and its faults are none.
     """
     left = deque(wanted)
-    begin: int | None = None
-    unproven = False
+    begin = timeline.times[0] if key is None else key
+    unproven = key is not None and key > timeline.keys[0]
     for packet in packets:
-        if begin is None and packet.pts is not None:
-            begin, unproven = packet.pts, bool(timeline.keys) and packet.pts > timeline.keys[0]
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
-            if packet.pts is not None and begin is not None and packet.pts < begin:
+            if packet.pts is not None and packet.pts < begin:
                 continue
             raise _NotShown(left[0], first_line(error)) from error
         for frame in frames:
-            if frame.pts is None or (begin is not None and frame.pts < begin):
+            if frame.pts is None or frame.pts < begin:
                 continue
             if frame.is_corrupt:
                 raise _NotShown(left[0], "it is damaged")
