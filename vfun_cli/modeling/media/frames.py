@@ -1,7 +1,7 @@
 """Frames of videos, read by the time at which a player shows them.
 
-Decoding begins at the key frame before the first wanted picture, goes through each stretch once, and keeps one picture at
-its own size: several resized at once take no less time. The time of each is compared with the time asked for.
+Decoding begins at the key frame before the first wanted picture, goes through each stretch once, and keeps one picture
+at its own size: several resized at once take no less time. The time of each is compared with the time asked for.
 """
 
 from bisect import bisect_left, bisect_right
