@@ -131,6 +131,7 @@ MATRIX: tuple[Coded, ...] = (
     _264("late.mkv", late=9),
     _264("phone.mkv", spacing=phone),
     _264("cut-open.mkv", OPEN_264, lead=True),
+    _264("turned.mkv", rotation=90),
     _264("closed.avi"),
     _264("open.avi", OPEN_264),
     _264("closed.ts"),
@@ -222,6 +223,8 @@ def encode(clip: Coded, folder: Path) -> Path:
         stored = [np.rot90(picture(number), clip.rotation // 90) for number in range(clip.frames)]
         (stream.height, stream.width), stream.pix_fmt = stored[0].shape[:2], clip.pixels
         stream.options = dict(clip.options)
+        if clip.rotation and path.suffix == ".mkv":
+            stream.set_display_rotation(-clip.rotation)
         unit = 1 / clip.fps
         if clip.spacing is not even:
             unit = Fraction(1, 1000) if path.suffix in (".mkv", ".webm") else unit / 10
@@ -235,7 +238,7 @@ def encode(clip: Coded, folder: Path) -> Path:
     if whole is not path:
         _cut(whole, path, clip)
         whole.unlink()
-    if clip.rotation:
+    if clip.rotation and path.suffix != ".mkv":
         _turn(path, clip.rotation)
     return path
 

@@ -41,7 +41,7 @@ SHORT_FORM = (
     "late.mp4", "turned90-trim.mp4", "turned270-open.mov", "phone-open.mp4", "fragments-open.mp4", "cut-open.mp4",
     "ntsc.mkv", "cut-hevc.mkv", "phone.mkv", "open.avi", "cut-open.ts", "open.m2ts", "ntsc.flv", "trim-hevc.mp4",
     "open-hevc.ts", "trim-av1.mp4", "vp9.webm", "mpeg2.mpg", "mpeg4.avi", "mpeg4-gaps.avi", "h264.asf",
-    "wmv2-ntsc.asf", "trim-prores.mov", "animation.gif", "animation.png",
+    "wmv2-ntsc.asf", "turned.mkv", "trim-prores.mov", "animation.gif", "animation.png",
 )  # fmt: skip
 """One of each difficulty; all of them, and longer: benchmarks/frame_matrix.py."""
 
@@ -102,6 +102,19 @@ def test_pictures_that_vp8_keeps_for_reference_alone_do_not_count(tmp_path: Path
     facts = validated(path)
     assert facts.frames == 20 and not facts.variable
     assert numbers(read_frames(path, [3, 4, 19], HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy()) == [3, 4, 19]
+
+
+def test_recordings_that_follow_one_another_in_a_stream_are_counted_through(tmp_path: Path) -> None:
+    """``cat one.ts two.ts``: the clock begins anew in the middle, and a player goes on."""
+    first = encode(BY_NAME["open.ts"], tmp_path).read_bytes()
+    second = encode(dataclasses.replace(BY_NAME["closed.ts"], frames=30), tmp_path).read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(first + second)
+    facts = validated(path)
+    assert [number for _, number in sequential(path)] == [*range(48), *range(30)]
+    assert (facts.frames, facts.fps, facts.variable) == (78, 25, False)
+    found = numbers(read_frames(path, [3, 47, 48, 77], HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy())
+    assert found == [3, 47, 0, 29]
 
 
 def test_uneven_pictures_are_taken_by_the_middle_of_a_frame_s_time() -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 IN_DECODING_ORDER = frozenset({"avi", "asf"})
 """Containers that keep one time a picture, in decoding order: where a codec reorders, it is not when it is shown."""
 TRIED_CODECS = frozenset({"h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4", "prores", "mjpeg"})
-"""Codecs that always decode where they open. Others have to show a picture before a file counts as good."""
+"""Codecs for which the header of an mp4 is believed. Other files have to show a picture before they count as good."""
 CONVERSION = "convert it with: ffmpeg -i IN -c:v libx264 -crf 12 -c:a copy OUT.mp4"
 COVER = 0x400
 """FFmpeg's ``AV_DISPOSITION_ATTACHED_PIC``; the test by way of PyAV's enumeration takes 5 us a file."""
@@ -49,6 +49,8 @@ class Timeline:
     """Times from which decoding can begin; behind an index of an open GOP, up to a few pictures early."""
     key_sizes: Mapping[int, int] = field(default_factory=dict)
     """Bytes of the packet behind each of ``keys``, where packets were read."""
+    turned: bool = False
+    """Shown turned by a quarter."""
     timed: bool = True
     """Packets say when their picture is shown. Otherwise pictures are counted from the first one."""
     complete: bool = True
@@ -79,6 +81,7 @@ class Overview:
     frames: int
     rate: Fraction
     variable: bool
+    turned: bool
 
 
 def read_overview(
@@ -91,13 +94,16 @@ def read_overview(
     """
     if track is None or not _is_indexed(stream) or (track.leads and not stream.index_entries[1].is_discard):
         timeline = _from_packets(container, stream)
-        return Overview(frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable)
+        return Overview(
+            frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable, turned=timeline.turned
+        )
     if _is_even(stream, track):
-        return Overview(frames=stream.frames, rate=Fraction(stream.average_rate or 0), variable=False)
+        rate = Fraction(stream.average_rate or 0)
+        return Overview(frames=stream.frames, rate=rate, variable=False, turned=track.turned)
     entries = [(entry.timestamp, entry.is_discard) for entry in stream.index_entries]
     times = sorted(time for time, _ in entries)  # those that are hidden too: they may lie between others
     variable, frames = _uneven(times), sum(not hidden for _, hidden in entries)
-    return Overview(frames=frames, rate=_rate(stream, times, variable=variable), variable=variable)
+    return Overview(frames=frames, rate=_rate(stream, times, variable=variable), variable=variable, turned=track.turned)
 
 
 def read_timeline(container: "av.container.InputContainer", *, by_packets: bool = False) -> Timeline:
@@ -174,23 +180,28 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
         if p.size
     ]
     shown = [(pts, dts) for pts, dts, _, _, hidden in found if not hidden]
-    if all(pts is None and dts is None for pts, dts in shown):
-        # A raw stream: FFmpeg would make up 25 pictures a second.
-        tick, count = _tick(stream), len(shown)
-        return Timeline(times=range(count), tick=tick, rate=Fraction(0), variable=False, keys=(), timed=False)
+    if not shown:
+        return Timeline(times=(), tick=_tick(stream), rate=Fraction(0), variable=False, keys=())
+    first, turned = _first_picture(container.name)
+    decoded_at = [dts for _, dts in shown if dts is not None]
+    if not decoded_at or any(later < earlier for earlier, later in pairwise(decoded_at)):
+        # A raw stream, for which FFmpeg would make up 25 pictures a second; or recordings one after another, each with
+        # a clock of its own.
+        rate = Fraction(stream.average_rate or 0) if decoded_at else Fraction(0)
+        return Timeline(
+            times=range(len(shown)), tick=1 / rate if rate else _tick(stream), rate=rate, variable=False, keys=(),
+            turned=turned, timed=False,
+        )  # fmt: skip
     timed = all(pts is not None for pts, _ in shown) and (
         container.format.name not in IN_DECODING_ORDER or all(pts == dts for pts, dts in shown)
     )
-    times = sorted({pts if timed else dts for pts, dts in shown} - {None})
+    # What is shown before the first picture that decodes refers to pictures that were cut off.
+    times = sorted({pts for pts, _ in shown if first is None or pts >= first} if timed else set(decoded_at))
     keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
-    if timed and (codec not in TRIED_CODECS or times[0] < min(keys, default=times[0])):
-        # What is shown before the first picture that decodes refers to pictures that were cut off.
-        first = _first_picture(container.name)
-        times = [time for time in times if time >= first]
     variable = _uneven(times)
     return Timeline(
         times=times, tick=_tick(stream), rate=_rate(stream, times, variable=variable), variable=variable,
-        keys=sorted(keys), key_sizes=keys, timed=timed,
+        keys=sorted(keys), key_sizes=keys, turned=turned, timed=timed,
     )  # fmt: skip
 
 
@@ -199,8 +210,8 @@ def _is_shown_vp8(packet: "av.Packet") -> bool:
     return bool(memoryview(packet)[0] & 0b0001_0000)
 
 
-def _first_picture(path: str) -> int:
-    """When the first picture that decodes is shown.
+def _first_picture(path: str) -> tuple[int | None, bool]:
+    """When the first picture that decodes is shown, if it says so, and whether it is turned by a quarter.
 
     Raises:
         ProbeError: there is none.
@@ -212,8 +223,7 @@ def _first_picture(path: str) -> int:
         for packet in container.demux(stream):
             try:
                 for frame in packet.decode():
-                    if frame.pts is not None:
-                        return frame.pts
+                    return frame.pts, frame.rotation % 180 == 90
             except av.FFmpegError:
                 continue
         codec = stream.codec_context.name

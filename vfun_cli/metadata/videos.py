@@ -27,7 +27,7 @@ def probe_video(container: "av.container.InputContainer", path: str, track: Pict
     index = stream.index_entries
     last = index[-1] if len(index) else None
     width, height = context.width, context.height
-    if track is not None and track.turned:
+    if overview.turned:
         width, height = height, width
     return VisualFacts(
         kind="image" if frames == 1 and not rate else "video", width=width, height=height, frames=frames,
