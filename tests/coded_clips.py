@@ -3,6 +3,7 @@ bit depth x spacing x start offset. Shared by the tests and by ``benchmarks/fram
 """
 
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -342,3 +343,17 @@ def held_after_training(path: Path, facts: VisualFacts, folder: Path, draws: int
         found.append(Held(start=indices[0], stride=stride, expected=expected, found=held))
         shutil.rmtree(folder / "sanity_check")
     return found
+
+
+def show_parts(path: Path, parts: list[tuple[int, int]]) -> None:
+    """Give an mp4 an edit list (ISO/IEC 14496-12, 8.6.6) of (milliseconds, first tick of the track)."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"elst") - 4
+    length = int.from_bytes(content[at : at + 4], "big")
+    payload = struct.pack(">II", 0, len(parts)) + b"".join(struct.pack(">IiI", *part, 1 << 16) for part in parts)
+    content[at : at + length] = struct.pack(">I4s", 8 + len(payload), b"elst") + payload
+    for name in (b"edts", b"trak", b"moov"):  # behind the pictures, which therefore stay where they are
+        place = content.find(name) - 4
+        grown = int.from_bytes(content[place : place + 4], "big") + 8 + len(payload) - length
+        content[place : place + 4] = grown.to_bytes(4, "big")
+    path.write_bytes(bytes(content))

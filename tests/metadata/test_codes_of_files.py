@@ -105,7 +105,8 @@ def test_a_codec_that_nothing_decodes_is_refused_with_the_conversion(
     video = data / "train/1.mp4"
     video.write_bytes(video.read_bytes().replace(b"avc1", name))
     report = check([ROW])
-    assert codes(report) == ["unsupported-codec"] and "ffmpeg -i" in report.problems[0].message
+    assert codes(report) == ["unsupported-codec"]
+    assert name.decode() in report.problems[0].message and "ffmpeg -i" in report.problems[0].message
 
 
 def test_a_decoder_that_dies_is_reported_and_the_next_file_decoded(data: Path, monkeypatch: Any) -> None:

@@ -22,6 +22,7 @@ from tests.coded_clips import (
     numbers,
     picture,
     sequential,
+    show_parts,
     shown,
     true_numbers,
     validated,
@@ -115,6 +116,27 @@ def test_recordings_that_follow_one_another_in_a_stream_are_counted_through(tmp_
     assert (facts.frames, facts.fps, facts.variable) == (78, 25, False)
     found = numbers(read_frames(path, [3, 47, 48, 77], HEIGHT, WIDTH).permute(0, 2, 3, 1).numpy())
     assert found == [3, 47, 0, 29]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "expected"),
+    [
+        ("closed.mp4", [(400, 24), (400, 0)], [*range(24, 34), *range(10)]),
+        ("intra.mp4", [(800, 0), (720, 30)], [*range(20), *range(30, 48)]),
+        ("open-hevc.mp4", [(800, 0), (720, 30)], [*range(20), *range(36, 48)]),  # 30 to 35 refer to what is cut off
+    ],
+)
+def test_parts_that_an_edit_list_joins_are_shown_in_its_order(
+    name: str, parts: list[tuple[int, int]], expected: list[int], tmp_path: Path
+) -> None:
+    path = encode(BY_NAME[name], tmp_path)
+    reordering = 0 if name == "intra.mp4" else 1024
+    show_parts(path, [(milliseconds, reordering + 512 * picture) for milliseconds, picture in parts])
+    assert [number for _, number in sequential(path)] == expected
+    facts = validated(path)
+    assert facts.frames == len(expected)
+    pixels = read_frames(path, range(len(expected)), HEIGHT, WIDTH)
+    assert numbers(pixels.permute(0, 2, 3, 1).numpy()) == shown(path, facts.fps, variable=facts.variable)
 
 
 def test_uneven_pictures_are_taken_by_the_middle_of_a_frame_s_time() -> None:

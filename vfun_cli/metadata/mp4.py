@@ -13,6 +13,8 @@ MATRIX_AND_SIZE = struct.Struct(">11i")
 class PictureTrack:
     """The first track with a picture (boxes: ISO/IEC 14496-12)."""
 
+    codec: str
+    """The four letters of its codec, such as avc1."""
     turned: bool
     """Shown turned by a quarter."""
     step: int | None
@@ -42,8 +44,10 @@ def picture_track(path: str) -> PictureTrack | None:
         across, turn, _, _, down, *_, width, height = MATRIX_AND_SIZE.unpack_from(trak, 52 if trak[0] == 1 else 40)
         if width > 0 and height > 0:
             step, pictures = _step(trak)
+            stsd = _find(trak, b"stsd", 16)
+            codec = "" if stsd is None else trak[stsd + 12 : stsd + 16].decode("latin-1")
             return PictureTrack(
-                turned=across == 0 and down == 0 and turn != 0, step=step, pictures=pictures,
+                codec=codec, turned=across == 0 and down == 0 and turn != 0, step=step, pictures=pictures,
                 leads=step is not None and _leads(trak, step), parts=_parts(trak),
             )  # fmt: skip
         if end < 0:

@@ -10,6 +10,7 @@ alone; everything else packet by packet, without decoding.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -92,8 +93,9 @@ def read_overview(
     Raises:
         ProbeError: none of its pictures can be decoded.
     """
-    if track is None or not _is_indexed(stream) or (track.leads and not stream.index_entries[1].is_discard):
-        timeline = _from_packets(container, stream)
+    leads = track is not None and track.leads and not stream.index_entries[1].is_discard
+    if track is None or not _is_indexed(stream) or leads or track.parts > 1:
+        timeline = _from_packets(container, stream, track)
         return Overview(
             frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable, turned=timeline.turned
         )
@@ -113,13 +115,13 @@ def read_timeline(container: "av.container.InputContainer", *, by_packets: bool 
         ProbeError: there is no video, nothing here decodes it, or none of its pictures can be decoded.
     """
     stream = video_stream(container)
-    track = picture_track(container.name) if is_mp4(container) and not by_packets else None
-    if track is not None and _is_indexed(stream) and _is_even(stream, track):
+    track = picture_track(container.name) if is_mp4(container) else None
+    if track is not None and not by_packets and _is_indexed(stream) and _is_even(stream, track):
         first = next(container.demux(stream)).pts
         if first is not None:
             return _from_header(stream, first, cast(int, track.step))
         container.seek(0)
-    return _from_packets(container, stream)
+    return _from_packets(container, stream, track)
 
 
 def is_mp4(container: "av.container.InputContainer") -> bool:
@@ -137,7 +139,9 @@ def video_stream(container: "av.container.InputContainer") -> "VideoStream":
     if stream is None:
         raise ProbeError("no-video-stream", "there is no picture in it")
     if stream.codec_context is None:
-        raise ProbeError("unsupported-codec", f"no decoder for its video here: {CONVERSION}")
+        track = picture_track(container.name) if is_mp4(container) else None
+        codec = f" {track.codec}" if track is not None and track.codec.isprintable() else ""
+        raise ProbeError("unsupported-codec", f"no decoder for its{codec} video here: {CONVERSION}")
     return stream
 
 
@@ -172,7 +176,9 @@ def _from_header(stream: "VideoStream", first: int, step: int) -> Timeline:
     )  # fmt: skip
 
 
-def _from_packets(container: "av.container.InputContainer", stream: "VideoStream") -> Timeline:
+def _from_packets(
+    container: "av.container.InputContainer", stream: "VideoStream", track: PictureTrack | None
+) -> Timeline:
     codec = stream.codec_context.name
     found = [
         (p.pts, p.dts, p.size, p.is_keyframe, p.is_discard or (codec == "vp8" and not _is_shown_vp8(p)))
@@ -182,7 +188,9 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
     shown = [(pts, dts) for pts, dts, _, _, hidden in found if not hidden]
     if not shown:
         return Timeline(times=(), tick=_tick(stream), rate=Fraction(0), variable=False, keys=())
-    first, turned = _first_picture(container.name)
+    # Where an edit list joins parts, what refers across the joint may not decode: then all is tried.
+    pictures = _decoded(container.name, every=track is not None and track.parts > 1)
+    first, turned = pictures[0]
     decoded_at = [dts for _, dts in shown if dts is not None]
     if not decoded_at or any(later < earlier for earlier, later in pairwise(decoded_at)):
         # A raw stream, for which FFmpeg would make up 25 pictures a second; or recordings one after another, each with
@@ -197,6 +205,8 @@ def _from_packets(container: "av.container.InputContainer", stream: "VideoStream
     )
     # What is shown before the first picture that decodes refers to pictures that were cut off.
     times = sorted({pts for pts, _ in shown if first is None or pts >= first} if timed else set(decoded_at))
+    if len(pictures) > 1:
+        times = sorted({pts for pts, _ in pictures if pts is not None})
     keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
     variable = _uneven(times)
     return Timeline(
@@ -210,24 +220,26 @@ def _is_shown_vp8(packet: "av.Packet") -> bool:
     return bool(memoryview(packet)[0] & 0b0001_0000)
 
 
-def _first_picture(path: str) -> tuple[int | None, bool]:
-    """When the first picture that decodes is shown, if it says so, and whether it is turned by a quarter.
+def _decoded(path: str, *, every: bool) -> list[tuple[int | None, bool]]:
+    """Of the first picture that decodes, or of every one: when it is shown, and whether it is turned by a quarter.
 
     Raises:
         ProbeError: there is none.
     """
     import av
 
+    found: list[tuple[int | None, bool]] = []
     with av.open(path) as container:
         stream = video_stream(container)
-        for packet in container.demux(stream):
-            try:
-                for frame in packet.decode():
-                    return frame.pts, frame.rotation % 180 == 90
-            except av.FFmpegError:
-                continue
         codec = stream.codec_context.name
-    raise ProbeError("unsupported-codec", f"no picture of its {codec} video decodes: {CONVERSION}")
+        for packet in container.demux(stream):
+            if found and not every:
+                break
+            with suppress(av.FFmpegError):
+                found += [(frame.pts, frame.rotation % 180 == 90) for frame in packet.decode()]
+    if not found:
+        raise ProbeError("unsupported-codec", f"no picture of its {codec} video decodes: {CONVERSION}")
+    return found
 
 
 def _tick(stream: "VideoStream") -> Fraction:
