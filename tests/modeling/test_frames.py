@@ -157,6 +157,13 @@ def test_a_pause_in_an_uneven_film_lasts_as_long_as_it_is_shown(tmp_path: Path) 
     assert numbers(pixels.permute(0, 2, 3, 1).numpy()) == numbers_by_time
 
 
+def test_an_uneven_film_has_one_rate_in_validation_and_in_training(tmp_path: Path) -> None:
+    path = encode(dataclasses.replace(BY_NAME["screen.mp4"], frames=200), tmp_path)
+    facts = validated(path)
+    pixels = read_frames(path, range(facts.frames), HEIGHT, WIDTH)
+    assert numbers(pixels.permute(0, 2, 3, 1).numpy()) == shown(path, facts.fps, variable=True)
+
+
 def test_one_picture_at_a_time_is_held_at_its_own_size(tmp_path: Path) -> None:
     path = encode(Coded(name="large.mp4", codec="libx264", frames=40, options={"preset": "ultrafast"}), tmp_path)
     large = tmp_path / "large2.mp4"

@@ -247,18 +247,17 @@ def _tick(stream: "VideoStream") -> Fraction:
 
 
 def _rate(stream: "VideoStream", times: Sequence[int], *, variable: bool) -> Fraction:
-    """What the file states, where its times agree; otherwise what they say.
+    """What the header of an mp4 says; of other files, what they state where their times agree, or what those say.
 
     The base rate is exact where the average is a rounded clock's (FLV: 989/33 for 30000/1001), and twice too high in
     MPEG-1, which counts fields.
     """
-    average, base = stream.average_rate or Fraction(0), stream.base_rate or Fraction(0)
-    if len(times) < 2:
-        return Fraction(average)
+    average, base = Fraction(stream.average_rate or 0), Fraction(stream.base_rate or 0)
+    if len(times) < 2 or (average and stream.frames and is_mp4(stream.container)):
+        return average
     measured = Fraction(len(times) - 1) / ((times[-1] - times[0]) * _tick(stream))
-    # An average counts the time of the last picture too.
-    stated, tolerance = ((average,), 2 / Fraction(len(times))) if variable else ((base, average), RATE_TOLERANCE)
-    return Fraction(next((rate for rate in stated if abs(rate - measured) <= tolerance * measured), measured))
+    stated = () if variable else (base, average)
+    return next((rate for rate in stated if abs(rate - measured) <= RATE_TOLERANCE * measured), measured)
 
 
 def _uneven(times: Sequence[int]) -> bool:
