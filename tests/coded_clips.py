@@ -126,6 +126,7 @@ MATRIX: tuple[Coded, ...] = (
     _264("fragments.mp4", muxer=FRAGMENTS),
     _264("fragments-open.mp4", OPEN_264, muxer=FRAGMENTS),
     _264("cut-open.mp4", OPEN_264, lead=True),
+    _264("cut-plain.mp4", OPEN_264, lead=True, muxer={"use_editlist": "0"}),
     _264("closed.mkv"),
     _264("open.mkv", OPEN_264),
     _264("ntsc.mkv", fps=NTSC),
@@ -155,6 +156,7 @@ MATRIX: tuple[Coded, ...] = (
     _265("cut-hevc.mp4", lead=True),
     _265("open-hevc.mkv"),
     _265("cut-hevc.mkv", lead=True),
+    _265("cut-plain-hevc.mov", lead=True, muxer={"use_editlist": "0"}),
     _265("open-hevc.ts"),
     _265("cut-hevc.ts", lead=True),
     # AV1, VP9

@@ -41,8 +41,8 @@ SHORT_FORM = (
     "open.mp4", "closed.avi", "closed.ts", "trim.mp4", "av1.mp4", "refresh.mp4", "ten-bit.mp4", "trim-open.mp4",
     "late.mp4", "turned90-trim.mp4", "turned270-open.mov", "phone-open.mp4", "fragments-open.mp4", "cut-open.mp4",
     "ntsc.mkv", "cut-hevc.mkv", "phone.mkv", "open.avi", "cut-open.ts", "open.m2ts", "ntsc.flv", "trim-hevc.mp4",
-    "open-hevc.ts", "trim-av1.mp4", "vp9.webm", "mpeg2.mpg", "mpeg4.avi", "mpeg4-gaps.avi", "h264.asf",
-    "wmv2-ntsc.asf", "turned.mkv", "trim-prores.mov", "animation.gif", "animation.png",
+    "open-hevc.ts", "cut-plain-hevc.mov", "trim-av1.mp4", "vp9.webm", "mpeg2.mpg", "mpeg4.avi", "mpeg4-gaps.avi",
+    "h264.asf", "wmv2-ntsc.asf", "turned.mkv", "trim-prores.mov", "animation.gif", "animation.png",
 )  # fmt: skip
 """One of each difficulty; all of them, and longer: benchmarks/frame_matrix.py."""
 

@@ -72,8 +72,8 @@ def _leads(trak: bytes, step: int) -> bool:
     at = _find(trak, b"ctts", 24)
     if at is None:
         return False
-    count, first, _, second = struct.unpack_from(">IiIi", trak, at + 8)
-    return bool(count == 1 and step + second < first)
+    runs, count, first, _, second = struct.unpack_from(">IIiIi", trak, at + 4)
+    return bool(runs > 1 and count == 1 and step + second < first)
 
 
 def _parts(trak: bytes) -> int:

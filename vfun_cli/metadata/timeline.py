@@ -93,8 +93,7 @@ def read_overview(
     Raises:
         ProbeError: none of its pictures can be decoded.
     """
-    leads = track is not None and track.leads and not stream.index_entries[1].is_discard
-    if track is None or not _is_indexed(stream) or leads or track.parts > 1:
+    if track is None or not _is_indexed(stream) or _leads(stream, track) or track.parts > 1:
         timeline = _from_packets(container, stream, track)
         return Overview(
             frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable, turned=timeline.turned
@@ -148,6 +147,11 @@ def video_stream(container: "av.container.InputContainer") -> "VideoStream":
 def _is_indexed(stream: "VideoStream") -> bool:
     """Whether the header of an mp4 has an entry for every picture (fragments have none), and they will decode."""
     return stream.frames > 0 and len(stream.index_entries) > 0 and stream.codec_context.name in TRIED_CODECS
+
+
+def _leads(stream: "VideoStream", track: PictureTrack) -> bool:
+    """Whether pictures in front of a cut, which may not decode, are not hidden by an edit list."""
+    return track.leads and not any(entry.is_discard for entry in stream.index_entries[1:2])
 
 
 def _is_even(stream: "VideoStream", track: PictureTrack) -> bool:
