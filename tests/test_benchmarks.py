@@ -15,7 +15,7 @@ NOT_SCRIPTS = {"click_sounds", "plan_sets", "record"}
 MARKS = {
     "bare_loop": pytest.mark.slow,
     "data_wait": pytest.mark.long,
-    "decode": pytest.mark.slow,
+    "decode": pytest.mark.long,
     "export": pytest.mark.long,
     "frame_matrix": pytest.mark.slow,
     "fsdp_loading": pytest.mark.long,
