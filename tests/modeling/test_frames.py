@@ -63,6 +63,17 @@ def test_what_a_run_trains_on_is_what_a_player_shows(name: str, tmp_path: Path) 
         assert held.found == held.expected
 
 
+@pytest.mark.parametrize("name", ["open.mkv", "open.avi", "h264.asf", "mpeg2.mpg", "open.mp4", "open-hevc.mkv"])
+@pytest.mark.parametrize("frames", [2, 3, 5])
+def test_a_film_of_a_few_pictures_is_one(name: str, frames: int, tmp_path: Path) -> None:
+    """Fewer than an encoder reorders: Matroska then has no times of decoding, and decoders show all at the end."""
+    path = encode(dataclasses.replace(BY_NAME[name], frames=frames), tmp_path)
+    facts = validated(path)
+    assert (facts.kind, facts.frames, facts.fps, facts.variable) == ("video", frames, 25, False)
+    pixels = read_frames(path, range(frames), HEIGHT, WIDTH)
+    assert numbers(pixels.permute(0, 2, 3, 1).numpy()) == list(range(frames))
+
+
 @pytest.mark.parametrize("name", ["closed.mp4", "open.mkv", "open-hevc.ts", "mpeg2.vob", "refresh.mp4", "mpeg1.mpg"])
 def test_a_seek_into_a_longer_file_finds_the_frames_asked_for(name: str, tmp_path: Path) -> None:
     path = encode(dataclasses.replace(BY_NAME[name], frames=200), tmp_path)

@@ -193,13 +193,15 @@ def _from_packets(
     if not shown:
         return Timeline(times=(), tick=_tick(stream), rate=Fraction(0), variable=False, keys=())
     # Where an edit list joins parts, what refers across the joint may not decode: then all is tried.
-    pictures = _decoded(container.name, every=track is not None and track.parts > 1)
+    joined = track is not None and track.parts > 1
+    pictures = _decoded(container.name, every=joined)
     first, turned = pictures[0]
     decoded_at = [dts for _, dts in shown if dts is not None]
-    if not decoded_at or any(later < earlier for earlier, later in pairwise(decoded_at)):
+    raw = not decoded_at and all(pts is None for pts, _ in shown)
+    if raw or any(later < earlier for earlier, later in pairwise(decoded_at)):
         # A raw stream, for which FFmpeg would make up 25 pictures a second; or recordings one after another, each with
         # a clock of its own.
-        rate = Fraction(stream.average_rate or 0) if decoded_at else Fraction(0)
+        rate = Fraction(0) if raw else Fraction(stream.average_rate or 0)
         return Timeline(
             times=range(len(shown)), tick=1 / rate if rate else _tick(stream), rate=rate, variable=False, keys=(),
             turned=turned, timed=False,
@@ -207,10 +209,12 @@ def _from_packets(
     timed = all(pts is not None for pts, _ in shown) and (
         container.format.name not in IN_DECODING_ORDER or all(pts == dts for pts, dts in shown)
     )
-    # What is shown before the first picture that decodes refers to pictures that were cut off.
-    times = sorted({pts for pts, _ in shown if first is None or pts >= first} if timed else set(decoded_at))
-    if len(pictures) > 1:
+    if joined:
         times = sorted({pts for pts, _ in pictures if pts is not None})
+    elif timed:  # what is shown before the first picture that decodes refers to pictures that were cut off
+        times = sorted({pts for pts, _ in shown if first is None or pts >= first})
+    else:
+        times = sorted(set(decoded_at))
     keys = {pts: size for pts, _, size, key, _ in found if key and pts is not None}
     variable = _uneven(times)
     return Timeline(
