@@ -10,12 +10,16 @@ where the format has no place to say so: every player is late by it, and so is v
 beyond the length that validation has.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import record
-from click_sounds import KINDS, Kind, measure, write_kind
+
+from tests.click_sounds import KINDS, Kind, measure, write_kind
 
 HALF_A_FRAME = 0.5
 FAINT = 0.5

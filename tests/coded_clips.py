@@ -242,7 +242,7 @@ def encode(clip: Coded, folder: Path) -> Path:
         _cut(whole, path, clip)
         whole.unlink()
     if clip.rotation and path.suffix != ".mkv":
-        _turn(path, clip.rotation)
+        turn(path, clip.rotation)
     return path
 
 
@@ -271,8 +271,8 @@ def _cut(source: Path, path: Path, clip: Coded) -> None:
             written.mux(packet)
 
 
-def _turn(path: Path, degrees: int) -> None:
-    """Set the matrix of the picture's track (ISO/IEC 14496-12, 8.3.2)."""
+def turn(path: Path, degrees: int) -> None:
+    """Ask players to show an mp4 turned clockwise, as phones do: the matrix of its track (ISO/IEC 14496-12, 8.3.2)."""
     one = 1 << 16
     across, turn = {90: (0, one), 180: (-one, 0), 270: (0, -one)}[degrees]
     content = bytearray(path.read_bytes())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NOT_SCRIPTS = {"click_sounds", "plan_sets", "record"}
+NOT_SCRIPTS = {"plan_sets", "record"}
 """Modules that the benchmarks share."""
 MARKS = {
     "bare_loop": pytest.mark.slow,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click_sounds import KINDS, write_kind
 from torch import Tensor
 
+from tests.click_sounds import KINDS, write_kind
 from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.wan_s2v import build_model
 from vfun_cli.errors import CheckpointError

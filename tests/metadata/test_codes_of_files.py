@@ -15,7 +15,7 @@ import av
 import pytest
 from small_media import ROW, encode_video, write_sound
 
-from tests.coded_clips import MATRIX, encode
+from tests.coded_clips import MATRIX, encode, turn
 from vfun_cli.metadata import decoder
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.deep import decode_many
@@ -138,18 +138,9 @@ def test_the_decoder_answers_a_line_for_a_line(data: Path) -> None:
     assert nothing.startswith("decode-error|")
 
 
-def turn(path: Path) -> Path:
-    """Ask players to show the film turned by a quarter, as phones do (the matrix of ``tkhd``)."""
-    content = bytearray(path.read_bytes())
-    matrix = content.find(b"tkhd") + 44
-    turned = (0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
-    content[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turned)
-    path.write_bytes(bytes(content))
-    return path
-
-
 def test_a_turned_film_has_the_size_it_is_shown_in(tmp_path: Path) -> None:
-    facts = probe_visual(turn(encode_video(tmp_path / "1.mp4", width=64, height=48)))
+    turn(encode_video(tmp_path / "1.mp4", width=64, height=48), 90)
+    facts = probe_visual(tmp_path / "1.mp4")
     assert (facts.width, facts.height) == (48, 64)
     with av.open(str(tmp_path / "1.mp4")) as container:
         frame = next(container.decode(video=0))

@@ -7,8 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from click_sounds import KINDS, Kind, measure, write_kind
 
+from tests.click_sounds import KINDS, Kind, measure, write_kind
 from vfun_cli.metadata.probe import probe_audio
 from vfun_cli.metadata.sounds import time_zero
 from vfun_cli.modeling.media.sound import read_audio

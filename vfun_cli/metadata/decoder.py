@@ -12,7 +12,7 @@ def decode_visual(path: str) -> str:
     import av
 
     from vfun_cli.metadata.probe import probe_visual
-    from vfun_cli.metadata.timeline import read_timeline, shown_video
+    from vfun_cli.metadata.timeline import read_timeline, video_stream
     from vfun_cli.metadata.upright import upright_rgb
 
     if probe_visual(path).kind == "image":
@@ -21,12 +21,12 @@ def decode_visual(path: str) -> str:
     with av.open(path) as container:
         timeline = read_timeline(container, by_packets=True)
     with av.open(path) as container:
-        frames = [(frame.pts, frame.is_corrupt) for frame in container.decode(shown_video(container))]
+        frames = [(frame.pts, frame.is_corrupt) for frame in container.decode(video_stream(container))]
     if damaged := sum(corrupt for _, corrupt in frames):
         return f"decode-error|{damaged} of {len(frames)} frames are damaged"
-    times = {pts for pts, _ in frames}
+    times = {pts for pts, _ in frames if pts is not None}
     if timeline.timed and len(times) >= len(timeline.times) and (odd := times ^ set(timeline.times)):
-        first = float(min(time for time in odd if time is not None) * timeline.tick)
+        first = float(min(odd) * timeline.tick)
         return f"decode-error|at {first:.3f} s its pictures come at other times than the file states"
     return str(min(len(frames), len(timeline.times)))
 

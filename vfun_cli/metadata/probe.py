@@ -1,6 +1,7 @@
 """What a media file says about itself: headers, read in parallel and remembered.
 
-Nothing is decoded here but the first audible sample of sound files. ``deep`` decodes everything.
+Nothing is decoded here but the first audible sample of sound files and, of videos that are no plain mp4, the first
+picture. ``deep`` decodes everything.
 """
 
 import os
@@ -42,8 +43,7 @@ def probe_visual(path: str | Path) -> VisualFacts:
         ProbeError: with the code of what is wrong.
     """
     path = str(path)
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if suffix in MP4_SUFFIXES:
+    if (suffix := _suffix(path)) in MP4_SUFFIXES:
         facts: VisualFacts = _guarded(partial(probe_video, track=_track_of(path)), path)
         return facts
     _require_file(path)
@@ -129,6 +129,10 @@ def _twin(path: str) -> str:
     return f"; there is {found} ({how})"
 
 
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()  # noqa: PTH122 - pathlib is slower, once for every file
+
+
 def _track_of(path: str) -> PictureTrack | None:
     """What the header of an mp4 says, read first: where there is one, the file itself is good."""
     try:
@@ -142,7 +146,6 @@ def _track_of(path: str) -> PictureTrack | None:
 
 def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: str | Path) -> Any:
     """Open with PyAV and probe; what FFmpeg says becomes a ProbeError."""
-
     try:
         with _opened(str(path)) as container:
             return probe(container, str(path))
@@ -158,7 +161,7 @@ def _guarded(probe: "Callable[[av.container.InputContainer, str], Any]", path: s
 def _opened(path: str) -> "av.container.InputContainer":
     import av
 
-    if os.path.splitext(path)[1].lower() in MP4_SUFFIXES:  # noqa: PTH122
+    if _suffix(path) in MP4_SUFFIXES:
         try:
             return av.open(path, format="mov")
         except av.InvalidDataError:

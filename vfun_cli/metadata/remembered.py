@@ -15,8 +15,6 @@ FACTS_VERSION = 4
 
 OnProgress = Callable[[int, int], None]
 """Called with (files done, files in all)."""
-
-
 Key = tuple[str, str]
 """(path, kind)"""
 Answer = TypeVar("Answer")

@@ -4,8 +4,8 @@
         timeline = read_timeline(container)
     timeline.picture(12)   # which picture frame 12 is, counted in the order in which they are shown
 
-The times are those of the container, after its edit lists. An mp4 with an index of even steps is read from that index
-alone; everything else packet by packet, without decoding.
+The times are those of the container, after its edit lists. An mp4 with even steps is read from its header alone;
+everything else packet by packet, and has to show its first picture.
 """
 
 from bisect import bisect_left
@@ -99,8 +99,7 @@ def read_overview(
             frames=len(timeline.times), rate=timeline.rate, variable=timeline.variable, turned=timeline.turned
         )
     if _is_even(stream, track):
-        rate = Fraction(stream.average_rate or 0)
-        return Overview(frames=stream.frames, rate=rate, variable=False, turned=track.turned)
+        return Overview(frames=stream.frames, rate=_average_rate(stream), variable=False, turned=track.turned)
     entries = [(entry.timestamp, entry.is_discard) for entry in stream.index_entries]
     times = sorted(time for time, _ in entries)  # those that are hidden too: they may lie between others
     variable, frames = _uneven(times), sum(not hidden for _, hidden in entries)
@@ -175,7 +174,7 @@ def _from_header(stream: "VideoStream", first: int, step: int) -> Timeline:
     times = range(first, first + stream.frames * step, step)
     keys = [time for time, entry in zip(times, stream.index_entries, strict=True) if entry.is_keyframe]
     return Timeline(
-        times=times, tick=_tick(stream), rate=Fraction(stream.average_rate or 0), variable=False, keys=keys,
+        times=times, tick=_tick(stream), rate=_average_rate(stream), variable=False, keys=keys,
         complete=False,
     )  # fmt: skip
 
@@ -201,7 +200,7 @@ def _from_packets(
     if raw or any(later < earlier for earlier, later in pairwise(decoded_at)):
         # A raw stream, for which FFmpeg would make up 25 pictures a second; or recordings one after another, each with
         # a clock of its own.
-        rate = Fraction(0) if raw else Fraction(stream.average_rate or 0)
+        rate = Fraction(0) if raw else _average_rate(stream)
         return Timeline(
             times=range(len(shown)), tick=1 / rate if rate else _tick(stream), rate=rate, variable=False, keys=(),
             turned=turned, timed=False,
@@ -254,13 +253,17 @@ def _tick(stream: "VideoStream") -> Fraction:
     return stream.time_base or Fraction(1)
 
 
+def _average_rate(stream: "VideoStream") -> Fraction:
+    return Fraction(stream.average_rate or 0)
+
+
 def _rate(stream: "VideoStream", times: Sequence[int], *, variable: bool) -> Fraction:
     """What the header of an mp4 says; of other files, what they state where their times agree, or what those say.
 
     The base rate is exact where the average is a rounded clock's (FLV: 989/33 for 30000/1001), and twice too high in
     MPEG-1, which counts fields.
     """
-    average, base = Fraction(stream.average_rate or 0), Fraction(stream.base_rate or 0)
+    average, base = _average_rate(stream), Fraction(stream.base_rate or 0)
     if len(times) < 2 or (average and stream.frames and is_mp4(stream.container)):
         return average
     measured = Fraction(len(times) - 1) / ((times[-1] - times[0]) * _tick(stream))

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from vfun_cli.errors import MetadataError, first_line
-from vfun_cli.metadata.timeline import Timeline, read_timeline, shown_video
+from vfun_cli.metadata.timeline import Timeline, read_timeline, video_stream
 from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.media.sizes import resize_and_crop
 
@@ -224,7 +224,6 @@ def _is_known(timeline: Timeline, time: int) -> bool:
 
 def _single_threaded(container: InputContainer) -> VideoStream:
     """The video to decode; the loader runs a process a clip already."""
-    stream = shown_video(container)
-    assert stream is not None  # a timeline was read
+    stream = video_stream(container)
     stream.codec_context.thread_count = 1
     return stream
