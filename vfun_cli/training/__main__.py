@@ -68,7 +68,7 @@ def _cores_to_spare() -> bool:
 def _send_output_to(path: Path) -> None:
     """Ranks other than 0 write to their own log, libraries included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(log, stream)
 
