@@ -28,6 +28,7 @@ LACKS = frozenset(
 
 ROOM = "Make room there, then give the same command again."
 PERMISSION = "Mend its permissions, or name another place."
+ELSE = "The same command with --debug shows where."
 DAMAGE = "That disk, or its server, has a fault: the system's log (dmesg) may say more."
 HINTS = {
     errno.ENOSPC: ROOM,
@@ -80,7 +81,9 @@ def fault(error: OSError, *, where: Path | None = None) -> EnvironmentFault:
     """
     name = error.filename or where
     about = f" about {os.fsdecode(name)}" if isinstance(name, (str, bytes, Path)) else ""
-    return EnvironmentFault(f'the system says "{error.strerror or error}"{about}.', hint=HINTS.get(error.errno or 0))
+    return EnvironmentFault(
+        f'the system says "{error.strerror or error}"{about}.', hint=HINTS.get(error.errno or 0, ELSE)
+    )
 
 
 @contextmanager
@@ -104,18 +107,28 @@ def missing(folder: Path) -> list[Ability]:
     try:
         os.write(file, _PROBE)
         fsync(file)
-        return [ability for ability in ABILITIES if _lacks(ability, path, file)]
+        return [ability for ability in ABILITIES if _lacks(lambda use=ability.use: use(path, file))]
     finally:
         os.close(file)
         path.unlink(missing_ok=True)
 
 
-def _lacks(ability: Ability, path: Path, file: int) -> bool:
-    known = False
-    with if_able():
-        ability.use(path, file)
-        known = True
-    return not known
+def has_record_locks(path: Path) -> bool:
+    """Whether the disk of a file has the locks that databases use."""
+    with path.open("rb") as file:
+        return not _lacks(lambda: fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB))
+
+
+def _lacks(use: Callable[[], object]) -> bool:
+    try:
+        use()
+    except BlockingIOError:  # someone has locked it
+        return False
+    except OSError as error:
+        if error.errno not in LACKS:
+            raise
+        return True
+    return False
 
 
 def fsync(file: int) -> None:

@@ -3,11 +3,10 @@
 A lock belongs to an open file. A child process that gets this file as its stdin shares the lock, and so do the
 children of that one: it is free when all of them have ended, however they did.
 
-A lease is a numbered file beside the lock's: ``NAME.1``, then ``NAME.2`` and so on. The highest number counts, and an
-empty one is free; to take over is to make the next number, which only one process can. It says who holds it, and the
-holder changes its first bytes every few seconds. Who is on the same machine looks whether the holder lives, or a
-process that has the lock's file as its stdin; who is on another watches the bytes, and no clock of another machine is
-believed.
+A lease is a numbered file beside the lock's: ``NAME.1``, then ``NAME.2`` and so on. The highest number counts; to take
+over is to make the next one, which only one process can. It says who holds it or that it is free, and the holder
+changes its first bytes every few seconds. Who is on the same machine looks whether the holder lives, or a process that
+has the lock's file as its stdin; who is on another watches the bytes, and no clock of another machine is believed.
 """
 
 import errno
@@ -17,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +36,10 @@ _TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
 """How a lock that someone else has is answered; SMB says the second."""
 _RECORD = 512
 """Bytes of a holder's description; always as many, so that it can be rewritten on a full disk."""
+_BEAT_BYTES = 16
+"""Of them, those that change with every beat."""
+_FREE = b"free"
+"""In place of a holder. Where neither stands, somebody is about to write it or has died of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +173,9 @@ def _leased(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
-        with suppress(OSError):  # then it falls silent
-            os.truncate(lease, 0)
+        done()
+        with suppress(OSError):  # then it is found out to be abandoned
+            _write(lease, b"\n" + _FREE.ljust(_RECORD - _BEAT_BYTES - 1), _BEAT_BYTES)
             if not path.exists():
                 lease.unlink()
 
@@ -219,35 +222,34 @@ def _require_abandoned(path: Path, lease: Path) -> None:
     Raises:
         Taken: somebody does.
     """
-    content = _read(lease)
-    holder = _holder(content)
-    if holder is None:
-        return
-    if holder.is_here:
-        if holder.lives or _is_stdin_of_any(path):
-            raise Taken(holder)
-        return
-    console.hint(
-        f"{path.parent} is held by {holder}, or was until that died; waiting {SILENCE:.0f} s for a sign"
-    )
+    first = _read(lease)
+    holder = _holder(first)
+    if holder is not None and not holder.is_here:
+        console.hint(f"{path.parent} is held by {holder}, or was until that died; waiting {SILENCE:.0f} s for a sign.")
     until = time.monotonic() + SILENCE
     while time.monotonic() < until:
-        time.sleep(LOOK)
         now = _read(lease)
-        if _holder(now) is None:
+        holder = _holder(now)
+        if now.partition(b"\n")[2].strip() == _FREE:
             return
-        if now != content:
+        if holder is not None and holder.is_here:
+            if holder.lives or _is_stdin_of_any(path):
+                raise Taken(holder)
+            return
+        if now != first:
             raise Taken(holder)
+        time.sleep(LOOK)
 
 
 def _read(lease: Path) -> bytes:
     try:
         return lease.read_bytes()
     except FileNotFoundError:  # somebody has taken over
-        return b""
+        return b"\n" + _FREE
 
 
-def _start_renewing(lease: Path) -> threading.Event:
+def _start_renewing(lease: Path) -> Callable[[], None]:
+    """Returns what ends it."""
     done = threading.Event()
 
     def renew() -> None:
@@ -255,16 +257,29 @@ def _start_renewing(lease: Path) -> threading.Event:
             with suppress(OSError):  # the next one may succeed
                 _renew(lease)
 
-    threading.Thread(target=renew, name="lease", daemon=True).start()
-    return done
+    def end() -> None:
+        done.set()
+        thread.join()
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    return end
 
 
 def _renew(lease: Path) -> None:
+    _write(lease, _beat(), 0)
+
+
+def _write(lease: Path, content: bytes, place: int) -> None:
     file = os.open(lease, os.O_WRONLY)  # opened each time: other machines see what is written when it is closed
     try:
-        os.pwrite(file, token_hex(8).encode(), 0)
+        os.pwrite(file, content, place)
     finally:
         os.close(file)
+
+
+def _beat() -> bytes:
+    return token_hex(_BEAT_BYTES // 2).encode()
 
 
 def _is_stdin_of_any(path: Path) -> bool:
@@ -281,12 +296,12 @@ def _is_stdin_of_any(path: Path) -> bool:
 
 
 def _describe(file: int) -> None:
-    text = f"{token_hex(8)}\n{json.dumps(asdict(Holder.this()))}"
-    os.pwrite(file, text.encode().ljust(_RECORD), 0)
+    text = _beat() + b"\n" + json.dumps(asdict(Holder.this())).encode()
+    os.pwrite(file, text.ljust(_RECORD), 0)
 
 
 def _holder(content: bytes) -> Holder | None:
-    """Who has written this, or None where it is empty or half written."""
+    """Who has written this; None where it is free, empty or half written."""
     try:
         return Holder(**json.loads(content.partition(b"\n")[2]))
     except (ValueError, TypeError):
