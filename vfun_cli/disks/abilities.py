@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
@@ -81,9 +82,8 @@ def fault(error: OSError, *, where: Path | None = None) -> EnvironmentFault:
     """
     name = error.filename or where
     about = f" about {os.fsdecode(name)}" if isinstance(name, (str, bytes, Path)) else ""
-    return EnvironmentFault(
-        f'the system says "{error.strerror or error}"{about}.', hint=HINTS.get(error.errno or 0, ELSE)
-    )
+    hint = HINTS.get(error.errno or 0, ELSE)
+    return EnvironmentFault(f'the system says "{error.strerror or error}"{about}.', hint=hint)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def missing(folder: Path) -> list[Ability]:
     try:
         os.write(file, _PROBE)
         fsync(file)
-        return [ability for ability in ABILITIES if _lacks(lambda use=ability.use: use(path, file))]
+        return [ability for ability in ABILITIES if _lacks(partial(ability.use, path, file))]
     finally:
         os.close(file)
         path.unlink(missing_ok=True)

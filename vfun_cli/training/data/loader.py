@@ -95,7 +95,8 @@ class ClipDataset(Dataset[LoadedBatch]):
 
     def __getitem__(self, batch: Any) -> LoadedBatch:
         self.status.begin(batch)
-        samples, good, bad = [], [], []
+        samples, good = [], []
+        bad: list[tuple[SampleRequest, VfunError]] = []
         for request in batch.requests:
             try:
                 if batch.fault is not None:
