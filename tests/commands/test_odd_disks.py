@@ -1,4 +1,4 @@
-"""Disks that lack locks, permissions, times, links and flushing of directories: each costs its guarantee, none a run."""
+"""Disks that lack locks, permissions, times, links or flushing of directories: each costs its guarantee, no run."""
 
 import json
 import sqlite3

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
-from vfun_cli.disks.abilities import fsync, fsync_directory
+from vfun_cli.disks.abilities import fsync, fsync_directory, naming
 from vfun_cli.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a crash leaves the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -87,6 +87,16 @@ def fault(error: OSError, *, where: Path | None = None) -> EnvironmentFault:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system say which file they are about; those of writing do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def if_able() -> Iterator[None]:
     """Do the block's one operation where the disk knows it; a failing disk is an error as ever."""
     try:

@@ -192,7 +192,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")  # several hosts may write at once, and share pids
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with abilities.naming(path):
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
