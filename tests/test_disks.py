@@ -15,7 +15,7 @@ import torch
 from tests.disks import ABILITIES, file_system, without
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.writer import Entry, plan_shards, write_shards
-from vfun_cli.disks.abilities import copy_folder, missing
+from vfun_cli.disks.abilities import copy_folder, fault, missing
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.run.rundir import ensure_writable, write_atomically
@@ -89,6 +89,14 @@ def test_a_full_disk_is_noticed_at_the_start_and_named_by_what_is_written(tmp_pa
             with pytest.raises(OSError, match="No space left on device") as full:
                 write(disk / "wanted")
             assert full.value.filename == str(disk / "wanted")
+
+
+@pytest.mark.parametrize("code", [*FAILING, *LACKING, errno.ENAMETOOLONG])
+def test_an_error_of_the_system_says_what_where_and_what_next(code: int, tmp_path: Path) -> None:
+    for error, where in ((OSError(code, os.strerror(code), str(tmp_path)), None), (OSError(code, "odd"), tmp_path)):
+        found = fault(error, where=where)
+        assert found.exit_code == 6 and str(tmp_path) in found.message and error.strerror in found.message
+        assert found.hint and ("room" in found.hint) == (code in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager
