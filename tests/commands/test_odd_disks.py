@@ -27,10 +27,11 @@ def test_a_run_trains_resumes_and_exports_on_a_disk_that_lacks_all_that_can_be_l
         monkeypatch.setenv(name, value)
     run = RunDir(Path("vfun-demo/output_dir"))
     limits = ("--checkpointing-steps", "1", "--max-train-steps")
-    train = ("train", "cogvideox-fun", "--demo", "--strategy", "single", "--cache", "latents", *QUICK, *limits)
+    more = ("--strategy", "single", "--cache", "latents", "--async-checkpoint")
+    train = ("train", "cogvideox-fun", "--demo", *more, *QUICK, *limits)
     said = vfun_process(*train, "1", code=0)
     assert said.err.count(NOTICE) == 1 and "Traceback" not in said.err, said.err
-    again = vfun_process("resume", run.root, "--max-train-steps", "2", code=0)
+    again = vfun_process("resume", run.root, "--max-train-steps", "2", "--dataloader-num-workers", "1", code=0)
     assert again.err.count(NOTICE) == 1, again.err
     for step in (1, 2):
         manifest.verify(run.checkpoint(step))

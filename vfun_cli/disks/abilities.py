@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 from vfun_cli.errors import EnvironmentFault
 
@@ -57,7 +58,7 @@ class Ability:
 ABILITIES = (
     Ability(
         name="locks",
-        without="a second command is kept out by a lease, and one on another machine waits a minute for a dead one",
+        without="a second command is kept out by a lease, and after a crash one on another machine waits 90 seconds",
         use=lambda path, file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
     ),
     Ability(
@@ -159,6 +160,22 @@ def _fsync_directory(directory: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+@contextmanager
+def permissions_optional() -> Iterator[None]:
+    """For a library that changes permissions where it could do without."""
+    change = os.chmod
+
+    def change_if_able(*arguments: Any, **named: Any) -> None:
+        with if_able():
+            change(*arguments, **named)
+
+    os.chmod = change_if_able
+    try:
+        yield
+    finally:
+        os.chmod = change
 
 
 def make_usual(path: Path) -> None:

@@ -27,8 +27,8 @@ from vfun_cli.disks.abilities import LACKS
 
 BEAT = 5.0
 """Seconds between two renewals of a lease."""
-SILENCE = 60.0
-"""Seconds without one after which a holder on another machine counts as dead; NFS may show a file that late."""
+SILENCE = 90.0
+"""Seconds without one after which a holder on another machine counts as dead; NFS may show a file 60 late."""
 LOOK = 0.5
 """Seconds between two looks at another machine's lease."""
 

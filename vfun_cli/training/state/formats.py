@@ -97,7 +97,7 @@ _TAG = "state"
 def _save_engine(state: TrainedState, folder: Path) -> None:
     """DeepSpeed's own checkpoint; the frozen base is not in it."""
     engine: Any = state.model
-    engine._change_recovery_script_permissions = lambda script: None  # fails where there are no permissions
+    engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
 
 
