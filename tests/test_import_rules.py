@@ -70,6 +70,7 @@ ROOMS = (
     ("console",),
     ("devices",),
     ("lfs",),
+    ("disks",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

@@ -1,7 +1,11 @@
 """Corrected copies, the memory of headers, summaries, and rows that are believed."""
 
+import errno
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,13 +14,16 @@ import pytest
 from rich.console import Console
 from small_media import ROW, SPEECH_FIELDS, encode_video
 
+from tests.disks import without_in_children
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.metadata import probe
 from vfun_cli.metadata.checks import Report, Settings, table_without_files, validate
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.records import read_metadata
+from vfun_cli.metadata.remembered import remembered
 from vfun_cli.metadata.report import codes_json, render, render_code, render_fixed, to_json, write_problems
+from vfun_cli.plan.rows import check_rows_of_any_family
 
 
 def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, check: Callable[..., Report]) -> None:
@@ -98,6 +105,53 @@ def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) 
         assert check([ROW], cache=cache).clips[0].frames == 22
         other.rollback()
         assert other.execute("SELECT count(*) FROM facts").fetchone() == (3,)
+
+
+REMEMBER = """
+import sys
+from pathlib import Path
+from vfun_cli.metadata.remembered import remembered
+asked = []
+for names in ("ab", "abc"):
+    remembered(
+        [(sys.argv[2], name) for name in names], lambda key: asked.append(key[1]) or "answer",
+        to_text=str, from_text=str, cache=Path(sys.argv[1]), threads=1, progress=None,
+    )
+print("".join(asked))
+"""
+
+
+def test_a_cache_on_a_disk_without_locks_remembers(data: Path, tmp_path: Path) -> None:
+    cache = data / "deeper" / "cache.sqlite"
+    environment = os.environ | without_in_children(tmp_path, "locks")
+    command = [sys.executable, "-c", REMEMBER, str(cache), str(data / "train/1.mp4")]
+    for asked in (b"abc", b""):
+        assert subprocess.run(command, env=environment, capture_output=True, check=True).stdout.strip() == asked
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_fails_stops_nothing(
+    code: int, data: Path, check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("touch", "open"):
+        with monkeypatch.context() as refusing:
+            refusing.setattr(Path, name, refuse)
+            assert remembered(
+                [("a", "b")], str, to_text=str, from_text=str, cache=data / "none", threads=1, progress=None
+            )
+    check([ROW], cache=data / "file")
+    assert check([ROW], cache=data / "file" / "inside").ok == 1, "its folder is a file"
+
+
+def test_without_a_home_nothing_is_remembered_and_nothing_fails(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "metadata.json").write_text(json.dumps([ROW]))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+    assert check_rows_of_any_family(data / "metadata.json", data).ok == 1
 
 
 def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -> None:

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.manifest import fsync_directory
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
 from vfun_cli.devices import cpu_cores
+from vfun_cli.disks.abilities import fsync_directory
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}

@@ -36,13 +36,13 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         refuse_used(job.config, job.found)
     begins = job.found is None and job.config.machine_rank == 0
     ensure_writable(job.run.root)
-    with lock.held(job.run, job.config.machine_rank):
+    with lock.held(job.run, job.config.machine_rank) as claim:
         if begins and job.run.holds_run():
             clear(job.run)
         announce(job)
         with supervise.stop_requests(job.run) as stop:
             write_plan(job)
-            return _launch(job, stop)
+            return _launch(job, stop, claim)
 
 
 def refuse_used(config: RunConfig, found: Found | None) -> None:
@@ -80,12 +80,12 @@ def write_launch_files(job: Job) -> None:
     write_atomically(job.run_json, job.run_text())
 
 
-def _launch(job: Job, stop: supervise.StopRequests) -> Outcome:
+def _launch(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
     """As often as it takes, or as is allowed."""
     restarts = 0
     while True:
         try:
-            return _launch_once(job, stop)
+            return _launch_once(job, stop, claim)
         except supervise.Crashed as error:
             if stop.asked or restarts == job.config.max_restarts:
                 raise
@@ -101,7 +101,7 @@ def _way_on(job: Job) -> str:
     return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
 
 
-def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
+def _launch_once(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
     job.run.remove_leftovers(job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
@@ -111,7 +111,8 @@ def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
     first_step = job.found.step if job.found else 0
     try:
         return supervise.launch(
-            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job)
-        )
+            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
+            stdin=claim,
+        )  # fmt: skip
     finally:
         job.run.remove_leftovers(job.config.machine_rank)

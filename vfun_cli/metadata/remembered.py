@@ -1,12 +1,16 @@
 """Answers about files, remembered in an SQLite file until the file changes."""
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
+
+from vfun_cli.disks.abilities import has_record_locks
 
 CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
@@ -74,15 +78,13 @@ def _stamp(path: str) -> _Stamp | None:
 
 def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
     """All remembered facts. A cache that is damaged or of another version counts as empty: it can be made again."""
-    if not cache.is_file():
-        return {}
     try:
-        with closing(sqlite3.connect(f"{cache.absolute().as_uri()}?mode=ro", timeout=CACHE_WAIT, uri=True)) as database:
+        with closing(_connect(cache, "mode=ro" if has_record_locks(cache) else "mode=ro&nolock=1")) as database:
             rows = database.execute(
                 "SELECT path, kind, size, mtime_ns, facts FROM facts WHERE version = ?", (FACTS_VERSION,)
             )
             return {(path, kind): ((size, mtime), facts) for path, kind, size, mtime, facts in rows}
-    except sqlite3.Error:
+    except (OSError, sqlite3.Error):
         return {}
 
 
@@ -95,18 +97,37 @@ def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> Non
     ]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.touch()
+        write = _write if has_record_locks(cache) else _write_beside
         try:
-            _write(cache, rows)
+            write(cache, rows)
         except sqlite3.OperationalError:  # in use, or no permission
             return
         except sqlite3.DatabaseError:  # not a database, or damaged
             cache.unlink(missing_ok=True)
-            _write(cache, rows)
+            write(cache, rows)
     except (OSError, sqlite3.Error):
         return
 
 
-def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
-    with closing(sqlite3.connect(cache, timeout=CACHE_WAIT)) as database, database:
+def _write_beside(cache: Path, rows: list[tuple[Any, ...]]) -> None:
+    """Without locks: into a copy, which then takes the cache's place. Of two that do so at once, one is forgotten."""
+    copy = cache.with_name(f".{cache.name}.{token_hex(8)}")
+    try:
+        if cache.exists():
+            shutil.copyfile(cache, copy)
+        _write(copy, rows, "nolock=1")
+        copy.replace(cache)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _write(cache: Path, rows: list[tuple[Any, ...]], how: str = "") -> None:
+    with closing(_connect(cache, how)) as database, database:
         database.execute(_TABLE)
         database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def _connect(cache: Path, how: str) -> sqlite3.Connection:
+    """With options of SQLite's addresses."""
+    return sqlite3.connect(f"{cache.absolute().as_uri()}?{how}", timeout=CACHE_WAIT, uri=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vfun_cli.disks.abilities import naming
 from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.balance import independent_balance, independent_rounds, mean_over_max, planned_rounds
@@ -69,10 +70,11 @@ def plot(path: Path, plan: RunPlan, epoch: EpochPlan) -> None:
     if suffix not in (".svg", ".png"):
         raise ConfigError(f"cannot draw {path.name}: the suffix decides the format.", hint="Use .svg or .png.")
     scene, height = compose(plan, epoch)
-    if suffix == ".svg":
-        path.write_text(to_svg(scene, height), encoding="utf-8")
-    else:
-        _save_png(path, scene, height)
+    with naming(path):
+        if suffix == ".svg":
+            path.write_text(to_svg(scene, height), encoding="utf-8")
+        else:
+            _save_png(path, scene, height)
 
 
 def compose(plan: RunPlan, epoch: EpochPlan) -> tuple[Scene, float]:

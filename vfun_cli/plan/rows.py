@@ -132,10 +132,18 @@ def _validate(
             "no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo needs neither."
         )
     with progress() as stage:
-        settings = Settings(cache=CACHE.expanduser(), progress=stage)
+        settings = Settings(cache=_header_cache(), progress=stage)
         if deep_timeout is not None:
             settings = replace(settings, deep=True, deep_timeout=deep_timeout)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
+
+
+def _header_cache() -> Path | None:
+    """Where headers are remembered; nowhere for a user without a home."""
+    try:
+        return CACHE.expanduser()
+    except RuntimeError:  # no HOME, and a number that no user has: usual in containers
+        return None
 
 
 def validate_command(config: RunConfig, spec: FamilySpec) -> str:

@@ -5,15 +5,17 @@ DIR/files/….json                   digests of files that were read once, by pa
 DIR/fill/…                         the run directories of ``vfun cache``
 """
 
+import errno
 import hashlib
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, EnvironmentFault
 
 SUFFIX = ".safetensors"
 DIGEST = "content"
@@ -66,9 +68,11 @@ def verify_entry(path: Path) -> None:
 
     Raises:
         DamagedEntry: it has other bytes than were written.
+        OSError: it cannot be read.
     """
     from vfun_cli.checkpoints import safetensors  # with numpy: not where there is no entry
 
+    path.open("rb").close()  # what cannot be read is not damaged
     try:
         tensors = safetensors.read_file(path)
         stated = safetensors.read_metadata(path).get(DIGEST)
@@ -84,6 +88,15 @@ def verify_entry(path: Path) -> None:
     require_digest(path, stated, found)
     if ends and max(ends) != path.stat().st_size:
         raise DamagedEntry(f"{path} is damaged: there is more in it than was written")
+
+
+def unreadable(path: Path, error: OSError) -> EnvironmentFault:
+    """The error of an entry that cannot be read, which is no reason to delete it: it may be another user's."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = "Let all who share the cache read it (chmod -R a+rX), or name another folder with --cache."
+    else:
+        hint = "Delete that file, and it is made again; or name another folder with --cache."
+    return EnvironmentFault(f"cannot read {path}: {error.strerror or error}.", hint=hint)
 
 
 def require_digest(path: Path, stated: str | None, found: str) -> None:
@@ -111,6 +124,15 @@ def entries(root: Path) -> Iterator[Path]:
     yield from (root / "entries").glob(f"??/*{SUFFIX}")
 
 
+def total_bytes(root: Path) -> int:
+    """Size of all entries; others may write and prune meanwhile."""
+    size = 0
+    for path in entries(root):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
+
+
 def partials(root: Path) -> Iterator[Path]:
     """What processes that were killed left behind, and what live ones are writing."""
     yield from (root / "entries").glob("??/.*")
@@ -127,5 +149,6 @@ def prune(root: Path, wanted: Collection[str]) -> None:
         if path.name.removesuffix(SUFFIX) not in wanted:
             path.unlink(missing_ok=True)
     for path in partials(root):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # written meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
