@@ -70,6 +70,7 @@ ROOMS = (
     ("console",),
     ("devices",),
     ("lfs",),
+    ("files",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

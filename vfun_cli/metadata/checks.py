@@ -16,6 +16,7 @@ from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.fields import MetadataField, stated_media
+from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 from vfun_cli.metadata.remembered import OnProgress
@@ -226,11 +227,6 @@ def exact_rate(value: Any) -> Fraction | None:
         return rate
     film = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
     return film if abs(film - rate) * 1000 < 1 and film else rate.limit_denominator(100000)
-
-
-def absolute(path: Path) -> str:
-    """Absolute and without dots, but links kept: data sets are full of links, and their names are what people know."""
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
 
 
 # One row while it is being checked
