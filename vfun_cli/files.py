@@ -1,6 +1,7 @@
 """Opening what others wrote without waiting for ever, and writing what was asked for without losing anything."""
 
 import errno
+import io
 import os
 import re
 import stat
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
+from typing import IO
 
 from vfun_cli.errors import ConfigError, EnvironmentFault
 
@@ -33,8 +35,8 @@ def regular_status(path: str | Path) -> os.stat_result:
     return status
 
 
-def read_bounded(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
+def open_bounded(path: Path, most: int) -> IO[bytes]:
+    """A regular file, to be read.
 
     Raises:
         OSError: it is none, cannot be read, or has more than ``most`` bytes.
@@ -42,8 +44,7 @@ def read_bounded(path: Path, most: int) -> bytes:
     size = regular_status(path).st_size
     if size > most:
         raise OSError(errno.EFBIG, f"{size:,} bytes are too many: at most {most:,} are read", str(path))
-    with path.open("rb") as file:
-        return file.read(most)  # also where the system states no size
+    return path.open("rb") if size else io.BytesIO()  # some of /proc state no size, and wait for ever
 
 
 def require_place(

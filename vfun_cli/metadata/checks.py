@@ -1,6 +1,7 @@
 """Validation: every row against what its family needs and what its files hold, all problems at once."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MediaType = Literal["video", "image"]
 MEDIA_TYPES: tuple[MediaType, ...] = ("video", "image")
 
+_RATE = re.compile(r"[0-9]{0,40}(\.[0-9]{0,40}|/[0-9]{1,40})?")
 LARGEST_NUMBER = 2**31 - 1
 ASPECT_TOLERANCE = 0.02
 """Relative; encoders round sides to multiples of 2, 8 or 16."""
@@ -216,6 +218,8 @@ def exact_rate(value: Any) -> Fraction | None:
     Rates within a thousandth of n * 1000 / 1001 are that: nothing films at 29.97 exactly.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and not _RATE.fullmatch(value.strip()):  # of "1e999999999" Fraction makes all digits
         return None
     try:
         rate = Fraction(value)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfun_cli.errors import first_line
 from vfun_cli.files import NotRegular, regular_status
 from vfun_cli.metadata.facts import ProbeError
 
@@ -60,9 +59,9 @@ def open_media(
         return av.open(absolute(path), format=kind, options={**CONFINED, **(options or {})}, timeout=timeout)
     except NotRegular as error:
         raise ProbeError("not-a-file", str(error.strerror)) from None
-    except av.ArgumentError as error:
+    except av.ArgumentError:  # what FFmpeg says of a kind that is not in its list, too
         raise ProbeError(
             "unreadable-media",
-            f"not a kind of media that is opened, or its header is wrong ({first_line(error)}); "
-            "playlists and other files that name further files never are",
+            "not a kind of media that is opened (playlists and others that name further files never are), "
+            "or its header is wrong",
         ) from None

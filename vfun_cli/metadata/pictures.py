@@ -145,8 +145,11 @@ def _require_readable(image: "ImageFile") -> None:
 def _unopened(path: str | Path, error: Exception) -> ProbeError:
     from PIL import UnidentifiedImageError
 
-    with Path(path).open("rb") as file:
-        begin, size = file.read(16), os.fstat(file.fileno()).st_size
+    try:
+        with Path(path).open("rb") as file:
+            begin, size = file.read(16), os.fstat(file.fileno()).st_size
+    except OSError as unread:
+        return ProbeError("unreadable-file", unread.strerror or str(unread))
     if _is_cut(begin, size):
         return ProbeError("truncated-media", "the picture ends before it is complete")
     for name, pattern in _FOREIGN.items():

@@ -93,6 +93,8 @@ def _probe(key: tuple[str, str]) -> Facts:
         return probe_visual(path) if kind == "visual" else probe_audio(path)
     except ProbeError as error:
         return Failure(code=error.code, message=error.message)
+    except OSError as error:  # of the disk, in the midst of reading
+        return Failure(code="unreadable-file", message=error.strerror or str(error))
 
 
 def _require_file(path: str | Path) -> None:
@@ -121,7 +123,7 @@ def _twin(path: str) -> str:
     found = Path()
     for part in Path(path.replace("\\", "/")).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        there = next((place for form in forms if (place := found / form).exists()), None)
+        there = next((place for form in forms if os.path.exists(place := found / form)), None)
         if there is None:
             return ""
         found = there

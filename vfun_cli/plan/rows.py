@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
-"""Remembered file headers, keyed by path, size and modification time."""
+"""Remembered file headers, by path, for as long as the file does not change."""
 
 
 EVERY_FIELD = (
