@@ -74,9 +74,8 @@ def require_place(
     if any(each.exists() and each.samefile(path) for each in inputs):
         raise ConfigError(f"{path} is what this command reads: it is never written to.", hint=another)
     if status.st_size and not (ours is not None and ours.match(_begin(path))):
-        raise ConfigError(
-            f"{path} exists already, and is not what {option} wrote earlier.", hint=f"{another} Or delete it yourself."
-        )
+        what = "" if ours is None else f", and {option} did not write it"
+        raise ConfigError(f"{path} exists already{what}.", hint=f"{another} Or move this one away.")
 
 
 def _begin(path: Path) -> bytes:

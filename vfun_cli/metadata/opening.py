@@ -1,4 +1,4 @@
-"""The one way to a media file: a regular file by its absolute path, as one of the kinds that hold their own contents."""
+"""The one way to a media file: regular, by its absolute path, and of a kind that holds all its contents itself."""
 
 import os
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ CONTAINERS = (
     "exr_pipe", "hdr_pipe", "pbm_pipe", "pgm_pipe", "ppm_pipe", "pam_pipe", "pfm_pipe",
 )  # fmt: skip
 """FFmpeg's names of what is opened. All other kinds are refused, also as a part of these: playlists and lists (hls,
-dash, concat, imf), descriptions of streams (sdp), numbered pictures, SVG, which may name files and addresses to open."""
+dash, concat, imf), descriptions of streams (sdp), numbered pictures and SVG may name files and addresses to open."""
 
 CONFINED = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 

@@ -123,7 +123,8 @@ def _twin(path: str) -> str:
     found = Path()
     for part in Path(path.replace("\\", "/")).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        there = next((place for form in forms if os.path.exists(place := found / form)), None)
+        # Other than Path.exists, it raises nothing, for names that are too long, say.
+        there = next((place for form in forms if os.path.exists(place := found / form)), None)  # noqa: PTH110
         if there is None:
             return ""
         found = there

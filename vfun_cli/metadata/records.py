@@ -95,12 +95,12 @@ def _read_bytes(path: Path, data: bytes) -> Metadata:
 
 def own_keys(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with vfun's keys in the place of another trainer's; a key in another case is one too."""
-    keys = _renames(tuple(row))
+    keys = renames(tuple(row))
     return {keys.get(key, key): value for key, value in row.items()} if keys else row
 
 
 @lru_cache  # the rows of a file have few different sets of keys
-def _renames(keys: tuple[str, ...]) -> Mapping[str, str]:
+def renames(keys: tuple[str, ...]) -> Mapping[str, str]:
     """vfun's key by each key of another trainer that stands in its place."""
     lower = {key.lower(): key for key in keys}
     found = {}
@@ -170,7 +170,7 @@ def _collect(
     problems = tuple(item for item in found if isinstance(item, Problem))
     if not found:
         return _failed(path, kind, "empty-metadata", f"{path}: no records")
-    foreign = Counter(pair for record in records for pair in _renames(tuple(record.raw)).items())
+    foreign = Counter(pair for record in records for pair in renames(tuple(record.raw)).items())
     renamed = "--fix OUT writes a copy with it renamed"
     told = [
         Problem(

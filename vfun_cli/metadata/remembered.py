@@ -68,7 +68,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, size INTEGER
 
 
 def _stamp(path: str) -> _Stamp | None:
-    """Size, time of writing, and time of the last change of any kind: touch and cp -p set the second, nothing the third.
+    """Size, time of writing, and time of any change: touch and cp -p set the second of them, nothing sets the third.
 
     Not the inode: some network file systems number their files anew with each mount.
     """
