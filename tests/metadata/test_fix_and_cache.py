@@ -48,7 +48,7 @@ def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, che
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
 def test_fix_keeps_the_format(name: str, data: Path) -> None:
     path = data / name
-    row = {**ROW, "text": 'says "hi", 狗'}
+    row = {**ROW, "text": 'says "hi",\r狗'}
     quoted = ",".join('"' + value.replace('"', '""') + '"' for value in row.values())
     path.write_text(json.dumps(row) + "\n" if name.endswith("l") else ",".join(row) + "\n" + quoted + "\n")
     output = data / ("fixed" + path.suffix)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vfun_cli.errors import MetadataError
@@ -126,7 +127,9 @@ def _render(rows: list[dict[str, Any]], kind: MetadataFormat, columns: Iterable[
     if kind == "csv":
         header = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+        # Python puts a cell in quotes for what is in the line's end: a lone \r would be read as one.
+        ending = SimpleNamespace(write=lambda line: text.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.DictWriter(ending, header, restval="", lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()
