@@ -71,6 +71,7 @@ ROOMS = (
     ("devices",),
     ("lfs",),
     ("disks",),
+    ("files",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

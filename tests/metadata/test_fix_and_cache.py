@@ -38,6 +38,10 @@ def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, che
     fixed = write_fixed(report, data / "fixed.json")
     assert (fixed.kept, fixed.changed) == (2, 2)
     assert fixed.left_out == {1: ("missing-file",), 3: ("image-as-video", "control-type")}
+    assert fixed.put_right == {"wrong-type": 1, "wrong-size": 1, "missing-type": 1}
+    assert fixed.corrected == {"width": 1, "fps": 1, "frames": 1}
+    assert fixed.filled_in == {"height": 2, "type": 1, "width": 1, "frames": 1, "fps": 1}
+    assert (fixed.removed, fixed.renamed) == ({}, {})
     written = json.loads((data / "fixed.json").read_text())
     sizes = {"type": "video", "width": 64, "height": 48, "frames": 24, "fps": 24}
     assert written[0] == {**ROW, **sizes}
@@ -51,7 +55,7 @@ def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, che
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
 def test_fix_keeps_the_format(name: str, data: Path) -> None:
     path = data / name
-    row = {**ROW, "text": 'says "hi", 狗'}
+    row = {**ROW, "text": 'says "hi",\r狗'}
     quoted = ",".join('"' + value.replace('"', '""') + '"' for value in row.values())
     path.write_text(json.dumps(row) + "\n" if name.endswith("l") else ",".join(row) + "\n" + quoted + "\n")
     output = data / ("fixed" + path.suffix)
@@ -63,8 +67,10 @@ def test_fix_keeps_the_format(name: str, data: Path) -> None:
 
 def test_fix_never_overwrites(data: Path, check: Callable[..., Report]) -> None:
     report = check([ROW])
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="is what this command reads"):
         write_fixed(report, data / "metadata.json")
+    with pytest.raises(ConfigError, match="exists already"):
+        write_fixed(report, data / "train/1.mp4")
 
 
 def test_fix_with_no_good_row_writes_nothing(data: Path, check: Callable[..., Report]) -> None:
@@ -164,7 +170,9 @@ def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -
 
 def test_training_refuses_bad_rows_by_name(check: Callable[..., Report]) -> None:
     report = check([ROW, {**ROW, "text": "b", "audio_path": "wav/9.wav"}])
-    with pytest.raises(MetadataError, match=r"1 of 2 rows cannot be trained on:\n  row 1, audio_path: missing-file"):
+    with pytest.raises(
+        MetadataError, match=r"1 of 2 rows cannot be trained on \(counted from 0\):\n  row 1, audio_path: missing-file"
+    ):
         report.require_ok()
     check([ROW]).require_ok()
 
@@ -202,7 +210,14 @@ def test_the_summary_shows_counts_rows_and_totals(check: Callable[..., Report], 
     render_code("silent-audio", console)
     render_code("all", console)
     text = console.export_text()
-    for part in ("missing-file", "1 of 2 rows cannot be trained on", "64x48", "24 (1)", "left out row 1", "-60 dB"):
+    for part in (
+        "missing-file",
+        "1 of 2 rows cannot be trained on",
+        "64x48",
+        "24 (1)",
+        "left out: 1 row (counted from 0)",
+        "-60 dB",
+    ):
         assert part in text
     assert [code["name"] for code in codes_json("all")["codes"]] == list(CODES)
 
@@ -214,3 +229,29 @@ def test_an_unknown_code_is_answered_with_the_nearest() -> None:
 
 def test_settings_default_to_no_cache_and_headers_only() -> None:
     assert Settings().cache is None and not Settings().deep
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.csv"])
+def test_fix_says_what_it_renamed_and_changes_nothing_that_is_right(name: str, data: Path) -> None:
+    row = {"video": "train/1.mp4", "caption": "A ball.", "type": "video", "width": 64, "height": 48, "frames": 24}
+    text = json.dumps([{**row, "fps": 24}]) if name == "m.json" else ",".join([*row, "fps"]) + "\n"
+    if name == "m.csv":
+        text += ",".join(map(str, [*row.values(), 24])) + "\n"
+    (data / name).write_text(text)
+    fields = tuple(field for field in SPEECH_FIELDS if field.media != "audio")
+    fixed = write_fixed(validate(read_metadata(data / name), fields, ("video",), data), data / ("fixed" + name))
+    assert fixed.renamed == {("video", "file_path"): 1, ("caption", "text"): 1}
+    assert (fixed.filled_in, fixed.corrected, fixed.removed, fixed.changed) == ({}, {}, {}, 1)
+    again = write_fixed(validate(read_metadata(fixed.output), fields, ("video",), data), data / ("again" + name))
+    assert (again.changed, again.renamed) == (0, {})
+
+
+def test_a_clip_that_was_cut_off_has_one_problem(data: Path, check: Callable[..., Report]) -> None:
+    for name in ("wav/1.wav", "control/1.mp4", "train/1.mp4"):
+        if name.endswith("mp4"):
+            encode_video(data / name, options={"movflags": "faststart"})
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[: len(whole) * 2 // 3])
+        found = [problem.code for problem in check([ROW], deep=True).problems]
+        assert found == ["truncated-media"], name
+        (data / name).write_bytes(whole)

@@ -14,8 +14,11 @@ from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, opt
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.files import open_bounded
 
 SETTINGS_FILE = "vfun.toml"
+LARGEST_TOML = 1 << 20
+"""Bytes: all options with comments are a hundredth of it."""
 
 OPTION = "option"
 """The layer of what was typed."""
@@ -120,12 +123,7 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
 
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Top-level keys hold for every family, a ``[family]`` table for one."""
-    if not path.is_file():
-        return
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    content = _read_toml(path)
     flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
     yield str(path), _known(flat, str(path))
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
@@ -140,6 +138,22 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
         known = _known(table, f"{path} [{name}]")
         if name == family:
             yield f"{path} [{name}]", known
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Its tables and keys; none where there is no such file."""
+    try:
+        with open_bounded(path, LARGEST_TOML) as file:
+            return tomllib.loads(file.read().decode("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}.", hint="Correct that, or start vfun in another folder."
+        ) from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or a number of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} is not valid TOML: {why}.") from None
 
 
 def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
