@@ -141,7 +141,9 @@ def test_noisy_latents_targets_and_losses_are_the_originals(case: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", SHIFTS)
-def test_each_flow_family_trains_with_the_table_of_its_shift_that_diffusers_computes(family: str, tmp_path: Path) -> None:
+def test_each_flow_family_trains_with_the_table_of_its_shift_that_diffusers_computes(
+    family: str, tmp_path: Path
+) -> None:
     objective = objective_of(family, tmp_path)
     assert isinstance(objective, FlowMatching)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFTS[family])

@@ -172,5 +172,5 @@ def test_facts_of_another_version_are_not_believed(tmp_path: Path) -> None:
     path, cache = str(encode_video(tmp_path / "1.mp4")), tmp_path / "cache.sqlite"
     (before,) = probe_many([(path, "visual")], cache=cache).values()
     with closing(sqlite3.connect(cache)) as database, database:
-        database.execute("UPDATE facts SET version = version - 1, facts = 'VisualFacts|video|1|1|1|1|0|1|1|0|h264'")
+        database.execute("UPDATE answers SET version = version - 1, answer = 'VisualFacts|video|1|1|1|1|0|1|1|0|h264'")
     assert probe_many([(path, "visual")], cache=cache) == {(path, "visual"): before}
