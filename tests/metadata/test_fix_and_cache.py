@@ -97,7 +97,7 @@ def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) 
         other.execute("BEGIN EXCLUSIVE")
         assert check([ROW], cache=cache).clips[0].frames == 22
         other.rollback()
-        assert other.execute("SELECT count(*) FROM answers").fetchone() == (3,)
+        assert other.execute("SELECT count(*) FROM facts").fetchone() == (3,)
 
 
 def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
-"""What was read of files, by path, size, times and inode."""
+"""Remembered file headers, keyed by path, size and modification time."""
 
 
 EVERY_FIELD = (
