@@ -123,7 +123,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
     found = {}
     for name, (_, _, opt) in options().items():
         earlier = run.config.get(name, default_of(name))
-        if earlier is not None and name in _paths():
+        if isinstance(earlier, str) and name in _paths():
             earlier = str(Path(earlier).absolute())
         if now[name] == earlier:
             continue
@@ -257,16 +257,18 @@ def _paths() -> set[str]:
 
 
 def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run; its directory may have moved since, and what lay beside it may have moved with it."""
+    """The options of a run. If its directory was moved or copied, what lay beside it may have been so too.
+
+    Then the things at the new place are its things: their contents are compared anyway.
+    """
     config, root = dict(described["config"]), found.run.root.absolute()
-    was = described.get("run_dir")
-    for name in _paths() & config.keys():
-        value = config[name]
-        if was is None or value is None or not Path(value).is_absolute() or Path(value).exists():
-            continue
-        beside = Path(os.path.normpath(root / os.path.relpath(value, was)))
-        if beside.exists():
-            config[name] = str(beside)
+    was = Path(described.get("run_dir", root))
+    if root != was:
+        for name in _paths() & config.keys():
+            value = config[name]
+            if isinstance(value, str) and Path(value).is_absolute():
+                beside = Path(os.path.normpath(root / os.path.relpath(value, was)))
+                config[name] = str(beside) if beside.exists() else value
     return {**config, "output_dir": str(found.run.root)}
 
 
