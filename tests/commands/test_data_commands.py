@@ -226,6 +226,10 @@ def test_what_fix_did_is_said_for_people_and_programs(place: Path, vfun: Vfun) -
 
 
 def test_metadata_that_is_not_named_is_a_matter_of_usage(place: Path, vfun: Vfun) -> None:
+    Path("vfun.toml").write_text("train_data_meta = 5")
+    said = vfun("validate-meta")
+    assert said.code == 2 and "train_data_meta is 5; it takes a path" in " ".join(said.err.split())
+    Path("vfun.toml").unlink()
     said = vfun("validate-meta")
     assert said.code == 2 and "Name the file behind vfun validate-meta" in " ".join(said.err.split())
 

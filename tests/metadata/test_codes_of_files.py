@@ -177,6 +177,13 @@ def test_a_file_with_the_old_size_and_time_is_read_again(tmp_path: Path) -> None
     assert isinstance(probe_many([key], cache=cache)[key], Failure)
 
 
+def test_a_path_that_is_no_utf8_is_remembered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, cache = (str(encode_video(tmp_path / os.fsdecode(b"\xff.mp4"))), "visual"), tmp_path / "cache.sqlite"
+    before = probe_many([key], cache=cache)
+    monkeypatch.setattr(av, "open", None)
+    assert probe_many([key], cache=cache) == before
+
+
 def test_facts_that_do_not_read_back_are_not_believed(tmp_path: Path) -> None:
     path, cache = str(encode_video(tmp_path / "1.mp4")), tmp_path / "cache.sqlite"
     (before,) = probe_many([(path, "visual")], cache=cache).values()

@@ -1,6 +1,7 @@
 """Files and paths that would make a decoder open further files, reach an address or wait for ever."""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -10,6 +11,7 @@ import av
 import pytest
 from small_media import ROW, encode_video
 
+import vfun_cli
 from tests.hostile_media import PLAYLISTS, SDP, accepted
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
@@ -67,6 +69,16 @@ def test_paths_of_rows_are_files_whatever_they_look_like(
         for each in (read, path):
             assert read_frames(each, [0, 1], 32, 32).shape == (2, 3, 32, 32)
             assert decoder.decode_visual(each) == "24"
+
+
+def test_media_are_opened_for_reading_in_one_place() -> None:
+    package = Path(vfun_cli.__file__).parent
+    opening = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r'av\.open\((?!str\(path\), "w")', path.read_text(encoding="utf-8"))
+    }
+    assert opening == {"metadata/opening.py"}
 
 
 @pytest.mark.parametrize("name", ["pipe.mp4", "pipe.mkv", "pipe.wav", "pipe.png"])

@@ -62,7 +62,7 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
     deep_timeout: Annotated[
-        float, typer.Option("--deep-timeout", min=0, help="Seconds that --deep gives to each file.")
+        float, typer.Option("--deep-timeout", min=0, max=86400, help="Seconds that --deep gives to each file.")
     ] = 60.0,
     fix: Annotated[
         Path | None,

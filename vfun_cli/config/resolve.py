@@ -210,8 +210,13 @@ def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
 
 
 def setting(name: str, environ: Mapping[str, str], directory: Path) -> Any:
-    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it."""
+    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it.
+
+    Raises:
+        ConfigError: the value is none for this option.
+    """
     value = None
-    for _, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
-        value = layer.get(name, value)
+    for source, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
+        if name in layer:
+            value = parse(name, layer[name], f"{source}: {name}")
     return value

@@ -31,7 +31,7 @@ class Fixed:
     changed: int
     """Kept rows that are not as they were."""
     put_right: Mapping[str, int]
-    """By code: how many kept rows (or whole files) had that problem and have it no longer."""
+    """By code: how many kept rows had that problem and have it no longer; all of them where the file had it."""
     filled_in: Mapping[str, int]
     """By key: rows that had none."""
     corrected: Mapping[str, int]
@@ -73,11 +73,16 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     counts = Counter(change for each in changes for change in each)
     by_key = {what: {key: count for (name, key), count in counts.items() if name == what} for what in _KEY_CHANGES}
     right = {(problem.row, problem.code) for problem in report.problems if problem.row not in left_out}
+    of_all = {code for row, code in right if row is None}
     return Fixed(
         output=output,
         kept=len(kept),
         changed=sum(map(bool, changes)),
-        put_right=Counter(code for _, code in right if code in REPAIRED | _ALSO_REPAIRED),
+        put_right={
+            code: len(kept) if code in of_all else count
+            for code, count in Counter(code for _, code in right).items()
+            if code in REPAIRED | _ALSO_REPAIRED
+        },
         **by_key,
         renamed={key: count for (name, key), count in counts.items() if name == "renamed"},
         left_out={row: tuple(codes) for row, codes in left_out.items()},

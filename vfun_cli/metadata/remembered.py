@@ -67,8 +67,9 @@ def remembered(
 _PASSING = ("unreadable-file", "decode-timeout", "decode-crash")
 """Failures that may be the machine's and not the file's: tried again next time."""
 _Stamp = tuple[int, int, int]
-_TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER,
-            facts TEXT, PRIMARY KEY (path, kind))"""
+_TABLE = """CREATE TABLE IF NOT EXISTS facts (path BLOB, kind TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER,
+            facts BLOB, PRIMARY KEY (path, kind))"""
+"""Bytes, because a path need not be UTF-8, and facts may quote it."""
 
 
 def _stamp(path: str) -> _Stamp | None:
@@ -90,7 +91,7 @@ def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
             if _version(database) != FACTS_VERSION:
                 return {}
             rows = database.execute("SELECT path, kind, size, mtime_ns, ctime_ns, facts FROM facts")
-            return {(path, kind): (tuple(stamp), facts) for path, kind, *stamp, facts in rows}
+            return {(os.fsdecode(path), kind): (tuple(stamp), os.fsdecode(facts)) for path, kind, *stamp, facts in rows}
     except (OSError, sqlite3.Error):
         return {}
 
@@ -103,8 +104,8 @@ def _version(database: sqlite3.Connection) -> int:
 def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> None:
     """Remember facts; a cache that cannot be written costs time next time, nothing else."""
     rows = [
-        (*key, *stamp, answer)
-        for key, stamp, answer in entries
+        (os.fsencode(path), kind, *stamp, os.fsencode(answer))
+        for (path, kind), stamp, answer in entries
         if stamp is not None and not any(code in answer for code in _PASSING)
     ]
     try:

@@ -42,7 +42,7 @@ def to_json(report: Report, fixed: Fixed | None = None) -> dict[str, Any]:
 
 def _fixed_json(fixed: Fixed) -> dict[str, Any]:
     return {
-        "output": str(fixed.output),
+        "output": printable(str(fixed.output)),
         "rows": fixed.kept,
         "changed": fixed.changed,
         "put_right": dict(fixed.put_right),
