@@ -108,3 +108,16 @@ def test_other_contents_under_the_old_name_size_and_time_are_refused_and_what_is
     assert (noted["step"], noted["option"]) == (4, option.replace("-", "_")) and noted["before"] != noted["after"]
     again = vfun(*AGAIN, "--gradient-accumulation-steps", "2", *FURTHER)
     assert again.code == 5 and named in again.err, again.err
+
+
+def test_a_run_of_which_no_contents_are_noted_goes_on_with_a_notice_if_its_metadata_are_the_same(
+    copy: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    run_json = Path("vfun-demo/output_dir/run.json")
+    run_json.write_text(json.dumps({**json.loads(run_json.read_text()), "contents": {}}))
+    said = vfun("resume", "--demo", *FURTHER)
+    assert said.code == 0 and "noted nothing" in said.err, said.err
+    spoil(DEMO / "data/metadata.json")
+    refused = vfun("resume", "--demo", *FURTHER)
+    assert refused.code == 5 and "train_data_meta" in refused.err, refused.err

@@ -4,10 +4,10 @@ import json
 import os
 import re
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from vfun_cli.metadata.fields import MetadataField
@@ -83,13 +83,12 @@ def test_a_single_tensor_that_was_exchanged_is_noticed(name: str, tmp_path: Path
 
 def test_an_archive_is_known_by_the_checksums_of_its_members(tmp_path: Path) -> None:
     files = [tmp_path / "before.pth", tmp_path / "after.pth"]
-    for file, where in zip(files, (0, 777_777), strict=True):
-        member = np.zeros(3 << 20, np.uint8)
-        member[where] = where > 0
-        with file.open("wb") as opened:
-            np.savez(opened, member)  # a zip without compression, as torch.save writes it
-    found = file_digests(files)
-    assert len(set(found.values())) == 2
+    for file, byte in zip(files, (b"x", b"y"), strict=True):
+        with zipfile.ZipFile(file, "w") as archive:  # without compression, as torch.save writes it
+            for number in range(600):
+                content = (byte if number == 10 else b"x") * 4096
+                archive.writestr(zipfile.ZipInfo(f"archive/data/{number}"), content)
+    assert len(set(file_digests(files).values())) == 2
 
 
 def test_a_model_is_its_files_wherever_they_lie_and_links_lead(tmp_path: Path) -> None:
@@ -105,6 +104,14 @@ def test_a_model_is_its_files_wherever_they_lie_and_links_lead(tmp_path: Path) -
         (model / name).write_text("x")
     os.mkfifo(model / "pipe.json")
     assert list(model_files(model)) == ["config.json", "text_encoder/weights.bin", "vae/weights.bin"]
+
+
+def test_a_name_that_is_no_text_is_read_like_any_other(tmp_path: Path) -> None:
+    file, cache = tmp_path / os.fsdecode(b"\xff.json"), tmp_path / "cache.sqlite"
+    file.write_text("{}")
+    assert file_digests([file], cache=cache) == file_digests([file])
+    (found,) = model_files(tmp_path)
+    assert Contents(pieces={found: "0"}).digest
 
 
 def contents(folder: Path, rows: list[dict[str, object]]) -> dict[str, Contents]:
