@@ -120,8 +120,7 @@ def _list(folder: Path) -> list[dict[str, Any]]:
     from vfun_cli.checkpoints.state import read_state
 
     rows = []
-    numbered = [(step, path) for path in folder.iterdir() if (step := manifest.step_of(path)) is not None]
-    for step, path in sorted(numbered):
+    for step, path in manifest.numbered(folder):
         problem, state = None, {}
         try:
             manifest.verify(path, deep=False)

@@ -81,9 +81,8 @@ def _run(
                 resolved = resume_check.continuation(found, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-                overwrite = True  # of an earlier try, which ended before it saved anything
-        if not (dry_run or overwrite):
-            refuse_used(resolved.config, found)  # now: checking the rows may take minutes
+        if not dry_run:
+            refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found)
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 

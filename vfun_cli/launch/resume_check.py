@@ -12,6 +12,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.run import locate
 from vfun_cli.run.locate import Found
 
 METADATA = "train_data_meta"
@@ -55,6 +56,7 @@ def continuation(
         CheckpointError: it would be another run.
         ConfigError: ``allow`` names no option.
     """
+    locate.require_own(found)
     described = found.run.read_run()
     described["config"] = _options_of(found, described)
     if (described["command"], described["family"]) != (command, spec.name):
