@@ -35,7 +35,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.launch.job import Job, decide
 from vfun_cli.launch.start import write_launch_files, write_plan
-from vfun_cli.run import locate
+from vfun_cli.run import locate, ownership
 from vfun_cli.run.rundir import RunDir
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
@@ -56,7 +56,7 @@ def write_job(run: RunDir, strategy: str, *, steps: int, cache: Path) -> Job:
         "checkpoints_total_limit": 3, "report_to": "none", "dataloader_num_workers": 1, "cache": cache,
     }  # fmt: skip
     resolved = resolve("train", spec, given, demo=demo_default.make(spec), environ={})
-    run.remove_leftovers(0)
+    ownership.remove_leftovers(run, 0)
     job = decide("train", spec, resolved, found=locate.newest(run))
     write_plan(job)
     write_launch_files(job)

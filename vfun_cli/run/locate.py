@@ -85,7 +85,7 @@ def require_own(found: Found) -> None:
     if described is not None and not ownership.is_of(found.checkpoint, described.get("id")):
         raise CheckpointError(
             f"{found.checkpoint} was saved by another run than the one that {found.run.run_json} describes.",
-            hint=f"Put it back into the directory of its own run. What there is: {_list(found.run)}",
+            hint=f"Which there are: vfun checkpoints ls {shlex.quote(str(found.run.root))}",
         )
 
 
@@ -114,10 +114,6 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
     return path if any(each.exists() for each in theirs) else None
 
 
-def _list(run: RunDir) -> str:
-    return shlex.join(["vfun", "checkpoints", "ls", str(run.root)])
-
-
 def _existing(name: str, output_dir: Path) -> Path | None:
     """What people mean by a path or a bare name."""
     return next((path for path in (Path(name), output_dir / name) if path.exists()), None)
@@ -134,7 +130,7 @@ def _newest(run: RunDir) -> Found:
         raise CheckpointError(
             f"{run.root} holds no complete checkpoint of its run: {', '.join(path.name for path in others)} "
             f"{'is' if len(others) == 1 else 'are'} of another.",
-            hint=f"Put what does not belong there elsewhere. What there is: {_list(run)}",
+            hint=f"Which there are: vfun checkpoints ls {shlex.quote(str(run.root))}",
         )
     path = own[-1] if own else manifest.newest_checkpoint(run.root)
     found = _found(run, path, seen)
