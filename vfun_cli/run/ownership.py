@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -129,12 +129,13 @@ def clear(run: RunDir, machines: int) -> None:
         for _, path in manifest.numbered(run.root):
             if may_go(path, described.get("id")):
                 delete(path)
-        files = list(_written(run, described, machines))
+        files = _written(run, described, machines)
+        folders = {file.parent for file in files} | {run.sanity_check, run.tensorboard}
         for file in files:
-            if file.is_file() and not file.is_symlink():
+            if file.is_file() and not _leads_away(run, file):
                 file.unlink()
-        for folder in sorted({file.parent for file in files} - {run.root}, reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
+        for folder in sorted(folders - {run.root}, reverse=True):
+            if folder.is_dir() and not _leads_away(run, folder) and not any(folder.iterdir()):
                 folder.rmdir()
     run.deleted_json.unlink(missing_ok=True)
 
@@ -161,8 +162,8 @@ def identity(folder: Path) -> list[int] | None:
     return [found.st_dev, found.st_ino]
 
 
-def _written(run: RunDir, described: dict[str, Any], machines: int) -> Iterator[Path]:
-    """Every file that a run may have written beside its checkpoints; none in a folder that is a link."""
+def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path]:
+    """Every file that a run may have written beside its checkpoints."""
     counts = {name: min(number, _MOST_RANKS) for name, number in most(described["config"], described).items()}
     others = range(max(1, machines), counts["num_machines"])
     files = [run.plan_json, run.metrics, run.stop_request, run.outcome]
@@ -171,10 +172,13 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> Iterator[
     for folder, name in ((run.sanity_check, _SAMPLE), (run.tensorboard, _CURVES)):
         if folder.is_dir():
             files += [path for path in folder.iterdir() if name.fullmatch(path.name)]
-    for file in files:
-        folders = [file.parent, *file.parent.parents]
-        if not any(folder.is_symlink() for folder in folders[: folders.index(run.root)]):
-            yield file
+    return files
+
+
+def _leads_away(run: RunDir, path: Path) -> bool:
+    """Whether a path inside the directory is a link or goes over one."""
+    inside = [path, *path.parents]
+    return any(each.is_symlink() for each in inside[: inside.index(run.root)])
 
 
 def _remove_staging(run: RunDir, described: dict[str, Any]) -> None:
