@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def export(
         CheckpointError: something is wrong with the checkpoint or the base.
         RunError: the disk is too full.
     """
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
@@ -81,14 +81,24 @@ def export(
     )  # fmt: skip
 
 
-def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
+def check_output(output: Path, dtype: str, *, overwrite: bool, reads: Sequence[Path]) -> None:
     """Refuse what ``export`` could not write.
+
+    Args:
+        reads: the folders that the export is made from.
 
     Raises:
         ConfigError: an unknown dtype, or an output that is taken.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    place = output.resolve()
+    for source in (path.resolve() for path in reads):
+        if overwrite and place.exists() and (place.is_relative_to(source) or source.is_relative_to(place)):
+            raise ConfigError(
+                f"{output} is part of what the export is made from ({source}): --overwrite would delete it.",
+                hint="Name another --output.",
+            )
     refuse_taken(output, overwrite=overwrite)
 
 

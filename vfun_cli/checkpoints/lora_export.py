@@ -85,7 +85,7 @@ def export_adapter(
         raise ConfigError(
             f"--format is {format!r}; a LoRA comes as {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}"
         )
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint,))
     adapter = open_adapter(checkpoint, weights)
     if format in WITHOUT_DORA and any(pair.magnitude for pair in adapter.pairs.values()):
         raise ConfigError(
@@ -124,6 +124,7 @@ def merge_adapter(
     Raises:
         ConfigError, CheckpointError, RunError: as ``checkpoints.export.export``; also for a layer the base lacks.
     """
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
     for layer, pair in adapter.pairs.items():
