@@ -248,7 +248,6 @@ def test_every_hint_with_a_command_stands_in_this_file() -> None:
     }
     assert commands == {
         "vfun resume {}",  # the checkpoint of another command
-        "Which there are: vfun checkpoints ls {}",  # a checkpoint of another run, in test_other_runs.py
         "The options: vfun train --help",  # an option that run.json should not have
         "pip install {}",  # a missing package
         # rows that cannot be trained on

@@ -82,10 +82,10 @@ def require_own(found: Found) -> None:
         CheckpointError: it says that another run saved it.
     """
     described = ownership.recorded(found.run.run_json)
-    if described is not None and not ownership.is_of(found.checkpoint, described.get("id")):
+    if described is not None and ownership.is_anothers(found.checkpoint, described.get("id")):
         raise CheckpointError(
             f"{found.checkpoint} was saved by another run than the one that {found.run.run_json} describes.",
-            hint=f"Which there are: vfun checkpoints ls {shlex.quote(str(found.run.root))}",
+            hint=f"vfun resume {shlex.quote(str(found.run.root))}",
         )
 
 
@@ -130,7 +130,7 @@ def _newest(run: RunDir) -> Found:
         raise CheckpointError(
             f"{run.root} holds no complete checkpoint of its run: {', '.join(path.name for path in others)} "
             f"{'is' if len(others) == 1 else 'are'} of another.",
-            hint=f"Which there are: vfun checkpoints ls {shlex.quote(str(run.root))}",
+            hint="Put back what belongs there, or name the directory of the other run.",
         )
     path = own[-1] if own else manifest.newest_checkpoint(run.root)
     found = _found(run, path, seen)

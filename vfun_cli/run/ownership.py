@@ -42,23 +42,29 @@ def recorded(run_json: Path) -> dict[str, Any] | None:
         return None
 
 
-def is_of(checkpoint: Path, run_id: str | None) -> bool:
-    """Whether the run of this id saved a checkpoint; runs of the first version have none, nor do their checkpoints."""
+def is_anothers(checkpoint: Path, run_id: str | None) -> bool:
+    """Whether a checkpoint says that another run saved it; runs of the first version and theirs have no id.
+
+    One that cannot say it is damaged, and whoever reads it names what is wrong.
+    """
     try:
-        return bool(read_state(checkpoint).get("run_id") == run_id)
+        return bool(read_state(checkpoint).get("run_id") != run_id)
     except CheckpointError:
         return False
 
 
-def may_go(path: Path, run_id: str | None) -> bool:
-    """Whether a checkpoint is the run's to delete."""
-    return not path.is_symlink() and is_of(path, run_id)
+def may_go(checkpoint: Path, run_id: str | None) -> bool:
+    """Whether a checkpoint says that it is the run's, which may then delete it."""
+    try:
+        return not checkpoint.is_symlink() and bool(read_state(checkpoint).get("run_id") == run_id)
+    except CheckpointError:
+        return False
 
 
 def checkpoints(run: RunDir) -> list[Path]:
     """The run's complete checkpoints, oldest step first. Where nothing says which run it is, all that are complete."""
     described, complete = recorded(run.run_json), manifest.checkpoints(run.root)
-    return complete if described is None else [path for path in complete if is_of(path, described.get("id"))]
+    return complete if described is None else [path for path in complete if not is_anothers(path, described.get("id"))]
 
 
 def most(config: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -98,8 +104,8 @@ def remove_leftovers(run: RunDir, machine_rank: int) -> None:
     described = recorded(run.description(machine_rank))
     if described is not None:
         _remove_staging(run, described)
-    if machine_rank != 0:
-        return  # the first machine looks after the directory that all share
+    if machine_rank != 0 or not run.root.is_dir():
+        return  # the first machine looks after the directory that all share; whoever moved it may want to move it back
     for leftover in list(run.root.iterdir()):
         found = _LEFTOVER.fullmatch(leftover.name)
         if found is None:

@@ -180,15 +180,16 @@ class Checkpointer:
         (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
         manifest.write_manifest(partial)
         replaced = self.run.replaced_checkpoint(run_state["step"])
+        run_id = run_state.get("run_id")
         if os.path.lexists(final):
-            if not ownership.may_go(final, run_state.get("run_id")):
+            if not ownership.may_go(final, run_id):
                 raise FileExistsError(errno.EEXIST, "it is there already, and this run did not save it", final.name)
             final.rename(replaced)
         partial.rename(final)
         manifest.fsync_directory(final.parent)  # before anything that it makes superfluous goes
         if replaced.exists():
             ownership.delete(replaced)
-        self._delete_old(final)
+        self._delete_old(final, run_id)
 
     def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns ``state.json``.
@@ -219,11 +220,12 @@ class Checkpointer:
             return run_state["strategy"] in STRATEGIES and format_of(run_state["strategy"]) is self.format
         return (run_state["strategy"], run_state["world_size"]) == (self.strategy, world_size)
 
-    def _delete_old(self, newest: Path) -> None:
+    def _delete_old(self, newest: Path, run_id: str | None) -> None:
         if self.keep is None:
             return
-        complete = [path for path in ownership.checkpoints(self.run) if path != newest and not path.is_symlink()]
-        for path in complete[: max(0, len(complete) + 1 - self.keep)]:
+        older = [path for path in manifest.checkpoints(self.run.root) if path != newest]
+        own = [path for path in older if ownership.may_go(path, run_id)]
+        for path in own[: max(0, len(own) + 1 - self.keep)]:
             ownership.delete(path)
 
 
