@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
+_REMOVALS = ("os.remove", "os.rmdir")
 
 
 def lives(work: Callable[[], object], at: int, root: Path) -> bool:
@@ -17,7 +18,8 @@ def lives(work: Callable[[], object], at: int, root: Path) -> bool:
         left = [at]
 
         def touch(event: str, arguments: tuple[Any, ...]) -> None:
-            if event in _EVENTS and any(str(root) in str(argument) for argument in arguments):
+            below = event in _EVENTS and any(str(root) in str(argument) for argument in arguments)
+            if below or (event in _REMOVALS and arguments[-1] != -1):  # rmtree names what it removes below a descriptor
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)

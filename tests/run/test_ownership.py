@@ -70,7 +70,7 @@ def test_a_deletion_that_dies_at_any_moment_is_known_and_goes_on(tmp_path: Path)
 
     def prepare() -> None:
         shutil.rmtree(run.root, ignore_errors=True)
-        write_run(run)
+        write_run(run, steps=(2,))
         write(run.root / "notes.txt")
 
     def after() -> None:
