@@ -45,7 +45,7 @@ NUMBERS = {
     "fuzz_metadata": ["metadata/files", "media/files"],
     "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/1/tokens_per_second"],
     "help_startup": ["vfun_over_accelerate"],
-    "kill_fuzz": ["kills"],
+    "kill_fuzz": ["kills", "kills in windows/--overwrite"],
     "lora_merge": ["peak_bytes"],
     "meter": ["rows/0/share_of_step", "rows/1/shortest_step_within_half_a_percent_seconds"],
     "plan_balance": ["smallest_with_all_rows"],

@@ -18,6 +18,7 @@ from trainer_parts import META, Parts, batch, loaded
 from vfun_cli.errors import RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training import metrics
 from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
 
@@ -136,3 +137,34 @@ def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Pat
     for line in lines:
         assert (line["tokens"], line["mfu"], line["padding"], line["mean_over_max_flops"]) == (tokens, None, 0, 1)
         assert line["memory_bytes"] > 1e7 and line["tflops"] > 0 and line["samples_per_second"] > 0
+
+
+class Tracker:
+    """Fails at the first record, or before."""
+
+    def __init__(self, *started_with: Any) -> None:
+        self.asked = 0
+
+    def log(self, record: Any) -> None:
+        self.asked += 1
+        raise ConnectionError(f"no way to the server, asked {self.asked} times")
+
+    def close(self) -> None:
+        raise ConnectionError("no way to the server at the end")
+
+
+@pytest.mark.parametrize("tracker", [Tracker, lambda *_: Tracker().close()], ids=["records", "start"])
+def test_what_only_reports_stops_no_run(
+    tracker: Any, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(metrics.TRACKERS, "none", tracker)
+    (tmp_path / "sanity_check").touch()
+    (tmp_path / "metrics.jsonl").mkdir()
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    monkeypatch.setattr(metrics, "write_first_batch", lambda run, loaded: run.sanity_check.mkdir())
+    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
+    parts.trainer.metrics.close()
+    said = capsys.readouterr().err
+    assert parts.saves.steps == [6]
+    assert said.count("no way to the server") == 1
+    assert said.count("metrics.jsonl cannot be") == 2 and said.count("the first batch cannot be written") == 1

@@ -5,10 +5,12 @@ hidden directory beside the output, read back, and renamed when it is right.
 """
 
 import hashlib
+import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,8 @@ from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
 from vfun_cli.devices import cpu_cores
-from vfun_cli.disks.abilities import fsync_directory
+from vfun_cli.disks.abilities import fsync, fsync_directory
+from vfun_cli.disks.claims import Taken, claimed
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -68,7 +71,7 @@ def export(
         CheckpointError: something is wrong with the checkpoint or the base.
         RunError: the disk is too full.
     """
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
@@ -78,16 +81,25 @@ def export(
     )  # fmt: skip
 
 
-def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
+def check_output(output: Path, dtype: str, *, overwrite: bool, reads: Sequence[Path]) -> None:
     """Refuse what ``export`` could not write.
+
+    Args:
+        reads: the folders that the export is made from.
 
     Raises:
         ConfigError: an unknown dtype, or an output that is taken.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
+    place = output.resolve()
+    for source in (path.resolve() for path in reads):
+        if overwrite and place.exists() and (place.is_relative_to(source) or source.is_relative_to(place)):
+            raise ConfigError(
+                f"{output} is part of what the export is made from ({source}): --overwrite would delete it.",
+                hint="Name another --output.",
+            )
+    refuse_taken(output, overwrite=overwrite)
 
 
 def write_model(
@@ -107,7 +119,6 @@ def write_model(
     Raises:
         ConfigError, CheckpointError, RunError: as ``export``.
     """
-    check_output(output, dtype, overwrite=overwrite)
     shard_bytes = parse_size(max_shard_size)
     entries = [
         Entry(name=name, dtype=converted_dtype(source.dtype, DTYPES[dtype]), shape=source.shape)
@@ -115,14 +126,9 @@ def write_model(
     ]
     total = sum(entry.nbytes for entry in entries)
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(output.parent, total)
-
     workers = workers or min(8, cpu_cores())
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
-    partial.mkdir()
-    try:
+    with in_place(output, overwrite=overwrite) as partial:
+        _check_space(output.parent, total)
         counter = _Counter(2 * total, progress)  # every byte is written once and read back once
         digests = write_shards(
             partial,
@@ -134,11 +140,6 @@ def write_model(
         )
         _copy_configuration(base_dir, partial)
         _verify(partial, entries, digests, workers, counter.add)
-        fsync_directory(partial)
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return ExportResult(
         output=output, tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
     )
@@ -284,12 +285,86 @@ def _verify(
         )
 
 
-def put_in_place(partial: Path, output: Path) -> None:
-    """Rename the finished directory; an older export stays whole until then."""
-    replaced = output.with_name(f".{output.name}.replaced")
+@contextmanager
+def in_place(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to export into, which becomes ``output`` at the end of the block; after an error nothing has changed.
+
+    An older export stays whole until then, and one that was being replaced when a process was killed is put back. One
+    export at a time writes to an output.
+
+    Raises:
+        ConfigError: the output is taken, or another export is at work on it.
+    """
+    partial, replaced = (output.with_name(f".{output.name}.{what}") for what in ("partial", "replaced"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        _settle(output, replaced)
+        refuse_taken(output, overwrite=overwrite)
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            for file in partial.iterdir():
+                _flush(file)
+            fsync_directory(partial)
+            if output.exists():
+                output.rename(replaced)
+            partial.rename(output)
+            fsync_directory(output.parent)  # before the older one goes
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _settle(output, replaced)
+
+
+def refuse_taken(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, or that is more than an export which may be written over.
+
+    Raises:
+        ConfigError: what is in the way.
+    """
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
+    if output.is_symlink() or not output.is_dir():
+        raise ConfigError(f"{output} is no folder with an export.", hint="Name another --output.")
+    for entry in sorted(output.iterdir()):
+        if entry.is_symlink() or not entry.is_file() or entry.suffix not in (".safetensors", ".json"):
+            raise ConfigError(
+                f"{output} is no export: {entry.name} is in it, which no export writes. --overwrite would delete it.",
+                hint="Name another --output.",
+            )
+
+
+def _settle(output: Path, replaced: Path) -> None:
+    """Of an older export that is aside: put it back if nothing has come in its place, else delete it."""
+    if replaced.is_dir() and not output.exists():
+        replaced.rename(output)
+        fsync_directory(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    fsync_directory(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other exports off this output.
+
+    Raises:
+        ConfigError: one is at work on it.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        with claimed(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Taken as taken:
+        raise ConfigError(
+            f"another export to {output} is at work ({taken}).",
+            hint="Wait until it has ended, or name another --output.",
+        ) from None
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        fsync(opened.fileno())

@@ -14,7 +14,6 @@ their pairs become one of their ranks' sum, with the strength multiplied into B.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from vfun_cli.checkpoints.export import (
     NAME_MODEL,
     ExportResult,
     check_output,
-    put_in_place,
+    in_place,
     read_base,
     write_model,
 )
@@ -86,7 +85,7 @@ def export_adapter(
         raise ConfigError(
             f"--format is {format!r}; a LoRA comes as {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}"
         )
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint,))
     adapter = open_adapter(checkpoint, weights)
     if format in WITHOUT_DORA and any(pair.magnitude for pair in adapter.pairs.values()):
         raise ConfigError(
@@ -99,18 +98,10 @@ def export_adapter(
         tensors = _STYLES[format](adapter, released, DTYPES[dtype])
     names = {"peft": ADAPTER_FILE, "diffusers": DIFFUSERS_FILE}
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
-    partial.mkdir()
-    try:
+    with in_place(output, overwrite=overwrite) as partial:
         result = _write(partial, names.get(format, f"{checkpoint.name}.safetensors"), tensors)
         if format == "peft":
             (partial / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.config), indent=2), encoding="utf-8")
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return ExportResult(output=output, **result)
 
 
@@ -133,6 +124,7 @@ def merge_adapter(
     Raises:
         ConfigError, CheckpointError, RunError: as ``checkpoints.export.export``; also for a layer the base lacks.
     """
+    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
     for layer, pair in adapter.pairs.items():

@@ -18,7 +18,8 @@ from vfun_cli.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced")
+"""The latter while another checkpoint of the same step takes its place."""
 
 
 def write_manifest(directory: Path) -> None:
@@ -61,15 +62,29 @@ def is_complete(directory: Path) -> bool:
 def step_of(directory: Path) -> int | None:
     """The step in a ``checkpoint-N`` name, None for other names."""
     match = _NAME.fullmatch(directory.name)
-    return int(match.group(1)) if match else None
+    return int(match[1] or match[2]) if match else None
+
+
+def numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """What has the name of a checkpoint, complete or not, by step.
+
+    Where a save died between taking the old checkpoint of its step away and putting the new one in place, the old
+    one, under its other name, stands for it.
+    """
+    if not output_dir.is_dir():
+        return []
+    named = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
+    in_place = {step for step, path in named if not path.name.startswith(".")}
+    return sorted(
+        (step, path)
+        for step, path in named
+        if not path.name.startswith(".") or (step not in in_place and is_complete(path))
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of an output directory, oldest step first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
-    return [path for _, path in sorted(numbered) if is_complete(path)]
+    return [path for _, path in numbered(output_dir) if is_complete(path)]
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -81,7 +96,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
     found = checkpoints(output_dir)
     if found:
         return found[-1]
-    started = sorted(str(path.name) for path in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
+    started = [path.name for _, path in numbered(output_dir)]
     seen = f"; {', '.join(started)} has no valid {MANIFEST}" if started else ""
     raise CheckpointError(
         f"no complete checkpoint in {output_dir}{seen}.",

@@ -83,9 +83,8 @@ def _run(
                 resolved = resume_check.continuation(earlier, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-                overwrite = True  # of an earlier try, which ended before it saved anything
-        if not (dry_run or overwrite):
-            refuse_used(resolved.config, found)  # now: checking the rows may take minutes
+        if not dry_run:
+            refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found)
         if earlier is not None:
             job = resume_check.with_same_contents(earlier, job)

@@ -19,7 +19,7 @@ from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata, metadata_digest
 from vfun_cli.plan import rows
-from vfun_cli.run import locate
+from vfun_cli.run import locate, ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
@@ -42,6 +42,12 @@ class Job:
     launch: LaunchPlan
     found: Found | None
     """The checkpoint to continue from."""
+    run_id: str | None
+    """Stated by the run and by every checkpoint it saves; the first version knew none."""
+    most: Mapping[str, int]
+    """Of processes and machines in any launch of the run."""
+    staging: Path | None
+    """The folder in memory in which a checkpoint waits while training goes on, of this launch alone."""
     deadline: float | None
     """When --max-hours is over, in seconds since 1970."""
     contents: Mapping[str, Contents]
@@ -64,6 +70,10 @@ class Job:
             "vfun": __version__,
             "command": self.command,
             "family": self.spec.name,
+            "id": self.run_id,
+            "most": dict(self.most),
+            "staging": None if self.staging is None else str(self.staging),
+            "directory": ownership.identity(self.run.root),
             "run_dir": str(self.run.root.absolute()),
             "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
@@ -117,7 +127,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     check_weights(config.pretrained_model_name_or_path)
     contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     run = RunDir(config.output_dir)
-    run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
+    run_json = run.description(config.machine_rank)
+    earlier = ownership.recorded(run.run_json) if found is not None and found.is_in(run) else None
     return Job(
         command=command,
         spec=spec,
@@ -128,6 +139,9 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         launch=plan_launch(config, spec, run, run_json),
         found=found,
         contents=contents,
+        run_id=ownership.new_id() if earlier is None else earlier.get("id"),
+        most=ownership.most(config.to_json(), earlier),
+        staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
         deadline=time.time() + 3600 * config.max_hours if config.max_hours is not None else None,
     )
 

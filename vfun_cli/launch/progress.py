@@ -1,9 +1,8 @@
 """How far the training is: a bar on a terminal, a line every few seconds where none is."""
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from vfun_cli import console
+from vfun_cli.run import metrics_file
 
 LINE_EVERY = 10.0
 """Seconds between progress lines when stderr is not a terminal."""
@@ -24,8 +24,10 @@ def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
     with Bar(first_step) if console.err.is_terminal else Lines() as display:
 
         def show_new() -> None:
-            for record in steps.read():
-                display.show(record)
+            # It only reports: a line that is not what it should be, or a file that is gone, must not end the job.
+            with suppress(OSError, KeyError, TypeError, ValueError):
+                for record in steps.read():
+                    display.show(record)
 
         yield show_new
 
@@ -47,9 +49,9 @@ class NewSteps:
             whole, _, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + 1 if whole else 0
         records = []
-        for line in whole.splitlines():
-            record = json.loads(line)
-            if "event" not in record and record["step"] > self.seen:
+        for line in whole.split(b"\n"):
+            record = metrics_file.parse(line)
+            if record is not None and "event" not in record and record["step"] > self.seen:
                 self.seen = record["step"]
                 records.append(record)
         return records
@@ -121,7 +123,7 @@ def _facts(record: dict[str, Any]) -> str:
     if "loss" not in record:
         return f"{record['step']} clips encoded"
     facts = [
-        f"loss {record['loss']:.4f}",
+        "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}",
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]

@@ -19,6 +19,7 @@ from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.job import Job
 from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.run import locate
 from vfun_cli.run.contents import METADATA, SCHEME, what_changed
 from vfun_cli.run.locate import Found
 
@@ -102,6 +103,7 @@ def continuation(
         CheckpointError: it would be another run.
         ConfigError: ``allow`` names no option.
     """
+    locate.require_own(run.found)
     before, checkpoint = run.described, run.found.checkpoint
     if (before["command"], before["family"]) != (command, spec.name):
         raise CheckpointError(

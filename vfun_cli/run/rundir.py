@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,15 @@ class RunDir:
         return self.root / "run.json"
 
     @property
+    def deleted_json(self) -> Path:
+        """What was ``run.json`` until its run began to be deleted; it goes last."""
+        return self.root / ".run.json.deleted"
+
+    def description(self, machine_rank: int) -> Path:
+        """What the ranks of a machine read: ``run.json``, or the machine's own."""
+        return self.run_json if machine_rank == 0 else self.launch(machine_rank) / "run.json"
+
+    @property
     def plan_json(self) -> Path:
         """Digest and summary of the plan."""
         return self.root / "plan.json"
@@ -42,6 +50,11 @@ class RunDir:
     def logs(self) -> Path:
         """What the launcher and each rank said."""
         return self.root / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files with the run's curves."""
+        return self.logs / "tensorboard"
 
     @property
     def sanity_check(self) -> Path:
@@ -86,6 +99,16 @@ class RunDir:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
 
+    def files_of_machine(self, machine_rank: int) -> list[Path]:
+        """All that a launch writes for one machine."""
+        folder = self.launch(machine_rank)
+        generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
+        return [*generated, self.clips(machine_rank), self.launcher_log(machine_rank)]
+
+    def files_of_rank(self, rank: int) -> list[Path]:
+        """All that one rank writes for itself."""
+        return [self.rank_log(rank), self.rank_error(rank), self.fill_report(rank)]
+
     def rank_log(self, rank: int) -> Path:
         """Output of a rank other than 0."""
         return self.logs / f"rank-{rank}.log"
@@ -106,25 +129,20 @@ class RunDir:
         """An earlier checkpoint of the same step, on its way out."""
         return self.root / f".checkpoint-{step}.replaced"
 
-    @property
-    def staging(self) -> Path:
-        """Where a checkpoint waits in this machine's memory while it is written in the background."""
-        return Path("/dev/shm") / f"vfun-{hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]}"
-
-    def remove_leftovers(self, machine_rank: int) -> None:
-        """Delete what a crash left of checkpoints that were being written or removed; no process may be at work."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        if machine_rank != 0:
-            return  # the first machine looks after the directory that all share
-        for leftover in self.root.glob(".checkpoint-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.run_json.exists()
+
+    def is_half_deleted(self) -> bool:
+        """Whether a run was here, whose deletion was stopped."""
+        return self.deleted_json.exists() and not self.holds_run()
+
+    def fingerprint(self) -> str | None:
+        """Of ``run.json``, which every launch writes anew; None if there is none."""
+        try:
+            return hashlib.sha256(self.run_json.read_bytes()).hexdigest()
+        except OSError:
+            return None
 
     def read_run(self) -> dict[str, Any]:
         """The content of run.json.
@@ -132,6 +150,11 @@ class RunDir:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
+        if self.is_half_deleted():
+            raise CheckpointError(
+                f"{self.root} holds no run any more: --overwrite was stopped while it deleted the one that was there.",
+                hint="The command that begins a run there deletes the rest first.",
+            )
         if not self.run_json.is_file():
             raise CheckpointError(
                 f"{self.root} holds no run: there is no run.json in it.",
@@ -173,22 +196,6 @@ def ensure_writable(folder: Path) -> None:
     if missing:
         lacks = "; ".join(f"no {ability.name} ({ability.without})" for ability in missing)
         console.warn(f"the disk of {folder} has {lacks}. All else works as anywhere.")
-
-
-def clear(run: RunDir) -> None:
-    """Make room for a new run: delete what a run wrote, and only that: other files in the directory stay."""
-    for path in (run.run_json, run.plan_json, run.metrics):
-        path.unlink(missing_ok=True)
-    folders = [
-        run.logs,
-        run.sanity_check,
-        *run.root.glob("launch*"),
-        *run.root.glob("checkpoint-*"),
-        *run.root.glob(".checkpoint-*"),
-    ]
-    for folder in folders:
-        if folder.is_dir():
-            shutil.rmtree(folder)
 
 
 def write_atomically(path: Path, text: str) -> None:
