@@ -70,6 +70,7 @@ ROOMS = (
     ("console",),
     ("devices",),
     ("lfs",),
+    ("typed_json",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

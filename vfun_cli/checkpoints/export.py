@@ -7,23 +7,29 @@ hidden directory beside the output, read back, and renamed when it is right.
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.manifest import fsync_directory
+from vfun_cli.checkpoints import manifest, safetensors
+from vfun_cli.checkpoints.manifest import fsync_directory, write_json
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from vfun_cli.typed_json import Check, file_inside, items, read_object
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+RECORD = ".vfun-export.json"
+"""Lists the files that an export wrote, so that a later one deletes nothing else."""
+RECORDED: Mapping[str, Check] = {"files": items(file_inside)}
 
 NAME_MODEL = "Name the model directory of the run with --pretrained-model-name-or-path."
 
@@ -68,26 +74,82 @@ def export(
         CheckpointError: something is wrong with the checkpoint or the base.
         RunError: the disk is too full.
     """
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
     return write_model(
-        stem, named, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
-        progress=progress, workers=workers,
+        stem, named, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, progress=progress,
+        workers=workers,
     )  # fmt: skip
 
 
-def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
-    """Refuse what ``export`` could not write.
+def check_output(output: Path, dtype: str, *, overwrite: bool, sources: Collection[Path]) -> None:
+    """Refuse what ``export`` could not write, or should not.
+
+    Args:
+        sources: what must stay whatever happens: files and folders that are read, or are of a run.
 
     Raises:
         ConfigError: an unknown dtype, or an output that is taken.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    if output.exists() and not overwrite:
+    place = output.resolve()
+    for source in sources:
+        other = source.resolve()
+        if place == other or place in other.parents or other in place.parents:
+            what = "is" if place == other else "contains" if place in other.parents else "lies in"
+            raise ConfigError(f"--output {output} {what} {source}, which an export leaves alone.", hint=ANOTHER)
+    try:
+        there = place.exists()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}.", hint=ANOTHER) from None
+    if there and not overwrite:
         raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
+    if there:
+        _refuse_foreign_files(place)
+
+
+ANOTHER = "Name another --output."
+
+
+def _refuse_foreign_files(output: Path) -> None:
+    """Let ``--overwrite`` replace what an export wrote, and an empty folder.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    hint = f"{ANOTHER[:-1]}, or move what is there away yourself."
+    if not output.is_dir():
+        raise ConfigError(f"--output {output} is no folder.", hint=hint)
+    own = {RECORD}
+    if (output / RECORD).is_file():
+        own |= set(read_object(output / RECORD, RECORDED)["files"])
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in own or path.is_dir())
+    if foreign:
+        raise ConfigError(
+            f"--output {output} holds {len(foreign)} files or folders that no export of vfun wrote, e.g. {foreign[0]}; "
+            "--overwrite would delete them.",
+            hint=hint,
+        )
+
+
+def record_files(folder: Path) -> None:
+    """Write down what an export consists of."""
+    write_json(folder / RECORD, {"schema": 1, "files": sorted(path.name for path in folder.iterdir())})
+
+
+def verify_source(checkpoint: Path, tensors: Iterable[TensorSource]) -> None:
+    """Compare the files of a checkpoint that tensors are read from, and those that say where, with its manifest.
+
+    Raises:
+        CheckpointError: one has other contents than when it was saved.
+    """
+    if not (checkpoint / manifest.MANIFEST).is_file():
+        return  # of the original scripts, which keep no hashes
+    read = {segment.path for tensor in tensors for segment in tensor.segments}
+    manifest.verify(checkpoint, passing_over=lambda path: path.suffix == ".safetensors" and path not in read)
 
 
 def write_model(
@@ -98,7 +160,6 @@ def write_model(
     base_dir: Path,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
-    overwrite: bool = False,
     progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> ExportResult:
@@ -107,22 +168,14 @@ def write_model(
     Raises:
         ConfigError, CheckpointError, RunError: as ``export``.
     """
-    check_output(output, dtype, overwrite=overwrite)
     shard_bytes = parse_size(max_shard_size)
     entries = [
         Entry(name=name, dtype=converted_dtype(source.dtype, DTYPES[dtype]), shape=source.shape)
         for name, source in sources.items()
     ]
     total = sum(entry.nbytes for entry in entries)
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(output.parent, total)
-
     workers = workers or min(8, cpu_cores())
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
-    partial.mkdir()
-    try:
+    with replacing(output, needed=total) as partial:
         counter = _Counter(2 * total, progress)  # every byte is written once and read back once
         digests = write_shards(
             partial,
@@ -134,13 +187,8 @@ def write_model(
         )
         _copy_configuration(base_dir, partial)
         _verify(partial, entries, digests, workers, counter.add)
-        fsync_directory(partial)
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return ExportResult(
-        output=output, tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
+        output=output.resolve(), tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
     )
 
 
@@ -165,12 +213,14 @@ def _stem(path: Path) -> str:
 
 
 def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
+    """The weights, once their bytes are those that were saved."""
     reader = open_checkpoint(checkpoint)
     found = reader.ema if weights == "ema" else reader.weights
     if not found:
         if weights == "ema":
             raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
         raise CheckpointError(f"{checkpoint} holds no trained weights.")
+    verify_source(checkpoint, found.values())
     return found
 
 
@@ -284,8 +334,39 @@ def _verify(
         )
 
 
-def put_in_place(partial: Path, output: Path) -> None:
-    """Rename the finished directory; an older export stays whole until then."""
+@contextmanager
+def replacing(output: Path, *, needed: int) -> Iterator[Path]:
+    """A hidden directory beside the output, which takes its name at the end; an older export stays whole until then.
+
+    Args:
+        needed: bytes.
+
+    Raises:
+        RunError: the disk is too full, or cannot be written.
+    """
+    output = output.resolve()
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(output.parent, needed)
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
+        partial.mkdir()
+        try:
+            yield partial
+            record_files(partial)
+            fsync_directory(partial)
+            _put_in_place(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise RunError(
+            f"the export cannot be written to {output}: {error.strerror or error}.",
+            hint="Free some space, or name another --output.",
+        ) from error
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
     replaced = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():

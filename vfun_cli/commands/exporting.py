@@ -3,7 +3,6 @@
 It knows families and where models lie; the writers in ``checkpoints`` know neither.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run import locate
+from vfun_cli.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.export import ExportResult
@@ -106,6 +106,8 @@ def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
     from vfun_cli.checkpoints import export as model_export
     from vfun_cli.checkpoints import lora_export
 
+    sources = (trained.path, trained.model, *RunDir(trained.path.absolute().parent).own_files())
+    model_export.check_output(output, form.dtype, overwrite=form.overwrite, sources=sources)
     weights: lora_export.Weights = "ema" if form.ema else "trained"
     if trained.is_lora and not form.merge:
         return lora_export.export_adapter(
@@ -163,8 +165,7 @@ def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation] | Non
     location, spec = trained.spec.export.comfyui_location, trained.spec
     if location is None:
         return None
-    config = json.loads((trained.path / "config" / Path(spec.model.config_file).name).read_text(encoding="utf-8"))
-    dims = spec.model.read_dims(config)
+    dims = detect.dims_of(spec, trained.path / "config" / Path(spec.model.config_file).name)
     return lambda layer: location(layer, dims)
 
 

@@ -1,17 +1,31 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.state import LAYOUTS, options
 from vfun_cli.errors import CheckpointError, EnvironmentFault
+from vfun_cli.typed_json import Check, file_path, flag, number, one_of, optional, read_object, text
 
-DESCRIBES = ("command", "family", "config", "metadata_sha256")
+DESCRIBES: Mapping[str, Check] = {
+    "command": one_of("train", "lora", "cache"),
+    "family": text(),
+    "config": options("pretrained_model_name_or_path", "train_data_meta"),
+    "metadata_sha256": text(),
+    "run_dir": optional(file_path),
+    "clips": optional(file_path),
+    "resume": optional(file_path),
+    "layouts": optional(LAYOUTS),
+    "deadline": optional(number()),
+    "prune": optional(flag),
+}
 """What every run.json states."""
 
 
@@ -116,6 +130,11 @@ class RunDir:
             else:
                 leftover.unlink(missing_ok=True)
 
+    def own_files(self) -> list[Path]:
+        """What a run writes here, as far as its names are known beforehand, and its checkpoints."""
+        files = [self.run_json, self.plan_json, self.metrics, self.logs, self.sanity_check, self.launch()]
+        return files + [path for path in self.root.glob("checkpoint-*") if manifest.step_of(path) is not None]
+
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.run_json.exists()
@@ -140,14 +159,7 @@ def read_description(run_json: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    try:
-        content = json.loads(run_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{run_json} is not valid JSON: {error}.") from None
-    missing = [name for name in DESCRIBES if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise CheckpointError(f"{run_json} is not what vfun writes: it states no {', '.join(missing)}.")
-    return dict(content)
+    return read_object(run_json, DESCRIBES)
 
 
 def ensure_writable(folder: Path) -> None:
