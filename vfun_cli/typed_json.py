@@ -73,7 +73,7 @@ def parse_object(
     except RecursionError:
         raise CheckpointError(f"{where} is damaged: {_TOO_DEEP}.", hint=hint) from None
     except ValueError as error:
-        raise CheckpointError(f"{where} is not valid JSON: {first_line(error)}.", hint=hint) from None
+        raise CheckpointError(f"{where} is damaged: it is not valid JSON ({first_line(error)}).", hint=hint) from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} is damaged: it holds no JSON object.", hint=hint)
     check_fields(found, fields or {}, where, hint=hint)

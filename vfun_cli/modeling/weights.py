@@ -32,7 +32,7 @@ LISTED = 10
 POINT_AT_RELEASE = "Point --pretrained-model-name-or-path at the folder of the released model, fully downloaded."
 
 
-def empty_model(build: Callable[[], Module], *, where: str) -> Module:
+def empty_model(build: Callable[[], Module], *, where: str = "the configuration") -> Module:
     """Build a module with its parameters on the meta device and its buffers real; ``where`` has its configuration.
 
     Non-persistent buffers (rope tables, position ids) are in no checkpoint, so a module built wholly on meta would
