@@ -247,11 +247,10 @@ def _can(encode: Callable[[], bytes]) -> bool:
 
 def _refuse_depth(found: Any) -> None:
     level, depth = [found], 0
-    while level:
+    while inside := [value for value in level if isinstance(value, dict | list)]:
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise ValueError(_TOO_DEEP)
-        inside = [value for value in level if isinstance(value, dict | list)]
         level = [item for value in inside for item in (value.values() if isinstance(value, dict) else value)]
 
 

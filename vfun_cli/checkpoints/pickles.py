@@ -154,7 +154,7 @@ _INERT = {
     "deepspeed.runtime.zero.config": ("ZeroStageEnum", "DeepSpeedZeroConfig"),
     "deepspeed.runtime.zero.offload_config": (
         "OffloadDeviceEnum",
-        "OffloadStatesEnum",
+        "OffloadStateTypeEnum",
         "DeepSpeedZeroOffloadParamConfig",
         "DeepSpeedZeroOffloadOptimizerConfig",
     ),

@@ -62,9 +62,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    header = _read_header(path)[0]
-    check_fields(header, STATED, _where(path))
-    return header.get(METADATA) or {}
+    return _read_header(path)[0].get(METADATA) or {}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -73,7 +71,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         length = int.from_bytes(file.read(0, 8), "little")
         if length > min(MAX_HEADER, file.size - 8):
             raise CheckpointError(f"{path} is not a whole safetensors file: a header of {length} bytes in {file.size}.")
-        return parse_object(file.read(8, length), _where(path), unique=True), 8 + length, file.size
+        return parse_object(file.read(8, length), _where(path), STATED, unique=True), 8 + length, file.size
 
 
 def _where(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import families
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
+from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.commands import defaults
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families import detect
@@ -59,7 +60,7 @@ def find(name: str, *, output_dir: Path, model: Path | None) -> Trained:
         return Trained(path=original, spec=spec, model=directory, released=unchanged, is_lora=False)
     path = locate.checkpoint(name, output_dir=output_dir).checkpoint
     state = _read(path)
-    spec = families.find(state["family"])
+    spec = families.stated_in(path / STATE_FILE, state["family"])
     return Trained(
         path=path,
         spec=spec,
@@ -177,7 +178,8 @@ def _base_directory(trained: Trained) -> Path:
     """
     if not trained.model.is_dir():
         raise CheckpointError(
-            f"the run's model directory {trained.model} is not there; its configuration and frozen weights are needed.",
+            f"{trained.path} was trained from {trained.model}, which is not there; "
+            "its configuration and frozen weights are needed.",
             hint="Name its new place with --pretrained-model-name-or-path.",
         )
     return trained.model / Path(trained.spec.model.config_file).parent

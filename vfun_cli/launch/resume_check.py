@@ -36,7 +36,7 @@ def resolve_as_before(found: Found, given: Mapping[str, Any]) -> tuple[str, Fami
         ConfigError: what was typed does not go with the run's other options.
     """
     described = found.run.read_run()
-    command, spec = described["command"], families.find(described["family"])
+    command, spec = described["command"], families.stated_in(found.run.run_json, described["family"])
     strategy = STRATEGIES.get(given.get("strategy", ""))
     if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}
@@ -141,7 +141,15 @@ def keep_step_size(described: Mapping[str, Any], resolved: Resolved) -> Resolved
 
 
 def _options_of(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a run was started with; its directory may have moved since."""
+    """Those that a run was started with; its directory may have moved since.
+
+    Raises:
+        CheckpointError: an option of ``run.json`` is none, or has a value that it cannot have.
+    """
+    try:
+        RunConfig.from_json(described["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{found.run.run_json} is damaged: {error.message}", hint=error.hint) from None
     return {**described["config"], "output_dir": str(found.run.root)}
 
 

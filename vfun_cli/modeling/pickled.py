@@ -36,7 +36,10 @@ def load_pickled(
     """
     # Files from before torch 1.6 are not zip archives and cannot be mapped.
     mapped = mapped and zipfile.is_zipfile(source)
-    known: list[Any] = [(getattr(import_module(module), name), f"{module}.{name}") for module, name in classes]
+    # Files of other versions of a library may hold classes that this one lacks.
+    known: list[Any] = [
+        (found, f"{module}.{name}") for module, name in classes if (found := getattr(import_module(module), name, None))
+    ]
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)

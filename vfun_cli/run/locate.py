@@ -1,6 +1,5 @@
 """Finding runs and checkpoints from what people type."""
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,15 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
 
 def _existing(name: str, output_dir: Path) -> Path | None:
     """What people mean by a path or a bare name."""
-    return next((path for path in (Path(name), output_dir / name) if os.path.exists(path)), None)  # noqa: PTH110
+    return next((path for path in (Path(name), output_dir / name) if exists(path)), None)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; nothing is under a name that no file can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _newest(run: RunDir) -> Found:
