@@ -31,8 +31,10 @@ def setting(name: str, value: Any) -> None:
         items(file_path)(name, value)
     elif isinstance(value, str):
         file_path(name, value)
+    elif isinstance(value, float):
+        number()(name, value)
     elif value is not None and not isinstance(value, bool):
-        number(-LARGEST_NUMBER, LARGEST_NUMBER)(name, value)
+        whole(-LARGEST_NUMBER, LARGEST_NUMBER)(name, value)
 
 
 def options(*paths: str) -> Check:
