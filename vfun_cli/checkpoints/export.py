@@ -5,10 +5,9 @@ hidden directory beside the output, read back, and renamed when it is right.
 """
 
 import hashlib
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints import manifest, safetensors
+from vfun_cli.checkpoints.manifest import write_json
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
@@ -25,8 +25,13 @@ from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory
 from vfun_cli.disks.claims import Taken, claimed
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from vfun_cli.typed_json import Check, file_inside, items, read_object
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+RECORD = ".vfun-export.json"
+"""Lists the files that an export wrote, so that a later one deletes nothing else."""
+RECORDED: Mapping[str, Check] = {"files": items(file_inside)}
 
 NAME_MODEL = "Name the model directory of the run with --pretrained-model-name-or-path."
 
@@ -71,7 +76,7 @@ def export(
         CheckpointError: something is wrong with the checkpoint or the base.
         RunError: the disk is too full.
     """
-    check_output(output, dtype, overwrite=overwrite, reads=(checkpoint, base_dir))
+    check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
@@ -81,8 +86,11 @@ def export(
     )  # fmt: skip
 
 
-def check_output(output: Path, dtype: str, *, overwrite: bool, reads: Sequence[Path]) -> None:
-    """Refuse what ``export`` could not write.
+def check_output(output: Path, dtype: str, *, overwrite: bool, sources: Collection[Path]) -> None:
+    """Refuse what ``export`` could not write, or should not.
+
+    Args:
+        sources: what must stay whatever happens: files and folders that are read, or are of a run.
 
     Args:
         reads: the folders that the export is made from.
@@ -93,13 +101,61 @@ def check_output(output: Path, dtype: str, *, overwrite: bool, reads: Sequence[P
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
     place = output.resolve()
-    for source in (path.resolve() for path in reads):
-        if overwrite and place.exists() and (place.is_relative_to(source) or source.is_relative_to(place)):
-            raise ConfigError(
-                f"{output} is part of what the export is made from ({source}): --overwrite would delete it.",
-                hint="Name another --output.",
-            )
+    for source in sources:
+        other = source.resolve()
+        if place == other or place in other.parents or other in place.parents:
+            what = "is" if place == other else "contains" if place in other.parents else "lies in"
+            raise ConfigError(f"--output {output} {what} {source}, which an export leaves alone.", hint=ANOTHER)
     refuse_taken(output, overwrite=overwrite)
+
+
+ANOTHER = "Name another --output."
+
+
+def refuse_taken(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists; ``overwrite`` lets what an export wrote be replaced, and an empty folder.
+
+    Raises:
+        ConfigError: what is in the way.
+    """
+    try:
+        there = output.resolve().exists()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}.", hint=ANOTHER) from None
+    if not there:
+        return
+    if not overwrite:
+        raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
+    hint = f"{ANOTHER[:-1]}, or move what is there away yourself."
+    if not output.is_dir():
+        raise ConfigError(f"--output {output} is no folder.", hint=hint)
+    own = {RECORD}
+    if (output / RECORD).is_file():
+        own |= set(read_object(output / RECORD, RECORDED)["files"])
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in own or path.is_dir())
+    if foreign:
+        raise ConfigError(
+            f"--output {output} holds {len(foreign)} files or folders that no export of vfun wrote, e.g. {foreign[0]}; "
+            "--overwrite would delete them.",
+            hint=hint,
+        )
+
+
+def record_files(folder: Path) -> None:
+    """Write down what an export consists of."""
+    write_json(folder / RECORD, {"schema": 1, "files": sorted(path.name for path in folder.iterdir())})
+
+
+def verify_source(checkpoint: Path, tensors: Iterable[TensorSource]) -> None:
+    """Compare the files of a checkpoint that tensors are read from, and those that say where, with its manifest.
+
+    Raises:
+        CheckpointError: one has other contents than when it was saved.
+    """
+    if not (checkpoint / manifest.MANIFEST).is_file():
+        return  # of the original scripts, which keep no hashes
+    read = {segment.path for tensor in tensors for segment in tensor.segments}
+    manifest.verify(checkpoint, passing_over=lambda path: path.suffix == ".safetensors" and path not in read)
 
 
 def write_model(
@@ -125,10 +181,8 @@ def write_model(
         for name, source in sources.items()
     ]
     total = sum(entry.nbytes for entry in entries)
-    output = output.absolute()
     workers = workers or min(8, cpu_cores())
-    with in_place(output, overwrite=overwrite) as partial:
-        _check_space(output.parent, total)
+    with replacing(output, needed=total, overwrite=overwrite) as partial:
         counter = _Counter(2 * total, progress)  # every byte is written once and read back once
         digests = write_shards(
             partial,
@@ -141,7 +195,7 @@ def write_model(
         _copy_configuration(base_dir, partial)
         _verify(partial, entries, digests, workers, counter.add)
     return ExportResult(
-        output=output, tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
+        output=output.resolve(), tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
     )
 
 
@@ -166,12 +220,14 @@ def _stem(path: Path) -> str:
 
 
 def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
+    """The weights, once their bytes are those that were saved."""
     reader = open_checkpoint(checkpoint)
     found = reader.ema if weights == "ema" else reader.weights
     if not found:
         if weights == "ema":
             raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
         raise CheckpointError(f"{checkpoint} holds no trained weights.")
+    verify_source(checkpoint, found.values())
     return found
 
 
@@ -286,24 +342,31 @@ def _verify(
 
 
 @contextmanager
-def in_place(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing(output: Path, *, needed: int, overwrite: bool) -> Iterator[Path]:
     """A folder to export into, which becomes ``output`` at the end of the block; after an error nothing has changed.
 
     An older export stays whole until then, and one that was being replaced when a process was killed is put back. One
     export at a time writes to an output.
 
+    Args:
+        needed: bytes.
+
     Raises:
         ConfigError: the output is taken, or another export is at work on it.
+        RunError: the disk is too full.
     """
+    output = output.resolve()
     partial, replaced = (output.with_name(f".{output.name}.{what}") for what in ("partial", "replaced"))
     output.parent.mkdir(parents=True, exist_ok=True)
     with _alone(output):
         _settle(output, replaced)
         refuse_taken(output, overwrite=overwrite)
+        _check_space(output.parent, needed)
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
         partial.mkdir()
         try:
             yield partial
+            record_files(partial)
             for file in partial.iterdir():
                 _flush(file)
             fsync_directory(partial)
@@ -314,26 +377,6 @@ def in_place(output: Path, *, overwrite: bool) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             _settle(output, replaced)
-
-
-def refuse_taken(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, or that is more than an export which may be written over.
-
-    Raises:
-        ConfigError: what is in the way.
-    """
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
-    if output.is_symlink() or not output.is_dir():
-        raise ConfigError(f"{output} is no folder with an export.", hint="Name another --output.")
-    for entry in sorted(output.iterdir()):
-        if entry.is_symlink() or not entry.is_file() or entry.suffix not in (".safetensors", ".json"):
-            raise ConfigError(
-                f"{output} is no export: {entry.name} is in it, which no export writes. --overwrite would delete it.",
-                hint="Name another --output.",
-            )
 
 
 def _settle(output: Path, replaced: Path) -> None:

@@ -7,19 +7,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory, naming
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.errors import CheckpointError
+from vfun_cli.typed_json import Check, file_inside, mapping, one_of, read_object, record, text, whole
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced")
+_NAME = re.compile(r"checkpoint-(\d{1,18})|\.checkpoint-(\d{1,18})\.replaced", re.ASCII)
 """The latter while another checkpoint of the same step takes its place."""
+
+MANIFEST_FIELDS: Mapping[str, Check] = {
+    "schema": one_of(SCHEMA),
+    "files": mapping(record({"bytes": whole(), "sha256": text()}), file_inside),
+}
+"""What a manifest states; a file's name must stay inside the directory: a manifest can be edited."""
 
 
 def write_manifest(directory: Path) -> None:
@@ -33,15 +40,20 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / MANIFEST, {"schema": SCHEMA, "files": listed})
 
 
-def verify(directory: Path, *, deep: bool = True) -> None:
+def verify(directory: Path, *, deep: bool = True, passing_over: Callable[[Path], bool] = lambda path: False) -> None:
     """Check every file that the manifest lists: there, of the right size and, when ``deep``, of the right content.
+
+    Args:
+        passing_over: whose contents may be wrong.
 
     Raises:
         CheckpointError: with everything that is wrong.
     """
     listed = _read_manifest(directory)
     with ThreadPoolExecutor(_workers()) as pool:
-        found = pool.map(lambda item: _problem(directory, item[0], item[1], deep), listed.items())
+        found = pool.map(
+            lambda name: _problem(directory, name, listed[name], deep and not passing_over(directory / name)), listed
+        )
         problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointError(
@@ -138,27 +150,15 @@ def _digest(file: Any) -> str:
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    hint = f"Use an earlier checkpoint of {directory.parent}."
+    if not path.exists():
         raise CheckpointError(
-            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last.",
-            hint=f"Use an earlier checkpoint of {directory.parent}.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no manifest of schema {SCHEMA}.", hint="Update vfun, or check the file.")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise CheckpointError(f"{path} is damaged: it lists no files.")
+            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last.", hint=hint
+        )
+    files: dict[str, dict[str, Any]] = read_object(path, MANIFEST_FIELDS, hint=hint)["files"]
+    if not files:
+        raise CheckpointError(f"{path} is damaged: it lists no files.", hint=hint)
     return files
-
-
-def _is_entry(name: str, entry: object) -> bool:
-    # a name must stay inside the directory: a manifest can be edited
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-    return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def _problem(directory: Path, name: str, entry: dict[str, Any], deep: bool) -> str | None:

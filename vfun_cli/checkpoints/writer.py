@@ -19,6 +19,9 @@ from vfun_cli.checkpoints.tensors import STORAGE, Array
 from vfun_cli.disks.abilities import fsync, naming, reserve
 from vfun_cli.errors import ConfigError
 
+LONGEST_SIZE = 30
+"""Characters of a size: no disk has more bytes than fit in."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -55,7 +58,7 @@ def parse_size(text: str) -> int:
         ConfigError: anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match.group(1)) <= 0:
+    if match is None or len(text) > LONGEST_SIZE or float(match.group(1)) <= 0:
         raise ConfigError(f"{text!r} is not a size.", hint="Write a number with a unit, e.g. 10GB or 500MB.")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))

@@ -40,8 +40,10 @@ def ls(
     from rich.markup import escape
     from rich.table import Table
 
+    from vfun_cli.run import locate
+
     folder = Path(run) if run is not None else defaults.output_dir(demo=demo)
-    if not folder.is_dir():
+    if not locate.exists(folder) or not folder.is_dir():
         raise CheckpointError(f"there is no run directory {folder}.", hint="Name the output directory of a run.")
     rows = _list(folder)
     if json:

@@ -538,7 +538,7 @@ class RunConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`to_json`; an unknown name is a ConfigError."""
-        return cls(**{name: parse(name, value, "run.json") for name, value in values.items()})
+        return cls(**{name: parse(name, value, f"the option {name}") for name, value in values.items()})
 
 
 # Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.

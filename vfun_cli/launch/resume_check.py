@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vfun_cli import console, families
-from vfun_cli.config.options import default_of, options
+from vfun_cli.config.options import RunConfig, default_of, options
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
@@ -71,9 +71,13 @@ def earlier_run(found: Found) -> Earlier:
     """What is known of the run of a checkpoint.
 
     Raises:
-        CheckpointError: its ``run.json`` is missing or damaged.
+        CheckpointError: its ``run.json`` is missing or damaged, or an option in it has a value that it cannot have.
     """
     described = found.run.read_run()
+    try:
+        RunConfig.from_json(described["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{found.run.run_json} is damaged: {error.message}", hint=error.hint) from None
     return Earlier(found=found, described={**described, "config": _placed(found, described)})
 
 
@@ -83,7 +87,8 @@ def resolve_as_before(run: Earlier, given: Mapping[str, Any]) -> tuple[str, Fami
     Raises:
         ConfigError: what was typed does not go with the run's other options.
     """
-    command, spec = run.described["command"], families.find(run.described["family"])
+    command = run.described["command"]
+    spec = families.stated_in(run.found.run.run_json, run.described["family"])
     strategy = STRATEGIES.get(given.get("strategy", ""))
     if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}

@@ -105,10 +105,10 @@ def way_on(run: RunDir, **changed: object) -> str:
 def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
     """A checkpoint that accelerate's save_state left for the original scripts, or None.
 
-    It has neither our manifest nor our folders; an incomplete one of ours has the latter.
+    Only an incomplete checkpoint of ours may lack the manifest, and what theirs have no checkpoint of ours has.
     """
     path = _existing(name, output_dir)
-    if path is None or any((path / ours).exists() for ours in ("model", STATE_FILE, manifest.MANIFEST)):
+    if path is None or any((path / ours).exists() for ours in (STATE_FILE, manifest.MANIFEST)):
         return None
     theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
     return path if any(each.exists() for each in theirs) else None
@@ -116,7 +116,15 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
 
 def _existing(name: str, output_dir: Path) -> Path | None:
     """What people mean by a path or a bare name."""
-    return next((path for path in (Path(name), output_dir / name) if path.exists()), None)
+    return next((path for path in (Path(name), output_dir / name) if exists(path)), None)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; nothing is under a name that no file can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _found(run: RunDir, path: Path, seen: str | None) -> Found:

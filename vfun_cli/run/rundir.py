@@ -1,7 +1,7 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,44 @@ from secrets import token_hex
 from typing import Any
 
 from vfun_cli import console
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.state import LAYOUTS, options
 from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, EnvironmentFault
+from vfun_cli.typed_json import (
+    Check,
+    file_path,
+    flag,
+    items,
+    mapping,
+    number,
+    one_of,
+    optional,
+    read_object,
+    record,
+    text,
+    whole,
+)
 
-DESCRIBES = ("command", "family", "config", "metadata_sha256")
+DESCRIBES: Mapping[str, Check] = {
+    "command": one_of("train", "lora", "cache"),
+    "family": text(),
+    "config": options("pretrained_model_name_or_path", "train_data_meta"),
+    "metadata_sha256": text(),
+    "id": optional(text()),
+    "most": optional(record({"num_processes": whole(1), "num_machines": whole(1)})),
+    "staging": optional(file_path),
+    "directory": optional(items(whole())),
+    "sources": optional(mapping(text())),
+    "contents": optional(mapping(text())),
+    "allowed": optional(items(record({"option": text()}))),
+    "run_dir": optional(file_path),
+    "clips": optional(file_path),
+    "resume": optional(file_path),
+    "layouts": optional(LAYOUTS),
+    "deadline": optional(number()),
+    "prune": optional(flag),
+}
 """What every run.json states."""
 
 
@@ -129,6 +163,11 @@ class RunDir:
         """An earlier checkpoint of the same step, on its way out."""
         return self.root / f".checkpoint-{step}.replaced"
 
+    def own_files(self) -> list[Path]:
+        """What a run writes here, as far as its names are known beforehand, and its checkpoints."""
+        files = [self.run_json, self.plan_json, self.metrics, self.logs, self.sanity_check, self.launch()]
+        return files + [path for _, path in manifest.numbered(self.root)]
+
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.run_json.exists()
@@ -169,14 +208,7 @@ def read_description(run_json: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    try:
-        content = json.loads(run_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{run_json} is not valid JSON: {error}.") from None
-    missing = [name for name in DESCRIBES if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise CheckpointError(f"{run_json} is not what vfun writes: it states no {', '.join(missing)}.")
-    return dict(content)
+    return read_object(run_json, DESCRIBES)
 
 
 def ensure_writable(folder: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vfun_cli.checkpoints.lora_files import (
@@ -32,6 +31,7 @@ from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.state.formats import OPTIMIZER_FILE, CheckpointFormat
 from vfun_cli.training.state.gather import collect, restore
 from vfun_cli.training.state.live import TrainedState, trained_parameters
@@ -216,10 +216,10 @@ def load_adapter(state: TrainedState, folder: Path) -> None:
     Raises:
         CheckpointError: the checkpoint has other adapters than this run.
     """
-    stored = load_file(folder / ADAPTER_FILE)
+    stored, moments = (dict(read_safetensors([folder / file])) for file in (ADAPTER_FILE, OPTIMIZER_FILE))
     names = list(trained_parameters(state))
     _require_same({peft_key(name) for name in names}, stored, folder)
-    restore(state, {name: stored[peft_key(name)] for name in names}, load_file(folder / OPTIMIZER_FILE))
+    restore(state, {name: stored[peft_key(name)] for name in names}, moments)
 
 
 _KEPT_SETTINGS = (

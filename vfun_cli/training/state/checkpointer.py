@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
@@ -20,13 +19,14 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
 from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
 from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
-from vfun_cli.training.state.live import TrainedState, trained_parameters
+from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
@@ -211,7 +211,9 @@ class Checkpointer:
                 raise CheckpointError(
                     f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
                 )
-            state.average.load(load_file(path))
+            averages = dict(read_safetensors([path]))
+            require_names(set(state.average.shadow), set(averages), path)
+            state.average.load(averages)
         return run_state
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
