@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.deaths import each_death
-from vfun_cli.checkpoints.export import check_output, in_place
+from vfun_cli.checkpoints.export import check_output, replacing
 from vfun_cli.errors import ConfigError
 
 
 def put(output: Path, content: str) -> None:
-    with in_place(output, overwrite=True) as folder:
+    with replacing(output, needed=0, overwrite=True) as folder:
         (folder / "model.safetensors").write_text(content)
         (folder / "config.json").write_text("{}")
 
@@ -32,7 +32,7 @@ def test_death_at_any_moment_leaves_the_old_export_or_the_new_one(tmp_path: Path
 
     def after() -> None:
         if not output.exists():  # between two renames: the next export sets it right, whether it succeeds or not
-            with pytest.raises(ConfigError, match="exists already"), in_place(output, overwrite=False):
+            with pytest.raises(ConfigError, match="exists already"), replacing(output, needed=0, overwrite=False):
                 pass
         assert held(output) in ("old", "new")
         put(output, "newer")
@@ -68,7 +68,7 @@ def exports(output: Path, number: int) -> int:
         done = 0
         while done < 20:
             try:
-                with in_place(output, overwrite=True) as folder:
+                with replacing(output, needed=0, overwrite=True) as folder:
                     for name in "abcd":
                         (folder / f"{name}.safetensors").write_text(str(number))
                 done += 1
@@ -100,13 +100,13 @@ def test_only_an_older_export_is_written_over(other: str, tmp_path: Path) -> Non
     output.mkdir()
     OTHERS[other](output)
     with pytest.raises(ConfigError, match=r"is no export: .* is in it"):
-        check_output(output, "bf16", overwrite=True, reads=())
+        check_output(output, "bf16", overwrite=True, sources=())
     with pytest.raises(ConfigError, match="is no export"):
         put(output, "new")
     assert len(list(output.iterdir())) == 1
     (tmp_path / "link").symlink_to(output)
     with pytest.raises(ConfigError, match="no folder with an export"):
-        check_output(tmp_path / "link", "bf16", overwrite=True, reads=())
+        check_output(tmp_path / "link", "bf16", overwrite=True, sources=())
 
 
 @pytest.mark.parametrize("output", ["run/checkpoint-4", "run/checkpoint-4/model", "run", "model", "link"])
@@ -116,5 +116,5 @@ def test_an_export_never_deletes_what_it_is_made_from(output: str, tmp_path: Pat
         folder.mkdir(parents=True)
     (tmp_path / "link").symlink_to(reads[1])
     with pytest.raises(ConfigError, match="what the export is made from"):
-        check_output(tmp_path / output, "bf16", overwrite=True, reads=reads)
-    check_output(tmp_path / "run" / "checkpoint-4-outputs", "bf16", overwrite=True, reads=reads)
+        check_output(tmp_path / output, "bf16", overwrite=True, sources=reads)
+    check_output(tmp_path / "run" / "checkpoint-4-outputs", "bf16", overwrite=True, sources=reads)
