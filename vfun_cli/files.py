@@ -11,6 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
+from vfun_cli.disks.abilities import fsync
 from vfun_cli.errors import ConfigError, EnvironmentFault
 
 
@@ -105,7 +106,7 @@ def write_output(
         with partial.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # a full disk may say so only now
+            fsync(file.fileno())  # a full disk may say so only now
         partial.replace(target)
     except OSError as error:
         raise EnvironmentFault(

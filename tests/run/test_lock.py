@@ -203,3 +203,18 @@ def test_of_many_that_take_a_lease_at_once_one_gets_it(left: str, run: RunDir, m
         thread.join()
     assert len(winners) == 1
     assert len([*run.root.glob(".lock-0.*")]) == 1
+
+
+@LOCKS
+def test_a_claim_whose_file_goes_in_its_block_leaves_nothing(
+    code: int | None, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code:
+        without(monkeypatch, "locks", code=code)
+    path = run.root / ".export.lock"
+    for _ in range(2):
+        with claims.claimed(path):
+            with pytest.raises(claims.Taken), claims.claimed(path):
+                pass
+            path.unlink()
+        assert [*run.root.iterdir()] == []

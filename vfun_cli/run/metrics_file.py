@@ -14,6 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from vfun_cli.disks.abilities import fsync
 from vfun_cli.errors import first_line
 
 
@@ -39,7 +40,7 @@ class MetricsFile:
         with only_reports(f"{path} cannot be shortened to step {last_step}"):
             _keep_steps(path, last_step)
         with self._only_reports():
-            self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, record: dict[str, Any]) -> None:
         """One more line: strict JSON, in which what is no finite number is null."""
@@ -94,7 +95,7 @@ def _keep_steps(path: Path, last_step: int) -> None:
                 if record is not None and record["step"] <= last_step:
                     new.write(line.rstrip(b"\r\n") + b"\n")
             new.flush()
-            os.fsync(new.fileno())
+            fsync(new.fileno())
         shorter.replace(path)
     finally:
         shorter.unlink(missing_ok=True)
