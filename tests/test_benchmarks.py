@@ -42,7 +42,7 @@ NUMBERS = {
     "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
     "frame_matrix": ["clips", "videos"],
     "fsdp_loading": ["rows/0/copies_at_peak"],
-    "fuzz_metadata": ["metadata/files", "media/files"],
+    "fuzz_metadata": ["metadata/files", "media/files", "playlists/files"],
     "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/1/tokens_per_second"],
     "help_startup": ["vfun_over_accelerate"],
     "kill_fuzz": ["kills"],
