@@ -83,7 +83,7 @@ def test_exports_at_the_same_time_are_whole_or_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     children = [exports(output, number) for number in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-    assert sorted(file.name for file in output.iterdir()) == [*"abcd", RECORD]
+    assert sorted(file.name for file in output.iterdir()) == [RECORD, *"abcd"]
     assert len({(output / name).read_text() for name in "abcd"}) == 1
     assert list(tmp_path.iterdir()) == [output]
 
