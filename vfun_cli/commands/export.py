@@ -8,13 +8,11 @@ import typer
 from vfun_cli import console
 from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite
-from vfun_cli.commands.signature import with_boundary
 from vfun_cli.errors import ConfigError
 
 FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
 
-@with_boundary
 def export_bf16(
     checkpoint: Annotated[
         str,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
@@ -140,7 +139,7 @@ def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", cli
     if as_json:
         console.print_json(story)
     else:
-        console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
+        console.out.print("\n".join(why_lines(story)), soft_wrap=True)
 
 
 def _show_plan(plan: "RunPlan", planned: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 from vfun_cli import console
 from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
 from vfun_cli.config.strategies import STRATEGY_FLAGS
-from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
+from vfun_cli.errors import ConfigError
 
 Command = Callable[..., None]
 
@@ -57,7 +57,7 @@ def with_options(
         @functools.wraps(body)
         def run(**values: Any) -> None:
             typed = {name: values.pop(name) for name in [parameter.name for parameter in declared]}
-            with_boundary(lambda **rest: body(given=_given(typed), **rest))(**values)
+            body(given=_given(typed), **values)
 
         parameters = [*own, *declared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -65,39 +65,6 @@ def with_options(
         return run
 
     return decorate
-
-
-def with_boundary(body: Command) -> Command:
-    """Errors that a user can act on end as one message and their exit code; ``--debug`` shows the traceback."""
-
-    @functools.wraps(body)
-    def run(**values: Any) -> None:
-        try:
-            body(**values)
-        except VfunError as error:
-            if values.get("debug"):
-                console.err.print_exception()
-            console.report(error)
-            if values.get("json"):
-                content = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
-                console.print_json({"error": content})
-            raise typer.Exit(error.exit_code) from None
-        except (typer.Exit, typer.Abort):
-            raise
-        except KeyboardInterrupt:
-            console.err.print("interrupted")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except Exception as error:  # a mistake of ours: one message too, and how to tell us
-            if values.get("debug"):
-                raise
-            unexpected = RunError(
-                f"unexpected {type(error).__name__}: {error}.",
-                hint="This is a fault of vfun. The same command with --debug shows where; please report that.",
-            )
-            console.report(unexpected)
-            raise typer.Exit(unexpected.exit_code) from None
-
-    return run
 
 
 def _given(typed: dict[str, Any]) -> dict[str, Any]:

@@ -94,9 +94,10 @@ def _list_families(command: str, *, as_json: bool) -> None:
         console.print_json({"families": summaries})
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for name, summary in summaries.items():
-        table.add_row(f"[bold]{name}[/bold]", summary)
+        table.add_row(Text(name, "bold"), summary)
     console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:", table)
     console.hint("--help after a family lists the options; --demo tries a family out on a tiny model.")

@@ -8,7 +8,6 @@ import typer
 
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
-from vfun_cli.commands.signature import with_boundary
 from vfun_cli.config.resolve import resolve, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from vfun_cli.metadata.checks import Report
 
 
-@with_boundary
 def validate_meta(
     meta: Annotated[
         Path | None,

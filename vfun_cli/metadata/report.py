@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata.checks import Report, describe, printable
@@ -84,18 +84,19 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
         console.print(_worst_table(report, worst))
     _render_totals(report, console)
     good, bad = report.ok, len(report.bad_rows)
-    verdict = f"[green]{good} of {report.rows} rows are good[/]"
+    verdict = Text(f"{good} of {report.rows} rows are good", "green")
     if bad:
-        verdict = f"[red]{bad} of {report.rows} rows cannot be trained on[/], {good} can"
+        verdict = Text.assemble((f"{bad} of {report.rows} rows cannot be trained on", "red"), f", {good} can")
     elif report.errors:
-        verdict = f"[red]the file as a whole cannot be trained on[/], {good} of {report.rows} rows are good"
+        whole = ("the file as a whole cannot be trained on", "red")
+        verdict = Text.assemble(whole, f", {good} of {report.rows} rows are good")
     warned = sum(problem.severity == "warning" for problem in report.problems)
-    console.print(verdict + (f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
+    console.print(Text.assemble(verdict, f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
 
 
 def render_fixed(fixed: Fixed, console: Console) -> None:
     """What ``--fix`` wrote and which rows it left out."""
-    console.print(f"wrote {escape(str(fixed.output))}: {fixed.kept} rows, {fixed.changed} of them changed")
+    console.print(f"wrote {fixed.output}: {fixed.kept} rows, {fixed.changed} of them changed")
     for row, codes in sorted(fixed.left_out.items()):
         console.print(f"  left out row {row}: {', '.join(dict.fromkeys(codes))}")
 
@@ -115,13 +116,13 @@ def render_code(name: str, console: Console) -> None:
     if name == "all":
         table = Table("code", "severity", "what it means", title="Problem codes", title_justify="left")
         for code in CODES.values():
-            table.add_row(code.name, f"[{COLOURS[code.severity]}]{code.severity}[/]", escape(code.explanation))
+            table.add_row(code.name, Text(code.severity, COLOURS[code.severity]), code.explanation)
         console.print(table)
         return
     code = explain(name)
-    console.print(f"[bold]{code.name}[/] ([{COLOURS[code.severity]}]{code.severity}[/])")
+    console.print(Text.assemble((code.name, "bold"), " (", (code.severity, COLOURS[code.severity]), ")"))
     for label, text in (("what", code.explanation), ("example", code.example), ("fix", code.fix)):
-        console.print(f"  {label:8}{escape(text)}")
+        console.print(f"  {label:8}{text}")
 
 
 def summary_of_warnings(report: Report) -> list[str]:
@@ -145,8 +146,8 @@ def _codes_table(report: Report) -> Table:
     for code in sorted(counts, key=lambda name: (ORDER[CODES[name].severity], -counts[name], name)):
         severity, row = CODES[code].severity, first[code].row
         table.add_row(
-            code, f"[{COLOURS[severity]}]{severity}[/]", str(counts[code]), "" if row is None else str(row),
-            escape(printable(first[code].message)),
+            code, Text(severity, COLOURS[severity]), str(counts[code]), "" if row is None else str(row),
+            printable(first[code].message),
         )  # fmt: skip
     return table
 
@@ -165,8 +166,8 @@ def _worst_table(report: Report, worst: int) -> Table:
     table = Table("row", "problems", title="Worst rows", title_justify="left")
     for row, problems in rows[:worst]:
         problems.sort(key=lambda problem: ORDER[problem.severity])
-        lines = [f"[{COLOURS[p.severity]}]{escape(_without_row(p))}[/]" for p in problems]
-        table.add_row("file" if row is None else str(row), "\n".join(lines))
+        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems]
+        table.add_row("file" if row is None else str(row), Text("\n").join(lines))
     if len(rows) > worst:
         table.caption = f"and {len(rows) - worst} more rows"
     return table
