@@ -8,7 +8,7 @@ import typer
 
 from vfun_cli import console
 from vfun_cli.commands import defaults
-from vfun_cli.commands.flags import Debug, Demo, Json
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_name, typed_path
 from vfun_cli.commands.help import Command, Group
 from vfun_cli.errors import CheckpointError
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, verify and compare checkpoints.")
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A checkpoint: a path, or a bare name looked up in the output directory.")
+    str,
+    typer.Argument(parser=typed_name, help="A checkpoint: a path, or a bare name looked up in the output directory."),
 ]
 
 LONGEST_LIST = 10
@@ -28,8 +29,13 @@ LONGEST_LIST = 10
 @app.command("ls", cls=Command)
 def ls(
     run: Annotated[
-        str | None,
-        typer.Argument(metavar="[RUN]", help="Run directory. [default: the output directory]", show_default=False),
+        Path | None,
+        typer.Argument(
+            parser=typed_path,
+            metavar="[RUN]",
+            help="Run directory. [default: the output directory]",
+            show_default=False,
+        ),
     ] = None,
     demo: Demo = False,
     json: Json = False,
@@ -38,7 +44,7 @@ def ls(
     """List the checkpoints of a run: step, size, strategy, and whether they are complete."""
     from rich.table import Table
 
-    folder = Path(run) if run is not None else defaults.output_dir(demo=demo)
+    folder = run or defaults.output_dir(demo=demo)
     if not folder.is_dir():
         raise CheckpointError(f"there is no run directory {folder}.", hint="Name the output directory of a run.")
     rows = _list(folder)

@@ -2,15 +2,14 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from vfun_cli import console
-from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.errors import ConfigError
 
@@ -109,6 +108,8 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
         help_text += f" One of: {', '.join(opt.choices)}."
     if opt.unit:
         help_text += f" In {opt.unit}."
+    if opt.bounds:
+        help_text += f" [{opt.bounds}]"
     default = default_of(name)
     if default not in (None, ()):
         shown = ",".join(default) if isinstance(default, tuple) else default
@@ -118,8 +119,18 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     variables = " ".join(opt.variables)
     if variables:
         help_text += f" [${variables}]"
-    declaration = typer.Option(*_names(name, kind), help=help_text, rich_help_panel=opt.panel, show_default=False)
+    declaration = typer.Option(
+        *_names(name, kind),
+        help=help_text,
+        metavar="WORD" if opt.choices else _METAVARS.get(plain_kind(kind)),
+        rich_help_panel=opt.panel,
+        show_default=False,
+    )
     return _keyword(name, Annotated[_typer_type(kind), declaration])
+
+
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "LIST"}
+"""What a value is, in the help."""
 
 
 def _names(name: str, kind: Any) -> list[str]:
@@ -146,8 +157,8 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _typer_type(kind: Any) -> Any:
-    if get_origin(kind) is types.UnionType:
-        kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
-    if get_origin(kind) is tuple:
+    plain = plain_kind(kind)
+    if plain is tuple:
         return list[str] | None
-    return {int: int | None, float: float | None, bool: bool | None, str: str | None, Path: Path | None}[kind]
+    # A path is text until parse() has made one of it: Typer's would turn an empty one into the working directory.
+    return {int: int | None, float: float | None, bool: bool | None, str: str | None, Path: str | None}[plain]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
+from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite, typed_name
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -76,7 +76,7 @@ def _run(
         resolved = resolve(command, spec, given, demo=layer)
         name, folder, found = resolved.config.resume_from_checkpoint, resolved.config.output_dir, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
-            found = locate.to_resume(name, output_dir=folder)
+            found = locate.to_resume(typed_name(name), output_dir=folder)
             if found is not None:
                 resolved = resume_check.continuation(found, command, spec, resolved)
             else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import Debug, Demo, Json
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.config.resolve import resolve, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
@@ -20,7 +20,10 @@ def validate_meta(
     meta: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[META]", show_default=False, help="Metadata file; by default $DATASET_META_NAME or vfun.toml's."
+            parser=typed_path,
+            metavar="[META]",
+            show_default=False,
+            help="Metadata file; by default $DATASET_META_NAME or vfun.toml's.",
         ),
     ] = None,
     family: Annotated[
@@ -36,6 +39,8 @@ def validate_meta(
         typer.Option(
             "--data-root",
             "--train-data-dir",
+            parser=typed_path,
+            metavar="PATH",
             show_default=False,
             help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]",
         ),
@@ -43,13 +48,19 @@ def validate_meta(
     stride: Annotated[
         int | None,
         typer.Option(
-            "--video-sample-stride", min=1, show_default=False, help="Check that clips are long enough at this stride."
+            "--video-sample-stride",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Check that clips are long enough at this stride.",
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             "--pretrained-model-name-or-path",
+            parser=typed_path,
+            metavar="PATH",
             show_default=False,
             help="With --family: the model whose tokenizer tells which captions are too long. "
             "[default: as train would take it]",
@@ -59,12 +70,16 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
     deep_timeout: Annotated[
-        float, typer.Option("--deep-timeout", min=0, help="Seconds that --deep gives to each file.")
+        float,
+        typer.Option(
+            "--deep-timeout", min=0, max=86_400, metavar="SECONDS", help="Seconds that --deep gives to each file."
+        ),
     ] = 60.0,
     fix: Annotated[
         Path | None,
         typer.Option(
             "--fix",
+            parser=typed_path,
             metavar="OUT",
             show_default=False,
             help="Write a corrected copy without the bad rows; the input is never touched.",
@@ -73,10 +88,16 @@ def validate_meta(
     problems: Annotated[
         Path | None,
         typer.Option(
-            "--problems", metavar="FILE", show_default=False, help="Write all problems to a file as JSON lines."
+            "--problems",
+            parser=typed_path,
+            metavar="FILE",
+            show_default=False,
+            help="Write all problems to a file as JSON lines.",
         ),
     ] = None,
-    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Bad rows that are still no error.")] = 0,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, metavar="N", help="Bad rows that are still no error.")
+    ] = 0,
     explain: Annotated[
         str | None,
         typer.Option("--explain", metavar="CODE", show_default=False, help="Explain a problem code, or 'all' of them."),
@@ -131,6 +152,5 @@ def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeou
         raise ConfigError("--demo needs to know which family's demo.", hint="Add --family wan-s2v.")
     meta = given.get("train_data_meta") or setting("train_data_meta", os.environ, Path())
     root = given.get("train_data_dir") or setting("train_data_dir", os.environ, Path())
-    meta = Path(meta) if meta else None
-    folder = Path(root) if root else (meta.parent if meta else None)
+    folder = root or (meta.parent if meta else None)
     return check_rows_of_any_family(meta, folder, deep_timeout=deep_timeout)

@@ -12,7 +12,7 @@ from vfun_cli.config.checks import check
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.errors import ConfigError, did_you_mean, first_line
 from vfun_cli.families.spec import FamilySpec
 
 SETTINGS_FILE = "vfun.toml"
@@ -124,8 +124,8 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
         return
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError) as error:  # wrong TOML, no UTF-8, a number of thousands of digits, depth
+        raise ConfigError(f"{path} is not valid TOML: {first_line(error)}.") from None
     flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
     yield str(path), _known(flat, str(path))
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
@@ -154,11 +154,13 @@ def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 
 
 def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The variables that say something: an empty one is how a shell unsets."""
+    stated = {variable: value for variable, value in environ.items() if value.strip()}
     for name, (_, _, opt) in options().items():
         for variable in opt.variables:
-            if environ.get(variable):
-                yield f"${variable}", {name: environ[variable]}
-    for variable, value in environ.items():
+            if variable in stated:
+                yield f"${variable}", {name: stated[variable]}
+    for variable, value in stated.items():
         if variable.startswith("VFUN_"):
             name = variable.removeprefix("VFUN_").lower()
             if name not in options():
@@ -191,8 +193,12 @@ def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
 
 
 def setting(name: str, environ: Mapping[str, str], directory: Path) -> Any:
-    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it."""
+    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it.
+
+    Raises:
+        ConfigError: it is not what the option takes.
+    """
     value = None
-    for _, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
-        value = layer.get(name, value)
+    for source, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
+        value = parse(name, layer[name], f"{source}: {name}") if name in layer else value
     return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import console, families
-from vfun_cli.config.options import RunConfig, default_of, options
+from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
@@ -72,9 +72,9 @@ def changes(before: Mapping[str, Any], after: RunConfig) -> list[Change]:
     """Options that differ, in declaration order; an option the older vfun did not know counts as its default."""
     now = after.to_json()
     found = []
-    for name, (_, _, opt) in options().items():
+    for name in options():
         earlier = before.get(name, default_of(name))
-        effect: str = opt.on_resume
+        effect: str = effect_on_resume(name, before, now)
         if name == ACCUMULATION and step_size(before) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
         if now[name] != earlier:
