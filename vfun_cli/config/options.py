@@ -368,7 +368,8 @@ class RunConfig:
     trainable_modules: Annotated[
         tuple[str, ...],
         Opt(
-            help="Parts of parameter names to train, comma-separated or repeated; '.' is everything.",
+            help="Parts of parameter names to train, comma-separated or repeated: of the released ones, or of those "
+            "here; '.' is everything.",
             panel=OPTIMISATION,
         ),
     ] = (".",)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
-from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.families.wan_fun_control.names import live_name, released_name
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
 
@@ -183,5 +183,5 @@ SPEC = FamilySpec(
             "control_ref_image": "random",
         },
     ),
-    export=ExportSpec(names={"same": released_name}),
+    export=ExportSpec(names={"same": released_name}, parameter=live_name),
 )
