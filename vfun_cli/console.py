@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -159,6 +160,11 @@ def report(error: VfunError) -> None:
     _say(Text.assemble(("error:", "bold red"), " ", _indented(error.message)))
     if error.hint:
         _say(Text.assemble(("next:", "cyan"), " ", _indented(error.hint)))
+
+
+def trace(error: BaseException) -> None:
+    """Where an error was raised, for --debug."""
+    _say(Text(_indented("".join(traceback.format_exception(error)))))
 
 
 def _say(text: Text) -> None:

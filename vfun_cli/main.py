@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer.main
 
 from vfun_cli import __version__, console
 from vfun_cli.commands import cache, checkpoints, export, plan_buckets, resume, train, validate_meta
-from vfun_cli.commands.help import Command, Group
+from vfun_cli.commands.help import ASKING, Command, Group, names_of
 from vfun_cli.commands.signature import hyphenate
 from vfun_cli.errors import (
     EXIT_CLOSED_PIPE,
@@ -37,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": sorted(ASKING)},
 )
 
 app.command("validate-meta", cls=Command, rich_help_panel="Data")(validate_meta.validate_meta)
@@ -82,11 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = hyphenate(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     as_json, printed = "--json" in own, console.json_objects()
+    if as_json and ASKING & set(own):
+        arguments.remove("--json")  # a group of commands has no such option, its help has
     try:
         code, raised = _run(arguments, as_json=as_json)
         error = None if raised is None else _known(raised)
         if raised is not None and "--debug" in own:
-            console.err.print("".join(traceback.format_exception(raised)), soft_wrap=True)
+            console.trace(raised)
         if error is not None:
             console.report(error)
         if as_json and console.json_objects() == printed:
@@ -125,7 +126,7 @@ def _known(error: BaseException) -> VfunError:
             return error
         case UsageError():
             ctx, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
-            option = getattr(error, "option_name", None) or (parameter.opts[0] if parameter else None)
+            option = getattr(error, "option_name", None) or (names_of(parameter)[0] if parameter else None)
             message, command = error.format_message().rstrip("."), ctx.command_path.split()[1:] if ctx else []
             help_of_it = f"vfun {' '.join([*command, '--help'])}"
             return ConfigError(f"{message[:1].lower()}{message[1:]}.", hint=help_of_it, option=option)

@@ -11,6 +11,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from vfun_cli import console
 
+ASKING = {"--help", "-h"}
 WIDEST = 100
 """Columns; longer lines are hard to read."""
 NAMES = 28
@@ -45,7 +46,7 @@ def _described(command: Any, ctx: Any) -> dict[str, Any]:
         "command": ctx.command_path,
         "text": _plain(command.help),
         "parameters": [
-            {"names": _names(parameter), "takes": _takes(parameter), "help": parameter.help}
+            {"names": names_of(parameter), "takes": _takes(parameter), "help": parameter.help}
             for parameter in _shown(command, ctx)
         ],
         "commands": {name: _plain(one.help).splitlines()[0] for name, one in getattr(command, "commands", {}).items()},
@@ -56,7 +57,7 @@ def _page(command: Any, ctx: Any) -> Text:
     """Usage, what the command does, its parameters by panel, its commands."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
     page = Text()
-    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    usage = " ".join([ctx.command_path, "[OPTIONS]", *_positions(command)])
     _append(page, textwrap.fill(f"usage: {usage}", width, subsequent_indent=" " * INDENT, break_on_hyphens=False))
     for paragraph in _plain(command.help).split("\n\n"):
         _append(page, "")
@@ -70,12 +71,21 @@ def _page(command: Any, ctx: Any) -> Text:
     return page
 
 
+def _positions(command: Any) -> list[str]:
+    """What follows the options in the line of usage."""
+    arguments = [parameter for parameter in command.params if isinstance(parameter, TyperArgument)]
+    if isinstance(command, TyperGroup):
+        return ["COMMAND", "..."]
+    names = [(names_of(argument)[0], argument.required) for argument in arguments]
+    return [name if required or name.startswith("[") else f"[{name}]" for name, required in names]
+
+
 def _panels(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
     """Names and texts under their headings, in the order of their declaration."""
     panels: dict[str, list[tuple[str, str]]] = {}
     for parameter in _shown(command, ctx):
         usual = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
-        names = " / ".join(_names(parameter)) + (f" {taken}" if (taken := _takes(parameter)) else "")
+        names = " / ".join(names_of(parameter)) + (f" {taken}" if (taken := _takes(parameter)) else "")
         default = parameter.show_default and not parameter.required and parameter.default is not None
         text = (parameter.help or "") + (f" [default: {parameter.default}]" if default else "")
         panels.setdefault(parameter.rich_help_panel or usual, []).append((names, text))
@@ -88,7 +98,8 @@ def _append_entry(page: Text, names: str, text: str, width: int) -> None:
     """Names at the left and the text beside them, or under them where they are long."""
     lines = textwrap.wrap(text, max(width - NAMES - 2 * INDENT, 20), break_on_hyphens=False)
     margin = " " * (NAMES + 2 * INDENT)
-    start = " " * INDENT + names
+    indent = " " * INDENT
+    start = textwrap.fill(names, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     page.append(start, "cyan")
     if len(names) <= NAMES:
         page.append(margin[len(start) :])
@@ -105,7 +116,8 @@ def _shown(command: Any, ctx: Any) -> list[Any]:
     return [parameter for parameter in command.get_params(ctx) if not parameter.hidden]
 
 
-def _names(parameter: Any) -> list[str]:
+def names_of(parameter: Any) -> list[str]:
+    """What is typed for an option, or what stands for an argument."""
     if isinstance(parameter, TyperArgument):
         return [parameter.metavar or parameter.name.upper()]
     return [*parameter.opts, *parameter.secondary_opts]
