@@ -55,7 +55,7 @@ class _Stream(io.TextIOBase):
         if getattr(sys, self.name) is None:  # the process was started without one: ">&-"
             setattr(sys, self.name, Path(os.devnull).open("w", encoding="utf-8"))
         stream: TextIO = getattr(sys, self.name)
-        return stream
+        return getattr(stream, "rich_proxied_file", stream)  # beside a bar, Rich stands between to print above it
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.file_proxy import FileProxy
 
 from tests.commands.conftest import Vfun
 from vfun_cli import console, families
@@ -196,6 +197,19 @@ def test_everything_printed_goes_through_one_function(capsys: pytest.CaptureFixt
     said = capsys.readouterr()
     assert_tame(said.out + said.err)
     assert "[/x][red]:warning:" in said.out and json.loads(said.out.splitlines()[-1])[HOSTILE] == HOSTILE
+
+
+def test_what_is_printed_beside_a_bar_goes_past_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, Rich puts proxies before the streams while it draws: they come back to the console."""
+    monkeypatch.setattr(sys, "stdout", FileProxy(console.out, sys.stdout))
+    monkeypatch.setattr(sys, "stderr", FileProxy(console.err, sys.stderr))
+    console.out.print("result")
+    console.warn("slow")
+    console.print_json({"a": 1})
+    said = capsys.readouterr()
+    assert said.out == 'result\n{"schema": 1, "a": 1}\n' and said.err == "warning: slow\n"
 
 
 def test_json_is_utf_8_in_every_locale(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def _panels(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
     for parameter in _shown(command, ctx):
         usual = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
         names = " / ".join(names_of(parameter)) + (f" {taken}" if (taken := _takes(parameter)) else "")
-        default = parameter.show_default and not parameter.required and parameter.default is not None
+        default = parameter.show_default and parameter.default not in (None, False)
         text = (parameter.help or "") + (f" [default: {parameter.default}]" if default else "")
         panels.setdefault(parameter.rich_help_panel or usual, []).append((names, text))
     for name, one in getattr(command, "commands", {}).items():

@@ -112,7 +112,7 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
         help_text += f" [{opt.bounds}]"
     default = default_of(name)
     if default not in (None, ()):
-        shown = ",".join(default) if isinstance(default, tuple) else default
+        shown = ",".join(default) if isinstance(default, tuple) else {True: "on", False: "off"}.get(default, default)
         help_text += f" [default: {shown}, unless the family says otherwise]"
     if opt.switch is not None:
         help_text += f" {_no(name)} means {opt.switch[0]}."
