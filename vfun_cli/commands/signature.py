@@ -111,8 +111,10 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     if opt.bounds:
         help_text += f" [{opt.bounds}]"
     default = default_of(name)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
     if default not in (None, ()):
-        shown = ",".join(default) if isinstance(default, tuple) else {True: "on", False: "off"}.get(default, default)
+        shown = ",".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}, unless the family says otherwise]"
     if opt.switch is not None:
         help_text += f" {_no(name)} means {opt.switch[0]}."
