@@ -35,8 +35,9 @@ learning_rate = 1e-5
 
 *Resume* says what a changed value means for `vfun resume`: **harmless** and **sharding** pass with a notice (the latter
 spreads the same run otherwise), **trajectory** is refused unless `--allow` names it. **length** is harmless where the
-learning rate does not depend on the end of the run, and a trajectory with `linear` and `cosine`. On another number of
-processes `gradient_accumulation_steps` follows, so that a step stays what it was; where it cannot, a notice says so.
+learning rate does not depend on the end of the run, and a trajectory with `linear` and `cosine`; **contents** may lie
+elsewhere, and is refused where it is not the same any more. On another number of processes
+`gradient_accumulation_steps` follows, so that a step stays what it was; where it cannot, a notice says so.
 """
 
 

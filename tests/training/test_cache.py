@@ -313,12 +313,14 @@ def filled(cache: Cache, output: Any = None) -> tuple[str, Path]:
     return key, cache.path(key)
 
 
-@pytest.mark.parametrize("harm", ["cut", "bit", "empty"])
+@pytest.mark.parametrize("harm", ["cut", "bit", "empty", "another"])
 def test_a_damaged_entry_is_reported_and_made_again(harm: str, cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:
     key, path = filled(cache)
     content = bytearray(path.read_bytes())
+    cache.write("cd" * 16, {"mean": torch.ones(2, 3), "std": torch.ones(())})  # of the same size
+    another = cache.path("cd" * 16)
     content[-1] ^= 1
-    path.write_bytes({"cut": content[:-3], "bit": content, "empty": b""}[harm])
+    path.write_bytes({"cut": content[:-3], "bit": content, "empty": b"", "another": another.read_bytes()}[harm])
     assert cache.read(key) is None and not path.exists()
     assert str(path) in capfd.readouterr().err
     filled(cache)

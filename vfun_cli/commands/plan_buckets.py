@@ -122,10 +122,10 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
 
 def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tuple[RunPlan, list[EpochPlan]]":
     """The plan and its first epochs, from rows that state everything, or else from checked files."""
-    from vfun_cli.plan.rows import checked_table, stated_table, validate_command
+    from vfun_cli.plan.rows import checked_rows, stated_table, validate_command
 
     try:
-        table = stated_table(config, spec) or checked_table(config, spec)
+        table = stated_table(config, spec) or checked_rows(config, spec).table()
         from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for rows that are refused
 
         dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +31,7 @@ TRAIN = ("train", "lora")
 DATA_COMMANDS = ("train", "lora", "plan-buckets", "validate-meta")
 PLAN_COMMANDS = ("train", "lora", "plan-buckets")
 
-ResumeEffect = Literal["trajectory", "harmless", "sharding", "length"]
+ResumeEffect = Literal["trajectory", "harmless", "sharding", "length", "contents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ class Opt:
     """A number must be less than this."""
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
-    """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise, or
-    another length, which is a trajectory where the learning rate depends on it."""
+    """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise,
+    another length, which is a trajectory where the learning rate depends on it, or another place, whose contents tell.
+    """
     hidden: bool = False
 
     @property
@@ -96,6 +97,7 @@ class RunConfig:
             help="Model directory in its released layout. Nothing is ever downloaded.",
             panel=MODEL,
             variables=("MODEL_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -105,6 +107,7 @@ class RunConfig:
             help="Folder that the paths in the metadata start from.",
             panel=DATA,
             variables=("DATASET_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -114,6 +117,7 @@ class RunConfig:
             help="Metadata: a JSON list, JSON lines or CSV.",
             panel=DATA,
             variables=("DATASET_META_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -626,6 +630,11 @@ class RunConfig:
         """Plain JSON values by option name."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
+    def absolute(self) -> "RunConfig":
+        """The same with every path from the root: what it means wherever it is read."""
+        paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
+        return replace(self, **paths)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`to_json`; an unknown name is a ConfigError."""
@@ -666,6 +675,8 @@ def default_of(name: str) -> Any:
 def effect_on_resume(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> ResumeEffect:
     """What it means for a run that this option has another value, among all options before and now."""
     effect = options()[name][2].on_resume
+    if effect == "contents":
+        return "trajectory"  # unless they are known to be the same
     if effect != "length":
         return effect
     ends = now["lr_scheduler"] in ENDING_SCHEDULERS and _length(before) != _length(now)

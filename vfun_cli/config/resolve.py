@@ -20,6 +20,13 @@ SETTINGS_FILE = "vfun.toml"
 OPTION = "option"
 """The layer of what was typed."""
 
+FOLLOWS: Mapping[str, tuple[str, str]] = {
+    "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
+    "image_sample_size": ("video_sample_size", "video_sample_size"),
+    "cache_variants": ("cache", "default with a cache"),
+}
+"""Options that follow from another where nothing was said: which one, and what their source is called then."""
+
 Layer = tuple[str, Mapping[str, Any]]
 """Its name, and the values that it has."""
 
@@ -108,13 +115,11 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     if "default" in sources["train_data_dir"] and "default" not in sources["train_data_meta"]:
         assert config.train_data_meta is not None
         found["train_data_dir"] = config.train_data_meta.parent
-        sources["train_data_dir"] = "folder of train_data_meta"
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
-        sources["image_sample_size"] = "video_sample_size"
     if config.cache is not None and config.cache_variants is None:
         found["cache_variants"] = DEFAULT_VARIANTS
-        sources["cache_variants"] = "default with a cache"
+    sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
 
 

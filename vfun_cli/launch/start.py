@@ -11,6 +11,7 @@ from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate, lock
+from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
 from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir, clear, ensure_writable, write_atomically
@@ -77,6 +78,7 @@ def write_launch_files(job: Job) -> None:
     """What the launcher and the training processes read; from here on the directory holds a run."""
     for path, text in job.launch.files.items():
         write_atomically(path, text)
+    write_contents(job.run.contents(job.config.machine_rank), job.contents)
     write_atomically(job.run_json, job.run_text())
 
 

@@ -4,13 +4,13 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
-FACTS_VERSION = 4
+FACTS_VERSION = 5
 """Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
 
 OnProgress = Callable[[int, int], None]
@@ -33,12 +33,15 @@ def remembered(
 ) -> dict[Key, Answer]:
     """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
 
-    A file counts as unchanged when its size and modification time are. A thread takes ``at_once`` files: to hand over
+    A file counts as unchanged when its ``_stamp`` is. A thread takes ``at_once`` files: to hand over
     one costs 25 us, a fifth of reading a header.
     """
     stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
     known = _load(cache) if cache else {}
-    found = {key: from_text(known[key][1]) for key in keys if key in known and known[key][0] == stamps[key[0]]}
+    same = [key for key in keys if key in known and known[key][0] == stamps[key[0]]]
+    found: dict[Key, Answer] = {}
+    with suppress(ArithmeticError, LookupError, ValueError):  # somebody else's text: then all is asked anew
+        found = {key: from_text(known[key][1]) for key in same}
     missing = [key for key in keys if key not in found]
     report = progress or (lambda done, total: None)
     report(len(found), len(keys))
@@ -59,17 +62,21 @@ def remembered(
 # The cache: one table, one row per file and kind of probe.
 _PASSING = ("unreadable-file", "decode-timeout", "decode-crash")
 """Failures that may be the machine's and not the file's: tried again next time."""
-_Stamp = tuple[int, int]
-_TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTEGER, size INTEGER, mtime_ns INTEGER,
+_Stamp = tuple[int, int, int]
+_TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER,
             facts TEXT, PRIMARY KEY (path, kind))"""
 
 
 def _stamp(path: str) -> _Stamp | None:
+    """Size, time of writing, and time of any change: touch and cp -p set the second of them, nothing sets the third.
+
+    Not the inode: some network file systems number their files anew with each mount.
+    """
     try:
         status = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
@@ -78,18 +85,23 @@ def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
         return {}
     try:
         with closing(sqlite3.connect(f"{cache.absolute().as_uri()}?mode=ro", timeout=CACHE_WAIT, uri=True)) as database:
-            rows = database.execute(
-                "SELECT path, kind, size, mtime_ns, facts FROM facts WHERE version = ?", (FACTS_VERSION,)
-            )
-            return {(path, kind): ((size, mtime), facts) for path, kind, size, mtime, facts in rows}
+            if _version(database) != FACTS_VERSION:
+                return {}
+            rows = database.execute("SELECT path, kind, size, mtime_ns, ctime_ns, facts FROM facts")
+            return {(path, kind): (tuple(stamp), facts) for path, kind, *stamp, facts in rows}
     except sqlite3.Error:
         return {}
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> None:
     """Remember facts; a cache that cannot be written costs time next time, nothing else."""
     rows = [
-        (*key, FACTS_VERSION, *stamp, answer)
+        (*key, *stamp, answer)
         for key, stamp, answer in entries
         if stamp is not None and not any(code in answer for code in _PASSING)
     ]
@@ -108,5 +120,8 @@ def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> Non
 
 def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
     with closing(sqlite3.connect(cache, timeout=CACHE_WAIT)) as database, database:
+        if _version(database) != FACTS_VERSION:
+            database.execute("DROP TABLE IF EXISTS facts")
+            database.execute(f"PRAGMA user_version = {FACTS_VERSION}")
         database.execute(_TABLE)
         database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)

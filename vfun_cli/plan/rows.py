@@ -149,8 +149,8 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     return shlex.join(words)
 
 
-def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
-    """The clips of a run whose rows are all good; what is odd about them is told.
+def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
+    """The rows of a run, which are all good; what is odd about them is told.
 
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
@@ -161,7 +161,7 @@ def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
     if any(problem.severity == "warning" for problem in report.problems):
         console.hint(f"The rows: {validate_command(config, spec)}")
     report.require_ok()
-    return report.table()
+    return report
 
 
 def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":

@@ -16,8 +16,8 @@ from typing import Any
 from vfun_cli.errors import CheckpointError
 
 SUFFIX = ".safetensors"
-DIGEST = "content"
-"""Key of the digest in an entry's header."""
+DIGEST, NAME = "content", "name"
+"""Keys of the digest and of the entry's own name in its header."""
 ABANDONED = 3600
 """Seconds after which a file that is being written is not."""
 DTYPES = {
@@ -71,7 +71,7 @@ def verify_entry(path: Path) -> None:
 
     try:
         tensors = safetensors.read_file(path)
-        stated = safetensors.read_metadata(path).get(DIGEST)
+        stated = safetensors.read_metadata(path)
         found = content_digest(
             {
                 name: Content(dtype=DTYPES[tensor.dtype], shape=tensor.shape, data=tensor.chunks())
@@ -81,19 +81,21 @@ def verify_entry(path: Path) -> None:
     except CheckpointError as error:
         raise DamagedEntry(f"{path} is damaged ({error.message})") from None
     ends = [part.offset + tensor.nbytes for tensor in tensors.values() for part in tensor.segments]
-    require_digest(path, stated, found)
+    require_entry(path, stated, found)
     if ends and max(ends) != path.stat().st_size:
         raise DamagedEntry(f"{path} is damaged: there is more in it than was written")
 
 
-def require_digest(path: Path, stated: str | None, found: str) -> None:
-    """Compare the digest in an entry's header with its content's.
+def require_entry(path: Path, stated: Mapping[str, str], found: str) -> None:
+    """Compare what an entry's header states with the digest of its content, and with where it lies.
 
     Raises:
-        DamagedEntry: they differ.
+        DamagedEntry: it holds something else, or what was written under another name.
     """
-    if stated != found:
+    if stated.get(DIGEST) != found:
         raise DamagedEntry(f"{path} is damaged: its content is not what was written")
+    if stated.get(NAME, path.stem) != path.stem:  # earlier versions state no name
+        raise DamagedEntry(f"{path} is damaged: it was written as {stated[NAME]}")
 
 
 def entry(root: Path, key: str) -> Path:

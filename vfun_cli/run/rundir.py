@@ -64,6 +64,10 @@ class RunDir:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
 
+    def contents(self, machine_rank: int = 0) -> Path:
+        """The digest of every file and row that the run reads."""
+        return self.launch(machine_rank) / "contents.json"
+
     def fill_report(self, rank: int) -> Path:
         """What a rank did that filled a cache."""
         return self.logs / f"filled-rank-{rank}.json"

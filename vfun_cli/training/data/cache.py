@@ -29,7 +29,7 @@ from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
 from vfun_cli.modeling.media import frames, pictures, sizes, sound
-from vfun_cli.run.cachedir import DIGEST, Content, DamagedEntry, content_digest, entry, require_digest
+from vfun_cli.run.cachedir import DIGEST, NAME, Content, DamagedEntry, content_digest, entry, require_entry
 from vfun_cli.run.rundir import write_atomically
 
 CHUNK = 1 << 22
@@ -110,7 +110,7 @@ class Cache:
         partial = path.with_name(f".{key}.{secrets.token_hex(8)}")  # hosts that share a disk share process ids
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {DIGEST: _digest_of_tensors(tensors)})
+            save_file(tensors, partial, {DIGEST: _digest_of_tensors(tensors), NAME: key})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -137,10 +137,10 @@ def read_entry(path: Path) -> Output:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            stated = (file.metadata() or {}).get(DIGEST)
+            stated = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DamagedEntry(f"{path} is damaged ({error})") from None
-    require_digest(path, stated, _digest_of_tensors(tensors))
+    require_entry(path, stated, _digest_of_tensors(tensors))
     return tensors
 
 
