@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.mutations = 40
+        arguments.mutations = 16
     signal.signal(signal.SIGALRM, give_up)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

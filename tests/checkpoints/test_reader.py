@@ -121,6 +121,26 @@ def test_names_outside_the_list_are_refused(tmp_path: Path, name: str) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("value", [None, -1, 10**30, [], (), 0.5])
+def test_a_description_of_odd_values_is_an_error_of_the_checkpoint(
+    samples: Path, tmp_path: Path, value: object
+) -> None:
+    sharded = shutil.copytree(samples / "fsdp", tmp_path / "fsdp") / "model"
+    plan = pickle.loads((sharded / ".metadata").read_bytes())
+    plan.planner_data[next(iter(plan.planner_data))] = value
+    (sharded / ".metadata").write_bytes(pickle.dumps(plan))
+    stage = shutil.copytree(samples / "zero2", tmp_path / "zero2")
+    (file,) = stage.rglob("*model_states.pt")
+    content = torch.load(file, weights_only=False)
+    content["param_shapes"][0]["head.bias"] = value
+    torch.save(content, file)
+    for checkpoint in (sharded.parent, stage):
+        with pytest.raises(CheckpointError):
+            reader = open_checkpoint(checkpoint)
+            for source in reader.weights.values():
+                source.read()
+
+
 @pytest.mark.parametrize("strategy", ["single", "fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_truncated_files_are_errors_of_the_checkpoint(

@@ -6,6 +6,7 @@ Nothing is loaded until a tensor is read, and neither torch, accelerate, DeepSpe
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,11 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory.", hint="Name a checkpoint directory, e.g. checkpoint-500.")
+    with _described_by(path):
+        return _open(path)
+
+
+def _open(path: Path) -> CheckpointReader:
     state = read_state(path) if (path / STATE_FILE).is_file() else {}
     for folder in (path / "model", path):
         if (folder / ".metadata").is_file():
@@ -84,6 +90,18 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         f"{path} holds no checkpoint: neither model.safetensors, nor a DCP .metadata, nor DeepSpeed *_optim_states.pt.",
         hint="Name the checkpoint-N directory itself.",
     )
+
+
+@contextmanager
+def _described_by(what: Path) -> Iterator[None]:
+    """Inside, values that a pickle holds are used: each may be of any type and size, and none is what it should be."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{what} is damaged: what it says of its tensors makes no sense "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def _clean(name: str) -> str:
@@ -136,6 +154,7 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
     if not weights:
         raise CheckpointError(f"{folder} is a DCP directory without an entry 'model'.")
 
+    @_described_by(optimizer)
     def moments() -> dict[str, Moments]:
         if optimizer == folder:
             found = tensors
@@ -166,7 +185,7 @@ def _dcp_tensors(folder: Path) -> dict[tuple[str, ...], TensorSource]:
     """The tensors of a DCP directory by their path in the saved state dict."""
     file = folder / ".metadata"
     metadata = load_pickle(file)
-    try:
+    with _described_by(file):
         paths = metadata.planner_data or {}
         pieces: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
         for index, info in metadata.storage_data.items():
@@ -178,8 +197,6 @@ def _dcp_tensors(folder: Path) -> dict[tuple[str, ...], TensorSource]:
             for name, entry in metadata.state_dict_metadata.items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
-    except (AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{file} is not the metadata of a DCP checkpoint: {first_line(error)}.") from error
 
 
 def _dcp_tensor(folder: Path, name: str, entry: Inert, pieces: list[tuple[tuple[int, ...], Any]]) -> TensorSource:
@@ -189,6 +206,7 @@ def _dcp_tensor(folder: Path, name: str, entry: Inert, pieces: list[tuple[tuple[
         raise CheckpointError(f"{folder}: {name} has dtype {dtype}, which is not supported.")
     sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
 
+    @_described_by(folder)
     def locate() -> tuple[Segment, ...]:
         runs: list[tuple[int, Segment]] = []
         for offset, info in pieces:
@@ -255,8 +273,8 @@ def _zero_folder(folder: Path) -> Path | None:
     candidates = [folder]
     latest = folder / "latest"
     if latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
-        if tag and Path(tag).name == tag:
+        tag = latest.read_bytes()[:255].decode("utf-8", "replace").strip()
+        if tag and Path(tag).name == tag and tag.isprintable():
             candidates.append(folder / tag)
     candidates += [folder / "state", folder / "pytorch_model"]
     return next((found for found in candidates if any(found.glob("*_optim_states.pt"))), None)
@@ -287,8 +305,10 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
 
     def source(name: str, flat: list[list[TensorSource]]) -> TensorSource:
         shape, runs = places[name]
-        return TensorSource(shape=shape, dtype="F32", locate=lambda: _cut(flat, runs, name, folder))
+        locate = _described_by(folder)(lambda: _cut(flat, runs, name, folder))
+        return TensorSource(shape=shape, dtype="F32", locate=locate)
 
+    @_described_by(folder)
     def moments() -> dict[str, Moments]:
         key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
         base = [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.errors import EnvironmentFault
-from vfun_cli.metadata import mp4, sounds, timeline, upright, wav
+from vfun_cli.metadata import mp4, opening, sounds, timeline, upright, wav
 from vfun_cli.metadata import pictures as picture_files
-from vfun_cli.modeling import encoders, inputs, pixels, randomness, weights
+from vfun_cli.modeling import encoders, foreign, inputs, pickled, pixels, randomness, weights
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
@@ -35,8 +35,8 @@ from vfun_cli.run.rundir import write_atomically
 CHUNK = 1 << 22
 FAMILIES = Path(str(families.__file__)).parent
 SHARED_CODE = (
-    frames, timeline, mp4, pictures, picture_files, upright, sound, sounds, wav, sizes, pixels,
-    inputs, randomness, weights,
+    frames, timeline, mp4, opening, pictures, picture_files, upright, sound, sounds, wav, sizes, pixels,
+    inputs, randomness, weights, pickled, foreign,
 )  # fmt: skip
 """Modules that decode media and load encoders, beside the encoders' own."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "av", "pillow")
