@@ -65,6 +65,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert names(run.root) == {"checkpoint-4", "logs", "plan.json"}
 
 
+@pytest.mark.slow
 def test_a_deletion_that_dies_at_any_moment_is_known_and_goes_on(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
 
