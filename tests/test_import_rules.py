@@ -70,6 +70,8 @@ ROOMS = (
     ("console",),
     ("devices",),
     ("lfs",),
+    ("disks",),
+    ("files",),
     ("metadata", "checkpoints"),
     ("run",),
     ("modeling",),

@@ -69,7 +69,9 @@ def checkpointer(run: RunDir, keep: int | None = None) -> Checkpointer:
 
 
 def progress(step: int) -> dict[str, Any]:
-    return {"step": step, "strategy": "single", "world_size": 1, "family": "none", "run_config": {}}
+    config = {"num_processes": 1, "gradient_accumulation_steps": 1, "pretrained_model_name_or_path": "model"}
+    run = {"strategy": "single", "world_size": 1, "family": "none", "kind": "train", "run_config": config}
+    return {"step": step, **run}
 
 
 def weights(state: TrainedState) -> bytes:

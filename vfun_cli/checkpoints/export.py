@@ -4,7 +4,6 @@ The result has every tensor of the base model directory, the trained ones taken 
 hidden directory beside the output, read back, and renamed when it is right.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,11 +18,12 @@ from typing import Literal
 import numpy as np
 
 from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.manifest import fsync_directory
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
 from vfun_cli.devices import cpu_cores
+from vfun_cli.disks.abilities import fsync, fsync_directory
+from vfun_cli.disks.claims import Taken, claimed
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -346,36 +346,25 @@ def _settle(output: Path, replaced: Path) -> None:
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Keep other exports off this output. The system takes the lock away with the process, however that ends."""
+    """Keep other exports off this output.
+
+    Raises:
+        ConfigError: one is at work on it.
+    """
     path = output.with_name(f".{output.name}.lock")
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise ConfigError(
-                f"another export to {output} is at work.", hint="Wait until it has ended, or name another --output."
-            ) from None
-        except OSError:
-            pass  # a disk without locks
-        if _is_open(path, file):
-            break
-        os.close(file)  # the export before has just ended, and its lock with it
     try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
-
-
-def _is_open(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
-        return False
+        with claimed(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Taken as taken:
+        raise ConfigError(
+            f"another export to {output} is at work ({taken}).",
+            hint="Wait until it has ended, or name another --output.",
+        ) from None
 
 
 def _flush(file: Path) -> None:
     with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+        fsync(opened.fileno())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
+from vfun_cli.disks.abilities import fsync, fsync_directory, naming
 from vfun_cli.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
@@ -103,23 +104,14 @@ def newest_checkpoint(output_dir: Path) -> Path:
     )
 
 
-def fsync_directory(directory: Path) -> None:
-    """Make renames and new names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a crash leaves the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
 
@@ -135,7 +127,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _flush_and_describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
 
 

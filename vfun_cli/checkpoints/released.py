@@ -14,7 +14,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.lfs import refuse_lfs_pointer
 
 INDEX = ".safetensors.index.json"
-MODEL_FILES = frozenset({".safetensors", ".pth", ".json", ".model", ".txt"})
+MODEL_FILES = frozenset({".safetensors", ".pth", ".bin", ".json", ".model", ".txt"})
 """Endings of what a model is read from. Pictures and films beside it need not be there."""
 LISTED = 5
 ZIP_START = b"PK"

@@ -17,8 +17,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content["step"], int):
-            raise ValueError("it names no step")
-    except (OSError, ValueError, KeyError) as error:
+        numbers = (content["step"], content["world_size"], content["run_config"]["gradient_accumulation_steps"])
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("it names no step, or no number of processes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} has no readable {STATE_FILE}: {error}.") from None
     return content

@@ -54,9 +54,11 @@ def _continue(
     from vfun_cli.run import locate
 
     found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
-    command, spec, resolved = resume_check.resolve_as_before(found, given)
-    resolved = resume_check.continuation(found, command, spec, resolved, allow=allow or ())
+    earlier = resume_check.earlier_run(found)
+    command, spec, resolved = resume_check.resolve_as_before(earlier, given)
+    resolved = resume_check.continuation(earlier, command, spec, resolved, allow=allow or ())
     if not dry_run:
         refuse_used(resolved.config, found)  # now: checking the rows may take minutes
     job = decide(command, spec, resolved, found=found)
+    job = resume_check.with_same_contents(earlier, job, allow or ())
     show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)

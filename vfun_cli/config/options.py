@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -529,6 +529,11 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
         return {name: _plain(value) for name, value in asdict(self).items()}
+
+    def absolute(self) -> "RunConfig":
+        """The same with every path from the root: what it means wherever it is read."""
+        paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
+        return replace(self, **paths)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
-from vfun_cli.metadata.records import metadata_digest
-from vfun_cli.plan.rows import checked_table, validate_command
+from vfun_cli.metadata.checks import Report
+from vfun_cli.metadata.records import Metadata, metadata_digest
+from vfun_cli.plan import rows
 from vfun_cli.run import locate, ownership
+from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
@@ -48,6 +50,10 @@ class Job:
     """The folder in memory in which a checkpoint waits while training goes on, of this launch alone."""
     deadline: float | None
     """When --max-hours is over, in seconds since 1970."""
+    contents: Mapping[str, Contents]
+    """What the run reads, by the options that name it."""
+    allowed: Sequence[Mapping[str, Any]] = ()
+    """What changed since the run began and was let pass by --allow: step, option, before, after."""
     prune: bool = False
     """Filling a cache: delete what the plan does not need."""
 
@@ -69,10 +75,12 @@ class Job:
             "staging": None if self.staging is None else str(self.staging),
             "directory": ownership.identity(self.run.root),
             "run_dir": str(self.run.root.absolute()),
-            "config": self.config.to_json(),
+            "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
             "metadata_sha256": metadata_digest(self.config.train_data_meta),
+            "contents": {name: each.digest for name, each in self.contents.items()},
+            "allowed": list(self.allowed),
             "plan_digest": self.plan.first_epoch.digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
             "layouts": [vars(layout) for layout in self.plan.earlier],
@@ -109,13 +117,15 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        plan = _plan(config, spec, found)
+        report = rows.checked_rows(config, spec)
+        plan = _plan(config, spec, found, report)
     except MetadataError as error:
-        raise error.with_command(validate_command(config, spec)) from None
+        raise error.with_command(rows.validate_command(config, spec)) from None
     check_batch(config, len(plan.table))
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
+    contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     run = RunDir(config.output_dir)
     run_json = run.description(config.machine_rank)
     earlier = ownership.recorded(run.run_json) if found is not None and found.is_in(run) else None
@@ -128,6 +138,7 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
         found=found,
+        contents=contents,
         run_id=ownership.new_id() if earlier is None else earlier.get("id"),
         most=ownership.most(config.to_json(), earlier),
         staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
@@ -135,23 +146,40 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     )
 
 
-def _plan(config: RunConfig, spec: FamilySpec, found: Found | None) -> "RunPlan":
+def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Report) -> "RunPlan":
     """The plan of the checked rows, whose first epoch can be planned.
 
     Raises:
         MetadataError: rows that cannot be trained on.
         CheckpointError: no such model directory.
     """
-    table = checked_table(config, spec)
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for what is refused until here
     from vfun_cli.plan.schedule import earlier_segments
 
-    plan = RunPlan.of(config, spec, dims, table)
+    plan = RunPlan.of(config, spec, dims, report.table())
     if found is not None:
         plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
     _ = plan.first_epoch  # raises where no row can be used
     return plan
+
+
+def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[str, Contents]:
+    """What the run reads; new files are read in samples, which takes a while for many.
+
+    Raises:
+        EnvironmentFault: a file cannot be read.
+    """
+    assert config.pretrained_model_name_or_path is not None
+    with rows.progress() as stage:
+        return contents_of(
+            metadata,
+            spec.fields,
+            config.train_data_dir,
+            config.pretrained_model_name_or_path,
+            cache=rows.CACHE.expanduser(),
+            progress=stage("reading samples of files"),
+        )
 
 
 def check_trackers(config: RunConfig) -> None:

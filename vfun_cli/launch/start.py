@@ -13,6 +13,7 @@ from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate, lock, ownership
+from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
 from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir, ensure_writable, write_atomically
@@ -35,7 +36,7 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
     ensure_writable(job.run.root)
-    with lock.held(job.run, job.config.machine_rank):
+    with lock.held(job.run, job.config.machine_rank) as claim:
         # The look at the directory was before the lock: another command may have run in between.
         refuse_used(job.config, job.found, overwrite=overwrite)
         ownership.remove_leftovers(job.run, job.config.machine_rank)
@@ -48,7 +49,7 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         announce(job)
         with supervise.stop_requests(job.run) as stop:
             write_plan(job)
-            return _launch(job, stop)
+            return _launch(job, stop, claim)
 
 
 def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = False) -> None:
@@ -113,15 +114,16 @@ def write_launch_files(job: Job) -> None:
     """What the launcher and the training processes read; from here on the directory holds a run."""
     for path, text in job.launch.files.items():
         write_atomically(path, text)
+    write_contents(job.run.contents(job.config.machine_rank), job.contents)
     write_atomically(job.run_json, job.run_text())
 
 
-def _launch(job: Job, stop: supervise.StopRequests) -> Outcome:
+def _launch(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
     """As often as it takes, or as is allowed."""
     restarts = 0
     while True:
         try:
-            return _launch_once(job, stop)
+            return _launch_once(job, stop, claim)
         except supervise.Crashed as error:
             if stop.asked or restarts == job.config.max_restarts:
                 raise
@@ -137,7 +139,7 @@ def _way_on(job: Job) -> str:
     return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
 
 
-def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
+def _launch_once(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
     ownership.remove_leftovers(job.run, job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
@@ -149,8 +151,9 @@ def _launch_once(job: Job, stop: supervise.StopRequests) -> Outcome:
     first_step = job.found.step if job.found else 0
     try:
         return supervise.launch(
-            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job)
-        )
+            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
+            stdin=claim,
+        )  # fmt: skip
     finally:
         ownership.remove_leftovers(job.run, job.config.machine_rank)
 

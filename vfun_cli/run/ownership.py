@@ -16,6 +16,7 @@ from typing import Any
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import read_state
+from vfun_cli.disks.abilities import fsync_directory
 from vfun_cli.errors import CheckpointError
 from vfun_cli.run.rundir import RunDir, read_description
 
@@ -95,7 +96,7 @@ def delete(path: Path) -> None:
     going = path.with_name(f".checkpoint-{manifest.step_of(path)}.deleted")
     shutil.rmtree(going, ignore_errors=True)
     path.rename(going)
-    manifest.fsync_directory(path.parent)
+    fsync_directory(path.parent)
     shutil.rmtree(going, ignore_errors=True)  # what stays is deleted at the next start
 
 
@@ -112,7 +113,7 @@ def remove_leftovers(run: RunDir, machine_rank: int) -> None:
             continue
         if (int(found[1]), leftover) in manifest.numbered(run.root):
             leftover.rename(run.checkpoint(int(found[1])))  # the one that should have replaced it never came
-            manifest.fsync_directory(run.root)
+            fsync_directory(run.root)
         elif leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -129,7 +130,7 @@ def clear(run: RunDir, machines: int) -> None:
     """
     if run.run_json.exists():
         run.run_json.replace(run.deleted_json)
-        manifest.fsync_directory(run.root)
+        fsync_directory(run.root)
     described = recorded(run.deleted_json)
     if described is not None:
         for _, path in manifest.numbered(run.root):

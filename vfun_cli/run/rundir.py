@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from vfun_cli import console
+from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, EnvironmentFault
 
 DESCRIBES = ("command", "family", "config", "metadata_sha256")
@@ -76,6 +78,10 @@ class RunDir:
     def clips(self, machine_rank: int = 0) -> Path:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
+
+    def contents(self, machine_rank: int = 0) -> Path:
+        """The digest of every file and row that the run reads."""
+        return self.launch(machine_rank) / "contents.json"
 
     def fill_report(self, rank: int) -> Path:
         """What a rank did that filled a cache."""
@@ -174,26 +180,33 @@ def read_description(run_json: Path) -> dict[str, Any]:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Create the folder if need be.
+    """Create the folder if need be, and say what its disk lacks.
 
     Raises:
         EnvironmentFault: it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".vfun-write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        missing = abilities.missing(folder)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot write to {folder}: {error.strerror or error}.",
-            hint="Choose another directory with --output-dir, or mend its permissions.",
+            hint="Make room there, mend its permissions, or choose another directory with --output-dir.",
         ) from None
+    if missing:
+        lacks = "; ".join(f"no {ability.name} ({ability.without})" for ability in missing)
+        console.warn(f"the disk of {folder} has {lacks}. All else works as anywhere.")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")  # several hosts may write at once, and share pids
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with abilities.naming(path):
+            temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

@@ -69,9 +69,9 @@ class FlowMatching:
     outlier: float = OUTLIER
 
     def sigmas(self) -> Tensor:
-        """[1000], from 1 down; no terminal zero."""
-        steps = torch.arange(NUM_TIMESTEPS, 0, -1, dtype=torch.float64) / NUM_TIMESTEPS
-        return (self.shift * steps / (1 + (self.shift - 1) * steps)).float()
+        """[1000], from 1 down; no terminal zero. Rounded to float32 at every step, as diffusers' scheduler does."""
+        steps = torch.arange(NUM_TIMESTEPS, 0, -1, dtype=torch.float32) / NUM_TIMESTEPS
+        return self.shift * steps / (1 + (self.shift - 1) * steps)
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""

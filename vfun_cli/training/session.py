@@ -124,5 +124,7 @@ def _state_of(config: RunConfig, described: Mapping[str, Any], accelerator: Acce
         "family": described["family"],
         "kind": described["command"],
         "layouts": described.get("layouts", []),
+        "contents": described.get("contents", {}),
+        "allowed": described.get("allowed", []),
         "run_config": config.to_json(),
     }

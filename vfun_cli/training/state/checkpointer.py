@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.disks.abilities import copy_folder, fsync_directory
 from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
+from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
@@ -151,7 +153,7 @@ class Checkpointer:
         state.accelerator.wait_for_everyone()
         self.format.save(state, folder)
         if state.average is not None and state.accelerator.is_main_process:
-            save_file(state.average.shadow, folder / EMA_FILE)
+            save_tensors(state.average.shadow, folder / EMA_FILE)
         state.accelerator.wait_for_everyone()
 
     def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
@@ -160,7 +162,7 @@ class Checkpointer:
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
             on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
-            shutil.copytree(waiting, partial, dirs_exist_ok=True)
+            copy_folder(waiting, partial)
             shutil.rmtree(waiting)
             arrived = [partial.with_name(f"{partial.name}-from-{number}") for number in range(machines)]
             arrived[machine].touch()
@@ -176,7 +178,7 @@ class Checkpointer:
         final = self.run.checkpoint(run_state["step"])
         (partial / CONFIG_DIR).mkdir()
         for name, source in self.config_files.items():
-            shutil.copy2(source, partial / CONFIG_DIR / name)
+            shutil.copyfile(source, partial / CONFIG_DIR / name)
         (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
         manifest.write_manifest(partial)
         replaced = self.run.replaced_checkpoint(run_state["step"])
@@ -186,7 +188,7 @@ class Checkpointer:
                 raise FileExistsError(errno.EEXIST, "it is there already, and this run did not save it", final.name)
             final.rename(replaced)
         partial.rename(final)
-        manifest.fsync_directory(final.parent)  # before anything that it makes superfluous goes
+        fsync_directory(final.parent)  # before anything that it makes superfluous goes
         if replaced.exists():
             ownership.delete(replaced)
         self._delete_old(final, run_id)

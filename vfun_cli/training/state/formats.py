@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
 
 WEIGHTS_FILE = "model.safetensors"
@@ -40,12 +41,12 @@ def _save_plain(state: TrainedState, folder: Path) -> None:
     if not state.accelerator.is_main_process:
         return
     trained = trained_parameters(state)
-    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
+    save_tensors({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
     moments = {}
     for name, parameter in trained.items():
         for moment, value in inner_optimizer(state.optimizer).state[parameter].items():
             moments[f"{name}.{moment}"] = value.detach().contiguous()
-    save_file(moments, folder / OPTIMIZER_FILE)
+    save_tensors(moments, folder / OPTIMIZER_FILE)
 
 
 def _load_plain(state: TrainedState, folder: Path) -> None:
@@ -96,6 +97,7 @@ _TAG = "state"
 def _save_engine(state: TrainedState, folder: Path) -> None:
     """DeepSpeed's own checkpoint; the frozen base is not in it."""
     engine: Any = state.model
+    engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
 
 
