@@ -6,14 +6,26 @@ from typing import Any
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.run import ownership
-from vfun_cli.run.rundir import DESCRIBES, RunDir
+from vfun_cli.run.rundir import RunDir
 
-CONFIG = {"num_processes": 2, "num_machines": 1}
+CONFIG: dict[str, Any] = {
+    "num_processes": 2,
+    "num_machines": 1,
+    "gradient_accumulation_steps": 1,
+    "pretrained_model_name_or_path": "model",
+    "train_data_meta": "metadata.json",
+}
+DESCRIBED = {"command": "train", "family": "none", "config": CONFIG, "metadata_sha256": ""}
+"""As much as every run.json states."""
+STATE = {
+    "strategy": "single", "world_size": 1, "family": "none", "kind": "train", "layouts": [], "run_config": CONFIG,
+}  # fmt: skip
+"""As much as every state.json states, but for the step."""
 
 
 def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) -> str | None:
     """All files of a run, and checkpoints of these steps; returns the run's id."""
-    described = {**dict.fromkeys(DESCRIBES), "config": CONFIG, "id": ownership.new_id(), **stated}
+    described = {**DESCRIBED, "id": ownership.new_id(), **stated}
     for path in [run.plan_json, run.metrics, run.outcome, *run.files_of_machine(0), *run.files_of_rank(1)]:
         write(path)
     write(run.sanity_check / "sample-0-video.mp4")
@@ -27,7 +39,8 @@ def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) ->
 def write_checkpoint(path: Path, run_id: str | None, **state: Any) -> None:
     """A whole one, of a run."""
     write(path / "model" / "model.safetensors", "weights")
-    write(path / "state.json", json.dumps({"step": manifest.step_of(path), "run_id": run_id, **state}))
+    content = {**STATE, "step": manifest.step_of(path), "run_id": run_id, **state}
+    write(path / "state.json", json.dumps(content))
     manifest.write_manifest(path)
 
 
