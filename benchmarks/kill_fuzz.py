@@ -39,10 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
 
 from tests.deaths import each_death
+from tests.run.small_run import DESCRIBED, STATE
 from vfun_cli import families
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.compare import compare_tensors, moments
-from vfun_cli.checkpoints.export import export, in_place
+from vfun_cli.checkpoints.export import export, replacing
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -51,7 +52,7 @@ from vfun_cli.launch.job import Job, decide
 from vfun_cli.launch.start import write_launch_files, write_plan
 from vfun_cli.run import locate, ownership
 from vfun_cli.run.metrics_file import MetricsFile
-from vfun_cli.run.rundir import DESCRIBES, RunDir
+from vfun_cli.run.rundir import RunDir
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS = 24
@@ -223,8 +224,7 @@ class Windows:
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=False))
         self.state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
         self.run.mkdir()
-        stated = {**dict.fromkeys(DESCRIBES), "config": {"num_processes": 1, "num_machines": 1}, "id": "ours"}
-        self.rundir.run_json.write_text(json.dumps(stated))
+        self.rundir.run_json.write_text(json.dumps({**DESCRIBED, "id": "ours"}))
         for step in (1, 2):
             self.save(step)
         shutil.copyfile(self.run / "checkpoint-2/model/model.safetensors", self.base / "model.safetensors")
@@ -240,8 +240,7 @@ class Windows:
 
         config = {"config.json": self.base / "config.json"}
         saver = Checkpointer(self.rundir, "single", keep=keep, config_files=config, staging=self.root / "memory")
-        description = {"run_id": "ours", "strategy": "single", "world_size": 1, "family": "none", "run_config": {}}
-        saver.save(self.state, {**description, "step": step}, background=background)
+        saver.save(self.state, {**STATE, "run_id": "ours", "step": step}, background=background)
         saver.wait()
 
     def export(self) -> Any:
@@ -278,7 +277,7 @@ class Windows:
 
     def require_export(self) -> None:
         if not self.output.exists():
-            with suppress(ConfigError), in_place(self.output, overwrite=False):
+            with suppress(ConfigError), replacing(self.output, needed=0, overwrite=False):
                 raise AssertionError("the older export was not put back")
         assert (self.output / "model.safetensors").exists()
         assert self.export().sha256 == self.exported

@@ -24,8 +24,7 @@ def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def launch(argv: list[str], run: RunDir, *args: Any, **named: Any) -> Outcome:
         described = run.read_run()
-        state = {"strategy": "single", "world_size": 1, "layouts": [], "run_config": described["config"]}
-        write_checkpoint(run.checkpoint(4), described["id"], **state)
+        write_checkpoint(run.checkpoint(4), described["id"], run_config=described["config"])
         return Outcome(ending="completed", step=4)
 
     monkeypatch.setattr(supervise, "launch", launch)

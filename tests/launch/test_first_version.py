@@ -10,6 +10,7 @@ from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config.options import RunConfig
 from vfun_cli.launch.resume_check import continuation, earlier_run, resolve_as_before
 from vfun_cli.plan.schedule import earlier_segments
+from vfun_cli.run import ownership
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
@@ -39,6 +40,7 @@ def test_a_run_of_the_first_version_continues_with_its_options(found: Found) -> 
     command, spec, resolved = resolve_as_before(run, {"max_train_steps": 6})
     kept = continuation(run, command, spec, resolved).config
     assert (command, spec.name) == (described["command"], described["family"])
+    assert ownership.may_go(found.checkpoint, described.get("id")), "the checkpoint is its run's"
     expected = described["config"] | {"output_dir": str(found.run.root), "max_train_steps": 6}
     assert kept.to_json() == expected
     assert len(expected) > 60

@@ -199,6 +199,6 @@ def _remove_staging(run: RunDir, described: dict[str, Any]) -> None:
 def _is_private(folder: Path) -> bool:
     try:
         found = os.lstat(folder)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that none can have
         return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
