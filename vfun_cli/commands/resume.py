@@ -55,5 +55,5 @@ def _continue(
     found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
     command, spec, resolved = resume_check.resolve_as_before(found, given)
     resolved = resume_check.continuation(found, command, spec, resolved, allow=allow or ())
-    job = decide(command, spec, resolved, found=found)
+    job = decide(command, spec, resolved, found=found, dry_run=dry_run)
     show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)

@@ -1,5 +1,9 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -65,14 +69,17 @@ def _run(
         _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
-    with nothing_to_save():
+    with nothing_to_save(), ExitStack() as stack:
         from vfun_cli.commands.jobs import show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
         from vfun_cli.launch.start import refuse_used
         from vfun_cli.run import locate
 
-        layer = demo_default.make(spec) if demo else None
+        place = demo_default.FOLDER
+        if demo and dry_run and not demo_default.is_made(spec):
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
+        layer = demo_default.make(spec, place) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
         name, folder, found = resolved.config.resume_from_checkpoint, resolved.config.output_dir, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
@@ -84,7 +91,9 @@ def _run(
                 overwrite = True  # of an earlier try, which ended before it saved anything
         if not (dry_run or overwrite):
             refuse_used(resolved.config, found)  # now: checking the rows may take minutes
-        job = decide(command, spec, resolved, found=found)
+        job = decide(command, spec, resolved, found=found, dry_run=dry_run)
+        if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
+            job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 

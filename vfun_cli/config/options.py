@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -529,6 +529,20 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
         return {name: _plain(value) for name, value in asdict(self).items()}
+
+    def absolute(self) -> "RunConfig":
+        """The same with every path from the root: what it means wherever it is read."""
+        paths = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
+        return replace(self, **paths)
+
+    def moved(self, before: Path, after: Path) -> "RunConfig":
+        """The same with every path below one folder as it is below another."""
+        paths = {
+            name: after / value.relative_to(before)
+            for name, value in vars(self).items()
+            if isinstance(value, Path) and value.is_relative_to(before)
+        }
+        return replace(self, **paths)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":

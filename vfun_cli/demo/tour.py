@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from vfun_cli import children
 from vfun_cli.console import err
 from vfun_cli.demo.default import FOLDER, OUTPUT_DIR
 from vfun_cli.errors import EXIT_INTERRUPTED
@@ -31,7 +32,7 @@ def main() -> None:
 
 def _command(arguments: tuple[str, ...]) -> list[str]:
     err.print(f"\n[bold cyan]$ vfun {shlex.join(arguments)}[/bold cyan]")
-    return [sys.executable, "-m", "vfun_cli", *arguments]
+    return children.command("vfun_cli", *arguments)
 
 
 def _run(*arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.metadata.remembered import only_read
 from vfun_cli.plan.rows import checked_table, validate_command
 from vfun_cli.run import locate
 from vfun_cli.run.locate import Found
@@ -39,8 +41,10 @@ class Job:
     launch: LaunchPlan
     found: Found | None
     """The checkpoint to continue from."""
+    metadata_sha256: str
+    """Of the metadata that were checked."""
     deadline: float | None
-    """When --max-hours is over, in seconds since 1970."""
+    """When --max-hours is over, in seconds since 1970; of a dry run, which may be started by hand at any time, None."""
     prune: bool = False
     """Filling a cache: delete what the plan does not need."""
 
@@ -51,17 +55,16 @@ class Job:
 
     def description(self) -> dict[str, Any]:
         """What ``run.json`` says."""
-        assert self.config.train_data_meta is not None
         return {
             "schema": 1,
             "vfun": __version__,
             "command": self.command,
             "family": self.spec.name,
             "run_dir": str(self.run.root.absolute()),
-            "config": self.config.to_json(),
+            "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
-            "metadata_sha256": metadata_digest(self.config.train_data_meta),
+            "metadata_sha256": self.metadata_sha256,
             "plan_digest": self.plan.first_epoch.digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
             "layouts": [vars(layout) for layout in self.plan.earlier],
@@ -69,9 +72,10 @@ class Job:
             "prune": self.prune,
         }
 
-    def run_text(self) -> str:
-        """The file ``run.json``."""
-        return json.dumps(self.description(), indent=1, ensure_ascii=False)
+    def files(self) -> dict[Path, str]:
+        """What the launcher and the training processes read; ``run.json``, which makes a run of them, is the last."""
+        run_text = json.dumps(self.description(), indent=1, ensure_ascii=False)
+        return {**self.launch.files, self.run_json.absolute(): run_text}
 
     def plan_summary(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -80,15 +84,23 @@ class Job:
         return plan_json(self.plan, [self.plan.first_epoch])
 
 
-def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None) -> Job:
-    """Check devices, data and model, and work out everything a launch needs. Writes nothing.
+def decide(
+    command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None, dry_run: bool = False
+) -> Job:
+    """Check devices, data and model, and work out everything a launch needs.
+
+    Writes nothing but what it remembers of the files that it read.
+
+    Args:
+        dry_run: the job is only to be shown: nothing at all is written, and it may be meant for another machine.
 
     Raises:
         VfunError: whatever would stop the run later, now.
     """
     config = resolved.config
     assert config.num_processes is not None
-    devices.check_processes(config.device, config.num_processes // config.num_machines)
+    if not (dry_run and config.num_processes):
+        devices.check_processes(config.device, config.num_processes // config.num_machines)
     check_trackers(config)
     if config.pretrained_model_name_or_path is None:
         raise CheckpointError(
@@ -98,13 +110,15 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        plan = _plan(config, spec, found)
+        with only_read() if dry_run else nullcontext():
+            plan = _plan(config, spec, found)
     except MetadataError as error:
         raise error.with_command(validate_command(config, spec)) from None
     check_batch(config, len(plan.table))
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
+    assert config.train_data_meta is not None
     run = RunDir(config.output_dir)
     run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
     return Job(
@@ -116,7 +130,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
         found=found,
-        deadline=time.time() + 3600 * config.max_hours if config.max_hours is not None else None,
+        metadata_sha256=metadata_digest(config.train_data_meta),
+        deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
 
 

@@ -1,9 +1,10 @@
 """How far the training is: a bar on a terminal, a line every few seconds where none is."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +25,57 @@ def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
     with Bar(first_step) if console.err.is_terminal else Lines() as display:
 
         def show_new() -> None:
-            for record in steps.read():
-                display.show(record)
+            with suppress(OSError):  # what only reports ends no run: of a closed terminal, a file that is not to be had
+                for record in steps.read():
+                    display.show(record)
 
         yield show_new
 
 
 class NewSteps:
-    """New complete lines of a growing JSON-lines file; steps up to ``first_step`` belong to an earlier run."""
+    """New steps in a growing JSON-lines file; those up to ``first_step`` belong to an earlier launch.
+
+    So does all that is there before the file first changes: a run that continues from an older checkpoint begins by
+    dropping the steps after it.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path, self.seen, self.offset = path, first_step, 0
+        self.before = _stamp(path)
 
     def read(self) -> list[dict[str, Any]]:
         """Those that came since the last call."""
-        if not self.path.exists():
+        if _stamp(self.path) == self.before:
             return []
-        if self.path.stat().st_size < self.offset:  # a resumed run first drops the steps after its checkpoint
-            self.offset = 0
+        self.before = None
         with self.path.open("rb") as file:
             file.seek(self.offset)
             whole, _, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + 1 if whole else 0
         records = []
-        for line in whole.splitlines():
-            record = json.loads(line)
-            if "event" not in record and record["step"] > self.seen:
+        for record in map(_parsed, whole.splitlines()):
+            if "total_steps" in record and record["step"] > self.seen:
                 self.seen = record["step"]
                 records.append(record)
         return records
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A line of the file; of a damaged one nothing: it is only shown."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class _TwoLines(Progress):
@@ -74,12 +97,13 @@ class Bar:
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
+            TextColumn("{task.fields[pace]}"),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
             console=console.err,
             expand=True,
         )
-        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, left="?")
+        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, pace="", left="?")
         self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> "Bar":
@@ -87,13 +111,19 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
 
     def show(self, record: dict[str, Any]) -> None:
         """The last step, as ``metrics.jsonl`` has it."""
         self.progress.facts = _facts(record)
         self.progress.update(
-            self.task, completed=record["step"], total=record["total_steps"], left=_left(record), refresh=True
+            self.task,
+            completed=record["step"],
+            total=record["total_steps"],
+            pace=_pace(record),
+            left=_left(record),
+            refresh=True,
         )
 
 
@@ -114,24 +144,43 @@ class Lines:
         if time.monotonic() - self.last < LINE_EVERY and record["step"] != record["total_steps"]:
             return
         self.last = time.monotonic()
-        console.err.print(f"step {record['step']}/{record['total_steps']}  {_facts(record)}  left {_left(record)}")
+        said = [
+            f"step {record['step']}/{record['total_steps']}",
+            _pace(record),
+            _facts(record),
+            f"left {_left(record)}",
+        ]
+        console.err.print("  ".join(filter(None, said)), soft_wrap=True)
 
 
 def _facts(record: dict[str, Any]) -> str:
     if "loss" not in record:
         return f"{record['step']} clips encoded"
     facts = [
-        f"loss {record['loss']:.4f}",
+        f"loss {math.nan if record['loss'] is None else record['loss']:.4f}",
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]
-    total = record["seconds"] + record["data_wait"]
+    total = _seconds(record)
     facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
     if record.get("mfu") is not None:
         facts.append(f"mfu {100 * record['mfu']:.1f}%")
     if record["memory_bytes"]:
         facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join(facts)
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """Of a step, with the wait for its clips."""
+    return float(record["seconds"] + record["data_wait"])
+
+
+def _pace(record: dict[str, Any]) -> str:
+    """Seconds a step; a cache is filled clip by clip."""
+    if "loss" not in record:
+        return ""
+    seconds = _seconds(record)
+    return f"{seconds:.{1 if seconds >= 10 else 2}f} s/step"
 
 
 def _left(record: dict[str, Any]) -> str:

@@ -42,8 +42,7 @@ def _dry_run_json(job: Job) -> dict[str, Any]:
     return {
         "run_dir": str(job.run.root),
         "argv": job.launch.argv,
-        "files": {str(path): text for path, text in job.launch.files.items()}
-        | {str(job.run_json.absolute()): job.run_text()},
+        "files": {str(path): text for path, text in job.files().items()},
         "config": job.config.to_json(),
         "sources": job.resolved.sources,
         "plan": job.plan_summary(),
@@ -64,6 +63,10 @@ def _print_dry_run(job: Job) -> None:
         )
     for path, text in job.launch.files.items():
         out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
+    out.print(
+        f"[bold]{escape(str(job.run_json.absolute()))}[/bold]\nThe options above; --json shows it too.\n",
+        soft_wrap=True,
+    )
     out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
     out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
 

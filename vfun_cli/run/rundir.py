@@ -76,6 +76,10 @@ class RunDir:
         """The error that ended a rank."""
         return self.logs / f"error-rank-{rank}.json"
 
+    def rank_error_space(self, rank: int) -> Path:
+        """Room on the disk for that error, taken while there is some."""
+        return self.logs / f".error-rank-{rank}.space"
+
     def rank_errors(self) -> list[Path]:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
