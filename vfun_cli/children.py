@@ -38,8 +38,8 @@ def command(
     module: str,
     *arguments: str,
     directory: Path | None = None,
+    variables: Mapping[str, str] = {},
     environ: Mapping[str, str] = os.environ,
-    **variables: str,
 ) -> list[str]:
     """What starts a module as a Python process of its own.
 

@@ -532,12 +532,14 @@ class RunConfig:
 
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
-        paths = {name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)}
+        paths: dict[str, Any] = {
+            name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)
+        }
         return replace(self, **paths)
 
     def moved(self, before: Path, after: Path) -> "RunConfig":
         """The same with every path below one folder as it is below another."""
-        paths = {
+        paths: dict[str, Any] = {
             name: after / value.relative_to(before)
             for name, value in vars(self).items()
             if isinstance(value, Path) and value.is_relative_to(before)

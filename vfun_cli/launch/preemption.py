@@ -5,6 +5,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from vfun_cli.errors import EXIT_PREEMPTED, VfunError
@@ -48,7 +49,7 @@ def leave_terminal(number: int) -> None:
     """After a hang-up, let nothing be written to the terminal that is gone: each attempt would be an error."""
     if number != signal.SIGHUP:
         return
-    with suppress(OSError), open(os.devnull, "wb") as nowhere:
+    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
         for stream in (1, 2):
             if stat.S_ISCHR(os.fstat(stream).st_mode):  # a closed terminal no longer says that it is one
                 os.dup2(nowhere.fileno(), stream)

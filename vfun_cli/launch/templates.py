@@ -63,7 +63,7 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
         directory=templates_dir() / "accelerate",
-        **_VARIABLES,
+        variables=_VARIABLES,
     )
     return LaunchPlan(files=files, argv=argv)
 

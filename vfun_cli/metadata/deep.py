@@ -104,7 +104,7 @@ class _Workers:
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         if process is None or process.poll() is not None:
             process = subprocess.Popen(
-                children.command("vfun_cli.metadata.decoder", OMP_NUM_THREADS="1"),
+                children.command("vfun_cli.metadata.decoder", variables={"OMP_NUM_THREADS": "1"}),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
                 start_new_session=True,  # Ctrl-C is for us; we end the workers
             )  # fmt: skip

@@ -27,7 +27,6 @@ from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState, fingerprint
 
-
 VISIBLE_RATE = 1e-6
 """A step at a smaller learning rate may round away in float32 weights of size 8."""
 
