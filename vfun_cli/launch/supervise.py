@@ -28,6 +28,9 @@ from vfun_cli.run.rundir import RunDir
 
 POLL_SECONDS = 0.1
 
+KILLED_AFTER = 25
+"""Seconds that torchrun surely leaves to the other ranks after one has failed: it kills them after 30."""
+
 _MARK = "_VFUN_JOB"
 
 _ERRORS = {
@@ -87,7 +90,8 @@ class StopRequests:
         if self.asked and not self.told:
             self.told = True
             console.err.print(
-                f"\n{self.reason}: saving at the next step boundary; once more to stop at once without saving."
+                f"\n{self.reason}: saving at the next step boundary; once more to stop at once without saving.",
+                soft_wrap=True,
             )
 
 
@@ -206,8 +210,9 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
     errors = RankError.read_all(run_dir)
     text = log.read_bytes()[start:].decode(errors="replace")
     killed = _killed(text)
-    crashed = all(error.crash for error in errors)
-    if errors and not (killed and crashed):  # a killed rank leaves no message; its peers only lost the connection
+    # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
+    # still hang a while after one of them has failed.
+    if errors and (killed is None or time.time() - errors[0].time > KILLED_AFTER):
         first = errors[0]
         others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
         kind = _ERRORS.get(first.exit_code, RunError)
@@ -223,12 +228,13 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
 
 
 def _killed(text: str) -> tuple[int, int] | None:
-    """The rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process."""
-    if found := re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL):
-        return int(found[1]), int(found[2])
-    if found := re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text):
-        return 0, int(found[1])
-    return None
+    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process."""
+    others, _, cause = text.partition("Root Cause")
+    for part in (cause, others):
+        if found := re.search(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", part):
+            return int(found[1]), int(found[2])
+    found = re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text)
+    return (0, int(found[1])) if found else None
 
 
 def _signal_name(number: int) -> str:

@@ -160,7 +160,7 @@ class FillReport:
 
 def clear_messages(run: RunDir) -> None:
     """Delete what earlier processes said."""
-    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.fill_reports()]:
+    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.rank_error_spaces(), *run.fill_reports()]:
         path.unlink(missing_ok=True)
 
 

@@ -80,6 +80,10 @@ class RunDir:
         """Room on the disk for that error, taken while there is some."""
         return self.logs / f".error-rank-{rank}.space"
 
+    def rank_error_spaces(self) -> list[Path]:
+        """Those of ranks that were killed."""
+        return sorted(self.logs.glob(".error-rank-*.space"))
+
     def rank_errors(self) -> list[Path]:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
