@@ -47,19 +47,17 @@ def command(
         directory: where it starts; otherwise where its parent is.
         variables: what it finds in its environment beside what it inherits.
     """
-    unset = [name for name in sorted(environ) if not _is_inherited(name, environ[name])]
+    unset = {name for name, value in environ.items() if not _is_inherited(name, value)}
     paths = {name: absolute_entries(environ[name]) for name in SEARCH_PATHS if name in environ}
-    found = {
-        # -P is for one process; its own children (ranks, the fork server, compilers) take this.
-        "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": _modules(environ.get("PYTHONPATH", "")),
-        **{name: entries for name, entries in paths.items() if entries != environ[name]},
-        **variables,
-    }
+    paths = {name: entries for name, entries in paths.items() if not entries or entries != environ[name]}
+    paths["PYTHONPATH"] = _modules(environ.get("PYTHONPATH", ""))
+    unset |= {name for name, entries in paths.items() if not entries}
+    # -P is for one process; its own children (ranks, the fork server, compilers) take PYTHONSAFEPATH.
+    found = {"PYTHONSAFEPATH": "1", **{name: entries for name, entries in paths.items() if entries}, **variables}
     return [
         "/usr/bin/env",
         *(["-C", str(directory)] if directory is not None else []),
-        *(word for name in unset for word in ("-u", name)),
+        *(word for name in sorted(unset) for word in ("-u", name)),
         *(f"{name}={value}" for name, value in found.items()),
         sys.executable,
         "-P",
