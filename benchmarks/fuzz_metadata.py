@@ -1,31 +1,45 @@
 """Mutated metadata and damaged media: validation must end with a report, never with a traceback or a hang.
 
-    python benchmarks/fuzz_metadata.py [--metadata 10000] [--media 300] [--seed 0]
+    python benchmarks/fuzz_metadata.py [--metadata 10000] [--media 300] [--playlists 300] [--seed 0]
 
 Writes benchmarks/results/fuzz_metadata.json. Metadata files are mutated by bytes (JSON, JSON lines, CSV) and by values,
 then read, validated against real files, rendered, turned into JSON and a clip table, and fixed. Media (mp4, mkv, wav,
 jpg, png) are byte-flipped, cut, or given another file's head or tail, then probed and decoded to their end.
+
+Playlists, other texts that name files and addresses, and rows whose paths look like addresses go through validation,
+--deep and the reader of training, whole and damaged: none may be followed, and a socket on loopback, which they name,
+must hear nothing. What those name is a good video, so that following it would count.
 """
 
 import io
 import json
+import os
 import random
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-import record
 from PIL import Image
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import record
+
+from tests.hostile_media import PLAYLISTS, accepted
+from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.media import build_media
 from vfun_cli.errors import VfunError
+from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.metadata.checks import Settings, validate
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.deep import decode_many
@@ -35,6 +49,7 @@ from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import render, to_json
+from vfun_cli.training.data.stream import record_reader
 
 FIELDS = (
     MetadataField(name="file_path", media="visual"),
@@ -48,7 +63,13 @@ LEFTOVER = 10.0
 VALUES: list[Any] = [
     None, True, -1, 0, 3, 1e308, float("nan"), float("inf"), 10**30, "", " ", "x" * 5000, "\0", "\ud800", "../x", "/",
     "30000/1001", "1/0", "image", "video", "Video", [], {}, ["a"], {"a": 1}, "[/red]", "a\nb", "\u202e", "ä.mp4",
+    10**4000, "1e999999999", "9" * 4000, json.loads("[" * 400 + "]" * 400), "\x1b[31m", "\x9b", "a" * 300, "a/" * 3000,
+    "pipe.mp4", "pipe.wav", "zero.mp4", "train", ".", "/dev/zero", "/proc/kmsg", "/proc/self/mem", "link/1.mp4",
+    "http:/127.0.0.1:1/1.mp4", "file:train/1.mp4", "concat:a|b", "~", "%d.png", "\\", "train/\udcff.mp4",
 ]  # fmt: skip
+
+
+ENCODINGS = (("utf-8",), ("utf-8-sig",), ("utf-16",), ("utf-16-be",), ("cp037",))
 
 
 def mutate_values(row: dict[str, Any], rng: random.Random) -> Any:
@@ -83,7 +104,7 @@ def metadata_file(rows: list[dict[str, Any]], rng: random.Random) -> tuple[str, 
     """(suffix, content) of one mutated file."""
     chosen = [mutate_values(row, rng) for row in rng.choices(rows, k=rng.randrange(6))]
     if rng.random() < 0.5:
-        return ".json", json.dumps(chosen).encode()
+        return ".json", json.dumps(chosen).encode(*rng.choices(ENCODINGS, [20, 1, 1, 1, 1])[0])
     plain = rng.choices(rows, k=3)
     kind = rng.choice([".json", ".jsonl", ".csv", ".txt"])
     if kind == ".csv":
@@ -129,7 +150,13 @@ def fuzz_metadata(root: Path, rows: list[dict[str, Any]], folder: Path, count: i
             failures.append({"number": number, "suffix": suffix, "traceback": traceback.format_exc()[-2000:]})
         slowest = max(slowest, time.perf_counter() - started)
         path.unlink()
-    return {"files": count, "tracebacks": failures, "slowest_s": round(slowest, 2), "codes": dict(codes.most_common())}
+    return {
+        "files": count,
+        "tracebacks": failures,
+        "slowest_s": round(slowest, 2),
+        "hangs": int(slowest > TIMEOUT),
+        "codes": dict(codes.most_common()),
+    }
 
 
 def damage(content: bytes, other: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -149,7 +176,8 @@ def damage(content: bytes, other: bytes, rng: random.Random) -> tuple[str, bytes
 
 def fuzz_media(root: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Probe and decode damaged copies of every kind of file; how each ended."""
-    sources = sorted(path for path in root.rglob("*") if path.suffix in (".mp4", ".mkv", ".wav", ".jpg", ".png"))
+    suffixes = (".mp4", ".mkv", ".wav", ".jpg", ".png")
+    sources = sorted(path for path in root.rglob("*") if path.suffix in suffixes and path.is_file())
     rng, paths, kinds = random.Random(seed), [], Counter[str]()
     for number in range(count):
         source, other = rng.sample(sources, 2)
@@ -179,8 +207,74 @@ def fuzz_media(root: Path, folder: Path, count: int, seed: int) -> dict[str, Any
     }
 
 
+@contextmanager
+def listening() -> Iterator[tuple[int, list[bytes]]]:
+    """A port on loopback, and, once it is closed, who connected to it."""
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        yield server.getsockname()[1], heard
+        server.setblocking(False)
+        while True:
+            try:
+                connection, _ = server.accept()
+            except BlockingIOError:
+                return
+            with connection:
+                heard.append(connection.recv(100))
+
+
+def fuzz_playlists(root: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Whole and damaged files that name others, and paths that look like addresses: what was followed, who was called.
+
+    In the working directory, which is the data root: that is where a path could be taken for an address.
+    """
+    rng, followed, read_wrongly, slowest = random.Random(seed), [], [], 0.0
+    before = Path.cwd()
+    film = (root / "train/film.mkv").read_bytes()
+    (folder / "film.mkv").write_bytes(film)
+    os.chdir(folder)
+    with listening() as (port, heard):
+        targets = (
+            "film.mkv", f"{folder}/film.mkv", f"file:{folder}/film.mkv", f"subfile,,start,0,end,0,,:{folder}/film.mkv",
+            f"http://127.0.0.1:{port}/1.mkv", f"tcp://127.0.0.1:{port}", f"rtmp://127.0.0.1:{port}/1/1",
+        )  # fmt: skip
+        for number in range(count):
+            name, target = rng.choice(list(PLAYLISTS)), rng.choice(targets)
+            path = folder / f"{number:04d}-{name}"
+            content = PLAYLISTS[name].format(target).encode()
+            path.write_bytes(mutate_bytes(content, rng) if number % 3 == 2 else content)
+            started = time.perf_counter()
+            followed += [{"file": name, "names": target, "by": by} for by in accepted(path)]
+            slowest = max(slowest, time.perf_counter() - started)
+        addresses = (
+            f"http:/127.0.0.1:{port}/1.mkv", f"tcp:/127.0.0.1:{port}", "subfile,,start,0,end,0,,:film.mkv", "pipe:0",
+            "concat:film.mkv|film.mkv", "file:1.mkv", "async:film.mkv", "crypto:film.mkv", "data:video,0", "fd:0",
+        )  # fmt: skip
+        for address in addresses:  # each is a file that lies there
+            Path(address).parent.mkdir(parents=True, exist_ok=True)
+            Path(address).write_bytes(film)
+            Path("rows.json").write_text(json.dumps([{"file_path": address, "text": "", "type": "video"}]))
+            config = RunConfig(train_data_meta=Path("rows.json"), train_data_dir=Path())
+            took = accepted(record_reader(config, SPEC)(0)["file_path"])
+            if took != ["header, visual", "deep, picture", "training, frames"]:
+                read_wrongly.append({"path": address, "by": took})
+    os.chdir(before)
+    return {
+        "files": count,
+        "paths": len(addresses),
+        "followed": followed,
+        "read_wrongly": read_wrongly,
+        "heard": [text.decode("latin-1") for text in heard],
+        "slowest_s": round(slowest, 2),
+    }
+
+
 def further_kinds(root: Path) -> None:
-    """A Matroska film and a PNG picture beside the demo's mp4, wav and jpg."""
+    """A Matroska film and a PNG picture beside the demo's mp4, wav and jpg; pipes, a device, a link to nowhere."""
+    for name in ("pipe.mp4", "pipe.wav"):
+        os.mkfifo(root / name)
+    (root / "zero.mp4").symlink_to("/dev/zero")
+    (root / "link").symlink_to("link")
     with av.open(str(root / "train/film.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -195,14 +289,16 @@ def main() -> int:
     parser = record.parser("fuzz_metadata", __doc__)
     parser.add_argument("--metadata", type=int, default=10_000)
     parser.add_argument("--media", type=int, default=300)
+    parser.add_argument("--playlists", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.metadata, arguments.media = 50, 5
+        arguments.metadata, arguments.media, arguments.playlists = 50, 5, 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root, damaged = folder / "data", folder / "damaged"
         damaged.mkdir()
+        (folder / "playlists").mkdir()
         rows = json.loads(build_media(root, control=True, audio=True, images=False).read_text())
         Image.new("RGB", (64, 48), "green").save(root / "train/still.jpg")
         further_kinds(root)
@@ -211,11 +307,14 @@ def main() -> int:
             "seed": arguments.seed,
             "metadata": fuzz_metadata(root, rows, folder, arguments.metadata, arguments.seed),
             "media": fuzz_media(root, damaged, arguments.media, arguments.seed),
+            "playlists": fuzz_playlists(root, folder / "playlists", arguments.playlists, arguments.seed),
         }
         result["seconds"] = round(time.perf_counter() - started, 1)
     record.write_result(arguments, result)
     print(json.dumps(result, indent=1))
-    return int(bool(result["metadata"]["tracebacks"] or result["media"]["tracebacks"] or result["media"]["hangs"]))
+    faults = [*map(result["metadata"].get, ["tracebacks", "hangs"]), *map(result["media"].get, ["tracebacks", "hangs"]),
+              *map(result["playlists"].get, ["followed", "read_wrongly", "heard"])]  # fmt: skip
+    return int(any(faults))
 
 
 if __name__ == "__main__":

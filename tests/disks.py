@@ -1,10 +1,15 @@
-"""File systems of their own, in memory: a full one, or one that cannot be written, which even root's writes fail on."""
+"""Disks that are full, cannot be written, or lack something: mounted in memory, or imitated."""
 
+import errno
+import fcntl
 import os
+import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +27,46 @@ def file_system(place: Path, *options: str) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+ABILITIES = ("locks", "modes", "times", "folders", "links", "room")
+"""What a disk may lack, as lacking.c names it."""
+
+
+def without(patch: pytest.MonkeyPatch, *abilities: str, code: int = errno.EPERM) -> None:
+    """Imitate disks that lack these abilities, in this process and as far as Python is asked."""
+    fsync = os.fsync
+
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def of_files_alone(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            refuse()
+        fsync(file)
+
+    calls = {
+        "locks": [(fcntl, "flock", refuse), (fcntl, "lockf", refuse)],
+        "modes": [(os, "chmod", refuse), (os, "fchmod", refuse)],
+        "times": [(os, "utime", refuse)],
+        "folders": [(os, "fsync", of_files_alone)],
+        "links": [(os, "link", refuse)],
+        "room": [(os, "posix_fallocate", refuse)],
+    }
+    for ability in abilities:
+        for module, name, replacement in calls[ability]:
+            patch.setattr(module, name, replacement)
+
+
+def without_in_children(folder: Path, *abilities: str) -> dict[str, str]:
+    """Environment of a process whose disks lack these abilities; nothing it does gets past that."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("imitating disks takes a C compiler")
+    library = folder / "lacking.so"
+    source = Path(__file__).with_name("lacking.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library), "LACKS": ",".join(abilities)}
 
 
 def make_read_only(place: Path) -> None:

@@ -148,13 +148,18 @@ def test_names_are_translated_and_unknown_ones_refused(samples: Path, base: Path
 
 def test_an_existing_output_is_kept_unless_overwritten(samples: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
+    (tmp_path / "out" / "adapter_config.json").write_text("x")
     with pytest.raises(ConfigError, match="exists"):
         export(samples / "fsdp", tmp_path / "out", base_dir=base)
     assert (tmp_path / "out" / "precious").read_text() == "x"
+    with pytest.raises(ConfigError, match="precious"):
+        export(samples / "fsdp", tmp_path / "out", base_dir=base, overwrite=True)
+    (tmp_path / "out" / "precious").unlink()
+    export(samples / "fsdp", tmp_path / "out", base_dir=base, overwrite=True)
+    export(samples / "fsdp", tmp_path / "out", base_dir=base, max_shard_size="300B", overwrite=True)
     export(samples / "fsdp", tmp_path / "out", base_dir=base, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert not (tmp_path / "out" / "precious").exists()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
 
 
 def test_an_interrupted_export_leaves_nothing_and_keeps_the_old_one(samples: Path, base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """validate-meta and plan-buckets as typed: what they print, which row they mean, what they write."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -155,3 +157,83 @@ def test_a_second_validation_reads_no_headers(place: Path, vfun: Vfun, monkeypat
 def test_deep_gives_a_file_so_many_seconds(place: Path, vfun: Vfun) -> None:
     said = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--deep", "--deep-timeout", "0", "--json")
     assert {problem["code"] for problem in json.loads(said.out)["problems"]} == {"decode-timeout"}
+
+
+OUTPUTS = {
+    "--problems": ("validate-meta", "--demo", "--family", "wan-s2v", "--problems"),
+    "--fix": ("validate-meta", "--demo", "--family", "wan-s2v", "--fix"),
+    "--plot": ("plan-buckets", "wan-s2v", "--demo", "--plot"),
+}
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_an_output_replaces_nothing_that_vfun_did_not_write(option: str, place: Path, vfun: Vfun) -> None:
+    """Whatever the name: inputs, links to them, and files of one's own."""
+    suffix = ".svg" if option == "--plot" else ".json"
+    Path(f"link{suffix}").symlink_to(META)
+    Path(f"hard{suffix}").hardlink_to(META)
+    Path(f"own{suffix}").write_text("mine")
+    Path(f"folder{suffix}").mkdir()
+    os.mkfifo(f"pipe{suffix}")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    names = [f"{name}{suffix}" for name in ("link", "hard", "own", "folder", "pipe", "no/folder/x", "a" * 300)]
+    for name in [*names, *([] if option == "--plot" else [str(META), f"./{DATA}/train/../{META.name}", "/dev/null"])]:
+        said = vfun(*OUTPUTS[option], name, "--json")
+        assert said.code == 2 and f"with {option}" in " ".join(said.err.split()), (name, said)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_an_output_on_a_full_disk_leaves_nothing(
+    option: str, place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = sorted(place.iterdir())
+    said = vfun(*OUTPUTS[option], "out.svg", "--json")
+    assert said.code == 6 and "No space left on device" in " ".join(said.err.split())
+    assert said.out.count('"schema"') <= 1
+    assert sorted(place.iterdir()) == before
+
+
+def test_outputs_of_an_earlier_run_are_replaced(place: Path, vfun: Vfun) -> None:
+    for name in ("plan.svg", "plan.png"):
+        for _ in range(2):
+            assert vfun(*OUTPUTS["--plot"], name).code == 0
+    film = DATA / "train/00000002.mp4"
+    for place_of_film, problems in ((film, 0), (DATA / "elsewhere", 1), (film, 0)):  # from none to one and back
+        next(path for path in (film, DATA / "elsewhere") if path.exists()).rename(place_of_film)
+        vfun(*OUTPUTS["--problems"], "problems.jsonl")
+        assert len(Path("problems.jsonl").read_text().splitlines()) == problems
+
+
+def test_what_fix_did_is_said_for_people_and_programs(place: Path, vfun: Vfun) -> None:
+    bad = rows()
+    bad[0] |= {"width": 1, "type": "image"}
+    bad[1] |= {"audio_path": "wav/9.wav"}
+    write(bad)
+    said = vfun(*OUTPUTS["--fix"], "fixed.json", "--json")
+    fixed = json.loads(said.out)["fixed"]
+    assert (fixed["rows"], fixed["changed"]) == (5, 5)
+    assert fixed["left_out"] == [{"row": 1, "codes": ["missing-file"]}]
+    assert {"wrong-size": 1, "video-as-image": 1}.items() <= fixed["put_right"].items()
+    said = vfun(*OUTPUTS["--fix"], "again.json")
+    told = " ".join(said.err.split())
+    assert "again.json: 5 rows, 5 of them changed" in told and "wrong-size in 1 row" in told
+    assert "left out: 1 row (counted from 0) missing-file: 1 row: 1" in told
+
+
+def test_metadata_that_is_not_named_is_a_matter_of_usage(place: Path, vfun: Vfun) -> None:
+    Path("vfun.toml").write_text("train_data_meta = 5")
+    said = vfun("validate-meta")
+    assert said.code == 2 and "train_data_meta is 5; it takes a path" in " ".join(said.err.split())
+    Path("vfun.toml").unlink()
+    said = vfun("validate-meta")
+    assert said.code == 2 and "Name the file behind vfun validate-meta" in " ".join(said.err.split())
+
+
+def test_metadata_that_is_not_there_is_one_line_and_no_table(place: Path, vfun: Vfun) -> None:
+    said = vfun("validate-meta", "none.json")
+    assert said.code == 3 and said.out.count("none.json") == 1 and len(said.out.splitlines()) == 2

@@ -69,6 +69,9 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         ({"toml": "[cogvideox-fun]\nsed = 1\n"}, ["sed", "seed", "[cogvideox-fun]"]),
         ({"toml": "[wan-s2w]\nseed = 1\n"}, ["[wan-s2w]", "'wan-s2v'"]),
         ({"toml": "seed = \n"}, ["vfun.toml", "not valid TOML"]),
+        ({"toml": "seed = " + "[" * 100_000}, ["vfun.toml", "not valid TOML", "nested too deeply"]),
+        ({"toml": "seed = " + "9" * 5000}, ["vfun.toml", "not valid TOML"]),
+        ({"toml": "#" * (1 << 21)}, ["vfun.toml", "at most 1,048,576"]),
         ({"toml": "seed = 'many'\n"}, ["seed", "'many'", "whole number"]),
         ({"toml": "seed = true\n"}, ["seed", "True", "whole number"]),
         ({"toml": "low_vram = 'perhaps'\n"}, ["low_vram", "'perhaps'", "true or false"]),
@@ -103,6 +106,13 @@ def test_a_wrong_setting_is_an_error_that_names_it(wrong: dict[str, Any], words:
         settle(**wrong, folder=tmp_path)
     said = f"{caught.value.message} {caught.value.hint or ''}"
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_settings_that_are_no_file_are_neither_read_nor_ignored(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "vfun.toml")
+    with pytest.raises(ConfigError, match=r"vfun\.toml cannot be read"):
+        settle(folder=tmp_path)
 
 
 @pytest.mark.parametrize("option", [name for name, (_, _, opt) in options().items() if opt.minimum is not None])

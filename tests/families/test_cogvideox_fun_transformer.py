@@ -174,7 +174,7 @@ def test_configurations_of_other_models_are_refused(change: dict[str, Any], mess
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="states no num_attention_heads"):
+    with pytest.raises(CheckpointError, match="num_attention_heads is missing"):
         read_dims({"in_channels": 33})
 
 

@@ -266,7 +266,7 @@ def test_a_tokenizer_of_v5_that_takes_fewer_tokens_shortens_its_stream_and_the_p
     assert V5.model.forward_flops(shape, dims["77"]) < V5.model.forward_flops(shape, dims["256"])
     path.write_text('{"model_max_length": ')
     for read in (lambda: detect.read_dims(V5, folder), lambda: EasyAnimateV5.from_pretrained(options(folder))):
-        with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer/tokenizer_config\.json") as caught:
+        with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer_config\.json") as caught:
             read()
         assert "again" in caught.value.hint
 

@@ -209,7 +209,7 @@ def test_a_key_that_the_original_overrides_adds_no_layer() -> None:
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="states no num_attention_heads"):
+    with pytest.raises(CheckpointError, match="num_attention_heads is missing"):
         read_dims({"in_channels": 48})
 
 

@@ -154,7 +154,7 @@ def test_the_documents_clip_has_the_documents_tokens():
     [
         ({"in_dim": 36}, "36 channels"),
         ({"in_dim": 32, "add_control_adapter": True}, "Camera"),
-        ({"dim": None}, "states no dim"),
+        ({"dim": None}, "dim is missing"),
     ],
 )
 def test_configurations_of_other_models_are_refused(change, message):

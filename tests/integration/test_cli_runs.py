@@ -103,7 +103,12 @@ def test_lora_with_offload_trains_on_from_a_file_and_resumes_its_dropout(workpla
     # The same clips as at the first steps of the run that the file came from, which knew nothing then.
     assert mean(first) < 0.95 * mean(losses_of_the_matrix(trained, "zero3", "lora")[:4])
     shutil.rmtree(run.checkpoint(4))
-    vfun_process("resume", run.root, code=0)
+    elsewhere = workplace / "elsewhere"
+    elsewhere.mkdir()
+    change = ("--ema-decay=0.5", "--allow=ema-decay")  # of what this run does not have
+    finish(start("resume", run.root.absolute(), *change, cwd=elsewhere))
+    state = json.loads((run.checkpoint(4) / "state.json").read_text(encoding="utf-8"))
+    assert state["allowed"] == [{"step": 2, "option": "ema_decay", "before": 0.9999, "after": 0.5}]
     assert losses(run) == first
     assert (run.checkpoint(4) / "model" / ADAPTER_FILE).read_bytes() == adapter
 

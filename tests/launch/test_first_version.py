@@ -8,7 +8,7 @@ import pytest
 
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config.options import RunConfig
-from vfun_cli.launch.resume_check import continuation, resolve_as_before
+from vfun_cli.launch.resume_check import continuation, earlier_run, resolve_as_before
 from vfun_cli.plan.schedule import earlier_segments
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
@@ -35,8 +35,9 @@ def found(request: pytest.FixtureRequest, tmp_path: Path) -> Found:
 
 def test_a_run_of_the_first_version_continues_with_its_options(found: Found) -> None:
     described = found.run.read_run()
-    command, spec, resolved = resolve_as_before(found, {"max_train_steps": 6})
-    kept = continuation(found, command, spec, resolved).config
+    run = earlier_run(found)
+    command, spec, resolved = resolve_as_before(run, {"max_train_steps": 6})
+    kept = continuation(run, command, spec, resolved).config
     assert (command, spec.name) == (described["command"], described["family"])
     expected = described["config"] | {"output_dir": str(found.run.root), "max_train_steps": 6}
     assert kept.to_json() == expected

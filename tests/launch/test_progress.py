@@ -61,7 +61,7 @@ def test_a_continuation_from_an_older_checkpoint_shows_its_own_steps(tmp_path: P
     metrics = tmp_path / "metrics.jsonl"
     kept = line(1, 4) + line(2, 4)
     metrics.write_text(kept + line(3, 4) + line(4, 4))
-    steps = progress.NewSteps(metrics, 2)
+    steps = progress.NewSteps(metrics, 2, before=progress.stamp(metrics))
     assert steps.read() == [], "these are the steps of the launch before"
     metrics.write_text(kept)  # what the ranks begin with
     assert steps.read() == []

@@ -3,15 +3,14 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from vfun_cli import families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.resolve import Resolved
+from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import CheckpointError
 from vfun_cli.launch import resume_check
-from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
@@ -20,55 +19,77 @@ BEFORE = RunConfig(strategy="fsdp", device="cpu", num_processes=4, gradient_accu
 FOUND = Found(run=RunDir(Path("my run")), checkpoint=Path("my run/checkpoint-2"), step=2)
 
 
-def described(config: RunConfig, tmp_path: Path) -> dict[str, Any]:
-    meta = tmp_path / "meta.json"
-    meta.write_text("[]")
-    return {"config": config.to_json(), "metadata_sha256": metadata_digest(meta)}
+RUN = resume_check.Earlier(found=FOUND, described={"config": BEFORE.to_json()})
+
+
+def resolved(config: RunConfig, **sources: str) -> Resolved:
+    return Resolved(config=config, sources=sources)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 2), (4, 1)])
-def test_fewer_processes_accumulate_to_the_same_step(processes: int, accumulation: int, tmp_path: Path) -> None:
-    run = described(BEFORE, tmp_path)
-    after = Resolved(config=replace(BEFORE, strategy="zero3", num_processes=processes), sources={})
-    kept = resume_check.keep_step_size(run, after)
+def test_fewer_processes_accumulate_to_the_same_step(processes: int, accumulation: int) -> None:
+    after = resolved(replace(BEFORE, strategy="zero3", num_processes=processes))
+    kept = resume_check.keep_step_size(RUN, after)
     assert kept.config.gradient_accumulation_steps == accumulation
-    resume_check.check_resume(FOUND, run, kept.config, ())
+    resume_check.check_options(RUN, kept, ())
 
 
-def test_a_step_that_cannot_stay_the_same_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = described(BEFORE, tmp_path)
-    after = Resolved(config=replace(BEFORE, num_processes=3), sources={})
-    kept = resume_check.keep_step_size(run, after)
+def test_a_step_that_cannot_stay_the_same_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = resume_check.keep_step_size(RUN, resolved(replace(BEFORE, num_processes=3)))
     assert kept.config.gradient_accumulation_steps == 1
-    resume_check.check_resume(FOUND, run, kept.config, ())
+    resume_check.check_options(RUN, kept, ())
     said = " ".join(capsys.readouterr().err.split())
     assert "a step now holds 3 micro-batches instead of 4" in said
     assert "planned anew" in said
 
 
-def test_another_accumulation_on_the_same_processes_is_another_run(tmp_path: Path) -> None:
-    run = described(BEFORE, tmp_path)
+def test_another_accumulation_on_the_same_processes_is_another_run() -> None:
+    after = resolved(replace(BEFORE, gradient_accumulation_steps=2))
     with pytest.raises(CheckpointError, match="gradient_accumulation_steps 1 -> 2"):
-        resume_check.check_resume(FOUND, run, replace(BEFORE, gradient_accumulation_steps=2), ())
-    allow = ["gradient-accumulation-steps"]
-    resume_check.check_resume(FOUND, run, replace(BEFORE, gradient_accumulation_steps=2), allow)
+        resume_check.check_options(RUN, after, ())
+    resume_check.check_options(RUN, after, ["gradient-accumulation-steps"])
 
 
-def test_an_accumulation_that_was_typed_stays_and_so_do_the_steps_of_as_many_processes(tmp_path: Path) -> None:
-    run = described(BEFORE, tmp_path)
-    typed = Resolved(config=replace(BEFORE, num_processes=2), sources={"gradient_accumulation_steps": "option"})
-    assert resume_check.keep_step_size(run, typed) == typed
-    same = Resolved(config=replace(BEFORE, gradient_accumulation_steps=2), sources={})
-    assert resume_check.keep_step_size(run, same) == same
+def test_an_accumulation_that_was_typed_stays_and_so_do_the_steps_of_as_many_processes() -> None:
+    typed = resolved(replace(BEFORE, num_processes=2), gradient_accumulation_steps="option")
+    assert resume_check.keep_step_size(RUN, typed) == typed
+    same = resolved(replace(BEFORE, gradient_accumulation_steps=2))
+    assert resume_check.keep_step_size(RUN, same) == same
 
 
-def test_the_hint_is_the_whole_command_that_goes_on_all_the_same(tmp_path: Path) -> None:
-    run = described(BEFORE, tmp_path)
+def test_the_hint_is_the_whole_command_that_goes_on_all_the_same() -> None:
     after = replace(BEFORE, learning_rate=0.5, uniform_sampling=not BEFORE.uniform_sampling, max_train_steps=9)
     with pytest.raises(CheckpointError) as caught:
-        resume_check.check_resume(FOUND, run, after, ["uniform-sampling"])
+        resume_check.check_options(RUN, resolved(after), ["uniform-sampling"])
     switch = "--uniform-sampling" if after.uniform_sampling else "--no-uniform-sampling"
     command = str(caught.value.hint).partition("mean it: ")[2]
     changed = ["--learning-rate", "0.5", switch, "--max-train-steps", "9"]
     allowed = ["--allow", "learning-rate", "--allow", "uniform-sampling"]
     assert sorted(shlex.split(command)) == sorted(["vfun", "resume", "my run/checkpoint-2", *changed, *allowed])
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, Path("cache")), (Path("cache"), None)])
+def test_a_cache_changes_nothing_of_a_run_that_goes_on(before: Path | None, after: Path | None) -> None:
+    spec = families.find("wan-s2v")
+    first = resolve("train", spec, {"cache": before} if before else {}, environ={})
+    run = resume_check.Earlier(
+        found=FOUND, described={"config": first.config.to_json(), "command": "train", "family": "wan-s2v"}
+    )
+    again = resolve("train", spec, {"cache": after} if after else {}, environ={})
+    kept = resume_check.continuation(run, "train", spec, again)
+    assert (kept.config.cache, kept.config.cache_variants) == (after, 4 if before else None)
+    if after is not None:
+        *_, resumed = resume_check.resolve_as_before(run, {"cache": after})
+        assert resume_check.continuation(run, "train", spec, resumed).config.cache_variants is None
+
+
+def test_what_follows_from_a_changed_option_changes_with_it() -> None:
+    spec = families.find("hunyuanvideo-t2v")
+    first = resolve("train", spec, {"video_sample_size": 512, "image_sample_size": None}, environ={})
+    described = {"config": first.config.to_json(), "sources": first.sources, "command": "train", "family": spec.name}
+    run = resume_check.Earlier(found=FOUND, described=described)
+    *_, again = resume_check.resolve_as_before(run, {"video_sample_size": 256})
+    assert again.config.image_sample_size == 256
+    with pytest.raises(CheckpointError, match=r"same run: video_sample_size 512 -> 256\. It"):
+        resume_check.check_options(run, again, ())
+    resume_check.check_options(run, again, ["video-sample-size"])

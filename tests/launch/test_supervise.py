@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,9 @@ Root Cause (first observed failure):
 def failure(run: RunDir, script: str) -> VfunError:
     """What a launch of this script ends with."""
     with supervise.stop_requests(run) as stop, pytest.raises(VfunError) as caught:
-        supervise.launch([sys.executable, "-c", script], run, 0, 0, stop, way_on=lambda: "Go on.")
+        supervise.launch(
+            [sys.executable, "-c", script], run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on."
+        )
     return caught.value
 
 
@@ -151,5 +154,13 @@ def test_a_crash_after_a_wish_to_stop_starts_nothing_over(tmp_path: Path) -> Non
     run = RunDir(tmp_path)
     with supervise.stop_requests(run) as stop, pytest.raises(RunError) as caught:
         stop.asked.append(signal.SIGINT)
-        supervise.launch([sys.executable, "-c", "raise SystemExit(1)"], run, 0, 0, stop, way_on=lambda: "Go on.")
+        supervise.launch(
+            [sys.executable, "-c", "raise SystemExit(1)"],
+            run,
+            0,
+            0,
+            stop,
+            stdin=subprocess.DEVNULL,
+            way_on=lambda: "Go on.",
+        )
     assert not isinstance(caught.value, supervise.Crashed)

@@ -162,15 +162,40 @@ def test_what_a_cache_holds_reads_back_and_keeps_its_form() -> None:
         "AudioFacts|16000|1|3|1/5|True|False|aac": sound,
         "Failure|unreadable-media|a | b": failure,
     }
-    assert FACTS_VERSION == 4
+    assert FACTS_VERSION == 5
     for text, facts in texts.items():
         assert encode_facts(facts) == text
         assert decode_facts(text) == facts
+
+
+def test_a_file_with_the_old_size_and_time_is_read_again(tmp_path: Path) -> None:
+    path, cache = encode_video(tmp_path / "1.mp4"), tmp_path / "cache.sqlite"
+    key, status = (str(path), "visual"), path.stat()
+    probe_many([key], cache=cache)
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert isinstance(probe_many([key], cache=cache)[key], Failure)
+
+
+def test_a_path_that_is_no_utf8_is_remembered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, cache = (str(encode_video(tmp_path / os.fsdecode(b"\xff.mp4"))), "visual"), tmp_path / "cache.sqlite"
+    before = probe_many([key], cache=cache)
+    monkeypatch.setattr(av, "open", None)
+    assert probe_many([key], cache=cache) == before
+
+
+def test_facts_that_do_not_read_back_are_not_believed(tmp_path: Path) -> None:
+    path, cache = str(encode_video(tmp_path / "1.mp4")), tmp_path / "cache.sqlite"
+    (before,) = probe_many([(path, "visual")], cache=cache).values()
+    with closing(sqlite3.connect(cache)) as database, database:
+        database.execute("UPDATE facts SET facts = 'VisualFacts|video'")
+    assert probe_many([(path, "visual")], cache=cache) == {(path, "visual"): before}
 
 
 def test_facts_of_another_version_are_not_believed(tmp_path: Path) -> None:
     path, cache = str(encode_video(tmp_path / "1.mp4")), tmp_path / "cache.sqlite"
     (before,) = probe_many([(path, "visual")], cache=cache).values()
     with closing(sqlite3.connect(cache)) as database, database:
-        database.execute("UPDATE facts SET version = version - 1, facts = 'VisualFacts|video|1|1|1|1|0|1|1|0|h264'")
+        database.execute("UPDATE facts SET facts = 'VisualFacts|video|1|1|1|1|0|1|1|0|h264'")
+        database.execute(f"PRAGMA user_version = {FACTS_VERSION - 1}")
     assert probe_many([(path, "visual")], cache=cache) == {(path, "visual"): before}

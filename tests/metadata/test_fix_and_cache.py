@@ -1,7 +1,11 @@
 """Corrected copies, the memory of headers, summaries, and rows that are believed."""
 
+import errno
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,13 +14,16 @@ import pytest
 from rich.console import Console
 from small_media import ROW, SPEECH_FIELDS, encode_video
 
+from tests.disks import without_in_children
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.metadata import probe
 from vfun_cli.metadata.checks import Report, Settings, table_without_files, validate
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.records import read_metadata
+from vfun_cli.metadata.remembered import remembered
 from vfun_cli.metadata.report import codes_json, render, render_code, render_fixed, to_json, write_problems
+from vfun_cli.plan.rows import check_rows_of_any_family
 
 
 def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, check: Callable[..., Report]) -> None:
@@ -31,6 +38,10 @@ def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, che
     fixed = write_fixed(report, data / "fixed.json")
     assert (fixed.kept, fixed.changed) == (2, 2)
     assert fixed.left_out == {1: ("missing-file",), 3: ("image-as-video", "control-type")}
+    assert fixed.put_right == {"wrong-type": 1, "wrong-size": 1, "missing-type": 1}
+    assert fixed.corrected == {"width": 1, "fps": 1, "frames": 1}
+    assert fixed.filled_in == {"height": 2, "type": 1, "width": 1, "frames": 1, "fps": 1}
+    assert (fixed.removed, fixed.renamed) == ({}, {})
     written = json.loads((data / "fixed.json").read_text())
     sizes = {"type": "video", "width": 64, "height": 48, "frames": 24, "fps": 24}
     assert written[0] == {**ROW, **sizes}
@@ -44,7 +55,7 @@ def test_fix_fills_in_what_the_files_say_and_leaves_bad_rows_out(data: Path, che
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
 def test_fix_keeps_the_format(name: str, data: Path) -> None:
     path = data / name
-    row = {**ROW, "text": 'says "hi", 狗'}
+    row = {**ROW, "text": 'says "hi",\r狗'}
     quoted = ",".join('"' + value.replace('"', '""') + '"' for value in row.values())
     path.write_text(json.dumps(row) + "\n" if name.endswith("l") else ",".join(row) + "\n" + quoted + "\n")
     output = data / ("fixed" + path.suffix)
@@ -56,8 +67,10 @@ def test_fix_keeps_the_format(name: str, data: Path) -> None:
 
 def test_fix_never_overwrites(data: Path, check: Callable[..., Report]) -> None:
     report = check([ROW])
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="is what this command reads"):
         write_fixed(report, data / "metadata.json")
+    with pytest.raises(ConfigError, match="exists already"):
+        write_fixed(report, data / "train/1.mp4")
 
 
 def test_fix_with_no_good_row_writes_nothing(data: Path, check: Callable[..., Report]) -> None:
@@ -100,6 +113,53 @@ def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) 
         assert other.execute("SELECT count(*) FROM facts").fetchone() == (3,)
 
 
+REMEMBER = """
+import sys
+from pathlib import Path
+from vfun_cli.metadata.remembered import remembered
+asked = []
+for names in ("ab", "abc"):
+    remembered(
+        [(sys.argv[2], name) for name in names], lambda key: asked.append(key[1]) or "answer",
+        to_text=str, from_text=str, cache=Path(sys.argv[1]), threads=1, progress=None,
+    )
+print("".join(asked))
+"""
+
+
+def test_a_cache_on_a_disk_without_locks_remembers(data: Path, tmp_path: Path) -> None:
+    cache = data / "deeper" / "cache.sqlite"
+    environment = os.environ | without_in_children(tmp_path, "locks")
+    command = [sys.executable, "-c", REMEMBER, str(cache), str(data / "train/1.mp4")]
+    for asked in (b"abc", b""):
+        assert subprocess.run(command, env=environment, capture_output=True, check=True).stdout.strip() == asked
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_fails_stops_nothing(
+    code: int, data: Path, check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("touch", "open"):
+        with monkeypatch.context() as refusing:
+            refusing.setattr(Path, name, refuse)
+            assert remembered(
+                [("a", "b")], str, to_text=str, from_text=str, cache=data / "none", threads=1, progress=None
+            )
+    check([ROW], cache=data / "file")
+    assert check([ROW], cache=data / "file" / "inside").ok == 1, "its folder is a file"
+
+
+def test_without_a_home_nothing_is_remembered_and_nothing_fails(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "metadata.json").write_text(json.dumps([ROW]))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+    assert check_rows_of_any_family(data / "metadata.json", data).ok == 1
+
+
 def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -> None:
     stated = {**ROW, "file_path": "train/elsewhere.mp4", "width": 640, "height": 480, "frames": 81, "fps": 25}
     report = check([stated, ROW], trust_metadata=True)
@@ -110,7 +170,9 @@ def test_trusted_rows_are_not_opened(data: Path, check: Callable[..., Report]) -
 
 def test_training_refuses_bad_rows_by_name(check: Callable[..., Report]) -> None:
     report = check([ROW, {**ROW, "text": "b", "audio_path": "wav/9.wav"}])
-    with pytest.raises(MetadataError, match=r"1 of 2 rows cannot be trained on:\n  row 1, audio_path: missing-file"):
+    with pytest.raises(
+        MetadataError, match=r"1 of 2 rows cannot be trained on \(counted from 0\):\n  row 1, audio_path: missing-file"
+    ):
         report.require_ok()
     check([ROW]).require_ok()
 
@@ -148,7 +210,14 @@ def test_the_summary_shows_counts_rows_and_totals(check: Callable[..., Report], 
     render_code("silent-audio", console)
     render_code("all", console)
     text = console.export_text()
-    for part in ("missing-file", "1 of 2 rows cannot be trained on", "64x48", "24 (1)", "left out row 1", "-60 dB"):
+    for part in (
+        "missing-file",
+        "1 of 2 rows cannot be trained on",
+        "64x48",
+        "24 (1)",
+        "left out: 1 row (counted from 0)",
+        "-60 dB",
+    ):
         assert part in text
     assert [code["name"] for code in codes_json("all")["codes"]] == list(CODES)
 
@@ -160,3 +229,29 @@ def test_an_unknown_code_is_answered_with_the_nearest() -> None:
 
 def test_settings_default_to_no_cache_and_headers_only() -> None:
     assert Settings().cache is None and not Settings().deep
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.csv"])
+def test_fix_says_what_it_renamed_and_changes_nothing_that_is_right(name: str, data: Path) -> None:
+    row = {"video": "train/1.mp4", "caption": "A ball.", "type": "video", "width": 64, "height": 48, "frames": 24}
+    text = json.dumps([{**row, "fps": 24}]) if name == "m.json" else ",".join([*row, "fps"]) + "\n"
+    if name == "m.csv":
+        text += ",".join(map(str, [*row.values(), 24])) + "\n"
+    (data / name).write_text(text)
+    fields = tuple(field for field in SPEECH_FIELDS if field.media != "audio")
+    fixed = write_fixed(validate(read_metadata(data / name), fields, ("video",), data), data / ("fixed" + name))
+    assert fixed.renamed == {("video", "file_path"): 1, ("caption", "text"): 1}
+    assert (fixed.filled_in, fixed.corrected, fixed.removed, fixed.changed) == ({}, {}, {}, 1)
+    again = write_fixed(validate(read_metadata(fixed.output), fields, ("video",), data), data / ("again" + name))
+    assert (again.changed, again.renamed) == (0, {})
+
+
+def test_a_clip_that_was_cut_off_has_one_problem(data: Path, check: Callable[..., Report]) -> None:
+    for name in ("wav/1.wav", "control/1.mp4", "train/1.mp4"):
+        if name.endswith("mp4"):
+            encode_video(data / name, options={"movflags": "faststart"})
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[: len(whole) * 2 // 3])
+        found = [problem.code for problem in check([ROW], deep=True).problems]
+        assert found == ["truncated-media"], name
+        (data / name).write_bytes(whole)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,45 @@ RATES = (
 def test_frame_rates_become_exact(value: object, rate: str | None) -> None:
     found = exact_rate(value)
     assert (None if found is None else str(found)) == rate
+
+
+UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a pipe": ("unreadable-metadata", os.mkfifo),
+    "a device": ("unreadable-metadata", lambda path: path.symlink_to("/dev/zero")),
+    "a directory": ("unreadable-metadata", Path.mkdir),
+    "a file of the kernel that never ends": ("empty-metadata", lambda path: path.symlink_to("/proc/kmsg")),
+    "gigabytes of nothing": ("unparsable-metadata", lambda path: sparse(path, 2**33)),
+    "terabytes of nothing": ("unreadable-metadata", lambda path: sparse(path, 2**40)),
+    "UTF-16": ("unparsable-metadata", lambda path: path.write_text("[]", encoding="utf-16")),
+    "UTF-16 without its mark": ("unparsable-metadata", lambda path: path.write_text("[]", encoding="utf-16-be")),
+    "a film": ("unparsable-metadata", lambda path: path.write_bytes(b"\0\0\0\x18ftypisom" + bytes(100))),
+    "lists in lists": ("unparsable-metadata", lambda path: path.write_text("[" * 10**6)),
+    "rows in objects": ("unparsable-metadata", lambda path: path.write_text('{"a":' * 200 + "[{}]" + "}" * 200)),
+    "a number of 5000 digits": ("unparsable-metadata", lambda path: path.write_text('[{"width": %s}]' % ("9" * 5000))),
+}
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.txt"])
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_is_no_metadata_is_one_problem_at_once(what: str, name: str, tmp_path: Path) -> None:
+    code, make = UNREADABLE[what]
+    make(tmp_path / name)
+    (problem,) = read_metadata(tmp_path / name).problems
+    assert (problem.row, problem.code) == (None, code)
+
+
+def test_a_value_that_is_nested_too_deeply_is_a_malformed_row(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('[{"file_path": ' + "[" * 800 + "]" * 800 + '}, {"file_path": "1.mp4"}]')
+    found = read_metadata(tmp_path / "m.json")
+    assert [(problem.row, problem.code) for problem in found.problems] == [(0, "malformed-row")]
+    assert [record.row for record in found.records] == [1]
+
+
+def test_a_rate_of_a_billion_digits_is_none() -> None:
+    assert exact_rate("1e999999999") is None
+    assert exact_rate("9" * 4000 + "/1") is None

@@ -1,5 +1,6 @@
 """The cache: nothing stale is ever taken, nothing half written counts."""
 
+import errno
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from tests.disks import file_system
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -30,6 +32,7 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.cachedir import entries, partials, prune, verify_entry
 from vfun_cli.training.data import cache as cache_module
 from vfun_cli.training.data.cache import Cache, read_entry
+from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.model import adapter_of, adapter_options
 
 FAMILIES = tuple(families.FAMILIES)
@@ -314,12 +317,14 @@ def filled(cache: Cache, output: Any = None) -> tuple[str, Path]:
     return key, cache.path(key)
 
 
-@pytest.mark.parametrize("harm", ["cut", "bit", "empty"])
+@pytest.mark.parametrize("harm", ["cut", "bit", "empty", "another"])
 def test_a_damaged_entry_is_reported_and_made_again(harm: str, cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:
     key, path = filled(cache)
     content = bytearray(path.read_bytes())
+    cache.write("cd" * 16, {"mean": torch.ones(2, 3), "std": torch.ones(())})  # of the same size
+    another = cache.path("cd" * 16)
     content[-1] ^= 1
-    path.write_bytes({"cut": content[:-3], "bit": content, "empty": b""}[harm])
+    path.write_bytes({"cut": content[:-3], "bit": content, "empty": b"", "another": another.read_bytes()}[harm])
     assert cache.read(key) is None and not path.exists()
     assert str(path) in capfd.readouterr().err
     filled(cache)
@@ -350,7 +355,7 @@ def test_processes_of_one_number_on_two_hosts_write_apart(cache: Cache, monkeypa
 
     for _ in range(2):
         with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
-            killing.setattr(cache_module, "save_file", save_and_die)
+            killing.setattr(cache_module, "save_tensors", save_and_die)
             filled(cache)
     assert len(left) == 2 and {*partials(cache.root)} == left and not [*entries(cache.root)]
     key, path = filled(cache)
@@ -367,6 +372,49 @@ def test_a_cache_that_cannot_be_written_says_so(cache: Cache, tmp_path: Path) ->
     with pytest.raises(EnvironmentFault, match="cannot write") as caught:
         filled(cache)
     assert "--cache" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_entry_that_cannot_be_read_is_not_damaged_and_stays(
+    code: int, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, or one on an ill disk."""
+    key, path = filled(cache)
+    whole, opened = path.read_bytes(), Path.open
+
+    def refuse(file: Path, *arguments: Any, **named: Any) -> Any:
+        if file == path:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(file, *arguments, **named)
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Path, "open", refuse)
+        with pytest.raises(EnvironmentFault, match=f"cannot read {path}: {os.strerror(code)}") as caught:
+            cache.read(key)
+        said = verify(cache.root)
+        assert said.exit_code == EnvironmentFault.exit_code and "damaged" not in said.stderr, said.stderr
+        assert "--cache" in (caught.value.hint or "")
+    assert path.read_bytes() == whole
+
+
+def test_a_clip_is_not_skipped_for_an_entry_that_cannot_be_read(cache: Cache) -> None:
+    """--on-bad-sample skip is for what cannot be decoded."""
+    request, options = request_for(S2V), adapter_options(config_of(S2V), S2V, torch.device("cpu"))
+    for key in keys_of(cache, request).values():
+        path = cache.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()  # nothing that can be read, not even by root
+    batches = iter([MicroBatch(epoch=0, step=0, index=0, requests=(request,))])
+    with pytest.raises(EnvironmentFault, match="cannot read"):
+        list(load_ahead(adapter_of(S2V), options, batches, 0, "skip", cache))
+
+
+def test_a_full_disk_is_named_by_the_entry_that_it_cannot_take(tmp_path: Path) -> None:
+    with file_system(tmp_path / "disk", "size=64k") as disk:
+        cache = Cache.for_encoders(disk / "cache", encoders_from(S2V))  # remembers digests of files as long as it can
+        with pytest.raises(EnvironmentFault, match=r"cannot write .*safetensors: No space left on device"):
+            filled(cache, {"large": torch.zeros(100_000)})
+        assert not [*partials(cache.root)] and not [*entries(cache.root)]
 
 
 def verify(folder: Path, *more: str) -> Result:

@@ -1,10 +1,8 @@
 """Checkpoints of one process through faults of the disk and sudden deaths; launches are in tests/integration."""
 
-import os
+import json
 import resource
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from tests.deaths import each_death
 from tests.disks import file_system, make_read_only
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError, FitError, RunError
-from vfun_cli.run.rundir import RunDir
+from vfun_cli.run import locate, ownership
+from vfun_cli.run.rundir import DESCRIBES, RunDir
 from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
 from vfun_cli.training.state.live import TrainedState
 
@@ -52,19 +52,26 @@ def step(state: TrainedState) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDir]:
+def run(tmp_path: Path) -> RunDir:
     (tmp_path / "run").mkdir()
+    (tmp_path / "memory").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    yield RunDir(tmp_path / "run")
-    shutil.rmtree(RunDir(tmp_path / "run").staging, ignore_errors=True)
+    return RunDir(tmp_path / "run")
+
+
+def staging(run: RunDir) -> Path:
+    return run.root.parent / "memory" / "of-this-launch"
 
 
 def checkpointer(run: RunDir, keep: int | None = None) -> Checkpointer:
-    return Checkpointer(run, "single", keep=keep, config_files={"config.json": run.root.parent / "config.json"})
+    config = {"config.json": run.root.parent / "config.json"}
+    return Checkpointer(run, "single", keep=keep, config_files=config, staging=staging(run))
 
 
 def progress(step: int) -> dict[str, Any]:
-    return {"step": step, "strategy": "single", "world_size": 1, "family": "none", "run_config": {}}
+    config = {"num_processes": 1, "gradient_accumulation_steps": 1, "pretrained_model_name_or_path": "model"}
+    run = {"strategy": "single", "world_size": 1, "family": "none", "kind": "train", "run_config": config}
+    return {"step": step, **run}
 
 
 def weights(state: TrainedState) -> bytes:
@@ -205,48 +212,64 @@ def test_an_edited_manifest_makes_no_checkpoint(edit: Callable[[str], str], run:
     assert manifest.checkpoints(run.root) == []
 
 
-_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
-
-
-def _save_and_die(saver: Checkpointer, state: TrainedState, at: int, root: Path) -> bool:
-    """Save in a child that kills itself at its ``at``-th touch of the run directory; whether it lived."""
-    child = os.fork()
-    if child == 0:
-        left = [at]
-
-        def touch(event: str, arguments: tuple[Any, ...]) -> None:
-            if event in _EVENTS and any(str(root) in str(argument) for argument in arguments):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(touch)
-        try:
-            saver.save(state, progress(3))
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
-
-
 def test_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run: RunDir) -> None:
     """``kill -9`` at every touch of the file system in turn: while writing, renaming, and removing the old ones."""
-    state, saver = trained(), checkpointer(run, keep=2)
-    kills, lived = 0, False
-    while not lived:
-        shutil.rmtree(run.root)
-        run.root.mkdir()
-        saver.save(state, progress(1))
-        saver.save(state, progress(2))
-        saver.save(state, progress(3))  # written again: the one of the same step is replaced
-        lived = _save_and_die(saver, state, kills + 1, run.root)
-        newest = manifest.newest_checkpoint(run.root)
-        manifest.verify(newest)
-        assert open_checkpoint(newest).state["step"] in (2, 3)
-        saver.load(trained(), newest)
-        run.remove_leftovers(0)
-        assert {path.name for path in run.root.iterdir()} <= {"checkpoint-2", "checkpoint-3"}
-        kills += not lived
-    assert kills >= KILLS_LEAST
+    state, saver, before = trained(), checkpointer(run, keep=1), run.root.with_name("before")
+    for number in (1, 2, 3):  # the last is saved again: it replaces the one of the same step
+        checkpointer(run).save(state, progress(number))
+    run.root.rename(before)
+
+    def prepare() -> None:
+        shutil.rmtree(run.root, ignore_errors=True)
+        shutil.copytree(before, run.root)
+
+    def after() -> None:
+        found = locate.newest(run)
+        assert found is not None and found.step == 3
+        ownership.remove_leftovers(run, 0)
+        whole = manifest.checkpoints(run.root)
+        assert whole[-1] == run.checkpoint(3) and set(whole) == set(run.root.iterdir()), "there is half of one"
+        manifest.verify(run.checkpoint(3))
+        assert open_checkpoint(run.checkpoint(3)).state["step"] == 3
+
+    deaths = each_death(prepare, lambda: saver.save(state, progress(3)), after, run.root)
+    assert deaths >= KILLS_LEAST
+    assert manifest.checkpoints(run.root) == [run.checkpoint(3)]
+    saver.load(trained(), run.checkpoint(3))
+
+
+def test_what_a_power_cut_must_not_reorder_is_flushed_in_between(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new name is on the disk before the files of an old checkpoint go, and so is the old one's new name."""
+    state, saver, done = trained(), checkpointer(run, keep=1), []
+    saver.save(state, progress(1))
+    flush, rename, delete = manifest.fsync_directory, Path.rename, shutil.rmtree
+    monkeypatch.setattr(manifest, "fsync_directory", lambda path: (done.append(("flush", path.name)), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(("name", to.name)), rename(path, to))[1])
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **more: (done.append(("delete", path.name)), delete(path, **more))[1]
+    )
+    saver.save(state, progress(2))
+    there = done.index(("name", "checkpoint-2"))
+    assert done[there + 1 :] == [
+        ("flush", "run"),
+        ("delete", ".checkpoint-1.deleted"),  # of an earlier try
+        ("name", ".checkpoint-1.deleted"),
+        ("flush", "run"),
+        ("delete", ".checkpoint-1.deleted"),
+    ]
+
+
+def test_a_checkpoint_of_another_run_is_neither_replaced_nor_deleted(run: RunDir) -> None:
+    state, saver = trained(), checkpointer(run, keep=1)
+    run.run_json.write_text(json.dumps(dict.fromkeys(DESCRIBES) | {"id": "ours"}))
+    checkpointer(run).save(state, progress(1) | {"run_id": "another"})
+    checkpointer(run).save(state, progress(3) | {"run_id": "another"})
+    saver.save(state, progress(2) | {"run_id": "ours"})
+    with pytest.raises(RunError, match=r"this run did not save it .*checkpoint-3"):
+        saver.save(state, progress(3) | {"run_id": "ours"})
+    found = locate.newest(run)
+    assert found is not None and found.step == 2
+    assert [path.name for path in manifest.checkpoints(run.root)] == [f"checkpoint-{step}" for step in (1, 2, 3)]
 
 
 def test_a_checkpoint_in_the_background_holds_the_moment_it_was_taken(run: RunDir) -> None:
@@ -262,7 +285,7 @@ def test_a_checkpoint_in_the_background_holds_the_moment_it_was_taken(run: RunDi
     saver.save(state, progress(2), background=True)
     saver.save(state, progress(3))  # waits for the one before
     assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-3"]
-    assert not run.staging.exists()
+    assert not any(staging(run).iterdir()) and staging(run).stat().st_mode & 0o777 == 0o700
     assert sorted(path.name for path in run.root.iterdir()) == ["checkpoint-3"]
 
 
@@ -281,7 +304,7 @@ def test_too_little_memory_for_the_background_is_said(run: RunDir, monkeypatch: 
     state, usage = trained(), shutil.disk_usage
 
     def small(folder: Path) -> Any:
-        return usage(folder)._replace(free=1000) if folder == run.staging.parent else usage(folder)
+        return usage(folder)._replace(free=1000) if folder == staging(run).parent else usage(folder)
 
     monkeypatch.setattr(shutil, "disk_usage", small)
     with pytest.raises(FitError, match=r"--async-checkpoint keeps .* bytes are missing"):

@@ -321,7 +321,9 @@ def test_the_command_exports_and_merges(plain: Trained, tmp_path: Path) -> None:
     model: Path = plain.base.parent
     state = {
         "schema": 1, "family": "cogvideox-fun", "kind": "lora", "step": 6, "strategy": "single", "world_size": 1,
-        "run_config": {"pretrained_model_name_or_path": str(model)},
+        "run_config": {
+            "pretrained_model_name_or_path": str(model), "num_processes": 1, "gradient_accumulation_steps": 1,
+        },
     }  # fmt: skip
     (plain.checkpoint / "state.json").write_text(json.dumps(state))
     manifest.write_manifest(plain.checkpoint)

@@ -19,6 +19,7 @@ from trainer_parts import META, Parts, batch, loaded
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training import metrics
 from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
 
@@ -171,3 +172,34 @@ def test_micro_batches_that_make_no_step_are_refused(live_model: LIVE, tmp_path:
             parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
     finally:
         parts.accelerator.gradient_accumulation_steps = 1
+
+
+class Tracker:
+    """Fails at the first record, or before."""
+
+    def __init__(self, *started_with: Any) -> None:
+        self.asked = 0
+
+    def log(self, record: Any) -> None:
+        self.asked += 1
+        raise ConnectionError(f"no way to the server, asked {self.asked} times")
+
+    def close(self) -> None:
+        raise ConnectionError("no way to the server at the end")
+
+
+@pytest.mark.parametrize("tracker", [Tracker, lambda *_: Tracker().close()], ids=["records", "start"])
+def test_what_only_reports_stops_no_run(
+    tracker: Any, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(metrics.TRACKERS, "none", tracker)
+    (tmp_path / "sanity_check").touch()
+    (tmp_path / "metrics.jsonl").mkdir()
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    monkeypatch.setattr(metrics, "write_first_batch", lambda run, loaded: run.sanity_check.mkdir())
+    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
+    parts.trainer.metrics.close()
+    said = capsys.readouterr().err
+    assert parts.saves.steps == [6]
+    assert said.count("no way to the server") == 1
+    assert said.count("metrics.jsonl cannot be") == 2 and said.count("the first batch cannot be written") == 1

@@ -7,23 +7,31 @@ hidden directory beside the output, read back, and renamed when it is right.
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.manifest import fsync_directory
+from vfun_cli.checkpoints import manifest, safetensors
+from vfun_cli.checkpoints.manifest import write_json
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
 from vfun_cli.checkpoints.writer import Entry, content_hash, parse_size, plan_shards, write_shards
 from vfun_cli.devices import cpu_cores
+from vfun_cli.disks.abilities import fsync, fsync_directory
+from vfun_cli.disks.claims import Taken, claimed
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
+from vfun_cli.typed_json import Check, file_inside, items, read_object
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+RECORD = ".vfun-export.json"
+"""Lists the files that an export wrote, so that a later one deletes nothing else."""
+RECORDED: Mapping[str, Check] = {"files": items(file_inside)}
 
 NAME_MODEL = "Name the model directory of the run with --pretrained-model-name-or-path."
 
@@ -68,7 +76,7 @@ def export(
         CheckpointError: something is wrong with the checkpoint or the base.
         RunError: the disk is too full.
     """
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
     _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
@@ -78,16 +86,76 @@ def export(
     )  # fmt: skip
 
 
-def check_output(output: Path, dtype: str, *, overwrite: bool) -> None:
-    """Refuse what ``export`` could not write.
+def check_output(output: Path, dtype: str, *, overwrite: bool, sources: Collection[Path]) -> None:
+    """Refuse what ``export`` could not write, or should not.
+
+    Args:
+        sources: what must stay whatever happens: files and folders that are read, or are of a run.
+
+    Args:
+        reads: the folders that the export is made from.
 
     Raises:
         ConfigError: an unknown dtype, or an output that is taken.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}. Choose one of: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    if output.exists() and not overwrite:
+    place = output.resolve()
+    for source in sources:
+        other = source.resolve()
+        if place == other or place in other.parents or other in place.parents:
+            what = "is" if place == other else "contains" if place in other.parents else "lies in"
+            raise ConfigError(f"--output {output} {what} {source}, which an export leaves alone.", hint=ANOTHER)
+    refuse_taken(output, overwrite=overwrite)
+
+
+ANOTHER = "Name another --output."
+
+
+def refuse_taken(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists; ``overwrite`` lets what an export wrote be replaced, and an empty folder.
+
+    Raises:
+        ConfigError: what is in the way.
+    """
+    try:
+        there = output.resolve().exists()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}.", hint=ANOTHER) from None
+    if not there:
+        return
+    if not overwrite:
         raise ConfigError(f"{output} exists already.", hint="Name another --output, or add --overwrite.")
+    hint = f"{ANOTHER[:-1]}, or move what is there away yourself."
+    if not output.is_dir():
+        raise ConfigError(f"--output {output} is no folder.", hint=hint)
+    own = {RECORD}
+    if (output / RECORD).is_file():
+        own |= set(read_object(output / RECORD, RECORDED)["files"])
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in own or path.is_dir())
+    if foreign:
+        raise ConfigError(
+            f"--output {output} holds {len(foreign)} files or folders that no export of vfun wrote, e.g. {foreign[0]}; "
+            "--overwrite would delete them.",
+            hint=hint,
+        )
+
+
+def record_files(folder: Path) -> None:
+    """Write down what an export consists of."""
+    write_json(folder / RECORD, {"schema": 1, "files": sorted(path.name for path in folder.iterdir())})
+
+
+def verify_source(checkpoint: Path, tensors: Iterable[TensorSource]) -> None:
+    """Compare the files of a checkpoint that tensors are read from, and those that say where, with its manifest.
+
+    Raises:
+        CheckpointError: one has other contents than when it was saved.
+    """
+    if not (checkpoint / manifest.MANIFEST).is_file():
+        return  # of the original scripts, which keep no hashes
+    read = {segment.path for tensor in tensors for segment in tensor.segments}
+    manifest.verify(checkpoint, passing_over=lambda path: path.suffix == ".safetensors" and path not in read)
 
 
 def write_model(
@@ -107,22 +175,14 @@ def write_model(
     Raises:
         ConfigError, CheckpointError, RunError: as ``export``.
     """
-    check_output(output, dtype, overwrite=overwrite)
     shard_bytes = parse_size(max_shard_size)
     entries = [
         Entry(name=name, dtype=converted_dtype(source.dtype, DTYPES[dtype]), shape=source.shape)
         for name, source in sources.items()
     ]
     total = sum(entry.nbytes for entry in entries)
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(output.parent, total)
-
     workers = workers or min(8, cpu_cores())
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
-    partial.mkdir()
-    try:
+    with replacing(output, needed=total, overwrite=overwrite) as partial:
         counter = _Counter(2 * total, progress)  # every byte is written once and read back once
         digests = write_shards(
             partial,
@@ -134,13 +194,8 @@ def write_model(
         )
         _copy_configuration(base_dir, partial)
         _verify(partial, entries, digests, workers, counter.add)
-        fsync_directory(partial)
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return ExportResult(
-        output=output, tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
+        output=output.resolve(), tensors=len(entries), bytes=total, sha256=content_hash(entries, digests), verified=True
     )
 
 
@@ -165,12 +220,14 @@ def _stem(path: Path) -> str:
 
 
 def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
+    """The weights, once their bytes are those that were saved."""
     reader = open_checkpoint(checkpoint)
     found = reader.ema if weights == "ema" else reader.weights
     if not found:
         if weights == "ema":
             raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
         raise CheckpointError(f"{checkpoint} holds no trained weights.")
+    verify_source(checkpoint, found.values())
     return found
 
 
@@ -284,12 +341,73 @@ def _verify(
         )
 
 
-def put_in_place(partial: Path, output: Path) -> None:
-    """Rename the finished directory; an older export stays whole until then."""
-    replaced = output.with_name(f".{output.name}.replaced")
+@contextmanager
+def replacing(output: Path, *, needed: int, overwrite: bool) -> Iterator[Path]:
+    """A folder to export into, which becomes ``output`` at the end of the block; after an error nothing has changed.
+
+    An older export stays whole until then, and one that was being replaced when a process was killed is put back. One
+    export at a time writes to an output.
+
+    Args:
+        needed: bytes.
+
+    Raises:
+        ConfigError: the output is taken, or another export is at work on it.
+        RunError: the disk is too full.
+    """
+    output = output.resolve()
+    partial, replaced = (output.with_name(f".{output.name}.{what}") for what in ("partial", "replaced"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        _settle(output, replaced)
+        refuse_taken(output, overwrite=overwrite)
+        _check_space(output.parent, needed)
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            record_files(partial)
+            for file in partial.iterdir():
+                _flush(file)
+            fsync_directory(partial)
+            if output.exists():
+                output.rename(replaced)
+            partial.rename(output)
+            fsync_directory(output.parent)  # before the older one goes
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _settle(output, replaced)
+
+
+def _settle(output: Path, replaced: Path) -> None:
+    """Of an older export that is aside: put it back if nothing has come in its place, else delete it."""
+    if replaced.is_dir() and not output.exists():
+        replaced.rename(output)
+        fsync_directory(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    fsync_directory(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other exports off this output.
+
+    Raises:
+        ConfigError: one is at work on it.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        with claimed(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Taken as taken:
+        raise ConfigError(
+            f"another export to {output} is at work ({taken}).",
+            hint="Wait until it has ended, or name another --output.",
+        ) from None
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        fsync(opened.fileno())

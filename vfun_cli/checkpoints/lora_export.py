@@ -14,7 +14,6 @@ their pairs become one of their ranks' sum, with the strength multiplied into B.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,9 @@ from vfun_cli.checkpoints.export import (
     NAME_MODEL,
     ExportResult,
     check_output,
-    put_in_place,
     read_base,
+    replacing,
+    verify_source,
     write_model,
 )
 from vfun_cli.checkpoints.lora_files import (
@@ -86,7 +86,7 @@ def export_adapter(
         raise ConfigError(
             f"--format is {format!r}; a LoRA comes as {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}"
         )
-    check_output(output, dtype, overwrite=overwrite)
+    check_output(output, dtype, overwrite=overwrite, sources=(checkpoint,))
     adapter = open_adapter(checkpoint, weights)
     if format in WITHOUT_DORA and any(pair.magnitude for pair in adapter.pairs.values()):
         raise ConfigError(
@@ -98,20 +98,12 @@ def export_adapter(
     else:
         tensors = _STYLES[format](adapter, released, DTYPES[dtype])
     names = {"peft": ADAPTER_FILE, "diffusers": DIFFUSERS_FILE}
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
-    partial.mkdir()
-    try:
+    needed = sum(values.nbytes for _, values in tensors.values())
+    with replacing(output, needed=needed, overwrite=overwrite) as partial:
         result = _write(partial, names.get(format, f"{checkpoint.name}.safetensors"), tensors)
         if format == "peft":
             (partial / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.config), indent=2), encoding="utf-8")
-        put_in_place(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return ExportResult(output=output, **result)
+    return ExportResult(output=output.resolve(), **result)
 
 
 def merge_adapter(
@@ -133,6 +125,7 @@ def merge_adapter(
     Raises:
         ConfigError, CheckpointError, RunError: as ``checkpoints.export.export``; also for a layer the base lacks.
     """
+    check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
     for layer, pair in adapter.pairs.items():
@@ -151,13 +144,14 @@ def merge_adapter(
 
 
 def open_adapter(checkpoint: Path, weights: Weights = "trained") -> AdapterFile:
-    """The adapter of a LoRA checkpoint, or its moving average.
+    """The adapter of a LoRA checkpoint, or its moving average, once its bytes are those that were saved.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     reader = open_checkpoint(checkpoint)
     trained = read_adapter(checkpoint / "model")
+    verify_source(checkpoint, (reader.ema if weights == "ema" else reader.weights).values())
     if weights == "trained":
         return trained
     if not reader.ema:

@@ -4,7 +4,6 @@ The styles differ in prefix, in the words for the two matrices, in dots or under
 name, and in where the strength is stated: an ``alpha`` tensor, ``adapter_config.json``, or nowhere.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +14,17 @@ from typing import Any
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.errors import CheckpointError
+from vfun_cli.typed_json import (
+    Check,
+    check_fields,
+    flag,
+    mapping,
+    number,
+    optional,
+    parse_object,
+    read_object,
+    shown,
+)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,6 +38,24 @@ PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFYUI_PREFIX, "lora_unet__", "lora_
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Key of the safetensors header."""
+
+_ALPHA = number(-1e6, 1e6)
+
+
+def _ending(name: str, value: Any) -> None:
+    """peft takes regular expressions, with which a file of a few bytes can keep a reader busy for years."""
+    if _PLAIN_ENDING.fullmatch(value) is None:
+        raise ValueError(f"{name} is {shown(value)}, a regular expression; it takes names of layers and their endings")
+
+
+_PLAIN_ENDING = re.compile(r"\^?(?P<name>(?:\w|-|\\?\.){1,1000})\$?")
+
+SETTINGS: Mapping[str, Check] = {
+    "lora_alpha": _ALPHA,
+    "use_rslora": optional(flag),
+    "alpha_pattern": optional(mapping(_ALPHA, _ending)),
+}
+"""What vfun reads of ``adapter_config.json``."""
 
 TEXT_ENCODER = "lora_te"
 """Keys of adapters for a text encoder, which vfun does not train."""
@@ -126,7 +154,11 @@ def read_adapter(path: Path) -> AdapterFile:
     """
     file = find_adapter(path)
     tensors = safetensors.read_file(file)
-    config = _read_config(file.parent / ADAPTER_CONFIG) if file.name == ADAPTER_FILE else _config_of_diffusers(file)
+    beside = file.parent / ADAPTER_CONFIG
+    if file.name != ADAPTER_FILE:
+        config = _config_of_diffusers(file)
+    else:
+        config = read_object(beside, SETTINGS) if beside.is_file() else {}
     return AdapterFile(
         path=file,
         pairs=_with_own_alphas(pairs_of(tensors, file), config),
@@ -138,21 +170,21 @@ def read_adapter(path: Path) -> AdapterFile:
 def _with_own_alphas(pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> dict[str, Pair]:
     """peft's ``alpha_pattern``: layers, by the ending of their name, of another alpha than the rest."""
     own: dict[str, Pair] = {}
+    stated: Mapping[str, float] = config.get("alpha_pattern") or {}
     for layer, pair in pairs.items():
-        alpha = next(
-            (
-                float(value)
-                for ending, value in config.get("alpha_pattern", {}).items()
-                if re.fullmatch(rf"(.*\.)?({ending})", layer)
-            ),
-            None,
-        )
+        alpha = next((float(value) for ending, value in stated.items() if _ends_in(layer, ending)), None)
         if alpha is None or pair.alpha is not None:
             own[layer] = pair
         else:  # as the alpha of a pair counts: by its rank
             factor = strength(alpha, pair.rank, rslora=bool(config.get("use_rslora")))
             own[layer] = replace(pair, alpha=factor * pair.rank)
     return own
+
+
+def _ends_in(layer: str, ending: str) -> bool:
+    """Whether a layer is meant by a key of ``alpha_pattern``: whole parts at its end, or all of it behind a ``^``."""
+    name = ending.strip("^$").replace("\\", "")
+    return layer == name or (layer.endswith(f".{name}") and not ending.startswith("^"))
 
 
 def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair]:
@@ -172,7 +204,7 @@ def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair
             continue
         part = next(word for word in ("down", "up", "magnitude", "alpha") if found[word])
         layers.setdefault(_without_prefix(found["layer"]), {})[part] = (
-            float(source.read().item()) if part == "alpha" else source
+            _alpha(source, name, where) if part == "alpha" else source
         )
     if unknown or not layers:
         raise CheckpointError(
@@ -186,11 +218,19 @@ def pairs_of(tensors: Mapping[str, TensorSource], where: Path) -> dict[str, Pair
         half = next(layer for layer, parts in layers.items() if not {"down", "up"} <= parts.keys())
         raise CheckpointError(f"{where}: {half} has only one of its two matrices; the file is incomplete.") from None
     for layer, pair in pairs.items():
-        if len(pair.down.shape) != 2 or len(pair.up.shape) != 2 or pair.up.shape[1] != pair.rank:
+        if len(pair.down.shape) != 2 or len(pair.up.shape) != 2 or pair.up.shape[1] != pair.rank or not pair.rank:
             raise CheckpointError(
                 f"{where}: {layer} has matrices of shapes {pair.down.shape} and {pair.up.shape}, which do not multiply."
             )
     return pairs
+
+
+def _alpha(source: TensorSource, name: str, where: Path) -> float:
+    if source.numel != 1:
+        raise CheckpointError(f"{where}: {name} has the shape {list(source.shape)}; it takes one number.")
+    value = float(source.read().item())
+    check_fields({name: value}, {name: _ALPHA}, str(where))
+    return value
 
 
 def match_layers(
@@ -232,26 +272,13 @@ def _config_of_diffusers(file: Path) -> dict[str, Any]:
     stated = safetensors.read_metadata(file).get(DIFFUSERS_METADATA)
     if stated is None:
         return {}
-    try:
-        content = json.loads(stated)
-        config = {
-            name.removeprefix(DIFFUSERS_PREFIX): value
-            for name, value in content.items()
-            if name.startswith(DIFFUSERS_PREFIX)
-        }
-        if config:
-            float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its {DIFFUSERS_METADATA} is damaged: {error!r}.") from error
+    where = f"{file}: its {DIFFUSERS_METADATA}"
+    content = parse_object(stated, where)
+    config = {
+        name.removeprefix(DIFFUSERS_PREFIX): value
+        for name, value in content.items()
+        if name.startswith(DIFFUSERS_PREFIX)
+    }
+    if config:
+        check_fields(config, SETTINGS, where)
     return config
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        float(content["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a LoRA's configuration: {error!r}.") from error
-    return dict(content)

@@ -7,17 +7,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.disks.abilities import fsync, fsync_directory, naming
+from vfun_cli.errors import CheckpointError
+from vfun_cli.typed_json import Check, file_inside, mapping, one_of, read_object, record, text, whole
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(\d{1,18})|\.checkpoint-(\d{1,18})\.replaced", re.ASCII)
+"""The latter while another checkpoint of the same step takes its place."""
+
+MANIFEST_FIELDS: Mapping[str, Check] = {
+    "schema": one_of(SCHEMA),
+    "files": mapping(record({"bytes": whole(), "sha256": text()}), file_inside),
+}
+"""What a manifest states; a file's name must stay inside the directory: a manifest can be edited."""
 
 
 def write_manifest(directory: Path) -> None:
@@ -31,15 +40,20 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / MANIFEST, {"schema": SCHEMA, "files": listed})
 
 
-def verify(directory: Path, *, deep: bool = True) -> None:
+def verify(directory: Path, *, deep: bool = True, passing_over: Callable[[Path], bool] = lambda path: False) -> None:
     """Check every file that the manifest lists: there, of the right size and, when ``deep``, of the right content.
+
+    Args:
+        passing_over: whose contents may be wrong.
 
     Raises:
         CheckpointError: with everything that is wrong.
     """
     listed = _read_manifest(directory)
     with ThreadPoolExecutor(_workers()) as pool:
-        found = pool.map(lambda item: _problem(directory, item[0], item[1], deep), listed.items())
+        found = pool.map(
+            lambda name: _problem(directory, name, listed[name], deep and not passing_over(directory / name)), listed
+        )
         problems = [problem for problem in found if problem]
     if problems:
         raise CheckpointError(
@@ -60,15 +74,29 @@ def is_complete(directory: Path) -> bool:
 def step_of(directory: Path) -> int | None:
     """The step in a ``checkpoint-N`` name, None for other names."""
     match = _NAME.fullmatch(directory.name)
-    return int(match.group(1)) if match else None
+    return int(match[1] or match[2]) if match else None
+
+
+def numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """What has the name of a checkpoint, complete or not, by step.
+
+    Where a save died between taking the old checkpoint of its step away and putting the new one in place, the old
+    one, under its other name, stands for it.
+    """
+    if not output_dir.is_dir():
+        return []
+    named = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
+    in_place = {step for step, path in named if not path.name.startswith(".")}
+    return sorted(
+        (step, path)
+        for step, path in named
+        if not path.name.startswith(".") or (step not in in_place and is_complete(path))
+    )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of an output directory, oldest step first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
-    return [path for _, path in sorted(numbered) if is_complete(path)]
+    return [path for _, path in numbered(output_dir) if is_complete(path)]
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -80,7 +108,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
     found = checkpoints(output_dir)
     if found:
         return found[-1]
-    started = sorted(str(path.name) for path in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
+    started = [path.name for _, path in numbered(output_dir)]
     seen = f"; {', '.join(started)} has no valid {MANIFEST}" if started else ""
     raise CheckpointError(
         f"no complete checkpoint in {output_dir}{seen}.",
@@ -88,23 +116,14 @@ def newest_checkpoint(output_dir: Path) -> Path:
     )
 
 
-def fsync_directory(directory: Path) -> None:
-    """Make renames and new names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a crash leaves the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
 
@@ -120,7 +139,7 @@ def _files(directory: Path) -> list[Path]:
 
 def _flush_and_describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
 
 
@@ -131,27 +150,15 @@ def _digest(file: Any) -> str:
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    hint = f"Use an earlier checkpoint of {directory.parent}."
+    if not path.exists():
         raise CheckpointError(
-            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last.",
-            hint=f"Use an earlier checkpoint of {directory.parent}.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} is no manifest of schema {SCHEMA}.", hint="Update vfun, or check the file.")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise CheckpointError(f"{path} is damaged: it lists no files.")
+            f"{directory} is not a complete checkpoint: it has no {MANIFEST}, which is written last.", hint=hint
+        )
+    files: dict[str, dict[str, Any]] = read_object(path, MANIFEST_FIELDS, hint=hint)["files"]
+    if not files:
+        raise CheckpointError(f"{path} is damaged: it lists no files.", hint=hint)
     return files
-
-
-def _is_entry(name: str, entry: object) -> bool:
-    # a name must stay inside the directory: a manifest can be edited
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-    return inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def _problem(directory: Path, name: str, entry: dict[str, Any], deep: bool) -> str | None:

@@ -154,7 +154,7 @@ _INERT = {
     "deepspeed.runtime.zero.config": ("ZeroStageEnum", "DeepSpeedZeroConfig"),
     "deepspeed.runtime.zero.offload_config": (
         "OffloadDeviceEnum",
-        "OffloadStatesEnum",
+        "OffloadStateTypeEnum",
         "DeepSpeedZeroOffloadParamConfig",
         "DeepSpeedZeroOffloadOptimizerConfig",
     ),
@@ -204,14 +204,24 @@ class _Unpickler(pickle.Unpickler):
         return StorageRef(storage.dtype, key)
 
 
-def loads(data: bytes, path: Path) -> Any:
+class Listed(pickle.Unpickler):
+    """Knows the same names, each as what it is: for a library that needs the real objects."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """What has a listed name."""
+        if (module, name) not in _KNOWN:
+            raise _Refused(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def loads(data: bytes, path: Path, reader: type[pickle.Unpickler] = _Unpickler) -> Any:
     """Unpickle with the list; ``path`` is for messages.
 
     Raises:
         CheckpointError: the pickle is damaged, or asks for a name that is not on the list; nothing of it is run.
     """
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return reader(io.BytesIO(data)).load()
     except _Refused as refused:
         raise CheckpointError(
             f"{path} is refused: its pickle asks for {refused}, which no checkpoint needs; nothing was run.",
@@ -221,11 +231,20 @@ def loads(data: bytes, path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: its pickle does not load ({first_line(error)}).") from error
 
 
-def load_pickle(path: Path) -> Any:
-    """A file that is one bare pickle, as DCP's ``.metadata``."""
+def load_pickle(path: Path, reader: type[pickle.Unpickler] = _Unpickler) -> Any:
+    """A file that is one bare pickle, as DCP's ``.metadata``.
+
+    Raises:
+        CheckpointError: as of ``loads``.
+    """
     with FileReader(path) as file:
         _check_size(file.size, path)
-        return loads(file.read(0, file.size), path)
+        return loads(file.read(0, file.size), path, reader)
+
+
+def listed_classes(package: str) -> list[tuple[str, str]]:
+    """Modules and names of what a checkpoint may mention of a library."""
+    return [(module, name) for module, name in _KNOWN if module.startswith(f"{package}.")]
 
 
 def _check_size(size: int, path: Path) -> None:

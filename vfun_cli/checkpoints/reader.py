@@ -3,7 +3,6 @@
 Nothing is loaded until a tensor is read, and neither torch, accelerate, DeepSpeed nor a process group is needed.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
+from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
 from vfun_cli.errors import CheckpointError, first_line
 
@@ -63,7 +63,7 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory.", hint="Name a checkpoint directory, e.g. checkpoint-500.")
-    state = _read_state(path)
+    state = read_state(path) if (path / STATE_FILE).is_file() else {}
     for folder in (path / "model", path):
         if (folder / ".metadata").is_file():
             return _dcp(path, folder, folder, state)
@@ -84,19 +84,6 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         f"{path} holds no checkpoint: neither model.safetensors, nor a DCP .metadata, nor DeepSpeed *_optim_states.pt.",
         hint="Name the checkpoint-N directory itself.",
     )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    file = path / "state.json"
-    if not file.is_file():
-        return {}
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {first_line(error)}.") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} is damaged: it holds no JSON object.")
-    return state
 
 
 def _clean(name: str) -> str:

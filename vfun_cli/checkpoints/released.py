@@ -4,7 +4,6 @@ The names that a model needs are checked by the training processes, which build 
 themselves is compared: the index with its shards, each header with the length of its file.
 """
 
-import json
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,11 +11,14 @@ from pathlib import Path
 from vfun_cli.checkpoints.safetensors import read_file
 from vfun_cli.errors import CheckpointError
 from vfun_cli.lfs import refuse_lfs_pointer
+from vfun_cli.typed_json import Check, file_inside, mapping, read_object
 
 INDEX = ".safetensors.index.json"
-MODEL_FILES = frozenset({".safetensors", ".pth", ".json", ".model", ".txt"})
+MODEL_FILES = frozenset({".safetensors", ".pth", ".bin", ".json", ".model", ".txt"})
 """Endings of what a model is read from. Pictures and films beside it need not be there."""
 LISTED = 5
+PLACES: Mapping[str, Check] = {"weight_map": mapping(file_inside)}
+"""What an index states."""
 ZIP_START = b"PK"
 
 
@@ -54,14 +56,8 @@ def read_index(index: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: it is no index, or a shard is missing.
     """
-    refuse_lfs_pointer(index)
-    try:
-        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / shard for name, shard in placed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is not a safetensors index ({error!r}).", hint="Download the index file again."
-        ) from error
+    placed: dict[str, str] = read_object(index, PLACES, hint="Download the index file again.")["weight_map"]
+    files = {name: index.parent / shard for name, shard in placed.items()}
     shards = sorted(set(files.values()))
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

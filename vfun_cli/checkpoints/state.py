@@ -1,12 +1,66 @@
 """``state.json``: where in its run a checkpoint was written, and under which options."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.typed_json import (
+    LARGEST_NUMBER,
+    Check,
+    file_path,
+    items,
+    mapping,
+    number,
+    optional,
+    read_object,
+    record,
+    text,
+    whole,
+)
 
 STATE_FILE = "state.json"
+
+MOST_PROCESSES = 1_000_000
+LAYOUTS = items(record({"until": whole(), "slots": whole(1)}))
+"""The sizes that steps had in the parts of a run that are over."""
+
+
+def setting(name: str, value: Any) -> None:
+    """The value of an option, as far as every option's can be: a number, text, true or false, a list of text."""
+    if isinstance(value, list):
+        items(file_path)(name, value)
+    elif isinstance(value, str):
+        file_path(name, value)
+    elif isinstance(value, float):
+        number()(name, value)
+    elif value is not None and not isinstance(value, bool):
+        whole(-LARGEST_NUMBER, LARGEST_NUMBER)(name, value)
+
+
+def options(*paths: str) -> Check:
+    """The options of a run; ``paths`` name those that must be there and are paths."""
+    counted = {"num_processes": whole(1, MOST_PROCESSES), "gradient_accumulation_steps": whole(1)}
+    fields = record({**counted, **dict.fromkeys(paths, file_path)})
+    values = mapping(setting)
+
+    def check(name: str, value: Any) -> None:
+        values(name, value)
+        fields(name, value)
+
+    return check
+
+
+STATE: Mapping[str, Check] = {
+    "step": whole(),
+    "strategy": text(),
+    "world_size": whole(1, MOST_PROCESSES),
+    "family": text(),
+    "run_id": optional(text()),
+    "kind": text(),
+    "layouts": optional(LAYOUTS),
+    "run_config": options("pretrained_model_name_or_path"),
+}
+"""What every state.json states."""
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -15,10 +69,4 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    try:
-        content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content["step"], int):
-            raise ValueError("it names no step")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint} has no readable {STATE_FILE}: {error}.") from None
-    return content
+    return read_object(checkpoint / STATE_FILE, STATE)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vfun_cli.disks.abilities import naming
 from vfun_cli.errors import CheckpointError
 from vfun_cli.lfs import refuse_lfs_pointer
 
@@ -145,7 +146,8 @@ class FileReader:
             return
         view = target.data.cast("B")
         while len(view):
-            count = os.preadv(self._descriptor, [view], offset)
+            with naming(self.path):
+                count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} is truncated: it ends at byte {self.size}, {len(view)} bytes too early.",

@@ -16,7 +16,11 @@ from pathlib import Path
 
 from vfun_cli.checkpoints.manifest import write_json
 from vfun_cli.checkpoints.tensors import STORAGE, Array
+from vfun_cli.disks.abilities import fsync, naming, reserve
 from vfun_cli.errors import ConfigError
+
+LONGEST_SIZE = 30
+"""Characters of a size: no disk has more bytes than fit in."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -54,7 +58,7 @@ def parse_size(text: str) -> int:
         ConfigError: anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match.group(1)) <= 0:
+    if match is None or len(text) > LONGEST_SIZE or float(match.group(1)) <= 0:
         raise ConfigError(f"{text!r} is not a size.", hint="Write a number with a unit, e.g. 10GB or 500MB.")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1 if prefix else 0))
@@ -91,20 +95,21 @@ def write_shards(
     digests: dict[str, str] = {}
     for shard in shards:
         header, starts = _header(shard)
-        descriptor = os.open(directory / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        path = directory / shard.file
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            # reserves the space: a full disk is noticed here, not after minutes of writing
-            os.posix_fallocate(descriptor, 0, len(header) + sum(entry.nbytes for entry in shard.entries))
-            os.pwrite(descriptor, header, 0)
 
             def write(entry: Entry, descriptor: int = descriptor, starts: dict[str, int] = starts) -> tuple[str, str]:
                 digest = _write_tensor(descriptor, starts[entry.name], produce(entry))
                 done(entry.nbytes)
                 return entry.name, digest
 
-            with ThreadPoolExecutor(workers) as pool:
-                digests.update(pool.map(write, shard.entries))
-            os.fsync(descriptor)
+            with naming(path):
+                reserve(descriptor, len(header) + sum(entry.nbytes for entry in shard.entries))
+                os.pwrite(descriptor, header, 0)
+                with ThreadPoolExecutor(workers) as pool:
+                    digests.update(pool.map(write, shard.entries))
+                fsync(descriptor)
         finally:
             os.close(descriptor)
     if len(shards) > 1:

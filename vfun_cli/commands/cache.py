@@ -69,10 +69,10 @@ def _announce(job: "Job") -> None:
 
 
 def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:
-    from vfun_cli.run.cachedir import entries
+    from vfun_cli.run.cachedir import total_bytes
 
     encoded, complete = outcome.step, outcome.ending == "completed"
-    size = sum(path.stat().st_size for path in entries(folder))
+    size = total_bytes(folder)
     if as_json:
         console.print_json({"cache": str(folder), "complete": complete, "encoded": encoded, "bytes": size})
     else:
@@ -96,7 +96,7 @@ def _for_filling(resolved: Resolved, folder: Path) -> Resolved:
 
 
 def _verify(folder: Path, *, as_json: bool) -> None:
-    from vfun_cli.run.cachedir import DamagedEntry, entries, is_cache, verify_entry
+    from vfun_cli.run.cachedir import DamagedEntry, entries, is_cache, unreadable, verify_entry
 
     if not is_cache(folder):
         raise ConfigError(f"there is no cache in {folder}.", hint="The same command without --verify fills one.")
@@ -108,6 +108,8 @@ def _verify(folder: Path, *, as_json: bool) -> None:
         except DamagedEntry as error:
             damaged.append(str(path))
             console.warn(str(error))
+        except OSError as error:
+            raise unreadable(path, error) from None
     if as_json:
         console.print_json({"cache": str(folder), "good": good, "damaged": damaged})
     if damaged:

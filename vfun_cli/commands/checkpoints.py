@@ -40,8 +40,10 @@ def ls(
     from rich.markup import escape
     from rich.table import Table
 
+    from vfun_cli.run import locate
+
     folder = Path(run) if run is not None else defaults.output_dir(demo=demo)
-    if not folder.is_dir():
+    if not locate.exists(folder) or not folder.is_dir():
         raise CheckpointError(f"there is no run directory {folder}.", hint="Name the output directory of a run.")
     rows = _list(folder)
     if json:
@@ -118,11 +120,12 @@ def diff(first: Checkpoint, second: Checkpoint, demo: Demo = False, json: Json =
 def _list(folder: Path) -> list[dict[str, Any]]:
     from vfun_cli.checkpoints import manifest
     from vfun_cli.checkpoints.state import read_state
+    from vfun_cli.run import ownership
+    from vfun_cli.run.rundir import RunDir
 
-    rows = []
-    numbered = [(step, path) for path in folder.iterdir() if (step := manifest.step_of(path)) is not None]
-    for step, path in sorted(numbered):
-        problem, state = None, {}
+    rows, own = [], ownership.checkpoints(RunDir(folder))
+    for step, path in manifest.numbered(folder):
+        problem, state = None if path in own else "saved by another run", {}
         try:
             manifest.verify(path, deep=False)
             state = read_state(path)

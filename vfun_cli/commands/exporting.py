@@ -3,7 +3,6 @@
 It knows families and where models lie; the writers in ``checkpoints`` know neither.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import families
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
+from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.commands import defaults
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run import locate
+from vfun_cli.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.export import ExportResult
@@ -59,7 +60,7 @@ def find(name: str, *, output_dir: Path, model: Path | None) -> Trained:
         return Trained(path=original, spec=spec, model=directory, released=unchanged, is_lora=False)
     path = locate.checkpoint(name, output_dir=output_dir).checkpoint
     state = _read(path)
-    spec = families.find(state["family"])
+    spec = families.stated_in(path / STATE_FILE, state["family"])
     return Trained(
         path=path,
         spec=spec,
@@ -106,6 +107,8 @@ def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
     from vfun_cli.checkpoints import export as model_export
     from vfun_cli.checkpoints import lora_export
 
+    sources = (trained.path, trained.model, *RunDir(trained.path.absolute().parent).own_files())
+    model_export.check_output(output, form.dtype, overwrite=form.overwrite, sources=sources)
     weights: lora_export.Weights = "ema" if form.ema else "trained"
     if trained.is_lora and not form.merge:
         return lora_export.export_adapter(
@@ -163,8 +166,7 @@ def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation] | Non
     location, spec = trained.spec.export.comfyui_location, trained.spec
     if location is None:
         return None
-    config = json.loads((trained.path / "config" / Path(spec.model.config_file).name).read_text(encoding="utf-8"))
-    dims = spec.model.read_dims(config)
+    dims = detect.dims_of(spec, trained.path / "config" / Path(spec.model.config_file).name)
     return lambda layer: location(layer, dims)
 
 
@@ -176,7 +178,8 @@ def _base_directory(trained: Trained) -> Path:
     """
     if not trained.model.is_dir():
         raise CheckpointError(
-            f"the run's model directory {trained.model} is not there; its configuration and frozen weights are needed.",
+            f"{trained.path} was trained from {trained.model}, which is not there; "
+            "its configuration and frozen weights are needed.",
             hint="Name its new place with --pretrained-model-name-or-path.",
         )
     return trained.model / Path(trained.spec.model.config_file).parent

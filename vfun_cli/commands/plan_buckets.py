@@ -42,7 +42,7 @@ def plan_buckets(
         typer.Option(
             "--why",
             metavar="CLIP",
-            help="Explain one clip, from its file to its bucket: a row number, or the path or name of a file.",
+            help="Explain one clip, from its file to its bucket: a row number (from 0), or the path or name of a file.",
             show_default=False,
         ),
     ] = None,
@@ -65,6 +65,10 @@ def plan_buckets(
     --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
     """
     spec = families.find(family)
+    if plot_to is not None:
+        from vfun_cli.plan.picture import require_picture
+
+        require_picture(plot_to)
     if meta is not None:
         given["train_data_meta"] = meta
     resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
@@ -106,10 +110,10 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
 
 def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tuple[RunPlan, list[EpochPlan]]":
     """The plan and its first epochs, from rows that state everything, or else from checked files."""
-    from vfun_cli.plan.rows import checked_table, stated_table, validate_command
+    from vfun_cli.plan.rows import checked_rows, stated_table, validate_command
 
     try:
-        table = stated_table(config, spec) or checked_table(config, spec)
+        table = stated_table(config, spec) or checked_rows(config, spec).table()
         from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for rows that are refused
 
         dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)

@@ -12,6 +12,7 @@ import typer
 from vfun_cli import console
 from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
 from vfun_cli.config.strategies import STRATEGY_FLAGS
+from vfun_cli.disks.abilities import fault
 from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
 
 Command = Callable[..., None]
@@ -74,7 +75,8 @@ def with_boundary(body: Command) -> Command:
     def run(**values: Any) -> None:
         try:
             body(**values)
-        except VfunError as error:
+        except (VfunError, OSError) as caught:
+            error = caught if isinstance(caught, VfunError) else fault(caught)
             if values.get("debug"):
                 console.err.print_exception()
             console.report(error)

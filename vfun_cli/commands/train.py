@@ -81,17 +81,20 @@ def _run(
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
-        name, folder, found = resolved.config.resume_from_checkpoint, resolved.config.output_dir, None
+        name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
+        found, earlier = None, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
             found = locate.to_resume(name, output_dir=folder)
             if found is not None:
-                resolved = resume_check.continuation(found, command, spec, resolved)
+                earlier = resume_check.earlier_run(found)
+                resolved = resume_check.continuation(earlier, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-                overwrite = True  # of an earlier try, which ended before it saved anything
-        if not (dry_run or overwrite):
-            refuse_used(resolved.config, found)  # now: checking the rows may take minutes
+        if not dry_run:
+            refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found, dry_run=dry_run)
+        if earlier is not None:
+            job = resume_check.with_same_contents(earlier, job)
         if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
             job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)

@@ -12,6 +12,7 @@ from vfun_cli.commands.signature import with_boundary
 from vfun_cli.config.resolve import resolve, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
+from vfun_cli.files import require_place
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.checks import Report
@@ -61,7 +62,7 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
     deep_timeout: Annotated[
-        float, typer.Option("--deep-timeout", min=0, help="Seconds that --deep gives to each file.")
+        float, typer.Option("--deep-timeout", min=0, max=86400, help="Seconds that --deep gives to each file.")
     ] = 60.0,
     fix: Annotated[
         Path | None,
@@ -69,13 +70,16 @@ def validate_meta(
             "--fix",
             metavar="OUT",
             show_default=False,
-            help="Write a corrected copy without the bad rows; the input is never touched.",
+            help="Write a corrected copy without the bad rows, and say what was changed; no file is overwritten.",
         ),
     ] = None,
     problems: Annotated[
         Path | None,
         typer.Option(
-            "--problems", metavar="FILE", show_default=False, help="Write all problems to a file as JSON lines."
+            "--problems",
+            metavar="FILE",
+            show_default=False,
+            help="Write all problems to a file as JSON lines; replaces only such a file.",
         ),
     ] = None,
     max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Bad rows that are still no error.")] = 0,
@@ -87,13 +91,21 @@ def validate_meta(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every row of the metadata against its files, and report all problems at once.
+    """Check every row of the metadata against its files, and report all problems at once. Rows are counted from 0.
 
     Examples: [bold]vfun validate-meta[/bold] · [bold]vfun validate-meta metadata.json --family wan-s2v --deep[/bold] ·
     [bold]vfun validate-meta metadata.json --fix better.json[/bold]
     """
     from vfun_cli.metadata.fix import write_fixed
-    from vfun_cli.metadata.report import codes_json, render, render_code, render_fixed, to_json, write_problems
+    from vfun_cli.metadata.report import (
+        PROBLEMS,
+        codes_json,
+        render,
+        render_code,
+        render_fixed,
+        to_json,
+        write_problems,
+    )
 
     if explain is not None:
         if json:
@@ -108,15 +120,20 @@ def validate_meta(
         "pretrained_model_name_or_path": model,
     }
     typed = {name: value for name, value in given.items() if value is not None}
+    if problems is not None:
+        require_place(problems, "--problems", ours=PROBLEMS)
+    if fix is not None:
+        require_place(fix, "--fix")
     report = _check(family, typed, demo=demo, deep_timeout=deep_timeout if deep else None)
     if problems is not None:
         write_problems(report, problems)
-    if json:
-        console.print_json(to_json(report))
-    else:
+    if not json:
         render(report, console.out)
-    if fix is not None:
-        render_fixed(write_fixed(report, fix), console.err)
+    fixed = None if fix is None else write_fixed(report, fix)
+    if json:
+        console.print_json(to_json(report, fixed))
+    elif fixed is not None:
+        render_fixed(fixed, console.err)
     whole_file = any(problem.row is None for problem in report.errors)
     if report.errors and (whole_file or len(report.bad_rows) > max_bad):
         raise typer.Exit(MetadataError.exit_code)
@@ -133,6 +150,10 @@ def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeou
         raise ConfigError("--demo needs to know which family's demo.", hint="Add --family wan-s2v.")
     meta = given.get("train_data_meta") or setting("train_data_meta", os.environ, Path())
     root = given.get("train_data_dir") or setting("train_data_dir", os.environ, Path())
-    meta = Path(meta) if meta else None
-    folder = Path(root) if root else (meta.parent if meta else None)
-    return check_rows_of_any_family(meta, folder, deep_timeout=deep_timeout)
+    if not meta:
+        raise ConfigError(
+            "no metadata is named.",
+            hint="Name the file behind vfun validate-meta, or set DATASET_META_NAME; with --family, --demo needs none.",
+        )
+    meta = Path(meta)
+    return check_rows_of_any_family(meta, Path(root) if root else meta.parent, deep_timeout=deep_timeout)

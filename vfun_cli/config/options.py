@@ -532,24 +532,22 @@ class RunConfig:
 
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
-        paths: dict[str, Any] = {
-            name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)
-        }
+        paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
         return replace(self, **paths)
 
     def moved(self, before: Path, after: Path) -> "RunConfig":
         """The same with every path below one folder as it is below another."""
         paths: dict[str, Any] = {
-            name: after / value.relative_to(before)
-            for name, value in vars(self).items()
-            if isinstance(value, Path) and value.is_relative_to(before)
+            name: after / path.relative_to(before)
+            for name, path in vars(self).items()
+            if isinstance(path, Path) and path.is_relative_to(before)
         }
         return replace(self, **paths)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`to_json`; an unknown name is a ConfigError."""
-        return cls(**{name: parse(name, value, "run.json") for name, value in values.items()})
+        return cls(**{name: parse(name, value, f"the option {name}") for name, value in values.items()})
 
 
 # Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.

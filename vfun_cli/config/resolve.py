@@ -14,11 +14,21 @@ from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, opt
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.files import open_bounded
 
 SETTINGS_FILE = "vfun.toml"
+LARGEST_TOML = 1 << 20
+"""Bytes: all options with comments are a hundredth of it."""
 
 OPTION = "option"
 """The layer of what was typed."""
+
+FOLLOWS: Mapping[str, tuple[str, str]] = {
+    "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
+    "image_sample_size": ("video_sample_size", "video_sample_size"),
+    "cache_variants": ("cache", "default with a cache"),
+}
+"""Options that follow from another where nothing was said: which one, and what their source is called then."""
 
 Layer = tuple[str, Mapping[str, Any]]
 """Its name, and the values that it has."""
@@ -108,24 +118,17 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     if "default" in sources["train_data_dir"] and "default" not in sources["train_data_meta"]:
         assert config.train_data_meta is not None
         found["train_data_dir"] = config.train_data_meta.parent
-        sources["train_data_dir"] = "folder of train_data_meta"
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
-        sources["image_sample_size"] = "video_sample_size"
     if config.cache is not None and config.cache_variants is None:
         found["cache_variants"] = DEFAULT_VARIANTS
-        sources["cache_variants"] = "default with a cache"
+    sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
 
 
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Top-level keys hold for every family, a ``[family]`` table for one."""
-    if not path.is_file():
-        return
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    content = _read_toml(path)
     flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
     yield str(path), _known(flat, str(path))
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
@@ -140,6 +143,22 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
         known = _known(table, f"{path} [{name}]")
         if name == family:
             yield f"{path} [{name}]", known
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Its tables and keys; none where there is no such file."""
+    try:
+        with open_bounded(path, LARGEST_TOML) as file:
+            return tomllib.loads(file.read().decode("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}.", hint="Correct that, or start vfun in another folder."
+        ) from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or a number of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} is not valid TOML: {why}.") from None
 
 
 def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -191,8 +210,13 @@ def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
 
 
 def setting(name: str, environ: Mapping[str, str], directory: Path) -> Any:
-    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it."""
+    """One option from the environment or vfun.toml, for commands that know no family yet; None where neither has it.
+
+    Raises:
+        ConfigError: the value is none for this option.
+    """
     value = None
-    for _, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
-        value = layer.get(name, value)
+    for source, layer in [*_file_layers(directory / SETTINGS_FILE, ""), *_environment_layers(environ)]:
+        if name in layer:
+            value = parse(name, layer[name], f"{source}: {name}")
     return value

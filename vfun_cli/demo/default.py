@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console
+from vfun_cli.disks.abilities import make_usual
 from vfun_cli.families.spec import FamilySpec
 
 FOLDER = Path("vfun-demo")
@@ -83,6 +84,9 @@ def _build_atomically(folder: Path, build: Any) -> None:
     partial.mkdir(parents=True)
     with _quiet():
         build(partial)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            make_usual(file)
     partial.replace(folder)
 
 

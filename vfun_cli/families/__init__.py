@@ -1,6 +1,8 @@
 """The families vfun trains, in one explicit list."""
 
-from vfun_cli.errors import ConfigError, did_you_mean
+from pathlib import Path
+
+from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.cogvideox_fun import SPEC as COGVIDEOX_FUN
 from vfun_cli.families.easyanimate_control import V5 as EASYANIMATE_V5
 from vfun_cli.families.easyanimate_control import V5_1 as EASYANIMATE_V5_1
@@ -35,3 +37,15 @@ def find(name: str) -> FamilySpec:
             f"unknown family {name!r}.{did_you_mean(name, FAMILIES)}", hint=f"Families: {', '.join(FAMILIES)}."
         )
     return FAMILIES[name]
+
+
+def stated_in(file: Path, name: str) -> FamilySpec:
+    """The family that a file of a run states.
+
+    Raises:
+        CheckpointError: no such family.
+    """
+    try:
+        return find(name)
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is damaged, or of a newer vfun: {error.message}", hint=error.hint) from None

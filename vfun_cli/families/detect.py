@@ -1,12 +1,13 @@
 """Which family a model directory fits and what its dimensions are, from its configuration files alone."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from vfun_cli import families
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.lfs import refuse_lfs_pointer
+from vfun_cli.typed_json import read_object
 
 
 def fitting(model_dir: Path) -> list[str]:
@@ -21,10 +22,9 @@ def fitting(model_dir: Path) -> list[str]:
 def read_config(model_dir: Path, spec: FamilySpec) -> dict[str, object]:
     """The transformer configuration where this family keeps it; empty if there is none or it is damaged."""
     try:
-        found = json.loads((model_dir / spec.model.config_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(model_dir / spec.model.config_file)
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
@@ -53,15 +53,23 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
             f"{model_dir} is no {spec.name} model: {spec.model.config_file} is missing.",
             hint="The model is needed in its released layout.",
         )
+    return dims_of(spec, path, spec.model.settings_beside(model_dir))
+
+
+def dims_of(spec: FamilySpec, config_file: Path, beside: Mapping[str, object] | None = None) -> ModelDims:
+    """The dimensions that a transformer's configuration states.
+
+    Args:
+        beside: what other files state, as ``ModelSpec.settings_beside`` gives it.
+
+    Raises:
+        CheckpointError: it is damaged, or of no such transformer; names the file.
+    """
+    config = read_object(config_file, hint="Download the file again.")
     try:
-        return spec.model.read_dims(
-            json.loads(path.read_text(encoding="utf-8")) | spec.model.settings_beside(model_dir)
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not the configuration of a {spec.name} transformer: {type(error).__name__}: {error}.",
-            hint="Download the file again.",
-        ) from None
+        return spec.model.read_dims({**config, **(beside or {})})
+    except CheckpointError as error:
+        raise CheckpointError(f"{config_file}: {error.message}", hint=error.hint) from None
 
 
 def read_dims_if_there(spec: FamilySpec, model_dir: Path | None) -> ModelDims:

@@ -1,16 +1,21 @@
 """What the torch-free half of vfun needs to know about a model family."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
-from vfun_cli.errors import CheckpointError
 from vfun_cli.metadata.clip_needs import WHOLE, ClipNeeds, Span
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders.captions import CaptionReader
+from vfun_cli.typed_json import read_object, whole
+
+SIZE = whole(1, 1 << 20)
+"""What a width, or a number of heads, channels or tokens can be in a configuration; the released ones go to 13,824."""
+
+LAYERS = whole(0, 10_000)
+"""What a number of layers can be; the released ones go to 60."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ class ModelSpec:
     dims: ModelDims
     """Dimensions of the largest released model, used when no model directory is given."""
     read_dims: Callable[[Mapping[str, object]], ModelDims]
-    """Dimensions from the transformer's ``config.json``."""
+    """Dimensions from the transformer's ``config.json``; a CheckpointError where it states others than a model has."""
     recognises: Callable[[Mapping[str, object]], bool]
     """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     config_file: str = "config.json"
@@ -117,10 +122,7 @@ class ModelSpec:
         found: dict[str, object] = {}
         for name, (file, key) in self.other_settings.items():
             path = model_dir / file
-            try:
-                stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            except ValueError as error:
-                raise CheckpointError(f"cannot read {path}: {error}.", hint="Download the file again.") from None
+            stated = read_object(path, hint="Download the file again.") if path.is_file() else {}
             if stated.get(key) is not None:
                 found[name] = stated[key]
         return found

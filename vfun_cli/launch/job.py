@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
-from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.metadata.checks import Report
+from vfun_cli.metadata.records import Metadata, metadata_digest
 from vfun_cli.metadata.remembered import only_read
-from vfun_cli.plan.rows import checked_table, validate_command
-from vfun_cli.run import locate
+from vfun_cli.plan import rows
+from vfun_cli.run import locate, ownership
+from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
@@ -41,10 +44,20 @@ class Job:
     launch: LaunchPlan
     found: Found | None
     """The checkpoint to continue from."""
+    run_id: str | None
+    """Stated by the run and by every checkpoint it saves; the first version knew none."""
+    most: Mapping[str, int]
+    """Of processes and machines in any launch of the run."""
+    staging: Path | None
+    """The folder in memory in which a checkpoint waits while training goes on, of this launch alone."""
     metadata_sha256: str
     """Of the metadata that were checked."""
     deadline: float | None
     """When --max-hours is over, in seconds since 1970; of a dry run, which may be started by hand at any time, None."""
+    contents: Mapping[str, Contents]
+    """What the run reads, by the options that name it."""
+    allowed: Sequence[Mapping[str, Any]] = ()
+    """What changed since the run began and was let pass by --allow: step, option, before, after."""
     prune: bool = False
     """Filling a cache: delete what the plan does not need."""
 
@@ -60,11 +73,17 @@ class Job:
             "vfun": __version__,
             "command": self.command,
             "family": self.spec.name,
+            "id": self.run_id,
+            "most": dict(self.most),
+            "staging": None if self.staging is None else str(self.staging),
+            "directory": ownership.identity(self.run.root),
             "run_dir": str(self.run.root.absolute()),
             "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
             "metadata_sha256": self.metadata_sha256,
+            "contents": {name: each.digest for name, each in self.contents.items()},
+            "allowed": list(self.allowed),
             "plan_digest": self.plan.first_epoch.digest(),
             "resume": str(self.found.checkpoint.absolute()) if self.found else None,
             "layouts": [vars(layout) for layout in self.plan.earlier],
@@ -97,7 +116,7 @@ def decide(
     Raises:
         VfunError: whatever would stop the run later, now.
     """
-    config = resolved.config
+    config, keeping = resolved.config, only_read if dry_run else nullcontext
     assert config.num_processes is not None
     if not (dry_run and config.num_processes):
         devices.check_processes(config.device, config.num_processes // config.num_machines)
@@ -110,17 +129,21 @@ def decide(
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        with only_read() if dry_run else nullcontext():
-            plan = _plan(config, spec, found)
+        with keeping():
+            report = rows.checked_rows(config, spec)
+        plan = _plan(config, spec, found, report)
     except MetadataError as error:
-        raise error.with_command(validate_command(config, spec)) from None
+        raise error.with_command(rows.validate_command(config, spec)) from None
     check_batch(config, len(plan.table))
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
+    with keeping():
+        contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None
     run = RunDir(config.output_dir)
-    run_json = run.run_json if config.machine_rank == 0 else run.launch(config.machine_rank) / "run.json"
+    run_json = run.description(config.machine_rank)
+    earlier = ownership.recorded(run.run_json) if found is not None and found.is_in(run) else None
     return Job(
         command=command,
         spec=spec,
@@ -130,28 +153,49 @@ def decide(
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
         found=found,
+        contents=contents,
+        run_id=ownership.new_id() if earlier is None else earlier.get("id"),
+        most=ownership.most(config.to_json(), earlier),
+        staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
         metadata_sha256=metadata_digest(config.train_data_meta),
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
 
 
-def _plan(config: RunConfig, spec: FamilySpec, found: Found | None) -> "RunPlan":
+def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Report) -> "RunPlan":
     """The plan of the checked rows, whose first epoch can be planned.
 
     Raises:
         MetadataError: rows that cannot be trained on.
         CheckpointError: no such model directory.
     """
-    table = checked_table(config, spec)
     dims = read_dims(spec, config.pretrained_model_name_or_path)
     from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for what is refused until here
     from vfun_cli.plan.schedule import earlier_segments
 
-    plan = RunPlan.of(config, spec, dims, table)
+    plan = RunPlan.of(config, spec, dims, report.table())
     if found is not None:
         plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
     _ = plan.first_epoch  # raises where no row can be used
     return plan
+
+
+def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[str, Contents]:
+    """What the run reads; new files are read in samples, which takes a while for many.
+
+    Raises:
+        EnvironmentFault: a file cannot be read.
+    """
+    assert config.pretrained_model_name_or_path is not None
+    with rows.progress() as stage:
+        return contents_of(
+            metadata,
+            spec.fields,
+            config.train_data_dir,
+            config.pretrained_model_name_or_path,
+            cache=rows.CACHE.expanduser(),
+            progress=stage("reading samples of files"),
+        )
 
 
 def check_trackers(config: RunConfig) -> None:

@@ -1,7 +1,5 @@
 """How far the training is: a bar on a terminal, a line every few seconds where none is."""
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from vfun_cli import console
+from vfun_cli.run import metrics_file
 
 LINE_EVERY = 10.0
 """Seconds between progress lines when stderr is not a terminal."""
@@ -21,11 +20,13 @@ LINE_EVERY = 10.0
 @contextmanager
 def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
     """To be called whenever there may be new lines in the metrics file: it shows them."""
-    steps = NewSteps(metrics, first_step)
+    steps = NewSteps(metrics, first_step, before=stamp(metrics))
     with Bar(first_step) if console.err.is_terminal else Lines() as display:
 
         def show_new() -> None:
-            with suppress(OSError):  # what only reports ends no run: of a closed terminal, a file that is not to be had
+            # It only reports: a line that is not what it should be, a file that is gone or a terminal that was closed
+            # must not end the job.
+            with suppress(OSError, KeyError, TypeError, ValueError):
                 for record in steps.read():
                     display.show(record)
 
@@ -35,17 +36,18 @@ def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
 class NewSteps:
     """New steps in a growing JSON-lines file; those up to ``first_step`` belong to an earlier launch.
 
-    So does all that is there before the file first changes: a run that continues from an older checkpoint begins by
-    dropping the steps after it.
+    Args:
+        before: the stamp of the file as an earlier launch left it. Nothing in it is new until it changes: a run that
+            continues from an older checkpoint begins by dropping the steps after it.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, *, before: "Stamp | None" = None) -> None:
         self.path, self.seen, self.offset = path, first_step, 0
-        self.before = _stamp(path)
+        self.before = before
 
     def read(self) -> list[dict[str, Any]]:
         """Those that came since the last call."""
-        if _stamp(self.path) == self.before:
+        if stamp(self.path) == self.before:
             return []
         self.before = None
         with self.path.open("rb") as file:
@@ -53,29 +55,24 @@ class NewSteps:
             whole, _, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + 1 if whole else 0
         records = []
-        for record in map(_parsed, whole.splitlines()):
-            if "total_steps" in record and record["step"] > self.seen:
+        for line in whole.split(b"\n"):
+            record = metrics_file.parse(line)
+            if record is not None and "event" not in record and record["step"] > self.seen:
                 self.seen = record["step"]
                 records.append(record)
         return records
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: Path) -> Stamp | None:
     """What changes with a file; None where there is none."""
     try:
         status = path.stat()
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """A line of the file; of a damaged one nothing: it is only shown."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 class _TwoLines(Progress):
@@ -157,7 +154,7 @@ def _facts(record: dict[str, Any]) -> str:
     if "loss" not in record:
         return f"{record['step']} clips encoded"
     facts = [
-        f"loss {math.nan if record['loss'] is None else record['loss']:.4f}",
+        "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}",
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]

@@ -1,52 +1,105 @@
-"""Continuing a run: with which options, and whether what changed makes it another run."""
+"""Continuing a run: with which options, and whether what changed makes it another run.
 
+Options are compared as they were given, before anything is read; what a run reads is compared by its contents, wherever
+it lies, once it has been checked.
+"""
+
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig, default_of, options
-from vfun_cli.config.resolve import Resolved, resolve
+from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.launch.job import Job
 from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.run import locate
+from vfun_cli.run.contents import METADATA, SCHEME, what_changed
 from vfun_cli.run.locate import Found
 
-METADATA = "train_data_meta"
 ACCUMULATION = "gradient_accumulation_steps"
+VARIANTS = "cache_variants"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """The run of a checkpoint as it was launched last."""
+
+    found: Found
+    described: Mapping[str, Any]
+    """Its ``run.json``, with paths that are valid now."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its options."""
+        config: Mapping[str, Any] = self.described["config"]
+        return config
+
+    @property
+    def contents(self) -> Mapping[str, str]:
+        """Digests of what it read, by option; empty where it was launched by a vfun that noted none."""
+        noted: Mapping[str, str] = self.described.get("contents", {})
+        return {name: digest for name, digest in noted.items() if digest.startswith(f"{SCHEME}:")}
+
+    def follows(self, name: str) -> bool:
+        """Whether an option was not given, but followed from another."""
+        return name in FOLLOWS and self.described.get("sources", {}).get(name) == FOLLOWS[name][1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One option that differs from the run's."""
+    """One option that differs from the run's, or whose contents do."""
 
     name: str
     before: Any
     after: Any
     effect: str
+    words: str
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What ``run.json`` keeps of a change that was allowed."""
+        return {"step": step, "option": self.name, "before": self.before, "after": self.after}
 
 
-def resolve_as_before(found: Found, given: Mapping[str, Any]) -> tuple[str, FamilySpec, Resolved]:
-    """The command, the family and the options of a checkpoint's run, beside what was typed anew.
+def earlier_run(found: Found) -> Earlier:
+    """What is known of the run of a checkpoint.
 
     Raises:
-        CheckpointError: the run's ``run.json`` is missing or damaged.
-        ConfigError: what was typed does not go with the run's other options.
+        CheckpointError: its ``run.json`` is missing or damaged, or an option in it has a value that it cannot have.
     """
     described = found.run.read_run()
-    command, spec = described["command"], families.find(described["family"])
+    try:
+        RunConfig.from_json(described["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{found.run.run_json} is damaged: {error.message}", hint=error.hint) from None
+    return Earlier(found=found, described={**described, "config": _placed(found, described)})
+
+
+def resolve_as_before(run: Earlier, given: Mapping[str, Any]) -> tuple[str, FamilySpec, Resolved]:
+    """The command, the family and the options of an earlier run, beside what was typed anew.
+
+    Raises:
+        ConfigError: what was typed does not go with the run's other options.
+    """
+    command = run.described["command"]
+    spec = families.stated_in(run.found.run.run_json, run.described["family"])
     strategy = STRATEGIES.get(given.get("strategy", ""))
     if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}
-    return command, spec, resolve(command, spec, given, base=_options_of(found, described))
+    kept = {name: value for name, value in run.config.items() if name == VARIANTS or not run.follows(name)}
+    return command, spec, resolve(command, spec, given, base=kept)
 
 
 def continuation(
-    found: Found, command: str, spec: FamilySpec, resolved: Resolved, *, allow: Sequence[str] = ()
+    run: Earlier, command: str, spec: FamilySpec, resolved: Resolved, *, allow: Sequence[str] = ()
 ) -> Resolved:
-    """The options with which a checkpoint's run goes on, if it stays the same run.
+    """The options with which a run goes on, if by them it stays the same run.
 
     Args:
         allow: options that may change although they change what is trained.
@@ -55,64 +108,59 @@ def continuation(
         CheckpointError: it would be another run.
         ConfigError: ``allow`` names no option.
     """
-    described = found.run.read_run()
-    described["config"] = _options_of(found, described)
-    if (described["command"], described["family"]) != (command, spec.name):
+    locate.require_own(run.found)
+    before, checkpoint = run.described, run.found.checkpoint
+    if (before["command"], before["family"]) != (command, spec.name):
         raise CheckpointError(
-            f"{found.checkpoint} belongs to a run of vfun {described['command']} {described['family']}, "
+            f"{checkpoint} belongs to a run of vfun {before['command']} {before['family']}, "
             f"not of vfun {command} {spec.name}.",
-            hint=f"vfun resume {shlex.quote(str(found.checkpoint))}",
+            hint=f"vfun resume {shlex.quote(str(checkpoint))}",
         )
-    resolved = keep_step_size(described, resolved)
-    check_resume(found, described, resolved.config, allow)
+    resolved = keep_variants(run, keep_step_size(run, resolved))
+    check_options(run, resolved, allow)
     return resolved
 
 
-def changes(before: Mapping[str, Any], after: RunConfig) -> list[Change]:
-    """Options that differ, in declaration order; an option the older vfun did not know counts as its default."""
-    now = after.to_json()
-    found = []
+def changes(run: Earlier, resolved: Resolved) -> list[Change]:
+    """Options that differ, in declaration order; an option the older vfun did not know counts as its default.
+
+    One that only follows from another changed option is no change of its own.
+    """
+    now = resolved.config.absolute().to_json()
+    found = {}
     for name, (_, _, opt) in options().items():
-        earlier = before.get(name, default_of(name))
+        earlier = run.config.get(name, default_of(name))
+        if isinstance(earlier, str) and name in _paths():
+            earlier = str(Path(earlier).absolute())
+        if now[name] == earlier:
+            continue
         effect: str = opt.on_resume
-        if name == ACCUMULATION and step_size(before) == step_size(now):
+        if name == ACCUMULATION and step_size(run.config) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
-        if now[name] != earlier:
-            found.append(Change(name=name, before=earlier, after=now[name], effect=effect))
-    return found
+        if name in run.contents:
+            effect = "harmless"  # a path: what lies there is compared by its contents
+        words = f"{name} {earlier} -> {now[name]}"
+        found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
+    followers = {name for name, (origin, words) in FOLLOWS.items()
+                 if origin in found and resolved.sources.get(name) == words}  # fmt: skip
+    return [change for name, change in found.items() if name not in followers]
 
 
-def check_resume(found: Found, described: Mapping[str, Any], after: RunConfig, allow: Sequence[str]) -> None:
-    """Let a continuation pass if it is the same run, or if every difference was allowed by name.
-
-    Args:
-        found: the checkpoint.
-        described: the ``run.json`` of the run.
+def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> None:
+    """Let a continuation pass if its options make it the same run, or if every difference was allowed by name.
 
     Raises:
         ConfigError: ``allow`` names no option.
         CheckpointError: the continuation would silently be another run.
     """
-    allowed = {name.replace("-", "_") for name in allow}
-    for name in allowed:
+    for name in _named(allow):
         if name not in options():
             raise ConfigError(f"--allow {name}: there is no such option.{did_you_mean(name, options())}")
-    changed = changes(described["config"], after)
-    meta = after.train_data_meta
-    if meta is not None and meta.is_file() and metadata_digest(meta) != described["metadata_sha256"]:
-        changed.append(Change(name=METADATA, before="the file as it was", after="another content", effect="trajectory"))
-    refused = [change for change in changed if change.effect == "trajectory" and change.name not in allowed]
-    if refused:
-        hint = "Leave the options as they were."
-        if all(change.name in options("train") for change in refused):  # those that vfun resume takes
-            mean_it = _allowing(found, described, after, sorted(allowed), refused)
-            hint = f"Leave the options as they were, or say that you mean it: {mean_it}"
-        raise CheckpointError(
-            f"this would not be the same run: {_list(refused)}. It changes what is trained from here on.", hint=hint
-        )
+    changed = changes(run, resolved)
+    _refuse(run, resolved, changed, allow)
     for change in changed:
         console.warn(f"{change.name} changes from {change.before} to {change.after}.")
-    before, now = step_size(described["config"]), step_size(after.to_json())
+    before, now = step_size(run.config), step_size(resolved.config.to_json())
     if before != now:
         console.warn(
             f"a step now holds {now} micro-batches instead of {before}; the rest of the epoch is planned anew from "
@@ -120,41 +168,125 @@ def check_resume(found: Found, described: Mapping[str, Any], after: RunConfig, a
         )
 
 
+def with_same_contents(run: Earlier, job: Job, allow: Sequence[str] = ()) -> Job:
+    """The job that continues a run, if what it reads is what the run began with; it notes what ``allow`` let pass.
+
+    Raises:
+        CheckpointError: other data or another model, which nobody allowed.
+    """
+    changed = list(_changed_contents(run, job))
+    _refuse(run, job.resolved, changed, allow)
+    for change in changed:
+        console.warn(f"{change.words}.")
+    if job.contents and not run.contents:
+        console.hint(
+            "The run was launched by an earlier vfun, which noted nothing of the model's and the media's contents: "
+            "whether they are the same is not known."
+        )
+    passed = [change for change in (*changes(run, job.resolved), *changed) if change.effect == "trajectory"]
+    records = [change.record(run.found.step) for change in passed]
+    return replace(job, allowed=[*run.described.get("allowed", ()), *records])
+
+
+def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
+    """What the run reads and is not what it began with."""
+    config = job.config
+    assert config.train_data_meta is not None
+    noted, now = run.contents, {name: each.digest for name, each in job.contents.items()}
+    if METADATA not in noted:
+        noted = {METADATA: run.described["metadata_sha256"]}
+        now = {METADATA: metadata_digest(config.train_data_meta)}
+    for name, before in noted.items():
+        if before != now[name]:
+            how = what_changed(run.found.run.contents(), name, before, job.contents[name])
+            words = f"{name} {getattr(config, name)}: {how}"
+            yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
+
+
+def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: Sequence[str]) -> None:
+    """Refuse what would make it another run, unless it is allowed by name.
+
+    Raises:
+        CheckpointError: with the command that goes on all the same.
+    """
+    refused = [change for change in changed if change.effect == "trajectory" and change.name not in _named(allow)]
+    if not refused:
+        return
+    hint = "Leave it as it was."
+    if all(change.name in options("train") for change in refused):  # those that vfun resume takes
+        names = [*sorted(_named(allow)), *(change.name for change in refused)]
+        hint = f"Leave it as it was, or say that you mean it: {_command(run, resolved, names)}"
+    raise CheckpointError(
+        f"this would not be the same run: {', '.join(change.words for change in refused)}. "
+        "It changes what is trained from here on.",
+        hint=hint,
+    )
+
+
+def _named(allow: Sequence[str]) -> set[str]:
+    return {name.replace("-", "_") for name in allow}
+
+
 def step_size(config: Mapping[str, Any]) -> int:
     """Micro-batches of one optimizer step: processes x accumulation."""
     return int(config["num_processes"]) * int(config[ACCUMULATION])
 
 
-def keep_step_size(described: Mapping[str, Any], resolved: Resolved) -> Resolved:
+def keep_step_size(run: Earlier, resolved: Resolved) -> Resolved:
     """On another number of processes, accumulate so that a step stays what it was, where that divides.
 
     Then the continuation takes the very steps of an uninterrupted run. An accumulation that was typed stays.
     """
-    config, whole = resolved.config, step_size(described["config"])
+    config, whole = resolved.config, step_size(run.config)
     assert config.num_processes is not None
-    if config.num_processes == described["config"]["num_processes"] or whole % config.num_processes:
+    if config.num_processes == run.config["num_processes"] or whole % config.num_processes:
         return resolved
-    if resolved.sources.get(ACCUMULATION) == "option":
+    if resolved.sources.get(ACCUMULATION) == OPTION:
         return resolved
     config = replace(config, gradient_accumulation_steps=whole // config.num_processes)
     return Resolved(config=config, sources=resolved.sources | {ACCUMULATION: "the run's step size"})
 
 
-def _options_of(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a run was started with; its directory may have moved since."""
-    return {**described["config"], "output_dir": str(found.run.root)}
+def keep_variants(run: Earlier, resolved: Resolved) -> Resolved:
+    """With or without a cache, what the encoders see is drawn as before: a cache changes nothing of a run that goes on.
+
+    A number of variants that was given stays.
+    """
+    if resolved.sources.get(VARIANTS) not in ("default", FOLLOWS[VARIANTS][1]):
+        return resolved
+    config = replace(resolved.config, cache_variants=run.config.get(VARIANTS))
+    return Resolved(config=config, sources=resolved.sources | {VARIANTS: "the run's"})
 
 
-def _allowing(
-    found: Found, described: Mapping[str, Any], after: RunConfig, allowed: Sequence[str], refused: Sequence[Change]
-) -> str:
+def _paths() -> set[str]:
+    """The options that name a file or folder."""
+    return {name for name, (_, kind, _) in options().items() if Path in (kind, *get_args(kind))}
+
+
+def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run. If its directory was moved or copied, what lay beside it may have been so too.
+
+    Then the things at the new place are its things: their contents are compared anyway.
+    """
+    config, root = dict(described["config"]), found.run.root.absolute()
+    was = Path(described.get("run_dir", root))
+    if root != was:
+        for name in _paths() & config.keys():
+            value = config[name]
+            if isinstance(value, str) and Path(value).is_absolute():
+                beside = Path(os.path.normpath(root / os.path.relpath(value, was)))
+                config[name] = str(beside) if beside.exists() else value
+    return {**config, "output_dir": str(found.run.root)}
+
+
+def _command(run: Earlier, resolved: Resolved, allowed: Sequence[str]) -> str:
     """The command that goes on with these options all the same."""
-    words = ["vfun", "resume", str(found.checkpoint)]
-    for change in changes(described["config"], after):
+    words = ["vfun", "resume", str(run.found.checkpoint)]
+    for change in changes(run, resolved):
         kept = change.name == ACCUMULATION and change.effect == "sharding"  # resume does that by itself
         if change.after is not None and not kept and change.name != "resume_from_checkpoint":
             words += _typed(change.name, change.after)
-    for name in [*allowed, *(change.name for change in refused)]:
+    for name in allowed:
         words += ["--allow", _hyphened(name)]
     return shlex.join(words)
 
@@ -168,7 +300,3 @@ def _typed(name: str, value: Any) -> list[str]:
 
 def _hyphened(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _list(found: Sequence[Change]) -> str:
-    return ", ".join(f"{change.name} {change.before} -> {change.after}" for change in found)

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
-from vfun_cli.run import locate, lock
+from vfun_cli.run import locate, lock, ownership
+from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
 from vfun_cli.run.messages import Outcome
-from vfun_cli.run.rundir import RunDir, clear, ensure_writable, write_atomically
+from vfun_cli.run.rundir import RunDir, ensure_writable, write_atomically
 
 
 def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] = show.preview) -> Outcome:
@@ -31,34 +34,68 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
     if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
-    if not overwrite:
-        refuse_used(job.config, job.found)
-    begins = job.found is None and job.config.machine_rank == 0
     ensure_writable(job.run.root)
-    with lock.held(job.run, job.config.machine_rank):
-        if begins and job.run.holds_run():
-            clear(job.run)
+    with lock.held(job.run, job.config.machine_rank) as claim:
+        # The look at the directory was before the lock: another command may have run in between.
+        refuse_used(job.config, job.found, overwrite=overwrite)
+        ownership.remove_leftovers(job.run, job.config.machine_rank)
+        if job.found is not None and job.found.is_in(job.run):
+            job = _looked_at_again(job, job.found)
+        elif job.config.machine_rank == 0:
+            if job.run.is_half_deleted():
+                console.warn(f"the deletion of the run that {job.run.root} held was stopped half-way; it goes on.")
+            ownership.clear(job.run, job.config.num_machines)
         announce(job)
         write_plan(job)
-        return _launch(job)
+        return _launch(job, claim)
 
 
-def refuse_used(config: RunConfig, found: Found | None) -> None:
-    """Refuse to begin a run where there is one.
+def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = False) -> None:
+    """Refuse to begin a run where there is one, and to write over what is not the run's.
 
     Args:
-        found: the checkpoint that a run continues from.
+        found: the checkpoint that a run continues from; if it lies in another directory, a run begins with it.
+        overwrite: delete the run that is there.
 
     Raises:
-        ConfigError: the run directory holds a run already.
+        ConfigError: the run directory holds another run, or a checkpoint of another.
     """
     run = RunDir(config.output_dir)
-    if found is not None or config.machine_rank != 0 or not run.holds_run():
+    if config.machine_rank != 0:
         return
-    hint = "--output-dir names another directory, --overwrite deletes the run."
-    if locate.newest(run) is not None:
-        hint += f" {locate.way_on(run)}"
-    raise ConfigError(f"{run.root} already holds a run.", hint=hint)
+    continues = found is not None and found.is_in(run)
+    # a job script that always says "latest" begins anew as long as nothing was saved
+    saved_nothing = found is None and not locate.may_hold_checkpoints(run)
+    overwrite |= saved_nothing and config.resume_from_checkpoint == "latest"
+    if run.holds_run() and not (continues or overwrite):
+        hint = "--output-dir names another directory."
+        if found is None:
+            hint = "--output-dir names another directory, --overwrite deletes the run."
+        if locate.newest(run) is not None:
+            hint += f" {locate.way_on(run)}"
+        raise ConfigError(f"{run.root} already holds a run.", hint=hint)
+    first_step = found.step if found is not None and continues else 0
+    foreign = ownership.in_the_way(run, first_step)
+    if foreign:
+        names = ", ".join(path.name for path in foreign)
+        raise ConfigError(
+            f"{run.root} holds {names}, which this run did not save and might write over.",
+            hint="Move it away, or name another directory with --output-dir.",
+        )
+
+
+def _looked_at_again(job: Job, found: Found) -> Job:
+    """The job, if its run is as it was when the checkpoint was found, with the checkpoint where it lies now.
+
+    Raises:
+        ConfigError: another command has been at work there.
+    """
+    if job.config.machine_rank == 0 and found.seen != job.run.fingerprint():
+        raise ConfigError(
+            f"another vfun command was at work in {job.run.root} while this one looked at it.",
+            hint="Run the same command again.",
+        )
+    return replace(job, found=replace(found, checkpoint=job.run.checkpoint(found.step)))
 
 
 def write_plan(job: Job) -> None:
@@ -73,16 +110,17 @@ def write_plan(job: Job) -> None:
 
 def write_launch_files(job: Job) -> None:
     """What the launcher and the training processes read; from here on the directory holds a run."""
+    write_contents(job.run.contents(job.config.machine_rank), job.contents)
     for path, text in job.files().items():
         write_atomically(path, text)
 
 
-def _launch(job: Job) -> Outcome:
+def _launch(job: Job, claim: int) -> Outcome:
     """As often as it takes, or as is allowed."""
     restarts = 0
     while True:
         try:
-            return _launch_once(job)
+            return _launch_once(job, claim)
         except supervise.Crashed as error:
             if restarts == job.config.max_restarts:
                 raise
@@ -98,17 +136,35 @@ def _way_on(job: Job) -> str:
     return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
 
 
-def _launch_once(job: Job) -> Outcome:
-    job.run.remove_leftovers(job.config.machine_rank)
+def _launch_once(job: Job, claim: int) -> Outcome:
+    ownership.remove_leftovers(job.run, job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     first_step = job.found.step if job.found else 0
     # Until here a signal ends the command. From here on there is a run, which only a checkpoint can continue.
     with supervise.stop_requests(job.run) as stop:
+        if job.staging is not None:
+            _make_staging(job.staging)
         write_launch_files(job)
         try:
             return supervise.launch(
-                job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job)
-            )
+                job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
+                stdin=claim,
+            )  # fmt: skip
         finally:
-            job.run.remove_leftovers(job.config.machine_rank)
+            ownership.remove_leftovers(job.run, job.config.machine_rank)
+
+
+def _make_staging(folder: Path) -> None:
+    """The folder in memory for checkpoints: made before anybody can read its name, so that it is this user's.
+
+    Raises:
+        EnvironmentFault: there is no such memory here.
+    """
+    try:
+        ownership.make_private(folder)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"--async-checkpoint keeps a checkpoint in {folder}, which cannot be made: {error.strerror}.",
+            hint="Leave out --async-checkpoint, or give this machine a writable /dev/shm.",
+        ) from None

@@ -116,6 +116,7 @@ def launch(
     first_step: int,
     stop: StopRequests,
     *,
+    stdin: int,
     way_on: Callable[[], str],
 ) -> Outcome:
     """Run the launch command to its end.
@@ -124,6 +125,7 @@ def launch(
     outside, the ranks save and stop by themselves, and are waited for.
 
     Args:
+        stdin: the claim of the run directory, which the launcher and the ranks keep if this process is killed.
         way_on: the hint after a failure that says nothing better, asked for when it has happened.
 
     Raises:
@@ -140,7 +142,7 @@ def launch(
             argv,
             stdout=output,
             stderr=output,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             start_new_session=True,
             env=os.environ | {_MARK: stop.job},
         )

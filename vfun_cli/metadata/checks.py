@@ -1,6 +1,7 @@
 """Validation: every row against what its family needs and what its files hold, all problems at once."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.fields import MetadataField, stated_media
+from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
 from vfun_cli.metadata.remembered import OnProgress
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 MediaType = Literal["video", "image"]
 MEDIA_TYPES: tuple[MediaType, ...] = ("video", "image")
 
+_RATE = re.compile(r"[0-9]{0,40}(\.[0-9]{0,40}|/[0-9]{1,40})?")
 LARGEST_NUMBER = 2**31 - 1
 ASPECT_TOLERANCE = 0.02
 """Relative; encoders round sides to multiples of 2, 8 or 16."""
@@ -121,7 +124,8 @@ class Report:
             lines.append(f"  … and {len(errors) - 10} more")
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
         raise MetadataError(
-            f"{self.metadata.path}: {where} cannot be trained on:\n" + "\n".join(lines),
+            f"{self.metadata.path}: {where} cannot be trained on{' (counted from 0)' * bool(self.bad_rows)}:\n"
+            + "\n".join(lines),
             hint="--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
         )
 
@@ -216,6 +220,8 @@ def exact_rate(value: Any) -> Fraction | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str) and not _RATE.fullmatch(value.strip()):  # of "1e999999999" Fraction makes all digits
+        return None
     try:
         rate = Fraction(value)
     except (ValueError, OverflowError, ZeroDivisionError):
@@ -226,11 +232,6 @@ def exact_rate(value: Any) -> Fraction | None:
         return rate
     film = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
     return film if abs(film - rate) * 1000 < 1 and film else rate.limit_denominator(100000)
-
-
-def absolute(path: Path) -> str:
-    """Absolute and without dots, but links kept: data sets are full of links, and their names are what people know."""
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() follows links
 
 
 # One row while it is being checked
@@ -473,7 +474,7 @@ def _check_stated(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
 
 def _check_length(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
     facts, name = row.of("visual"), row.field_of("visual")
-    if not isinstance(facts, VisualFacts) or not facts.frames:
+    if not isinstance(facts, VisualFacts) or not facts.frames or facts.truncated:
         return
     if facts.width and facts.height and max(facts.width, facts.height) > WIDEST_ASPECT * min(facts.width, facts.height):
         yield row.problem("extreme-aspect", f"{facts.width}x{facts.height} is longer than 4:1", name)
@@ -490,7 +491,7 @@ def _check_control(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
     if facts.kind != control.kind:
         yield row.problem("control-type", f"a {control.kind} as the control of a {facts.kind}", name)
         return
-    if 0 < control.frames < facts.frames:
+    if 0 < control.frames < facts.frames and not control.truncated:
         yield row.problem("control-too-short", f"{control.frames} frames, the video has {facts.frames}", name)
     ours, theirs = facts.width * control.height, control.width * facts.height
     if ours and theirs and abs(ours - theirs) > ASPECT_TOLERANCE * max(ours, theirs):
@@ -515,7 +516,7 @@ def _check_audio(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
     if not isinstance(facts, VisualFacts) or not facts.duration:
         return
     lengths = f"the sound ends at {float(audio.end):.3f} s, the video at {float(facts.duration):.3f} s"
-    if facts.duration - audio.end > AUDIO_TOLERANCE:
+    if facts.duration - audio.end > AUDIO_TOLERANCE and not audio.truncated:
         yield row.problem("audio-too-short", lengths, name)
     elif audio.end - facts.duration > AUDIO_SURPLUS:
         yield row.problem("audio-longer", lengths, name)
@@ -524,6 +525,8 @@ def _check_audio(row: _Row, needs: ClipNeeds) -> Iterator[Problem]:
 def _check_decoded(row: _Row, decoded: Mapping[tuple[str, str], DeepFacts | Failure]) -> Iterator[Problem]:
     for name, key in row.files.items():
         found, header = decoded.get(key), row.facts.get(name)
+        if isinstance(header, VisualFacts | AudioFacts) and header.truncated:
+            continue  # that is why
         if isinstance(found, Failure):
             yield row.problem(found.code, found.message, name)
         elif found and isinstance(header, VisualFacts) and header.kind == "video" and found.frames < header.frames:

@@ -9,8 +9,7 @@ import sys
 
 def decode_visual(path: str) -> str:
     """Decode every picture, and hold its time against the one that training will ask for."""
-    import av
-
+    from vfun_cli.metadata.opening import open_media
     from vfun_cli.metadata.probe import probe_visual
     from vfun_cli.metadata.timeline import read_timeline, video_stream
     from vfun_cli.metadata.upright import upright_rgb
@@ -18,9 +17,9 @@ def decode_visual(path: str) -> str:
     if probe_visual(path).kind == "image":
         upright_rgb(path)
         return "1"
-    with av.open(path) as container:
+    with open_media(path) as container:
         timeline = read_timeline(container, by_packets=True)
-    with av.open(path) as container:
+    with open_media(path) as container:
         frames = [(frame.pts, frame.is_corrupt) for frame in container.decode(video_stream(container))]
     if damaged := sum(corrupt for _, corrupt in frames):
         return f"decode-error|{damaged} of {len(frames)} frames are damaged"
@@ -33,9 +32,9 @@ def decode_visual(path: str) -> str:
 
 def decode_audio(path: str) -> str:
     """Decode the whole first audio stream."""
-    import av
+    from vfun_cli.metadata.sounds import open_sound
 
-    with av.open(path) as container:
+    with open_sound(path) as container:
         return str(sum(frame.samples for frame in container.decode(audio=0)))
 
 

@@ -3,16 +3,19 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from vfun_cli.errors import ConfigError, EnvironmentFault, MetadataError
+from vfun_cli.errors import MetadataError
+from vfun_cli.files import write_output
 from vfun_cli.metadata.checks import Report, RowFacts
 from vfun_cli.metadata.codes import Problem
-from vfun_cli.metadata.records import NUMBERS, MetadataFormat, own_keys
+from vfun_cli.metadata.records import NUMBERS, MetadataFormat, Record, own_keys, renames
 
 REPAIRED = frozenset({"unknown-type", "image-as-video", "video-as-image", "wrong-size", "wrong-frames", "wrong-fps"})
 """Errors that the values of the file put right."""
@@ -26,7 +29,17 @@ class Fixed:
     output: Path
     kept: int
     changed: int
-    """Kept rows in which a value was filled in or corrected."""
+    """Kept rows that are not as they were."""
+    put_right: Mapping[str, int]
+    """By code: how many kept rows had that problem and have it no longer; all of them where the file had it."""
+    filled_in: Mapping[str, int]
+    """By key: rows that had none."""
+    corrected: Mapping[str, int]
+    """By key: rows that had another value."""
+    removed: Mapping[str, int]
+    """By key: rows that had one that means nothing for such a file."""
+    renamed: Mapping[tuple[str, str], int]
+    """By another trainer's key and vfun's: rows."""
     left_out: Mapping[int, tuple[str, ...]]
     """Rows that are not in the copy, with the codes of what is wrong with them."""
 
@@ -39,10 +52,9 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
     Raises:
         ConfigError: ``output`` exists (the input never changes).
         MetadataError: no row is left.
+        EnvironmentFault: it cannot be written.
     """
     output = Path(output)
-    if output.exists():
-        raise ConfigError(f"{output} exists already.", hint="Name a file with --fix that does not exist yet.")
     left_out: dict[int, list[str]] = {}
     for problem in report.errors:
         clip = report.clips.get(problem.row) if problem.row is not None else None
@@ -55,18 +67,43 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
             hint="Without --fix, the same command lists them.",
         )
     rows = [_corrected(own_keys(record.raw), report.clips.get(record.row)) for record in kept]
-    changed = sum(row != dict(record.raw) for row, record in zip(rows, kept, strict=True))
+    changes = [set(_changes(row, record)) for row, record in zip(rows, kept, strict=True)]
     data = _render(rows, report.metadata.format, own_keys(dict.fromkeys(report.metadata.columns)))
-    try:
-        with output.open("xb") as file:
-            file.write(data)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{output} cannot be written: {error.strerror or error}.", hint="Choose another file with --fix."
-        ) from None
+    write_output(output, data, "--fix", inputs=[report.metadata.path])
+    counts = Counter(change for each in changes for change in each)
+    by_key = {what: {key: count for (name, key), count in counts.items() if name == what} for what in _KEY_CHANGES}
+    right = {(problem.row, problem.code) for problem in report.problems if problem.row not in left_out}
+    of_all = {code for row, code in right if row is None}
     return Fixed(
-        output=output, kept=len(kept), changed=changed, left_out={row: tuple(codes) for row, codes in left_out.items()}
+        output=output,
+        kept=len(kept),
+        changed=sum(map(bool, changes)),
+        put_right={
+            code: len(kept) if code in of_all else count
+            for code, count in Counter(code for _, code in right).items()
+            if code in REPAIRED | _ALSO_REPAIRED
+        },
+        **by_key,
+        renamed={key: count for (name, key), count in counts.items() if name == "renamed"},
+        left_out={row: tuple(codes) for row, codes in left_out.items()},
     )
+
+
+_KEY_CHANGES = ("filled_in", "corrected", "removed")
+_ALSO_REPAIRED = {"missing-type", "foreign-layout", "wrong-type", "unsupported-type"}
+"""In the rows that are kept."""
+
+
+def _changes(row: Mapping[str, Any], record: Record) -> Iterator[tuple[str, Any]]:
+    """What distinguishes a corrected row from what its record says: (how, which key)."""
+    before = record.fields
+    for key, value in row.items():
+        if key in FILLED and key not in before:
+            yield "filled_in", key
+        elif key in FILLED and value != before[key]:
+            yield "corrected", key
+    yield from (("removed", key) for key in before.keys() - row.keys())
+    yield from (("renamed", pair) for pair in renames(tuple(record.raw)).items())
 
 
 def _is_repaired(problem: Problem, clip: RowFacts, report: Report) -> bool:
@@ -95,7 +132,9 @@ def _render(rows: list[dict[str, Any]], kind: MetadataFormat, columns: Iterable[
     if kind == "csv":
         header = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+        # Python puts a cell in quotes for what is in the line's end: a lone \r would be read as one.
+        ending = SimpleNamespace(write=lambda line: text.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.DictWriter(ending, header, restval="", lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()

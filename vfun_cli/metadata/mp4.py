@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 FIRST_READ = 1 << 14
 """Bytes read at once: the headers of short clips whole."""
+LARGEST_MOOV = 1 << 28
+"""Bytes: a film of a day has a tenth of it. A header may state any number, and as much memory would be asked for."""
+LONGEST_BOX = 1 << 62
+"""Bytes: of a longer one the end is no position in a file."""
 MATRIX_AND_SIZE = struct.Struct(">11i")
 
 
@@ -107,10 +111,10 @@ def _moov(path: str) -> bytes:
                 length, header = int.from_bytes(head[8:16], "big"), 16
             if length == 0:  # to the end of the file
                 length = os.fstat(file).st_size - position
-            if length < header:
+            if not header <= length <= LONGEST_BOX:
                 break
             if head[4:8] == b"moov":
-                return _read(file, begin, position + header, length - header)
+                return _read(file, begin, position + header, min(length - header, LARGEST_MOOV))
             position += length
         return b""
     finally:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vfun_cli.files import NotRegular, regular_status
 from vfun_cli.metadata.facts import ProbeError, VisualFacts
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ def open_picture(path: str | Path) -> "ImageFile":
         ProbeError: it cannot be read, or not as a picture.
     """
     try:
+        regular_status(path)
         image: ImageFile = _pillow().open(path, formats=FORMATS)
+    except NotRegular as error:
+        raise ProbeError("not-a-file", str(error.strerror)) from None
     except PermissionError:
         raise ProbeError("unreadable-file", "permission denied") from None
     except Exception as error:  # Pillow's plugins raise many kinds on broken files
@@ -141,8 +145,11 @@ def _require_readable(image: "ImageFile") -> None:
 def _unopened(path: str | Path, error: Exception) -> ProbeError:
     from PIL import UnidentifiedImageError
 
-    with Path(path).open("rb") as file:
-        begin, size = file.read(16), os.fstat(file.fileno()).st_size
+    try:
+        with Path(path).open("rb") as file:
+            begin, size = file.read(16), os.fstat(file.fileno()).st_size
+    except OSError as unread:
+        return ProbeError("unreadable-file", unread.strerror or str(unread))
     if _is_cut(begin, size):
         return ProbeError("truncated-media", "the picture ends before it is complete")
     for name, pattern in _FOREIGN.items():

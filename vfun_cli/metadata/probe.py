@@ -5,7 +5,6 @@ picture. ``deep`` decodes everything.
 """
 
 import os
-import stat
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vfun_cli import lfs
 from vfun_cli.devices import cpu_cores
+from vfun_cli.files import NotRegular, regular_status
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, ProbeError, VisualFacts, decode_facts, encode_facts
 from vfun_cli.metadata.mp4 import PictureTrack, picture_track
+from vfun_cli.metadata.opening import open_media
 from vfun_cli.metadata.pictures import PICTURES, probe_picture
 from vfun_cli.metadata.remembered import OnProgress, remembered
 from vfun_cli.metadata.sounds import probe_sound, probe_wav
@@ -92,18 +93,20 @@ def _probe(key: tuple[str, str]) -> Facts:
         return probe_visual(path) if kind == "visual" else probe_audio(path)
     except ProbeError as error:
         return Failure(code=error.code, message=error.message)
+    except OSError as error:  # of the disk, in the midst of reading
+        return Failure(code="unreadable-file", message=error.strerror or str(error))
 
 
 def _require_file(path: str | Path) -> None:
     """A regular, readable file with something in it: opening a pipe would wait for ever."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - pathlib costs a tenth of the whole probe
+        status = regular_status(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ProbeError("missing-file", f"no such file{_twin(str(path))}") from None
-    except (OSError, ValueError) as error:
-        raise ProbeError("unreadable-file", str(getattr(error, "strerror", None) or error)) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ProbeError("not-a-file", "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    except NotRegular as error:
+        raise ProbeError("not-a-file", str(error.strerror)) from None
+    except OSError as error:
+        raise ProbeError("unreadable-file", error.strerror or str(error)) from None
     if not status.st_size:
         raise ProbeError("empty-file", "the file has no bytes")
     if status.st_size <= lfs.LONGEST and lfs.is_lfs_pointer(path):
@@ -120,7 +123,8 @@ def _twin(path: str) -> str:
     found = Path()
     for part in Path(path.replace("\\", "/")).parts:
         forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
-        there = next((place for form in forms if (place := found / form).exists()), None)
+        # Other than Path.exists, it raises nothing, for names that are too long, say.
+        there = next((place for form in forms if os.path.exists(place := found / form)), None)  # noqa: PTH110
         if there is None:
             return ""
         found = there
@@ -163,7 +167,7 @@ def _opened(path: str) -> "av.container.InputContainer":
 
     if _suffix(path) in MP4_SUFFIXES:
         try:
-            return av.open(path, format="mov")
+            return open_media(path, kind="mov")
         except av.InvalidDataError:
             pass  # another kind of file with this suffix
-    return av.open(path, timeout=OPEN_TIMEOUT)
+    return open_media(path, timeout=OPEN_TIMEOUT)

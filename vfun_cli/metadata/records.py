@@ -1,9 +1,11 @@
 """Metadata files: JSON lists, JSON lines and CSV, read into records with every bad row reported."""
 
+import codecs
 import csv
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,9 +15,14 @@ from typing import Any, Literal
 
 from vfun_cli import lfs
 from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.files import open_bounded
 from vfun_cli.metadata.codes import Problem
 
 MetadataFormat = Literal["json", "jsonl", "csv"]
+LARGEST_METADATA = 1 << 34
+"""Bytes: a hundred million rows."""
+DEEPEST = 50
+"""Lists and objects within each other in a row; other trainers have a few."""
 NUMBERS = ("width", "height", "frames", "fps")
 """Optional fields that spare a look into the file."""
 OTHER_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -59,9 +66,20 @@ def read_metadata(path: str | Path) -> Metadata:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with open_bounded(path, LARGEST_METADATA) as file:
+            begin = file.read(4)  # of gigabytes that are no text, no more
+            if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin:
+                message = f"{path}: line 1: not UTF-8 (UTF-16, or no text)"
+                return _failed(path, "json", "unparsable-metadata", message)
+            file.seek(0)
+            return _read_bytes(path, file.read())
     except OSError as error:
         return _failed(path, "json", "unreadable-metadata", f"{path}: {error.strerror or error}")
+    except MemoryError:
+        return _failed(path, "json", "unreadable-metadata", f"{path}: it does not fit into this machine's memory")
+
+
+def _read_bytes(path: Path, data: bytes) -> Metadata:
     if data.startswith(lfs.START):
         return _failed(path, "json", "lfs-pointer", f"{path}: {lfs.WHAT}")
     try:
@@ -77,12 +95,12 @@ def read_metadata(path: str | Path) -> Metadata:
 
 def own_keys(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with vfun's keys in the place of another trainer's; a key in another case is one too."""
-    keys = _renames(tuple(row))
+    keys = renames(tuple(row))
     return {keys.get(key, key): value for key, value in row.items()} if keys else row
 
 
 @lru_cache  # the rows of a file have few different sets of keys
-def _renames(keys: tuple[str, ...]) -> Mapping[str, str]:
+def renames(keys: tuple[str, ...]) -> Mapping[str, str]:
     """vfun's key by each key of another trainer that stands in its place."""
     lower = {key.lower(): key for key in keys}
     found = {}
@@ -104,7 +122,7 @@ def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:
     Raises:
         ConfigError: there is none, or more than one.
     """
-    if wanted.isdecimal() and str(int(wanted)) == wanted:  # 00000003 is a name
+    if re.fullmatch(r"0|[1-9][0-9]{,17}", wanted):  # 00000003 is a name
         return int(wanted)
     files = {
         (record.row, value)
@@ -152,7 +170,7 @@ def _collect(
     problems = tuple(item for item in found if isinstance(item, Problem))
     if not found:
         return _failed(path, kind, "empty-metadata", f"{path}: no records")
-    foreign = Counter(pair for record in records for pair in _renames(tuple(record.raw)).items())
+    foreign = Counter(pair for record in records for pair in renames(tuple(record.raw)).items())
     renamed = "--fix OUT writes a copy with it renamed"
     told = [
         Problem(
@@ -239,7 +257,24 @@ def _line(row: int, number: int, line: str) -> Record | Problem:
 def _record(row: int, item: Any, place: str) -> Record | Problem:
     if not isinstance(item, dict):
         return Problem(row=row, code="malformed-row", message=f"{place}: an object is needed, not {_kind(item)}")
+    if _is_deeper(item, DEEPEST):
+        return Problem(row=row, code="malformed-row", message=f"{place}: nested too deeply")
     return Record(row=row, fields=own_keys(item), raw=item)
+
+
+def _is_deeper(item: Any, most: int) -> bool:
+    """Whether lists and objects lie in it more than ``most`` within each other; what shows or writes it recurses."""
+    inside = [item]
+    for _ in range(most):
+        inside = [
+            value
+            for each in inside
+            for value in (each.values() if isinstance(each, dict) else each)
+            if isinstance(value, dict | list)
+        ]
+        if not inside:
+            return False
+    return True
 
 
 def _read_csv(path: Path, text: str) -> Metadata:

@@ -1,17 +1,21 @@
 """Answers about files, remembered in an SQLite file until the file changes."""
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
+
+from vfun_cli.disks.abilities import has_record_locks
 
 CACHE_WAIT = 1.0
 """Seconds to wait for another process that writes the cache, before doing without it."""
-FACTS_VERSION = 4
+FACTS_VERSION = 5
 """Raise it when a probe reports something new or writes it otherwise: old caches are then not believed."""
 
 OnProgress = Callable[[int, int], None]
@@ -47,12 +51,15 @@ def remembered(
 ) -> dict[Key, Answer]:
     """``compute`` each (path, kind) in threads, but take answers about unchanged files from the SQLite file ``cache``.
 
-    A file counts as unchanged when its size and modification time are. A thread takes ``at_once`` files: to hand over
+    A file counts as unchanged when its ``_stamp`` is. A thread takes ``at_once`` files: to hand over
     one costs 25 us, a fifth of reading a header.
     """
     stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
     known = _load(cache) if cache else {}
-    found = {key: from_text(known[key][1]) for key in keys if key in known and known[key][0] == stamps[key[0]]}
+    same = [key for key in keys if key in known and known[key][0] == stamps[key[0]]]
+    found: dict[Key, Answer] = {}
+    with suppress(ArithmeticError, LookupError, ValueError):  # somebody else's text: then all is asked anew
+        found = {key: from_text(known[key][1]) for key in same}
     missing = [key for key in keys if key not in found]
     report = progress or (lambda done, total: None)
     report(len(found), len(keys))
@@ -73,54 +80,85 @@ def remembered(
 # The cache: one table, one row per file and kind of probe.
 _PASSING = ("unreadable-file", "decode-timeout", "decode-crash")
 """Failures that may be the machine's and not the file's: tried again next time."""
-_Stamp = tuple[int, int]
-_TABLE = """CREATE TABLE IF NOT EXISTS facts (path TEXT, kind TEXT, version INTEGER, size INTEGER, mtime_ns INTEGER,
-            facts TEXT, PRIMARY KEY (path, kind))"""
+_Stamp = tuple[int, int, int]
+_TABLE = """CREATE TABLE IF NOT EXISTS facts (path BLOB, kind TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER,
+            facts BLOB, PRIMARY KEY (path, kind))"""
+"""Bytes, because a path need not be UTF-8, and facts may quote it."""
 
 
 def _stamp(path: str) -> _Stamp | None:
+    """Size, time of writing, and time of any change: touch and cp -p set the second of them, nothing sets the third.
+
+    Not the inode: some network file systems number their files anew with each mount.
+    """
     try:
+        path.encode()  # names that are no text are not remembered: SQLite cannot hold them
         status = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
     """All remembered facts. A cache that is damaged or of another version counts as empty: it can be made again."""
-    if not cache.is_file():
-        return {}
     try:
-        with closing(sqlite3.connect(f"{cache.absolute().as_uri()}?mode=ro", timeout=CACHE_WAIT, uri=True)) as database:
-            rows = database.execute(
-                "SELECT path, kind, size, mtime_ns, facts FROM facts WHERE version = ?", (FACTS_VERSION,)
-            )
-            return {(path, kind): ((size, mtime), facts) for path, kind, size, mtime, facts in rows}
-    except sqlite3.Error:
+        with closing(_connect(cache, "mode=ro" if has_record_locks(cache) else "mode=ro&nolock=1")) as database:
+            if _version(database) != FACTS_VERSION:
+                return {}
+            rows = database.execute("SELECT path, kind, size, mtime_ns, ctime_ns, facts FROM facts")
+            return {(os.fsdecode(path), kind): (tuple(stamp), os.fsdecode(facts)) for path, kind, *stamp, facts in rows}
+    except (OSError, sqlite3.Error):
         return {}
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def _save(cache: Path, entries: Iterable[tuple[Key, _Stamp | None, str]]) -> None:
     """Remember facts; a cache that cannot be written costs time next time, nothing else."""
     rows = [
-        (*key, FACTS_VERSION, *stamp, answer)
-        for key, stamp, answer in entries
+        (os.fsencode(path), kind, *stamp, os.fsencode(answer))
+        for (path, kind), stamp, answer in entries
         if stamp is not None and not any(code in answer for code in _PASSING)
     ]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.touch()
+        write = _write if has_record_locks(cache) else _write_beside
         try:
-            _write(cache, rows)
+            write(cache, rows)
         except sqlite3.OperationalError:  # in use, or no permission
             return
         except sqlite3.DatabaseError:  # not a database, or damaged
             cache.unlink(missing_ok=True)
-            _write(cache, rows)
+            write(cache, rows)
     except (OSError, sqlite3.Error):
         return
 
 
-def _write(cache: Path, rows: list[tuple[Any, ...]]) -> None:
-    with closing(sqlite3.connect(cache, timeout=CACHE_WAIT)) as database, database:
+def _write_beside(cache: Path, rows: list[tuple[Any, ...]]) -> None:
+    """Without locks: into a copy, which then takes the cache's place. Of two that do so at once, one is forgotten."""
+    copy = cache.with_name(f".{cache.name}.{token_hex(8)}")
+    try:
+        if cache.exists():
+            shutil.copyfile(cache, copy)
+        _write(copy, rows, "nolock=1")
+        copy.replace(cache)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _write(cache: Path, rows: list[tuple[Any, ...]], how: str = "") -> None:
+    with closing(_connect(cache, how)) as database, database:
+        if _version(database) != FACTS_VERSION:
+            database.execute("DROP TABLE IF EXISTS facts")
+            database.execute(f"PRAGMA user_version = {FACTS_VERSION}")
         database.execute(_TABLE)
         database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+def _connect(cache: Path, how: str) -> sqlite3.Connection:
+    """With options of SQLite's addresses."""
+    return sqlite3.connect(f"{cache.absolute().as_uri()}?{how}", timeout=CACHE_WAIT, uri=True)

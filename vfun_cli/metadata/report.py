@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vfun_cli.errors import EnvironmentFault
+from vfun_cli.files import write_output
 from vfun_cli.metadata.checks import Report, describe, printable
 from vfun_cli.metadata.codes import CODES, Problem, Severity, explain
 from vfun_cli.metadata.fix import Fixed
@@ -22,16 +23,34 @@ ORDER = {severity: place for place, severity in enumerate(COLOURS)}
 CAPTION_STEPS = (0, 50, 100, 200, 400, 800)
 """Characters."""
 BAR = 24
+MOST_ROWS = 20
+"""That are named where any number may be meant."""
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """The object that ``validate-meta --json`` prints, without its ``schema``."""
+def to_json(report: Report, fixed: Fixed | None = None) -> dict[str, Any]:
+    """The object that ``validate-meta --json`` prints, without its ``schema``; ``fixed`` is what ``--fix`` did."""
     return {
         "rows": report.rows,
+        "first_row": 0,
         "ok": report.ok,
         "problems": [problem_json(problem) for problem in report.problems],
         "counts": dict(Counter(problem.code for problem in report.problems)),
         "totals": totals(report),
+        "fixed": None if fixed is None else _fixed_json(fixed),
+    }
+
+
+def _fixed_json(fixed: Fixed) -> dict[str, Any]:
+    return {
+        "output": printable(str(fixed.output)),
+        "rows": fixed.kept,
+        "changed": fixed.changed,
+        "put_right": dict(fixed.put_right),
+        "filled_in": dict(fixed.filled_in),
+        "corrected": dict(fixed.corrected),
+        "removed": dict(fixed.removed),
+        "renamed": [{"from": old, "to": new, "rows": rows} for (old, new), rows in fixed.renamed.items()],
+        "left_out": [{"row": row, "codes": list(dict.fromkeys(codes))} for row, codes in fixed.left_out.items()],
     }
 
 
@@ -47,13 +66,19 @@ def problem_json(problem: Problem) -> dict[str, Any]:
     }
 
 
-def write_problems(report: Report, path: str | Path) -> None:
-    """All problems as JSON lines."""
+PROBLEMS = re.compile(rb'\{"row": (null|\d+), "field": (null|"\w*"), "code": "[a-z-]+", "severity": "')
+"""How a file of problems begins."""
+
+
+def write_problems(report: Report, path: Path) -> None:
+    """All problems as JSON lines, in the place of earlier ones.
+
+    Raises:
+        ConfigError: the file is something else.
+        EnvironmentFault: it cannot be written.
+    """
     lines = "".join(json.dumps(problem_json(problem), ensure_ascii=False) + "\n" for problem in report.problems)
-    try:
-        Path(path).write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}.") from None
+    write_output(path, lines.encode(), "--problems", ours=PROBLEMS, inputs=[report.metadata.path])
 
 
 def totals(report: Report) -> dict[str, Any]:
@@ -79,6 +104,10 @@ def totals(report: Report) -> dict[str, Any]:
 
 def render(report: Report, console: Console, *, worst: int = 10) -> None:
     """Counts by code, the worst rows, totals and histograms."""
+    if not report.rows:
+        for problem in report.problems:  # of the file as a whole: there is nothing to count
+            console.print(f"[red]error:[/] {escape(describe(problem))}\n  {CODES[problem.code].fix}", soft_wrap=True)
+        return
     if report.problems:
         console.print(_codes_table(report))
         console.print(_worst_table(report, worst))
@@ -95,9 +124,27 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
 
 def render_fixed(fixed: Fixed, console: Console) -> None:
     """What ``--fix`` wrote and which rows it left out."""
-    console.print(f"wrote {escape(str(fixed.output))}: {fixed.kept} rows, {fixed.changed} of them changed")
+    lines = [f"wrote {fixed.output}: {_rows(fixed.kept)}, {fixed.changed} of them changed"]
+    for what, counts in (
+        ("put right", fixed.put_right), ("corrected", fixed.corrected), ("filled in", fixed.filled_in),
+        ("removed", fixed.removed), ("renamed", {f"{old} to {new}": n for (old, new), n in fixed.renamed.items()}),
+    ):  # fmt: skip
+        if counts:
+            lines.append(f"  {what}: {', '.join(f'{name} in {_rows(count)}' for name, count in counts.items())}")
+    if fixed.left_out:
+        lines.append(f"  left out: {_rows(len(fixed.left_out))} (counted from 0)")
+    by_code: dict[str, list[int]] = {}
     for row, codes in sorted(fixed.left_out.items()):
-        console.print(f"  left out row {row}: {', '.join(dict.fromkeys(codes))}")
+        for code in dict.fromkeys(codes):
+            by_code.setdefault(code, []).append(row)
+    for code, rows in by_code.items():
+        more = " …" if len(rows) > MOST_ROWS else ""
+        lines.append(f"    {code}: {_rows(len(rows))}: {', '.join(map(str, rows[:MOST_ROWS]))}{more}")
+    console.print(escape(printable("\n".join(lines))), soft_wrap=True)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def codes_json(name: str) -> dict[str, Any]:
@@ -162,7 +209,7 @@ def _worst_table(report: Report, worst: int) -> Table:
         return tuple(-counts[severity] for severity in COLOURS)
 
     rows = sorted(by_row.items(), key=badness)
-    table = Table("row", "problems", title="Worst rows", title_justify="left")
+    table = Table("row", "problems", title="Worst rows, counted from 0", title_justify="left")
     for row, problems in rows[:worst]:
         problems.sort(key=lambda problem: ORDER[problem.severity])
         lines = [f"[{COLOURS[p.severity]}]{escape(_without_row(p))}[/]" for p in problems]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfun_cli.metadata.facts import AudioFacts, ProbeError
+from vfun_cli.metadata.opening import open_media
 from vfun_cli.metadata.timeline import shown_video
 from vfun_cli.metadata.wav import read_wav, samples
 
@@ -53,10 +54,8 @@ def probe_sound(container: "av.container.InputContainer", path: str) -> AudioFac
 
 def open_sound(path: str | Path) -> "av.container.InputContainer":
     """The file as PyAV opens it, but RF64 without a stated length is read too: FFmpeg alone would find no samples."""
-    import av
-
     wav = read_wav(path)
-    return av.open(str(path), options={"ignore_length": "1"} if wav is not None and wav.length is None else {})
+    return open_media(path, options={"ignore_length": "1"} if wav is not None and wav.length is None else {})
 
 
 def time_zero(container: "av.container.InputContainer") -> Fraction:
@@ -131,10 +130,8 @@ def _end_of_frames(stream: "av.audio.stream.AudioStream") -> Fraction:
 @contextmanager
 def _again(stream: Any) -> Iterator[Any]:
     """The stream, in a file opened anew."""
-    import av
-
     given = stream.container
-    with av.open(given.name, timeout=(given.open_timeout, given.read_timeout)) as container:
+    with open_media(given.name, timeout=(given.open_timeout, given.read_timeout)) as container:
         yield container.streams[stream.index]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vfun_cli.disks.abilities import naming
+
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
@@ -70,7 +72,7 @@ class ClipTable:
 
     def save(self, path: Path) -> None:
         """Write the columns to an ``.npz`` file."""
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             np.savez(file, **{column.name: getattr(self, column.name) for column in fields(self)})
 
     @classmethod

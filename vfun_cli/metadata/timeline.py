@@ -1,6 +1,6 @@
 """When a player shows each picture of a video: the one answer that validation, plan and training share.
 
-    with av.open(path) as container:
+    with open_media(path) as container:
         timeline = read_timeline(container)
     timeline.picture(12)   # which picture frame 12 is, counted in the order in which they are shown
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from vfun_cli.metadata.facts import ProbeError
 from vfun_cli.metadata.mp4 import PictureTrack, picture_track
+from vfun_cli.metadata.opening import open_media
 
 if TYPE_CHECKING:
     import av
@@ -236,7 +237,7 @@ def _decoded(path: str, *, every: bool) -> list[tuple[int | None, bool]]:
     import av
 
     found: list[tuple[int | None, bool]] = []
-    with av.open(path) as container:
+    with open_media(path) as container:
         stream = video_stream(container)
         codec = stream.codec_context.name
         for packet in container.demux(stream):

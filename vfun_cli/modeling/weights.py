@@ -1,14 +1,12 @@
 """Weights from a model directory into a module: by name, strictly, without a random initialisation on the way.
 
-    model = empty_model(lambda: Transformer(**config))
+    model = empty_model(lambda: Transformer(**config), where=str(folder))
     load_weights(model, safetensors_files(folder), where=str(folder))
 
 A checkpoint that does not fit the model exactly is one ``CheckpointError``. The originals skip such tensors with a
 print and train from random numbers.
 """
 
-import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,10 @@ from torch import Tensor, nn
 from vfun_cli.checkpoints.released import INDEX, read_index
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.lfs import refuse_lfs_pointer
+from vfun_cli.modeling.foreign import made_of
 from vfun_cli.modeling.lazy_weights import lazy_weights, replace_parameter
+from vfun_cli.modeling.pickled import load_pickled
+from vfun_cli.typed_json import Check, check_fields, read_object, whole
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,13 +32,16 @@ LISTED = 10
 POINT_AT_RELEASE = "Point --pretrained-model-name-or-path at the folder of the released model, fully downloaded."
 
 
-def empty_model(build: Callable[[], Module]) -> Module:
-    """Build a module with its parameters on the meta device and its buffers real.
+def empty_model(build: Callable[[], Module], *, where: str = "the configuration") -> Module:
+    """Build a module with its parameters on the meta device and its buffers real; ``where`` has its configuration.
 
     Non-persistent buffers (rope tables, position ids) are in no checkpoint, so a module built wholly on meta would
     keep buffers without values. Parameters cost no memory until ``load_weights`` assigns them.
+
+    Raises:
+        CheckpointError: no model can be made of the configuration.
     """
-    with _parameters_on_meta():
+    with made_of(where), _parameters_on_meta():
         return build()
 
 
@@ -83,23 +87,28 @@ def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> li
     return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory.
+def read_json(path: Path, fields: Mapping[str, Check] | None = None) -> dict[str, Any]:
+    """A JSON object from a model directory, without numbers that would keep a library busy for ever.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or a value is none that a model can have.
     """
-    refuse_lfs_pointer(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}: {first_line(error)}.",
-            hint=POINT_AT_RELEASE,
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object.", hint="Download the file again.")
+    found = read_object(path, fields, hint=POINT_AT_RELEASE)
+    check_fields(found, dict.fromkeys(found, _of_a_model), str(path), hint=POINT_AT_RELEASE)
     return found
+
+
+_LARGEST_SIZE = whole(-(10**9), 10**9)
+_MOST_LAYERS = whole(-1, 10_000)
+
+
+def _of_a_model(name: str, value: Any) -> None:
+    """Whether a value of a configuration, whatever it means, is of a size that a model can have."""
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            _of_a_model(f"{name}.{inner}", part)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        (_MOST_LAYERS if "layers" in name.rpartition(".")[2] else _LARGEST_SIZE)(name, value)
 
 
 def require_parts(folder: Path, parts: Sequence[str], *, model: str) -> None:
@@ -171,14 +180,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
             hint=POINT_AT_RELEASE,
         )
     refuse_lfs_pointer(path)
-    try:
-        # Files from before torch 1.6 are not zip archives and cannot be mapped.
-        state = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
-    except Exception as error:  # the restricted unpickler answers garbage with anything, even IndexError
-        raise CheckpointError(
-            f"cannot read {path} ({path.stat().st_size} bytes): {first_line(error)}.",
-            hint="The file is incomplete or holds more than tensors: download it again.",
-        ) from error
+    state = load_pickled(path, path, mapped=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
             f"{path} is not a state dict (tensors by name).", hint="Download the released file again."
@@ -249,7 +251,7 @@ def load_diffusers(
         CheckpointError: ``config.json`` or the safetensors beside it are missing or do not fit.
     """
     config = read_json(folder / "config.json")
-    model = empty_model(lambda: kind.from_config(config))
+    model = empty_model(lambda: kind.from_config(config), where=str(folder / "config.json"))
     load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder), transformer=transformer)
     return model
 

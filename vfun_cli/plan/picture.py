@@ -1,5 +1,7 @@
 """The plan as a picture, SVG or PNG: what the clips become, and how evenly the ranks work."""
 
+import io
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.files import require_place, write_output
 from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.balance import independent_balance, independent_rounds, mean_over_max, planned_rounds
 from vfun_cli.plan.clips import KINDS
@@ -63,16 +66,28 @@ def plot(path: Path, plan: RunPlan, epoch: EpochPlan) -> None:
 
     Raises:
         ConfigError: the suffix is neither .svg nor .png.
-        EnvironmentFault: a PNG needs Pillow, which is missing.
+        EnvironmentFault: a PNG needs Pillow, which is missing; or the file cannot be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise ConfigError(f"cannot draw {path.name}: the suffix decides the format.", hint="Use .svg or .png.")
+    require_picture(path)
     scene, height = compose(plan, epoch)
-    if suffix == ".svg":
-        path.write_text(to_svg(scene, height), encoding="utf-8")
-    else:
-        _save_png(path, scene, height)
+    drawn = to_svg(scene, height).encode() if path.suffix.lower() == ".svg" else _png(scene, height)
+    write_output(path, drawn, "--plot", ours=DRAWN)
+
+
+MADE_BY = "vfun plan-buckets"
+DRAWN = re.compile(rb"(\x89PNG|<svg ).{,400}" + MADE_BY.encode(), re.DOTALL)
+"""How our pictures begin."""
+
+
+def require_picture(path: Path) -> None:
+    """Refuse a file that cannot be drawn into, before the plan is made.
+
+    Raises:
+        ConfigError: the suffix is neither .svg nor .png, or the file is something else than an earlier picture.
+    """
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise ConfigError(f"cannot draw {path.name}: the suffix decides the format.", hint="Use .svg or .png.")
+    require_place(path, "--plot", ours=DRAWN)
 
 
 def compose(plan: RunPlan, epoch: EpochPlan) -> tuple[Scene, float]:
@@ -201,6 +216,7 @@ def to_svg(scene: Scene, height: float) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
         f'height="{height:g}" font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif">',
+        f"<!-- {MADE_BY} -->",
         f"<style>{_style(0)}@media(prefers-color-scheme:dark){{{_style(1)}}}</style>",
         '<rect class="page" width="100%" height="100%"/>',
     ]
@@ -224,10 +240,10 @@ def to_svg(scene: Scene, height: float) -> str:
 PNG_SCALE = 2
 
 
-def _save_png(path: Path, scene: Scene, height: float) -> None:
+def _png(scene: Scene, height: float) -> bytes:
     """The scene at twice its size, in the light palette."""
     try:
-        from PIL import Image, ImageDraw, ImageFont
+        from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
     except ImportError as error:
         raise EnvironmentFault("a PNG needs Pillow, which is not installed.", hint="Use --plot plan.svg.") from error
     image = Image.new("RGB", (WIDTH * PNG_SCALE, round(height * PNG_SCALE)), PALETTE["page"][0])
@@ -248,4 +264,7 @@ def _save_png(path: Path, scene: Scene, height: float) -> None:
             stroke = 0.5 if item.bold else 0
             place = (item.x * PNG_SCALE, item.y * PNG_SCALE)
             draw.text(place, item.text, fill=colour, font=font, anchor=anchors[item.anchor], stroke_width=stroke)
-    image.save(path)
+    about, drawn = PngImagePlugin.PngInfo(), io.BytesIO()
+    about.add_text("Software", MADE_BY)
+    image.save(drawn, "PNG", pnginfo=about)
+    return drawn.getvalue()

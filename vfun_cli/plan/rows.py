@@ -20,7 +20,6 @@ from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.checks import (
     MEDIA_TYPES,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
 
 CACHE = Path("~/.cache/vfun/headers.sqlite")
-"""Remembered file headers, keyed by path, size and modification time."""
+"""Remembered file headers, by path, for as long as the file does not change."""
 
 
 EVERY_FIELD = (
@@ -59,9 +58,9 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
     With ``deep_timeout`` everything is decoded too, at most so many seconds a file.
 
     Raises:
-        MetadataError: no metadata is named.
         ConfigError: options with which nothing can be planned.
     """
+    assert config.train_data_meta is not None
     report = _validate(
         config.train_data_meta,
         config.train_data_dir,
@@ -109,17 +108,13 @@ def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> lis
     return problems
 
 
-def check_rows_of_any_family(meta: Path | None, root: Path | None, *, deep_timeout: float | None = None) -> Report:
-    """Validate what every family needs; ``deep_timeout`` as in :func:`check_rows`.
-
-    Raises:
-        MetadataError: no metadata is named.
-    """
+def check_rows_of_any_family(meta: Path, root: Path, *, deep_timeout: float | None = None) -> Report:
+    """Validate what every family needs; ``deep_timeout`` as in :func:`check_rows`."""
     return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
 def _validate(
-    meta: Path | None,
+    meta: Path,
     root: Path | None,
     fields: Sequence[MetadataField],
     media_types: Sequence[MediaType],
@@ -127,15 +122,19 @@ def _validate(
     needs: ClipNeeds | None,
     deep_timeout: float | None,
 ) -> Report:
-    if meta is None:
-        raise MetadataError(
-            "no metadata is set.", hint="Set --train-data-meta or export DATASET_META_NAME; --demo needs neither."
-        )
     with progress() as stage:
-        settings = Settings(cache=CACHE.expanduser(), progress=stage)
+        settings = Settings(cache=_header_cache(), progress=stage)
         if deep_timeout is not None:
             settings = replace(settings, deep=True, deep_timeout=deep_timeout)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
+
+
+def _header_cache() -> Path | None:
+    """Where headers are remembered; nowhere for a user without a home."""
+    try:
+        return CACHE.expanduser()
+    except RuntimeError:  # no HOME, and a number that no user has: usual in containers
+        return None
 
 
 def validate_command(config: RunConfig, spec: FamilySpec) -> str:
@@ -149,8 +148,8 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     return shlex.join(words)
 
 
-def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
-    """The clips of a run whose rows are all good; what is odd about them is told.
+def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
+    """The rows of a run, which are all good; what is odd about them is told.
 
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
@@ -159,9 +158,9 @@ def checked_table(config: RunConfig, spec: FamilySpec) -> "ClipTable":
     for line in summary_of_warnings(report):
         console.warn(line)
     if any(problem.severity == "warning" for problem in report.problems):
-        console.hint(f"The rows: {validate_command(config, spec)}")
+        console.hint(f"The rows, counted from 0: {validate_command(config, spec)}")
     report.require_ok()
-    return report.table()
+    return report
 
 
 def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":

@@ -5,19 +5,21 @@ DIR/files/….json                   digests of files that were read once, by pa
 DIR/fill/…                         the run directories of ``vfun cache``
 """
 
+import errno
 import hashlib
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, EnvironmentFault
 
 SUFFIX = ".safetensors"
-DIGEST = "content"
-"""Key of the digest in an entry's header."""
+DIGEST, NAME = "content", "name"
+"""Keys of the digest and of the entry's own name in its header."""
 ABANDONED = 3600
 """Seconds after which a file that is being written is not."""
 DTYPES = {
@@ -66,12 +68,14 @@ def verify_entry(path: Path) -> None:
 
     Raises:
         DamagedEntry: it has other bytes than were written.
+        OSError: it cannot be read.
     """
     from vfun_cli.checkpoints import safetensors  # with numpy: not where there is no entry
 
+    path.open("rb").close()  # what cannot be read is not damaged
     try:
         tensors = safetensors.read_file(path)
-        stated = safetensors.read_metadata(path).get(DIGEST)
+        stated = safetensors.read_metadata(path)
         found = content_digest(
             {
                 name: Content(dtype=DTYPES[tensor.dtype], shape=tensor.shape, data=tensor.chunks())
@@ -81,19 +85,30 @@ def verify_entry(path: Path) -> None:
     except CheckpointError as error:
         raise DamagedEntry(f"{path} is damaged ({error.message})") from None
     ends = [part.offset + tensor.nbytes for tensor in tensors.values() for part in tensor.segments]
-    require_digest(path, stated, found)
+    require_entry(path, stated, found)
     if ends and max(ends) != path.stat().st_size:
         raise DamagedEntry(f"{path} is damaged: there is more in it than was written")
 
 
-def require_digest(path: Path, stated: str | None, found: str) -> None:
-    """Compare the digest in an entry's header with its content's.
+def unreadable(path: Path, error: OSError) -> EnvironmentFault:
+    """The error of an entry that cannot be read, which is no reason to delete it: it may be another user's."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = "Let all who share the cache read it (chmod -R a+rX), or name another folder with --cache."
+    else:
+        hint = "Delete that file, and it is made again; or name another folder with --cache."
+    return EnvironmentFault(f"cannot read {path}: {error.strerror or error}.", hint=hint)
+
+
+def require_entry(path: Path, stated: Mapping[str, str], found: str) -> None:
+    """Compare what an entry's header states with the digest of its content, and with where it lies.
 
     Raises:
-        DamagedEntry: they differ.
+        DamagedEntry: it holds something else, or what was written under another name.
     """
-    if stated != found:
+    if stated.get(DIGEST) != found:
         raise DamagedEntry(f"{path} is damaged: its content is not what was written")
+    if stated.get(NAME, path.stem) != path.stem:  # earlier versions state no name
+        raise DamagedEntry(f"{path} is damaged: it was written as {stated[NAME]}")
 
 
 def entry(root: Path, key: str) -> Path:
@@ -109,6 +124,15 @@ def is_cache(root: Path) -> bool:
 def entries(root: Path) -> Iterator[Path]:
     """All entries of a cache."""
     yield from (root / "entries").glob(f"??/*{SUFFIX}")
+
+
+def total_bytes(root: Path) -> int:
+    """Size of all entries; others may write and prune meanwhile."""
+    size = 0
+    for path in entries(root):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def partials(root: Path) -> Iterator[Path]:
@@ -127,5 +151,6 @@ def prune(root: Path, wanted: Collection[str]) -> None:
         if path.name.removesuffix(SUFFIX) not in wanted:
             path.unlink(missing_ok=True)
     for path in partials(root):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # written meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()

@@ -8,6 +8,7 @@ from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.errors import CheckpointError
+from vfun_cli.run import ownership
 from vfun_cli.run.rundir import RunDir
 
 
@@ -18,6 +19,12 @@ class Found:
     run: RunDir
     checkpoint: Path
     step: int
+    seen: str | None = None
+    """What ``run.json`` was when this was found: what was decided from it holds as long as it is the same."""
+
+    def is_in(self, run: RunDir) -> bool:
+        """Whether the checkpoint lies in the directory of this run."""
+        return self.run.root.resolve() == run.root.resolve()
 
 
 def checkpoint(name: str | None, *, output_dir: Path) -> Found:
@@ -30,15 +37,17 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
         return _newest(RunDir(output_dir))
     path = _existing(name, output_dir)
     if path is None:
-        near = ", ".join(found.name for found in manifest.checkpoints(output_dir)[-5:]) or "none"
+        near = ", ".join(found.name for found in ownership.checkpoints(RunDir(output_dir))[-5:]) or "none"
         raise CheckpointError(
             f"there is no {name}, neither here nor in {output_dir}.",
             hint=f"Complete checkpoints in {output_dir}: {near}.",
         )
     if manifest.step_of(path.absolute()) is None:
         return _newest(RunDir(path))
+    run = RunDir(path.absolute().parent)
+    seen = run.fingerprint()
     manifest.verify(path, deep=False)
-    return Found(run=RunDir(path.absolute().parent), checkpoint=path, step=manifest.step_of(path.absolute()) or 0)
+    return _found(run, path, seen)
 
 
 def to_resume(name: str, *, output_dir: Path) -> Found | None:
@@ -50,15 +59,34 @@ def to_resume(name: str, *, output_dir: Path) -> Found | None:
     Raises:
         CheckpointError: as of :func:`checkpoint`.
     """
-    if name == "latest" and not any(output_dir.glob("checkpoint-*")):
+    if name == "latest" and not may_hold_checkpoints(RunDir(output_dir)):
         return None
     return checkpoint(name, output_dir=output_dir)
 
 
+def may_hold_checkpoints(run: RunDir) -> bool:
+    """Whether there is anything that a run there may have saved, damaged or not."""
+    return not run.is_half_deleted() and bool(manifest.numbered(run.root))
+
+
 def newest(run: RunDir) -> Found | None:
     """The newest complete checkpoint of a run, if there is one."""
-    complete = manifest.checkpoints(run.root)
-    return Found(run=run, checkpoint=complete[-1], step=manifest.step_of(complete[-1]) or 0) if complete else None
+    seen, complete = run.fingerprint(), ownership.checkpoints(run)
+    return _found(run, complete[-1], seen) if complete else None
+
+
+def require_own(found: Found) -> None:
+    """Refuse a checkpoint that lies in the directory of another run.
+
+    Raises:
+        CheckpointError: it says that another run saved it.
+    """
+    described = ownership.recorded(found.run.run_json)
+    if described is not None and ownership.is_anothers(found.checkpoint, described.get("id")):
+        raise CheckpointError(
+            f"{found.checkpoint} was saved by another run than the one that {found.run.run_json} describes.",
+            hint=f"vfun resume {shlex.quote(str(found.run.root))}",
+        )
 
 
 def way_on(run: RunDir, **changed: object) -> str:
@@ -77,10 +105,10 @@ def way_on(run: RunDir, **changed: object) -> str:
 def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
     """A checkpoint that accelerate's save_state left for the original scripts, or None.
 
-    It has neither our manifest nor our folders; an incomplete one of ours has the latter.
+    Only an incomplete checkpoint of ours may lack the manifest, and what theirs have no checkpoint of ours has.
     """
     path = _existing(name, output_dir)
-    if path is None or any((path / ours).exists() for ours in ("model", STATE_FILE, manifest.MANIFEST)):
+    if path is None or any((path / ours).exists() for ours in (STATE_FILE, manifest.MANIFEST)):
         return None
     theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
     return path if any(each.exists() for each in theirs) else None
@@ -88,14 +116,36 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
 
 def _existing(name: str, output_dir: Path) -> Path | None:
     """What people mean by a path or a bare name."""
-    return next((path for path in (Path(name), output_dir / name) if path.exists()), None)
+    return next((path for path in (Path(name), output_dir / name) if exists(path)), None)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; nothing is under a name that no file can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _found(run: RunDir, path: Path, seen: str | None) -> Found:
+    return Found(run=run, checkpoint=path, step=manifest.step_of(path.absolute()) or 0, seen=seen)
 
 
 def _newest(run: RunDir) -> Found:
-    path = manifest.newest_checkpoint(run.root)
-    step = manifest.step_of(path) or 0
-    for other in sorted(run.root.glob("checkpoint-*")):
-        if (manifest.step_of(other) or 0) > step:
+    seen, own = run.fingerprint(), ownership.checkpoints(run)
+    others = [path for path in manifest.checkpoints(run.root) if path not in own]
+    if not own and others:
+        raise CheckpointError(
+            f"{run.root} holds no complete checkpoint of its run: {', '.join(path.name for path in others)} "
+            f"{'is' if len(others) == 1 else 'are'} of another.",
+            hint="Put back what belongs there, or name the directory of the other run.",
+        )
+    path = own[-1] if own else manifest.newest_checkpoint(run.root)
+    found = _found(run, path, seen)
+    for step, other in manifest.numbered(run.root):
+        if step > found.step and other in others:
+            console.warn(f"passed over {other}, which is newer and of another run.")
+        elif step > found.step:
             how = shlex.join(["vfun", "checkpoints", "verify", str(other)])
             console.warn(f"passed over {other}, which is newer and damaged. What is wrong with it: {how}")
-    return Found(run=run, checkpoint=path, step=step)
+    return found

@@ -1,66 +1,49 @@
 """One command at a time in a run directory, and none beside training processes that outlived theirs.
 
-The locks belong to open files, so that the system takes them away with the process, however it ends. Each machine of
-a job has its own. On a file system that knows no locks there is no protection.
+Each machine of a job has a claim of its own. The launcher gets it with its first breath, and hands it to the ranks.
 """
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vfun_cli.disks import claims
 from vfun_cli.errors import ConfigError
 from vfun_cli.run.rundir import RunDir
 
 
 @contextmanager
-def held(run: RunDir, machine_rank: int) -> Iterator[None]:
+def held(run: RunDir, machine_rank: int) -> Iterator[int]:
     """Keep the run directory to this command until the end of the block.
+
+    What it yields is the stdin of the launcher: it keeps the directory for the launcher and for all processes that
+    this one starts, until the last of them has ended.
 
     Raises:
         ConfigError: another command, or training processes that lost theirs, are at work there.
     """
-    command = _open(run, machine_rank, "command")
-    ranks = _open(run, machine_rank, "ranks")
     try:
-        if not _lock(command, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            who = f"another vfun command (process {os.pread(command, 20, 0).decode() or 'unknown'})"
-            raise _in_use(run, who, "Wait until it has ended or stop it")
-        os.ftruncate(command, 0)
-        os.pwrite(command, str(os.getpid()).encode(), 0)
-        if not _lock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            who = "training processes whose vfun command has been killed"
-            raise _in_use(run, who, "Wait until they have ended or kill them (pgrep -f vfun_cli.training)")
-        fcntl.flock(ranks, fcntl.LOCK_UN)
-        yield
-    finally:
-        os.close(command)
-        os.close(ranks)
+        with claims.claimed(_path(run, machine_rank)) as claim:
+            yield claim
+    except claims.Taken as taken:
+        raise _in_use(run, taken.holder) from None
 
 
 def take_part(run: RunDir, machine_rank: int) -> None:
     """For a training process: be known to be at work until it ends."""
-    _lock(_open(run, machine_rank, "ranks"), fcntl.LOCK_SH)
+    claims.share(_path(run, machine_rank))
 
 
-def _in_use(run: RunDir, who: str, what_to_do: str) -> ConfigError:
+def _path(run: RunDir, machine_rank: int) -> Path:
+    return run.root / f".lock-{machine_rank}"
+
+
+def _in_use(run: RunDir, holder: claims.Holder | None) -> ConfigError:
+    if holder is not None and holder.is_here and not holder.lives:
+        who = f"training processes whose vfun command has been killed ({holder})"
+        what_to_do = "Wait until they have ended or kill them (pgrep -f vfun_cli.training)"
+    else:
+        who, what_to_do = f"another vfun command ({holder or 'unknown'})", "Wait until it has ended or stop it"
     return ConfigError(
         f"{run.root} is in use by {who}.", hint=f"{what_to_do}, or choose another directory with --output-dir."
     )
-
-
-def _open(run: RunDir, machine_rank: int, kind: str) -> int:
-    path: Path = run.root / f".lock-{kind}-{machine_rank}"
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-
-def _lock(file: int, how: int) -> bool:
-    """Whether the lock was free, or there are no locks here."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

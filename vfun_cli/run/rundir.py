@@ -1,17 +1,52 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
-import json
-import os
-import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from vfun_cli import console
+from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.state import LAYOUTS, options
+from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, EnvironmentFault
+from vfun_cli.typed_json import (
+    Check,
+    file_path,
+    flag,
+    items,
+    mapping,
+    number,
+    one_of,
+    optional,
+    read_object,
+    record,
+    text,
+    whole,
+)
 
-DESCRIBES = ("command", "family", "config", "metadata_sha256")
+DESCRIBES: Mapping[str, Check] = {
+    "command": one_of("train", "lora", "cache"),
+    "family": text(),
+    "config": options("pretrained_model_name_or_path", "train_data_meta"),
+    "metadata_sha256": text(),
+    "id": optional(text()),
+    "most": optional(record({"num_processes": whole(1), "num_machines": whole(1)})),
+    "staging": optional(file_path),
+    "directory": optional(items(whole())),
+    "sources": optional(mapping(text())),
+    "contents": optional(mapping(text())),
+    "allowed": optional(items(record({"option": text()}))),
+    "run_dir": optional(file_path),
+    "clips": optional(file_path),
+    "resume": optional(file_path),
+    "layouts": optional(LAYOUTS),
+    "deadline": optional(number()),
+    "prune": optional(flag),
+}
 """What every run.json states."""
 
 
@@ -27,6 +62,15 @@ class RunDir:
         return self.root / "run.json"
 
     @property
+    def deleted_json(self) -> Path:
+        """What was ``run.json`` until its run began to be deleted; it goes last."""
+        return self.root / ".run.json.deleted"
+
+    def description(self, machine_rank: int) -> Path:
+        """What the ranks of a machine read: ``run.json``, or the machine's own."""
+        return self.run_json if machine_rank == 0 else self.launch(machine_rank) / "run.json"
+
+    @property
     def plan_json(self) -> Path:
         """Digest and summary of the plan."""
         return self.root / "plan.json"
@@ -40,6 +84,11 @@ class RunDir:
     def logs(self) -> Path:
         """What the launcher and each rank said."""
         return self.root / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files with the run's curves."""
+        return self.logs / "tensorboard"
 
     @property
     def sanity_check(self) -> Path:
@@ -63,6 +112,10 @@ class RunDir:
     def clips(self, machine_rank: int = 0) -> Path:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
+
+    def contents(self, machine_rank: int = 0) -> Path:
+        """The digest of every file and row that the run reads."""
+        return self.launch(machine_rank) / "contents.json"
 
     def fill_report(self, rank: int) -> Path:
         """What a rank did that filled a cache."""
@@ -88,6 +141,16 @@ class RunDir:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
 
+    def files_of_machine(self, machine_rank: int) -> list[Path]:
+        """All that a launch writes for one machine."""
+        folder = self.launch(machine_rank)
+        generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
+        return [*generated, self.clips(machine_rank), self.launcher_log(machine_rank)]
+
+    def files_of_rank(self, rank: int) -> list[Path]:
+        """All that one rank writes for itself."""
+        return [self.rank_log(rank), self.rank_error(rank), self.rank_error_space(rank), self.fill_report(rank)]
+
     def rank_log(self, rank: int) -> Path:
         """Output of a rank other than 0."""
         return self.logs / f"rank-{rank}.log"
@@ -108,25 +171,25 @@ class RunDir:
         """An earlier checkpoint of the same step, on its way out."""
         return self.root / f".checkpoint-{step}.replaced"
 
-    @property
-    def staging(self) -> Path:
-        """Where a checkpoint waits in this machine's memory while it is written in the background."""
-        return Path("/dev/shm") / f"vfun-{hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]}"
-
-    def remove_leftovers(self, machine_rank: int) -> None:
-        """Delete what a crash left of checkpoints that were being written or removed; no process may be at work."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        if machine_rank != 0:
-            return  # the first machine looks after the directory that all share
-        for leftover in self.root.glob(".checkpoint-*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+    def own_files(self) -> list[Path]:
+        """What a run writes here, as far as its names are known beforehand, and its checkpoints."""
+        files = [self.run_json, self.plan_json, self.metrics, self.logs, self.sanity_check, self.launch()]
+        return files + [path for _, path in manifest.numbered(self.root)]
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.run_json.exists()
+
+    def is_half_deleted(self) -> bool:
+        """Whether a run was here, whose deletion was stopped."""
+        return self.deleted_json.exists() and not self.holds_run()
+
+    def fingerprint(self) -> str | None:
+        """Of ``run.json``, which every launch writes anew; None if there is none."""
+        try:
+            return hashlib.sha256(self.run_json.read_bytes()).hexdigest()
+        except OSError:
+            return None
 
     def read_run(self) -> dict[str, Any]:
         """The content of run.json.
@@ -134,6 +197,11 @@ class RunDir:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
+        if self.is_half_deleted():
+            raise CheckpointError(
+                f"{self.root} holds no run any more: --overwrite was stopped while it deleted the one that was there.",
+                hint="The command that begins a run there deletes the rest first.",
+            )
         if not self.run_json.is_file():
             raise CheckpointError(
                 f"{self.root} holds no run: there is no run.json in it.",
@@ -148,53 +216,37 @@ def read_description(run_json: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    try:
-        content = json.loads(run_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{run_json} is not valid JSON: {error}.") from None
-    missing = [name for name in DESCRIBES if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise CheckpointError(f"{run_json} is not what vfun writes: it states no {', '.join(missing)}.")
-    return dict(content)
+    return read_object(run_json, DESCRIBES)
 
 
 def ensure_writable(folder: Path) -> None:
-    """Create the folder if need be.
+    """Create the folder if need be, and say what its disk lacks.
 
     Raises:
         EnvironmentFault: it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".vfun-write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        missing = abilities.missing(folder)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot write to {folder}: {error.strerror or error}.",
-            hint="Choose another directory with --output-dir, or mend its permissions.",
+            hint="Make room there, mend its permissions, or choose another directory with --output-dir.",
         ) from None
-
-
-def clear(run: RunDir) -> None:
-    """Make room for a new run: delete what a run wrote, and only that: other files in the directory stay."""
-    for path in (run.run_json, run.plan_json, run.metrics):
-        path.unlink(missing_ok=True)
-    folders = [
-        run.logs,
-        run.sanity_check,
-        *run.root.glob("launch*"),
-        *run.root.glob("checkpoint-*"),
-        *run.root.glob(".checkpoint-*"),
-    ]
-    for folder in folders:
-        if folder.is_dir():
-            shutil.rmtree(folder)
+    if missing:
+        lacks = "; ".join(f"no {ability.name} ({ability.without})" for ability in missing)
+        console.warn(f"the disk of {folder} has {lacks}. All else works as anywhere.")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")  # several hosts may write at once, and share pids
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with abilities.naming(path):
+            temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

@@ -11,6 +11,7 @@ from typing import Any
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.devices import cpu_cores
+from vfun_cli.disks.abilities import HINTS, fault
 from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
@@ -83,7 +84,7 @@ def _send_output_to(path: Path) -> None:
 
 def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mapping[str, Any]) -> None:
     """The rank's own message, so that the first failing rank can be shown first."""
-    known = error if isinstance(error, VfunError) else _translate(error)
+    known = error if isinstance(error, VfunError) else _translate(error, run)
     if isinstance(known, MetadataError):
         known = known.with_command(_validate_command(described))
     message = RankError(
@@ -107,8 +108,10 @@ def _validate_command(described: Mapping[str, Any]) -> str:
     return validate_command(RunConfig.from_json(described["config"]), families.find(described["family"]))
 
 
-def _translate(error: BaseException) -> VfunError:
+def _translate(error: BaseException, run: RunDir) -> VfunError:
     name = type(error).__name__
+    if isinstance(error, OSError) and error.errno in HINTS:
+        return fault(error, where=run.root)
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return FitError(
             f"out of memory: {first_line(error)}.",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vfun_cli.checkpoints.lora_files import (
@@ -31,6 +30,8 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
+from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.state.formats import OPTIMIZER_FILE, CheckpointFormat
 from vfun_cli.training.state.gather import collect, restore
 from vfun_cli.training.state.live import TrainedState, trained_parameters
@@ -202,8 +203,8 @@ def save_adapter(state: TrainedState, folder: Path) -> None:
     if not state.accelerator.is_main_process:
         return
     setting = state.accelerator.unwrap_model(state.model).peft_config[ADAPTER].to_dict()
-    save_file({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
-    save_file(moments, folder / OPTIMIZER_FILE)
+    save_tensors({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
+    save_tensors(moments, folder / OPTIMIZER_FILE)
     content = {name: setting[name] for name in _KEPT_SETTINGS} | {"inference_mode": True}
     text = json.dumps(content, indent=2, default=sorted)  # peft keeps names in sets
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
@@ -215,10 +216,10 @@ def load_adapter(state: TrainedState, folder: Path) -> None:
     Raises:
         CheckpointError: the checkpoint has other adapters than this run.
     """
-    stored = load_file(folder / ADAPTER_FILE)
+    stored, moments = (dict(read_safetensors([folder / file])) for file in (ADAPTER_FILE, OPTIMIZER_FILE))
     names = list(trained_parameters(state))
     _require_same({peft_key(name) for name in names}, stored, folder)
-    restore(state, {name: stored[peft_key(name)] for name in names}, load_file(folder / OPTIMIZER_FILE))
+    restore(state, {name: stored[peft_key(name)] for name in names}, moments)
 
 
 _KEPT_SETTINGS = (

@@ -1,18 +1,17 @@
 """What rank 0 records of the run: a line of metrics.jsonl for every step, and now and then a line for people."""
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.transfer import Clock
+from vfun_cli.run.metrics_file import MetricsFile, only_reports
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
 from vfun_cli.training.meter import Costs
@@ -57,7 +56,8 @@ class Metrics:
         first_step: int,
         total_steps: int,
     ) -> None:
-        self.run, self.costs, self.peak_flops, self.device, self.writes = run, costs, peak_flops, device, writes
+        self.run, self.config, self.costs, self.peak_flops = run, config, costs, peak_flops
+        self.device, self.writes = device, writes
         self.total_steps = total_steps
         self.clock = Clock(device)
         self.free_since = self.clock.mark()
@@ -65,12 +65,12 @@ class Metrics:
         self.waited = 0.0
         self.last_line = 0.0
         self.done_share, self.done_seconds = 0.0, 0.0
-        self.file = None
-        self.trackers: list[Tracker] = []
+        self.file: MetricsFile | None = None
+        self.tracker: Tracker | None = None
         if writes:
-            _drop_later_steps(run.metrics, first_step)
-            self.file = run.metrics.open("a", encoding="utf-8", buffering=1)
-            self.trackers = [TRACKERS[config.report_to](run, config)] if config.report_to in TRACKERS else []
+            self.file = MetricsFile(run.metrics, last_step=first_step)
+            with only_reports(f"{config.report_to} cannot be started"):
+                self.tracker = TRACKERS[config.report_to](run, config) if config.report_to in TRACKERS else None
 
     def wait(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
         """The next micro-batch, counting the seconds it was not there yet."""
@@ -127,10 +127,18 @@ class Metrics:
             **_throughput(ranks, whole, self.peak_flops, masked_tokens),
             "seconds_left": self._seconds_left(step, first.share, whole),
         }
-        self.file.write(json.dumps(record) + "\n")
-        for tracker in self.trackers:
-            tracker.log(record)
+        self.file.write(record)
+        self._track(record)
         self._say(record)
+
+    def _track(self, record: dict[str, Any]) -> None:
+        """One failure is enough: a service that is gone may take its time to say so."""
+        if self.tracker is None:
+            return
+        with only_reports(f"{self.config.report_to} took no record of step {record['step']}") as failed:
+            self.tracker.log(record)
+        if failed:
+            self.tracker = None
 
     def _say(self, record: Mapping[str, Any]) -> None:
         """A line for the log, every few seconds and at the end."""
@@ -153,25 +161,27 @@ class Metrics:
         self.free_since = self.clock.mark()
         self.event({"event": "checkpoint", "step": step, "seconds": round(time.perf_counter() - started, 3)})
 
-    def event(self, record: Mapping[str, Any] | None) -> None:
+    def event(self, record: dict[str, Any] | None) -> None:
         """Write something other than a step; what has ``"agree": false`` is said aloud too."""
         if self.file is None or record is None:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(record)
         if record.get("agree") is False:
             print(f"warning: epoch {record['epoch']} was not trained as planned: {record}", file=sys.stderr, flush=True)
 
     def show_first_batch(self, loaded: LoadedBatch) -> None:
         """Write what the encoders see of the first samples of rank 0 as files that people can look at."""
         if self.writes:
-            write_first_batch(self.run, loaded)
+            with only_reports(f"the first batch cannot be written to {self.run.sanity_check}"):
+                write_first_batch(self.run, loaded)
 
     def close(self) -> None:
         """Flush and close everything."""
         if self.file is not None:
             self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
+        if self.tracker is not None:
+            with only_reports(f"{self.config.report_to} could not be closed"):
+                self.tracker.close()
 
     def _seconds_left(self, step: int, share: float, seconds: float) -> float:
         """Steps to come at the time a mean step takes; a moving average would swing with the mix of buckets."""
@@ -206,15 +216,6 @@ def _throughput(ranks: list[Measured], whole: float, peak_flops: float | None, m
         "memory_bytes": int(max(rank.memory for rank in ranks)),
         "compiled_graphs": int(max(rank.graphs for rank in ranks)),
     }
-
-
-def _drop_later_steps(path: Path, first_step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if json.loads(line).get("step", 0) <= first_step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _memory(device: torch.device) -> int:

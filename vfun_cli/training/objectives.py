@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.foreign import from_folder
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 
@@ -69,9 +70,9 @@ class FlowMatching:
     outlier: float = OUTLIER
 
     def sigmas(self) -> Tensor:
-        """[1000], from 1 down; no terminal zero."""
-        steps = torch.arange(NUM_TIMESTEPS, 0, -1, dtype=torch.float64) / NUM_TIMESTEPS
-        return (self.shift * steps / (1 + (self.shift - 1) * steps)).float()
+        """[1000], from 1 down; no terminal zero. Rounded to float32 at every step, as diffusers' scheduler does."""
+        steps = torch.arange(NUM_TIMESTEPS, 0, -1, dtype=torch.float32) / NUM_TIMESTEPS
+        return self.shift * steps / (1 + (self.shift - 1) * steps)
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""
@@ -129,12 +130,7 @@ def _flow_matching(settings: Mapping[str, Any], model_dir: Path) -> Objective:
 def _ddpm(settings: Mapping[str, Any], model_dir: Path) -> Objective:
     """The schedule of the released ``scheduler/`` read as DDPM, as the originals train (they ignore other classes)."""
     folder = model_dir / "scheduler"
-    try:
-        scheduler = DDPMScheduler.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no noise schedule: {first_line(error)}.", hint="Download the model's scheduler folder too."
-        ) from None
+    scheduler = from_folder(DDPMScheduler, folder)
     kind = scheduler.config.prediction_type
     if kind not in ("v_prediction", "epsilon"):
         raise CheckpointError(f"{folder}: prediction_type {kind!r} cannot be trained; known: v_prediction, epsilon.")

@@ -51,7 +51,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     prepare_blocks(config, plan, adapter.transformer)
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator, lazy)
-    checkpointer = _checkpointer(run, config, options.model_dir / spec.model.config_file, lora=lora)
+    checkpointer = _checkpointer(run, config, described, options.model_dir / spec.model.config_file)
     first_step = 0 if resume is None else int(checkpointer.load(state, Path(resume))["step"])
 
     metrics = Metrics(
@@ -96,13 +96,14 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     accelerator.wait_for_everyone()
 
 
-def _checkpointer(run: RunDir, config: RunConfig, config_file: Path, *, lora: bool) -> Checkpointer:
+def _checkpointer(run: RunDir, config: RunConfig, described: Mapping[str, Any], config_file: Path) -> Checkpointer:
     return Checkpointer(
         run,
         config.strategy,
         keep=config.checkpoints_total_limit,
         config_files={config_file.name: config_file},
-        format=ADAPTER_FORMAT if lora else None,
+        format=ADAPTER_FORMAT if described["command"] == "lora" else None,
+        staging=Path(described["staging"]) if described.get("staging") else None,
     )
 
 
@@ -117,10 +118,13 @@ def _encoders_or_cache(config: RunConfig, adapter: ModelAdapter) -> Cache | None
 def _state_of(config: RunConfig, described: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     """What ``state.json`` says of the run beside the step."""
     return {
+        "run_id": described.get("id"),
         "strategy": config.strategy,
         "world_size": accelerator.num_processes,
         "family": described["family"],
         "kind": described["command"],
         "layouts": described.get("layouts", []),
+        "contents": described.get("contents", {}),
+        "allowed": described.get("allowed", []),
         "run_config": config.to_json(),
     }

@@ -36,7 +36,7 @@ class TensorBoard:
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.logs / "tensorboard"))
+        self.writer = SummaryWriter(str(run.tensorboard))
 
     def log(self, record: dict[str, Any]) -> None:
         """The curves; what is not known leaves a gap."""

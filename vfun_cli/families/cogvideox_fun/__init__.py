@@ -5,23 +5,34 @@ trainer sees, ``transformer.py`` mends what diffusers lacks and ``masks.py`` dra
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.errors import ConfigError
 from vfun_cli.families.documented import COMMON, DEMO
-from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
+from vfun_cli.families.spec import (
+    LAYERS,
+    SIZE,
+    ClipShape,
+    DefaultOptions,
+    ExportSpec,
+    FamilySpec,
+    ModelDims,
+    ModelSpec,
+    PlanSpec,
+)
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
+from vfun_cli.typed_json import Check, check_fields, flag, optional
 
 FRAMES_PER_LATENT = 4
 
 POINT_AT = "Point --pretrained-model-name-or-path at a CogVideoX-Fun InP model: 2b or 5b, V1.0, V1.1 or V1.5."
 
-REQUIRED_CONFIG = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers")
-CONFIG_DEFAULTS: Mapping[str, object] = {
+CONFIG_DEFAULTS: Mapping[str, int] = {
     "out_channels": 16,
     "patch_size": 2,
-    "patch_size_t": None,
+    "patch_size_t": 1,
     "sample_frames": 49,
     "text_embed_dim": 4096,
     "time_embed_dim": 512,
@@ -29,20 +40,25 @@ CONFIG_DEFAULTS: Mapping[str, object] = {
     "use_rotary_positional_embeddings": False,
 }
 """What an absent key of the transformer's config.json means."""
+CONFIG: Mapping[str, Check] = {
+    "num_attention_heads": SIZE,
+    "attention_head_dim": SIZE,
+    "in_channels": SIZE,
+    "num_layers": LAYERS,
+    **dict.fromkeys(CONFIG_DEFAULTS, optional(SIZE)),
+    "use_rotary_positional_embeddings": optional(flag),
+}
 
 
 def read_dims(config: Mapping[str, object]) -> ModelDims:
     """Dimensions from ``transformer/config.json``.
 
     Raises:
-        CheckpointError: sizes are missing.
+        CheckpointError: sizes are missing, or no model has them.
     """
-    missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
-    if missing:
-        raise CheckpointError(
-            f"the transformer's config.json is not CogVideoX-Fun's: it states no {', '.join(missing)}.", hint=POINT_AT
-        )
-    full = {name: value or 0 for name, value in {**CONFIG_DEFAULTS, **config}.items() if isinstance(value, int | None)}
+    check_fields(config, CONFIG, "the transformer's configuration", hint=POINT_AT)
+    stated = {name: cast(int, config[name]) for name in CONFIG if config.get(name) is not None}
+    full = {**CONFIG_DEFAULTS, **stated}
     dim = full["num_attention_heads"] * full["attention_head_dim"]
     return ModelDims(
         dim=dim,
@@ -52,7 +68,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
             "in_channels": full["in_channels"],
             "out_channels": full["out_channels"],
             "patch": full["patch_size"],
-            "patch_frames": full["patch_size_t"] or 1,  # latent frames per token: 2 in V1.5
+            "patch_frames": full["patch_size_t"],  # latent frames per token: 2 in V1.5
             "text_tokens": full["max_text_seq_length"],
             "text_dim": full["text_embed_dim"],
             "time_dim": full["time_embed_dim"],

@@ -122,7 +122,7 @@ def load_transformer(folder: Path, config: Mapping[str, Any]) -> CogVideoXFunTra
     Raises:
         CheckpointError: files are missing or do not fit.
     """
-    model = empty_model(lambda: build_transformer(config))
+    model = empty_model(lambda: build_transformer(config), where=str(folder))
     load_weights(model, safetensors_files(folder), dtype=torch.float32, where=str(folder), transformer=True)
     return model
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import cast
 
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.errors import ConfigError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import (
+    LAYERS,
+    SIZE,
     ClipShape,
     ConditioningOptions,
     DefaultOptions,
@@ -20,20 +22,13 @@ from vfun_cli.families.spec import (
 )
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
+from vfun_cli.typed_json import Check, check_fields, optional, whole
 
 CAPTION_TOKENS = 256
 """Every caption is padded or cut to this many tokens, for each text encoder."""
 
 POINT_AT = "Point --pretrained-model-name-or-path at EasyAnimateV5.1-12b-zh-Control or EasyAnimateV5-12b-zh-Control."
 
-REQUIRED_CONFIG = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "num_layers",
-)
 CONFIG_DEFAULTS: Mapping[str, object] = {
     "mmdit_layers": 10_000,
     "text_embed_dim": 4096,
@@ -48,6 +43,20 @@ TOKENIZER_LIMITS: Mapping[str, tuple[str, str]] = {
 }
 """Where V5 states how many tokens its encoders take, in the order of the transformer's streams."""
 
+CONFIG: Mapping[str, Check] = {
+    "num_attention_heads": SIZE,
+    "attention_head_dim": SIZE,
+    "in_channels": SIZE,
+    "out_channels": SIZE,
+    "patch_size": SIZE,
+    "num_layers": LAYERS,
+    "mmdit_layers": LAYERS,
+    "text_embed_dim": optional(SIZE),
+    "text_embed_dim_t5": optional(SIZE),
+    "time_embed_dim": SIZE,
+    **dict.fromkeys(TOKENIZER_LIMITS, optional(whole(1, 10**40))),  # tokenizers without a limit state 10^30
+}
+
 LOSS_TYPES = {"flow": "easyanimate-v5.1-control", "ddpm": "easyanimate-v5-control"}
 """The loss of the original scripts to the family that is trained with it."""
 
@@ -56,15 +65,11 @@ def complete_config(config: Mapping[str, object]) -> dict[str, object]:
     """A transformer's ``config.json`` with the defaults of the released code filled in.
 
     Raises:
-        CheckpointError: a size without a default is missing.
+        CheckpointError: a size without a default is missing, or no model has it.
     """
-    missing = [name for name in REQUIRED_CONFIG if not isinstance(config.get(name), int)]
-    if missing:
-        raise CheckpointError(
-            f"the transformer's config.json is not EasyAnimate's: it states no {', '.join(missing)}.",
-            hint=POINT_AT,
-        )
-    return {**CONFIG_DEFAULTS, **config}
+    full = {**CONFIG_DEFAULTS, **config}
+    check_fields(full, CONFIG, "the transformer's configuration", hint=POINT_AT)
+    return full
 
 
 def _is_easyanimate(config: Mapping[str, object], *, t5: bool) -> bool:
@@ -82,7 +87,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
     """Dimensions from ``transformer/config.json``.
 
     Raises:
-        CheckpointError: sizes are missing.
+        CheckpointError: sizes are missing, or no model has them.
     """
     full = cast(Mapping[str, int], complete_config(config))
     dim = full["num_attention_heads"] * full["attention_head_dim"]

@@ -79,7 +79,7 @@ def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTran
     Raises:
         CheckpointError: files are missing or do not fit.
     """
-    model = empty_model(lambda: build_transformer(config))
+    model = empty_model(lambda: build_transformer(config), where=str(folder))
     load_weights(
         model,
         safetensors_files(folder),

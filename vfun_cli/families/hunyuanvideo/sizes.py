@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.spec import ClipShape, ModelDims
+from vfun_cli.families.spec import LAYERS, SIZE, ClipShape, ModelDims
+from vfun_cli.typed_json import Check, check_fields, flag, number, optional
 
 VAE_STRIDE = (4, 8, 8)
 PATCH_SIZE = (1, 2, 2)
@@ -40,8 +41,10 @@ def dims_reader(condition: Condition) -> Callable[[Mapping[str, object]], ModelD
 
         Raises:
             ConfigError: another model class, the other HunyuanVideo family, or the 33-channel I2V.
+            CheckpointError: no model has these.
         """
         check_config(config, condition)
+        check_fields(config, CONFIG, "the transformer's configuration")
         return _dims(config, condition)
 
     return read_dims
@@ -84,7 +87,7 @@ def check_config(config: Mapping[str, object], condition: Condition) -> None:
 
 
 def _dims(config: Mapping[str, Any], condition: Condition) -> ModelDims:
-    given = {**_RELEASED, **config}
+    given = {**_RELEASED, **{name: config[name] for name in CONFIG if config.get(name) is not None}}
     dim = int(given["num_attention_heads"]) * int(given["attention_head_dim"])
     return ModelDims(
         dim=dim,
@@ -117,6 +120,13 @@ _RELEASED: Mapping[str, Any] = {
     "guidance_embeds": True,
     "text_embed_dim": 4096,
     "pooled_projection_dim": 768,
+}
+
+CONFIG: Mapping[str, Check] = {
+    **dict.fromkeys(_RELEASED, optional(SIZE)),
+    **dict.fromkeys(("num_layers", "num_single_layers", "num_refiner_layers"), optional(LAYERS)),
+    "mlp_ratio": optional(number(0.001, 1000)),
+    "guidance_embeds": optional(flag),
 }
 
 

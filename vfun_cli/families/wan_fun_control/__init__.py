@@ -12,13 +12,25 @@
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
-from vfun_cli.families.spec import ClipShape, DefaultOptions, ExportSpec, FamilySpec, ModelDims, ModelSpec, PlanSpec
+from vfun_cli.families.spec import (
+    LAYERS,
+    SIZE,
+    ClipShape,
+    DefaultOptions,
+    ExportSpec,
+    FamilySpec,
+    ModelDims,
+    ModelSpec,
+    PlanSpec,
+)
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
+from vfun_cli.typed_json import Check, check_fields, flag, optional
 
 CONTROL_IN_DIM = 48
 """Latent channels a Control transformer reads: 16 noisy, 16 of the control clip, 16 of the start image."""
@@ -29,6 +41,16 @@ IMAGE_TOKENS = 257
 IMAGE_DIM = 1280
 """Width of the CLIP embedding, where config.json does not state it (the released ones do not)."""
 LATENT_CHANNELS = 16
+
+CONFIG_DEFAULTS = {"text_dim": 4096, "freq_dim": 256, "image_dim": IMAGE_DIM, "add_ref_conv": False}
+"""What an absent key of config.json means."""
+CONFIG: Mapping[str, Check] = {
+    "dim": SIZE,
+    "ffn_dim": SIZE,
+    "num_layers": LAYERS,
+    **dict.fromkeys(CONFIG_DEFAULTS, optional(SIZE)),
+    "add_ref_conv": optional(flag),
+}
 
 HINT = "wan-fun-control trains Wan2.1-Fun-Control and Wan2.1-Fun-V1.1-Control, 1.3B and 14B."
 
@@ -56,12 +78,9 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
         CheckpointError: another model's configuration.
     """
     check_variant(config.get("in_dim"), camera=bool(config.get("add_control_adapter")))
-    sizes = {key: config.get(key) for key in ("dim", "ffn_dim", "num_layers")}
-    sizes |= {"text_dim": config.get("text_dim", 4096), "freq_dim": config.get("freq_dim", 256)}
-    sizes |= {"image_dim": config.get("image_dim", IMAGE_DIM)}
-    numbers = {key: value for key, value in sizes.items() if isinstance(value, int)}
-    if missing := [key for key in sizes if key not in numbers]:
-        raise CheckpointError(f"config.json states no {', '.join(missing)}: not a Wan transformer's.", hint=HINT)
+    check_fields(config, CONFIG, "the transformer's configuration", hint=HINT)
+    stated = {key: cast(int, config[key]) for key in CONFIG if config.get(key) is not None}
+    numbers = {**CONFIG_DEFAULTS, **stated}
     return ModelDims(
         dim=numbers["dim"],
         ffn_dim=numbers["ffn_dim"],
@@ -70,7 +89,7 @@ def read_dims(config: Mapping[str, object]) -> ModelDims:
             "text_dim": numbers["text_dim"],
             "freq_dim": numbers["freq_dim"],
             "image_dim": numbers["image_dim"],
-            "reference": int(bool(config.get("add_ref_conv", False))),
+            "reference": int(numbers["add_ref_conv"]),
         },
     )
 

@@ -214,7 +214,7 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
     """
     files = safetensors_files(folder)
     config = transformer_config(_shapes(files), read_json(folder / SPEC.model.config_file))
-    model = empty_model(lambda: WanFunControlTransformer(**config))
+    model = empty_model(lambda: WanFunControlTransformer(**config), where=str(folder))
     load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
     return model
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import cast
 
-from vfun_cli.families.spec import ClipShape, ModelDims
+from vfun_cli.families.spec import LAYERS, SIZE, ClipShape, ModelDims
+from vfun_cli.typed_json import Check, check_fields, items, optional
 
 MOTION_FRAMES = 73
 """Pixel frames of history that the model reads."""
@@ -34,12 +35,23 @@ RELEASED = ModelDims(
 
 _READ = ("num_heads", "text_len", "text_dim", "freq_dim", "audio_dim", "num_audio_token", "in_dim", "out_dim")
 
+CONFIG: Mapping[str, Check] = {
+    **dict.fromkeys(("dim", "ffn_dim", *_READ), optional(SIZE)),
+    "num_layers": optional(LAYERS),
+    "audio_inject_layers": optional(items(LAYERS, most=10_000)),
+}
+
 
 def read_dims(config: Mapping[str, object]) -> ModelDims:
-    """Dimensions from ``config.json``; a key that the file leaves out has the released value."""
+    """Dimensions from ``config.json``; a key that the file leaves out has the released value.
+
+    Raises:
+        CheckpointError: no model has these.
+    """
+    check_fields(config, CONFIG, "the transformer's configuration")
 
     def number(key: str, default: int) -> int:
-        return int(cast(int, config.get(key, default)))
+        return cast(int, default if config.get(key) is None else config[key])
 
     extra = {key: number(key, RELEASED.extra[key]) for key in _READ}
     layers = cast(list[int] | None, config.get("audio_inject_layers"))

@@ -584,6 +584,6 @@ def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
     """
     known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
     config = model_settings(read_json(model_dir / SPEC.model.config_file), known, model="Wan2.2-S2V")
-    model = empty_model(lambda: WanS2VTransformer3DModel(**config))
+    model = empty_model(lambda: WanS2VTransformer3DModel(**config), where=str(model_dir))
     load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
     return model

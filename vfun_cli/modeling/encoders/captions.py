@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.errors import CheckpointError
 from vfun_cli.lfs import refuse_lfs_pointer
+from vfun_cli.modeling.foreign import from_folder
 
 UMT5 = "AutoTokenizer"
 UMT5_FOLDER = "google/umt5-xxl"
@@ -102,13 +103,8 @@ def load_tokenizer(name: str, folder: Path) -> Any:
             f"no {name} in {folder}: none of {', '.join(file.name for file in files)}.",
             hint="Download the folder again.",
         )
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, padding_side="right")
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"no {name} in {folder}: {first_line(error)}.",
-            hint="Download the folder again.",
-        ) from error
+    # Without trust_remote_code, AutoTokenizer asks on the terminal whether to run a program that the folder names.
+    return from_folder(kind, folder, padding_side="right", trust_remote_code=False)
 
 
 def cut_tokens(reader: CaptionReader, model_dir: Path, captions: Iterable[str]) -> dict[str, tuple[int, int]]:

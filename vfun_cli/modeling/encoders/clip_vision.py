@@ -118,7 +118,7 @@ def load_clip_vision(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: 
         CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     config = clip_vision_config(state, where, heads)
-    model = empty_model(lambda: CLIPVisionModel(config))
+    model = empty_model(lambda: CLIPVisionModel(config), where=where)
     load_weights(model, _converted(state), dtype=dtype, where=where)
     return freeze(model)
 

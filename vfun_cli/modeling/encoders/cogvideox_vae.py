@@ -10,6 +10,7 @@ from torch import Tensor
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import load_diffusers, read_json
+from vfun_cli.typed_json import number, optional
 
 
 class CogVideoXVAE(ClipVAE):
@@ -54,4 +55,5 @@ def read_scale(folder: Path) -> float:
         CheckpointError: there is no such file.
     """
     default = signature(AutoencoderKLCogVideoX.__init__).parameters["scaling_factor"].default
-    return float(read_json(folder / "config.json").get("scaling_factor", default))
+    stated = read_json(folder / "config.json", {"scaling_factor": optional(number())})
+    return float(stated.get("scaling_factor") or default)

@@ -19,6 +19,7 @@ from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.llama_prompt import HIDDEN_STATE
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.foreign import from_folder
 from vfun_cli.modeling.pixels import LoadedClip, float_pixels
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
@@ -82,7 +83,7 @@ class LlavaPrompt(nn.Module):
         return cls(
             llava.model,  # the language-model head would cost 128 thousand logits a token for nothing
             load_tokenizer(LLAMA, tokenizer),
-            CLIPImageProcessorPil.from_pretrained(str(image_processor), local_files_only=True),
+            from_folder(CLIPImageProcessorPil, image_processor),
             max_length=max_length,
             interleave=interleave,
         )

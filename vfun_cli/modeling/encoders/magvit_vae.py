@@ -13,6 +13,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.clip_vae import FRAMES_PER_LATENT, ClipVAE, require_whole_latents
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.weights import empty_model, load_weights, read_json, safetensors_files
+from vfun_cli.typed_json import optional, whole
 
 SUPPORTED = {
     "mid_block_use_attention": False,
@@ -41,7 +42,7 @@ class MagvitVAE(ClipVAE):
             CheckpointError: they do not fit.
         """
         arguments = read_arguments(folder)
-        model = empty_model(lambda: AutoencoderKLMagvit(**arguments))
+        model = empty_model(lambda: AutoencoderKLMagvit(**arguments), where=str(folder))
         load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
         return cls(model, mini_batch=mini_batch)
 
@@ -67,7 +68,7 @@ def latent_channels(folder: Path) -> int:
         CheckpointError: as ``read_arguments``.
     """
     default = signature(AutoencoderKLMagvit.__init__).parameters["latent_channels"].default
-    return int(read_arguments(folder).get("latent_channels", default))
+    return int(read_arguments(folder).get("latent_channels") or default)
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
         CheckpointError: there is no configuration, or it does not fit.
     """
     path = folder / "config.json"
-    return vae_arguments(read_json(path), str(path))
+    return vae_arguments(read_json(path, {"latent_channels": optional(whole(1, 1 << 20))}), str(path))
 
 
 def vae_arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
-from vfun_cli.modeling.weights import POINT_AT_RELEASE
+from vfun_cli.modeling.foreign import OTHER_MODEL, from_folder
+from vfun_cli.modeling.pickled import load_pickled
+from vfun_cli.modeling.weights import POINT_AT_RELEASE, read_json
 
 
 def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = ()) -> Any:
@@ -28,16 +30,14 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
             f"no {kind.__name__} in {folder}: config.json is missing.",
             hint=POINT_AT_RELEASE,
         )
+    read_json(folder / "config.json")  # refuses what would keep transformers busy for ever
+    if not any(folder.glob("model*.safetensors")):  # of which transformers would take nothing else
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            load_pickled(file, file, mapped=True)
     # Under ZeRO-3 accelerate tells transformers to shard whatever it loads, whatever zero3_init_flag says. A frozen
     # encoder outside the engine would be left with empty weights.
     unset_hf_deepspeed_config()
-    try:
-        model, report = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"cannot load {kind.__name__} from {folder}: {first_line(error)}.",
-            hint="The folder is incomplete or holds another model: download it again.",
-        ) from error
+    model, report = from_folder(kind, folder, dtype=dtype, output_loading_info=True)
     wrong = {
         what: sorted(name for name in map(str, report.get(f"{what}_keys") or ()) if not name.startswith(tuple(unused)))
         for what in ("missing", "unexpected", "mismatched")
@@ -46,7 +46,7 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
         lines = [f"  {len(names)} {what}: {', '.join(names[:10])}" for what, names in wrong.items() if names]
         raise CheckpointError(
             "\n".join([f"the tensors in {folder} do not fit {kind.__name__}:", *lines]),
-            hint="The folder is incomplete or holds another model: download it again.",
+            hint=OTHER_MODEL,
         )
     return freeze(model)
 

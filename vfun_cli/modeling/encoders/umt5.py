@@ -123,7 +123,7 @@ def load_umt5(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str) ->
     Raises:
         CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
-    model = empty_model(lambda: UMT5EncoderModel(umt5_config(state, where)))
+    model = empty_model(lambda: UMT5EncoderModel(umt5_config(state, where)), where=where)
     # Building on meta makes two parameters of the shared embedding; tied again, it is stored once (2 GB in xxl).
     model.encoder.embed_tokens.weight = model.shared.weight
     load_weights(model, state, rename=umt5_name, dtype=dtype, where=where)

@@ -75,7 +75,7 @@ def load_wan_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, where: str)
         CheckpointError: a tensor is missing, unexpected or of a wrong shape.
     """
     config = wan_vae_config(state, where)
-    model = empty_model(lambda: AutoencoderKLWan(**config))
+    model = empty_model(lambda: AutoencoderKLWan(**config), where=where)
     load_weights(model, convert_wan_vae_to_diffusers(dict(state)), dtype=dtype, where=where)
     return freeze(model)
 

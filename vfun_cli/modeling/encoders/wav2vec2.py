@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.wav2vec2 import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
-from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.encoders.pretrained import load_model
+from vfun_cli.modeling.foreign import from_folder
 
 FOLDER = "wav2vec2-large-xlsr-53-english"
 FEATURE_RATE = 50
@@ -40,14 +40,7 @@ class SpeechEncoder(nn.Module):
             CheckpointError: the folder is incomplete, or its weights do not fit its configuration.
         """
         model = load_model(Wav2Vec2ForCTC, folder, dtype=torch.float32, unused=UNUSED)
-        try:
-            extractor = Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"no feature extractor in {folder}: {first_line(error)}.",
-                hint="The released folder has a preprocessor_config.json: download it again.",
-            ) from error
-        return cls(model, extractor)
+        return cls(model, from_folder(Wav2Vec2FeatureExtractor, folder))
 
     @property
     def sample_rate(self) -> int:

@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from vfun_cli.errors import MetadataError, first_line
+from vfun_cli.metadata.opening import open_media
 from vfun_cli.metadata.timeline import Timeline, read_timeline, video_stream
 from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.media.sizes import resize_and_crop
@@ -60,7 +61,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
     fault: _NotShown | None = None
     for by_packets in (False, True):  # an index alone may hide an odd order; packets say it
         try:
-            with av.open(path) as container:
+            with open_media(path) as container:
                 timeline = read_timeline(container, by_packets=by_packets)
         except Exception as error:  # PyAV raises its own kinds, and plain ones on absurd values
             raise undecodable(path, min(indices), error) from error
@@ -118,7 +119,7 @@ def _stretches(timeline: Timeline, wanted: Sequence[int]) -> list[list[int]]:
 def _counted(path: str, wanted: Sequence[int]) -> Pictures:
     """Pictures by their number from the start, for files that do not say when a picture is shown."""
     left = deque(wanted)
-    with av.open(path) as container:
+    with open_media(path) as container:
         for number, frame in enumerate(container.decode(_single_threaded(container))):
             if frame.is_corrupt:
                 raise _NotShown(left[0], "it is damaged")
@@ -152,12 +153,12 @@ def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[tu
     """The packets from a key frame on that is shown at ``latest`` or before, and its time; if no seek finds one, all
     packets, and None.
     """
-    with av.open(path) as container:
+    with open_media(path) as container:
         sought = _sought(container, timeline, latest)
         if sought is not None:
             yield sought
             return
-    with av.open(path) as container:
+    with open_media(path) as container:
         yield container.demux(_single_threaded(container)), None
 
 

@@ -44,7 +44,7 @@ def read_audio(path: str | Path, start: Fraction, duration: Fraction, rate: int 
         raise
     except Exception as error:
         raise MetadataError(
-            f"{path}: the audio cannot be decoded ({type(error).__name__}: {first_line(error)}).",
+            f"{path}: the audio cannot be decoded ({first_line(error)}).",
             hint="Encode the file again, or leave its row out.",
         ) from error
     missing = wanted[1] - end

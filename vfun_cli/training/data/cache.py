@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vfun_cli import families
@@ -29,7 +28,8 @@ from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import describe, nested_inputs
 from vfun_cli.modeling.media import frames, pictures, sizes, sound
-from vfun_cli.run.cachedir import DIGEST, Content, DamagedEntry, content_digest, entry, require_digest
+from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.run.cachedir import DIGEST, NAME, Content, DamagedEntry, content_digest, entry, require_entry, unreadable
 from vfun_cli.run.rundir import write_atomically
 
 CHUNK = 1 << 22
@@ -88,7 +88,11 @@ class Cache:
         return self.path(key).exists()
 
     def read(self, key: str) -> Output | None:
-        """An entry, or None; a damaged one is reported, deleted and None."""
+        """An entry, or None; a damaged one is reported, deleted and None.
+
+        Raises:
+            EnvironmentFault: it cannot be read.
+        """
         path = self.path(key)
         try:
             return read_entry(path)
@@ -96,8 +100,11 @@ class Cache:
             return None
         except DamagedEntry as error:
             print(f"warning: {error}; it is encoded again", file=sys.stderr, flush=True)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # then the new one replaces it
+                path.unlink()
             return None
+        except OSError as error:  # not damaged: another user's, or its disk is ill
+            raise unreadable(path, error) from None
 
     def write(self, key: str, output: Output) -> None:
         """Add an entry.
@@ -110,13 +117,13 @@ class Cache:
         partial = path.with_name(f".{key}.{secrets.token_hex(8)}")  # hosts that share a disk share process ids
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {DIGEST: _digest_of_tensors(tensors)})
+            save_tensors(tensors, partial, {DIGEST: _digest_of_tensors(tensors), NAME: key})
             partial.replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with suppress(OSError):
                 partial.unlink()
             raise EnvironmentFault(
-                f"cannot write {path}: {error}.",
+                f"cannot write {path}: {error.strerror or error}.",
                 hint="Make room, put --cache on another disk, or train without it; what is there already stays good.",
             ) from error
 
@@ -131,16 +138,16 @@ def read_entry(path: Path) -> Output:
     Raises:
         FileNotFoundError: there is none.
         DamagedEntry: it holds other bytes than were written.
+        OSError: it cannot be read.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
+    path.open("rb").close()  # the library calls every file missing that it may not read
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            stated = (file.metadata() or {}).get(DIGEST)
-    except (SafetensorError, OSError) as error:
+            stated = file.metadata() or {}
+    except SafetensorError as error:
         raise DamagedEntry(f"{path} is damaged ({error})") from None
-    require_digest(path, stated, _digest_of_tensors(tensors))
+    require_entry(path, stated, _digest_of_tensors(tensors))
     return tensors
 
 
@@ -209,5 +216,6 @@ def _digest_of(root: Path, path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             found.update(chunk)
-    write_atomically(note, json.dumps({"path": str(path), "stamp": stamp, "digest": found.hexdigest()}))
+    with suppress(OSError):  # a cache that is full or another user's has what it has
+        write_atomically(note, json.dumps({"path": str(path), "stamp": stamp, "digest": found.hexdigest()}))
     return found.hexdigest()

@@ -1,11 +1,10 @@
 """Fills the cache ahead of a run: the ranks share the clips of the plan and encode what is missing of theirs."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate.utils import gather_object
 
@@ -15,6 +14,7 @@ from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
+from vfun_cli.run.metrics_file import MetricsFile
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
@@ -101,7 +101,7 @@ class FillMetrics:
     """What the launching command shows of one rank, in the run's metrics file."""
 
     def __init__(self, run: RunDir, total: int, *, shows: bool) -> None:
-        self.file: TextIO | None = run.metrics.open("w", encoding="utf-8") if shows else None
+        self.file = MetricsFile(run.metrics) if shows else None
         self.total = total
         self.done = 0
         self.began = time.monotonic()
@@ -112,6 +112,4 @@ class FillMetrics:
         if self.file is None:
             return
         left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        record = {"step": self.done, "total_steps": self.total, "seconds_left": round(left, 1)}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self.file.write({"step": self.done, "total_steps": self.total, "seconds_left": round(left, 1)})

@@ -7,6 +7,8 @@ for them for ever. The fork server is a process without threads that has importe
 import multiprocessing
 import multiprocessing.forkserver
 
+from vfun_cli.disks.abilities import permissions_optional
+
 PROCESSES = multiprocessing.get_context("forkserver")
 
 DECODING = "vfun_cli.training.data.loader"
@@ -15,4 +17,5 @@ DECODING = "vfun_cli.training.data.loader"
 def start(adapter_module: str) -> None:
     """Start the server unless it runs. Its imports take seconds: begun early, they go on while the model is loaded."""
     PROCESSES.set_forkserver_preload([DECODING, adapter_module])
-    multiprocessing.forkserver.ensure_running()
+    with permissions_optional():  # of its socket, whose folder is this user's alone
+        multiprocessing.forkserver.ensure_running()

@@ -95,16 +95,19 @@ class ClipDataset(Dataset[LoadedBatch]):
 
     def __getitem__(self, batch: Any) -> LoadedBatch:
         self.status.begin(batch)
-        samples, good, bad = [], [], []
+        samples, good = [], []
+        bad: list[tuple[SampleRequest, VfunError]] = []
         for request in batch.requests:
             try:
                 if batch.fault is not None:
                     raise MetadataError(batch.fault, hint=_DEEP_HINT)
                 samples.append(load(self.adapter, request, self.options, self.cache))
                 good.append(request)
-            except VfunError as error:
+            except MetadataError as error:
                 hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
                 bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
+            except VfunError as error:  # not the clip's fault
+                bad.append((request, error))
         self.status.end()
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
 
@@ -163,16 +166,23 @@ def load_ahead(
 
     Raises:
         MetadataError: a clip that cannot be decoded, with its row; or with "skip", no clip that can.
+        EnvironmentFault: an entry of the cache that cannot be read.
         RunError: a decoding process ran out of memory.
     """
     with closing(_decoded(adapter, options, batches, workers, cache)) as decoded:
         if on_bad_sample == "skip":
-            yield from _with_substitutes(decoded)
-            return
-        for loaded in decoded:
-            for _, error in loaded.bad:
+            yield from _with_substitutes(_without_errors(decoded, MetadataError))
+        else:
+            yield from _without_errors(decoded)
+
+
+def _without_errors(decoded: Iterator[LoadedBatch], *passed: type[VfunError]) -> Iterator[LoadedBatch]:
+    """Raise the first error that is not of these kinds."""
+    for loaded in decoded:
+        for _, error in loaded.bad:
+            if not isinstance(error, passed):
                 raise error
-            yield loaded
+        yield loaded
 
 
 def _with_substitutes(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:

@@ -1,6 +1,7 @@
 """The plan as the loader wants it: this rank's micro-batches with paths and keys, from any step on."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.fields import stated_media
+from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
@@ -16,7 +18,7 @@ from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
 from vfun_cli.training.data.loader import MicroBatch
 
 ReadRecord = Callable[[int], dict[str, Any]]
-"""What a row of the metadata says, its media paths joined to the data root; what stands in for a field is filled in."""
+"""What a row of the metadata says, its media as absolute paths; what stands in for a field is filled in."""
 
 
 def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
@@ -29,7 +31,7 @@ def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
         fields = dict(records[row])
         for name, path in stated_media(fields, spec.fields).items():
             if path:
-                fields[name] = str(path if root is None else root / str(path))
+                fields[name] = absolute((root or Path()) / str(path))
         return fields
 
     return read_record

@@ -1,5 +1,6 @@
 """Owns checkpoint files: each strategy writes its own format, the manifest comes last, a rename makes it real."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.disks.abilities import copy_folder, fsync_directory
 from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
+from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.modeling.weights import read_safetensors
+from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
-from vfun_cli.training.state.live import TrainedState, trained_parameters
+from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
@@ -40,8 +44,15 @@ class Checkpointer:
         keep: int | None,
         config_files: dict[str, Path],
         format: CheckpointFormat | None = None,
+        staging: Path | None = None,
     ) -> None:
+        """Of one rank.
+
+        Args:
+            staging: this user's folder in memory (``/dev/shm``), for saving in the background.
+        """
         self.run = run
+        self.staging = staging
         self.strategy = strategy
         self.format = format or format_of(strategy)
         self.keep = keep
@@ -53,7 +64,7 @@ class Checkpointer:
 
         Args:
             run_state: what ``state.json`` says: step, epoch, position, strategy, world size, family.
-            background: keep the state in memory (``/dev/shm``) and return; it becomes a checkpoint while training
+            background: keep the state in memory (``staging``) and return; it becomes a checkpoint while training
                 goes on. Until then the one before is the newest.
 
         Raises:
@@ -65,10 +76,12 @@ class Checkpointer:
         step = run_state["step"]
         with self._failure_named(step):
             if background:
-                self._require_memory(state)
-                self._collect(state, self.run.staging / MODEL_DIR, state.accelerator.is_local_main_process)
+                assert self.staging is not None
+                waiting = self.staging / f"checkpoint-{step}"
+                self._require_memory(state, self.staging)
+                self._collect(state, waiting / MODEL_DIR, state.accelerator.is_local_main_process)
                 if state.accelerator.is_local_main_process:
-                    self.background.start(lambda: self._copy_to_disk(state, run_state))
+                    self.background.start(lambda: self._copy_to_disk(state, waiting, run_state))
             else:
                 partial = self.run.partial_checkpoint(step)
                 self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
@@ -120,9 +133,11 @@ class Checkpointer:
                 f"--checkpoints-total-limit. {way_on(self.run)}",
             )
 
-    def _require_memory(self, state: TrainedState) -> None:
-        folder, needed = self.run.staging.parent, checkpoint_bytes(state)
-        lack = _lack_of_space(folder, needed)
+    def _require_memory(self, state: TrainedState, staging: Path) -> None:
+        if state.accelerator.is_local_main_process:
+            ownership.make_private(staging)  # where ranks are started by hand, no command has made it
+        folder = staging.parent
+        lack = _lack_of_space(folder, checkpoint_bytes(state))
         if lack is not None:
             raise FitError(
                 f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: {lack}.",
@@ -138,17 +153,17 @@ class Checkpointer:
         state.accelerator.wait_for_everyone()
         self.format.save(state, folder)
         if state.average is not None and state.accelerator.is_main_process:
-            save_file(state.average.shadow, folder / EMA_FILE)
+            save_tensors(state.average.shadow, folder / EMA_FILE)
         state.accelerator.wait_for_everyone()
 
-    def _copy_to_disk(self, state: TrainedState, run_state: dict[str, Any]) -> None:
+    def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
         with self._failure_named(run_state["step"]):
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
             on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
-            shutil.copytree(self.run.staging, partial, dirs_exist_ok=True)
-            shutil.rmtree(self.run.staging)
+            copy_folder(waiting, partial)
+            shutil.rmtree(waiting)
             arrived = [partial.with_name(f"{partial.name}-from-{number}") for number in range(machines)]
             arrived[machine].touch()
             if machine == 0:
@@ -163,16 +178,20 @@ class Checkpointer:
         final = self.run.checkpoint(run_state["step"])
         (partial / CONFIG_DIR).mkdir()
         for name, source in self.config_files.items():
-            shutil.copy2(source, partial / CONFIG_DIR / name)
+            shutil.copyfile(source, partial / CONFIG_DIR / name)
         (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
         manifest.write_manifest(partial)
         replaced = self.run.replaced_checkpoint(run_state["step"])
-        if final.exists():
-            final.replace(replaced)
-        partial.replace(final)
-        manifest.fsync_directory(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._delete_old(final)
+        run_id = run_state.get("run_id")
+        if os.path.lexists(final):
+            if not ownership.may_go(final, run_id):
+                raise FileExistsError(errno.EEXIST, "it is there already, and this run did not save it", final.name)
+            final.rename(replaced)
+        partial.rename(final)
+        fsync_directory(final.parent)  # before anything that it makes superfluous goes
+        if replaced.exists():
+            ownership.delete(replaced)
+        self._delete_old(final, run_id)
 
     def load(self, state: TrainedState, checkpoint: Path) -> dict[str, Any]:
         """Restore weights and optimizer in place; returns ``state.json``.
@@ -192,7 +211,9 @@ class Checkpointer:
                 raise CheckpointError(
                     f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
                 )
-            state.average.load(load_file(path))
+            averages = dict(read_safetensors([path]))
+            require_names(set(state.average.shadow), set(averages), path)
+            state.average.load(averages)
         return run_state
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
@@ -203,12 +224,13 @@ class Checkpointer:
             return run_state["strategy"] in STRATEGIES and format_of(run_state["strategy"]) is self.format
         return (run_state["strategy"], run_state["world_size"]) == (self.strategy, world_size)
 
-    def _delete_old(self, newest: Path) -> None:
+    def _delete_old(self, newest: Path, run_id: str | None) -> None:
         if self.keep is None:
             return
-        complete = [path for path in manifest.checkpoints(self.run.root) if path != newest]
-        for path in complete[: max(0, len(complete) + 1 - self.keep)]:
-            shutil.rmtree(path)
+        older = [path for path in manifest.checkpoints(self.run.root) if path != newest]
+        own = [path for path in older if ownership.may_go(path, run_id)]
+        for path in own[: max(0, len(own) + 1 - self.keep)]:
+            ownership.delete(path)
 
 
 def checkpoint_bytes(state: TrainedState) -> int:

@@ -1,12 +1,17 @@
 """How each strategy writes its weights and optimizer, and reads them back."""
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -17,9 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from vfun_cli.checkpoints.pickles import Listed, listed_classes, load_pickle
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, VfunError, first_line
+from vfun_cli.modeling.pickled import load_pickled
+from vfun_cli.modeling.tensor_files import save_tensors
+from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
+from vfun_cli.typed_json import stays_inside
 
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -40,16 +50,16 @@ def _save_plain(state: TrainedState, folder: Path) -> None:
     if not state.accelerator.is_main_process:
         return
     trained = trained_parameters(state)
-    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
+    save_tensors({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
     moments = {}
     for name, parameter in trained.items():
         for moment, value in inner_optimizer(state.optimizer).state[parameter].items():
             moments[f"{name}.{moment}"] = value.detach().contiguous()
-    save_file(moments, folder / OPTIMIZER_FILE)
+    save_tensors(moments, folder / OPTIMIZER_FILE)
 
 
 def _load_plain(state: TrainedState, folder: Path) -> None:
-    weights, moments = load_file(folder / WEIGHTS_FILE), load_file(folder / OPTIMIZER_FILE)
+    weights, moments = (dict(read_safetensors([folder / file])) for file in (WEIGHTS_FILE, OPTIMIZER_FILE))
     trained = trained_parameters(state)
     require_names(set(trained), set(weights), folder)
     optimizer = inner_optimizer(state.optimizer)
@@ -73,10 +83,55 @@ def _save_sharded(state: TrainedState, folder: Path) -> None:
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
     content = _sharded(state)
-    load_distributed(content, checkpoint_id=folder)
+    try:
+        load_distributed(content, storage_reader=_ListedReader(folder), planner=_ListedPlanner(folder))
+    except CheckpointException as error:  # torch's own, of all ranks together
+        first = next(failure for failure, _ in error.failures.values())
+        if isinstance(first, VfunError):
+            raise first from None
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(first)}.") from error
     model, optimizer = state.model, inner_optimizer(state.optimizer)
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_TRAINED_ONLY)
+
+
+class _ListedReader(FileSystemReader):
+    """torch reads ``.metadata`` with a pickle that runs whatever it asks for; here only what is on the list."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the shards hold and where.
+
+        Raises:
+            CheckpointError: it is damaged, asks for something else, or points outside of the folder.
+        """
+        file = Path(self.path) / ".metadata"
+        metadata = load_pickle(file, Listed)
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{file} is damaged: it holds no description of a DCP checkpoint.")
+        for part in (metadata.storage_data or {}).values():
+            if not stays_inside(part.relative_path):
+                raise CheckpointError(f"{file} is damaged: it points outside of the checkpoint.")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _ListedPlanner(DefaultLoadPlanner):
+    """The same of the shards' parts that are no tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Take one of them, once the restricted reader has.
+
+        Raises:
+            CheckpointError: it asks for something to be run.
+        """
+        load_pickled(value, self._folder)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -96,14 +151,21 @@ _TAG = "state"
 def _save_engine(state: TrainedState, folder: Path) -> None:
     """DeepSpeed's own checkpoint; the frozen base is not in it."""
     engine: Any = state.model
+    engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
     engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
 
 
 def _load_engine(state: TrainedState, folder: Path) -> None:
     engine: Any = state.model
+    engine.checkpoint_engine.load = _load_listed
     loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found no state in {folder}.")
+
+
+def _load_listed(path: str, map_location: Any = None) -> Any:
+    """In the place of DeepSpeed's function, which runs whatever a file asks for."""
+    return load_pickled(Path(path), Path(path), classes=listed_classes("deepspeed"), map_location=map_location)
 
 
 FORMATS = {
