@@ -59,6 +59,7 @@ def run_json_of(
     write_plan(job)
     write_launch_files(job)
     argv = job.launch.argv[: job.launch.argv.index("vfun_cli.training") - 1]
+    argv.remove("PYTHONSAFEPATH=1")  # the ranks are this script, which imports its neighbours
     return job.run_json, [*argv, str(Path(__file__).absolute()), "--rank", str(job.run_json.absolute())]
 
 

@@ -68,6 +68,7 @@ def test_heavy_packages_are_imported_by_the_training_plane_alone() -> None:
 ROOMS = (
     ("errors",),
     ("console",),
+    ("children",),
     ("devices",),
     ("lfs",),
     ("disks",),

@@ -26,7 +26,7 @@ def write_run(command: str, folder: Path) -> RunDir:
     resolved = resolve(command, spec, given, demo=demo_default.make(spec), environ={})
     job, run = decide(command, spec, resolved), RunDir(folder)
     run.root.mkdir()
-    run.run_json.write_text(job.run_text(), encoding="utf-8")
+    run.run_json.write_text(job.files()[job.run_json.absolute()], encoding="utf-8")
     checkpoint = run.checkpoint(4)
     (checkpoint / "model").mkdir(parents=True)
     model = job.config.pretrained_model_name_or_path

@@ -6,8 +6,13 @@ import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 
+from vfun_cli.children import absolute_entries
 from vfun_cli.errors import EnvironmentFault
+
+ANSWER_TIMEOUT = 30
+"""Seconds that nvidia-smi may take; on a machine with many GPUs and no persistence daemon it takes ten."""
 
 
 def cpu_cores() -> int:
@@ -17,14 +22,25 @@ def cpu_cores() -> int:
 
 @cache
 def gpu_count() -> int:
-    """GPUs that a training process would see: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
-    tool = shutil.which("nvidia-smi")
+    """GPUs that a training process would see: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists.
+
+    Raises:
+        EnvironmentFault: nvidia-smi hangs, as it does beside a broken driver.
+    """
+    tool = shutil.which("nvidia-smi", path=absolute_entries(os.environ.get("PATH", os.defpath)))
     if tool is None:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([part for part in visible.split(",") if part.strip()])
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        named = takewhile(lambda part: not part.startswith("-"), map(str.strip, visible.split(",")))  # -1 ends the list
+        return len([part for part in named if part])
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=ANSWER_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        raise EnvironmentFault(
+            f"{tool} does not answer, so the GPUs of this machine are unknown.",
+            hint="Mend the driver, or export CUDA_VISIBLE_DEVICES=0,1 with the numbers of the GPUs; empty for none.",
+        ) from None
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
@@ -39,7 +55,8 @@ def check_processes(device: str, per_machine: int) -> None:
     if device == "cuda" and gpu_count() == 0:
         raise EnvironmentFault(
             "--device cuda needs an NVIDIA GPU, and none is visible here.",
-            hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu.",
+            hint="Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu. A --dry-run for another machine "
+            "needs its --num-processes.",
         )
     devices = gpu_count() if device == "cuda" else max(2, cpu_cores())
     if per_machine > devices:

@@ -12,7 +12,9 @@ import pytest
 
 from tests.commands.conftest import Vfun, digest
 from tests.jobs import losses, vfun_process
-from vfun_cli import families, main
+from tests.test_children import LEFT_OVER
+from vfun_cli import devices, families, main
+from vfun_cli.demo import default as demo_default
 from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
@@ -114,7 +116,11 @@ def test_json_of_the_families(vfun: Vfun) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3", "zero3-offload"])
-def test_a_dry_run_shows_everything_and_writes_nothing(strategy: str, place: Path, vfun: Vfun) -> None:
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    strategy: str, place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest(place)
+    monkeypatch.setenv("HOME", str(place / "home"))  # where the headers of files are remembered
     said = vfun("train", "wan-s2v", *DRY, "--strategy", strategy, "--json")
     content = json.loads(said.out)
     assert content["config"]["strategy"] == strategy and content["sources"]["strategy"] == "option"
@@ -123,6 +129,18 @@ def test_a_dry_run_shows_everything_and_writes_nothing(strategy: str, place: Pat
     assert any(path.endswith("deepspeed.json") for path in content["files"]) == strategy.startswith("zero")
     assert content["plan"]["ledger"]["rows"] == 6
     assert not Path("vfun-demo/output_dir").exists()
+    assert digest(place) == before and not (place / "home").exists()
+
+
+def test_a_dry_run_may_be_for_another_machine(place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "gpu_count", lambda: 0)
+    node = ("train", "wan-s2v", "--fsdp", *DRY, "--device", "cuda")
+    said = vfun(*node, "--num-processes", "8")
+    assert said.code == 0 and re.search(r"num_processes = 8 +option", said.out), said.err
+    assert "mean over max FLOPs of 8 ranks" in said.out and "num_processes: 8" in said.out
+    said = vfun(*node)
+    assert said.code == 6 and "--num-processes" in said.err
+    assert vfun("train", "wan-s2v", "--demo", "--device", "cuda", "--num-processes", "8", "--fsdp").code == 6
 
 
 def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, vfun: Vfun) -> None:
@@ -190,20 +208,35 @@ def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monk
     said = vfun_process("train", "hunyuanvideo-i2v", "--demo", "--dry-run", "--json", code=0)
     lines = said.err.splitlines()
     assert lines and all(line.startswith("making the demo's ") for line in lines), lines
+    assert [*tmp_path.iterdir()] == [], "a dry run writes nothing"
+    config = json.loads(said.out)["config"]
+    assert Path(config["pretrained_model_name_or_path"]) == demo_default.FOLDER / "hunyuanvideo-i2v" / "model"
 
 
 @pytest.mark.slow
-def test_the_argv_of_a_dry_run_run_by_hand_gives_the_same_losses(place: Path) -> None:
-    train = ("train", "cogvideox-fun", "--demo", "--ddp", "--max-train-steps", "3", "--dataloader-num-workers", "0")
+def test_a_run_by_hand_amid_planted_files_is_that_of_vfun_in_a_shell_full_of_another_launch(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO, whose launcher puts the folder that it is started in on the path of the ranks."""
+    train = ("train", "cogvideox-fun", "--demo", "--zero2", "--max-train-steps", "3", "--dataloader-num-workers", "0")
     plan = json.loads(vfun_process(*train, "--output-dir", "by-hand", "--dry-run", "--json").out)
     assert not Path("by-hand").exists()
     for name, text in plan["files"].items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, encoding="utf-8")
-    subprocess.run(plan["argv"], check=True, capture_output=True, timeout=300)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("accelerate", "av", "deepspeed", "queue", "torch", "vfun_cli"):
+        (elsewhere / f"{name}.py").write_text("from pathlib import Path\nPath(__file__ + '.imported').touch()\n")
+    subprocess.run(plan["argv"], cwd=elsewhere, check=True, capture_output=True, timeout=300)
+    assert not [*elsewhere.glob("*.imported")]
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
     vfun_process(*train, "--output-dir", "by-vfun", code=0)
-    by_hand, by_vfun = losses(RunDir(Path("by-hand"))), losses(RunDir(Path("by-vfun")))
-    assert by_hand == by_vfun and len(by_hand) == 3
+    by_hand, by_vfun = RunDir(Path("by-hand")), RunDir(Path("by-vfun"))
+    assert losses(by_hand) == losses(by_vfun) and len(losses(by_hand)) == 3
+    assert by_vfun.rank_log(1).stat().st_mode & 0o111 == 0, "a log is no program"
+    assert not by_vfun.rank_error_spaces()
 
 
 @pytest.mark.slow

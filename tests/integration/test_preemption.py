@@ -50,7 +50,7 @@ def same_weights(first: Path, second: Path) -> bool:
     ("strategy", "target", "number"),
     [
         ("fsdp", "command", signal.SIGTERM),
-        ("ddp", "everyone", signal.SIGTERM),
+        ("ddp", "everyone", signal.SIGHUP),
         ("zero2", "rank 1", signal.SIGUSR1),
         ("zero3", "launcher", signal.SIGTERM),
         ("single", "launcher", signal.SIGUSR1),

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from vfun_cli.errors import EXIT_PREEMPTED
-from vfun_cli.launch.preemption import SIGNALS, NothingToSave, nothing_to_save
+from vfun_cli.launch.preemption import NothingToSave, nothing_to_save
+from vfun_cli.run.messages import PREEMPTION_SIGNALS
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
 def test_a_signal_ends_the_block_and_the_handlers_come_back(number: int) -> None:
     before = signal.getsignal(number)
     with pytest.raises(NothingToSave) as caught, nothing_to_save():

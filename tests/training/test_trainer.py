@@ -3,6 +3,7 @@
 import copy
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainer_parts import META, Parts, batch, loaded
 
-from vfun_cli.errors import RunError
+from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training import metrics
@@ -137,6 +138,40 @@ def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Pat
     for line in lines:
         assert (line["tokens"], line["mfu"], line["padding"], line["mean_over_max_flops"]) == (tokens, None, 0, 1)
         assert line["memory_bytes"] > 1e7 and line["tflops"] > 0 and line["samples_per_second"] > 0
+
+
+def test_training_that_changes_no_weight_is_refused_at_its_first_step(live_model: LIVE, tmp_path: Path) -> None:
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    parts.trainer.state.optimizer.step = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="changed none of the weights"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    assert parts.saves.steps == []
+
+
+def test_a_step_that_cannot_show_in_the_weights_proves_nothing(live_model: LIVE, tmp_path: Path) -> None:
+    """Of a warm-up the first step has no rate at all, and those after it may round away."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), learning_rate=1e-9, adam_weight_decay=0.0)
+    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
+
+
+def test_samples_that_were_all_skipped_prove_nothing(live_model: LIVE, tmp_path: Path) -> None:
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), adam_weight_decay=0.0)
+    batches = [batch(step, SHAPE) for step in range(6)]
+    bad = MetadataError("undecodable.")
+    skipped = [replace(each, is_substitute=True, bad=((each.batch.requests[0], bad),)) for each in batches[:2]]
+    assert parts.trainer.train(iter([*skipped, *batches[2:]]), 0) == CONTINUE
+    assert parts.trainer.moved
+
+
+def test_micro_batches_that_make_no_step_are_refused(live_model: LIVE, tmp_path: Path) -> None:
+    """As a variable of accelerate, left in a shell, once had it."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    parts.accelerator.gradient_accumulation_steps = 4
+    try:
+        with pytest.raises(RunError, match="1 micro-batches made no optimizer step"):
+            parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    finally:
+        parts.accelerator.gradient_accumulation_steps = 1
 
 
 class Tracker:

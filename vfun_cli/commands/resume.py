@@ -63,6 +63,6 @@ def _continue(
     resolved = resume_check.continuation(earlier, command, spec, resolved, allow=allow or ())
     if not dry_run:
         refuse_used(resolved.config, found)  # now: checking the rows may take minutes
-    job = decide(command, spec, resolved, found=found)
+    job = decide(command, spec, resolved, found=found, dry_run=dry_run)
     job = resume_check.with_same_contents(earlier, job, allow or ())
     show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)

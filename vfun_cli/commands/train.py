@@ -1,5 +1,9 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -65,14 +69,17 @@ def _run(
         _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
-    with nothing_to_save():
+    with nothing_to_save(), ExitStack() as stack:
         from vfun_cli.commands.jobs import show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
         from vfun_cli.launch.start import refuse_used
         from vfun_cli.run import locate
 
-        layer = demo_default.make(spec) if demo else None
+        place = demo_default.FOLDER
+        if demo and dry_run and not demo_default.is_made(spec):
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
+        layer = demo_default.make(spec, place) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
         found, earlier = None, None
@@ -85,9 +92,11 @@ def _run(
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
         if not dry_run:
             refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
-        job = decide(command, spec, resolved, found=found)
+        job = decide(command, spec, resolved, found=found, dry_run=dry_run)
         if earlier is not None:
             job = resume_check.with_same_contents(earlier, job)
+        if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
+            job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
 
 

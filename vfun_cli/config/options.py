@@ -635,6 +635,15 @@ class RunConfig:
         paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
         return replace(self, **paths)
 
+    def moved(self, before: Path, after: Path) -> "RunConfig":
+        """The same with every path below one folder as it is below another."""
+        paths: dict[str, Any] = {
+            name: after / path.relative_to(before)
+            for name, path in vars(self).items()
+            if isinstance(path, Path) and path.is_relative_to(before)
+        }
+        return replace(self, **paths)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`to_json`; an unknown name is a ConfigError."""

@@ -27,15 +27,15 @@ BUILDERS = {
 """The ``module:function`` that writes the tiny model of each family; imported when needed, for it loads torch."""
 
 
-def make(spec: FamilySpec) -> dict[str, Any]:
-    """Option values of the demo of one family; its files are made under ``./vfun-demo`` if they are not there."""
-    model, data = FOLDER / spec.name / "model", FOLDER / spec.name / "data"
+def make(spec: FamilySpec, folder: Path = FOLDER) -> dict[str, Any]:
+    """Option values of the demo of one family; its files are made in the folder if they are not there."""
+    model, data = _places(spec, folder)
     if not model.is_dir():
         console.hint(f"making the demo's tiny {spec.name} model in {model}")
-        _build_atomically(model, lambda folder: _model(spec, folder))
+        _build_atomically(model, lambda partial: _model(spec, partial))
     if not data.is_dir():
         console.hint(f"making the demo's videos in {data}")
-        _build_atomically(data, lambda folder: _media(spec, folder))
+        _build_atomically(data, lambda partial: _media(spec, partial))
     return {
         **spec.defaults.demo,
         "pretrained_model_name_or_path": model,
@@ -43,6 +43,16 @@ def make(spec: FamilySpec) -> dict[str, Any]:
         "train_data_meta": data / "metadata.json",
         "output_dir": OUTPUT_DIR,
     }
+
+
+def is_made(spec: FamilySpec) -> bool:
+    """Whether the files of a family's demo are there."""
+    return all(place.is_dir() for place in _places(spec, FOLDER))
+
+
+def _places(spec: FamilySpec, folder: Path) -> tuple[Path, Path]:
+    """Of the model and of the data."""
+    return folder / spec.name / "model", folder / spec.name / "data"
 
 
 def builder(spec: FamilySpec) -> Callable[[Path], None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from vfun_cli import children
 from vfun_cli.console import err
 from vfun_cli.demo.default import FOLDER, OUTPUT_DIR
 from vfun_cli.errors import EXIT_INTERRUPTED
@@ -33,7 +34,7 @@ def main() -> None:
 
 def _command(arguments: tuple[str, ...]) -> list[str]:
     err.print(Text(f"\n$ vfun {shlex.join(arguments)}", "bold cyan"))
-    return [sys.executable, "-m", "vfun_cli", *arguments]
+    return children.command("vfun_cli", *arguments)
 
 
 def _run(*arguments: str) -> None:

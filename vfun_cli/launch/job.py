@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata, metadata_digest
+from vfun_cli.metadata.remembered import only_read
 from vfun_cli.plan import rows
 from vfun_cli.run import locate, ownership
 from vfun_cli.run.contents import Contents, contents_of
@@ -48,8 +50,10 @@ class Job:
     """Of processes and machines in any launch of the run."""
     staging: Path | None
     """The folder in memory in which a checkpoint waits while training goes on, of this launch alone."""
+    metadata_sha256: str
+    """Of the metadata that were checked."""
     deadline: float | None
-    """When --max-hours is over, in seconds since 1970."""
+    """When --max-hours is over, in seconds since 1970; of a dry run, which may be started by hand at any time, None."""
     contents: Mapping[str, Contents]
     """What the run reads, by the options that name it."""
     allowed: Sequence[Mapping[str, Any]] = ()
@@ -64,7 +68,6 @@ class Job:
 
     def description(self) -> dict[str, Any]:
         """What ``run.json`` says."""
-        assert self.config.train_data_meta is not None
         return {
             "schema": 1,
             "vfun": __version__,
@@ -78,7 +81,7 @@ class Job:
             "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
-            "metadata_sha256": metadata_digest(self.config.train_data_meta),
+            "metadata_sha256": self.metadata_sha256,
             "contents": {name: each.digest for name, each in self.contents.items()},
             "allowed": list(self.allowed),
             "plan_digest": self.plan.first_epoch.digest(),
@@ -88,9 +91,10 @@ class Job:
             "prune": self.prune,
         }
 
-    def run_text(self) -> str:
-        """The file ``run.json``."""
-        return json.dumps(self.description(), indent=1, ensure_ascii=False)
+    def files(self) -> dict[Path, str]:
+        """What the launcher and the training processes read; ``run.json``, which makes a run of them, is the last."""
+        run_text = json.dumps(self.description(), indent=1, ensure_ascii=False)
+        return {**self.launch.files, self.run_json.absolute(): run_text}
 
     def plan_summary(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -99,15 +103,23 @@ class Job:
         return plan_json(self.plan, [self.plan.first_epoch])
 
 
-def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None) -> Job:
-    """Check devices, data and model, and work out everything a launch needs. Writes nothing.
+def decide(
+    command: str, spec: FamilySpec, resolved: Resolved, *, found: Found | None = None, dry_run: bool = False
+) -> Job:
+    """Check devices, data and model, and work out everything a launch needs.
+
+    Writes nothing but what it remembers of the files that it read.
+
+    Args:
+        dry_run: the job is only to be shown: nothing at all is written, and it may be meant for another machine.
 
     Raises:
         VfunError: whatever would stop the run later, now.
     """
-    config = resolved.config
+    config, keeping = resolved.config, only_read if dry_run else nullcontext
     assert config.num_processes is not None
-    devices.check_processes(config.device, config.num_processes // config.num_machines)
+    if not (dry_run and config.num_processes):
+        devices.check_processes(config.device, config.num_processes // config.num_machines)
     check_trackers(config)
     if config.pretrained_model_name_or_path is None:
         raise CheckpointError(
@@ -117,7 +129,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
     if command == "lora" and config.network_path is not None and found is None:
         check_network(config.network_path, config)
     try:
-        report = rows.checked_rows(config, spec)
+        with keeping():
+            report = rows.checked_rows(config, spec)
         plan = _plan(config, spec, found, report)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
@@ -131,7 +144,9 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         parts, model_dir = config.trainable_modules, config.pretrained_model_name_or_path
         for notice in choose_from_files(parts, model_dir, spec, plan.dims).notices:
             console.warn(notice)
-    contents = {} if command == "cache" else _contents(config, spec, report.metadata)
+    with keeping():
+        contents = {} if command == "cache" else _contents(config, spec, report.metadata)
+    assert config.train_data_meta is not None
     run = RunDir(config.output_dir)
     run_json = run.description(config.machine_rank)
     earlier = ownership.recorded(run.run_json) if found is not None and found.is_in(run) else None
@@ -148,7 +163,8 @@ def decide(command: str, spec: FamilySpec, resolved: Resolved, *, found: Found |
         run_id=ownership.new_id() if earlier is None else earlier.get("id"),
         most=ownership.most(config.to_json(), earlier),
         staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
-        deadline=time.time() + 3600 * config.max_hours if config.max_hours is not None else None,
+        metadata_sha256=metadata_digest(config.train_data_meta),
+        deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
 
 

@@ -1,13 +1,15 @@
 """What a preemption signal means while no training process runs: there is nothing to save, so the command just ends."""
 
+import os
 import signal
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from vfun_cli.errors import EXIT_PREEMPTED, VfunError
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from vfun_cli.run.messages import preemption_signals
 
 
 class NothingToSave(VfunError):
@@ -33,7 +35,7 @@ def nothing_to_save() -> Iterator[None]:
     Raises:
         NothingToSave: there was a signal.
     """
-    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    before = {number: signal.signal(number, _on_signal) for number in preemption_signals()}
     try:
         yield
     except _Preempted:
@@ -43,5 +45,16 @@ def nothing_to_save() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_terminal(number: int) -> None:
+    """After a hang-up, let nothing be written to the terminal that is gone: each attempt would be an error."""
+    if number != signal.SIGHUP:
+        return
+    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):  # a closed terminal no longer says that it is one
+                os.dup2(nowhere.fileno(), stream)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    leave_terminal(number)
     raise _Preempted

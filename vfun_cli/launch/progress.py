@@ -20,11 +20,12 @@ LINE_EVERY = 10.0
 @contextmanager
 def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
     """To be called whenever there may be new lines in the metrics file: it shows them."""
-    steps = NewSteps(metrics, first_step)
+    steps = NewSteps(metrics, first_step, before=stamp(metrics))
     with Bar(first_step) if console.err.is_terminal else Lines() as display:
 
         def show_new() -> None:
-            # It only reports: a line that is not what it should be, or a file that is gone, must not end the job.
+            # It only reports: a line that is not what it should be, a file that is gone or a terminal that was closed
+            # must not end the job.
             with suppress(OSError, KeyError, TypeError, ValueError):
                 for record in steps.read():
                     display.show(record)
@@ -33,17 +34,22 @@ def shown(metrics: Path, first_step: int) -> Iterator[Callable[[], None]]:
 
 
 class NewSteps:
-    """New complete lines of a growing JSON-lines file; steps up to ``first_step`` belong to an earlier run."""
+    """New steps in a growing JSON-lines file; those up to ``first_step`` belong to an earlier launch.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    Args:
+        before: the stamp of the file as an earlier launch left it. Nothing in it is new until it changes: a run that
+            continues from an older checkpoint begins by dropping the steps after it.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, before: "Stamp | None" = None) -> None:
         self.path, self.seen, self.offset = path, first_step, 0
+        self.before = before
 
     def read(self) -> list[dict[str, Any]]:
         """Those that came since the last call."""
-        if not self.path.exists():
+        if stamp(self.path) == self.before:
             return []
-        if self.path.stat().st_size < self.offset:  # a resumed run first drops the steps after its checkpoint
-            self.offset = 0
+        self.before = None
         with self.path.open("rb") as file:
             file.seek(self.offset)
             whole, _, _ = file.read().rpartition(b"\n")
@@ -55,6 +61,18 @@ class NewSteps:
                 self.seen = record["step"]
                 records.append(record)
         return records
+
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes with a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _TwoLines(Progress):
@@ -76,12 +94,13 @@ class Bar:
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
+            TextColumn("{task.fields[pace]}"),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
             console=console.err,
             expand=True,
         )
-        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, left="?")
+        self.task: TaskID = self.progress.add_task("train", total=None, completed=first_step, pace="", left="?")
         self.started, self.first_step = time.monotonic(), first_step
 
     def __enter__(self) -> "Bar":
@@ -89,13 +108,19 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
 
     def show(self, record: dict[str, Any]) -> None:
         """The last step, as ``metrics.jsonl`` has it."""
         self.progress.facts = _facts(record)
         self.progress.update(
-            self.task, completed=record["step"], total=record["total_steps"], left=_left(record), refresh=True
+            self.task,
+            completed=record["step"],
+            total=record["total_steps"],
+            pace=_pace(record),
+            left=_left(record),
+            refresh=True,
         )
 
 
@@ -116,7 +141,13 @@ class Lines:
         if time.monotonic() - self.last < LINE_EVERY and record["step"] != record["total_steps"]:
             return
         self.last = time.monotonic()
-        console.err.print(f"step {record['step']}/{record['total_steps']}  {_facts(record)}  left {_left(record)}")
+        said = [
+            f"step {record['step']}/{record['total_steps']}",
+            _pace(record),
+            _facts(record),
+            f"left {_left(record)}",
+        ]
+        console.err.print("  ".join(filter(None, said)), soft_wrap=True)
 
 
 def _facts(record: dict[str, Any]) -> str:
@@ -127,13 +158,26 @@ def _facts(record: dict[str, Any]) -> str:
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]
-    total = record["seconds"] + record["data_wait"]
+    total = _seconds(record)
     facts.append(f"wait {100 * record['data_wait'] / total:.0f}%" if total else "wait 0%")
     if record.get("mfu") is not None:
         facts.append(f"mfu {100 * record['mfu']:.1f}%")
     if record["memory_bytes"]:
         facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join(facts)
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """Of a step, with the wait for its clips."""
+    return float(record["seconds"] + record["data_wait"])
+
+
+def _pace(record: dict[str, Any]) -> str:
+    """Seconds a step; a cache is filled clip by clip."""
+    if "loss" not in record:
+        return ""
+    seconds = _seconds(record)
+    return f"{seconds:.{1 if seconds >= 10 else 2}f} s/step"
 
 
 def _left(record: dict[str, Any]) -> str:

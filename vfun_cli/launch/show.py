@@ -39,8 +39,7 @@ def _dry_run_json(job: Job) -> dict[str, Any]:
     return {
         "run_dir": str(job.run.root),
         "argv": job.launch.argv,
-        "files": {str(path): text for path, text in job.launch.files.items()}
-        | {str(job.run_json.absolute()): job.run_text()},
+        "files": {str(path): text for path, text in job.files().items()},
         "config": job.config.to_json(),
         "sources": job.resolved.sources,
         "plan": job.plan_summary(),
@@ -60,6 +59,8 @@ def _print_dry_run(job: Job) -> None:
         out.print(Text.assemble(f"  {name} = {value!r}  ", (source, "dim")), soft_wrap=True)
     for path, text in job.launch.files.items():
         out.print(Text.assemble("\n", (str(path), "bold"), f"\n{text}"), soft_wrap=True)
+    run_json = str(job.run_json.absolute())
+    out.print(Text.assemble("\n", (run_json, "bold"), "\nThe options above; --json shows it too.\n"), soft_wrap=True)
     out.print(Text.assemble(("Command", "bold"), f"\n{job.launch.command}\n"), soft_wrap=True)
     out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
 

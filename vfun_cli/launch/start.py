@@ -11,7 +11,6 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
-from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate, lock, ownership
 from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
@@ -47,9 +46,8 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
                 console.warn(f"the deletion of the run that {job.run.root} held was stopped half-way; it goes on.")
             ownership.clear(job.run, job.config.num_machines)
         announce(job)
-        with supervise.stop_requests(job.run) as stop:
-            write_plan(job)
-            return _launch(job, stop, claim)
+        write_plan(job)
+        return _launch(job, claim)
 
 
 def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = False) -> None:
@@ -112,20 +110,19 @@ def write_plan(job: Job) -> None:
 
 def write_launch_files(job: Job) -> None:
     """What the launcher and the training processes read; from here on the directory holds a run."""
-    for path, text in job.launch.files.items():
-        write_atomically(path, text)
     write_contents(job.run.contents(job.config.machine_rank), job.contents)
-    write_atomically(job.run_json, job.run_text())
+    for path, text in job.files().items():
+        write_atomically(path, text)
 
 
-def _launch(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
+def _launch(job: Job, claim: int) -> Outcome:
     """As often as it takes, or as is allowed."""
     restarts = 0
     while True:
         try:
-            return _launch_once(job, stop, claim)
+            return _launch_once(job, claim)
         except supervise.Crashed as error:
-            if stop.asked or restarts == job.config.max_restarts:
+            if restarts == job.config.max_restarts:
                 raise
             console.report(error)
         restarts += 1
@@ -139,23 +136,23 @@ def _way_on(job: Job) -> str:
     return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
 
 
-def _launch_once(job: Job, stop: supervise.StopRequests, claim: int) -> Outcome:
+def _launch_once(job: Job, claim: int) -> Outcome:
     ownership.remove_leftovers(job.run, job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
-    if stop.asked:  # before run.json makes a run of the directory, which only a checkpoint can continue
-        raise NothingToSave() if stop.reason == "preempted" else KeyboardInterrupt
-    if job.staging is not None:
-        _make_staging(job.staging)
-    write_launch_files(job)
     first_step = job.found.step if job.found else 0
-    try:
-        return supervise.launch(
-            job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
-            stdin=claim,
-        )  # fmt: skip
-    finally:
-        ownership.remove_leftovers(job.run, job.config.machine_rank)
+    # Until here a signal ends the command. From here on there is a run, which only a checkpoint can continue.
+    with supervise.stop_requests(job.run) as stop:
+        if job.staging is not None:
+            _make_staging(job.staging)
+        write_launch_files(job)
+        try:
+            return supervise.launch(
+                job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
+                stdin=claim,
+            )  # fmt: skip
+        finally:
+            ownership.remove_leftovers(job.run, job.config.machine_rank)
 
 
 def _make_staging(folder: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,19 +22,14 @@ from vfun_cli.errors import (
     VfunError,
 )
 from vfun_cli.launch import progress
-from vfun_cli.run.messages import Outcome, RankError, StopRequest, clear_messages
+from vfun_cli.launch.preemption import leave_terminal
+from vfun_cli.run.messages import Outcome, RankError, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
 POLL_SECONDS = 0.1
 
-# Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
-# torchrun answers SIGTERM by a second one to the ranks and SIGKILL after 30 seconds, which no large checkpoint keeps
-# to. Without that the launcher just ends, and the ranks notice and save in peace.
-_ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT",
-}
+KILLED_AFTER = 25
+"""Seconds that torchrun surely leaves to the other ranks after one has failed: it kills them after 30."""
 
 _MARK = "_VFUN_JOB"
 
@@ -49,25 +44,33 @@ class Crashed(RunError):
 
 
 class StopRequests:
-    """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job."""
+    """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job.
+
+    A hang-up is never the second one: the terminal and the shell both send it.
+    """
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.asked: list[int] = []
+        self.told = False
         self.job = f"{os.getpid()}-{time.time_ns()}"
         """Marks the environment of all processes of this run."""
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        self.asked.append(number)
-        if len(self.asked) > 1:
-            kill(self.job)
+        """The signal handler. It prints nothing: it may have come in the middle of something that is printed."""
+        leave_terminal(number)
+        if self.asked and number == signal.SIGHUP:
             return
-        if self.run_dir.logs.is_dir():
+        self.asked.append(number)
+        if self.at_once:
+            kill(self.job)
+        else:
             self.write()
-        console.err.print(
-            f"\n{self.reason}: saving at the next step boundary; once more to stop at once without saving."
-        )
+
+    @property
+    def at_once(self) -> bool:
+        """Whether there was a second one."""
+        return len(self.asked) > 1
 
     @property
     def reason(self) -> str:
@@ -75,15 +78,28 @@ class StopRequests:
         return "interrupted" if self.asked[0] == signal.SIGINT else "preempted"
 
     def write(self) -> None:
-        """Leave the request for the ranks."""
-        StopRequest(reason=self.reason).write(self.run_dir)
+        """Leave the request for the ranks; on a full disk an empty file, which asks to stop too."""
+        try:
+            StopRequest(reason=self.reason).write(self.run_dir)
+        except OSError:
+            with suppress(OSError):  # the second request needs no file
+                self.run_dir.stop_request.touch()
+
+    def tell(self) -> None:
+        """Say once what the first request does."""
+        if self.asked and not self.told:
+            self.told = True
+            console.err.print(
+                f"\n{self.reason}: saving at the next step boundary; once more to stop at once without saving.",
+                soft_wrap=True,
+            )
 
 
 @contextmanager
 def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
     """Take signals until the end of the block; no process of the job outlives it."""
     stop = StopRequests(run_dir)
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handled = (signal.SIGINT, *preemption_signals())
     before = {number: signal.signal(number, stop.on_signal) for number in handled}
     try:
         yield stop
@@ -128,18 +144,21 @@ def launch(
             stderr=output,
             stdin=stdin,
             start_new_session=True,
-            env=os.environ | _ENVIRONMENT | {_MARK: stop.job},
+            env=os.environ | {_MARK: stop.job},
         )
-        _watch(process, run_dir, first_step, stop.job)
+        _watch(process, run_dir, first_step, stop)
     kill(stop.job)
     outcome = Outcome.read(run_dir)
     if outcome is not None:
         return outcome
     if process.returncode == 0:  # on a machine that does not see the directory of rank 0
         return Outcome(ending="completed", step=0)
-    if len(stop.asked) > 1:
+    if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
-    raise _failure(run_dir, log, start_of_run, process.returncode, way_on)
+    failure = _failure(run_dir, log, start_of_run, process.returncode, way_on)
+    if stop.asked and isinstance(failure, Crashed):  # whoever asked to stop wants no restart
+        raise RunError(failure.message, hint=failure.hint)
+    raise failure
 
 
 def members(job: str) -> list[int]:
@@ -169,11 +188,15 @@ def kill(job: str) -> None:
             pass
 
 
-def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int, job: str) -> None:
+def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int, stop: StopRequests) -> None:
     """Show progress until the launcher ends, and the ranks too if it was ended from outside."""
     with progress.shown(run_dir.metrics, first_step) as show_new:
-        while process.poll() is None or (process.returncode < 0 and members(job)):
+        while process.poll() is None or (process.returncode < 0 and members(stop.job)):
             show_new()
+            with suppress(OSError):  # a terminal that was closed must not end the run
+                stop.tell()
+            if stop.at_once:
+                kill(stop.job)  # again: it may have been on its way into exec, without the mark
             time.sleep(POLL_SECONDS)
         show_new()
 
@@ -188,9 +211,10 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
     hint = f"The whole log is {log}. {way_on()}"
     errors = RankError.read_all(run_dir)
     text = log.read_bytes()[start:].decode(errors="replace")
-    killed = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", text, re.DOTALL)
-    crashed = all(error.crash for error in errors)
-    if errors and not (killed and crashed):  # a killed rank leaves no message; its peers only lost the connection
+    killed = _killed(text)
+    # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
+    # still hang a while after one of them has failed.
+    if errors and (killed is None or time.time() - errors[0].time > KILLED_AFTER):
         first = errors[0]
         others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
         kind = _ERRORS.get(first.exit_code, RunError)
@@ -198,9 +222,31 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
             kind = Crashed
         return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or hint)
     if killed:
-        rank, number = int(killed[1]), int(killed[2])
-        name = signal.Signals(number).name
+        rank, number = killed
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
-        return Crashed(f"rank {rank} was ended by {name}.{why}", hint=hint)
-    last = [line for line in text.splitlines() if line.strip()][-3:]
-    return Crashed(f"the launcher ended with exit code {code}: " + " / ".join(last), hint=hint)
+        return Crashed(f"rank {rank} was ended by {_signal_name(number)}.{why}", hint=hint)
+    cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
+    return Crashed(f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}.", hint=hint)
+
+
+def _killed(text: str) -> tuple[int, int] | None:
+    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process."""
+    others, _, cause = text.partition("Root Cause")
+    for part in (cause, others):
+        if found := re.search(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", part):
+            return int(found[1]), int(found[2])
+    found = re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text)
+    return (0, int(found[1])) if found else None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _first_exception(text: str) -> str | None:
+    """What the first traceback ends with: the cause; those after it only tell of the first."""
+    _, traceback, after = text.partition("Traceback (most recent call last):\n")
+    return next((line for line in after.splitlines() if line and not line[0].isspace()), None) if traceback else None

@@ -2,18 +2,27 @@
 
 import shlex
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from vfun_cli import children
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run.rundir import RunDir
 
 _PACKAGE = Path(__file__).parents[1]
+
+# Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
+# torchrun answers signals by SIGTERM to the ranks and SIGKILL after 30 seconds, which no large checkpoint keeps to.
+# At those that ask to save the launcher just ends, and the ranks notice and save in peace.
+_VARIABLES = {
+    "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
+}
 
 
 def templates_dir() -> Path:
@@ -45,16 +54,17 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
     files = {accelerate_file: _render(strategy.launch_file, values)}
     if strategy.deepspeed_file is not None:
         files[deepspeed_file] = _render(strategy.deepspeed_file, values)
-    argv = [
-        sys.executable,
-        "-m",
+    argv = children.command(
         "accelerate.commands.launch",
         "--config_file",
         str(accelerate_file),
         "-m",
         "vfun_cli.training",
         str(run_json.absolute()),
-    ]
+        # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
+        directory=templates_dir() / "accelerate",
+        variables=_VARIABLES,
+    )
     return LaunchPlan(files=files, argv=argv)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from vfun_cli import children
 from vfun_cli.devices import cpu_cores
 from vfun_cli.metadata.facts import Failure
 from vfun_cli.metadata.remembered import OnProgress, remembered
@@ -104,9 +104,8 @@ class _Workers:
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         if process is None or process.poll() is not None:
             process = subprocess.Popen(
-                [sys.executable, "-m", "vfun_cli.metadata.decoder"],
+                children.command("vfun_cli.metadata.decoder", variables={"OMP_NUM_THREADS": "1"}),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                 start_new_session=True,  # Ctrl-C is for us; we end the workers
             )  # fmt: skip
             self._own.process = process

@@ -3,9 +3,10 @@
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -22,6 +23,19 @@ OnProgress = Callable[[int, int], None]
 Key = tuple[str, str]
 """(path, kind)"""
 Answer = TypeVar("Answer")
+
+
+_keeps = ContextVar("_keeps", default=True)
+
+
+@contextmanager
+def only_read() -> Iterator[None]:
+    """Inside, what was remembered is used and nothing is added to it: a dry run writes nothing."""
+    token = _keeps.set(False)
+    try:
+        yield
+    finally:
+        _keeps.reset(token)
 
 
 def remembered(
@@ -58,7 +72,7 @@ def remembered(
             report(len(found), len(keys))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the queue
-        if cache and missing:
+        if cache and missing and _keeps.get():
             _save(cache, ((key, stamps[key[0]], to_text(found[key])) for key in missing if key in found))
     return found
 

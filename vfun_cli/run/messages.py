@@ -4,8 +4,9 @@ Readers take what is missing or damaged as not said.
 """
 
 import json
+import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,19 @@ EXIT_CODES = {"completed": 0, "interrupted": EXIT_INTERRUPTED, "preempted": EXIT
 
 ENDINGS = tuple(EXIT_CODES)
 
+ERROR_SPACE = 1 << 16
+"""Characters kept free for the error of each rank."""
+
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What a scheduler, a system that shuts down or a terminal that is closed sends: save and stop."""
+
 Message = TypeVar("Message")
+
+
+def preemption_signals() -> tuple[signal.Signals, ...]:
+    """Those that this process takes: nohup has it ignore the end of its terminal."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in PREEMPTION_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +98,37 @@ class RankError:
     """Not an error that the user can act on: it may not happen again."""
     traceback: str
 
+    @staticmethod
+    def reserve(run: RunDir, rank: int) -> None:
+        """Take the room that an error needs: a full disk is the error that would find none.
+
+        Raises:
+            OSError: there is none already.
+        """
+        space = run.rank_error_space(rank)
+        space.parent.mkdir(parents=True, exist_ok=True)
+        space.write_text(" " * ERROR_SPACE, encoding="ascii")
+
+    @staticmethod
+    def release(run: RunDir, rank: int) -> None:
+        """Give the room back where all went well."""
+        run.rank_error_space(rank).unlink(missing_ok=True)
+
     def write(self, run: RunDir) -> None:
-        """Leave it for the command.
+        """Leave it for the command, in the room that was reserved for it.
 
         Raises:
             OSError: it cannot be written.
         """
-        _write(run.rank_error(self.rank), self)
+        space = run.rank_error_space(self.rank)
+        if not space.exists():
+            self.reserve(run, self.rank)
+        text = json.dumps(asdict(self))
+        if len(text) > ERROR_SPACE:  # the end of a traceback says most; a character may take 12 of them in JSON
+            text = json.dumps(asdict(replace(self, traceback=self.traceback[-ERROR_SPACE // 16 :])))
+        with space.open("r+", encoding="ascii") as file:
+            file.write(text)
+        space.replace(run.rank_error(self.rank))
 
     @classmethod
     def read_all(cls, run: RunDir) -> "list[RankError]":
@@ -123,7 +160,7 @@ class FillReport:
 
 def clear_messages(run: RunDir) -> None:
     """Delete what earlier processes said."""
-    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.fill_reports()]:
+    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.rank_error_spaces(), *run.fill_reports()]:
         path.unlink(missing_ok=True)
 
 

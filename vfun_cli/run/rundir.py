@@ -129,6 +129,14 @@ class RunDir:
         """The error that ended a rank."""
         return self.logs / f"error-rank-{rank}.json"
 
+    def rank_error_space(self, rank: int) -> Path:
+        """Room on the disk for that error, taken while there is some."""
+        return self.logs / f".error-rank-{rank}.space"
+
+    def rank_error_spaces(self) -> list[Path]:
+        """Those of ranks that were killed."""
+        return sorted(self.logs.glob(".error-rank-*.space"))
+
     def rank_errors(self) -> list[Path]:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
@@ -141,7 +149,7 @@ class RunDir:
 
     def files_of_rank(self, rank: int) -> list[Path]:
         """All that one rank writes for itself."""
-        return [self.rank_log(rank), self.rank_error(rank), self.fill_report(rank)]
+        return [self.rank_log(rank), self.rank_error(rank), self.rank_error_space(rank), self.fill_report(rank)]
 
     def rank_log(self, rank: int) -> Path:
         """Output of a rank other than 0."""

@@ -42,10 +42,11 @@ def run_rank(run_json: Path) -> int:
         _send_output_to(run.rank_log(rank))
     # The import of torch takes seconds, and a request to stop may come then already.
     one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    stop = StopFlag(run, reads_file=one_of_machine, deadline=described.get("deadline"))
+    stop = StopFlag(run, reads_file=one_of_machine, deadline=_deadline(described))
     stop.listen()
     try:
         lock.take_part(run, described["config"]["machine_rank"])
+        RankError.reserve(run, rank)
         if described["config"]["dataloader_num_workers"] and _cores_to_spare():
             forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
@@ -58,7 +59,14 @@ def run_rank(run_json: Path) -> int:
         _leave_error(run, rank, error, described)
         traceback.print_exc()
         return 1
+    RankError.release(run, rank)
     return 0
+
+
+def _deadline(described: Mapping[str, Any]) -> float | None:
+    """When to stop, in seconds since 1970; the launch says it, so that it stays where it was after a crash."""
+    hours = described["config"].get("max_hours")
+    return described.get("deadline") or (None if hours is None else time.time() + 3600 * hours)
 
 
 def _cores_to_spare() -> bool:
@@ -92,7 +100,7 @@ def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mappin
         if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back
             raise FileNotFoundError(f"{run.root} has vanished")
         message.write(run)
-    except OSError as unwritable:  # a full disk: the log of the launcher may lie there too, but nothing else is left
+    except OSError as unwritable:  # the log of the launcher may lie on the same disk, but nothing else is left
         print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)
 
 

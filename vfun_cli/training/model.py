@@ -25,7 +25,7 @@ from vfun_cli.training.precision import compute_dtype, encoder_dtype
 from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
-from vfun_cli.training.strategy import assert_strategy, prefetch_blocks
+from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
 
 
 def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:
@@ -125,6 +125,7 @@ def prepare_state(
     wrap = _shard if STRATEGIES[config.strategy].loads_lazily else _wrap
     model, optimizer = wrap(config, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)
+    assert_accumulation(config, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)
     average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None

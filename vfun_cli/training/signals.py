@@ -5,13 +5,12 @@ import signal
 import time
 from types import FrameType
 
-from vfun_cli.run.messages import ENDINGS, StopRequest
+from vfun_cli.run.messages import ENDINGS, PREEMPTION_SIGNALS, StopRequest, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
 CONTINUE, INTERRUPTED, PREEMPTED = range(len(ENDINGS))
 """Why a run should stop, by severity: positions in ``ENDINGS``, so that ranks can tell each other numbers."""
 
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = signal.SIGUSR2
 """Sent by the kernel when the launcher ends. Not one of the above: it follows them and must not count as a second."""
 
@@ -30,8 +29,11 @@ class StopFlag:
         self.signalled = CONTINUE
 
     def listen(self) -> None:
-        """Take preemption signals and the launcher's end; a second signal ends the process at once."""
-        for number in PREEMPTION_SIGNALS:
+        """Take preemption signals and the launcher's end; a second signal ends the process at once.
+
+        A second hang-up does not count: the terminal and the shell both send one.
+        """
+        for number in preemption_signals():
             signal.signal(number, self._take)
         signal.signal(LAUNCHER_GONE, self._launcher_gone)
         # Without this a rank whose launcher was killed would train on, unseen, beside the run's continuation.
@@ -40,7 +42,7 @@ class StopFlag:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signalled = PREEMPTED
         for each in PREEMPTION_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
 
     def _launcher_gone(self, number: int, frame: FrameType | None) -> None:
         self.signalled = PREEMPTED

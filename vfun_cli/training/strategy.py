@@ -28,7 +28,29 @@ from vfun_cli.training.precision import compute_dtype
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The Accelerator of one worker process, as the launcher's environment and the strategy ask for."""
+    """The Accelerator of one worker process, as the launcher's environment and the strategy ask for.
+
+    Raises:
+        RunError: the environment asks for something else than the run.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    _require("processes", started, config.num_processes)  # before all that would wait for the others
+    accelerator = _accelerator(config)
+    _require("processes", accelerator.num_processes, config.num_processes)
+    _require("micro-batches a step", accelerator.gradient_accumulation_steps, config.gradient_accumulation_steps)
+    return accelerator
+
+
+def _require(what: str, found: int, asked: int | None) -> None:
+    if asked not in (found, None):
+        raise RunError(
+            f"the run asks for {asked} {what}, but the environment of this process makes it {found}.",
+            hint="Start the run by vfun, or with exactly the command that --dry-run shows: it unsets ACCELERATE_*, "
+            "WORLD_SIZE and the like.",
+        )
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
     settings: dict[str, Any] = {"gradient_accumulation_steps": config.gradient_accumulation_steps}
     wrapper, device = STRATEGIES[config.strategy].wrapper, config.device
     if wrapper == "deepspeed":
@@ -100,6 +122,17 @@ def assert_strategy(name: str, model: nn.Module) -> None:
             f"strategy {name} was asked for, but accelerate prepared {prepared} ({type(model).__name__}).",
             hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.",
         )
+
+
+def assert_accumulation(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to train where DeepSpeed, which counts by itself, accumulates otherwise than was asked for.
+
+    Raises:
+        RunError: it does.
+    """
+    counted = getattr(model, "gradient_accumulation_steps", None)
+    if counted is not None and running_wrapper(model)[0] == "deepspeed":
+        _require("micro-batches a step", counted(), config.gradient_accumulation_steps)
 
 
 def running_wrapper(model: nn.Module) -> tuple[str, int | None]:

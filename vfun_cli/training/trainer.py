@@ -25,7 +25,10 @@ from vfun_cli.training.optim import learning_rate, set_learning_rate
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
-from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.state.live import TrainedState, fingerprint
+
+VISIBLE_RATE = 1e-6
+"""A step at a smaller learning rate may round away in float32 weights of size 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ class Trainer:
         self.dtype = compute_dtype(config)
         self.side_stream = SideStream(accelerator.device, used=not config.low_vram)
         self.saved_step: int | None = None
+        self.moved = False
+        """Whether the weights were seen to change in this launch."""
         self.unread: tuple[PendingStep, Download] | None = None
         """The newest step, and its numbers on their way to the host."""
 
@@ -92,7 +97,11 @@ class Trainer:
             if step == first_step and first_step == 0:
                 self.metrics.show_first_batch(micro_batches[0])
             epoch = micro_batches[0].batch.epoch
+            looks = not self.moved and learning_rate(step, self.config, self.total_steps) >= VISIBLE_RATE
+            before = fingerprint(self.state) if looks else None
             pending = self.enqueue(step, micro_batches)
+            if before is not None:
+                self.look_for_change(before, micro_batches)
             reason = self.read()
             self.unread = pending, Download(pending.ranks)
             epoch_record = self.ledger.step(micro_batches)
@@ -135,6 +144,11 @@ class Trainer:
                 optimizer.zero_grad()
             total += loss.detach().float()
             masked += masked_tokens
+        if not accelerator.sync_gradients:
+            raise RunError(
+                f"{len(micro_batches)} micro-batches made no optimizer step.",
+                hint="This is a fault of vfun or of accelerate; please report it.",
+            )
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model), step)
         ranks = self.gather(
@@ -153,6 +167,23 @@ class Trainer:
             began=began,
             ended=self.metrics.clock.mark(),
         )
+
+    def look_for_change(self, before: Tensor, micro_batches: list[LoadedBatch]) -> None:
+        """Make sure, once a launch, that training trains; this waits for the device.
+
+        Raises:
+            RunError: no weight has changed, on any rank.
+        """
+        changed = (fingerprint(self.state) != before).any().double()
+        weight = torch.full_like(changed, sum(each.weight for each in micro_batches))
+        ranks = self.accelerator.gather(torch.stack([changed, weight]).unsqueeze(0))
+        changed_ranks, trained = ranks.sum(dim=0).tolist()
+        self.moved = bool(changed_ranks)
+        if trained and not self.moved:  # where all samples were skipped, the next step tells
+            raise RunError(
+                "an optimizer step changed none of the weights.",
+                hint="Check --max-grad-norm and the options of the optimizer: nothing would be trained.",
+            )
 
     def gather(self, on_device: tuple[Tensor, ...], on_host: tuple[float, ...]) -> Tensor:
         """[ranks, numbers] float64 on the device: a step's numbers of all ranks, in one collective."""

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.state.ema import WeightAverage
@@ -30,6 +31,23 @@ def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, as the strategy keeps them."""
     transformer = state.accelerator.unwrap_model(state.model)
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def master_weights(state: TrainedState) -> list[Tensor]:
+    """The float32 weights that the optimizer changes, as far as they lie on this rank."""
+    if hasattr(state.model, "zero_optimization_stage"):
+        zero = cast(Any, state.model).optimizer
+        third = hasattr(zero, "fp32_partitioned_groups_flat")
+        return list(zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups)
+    mine = [parameter.detach() for parameter in trained_parameters(state).values()]
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in mine]
+
+
+def fingerprint(state: TrainedState) -> Tensor:
+    """Numbers that change with this rank's master weights; one pass over them, on the device."""
+    device = state.accelerator.device
+    sums = [weight.sum(dtype=torch.float64).to(device) for weight in master_weights(state)]
+    return torch.stack(sums) if sums else torch.zeros(0, device=device)
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,166 @@
+"""One launch from outside: what ended it is named, whoever started the ranks and whatever they could still say."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.disks import file_system
+from vfun_cli.errors import EXIT_PREEMPTED, RunError, VfunError
+from vfun_cli.launch import supervise
+from vfun_cli.run.messages import ERROR_SPACE, RankError, StopRequest, preemption_signals
+from vfun_cli.run.rundir import RunDir
+
+ALONE = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {rank!r}], check=True)
+"""
+"""In place of accelerate's launcher of a single process: it only says with which status the rank ended."""
+
+TORCHRUN = """
+============================================================
+vfun_cli.training FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 0 (local_rank: 0)
+  exitcode  : {first} (pid: 11)
+  error_file: <N/A>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : {cause} (pid: 12)
+  error_file: <N/A>
+============================================================
+"""
+
+
+def failure(run: RunDir, script: str) -> VfunError:
+    """What a launch of this script ends with."""
+    with supervise.stop_requests(run) as stop, pytest.raises(VfunError) as caught:
+        supervise.launch(
+            [sys.executable, "-c", script], run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on."
+        )
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", r"rank 0 was ended by SIGKILL. The host probably ran out of memory\."),
+        ("import os; os.kill(os.getpid(), 11)", r"rank 0 was ended by SIGSEGV\.$"),
+        ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module'\.$"),
+    ],
+)
+def test_a_single_rank_is_reported_by_its_own_end(rank: str, said: str, tmp_path: Path) -> None:
+    error = failure(RunDir(tmp_path), ALONE.format(rank=rank))
+    assert isinstance(error, supervise.Crashed)
+    with pytest.raises(VfunError, match=said):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("first", "cause", "ago", "said"),
+    [
+        (1, -9, 1, "rank 1 was ended by SIGKILL"),
+        (-9, 1, 1, "rank 0 was ended by SIGKILL"),
+        (-9, 1, 31, "rank 1: the cause"),  # the launcher kills ranks that hang half a minute after another's failure
+        (1, 1, 1, "rank 1: the cause"),
+    ],
+)
+def test_a_killed_rank_is_the_cause_whatever_its_peers_say(
+    first: int, cause: int, ago: int, said: str, tmp_path: Path
+) -> None:
+    script = (
+        "import time; from pathlib import Path; from vfun_cli.run.messages import RankError;"
+        "from vfun_cli.run.rundir import RunDir;"
+        f"RankError(rank=1, time=time.time() - {ago}, message='the cause', hint=None, exit_code=1, crash=False,"
+        f"traceback='').write(RunDir(Path({str(tmp_path)!r})));"
+        f"print({TORCHRUN.format(first=first, cause=cause)!r}); raise SystemExit(1)"
+    )
+    assert said in failure(RunDir(tmp_path), script).message
+
+
+def test_an_error_finds_the_room_that_was_kept_for_it_on_a_full_disk(tmp_path: Path) -> None:
+    with file_system(tmp_path / "disk", "size=1m") as disk:
+        run = RunDir(disk / "run")
+        RankError.reserve(run, 3)
+        with pytest.raises(OSError), (disk / "rest").open("wb", buffering=0) as rest:
+            while True:
+                rest.write(b"x" * 4096)
+        error = RankError(
+            rank=3, time=1.0, message="no space left", hint=None, exit_code=1, crash=True,
+            traceback="\N{CLAPPER BOARD}" * ERROR_SPACE + "the end",
+        )  # fmt: skip
+        error.write(run)
+        (read,) = RankError.read_all(run)
+        assert (read.message, read.rank) == ("no space left", 3) and read.traceback.endswith("the end")
+
+
+def test_a_hang_up_asks_once_however_often_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(supervise, "kill", killed.append)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with supervise.stop_requests(RunDir(tmp_path)) as stop:
+            for number in (signal.SIGHUP, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            assert StopRequest.read(RunDir(tmp_path)) == StopRequest(reason="preempted") and not stop.at_once
+            assert killed == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.at_once and killed == [stop.job]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+        assert signal.SIGHUP not in preemption_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_is_a_preemption(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = f"""
+import sys, time
+from pathlib import Path
+from vfun_cli import console
+from vfun_cli.launch.preemption import NothingToSave, nothing_to_save
+try:
+    with nothing_to_save():
+        Path({str(ready)!r}).touch()
+        time.sleep(60)
+except NothingToSave as error:
+    console.report(error)  # to a terminal that is gone
+    sys.exit(error.exit_code)
+"""
+    child, terminal = os.forkpty()
+    if child == 0:
+        os.execv("/usr/bin/env", ["env", "--default-signal=HUP", sys.executable, "-c", script])
+    for _ in range(1000):
+        if ready.exists():
+            break
+        time.sleep(0.01)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_PREEMPTED
+
+
+def test_a_crash_after_a_wish_to_stop_starts_nothing_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with supervise.stop_requests(run) as stop, pytest.raises(RunError) as caught:
+        stop.asked.append(signal.SIGINT)
+        supervise.launch(
+            [sys.executable, "-c", "raise SystemExit(1)"],
+            run,
+            0,
+            0,
+            stop,
+            stdin=subprocess.DEVNULL,
+            way_on=lambda: "Go on.",
+        )
+    assert not isinstance(caught.value, supervise.Crashed)

@@ -1,0 +1,86 @@
+"""The Python processes that vfun starts: one function makes the command of each, and with it its environment.
+
+A run is what vfun resolved, so nothing that an earlier launch, a scheduler or a shell left in the environment may
+decide how its processes train, and nothing that lies in the working directory may be imported by them. The command
+itself says all of it, through env(1): started by hand from any folder, it starts the same processes.
+"""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+NOT_INHERITED = {
+    "accelerate": ("ACCELERATE_*", "FSDP_*", "PARALLELISM_CONFIG_*", "MEGATRON_LM_*", "FORK_LAUNCHED"),
+    "torchrun": ("PET_*", "TORCHELASTIC_*", "TORCH_ELASTIC_*", "PYTHON_EXEC"),
+    "DeepSpeed": ("DS_ACCELERATOR",),
+    "the ranks of another job": ("RANK", "WORLD_SIZE", "LOCAL_*", "GROUP_*", "ROLE_*", "NODE_RANK", "CROSS_*"),
+    "where another job meets": ("MASTER_ADDR", "MASTER_PORT"),
+    "mpirun": ("PMI_*", "OMPI_COMM_WORLD_*", "MV2_COMM_WORLD_*", "MPI_LOCALNRANKS"),
+    "torch, which then unpickles anything": ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",),
+}
+"""Variables, by who would let them overrule the files of a launch. What tunes how the same work is done (``NCCL_*``,
+``GLOO_*``, ``CUDA_*``, ``TORCH_*``, ``PYTORCH_*``) is the user's.
+"""
+
+THREADS = "OMP_NUM_THREADS"
+"""Inherited if it is one number: accelerate fails at anything else."""
+
+SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH")
+"""Lists of folders. An empty or relative entry, such as ``$UNSET:/opt/lib`` leaves, means the working directory."""
+
+_ROOT = Path(__file__).parents[1]
+
+
+def command(
+    module: str,
+    *arguments: str,
+    directory: Path | None = None,
+    variables: Mapping[str, str] = {},
+    environ: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """What starts a module as a Python process of its own.
+
+    Args:
+        directory: where it starts; otherwise where its parent is.
+        variables: what it finds in its environment beside what it inherits.
+    """
+    unset = {name for name, value in environ.items() if not _is_inherited(name, value)}
+    paths = {name: absolute_entries(environ[name]) for name in SEARCH_PATHS if name in environ}
+    paths = {name: entries for name, entries in paths.items() if not entries or entries != environ[name]}
+    paths["PYTHONPATH"] = _modules(environ.get("PYTHONPATH", ""))
+    unset |= {name for name, entries in paths.items() if not entries}
+    # -P is for one process; its own children (ranks, the fork server, compilers) take PYTHONSAFEPATH.
+    found = {"PYTHONSAFEPATH": "1", **{name: entries for name, entries in paths.items() if entries}, **variables}
+    return [
+        "/usr/bin/env",
+        *(["-C", str(directory)] if directory is not None else []),
+        *(word for name in sorted(unset) for word in ("-u", name)),
+        *(f"{name}={value}" for name, value in found.items()),
+        sys.executable,
+        "-P",
+        "-m",
+        module,
+        *arguments,
+    ]
+
+
+def absolute_entries(search_path: str) -> str:
+    """A list of folders without those that depend on the working directory."""
+    return os.pathsep.join(entry for entry in search_path.split(os.pathsep) if entry.startswith(os.sep))
+
+
+def _is_inherited(name: str, value: str) -> bool:
+    if name == THREADS:
+        return value.isascii() and value.isdigit() and int(value) > 0
+    return not any(fnmatchcase(name, pattern) for patterns in NOT_INHERITED.values() for pattern in patterns)
+
+
+def _modules(inherited: str) -> str:
+    """Where a child looks for modules before the installed ones: it has to find the vfun that starts it."""
+    installed = str(_ROOT) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    entries = [] if installed else [str(_ROOT)]
+    entries += [entry for entry in absolute_entries(inherited).split(os.pathsep) if entry and entry not in entries]
+    return os.pathsep.join(entries)
