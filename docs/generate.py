@@ -2,12 +2,12 @@
 
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 
 from vfun_cli import families
-from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.table import ClipTable
@@ -31,8 +31,13 @@ output_dir = "runs/first"
 learning_rate = 1e-5
 ```
 
+`~` is the home directory, also where no shell replaces it; an empty variable counts as unset.
+
 *Resume* says what a changed value means for `vfun resume`: **harmless** and **sharding** pass with a notice (the latter
-spreads the same run otherwise), **trajectory** is refused unless `--allow` names it.
+spreads the same run otherwise), **trajectory** is refused unless `--allow` names it. **length** is harmless where the
+learning rate does not depend on the end of the run, and a trajectory with `linear` and `cosine`; **contents** may lie
+elsewhere, and is refused where it is not the same any more. On another number of processes
+`gradient_accumulation_steps` follows, so that a step stays what it was; where it cannot, a notice says so.
 """
 
 
@@ -79,10 +84,8 @@ def _row(name: str, kind: Any, opt: Opt) -> str:
 def _takes(kind: Any, opt: Opt) -> str:
     if opt.choices:
         return ", ".join(f"`{choice}`" for choice in opt.choices)
-    arms = [arm for arm in get_args(kind) if arm is not type(None)] if get_origin(kind) is not tuple else []
-    plain = arms[0] if arms else kind
-    words = {int: "whole number", float: "number", bool: "on, off", str: "text", Path: "path"}
-    return words.get(plain, "list") + (f", {opt.unit}" if opt.unit else "")
+    words = {int: "whole number", float: "number", bool: "on, off", str: "text", Path: "path", tuple: "list"}
+    return ", ".join(filter(None, (words[plain_kind(kind)], opt.unit, opt.bounds)))
 
 
 def _family(name: str) -> str:

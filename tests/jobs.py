@@ -1,5 +1,6 @@
 """vfun as a user runs it: commands in processes of their own, the processes of a job, and what its run recorded."""
 
+import io
 import json
 import os
 import signal
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from vfun_cli.main import main
 from vfun_cli.run.rundir import RunDir
 
 TIMEOUT = 300
@@ -28,6 +31,17 @@ class Said:
     code: int
     out: str
     err: str
+
+
+def vfun_here(*arguments: object) -> Said:
+    """A vfun command in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Said(code, out.getvalue(), err.getvalue())
 
 
 Job = subprocess.Popen[str]

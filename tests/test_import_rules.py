@@ -84,6 +84,7 @@ ROOMS = (
     ("launch", "training"),
     ("commands",),
     ("main",),
+    ("entry",),
     ("__main__",),
 )
 """From the ground up. A room may import those of lower floors, none beside it and none above."""

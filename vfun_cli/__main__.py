@@ -1,5 +1,5 @@
 """``python -m vfun_cli``."""
 
-from vfun_cli.main import main
+from vfun_cli.entry import main
 
 main()

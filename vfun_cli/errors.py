@@ -40,6 +40,11 @@ class ConfigError(VfunError):
     exit_code = 2
     usual_hint = "The command's --help and docs/options.md say what each option takes."
 
+    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+        """The one that is wrong, where it is one."""
+
 
 class MetadataError(VfunError):
     """The dataset or its metadata cannot be trained on."""
@@ -73,6 +78,12 @@ class EnvironmentFault(VfunError):
     usual_hint = "Mend this on the machine, or choose another place with --output-dir."
 
 
+class Interrupted(VfunError):
+    """Ctrl-C while there was nothing to save."""
+
+    exit_code = 130
+
+
 class StoppedAtOnce(VfunError):
     """A second Ctrl-C ended the run without saving."""
 
@@ -84,6 +95,9 @@ EXIT_PREEMPTED = 75
 
 EXIT_INTERRUPTED = StoppedAtOnce.exit_code
 """Stopped by Ctrl-C."""
+
+EXIT_CLOSED_PIPE = 141
+"""Whoever read stdout has gone (``vfun ... | head``): what a shell says of a program that SIGPIPE ended."""
 
 
 def first_line(error: BaseException) -> str:

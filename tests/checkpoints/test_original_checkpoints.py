@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
+from tests.jobs import Said, vfun_here
 from vfun_cli.checkpoints.export import export
-from vfun_cli.main import app
 
 KINDS = ("fsdp-original", "zero2-original", "zero3-original")
 
@@ -22,23 +21,23 @@ def model(base: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["export-bf16", *map(str, arguments), "--json"])
+def run(*arguments: object) -> Said:
+    return vfun_here("export-bf16", *arguments, "--json")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_that_the_engine_held(kind: str, samples: Path, model: Path, tmp_path: Path) -> None:
     expected = export(samples / "single", tmp_path / "expected", base_dir=model)
     done = run(samples / kind, "--output", tmp_path / "out", "--pretrained-model-name-or-path", model)
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["sha256"] == expected.sha256
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["sha256"] == expected.sha256
 
 
 def test_the_model_comes_from_the_variable_that_the_scripts_export(
     samples: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODEL_NAME", str(model))
-    assert run(samples / "zero2-original", "--output", tmp_path / "out").exit_code == 0
+    assert run(samples / "zero2-original", "--output", tmp_path / "out").code == 0
     assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -46,9 +45,9 @@ def test_without_the_model_the_command_asks_for_it(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MODEL_NAME", raising=False)
-    done = CliRunner().invoke(app, ["export-bf16", str(samples / "zero3-original"), "--output", str(tmp_path / "out")])
-    assert done.exit_code == 5
-    assert "a checkpoint of the original scripts" in done.output and "--pretrained-model-name-or-path" in done.output
+    done = vfun_here("export-bf16", str(samples / "zero3-original"), "--output", str(tmp_path / "out"))
+    assert done.code == 5
+    assert "a checkpoint of the original scripts" in done.err and "--pretrained-model-name-or-path" in done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -57,6 +56,6 @@ def test_another_type_of_weights_is_written_on_request(samples: Path, model: Pat
     found = {}
     for dtype in ("fp32", "bf16", "fp16"):
         done = run(samples / "zero2-original", "--output", tmp_path / dtype, "--dtype", dtype, *where)
-        found[dtype] = json.loads(done.stdout)["bytes"]
+        found[dtype] = json.loads(done.out)["bytes"]
     assert found["fp32"] == 2 * found["bf16"] == 2 * found["fp16"]
-    assert run(samples / "zero2-original", "--output", tmp_path / "x", "--dtype", "int8", *where).exit_code == 2
+    assert run(samples / "zero2-original", "--output", tmp_path / "x", "--dtype", "int8", *where).code == 2

@@ -8,7 +8,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import families
-from vfun_cli.config.options import RunConfig, default_of, options, parse
+from vfun_cli.config.options import RunConfig, default_of, options, parse, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
 
@@ -115,12 +115,61 @@ def test_settings_that_are_no_file_are_neither_read_nor_ignored(make: Any, tmp_p
         settle(folder=tmp_path)
 
 
-@pytest.mark.parametrize("option", [name for name, (_, _, opt) in options().items() if opt.minimum is not None])
-def test_no_option_goes_below_its_minimum(option: str) -> None:
-    minimum = options()[option][2].minimum
-    assert minimum is not None and parse(option, minimum, option) == minimum
-    with pytest.raises(ConfigError, match=f"{option} is .*, the least that makes sense is"):
-        parse(option, minimum - 1, option)
+NUMBERS = [name for name, (_, kind, _) in options().items() if plain_kind(kind) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range_that_is_kept_and_told(name: str) -> None:
+    _, kind, opt = options()[name]
+    low = opt.minimum if opt.above is None else opt.above
+    high = opt.maximum if opt.below is None else opt.below
+    assert low is not None and high is not None and low < high
+    assert (opt.minimum is None) == (opt.above is not None) and (opt.maximum is None) == (opt.below is not None)
+    inside = [value for value in (opt.minimum, opt.maximum, default_of(name)) if value is not None]
+    assert all(parse(name, value, name) == value for value in inside)
+    assert all(parse(name, str(int(value)), name) == value for value in inside if value == int(value))
+    beyond = [-(10**30), low - 1, opt.above, opt.below, high * 2 + 1, 10**30 if plain_kind(kind) is int else 1e300]
+    for value in (each for each in beyond if each is not None):
+        with pytest.raises(
+            ConfigError, match=f"^{name} is .*, (the (least|most) that makes sense is|it must be)"
+        ) as no:
+            parse(name, value, name)
+        assert no.value.option == f"--{name.replace('_', '-')}"
+    for value in ("nan", "inf", "", " ", "1e", "0x10", True):
+        with pytest.raises(ConfigError, match=f"^{name} is"):
+            parse(name, value, name)
+    page = (docs.DOCS / "options.md").read_text(encoding="utf-8")
+    assert opt.bounds in next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+
+
+def test_a_step_that_no_machine_can_plan_is_refused_at_once() -> None:
+    assert settle(given={"num_processes": 1000, "strategy": "fsdp"}).config.num_processes == 1000
+    with pytest.raises(ConfigError, match="the most that makes sense is 10000000"):
+        settle(given={"num_processes": 1000, "strategy": "fsdp", "gradient_accumulation_steps": 100_000})
+
+
+PATHS = [name for name, (_, kind, _) in options().items() if plain_kind(kind) is Path]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_may_begin_at_home_and_is_never_empty(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = options()[name][2].commands[-1] if "train" not in options()[name][2].commands else "train"
+    said = {"given": {name: "~/x"}, "environ": {f"VFUN_{name.upper()}": "~/x"}, "toml": f'{name} = "~/x"'}
+    for way, value in said.items():
+        (tmp_path / way).mkdir()
+        assert getattr(settle(command, **{way: value}, folder=tmp_path / way).config, name) == tmp_path / "x", way
+    for wrong in ("", "~nobody-of-this-name/x", "a\0b"):
+        with pytest.raises(ConfigError, match=f"{name} is .* takes a path"):
+            parse(name, wrong, name)
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    empty = {f"VFUN_{name.upper()}": value for name in options() for value in ("", " ")} | {"MODEL_NAME": ""}
+    assert settle(environ=empty) == settle()
+    assert settle(environ={**empty, "VFUN_OF_NOTHING": ""}) == settle()
 
 
 def test_run_json_holds_the_whole_configuration() -> None:

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from tests.integration.matrix import memorised, straight
+from tests.jobs import vfun_here
 from vfun_cli import families
 from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.lora_export import open_adapter
@@ -27,7 +27,6 @@ from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.main import app
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.rundir import RunDir
@@ -197,8 +196,8 @@ def test_a_trained_lora_predicts_the_same_in_every_format(
 ) -> None:
     spec, lora = families.find(family), trained_lora(family)
     argv = ["export-bf16", str(lora.checkpoint), "--format", form, "--output", str(tmp_path / "out"), "--json"]
-    done = CliRunner().invoke(app, argv)
-    assert done.exit_code == 0, done.output
+    done = vfun_here(*argv)
+    assert done.code == 0, done.err
     adapter, config = adapter_from(spec, Path("vfun-demo") / family / "model")
     transformer = READERS[form](adapter.transformer, tmp_path / "out", spec)
     found = prediction_of(adapter, transformer, spec, config, RunDir(lora.checkpoint.parent))

@@ -3,14 +3,16 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vfun_cli import families
-from vfun_cli.config.options import RunConfig
+from vfun_cli.config.options import RunConfig, options, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import CheckpointError
 from vfun_cli.launch import resume_check
+from vfun_cli.run.contents import SCHEME
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
@@ -93,3 +95,67 @@ def test_what_follows_from_a_changed_option_changes_with_it() -> None:
     with pytest.raises(CheckpointError, match=r"same run: video_sample_size 512 -> 256\. It"):
         resume_check.check_options(run, again, ())
     resume_check.check_options(run, again, ["video-sample-size"])
+
+
+ALLOWED_TO_CHANGE = {"harmless", "sharding", "length", "contents"}
+OTHERS: dict[str, Any] = {
+    "strategy": "zero2", "num_processes": 4, "train_mode": "control", "trainable_modules": "proj_out",
+    "resume_from_checkpoint": "latest",
+}  # fmt: skip
+"""Where not every other value goes with the rest of a run."""
+BESIDE: dict[str, dict[str, Any]] = {
+    "num_machines": {"main_process_port": 29500},
+    "machine_rank": {"num_machines": 2, "main_process_port": 29500},
+    "cache_variants": {"cache": "latents"},
+    "use_ema": {"strategy": "ddp"},
+    "base_precision": {"strategy": "ddp", "device": "cuda"},
+}
+"""What an option needs to have another value: both are given."""
+
+
+def another(name: str, value: Any) -> Any:
+    """A valid value of an option that is not this one."""
+    _, kind, opt = options()[name]
+    plain = plain_kind(kind)
+    if name in OTHERS:
+        return OTHERS[name]
+    if opt.choices:
+        return next(choice for choice in opt.choices if choice != value)
+    if plain is bool:
+        return not value
+    if plain is int:
+        return (value or 0) + 1
+    if plain is float:
+        return value / 2 if value else 0.5
+    return f"other-{name}"
+
+
+def run_of(command: str, scheduler: str) -> resume_check.Earlier:
+    """A run on two processes under FSDP that noted what it reads."""
+    given = {"strategy": "fsdp", "device": "cpu", "num_processes": 2, "lr_scheduler": scheduler, "max_train_steps": 9}
+    settled = resolve(command, families.find("wan-fun-control"), given, environ={})
+    contents = {name: f"{SCHEME}:as it was" for name, (_, _, opt) in options().items() if opt.on_resume == "contents"}
+    described = {"command": command, "family": "wan-fun-control", "config": settled.config.to_json(),
+                 "sources": settled.sources, "contents": contents}  # fmt: skip
+    return resume_check.Earlier(found=FOUND, described=described)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
+@pytest.mark.parametrize("name", [name for name in options() if name != "loss_type"])
+def test_a_changed_option_does_what_its_declaration_says(
+    name: str, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfun_cli.devices.gpu_count", lambda: 2)
+    lora = options()[name][2].commands == ("lora",)
+    run = run_of("lora" if lora else "train", scheduler)
+    given = BESIDE.get(name, {}) | {name: another(name, run.config[name])}
+    passes = options()[name][2].on_resume in ALLOWED_TO_CHANGE
+    if name == "max_train_steps" and scheduler == "cosine":
+        passes = False
+    command, spec, settled = resume_check.resolve_as_before(run, given)
+    if passes:
+        resume_check.continuation(run, command, spec, settled)
+    else:
+        with pytest.raises(CheckpointError, match=f"not be the same run: .*{name} "):
+            resume_check.continuation(run, command, spec, settled)
+        resume_check.continuation(run, command, spec, settled, allow=[name, *BESIDE.get(name, {})])

@@ -198,3 +198,12 @@ def test_an_unknown_picture_format_is_refused(
     plan = plan_of(plain, mixed(50))
     with pytest.raises(ConfigError, match=r"plan\.gif"):
         plot(tmp_path / "plan.gif", plan, plan.first_epoch)
+
+
+def test_an_epoch_without_steps_has_no_balance_and_says_why(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
+    plan = plan_of(plain, mixed(40), replace(OPTIONS, world_size=1000))
+    found = plan_json(plan, [plan.first_epoch])
+    assert found["steps_per_epoch"] == 0 and found["balance"]["mean_over_max_flops"] is None
+    text = " ".join(shown(preview(plan, [plan.first_epoch]), 80).split())
+    assert "no steps" in text and "100.0%" not in text.partition("Balance")[2]
+    assert "warning: a step takes 1,000 micro-batches" in text

@@ -171,7 +171,7 @@ def test_files_of_ranks_that_an_earlier_launch_had_are_known(tmp_path: Path) -> 
     assert ownership.most(later, {"config": later, "most": first}) == first
     assert ownership.most(later, {"config": {"num_processes": "many"}, "most": [1]}) == later
     run = RunDir(tmp_path)
-    write_run(run, steps=(), config=later, most=first)
+    write_run(run, steps=(), config=CONFIG | later, most=first)
     write(run.rank_log(7))
     for path in run.files_of_machine(1):
         write(path)

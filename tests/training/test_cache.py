@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
 
 from tests.disks import file_system
+from tests.jobs import Said, vfun_here
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.main import app
 from vfun_cli.modeling.adapter import Inputs, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.frozen import Encoders
@@ -392,7 +391,7 @@ def test_an_entry_that_cannot_be_read_is_not_damaged_and_stays(
         with pytest.raises(EnvironmentFault, match=f"cannot read {path}: {os.strerror(code)}") as caught:
             cache.read(key)
         said = verify(cache.root)
-        assert said.exit_code == EnvironmentFault.exit_code and "damaged" not in said.stderr, said.stderr
+        assert said.code == EnvironmentFault.exit_code and "damaged" not in said.err, said.err
         assert "--cache" in (caught.value.hint or "")
     assert path.read_bytes() == whole
 
@@ -417,8 +416,8 @@ def test_a_full_disk_is_named_by_the_entry_that_it_cannot_take(tmp_path: Path) -
         assert not [*partials(cache.root)] and not [*entries(cache.root)]
 
 
-def verify(folder: Path, *more: str) -> Result:
-    return CliRunner().invoke(app, ["cache", "wan-s2v", "--demo", "--cache", str(folder), "--verify", *more])
+def verify(folder: Path, *more: str) -> Said:
+    return vfun_here("cache", "wan-s2v", "--demo", "--cache", str(folder), "--verify", *more)
 
 
 def test_verify_names_damaged_entries_and_leaves_them(cache: Cache) -> None:
@@ -427,16 +426,16 @@ def test_verify_names_damaged_entries_and_leaves_them(cache: Cache) -> None:
     bad.parent.mkdir()
     bad.write_bytes(good.read_bytes()[:-1] + b"x")
     said, as_json = verify(cache.root), verify(cache.root, "--json")
-    assert said.exit_code == as_json.exit_code == CheckpointError.exit_code
-    assert f"1 of 2 entries in {cache.root} are damaged" in said.stderr and str(bad) in said.stderr
-    assert json.loads(as_json.stdout) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": [str(bad)]}
+    assert said.code == as_json.code == CheckpointError.exit_code
+    assert f"1 of 2 entries in {cache.root} are damaged" in said.err and str(bad) in said.err
+    assert json.loads(as_json.out) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": [str(bad)]}
     assert bad.exists()
 
     bad.unlink()
     said, as_json = verify(cache.root), verify(cache.root, "--json")
-    assert said.exit_code == as_json.exit_code == 0
-    assert said.stdout == "1 entries, all whole\n"
-    assert json.loads(as_json.stdout) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": []}
+    assert said.code == as_json.code == 0
+    assert said.out == "1 entries, all whole\n"
+    assert json.loads(as_json.out) == {"schema": 1, "cache": str(cache.root), "good": 1, "damaged": []}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"])
@@ -469,6 +468,6 @@ def test_verify_of_what_is_no_cache_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("none", "file", "empty"):
         said = verify(tmp_path / name)
-        assert said.exit_code == ConfigError.exit_code and "there is no cache in" in said.stderr, name
+        assert said.code == ConfigError.exit_code and "there is no cache in" in said.err, name
     said = verify(tmp_path / "empty", "--prune")
-    assert said.exit_code == ConfigError.exit_code and "--prune" in said.stderr
+    assert said.code == ConfigError.exit_code and "--prune" in said.err

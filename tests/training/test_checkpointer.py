@@ -14,11 +14,13 @@ from torch import nn
 
 from tests.deaths import each_death
 from tests.disks import file_system, make_read_only
+from tests.run.small_run import DESCRIBED
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, FitError, RunError
 from vfun_cli.run import locate, ownership
-from vfun_cli.run.rundir import DESCRIBES, RunDir
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
 from vfun_cli.training.state.live import TrainedState
 
@@ -242,8 +244,8 @@ def test_what_a_power_cut_must_not_reorder_is_flushed_in_between(run: RunDir, mo
     """The new name is on the disk before the files of an old checkpoint go, and so is the old one's new name."""
     state, saver, done = trained(), checkpointer(run, keep=1), []
     saver.save(state, progress(1))
-    flush, rename, delete = manifest.fsync_directory, Path.rename, shutil.rmtree
-    monkeypatch.setattr(manifest, "fsync_directory", lambda path: (done.append(("flush", path.name)), flush(path)))
+    flush, rename, delete = abilities._fsync_directory, Path.rename, shutil.rmtree
+    monkeypatch.setattr(abilities, "_fsync_directory", lambda path: (done.append(("flush", path.name)), flush(path)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(("name", to.name)), rename(path, to))[1])
     monkeypatch.setattr(
         shutil, "rmtree", lambda path, **more: (done.append(("delete", path.name)), delete(path, **more))[1]
@@ -261,7 +263,7 @@ def test_what_a_power_cut_must_not_reorder_is_flushed_in_between(run: RunDir, mo
 
 def test_a_checkpoint_of_another_run_is_neither_replaced_nor_deleted(run: RunDir) -> None:
     state, saver = trained(), checkpointer(run, keep=1)
-    run.run_json.write_text(json.dumps(dict.fromkeys(DESCRIBES) | {"id": "ours"}))
+    run.run_json.write_text(json.dumps(DESCRIBED | {"id": "ours"}))
     checkpointer(run).save(state, progress(1) | {"run_id": "another"})
     checkpointer(run).save(state, progress(3) | {"run_id": "another"})
     saver.save(state, progress(2) | {"run_id": "ours"})

@@ -14,8 +14,8 @@ from lora_sample import TARGETS, load_model, model_directory, options, predict, 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
+from tests.jobs import Said, vfun_here
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.lora_export import FORMATS, export_adapter, merge_adapter
 from vfun_cli.checkpoints.lora_files import read_adapter
@@ -26,7 +26,6 @@ from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.spec import ModelDims
 from vfun_cli.families.wan_fun_control.names import released_name
-from vfun_cli.main import app
 from vfun_cli.training.lora import load_network, save_adapter
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -328,15 +327,15 @@ def test_the_command_exports_and_merges(plain: Trained, tmp_path: Path) -> None:
     (plain.checkpoint / "state.json").write_text(json.dumps(state))
     manifest.write_manifest(plain.checkpoint)
 
-    def run(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["export-bf16", str(plain.checkpoint), *arguments])
+    def run(*arguments: str) -> Said:
+        return vfun_here("export-bf16", str(plain.checkpoint), *arguments)
 
     done = run("--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["tensors"] == 20
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["tensors"] == 20
     assert (tmp_path / "checkpoint-6-outputs/adapter_config.json").is_file()
-    assert run("--merge", "--output", str(tmp_path / "merged")).exit_code == 0
+    assert run("--merge", "--output", str(tmp_path / "merged")).code == 0
     assert isinstance(load_model(tmp_path / "merged"), CogVideoXFunTransformer)
     refused = run("--merge", "--format", "comfyui", "--output", str(tmp_path / "no"))
-    assert refused.exit_code == 2
-    assert "a merged model of cogvideox-fun comes as: same" in " ".join(refused.stderr.split())
+    assert refused.code == 2
+    assert "a merged model of cogvideox-fun comes as: same" in " ".join(refused.err.split())

@@ -13,6 +13,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.lfs import refuse_lfs_pointer
 from vfun_cli.typed_json import Check, file_inside, mapping, read_object
 
+POINT_AT_RELEASE = "Point --pretrained-model-name-or-path at the folder of the released model, fully downloaded."
 INDEX = ".safetensors.index.json"
 MODEL_FILES = frozenset({".safetensors", ".pth", ".bin", ".json", ".model", ".txt"})
 """Endings of what a model is read from. Pictures and films beside it need not be there."""
@@ -48,6 +49,35 @@ def check_weights(model_dir: Path) -> int:
         if not start or (start == ZIP_START and not zipfile.is_zipfile(file)):
             raise CheckpointError(f"{file} is cut short: {file.stat().st_size} bytes are there.", hint=again)
     return len(files) + len(pickles)
+
+
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors files of one model: the shards of ``<stem>.safetensors.index.json``, else
+    ``<stem>.safetensors``, else every ``*.safetensors`` in the folder, sorted by name.
+
+    Raises:
+        CheckpointError: there is none, or a shard of the index is missing.
+    """
+    index = folder / f"{stem}{INDEX}"
+    single = folder / f"{stem}.safetensors"
+    if index.is_file():
+        return sorted(set(read_index(index).values()))
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file.",
+            hint=POINT_AT_RELEASE,
+        )
+    return files
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The released names of a model's tensors, from the headers of its files.
+
+    Raises:
+        CheckpointError: there are no files, or they are damaged.
+    """
+    return [name for file in weight_files(folder) for name in read_file(file)]
 
 
 def read_index(index: Path) -> dict[str, Path]:

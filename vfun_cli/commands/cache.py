@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
@@ -64,7 +64,7 @@ def cache(
 
 
 def _announce(job: "Job") -> None:
-    console.err.print(f"[bold]cache {job.spec.name}[/bold] -> {escape(str(job.config.cache))}", soft_wrap=True)
+    console.err.print(Text.assemble((f"cache {job.spec.name}", "bold"), f" -> {job.config.cache}"), soft_wrap=True)
     console.err.print(f"looking which of its {len(job.plan.table)} clips are not there yet; new files are read whole")
 
 
@@ -77,8 +77,7 @@ def _report(folder: Path, outcome: "Outcome", *, as_json: bool) -> None:
         console.print_json({"cache": str(folder), "complete": complete, "encoded": encoded, "bytes": size})
     else:
         console.out.print(
-            f"{'done' if complete else 'stopped'}: {encoded} clips encoded, {size / 2**30:.2f} GiB in "
-            f"{escape(str(folder))}",
+            f"{'done' if complete else 'stopped'}: {encoded} clips encoded, {size / 2**30:.2f} GiB in {folder}",
             soft_wrap=True,
         )
     if not complete:

@@ -8,41 +8,45 @@ import typer
 
 from vfun_cli import console
 from vfun_cli.commands import defaults
-from vfun_cli.commands.flags import Debug, Demo, Json
-from vfun_cli.commands.signature import with_boundary
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_name, typed_path
+from vfun_cli.commands.help import Command, Group
 from vfun_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.compare import Comparison
 
-app = typer.Typer(no_args_is_help=True, help="List, verify and compare checkpoints.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="List, verify and compare checkpoints.")
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A checkpoint: a path, or a bare name looked up in the output directory.")
+    str,
+    typer.Argument(parser=typed_name, help="A checkpoint: a path, or a bare name looked up in the output directory."),
 ]
 
 LONGEST_LIST = 10
 """Tensors that are named for people; --json names all."""
 
 
-@app.command("ls")
-@with_boundary
+@app.command("ls", cls=Command)
 def ls(
     run: Annotated[
-        str | None,
-        typer.Argument(metavar="[RUN]", help="Run directory. [default: the output directory]", show_default=False),
+        Path | None,
+        typer.Argument(
+            parser=typed_path,
+            metavar="[RUN]",
+            help="Run directory. [default: the output directory]",
+            show_default=False,
+        ),
     ] = None,
     demo: Demo = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the checkpoints of a run: step, size, strategy, and whether they are complete."""
-    from rich.markup import escape
     from rich.table import Table
 
     from vfun_cli.run import locate
 
-    folder = Path(run) if run is not None else defaults.output_dir(demo=demo)
+    folder = run or defaults.output_dir(demo=demo)
     if not locate.exists(folder) or not folder.is_dir():
         raise CheckpointError(f"there is no run directory {folder}.", hint="Name the output directory of a run.")
     rows = _list(folder)
@@ -57,12 +61,11 @@ def ls(
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for row in rows:
         writer = f"{row['strategy']} on {row['world_size']}" if row["strategy"] else ""
-        table.add_row(Path(row["path"]).name, f"{row['bytes']:,}", writer, escape(row["problem"] or "complete"))
+        table.add_row(Path(row["path"]).name, f"{row['bytes']:,}", writer, row["problem"] or "complete")
     console.out.print(table)
 
 
-@app.command("verify")
-@with_boundary
+@app.command("verify", cls=Command)
 def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Read every file of a checkpoint and compare it with what was written: sizes, hashes, tensors."""
     from vfun_cli.checkpoints import manifest
@@ -89,8 +92,7 @@ def verify(checkpoint: Checkpoint, demo: Demo = False, json: Json = False, debug
         console.out.print(f"{found}: {len(files)} files, {size:,} bytes, {len(tensors)} tensors, whole", soft_wrap=True)
 
 
-@app.command("diff")
-@with_boundary
+@app.command("diff", cls=Command)
 def diff(first: Checkpoint, second: Checkpoint, demo: Demo = False, json: Json = False, debug: Debug = False) -> None:
     """Compare two checkpoints, of any strategies: options, weights, optimizer moments."""
     from vfun_cli.run import locate

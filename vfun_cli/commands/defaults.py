@@ -12,10 +12,11 @@ def output_dir(*, demo: bool) -> Path:
     """The directory that runs go to: the demo's, or the one of the environment, vfun.toml or the option's default."""
     if demo:
         return DEMO_OUTPUT_DIR
-    return Path(setting("output_dir", os.environ, Path()) or default_of("output_dir"))
+    found: Path = setting("output_dir", os.environ, Path()) or default_of("output_dir")
+    return found
 
 
 def model_directory() -> Path | None:
     """The model that the environment or vfun.toml names."""
-    named = setting("pretrained_model_name_or_path", os.environ, Path())
-    return None if named is None else Path(named)
+    named: Path | None = setting("pretrained_model_name_or_path", os.environ, Path())
+    return named

@@ -7,41 +7,55 @@ import typer
 
 from vfun_cli import console
 from vfun_cli.commands import defaults
-from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite
-from vfun_cli.commands.signature import with_boundary
+from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite, typed_name, typed_path
 from vfun_cli.errors import ConfigError
 
 FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
 
-@with_boundary
 def export_bf16(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint: a path, or a bare name looked up in the output directory."
+            parser=typed_name,
+            metavar="CHECKPOINT",
+            help="A checkpoint: a path, or a bare name looked up in the output directory.",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Where to write. [default: CHECKPOINT-outputs beside it]", show_default=False),
+        typer.Option(
+            "--to",
+            "--output",
+            parser=typed_path,
+            metavar="PATH",
+            help="Folder to write to, made for it. [default: CHECKPOINT-outputs beside the checkpoint]",
+            show_default=False,
+        ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, e.g. 10GB or 500MB.")] = "10GB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file, e.g. 10GB or 500MB.")
+    ] = "10GB",
     format: Annotated[
         str,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help="same: the naming of the model directory; diffusers: diffusers' naming. Of a LoRA: peft (the same), "
             "diffusers (load_lora_weights), comfyui, original (the original scripts' inference).",
         ),
     ] = "same",
-    dtype: Annotated[str, typer.Option("--dtype", help="Type of the weights: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Type of the weights: bf16, fp16 or fp32.")
+    ] = "bf16",
     merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA: write the base with the adapter in it.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average (--use-ema).")] = False,
     model: Annotated[
         Path | None,
         typer.Option(
             "--pretrained-model-name-or-path",
+            parser=typed_path,
+            metavar="PATH",
             help="Model directory the run started from: if it has moved, or for a checkpoint of the original scripts.",
             show_default=False,
         ),
@@ -56,7 +70,7 @@ def export_bf16(
     Needs no GPU, no DeepSpeed and no training processes.
 
     Examples: [bold]vfun export-bf16 checkpoint-500[/bold] ·
-    [bold]vfun export-bf16 output_dir/checkpoint-500 --output my-model --max-shard-size 5GB[/bold] ·
+    [bold]vfun export-bf16 output_dir/checkpoint-500 --to my-model --max-shard-size 5GB[/bold] ·
     [bold]vfun export-bf16 checkpoint-500 --format comfyui[/bold]
     """
     from vfun_cli.commands import exporting

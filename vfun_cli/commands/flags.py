@@ -1,8 +1,11 @@
 """Flags that several commands share, declared once."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from vfun_cli.config.options import at_home
 
 FAMILY_HELP = "Model family, e.g. wan-s2v; without it the families are listed."
 
@@ -24,3 +27,20 @@ DryRun = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is already there.", show_default=False)]
+
+
+def typed_path(text: str) -> Path:
+    """What becomes of a path that is no option of a run: ``parser`` of its declaration.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    try:
+        return at_home(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from None
+
+
+def typed_name(text: str) -> str:
+    """The same for what may be a path or a bare name."""
+    return str(typed_path(text))

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import Debug, Demo, Json
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.commands.signature import with_options
-from vfun_cli.config.options import RunConfig
+from vfun_cli.config.checks import check_step
+from vfun_cli.config.options import MOST_RANKS, RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
@@ -28,15 +28,23 @@ def plan_buckets(
     given: dict[str, Any],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
     meta: Annotated[
-        Path | None, typer.Option("--meta", help="Short for --train-data-meta.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--meta", parser=typed_path, metavar="PATH", help="Short for --train-data-meta.", show_default=False
+        ),
     ] = None,
     world_size: Annotated[
         int | None,
         typer.Option(
-            "--world-size", min=1, help="Ranks to plan for. [default: as train would run here]", show_default=False
+            "--world-size",
+            min=1,
+            max=MOST_RANKS,
+            metavar="N",
+            help="Ranks to plan for. [default: as train would run here]",
+            show_default=False,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs to plan.")] = 1,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, max=10_000, metavar="N", help="Epochs to plan.")] = 1,
     why_clip: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +55,14 @@ def plan_buckets(
         ),
     ] = None,
     plot_to: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the plan as an .svg or .png picture.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--plot",
+            parser=typed_path,
+            metavar="PATH",
+            help="Draw the plan as an .svg or .png picture.",
+            show_default=False,
+        ),
     ] = None,
     assignment: Annotated[
         bool,
@@ -73,6 +88,7 @@ def plan_buckets(
         given["train_data_meta"] = meta
     resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
     config, ranks = resolved.config, world_size or resolved.config.num_processes or 1
+    check_step(config, ranks)
     model = config.pretrained_model_name_or_path
     if model is not None and not model.is_dir():
         console.hint(f"{model} is not here: planned with the dimensions of the largest {spec.name} release")
@@ -144,7 +160,7 @@ def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", cli
     if as_json:
         console.print_json(story)
     else:
-        console.out.print(escape("\n".join(why_lines(story))), soft_wrap=True)
+        console.out.print("\n".join(why_lines(story)), soft_wrap=True)
 
 
 def _show_plan(plan: "RunPlan", planned: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:

@@ -5,13 +5,14 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli.commands import defaults
-from vfun_cli.commands.flags import Debug, Demo, DryRun, Json
+from vfun_cli.commands.flags import Debug, Demo, DryRun, Json, typed_name
 from vfun_cli.commands.signature import with_options
 from vfun_cli.launch.preemption import nothing_to_save
 
 Run = Annotated[
     str | None,
     typer.Argument(
+        parser=typed_name,
         metavar="[RUN | CHECKPOINT]",
         show_default=False,
         help="Run directory or checkpoint; by default the newest checkpoint of the output directory.",
@@ -20,7 +21,10 @@ Run = Annotated[
 Allow = Annotated[
     list[str] | None,
     typer.Option(
-        "--allow", help="Let this option change although it changes the training; repeat for more.", show_default=False
+        "--allow",
+        metavar="OPTION",
+        help="Let this option change although it changes the training; repeat for more.",
+        show_default=False,
     ),
 ]
 

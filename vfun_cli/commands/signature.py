@@ -2,18 +2,16 @@
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from vfun_cli import console
-from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options
+from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
-from vfun_cli.disks.abilities import fault
-from vfun_cli.errors import EXIT_INTERRUPTED, ConfigError, RunError, VfunError
+from vfun_cli.errors import ConfigError
 
 Command = Callable[..., None]
 
@@ -58,7 +56,7 @@ def with_options(
         @functools.wraps(body)
         def run(**values: Any) -> None:
             typed = {name: values.pop(name) for name in [parameter.name for parameter in declared]}
-            with_boundary(lambda **rest: body(given=_given(typed), **rest))(**values)
+            body(given=_given(typed), **values)
 
         parameters = [*own, *declared]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -66,40 +64,6 @@ def with_options(
         return run
 
     return decorate
-
-
-def with_boundary(body: Command) -> Command:
-    """Errors that a user can act on end as one message and their exit code; ``--debug`` shows the traceback."""
-
-    @functools.wraps(body)
-    def run(**values: Any) -> None:
-        try:
-            body(**values)
-        except (VfunError, OSError) as caught:
-            error = caught if isinstance(caught, VfunError) else fault(caught)
-            if values.get("debug"):
-                console.err.print_exception()
-            console.report(error)
-            if values.get("json"):
-                content = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
-                console.print_json({"error": content})
-            raise typer.Exit(error.exit_code) from None
-        except (typer.Exit, typer.Abort):
-            raise
-        except KeyboardInterrupt:
-            console.err.print("interrupted")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except Exception as error:  # a mistake of ours: one message too, and how to tell us
-            if values.get("debug"):
-                raise
-            unexpected = RunError(
-                f"unexpected {type(error).__name__}: {error}.",
-                hint="This is a fault of vfun. The same command with --debug shows where; please report that.",
-            )
-            console.report(unexpected)
-            raise typer.Exit(unexpected.exit_code) from None
-
-    return run
 
 
 def _given(typed: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +108,11 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
         help_text += f" One of: {', '.join(opt.choices)}."
     if opt.unit:
         help_text += f" In {opt.unit}."
+    if opt.bounds:
+        help_text += f" [{opt.bounds}]"
     default = default_of(name)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
     if default not in (None, ()):
         shown = ",".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}, unless the family says otherwise]"
@@ -153,8 +121,18 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     variables = " ".join(opt.variables)
     if variables:
         help_text += f" [${variables}]"
-    declaration = typer.Option(*_names(name, kind), help=help_text, rich_help_panel=opt.panel, show_default=False)
+    declaration = typer.Option(
+        *_names(name, kind),
+        help=help_text,
+        metavar="WORD" if opt.choices else _METAVARS.get(plain_kind(kind)),
+        rich_help_panel=opt.panel,
+        show_default=False,
+    )
     return _keyword(name, Annotated[_typer_type(kind), declaration])
+
+
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "LIST"}
+"""What a value is, in the help."""
 
 
 def _names(name: str, kind: Any) -> list[str]:
@@ -181,8 +159,8 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _typer_type(kind: Any) -> Any:
-    if get_origin(kind) is types.UnionType:
-        kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
-    if get_origin(kind) is tuple:
+    plain = plain_kind(kind)
+    if plain is tuple:
         return list[str] | None
-    return {int: int | None, float: float | None, bool: bool | None, str: str | None, Path: Path | None}[kind]
+    # A path is text until parse() has made one of it: Typer's would turn an empty one into the working directory.
+    return {int: int | None, float: float | None, bool: bool | None, str: str | None, Path: str | None}[plain]

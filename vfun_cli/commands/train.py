@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite
+from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite, typed_name
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -84,7 +84,7 @@ def _run(
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
         found, earlier = None, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
-            found = locate.to_resume(name, output_dir=folder)
+            found = locate.to_resume(typed_name(name), output_dir=folder)
             if found is not None:
                 earlier = resume_check.earlier_run(found)
                 resolved = resume_check.continuation(earlier, command, spec, resolved)
@@ -106,9 +106,10 @@ def _list_families(command: str, *, as_json: bool) -> None:
         console.print_json({"families": summaries})
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for name, summary in summaries.items():
-        table.add_row(f"[bold]{name}[/bold]", summary)
+        table.add_row(Text(name, "bold"), summary)
     console.out.print(f"usage: vfun {command} FAMILY [OPTIONS]\n\nFamilies:", table)
     console.hint("--help after a family lists the options; --demo tries a family out on a tiny model.")

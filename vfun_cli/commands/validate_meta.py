@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vfun_cli import console, families
-from vfun_cli.commands.flags import Debug, Demo, Json
-from vfun_cli.commands.signature import with_boundary
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.config.resolve import resolve, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
@@ -18,12 +17,14 @@ if TYPE_CHECKING:
     from vfun_cli.metadata.checks import Report
 
 
-@with_boundary
 def validate_meta(
     meta: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[META]", show_default=False, help="Metadata file; by default $DATASET_META_NAME or vfun.toml's."
+            parser=typed_path,
+            metavar="[META]",
+            show_default=False,
+            help="Metadata file; by default $DATASET_META_NAME or vfun.toml's.",
         ),
     ] = None,
     family: Annotated[
@@ -39,6 +40,8 @@ def validate_meta(
         typer.Option(
             "--data-root",
             "--train-data-dir",
+            parser=typed_path,
+            metavar="PATH",
             show_default=False,
             help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]",
         ),
@@ -46,13 +49,19 @@ def validate_meta(
     stride: Annotated[
         int | None,
         typer.Option(
-            "--video-sample-stride", min=1, show_default=False, help="Check that clips are long enough at this stride."
+            "--video-sample-stride",
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Check that clips are long enough at this stride.",
         ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             "--pretrained-model-name-or-path",
+            parser=typed_path,
+            metavar="PATH",
             show_default=False,
             help="With --family: the model whose tokenizer tells which captions are too long. "
             "[default: as train would take it]",
@@ -62,12 +71,16 @@ def validate_meta(
         bool, typer.Option("--deep", help="Decode every frame and all sound, not only headers.", show_default=False)
     ] = False,
     deep_timeout: Annotated[
-        float, typer.Option("--deep-timeout", min=0, max=86400, help="Seconds that --deep gives to each file.")
+        float,
+        typer.Option(
+            "--deep-timeout", min=0, max=86_400, metavar="SECONDS", help="Seconds that --deep gives to each file."
+        ),
     ] = 60.0,
     fix: Annotated[
         Path | None,
         typer.Option(
             "--fix",
+            parser=typed_path,
             metavar="OUT",
             show_default=False,
             help="Write a corrected copy without the bad rows, and say what was changed; no file is overwritten.",
@@ -77,12 +90,15 @@ def validate_meta(
         Path | None,
         typer.Option(
             "--problems",
+            parser=typed_path,
             metavar="FILE",
             show_default=False,
             help="Write all problems to a file as JSON lines; replaces only such a file.",
         ),
     ] = None,
-    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Bad rows that are still no error.")] = 0,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, metavar="N", help="Bad rows that are still no error.")
+    ] = 0,
     explain: Annotated[
         str | None,
         typer.Option("--explain", metavar="CODE", show_default=False, help="Explain a problem code, or 'all' of them."),
@@ -155,5 +171,4 @@ def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeou
             "no metadata is named.",
             hint="Name the file behind vfun validate-meta, or set DATASET_META_NAME; with --family, --demo needs none.",
         )
-    meta = Path(meta)
-    return check_rows_of_any_family(meta, Path(root) if root else meta.parent, deep_timeout=deep_timeout)
+    return check_rows_of_any_family(meta, root or meta.parent, deep_timeout=deep_timeout)

@@ -5,6 +5,9 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 
+MOST_CLIPS_OF_A_STEP = 10_000_000
+"""A plan of such steps takes seconds; of a thousand times as many, all memory."""
+
 
 def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
     """Refuse combinations that no single option can refuse.
@@ -23,8 +26,24 @@ def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
         raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
 
 
+def check_step(config: RunConfig, ranks: int) -> None:
+    """Refuse a step that no machine can plan, before it is tried.
+
+    Raises:
+        ConfigError: it would hold more clips than there are.
+    """
+    micro_batches, clips = config.gradient_accumulation_steps, config.train_batch_size
+    if ranks * micro_batches * clips > MOST_CLIPS_OF_A_STEP:
+        raise ConfigError(
+            f"{ranks} processes x {micro_batches} micro-batches (gradient_accumulation_steps) x {clips} clips "
+            f"(train_batch_size) are {ranks * micro_batches * clips} clips in a step; the most that makes sense is "
+            f"{MOST_CLIPS_OF_A_STEP}."
+        )
+
+
 def _check_processes(config: RunConfig) -> None:
     assert config.num_processes is not None
+    check_step(config, config.num_processes)
     if config.num_processes > 1 and not STRATEGIES[config.strategy].several_processes:
         raise ConfigError(
             f"strategy {config.strategy!r} with num_processes {config.num_processes}.",
@@ -88,10 +107,6 @@ def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
             "trainable_modules chooses weights of the model; LoRA trains adapters only.",
             hint="Choose layers with --target-name, or use vfun train.",
         )
-    if not config.network_alpha > 0:
-        raise ConfigError(f"network_alpha is {config.network_alpha:g}: the adapters would have no effect.")
-    if not config.lora_dropout < 1:
-        raise ConfigError(f"lora_dropout is {config.lora_dropout}; it is a probability below 1.")
     if config.use_dora and not STRATEGIES[config.strategy].whole_blocks:
         raise ConfigError(
             "use_dora needs a layer's whole weight in the forward pass, which ZeRO-3 keeps in parts.",

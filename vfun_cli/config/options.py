@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.errors import ConfigError, did_you_mean, first_line
 
 MODEL = "Model"
 DATA = "Data"
@@ -31,7 +31,7 @@ TRAIN = ("train", "lora")
 DATA_COMMANDS = ("train", "lora", "plan-buckets", "validate-meta")
 PLAN_COMMANDS = ("train", "lora", "plan-buckets")
 
-ResumeEffect = Literal["trajectory", "harmless", "sharding"]
+ResumeEffect = Literal["trajectory", "harmless", "sharding", "length", "contents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,44 @@ class Opt:
     variables: tuple[str, ...] = ()
     """Environment variables that the original scripts export, read beside ``VFUN_<NAME>``."""
     minimum: float | None = None
+    above: float | None = None
+    """A number must be more than this."""
+    maximum: float | None = None
+    """The most that makes sense: beyond it a slip of the finger would cost minutes, or terabytes."""
+    below: float | None = None
+    """A number must be less than this."""
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
-    """What a changed value means for a resumed run: another trajectory, nothing, or the same steps spread otherwise."""
+    """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise,
+    another length, which is a trajectory where the learning rate depends on it, or another place, whose contents tell.
+    """
     hidden: bool = False
 
+    @property
+    def bounds(self) -> str:
+        """The range in words, empty where there is none."""
+        least = f"from {_number(self.minimum)}" if self.minimum is not None else ""
+        least = f"above {_number(self.above)}" if self.above is not None else least
+        most = f"to {_number(self.maximum)}" if self.maximum is not None else ""
+        most = f"below {_number(self.below)}" if self.below is not None else most
+        return f"{least} {most}".strip()
+
+
+def _number(value: float) -> str:
+    """As it is typed."""
+    return str(int(value)) if value == int(value) and abs(value) < 2**63 else f"{value:g}"
+
+
+MOST_RANKS = 100_000
+"""More processes than any machine has; a plan for so many takes seconds."""
 
 DEFAULT_VARIANTS = 4
 """Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+ENDING_SCHEDULERS = ("linear", "cosine")
+"""Those that fall to zero at the end of the run, so that each rate depends on its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +97,7 @@ class RunConfig:
             help="Model directory in its released layout. Nothing is ever downloaded.",
             panel=MODEL,
             variables=("MODEL_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -79,6 +107,7 @@ class RunConfig:
             help="Folder that the paths in the metadata start from.",
             panel=DATA,
             variables=("DATASET_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -88,6 +117,7 @@ class RunConfig:
             help="Metadata: a JSON list, JSON lines or CSV.",
             panel=DATA,
             variables=("DATASET_META_NAME",),
+            on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -97,6 +127,7 @@ class RunConfig:
             help="How often an epoch shows each video; 0 and 1 both mean once.",
             panel=DATA,
             minimum=0,
+            maximum=10_000,
             commands=PLAN_COMMANDS,
         ),
     ] = 1
@@ -106,6 +137,7 @@ class RunConfig:
             help="Decoding processes of each rank; 0 decodes in the training process.",
             panel=DATA,
             minimum=0,
+            maximum=1_024,
             on_resume="harmless",
         ),
     ] = 8
@@ -137,6 +169,7 @@ class RunConfig:
             f"by default {DEFAULT_VARIANTS} with --cache, and without it never repeat.",
             panel=DATA,
             minimum=1,
+            maximum=100_000,
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -148,6 +181,7 @@ class RunConfig:
             panel=BUCKETS,
             unit="pixels",
             minimum=1,
+            maximum=16_384,
             commands=PLAN_COMMANDS,
         ),
     ] = 512
@@ -158,6 +192,7 @@ class RunConfig:
             panel=BUCKETS,
             unit="pixels",
             minimum=1,
+            maximum=16_384,
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -168,14 +203,31 @@ class RunConfig:
             panel=BUCKETS,
             unit="pixels",
             minimum=1,
+            maximum=16_384,
             commands=PLAN_COMMANDS,
         ),
     ] = 512
     video_sample_stride: Annotated[
-        int, Opt(help="Take every n-th source frame.", panel=BUCKETS, unit="frames", minimum=1, commands=DATA_COMMANDS)
+        int,
+        Opt(
+            help="Take every n-th source frame.",
+            panel=BUCKETS,
+            unit="frames",
+            minimum=1,
+            maximum=10_000,
+            commands=DATA_COMMANDS,
+        ),
     ] = 1
     video_sample_n_frames: Annotated[
-        int, Opt(help="Most frames of a clip.", panel=BUCKETS, unit="frames", minimum=1, commands=DATA_COMMANDS)
+        int,
+        Opt(
+            help="Most frames of a clip.",
+            panel=BUCKETS,
+            unit="frames",
+            minimum=1,
+            maximum=100_000,
+            commands=DATA_COMMANDS,
+        ),
     ] = 49
     enable_bucket: Annotated[
         bool,
@@ -216,6 +268,7 @@ class RunConfig:
             panel=BUCKETS,
             unit="tokens",
             minimum=1,
+            maximum=1e9,
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -244,13 +297,20 @@ class RunConfig:
     ] = True
 
     train_batch_size: Annotated[
-        int, Opt(help="Clips in a micro-batch.", panel=OPTIMISATION, minimum=1, commands=PLAN_COMMANDS)
+        int, Opt(help="Clips in a micro-batch.", panel=OPTIMISATION, minimum=1, maximum=100_000, commands=PLAN_COMMANDS)
     ] = 1
     gradient_accumulation_steps: Annotated[
-        int, Opt(help="Micro-batches of each rank in a step.", panel=OPTIMISATION, minimum=1, commands=PLAN_COMMANDS)
+        int,
+        Opt(
+            help="Micro-batches of each rank in a step.",
+            panel=OPTIMISATION,
+            minimum=1,
+            maximum=100_000,
+            commands=PLAN_COMMANDS,
+        ),
     ] = 1
     num_train_epochs: Annotated[
-        int, Opt(help="Epochs to train.", panel=OPTIMISATION, minimum=1, on_resume="harmless")
+        int, Opt(help="Epochs to train.", panel=OPTIMISATION, minimum=1, maximum=100_000, on_resume="length")
     ] = 100
     max_train_steps: Annotated[
         int | None,
@@ -258,26 +318,47 @@ class RunConfig:
             help="Stop after this many optimizer steps, whatever the epochs.",
             panel=OPTIMISATION,
             minimum=0,
-            on_resume="harmless",
+            maximum=1e9,
+            on_resume="length",
         ),
     ] = None
-    learning_rate: Annotated[float, Opt(help="Peak learning rate of AdamW.", panel=OPTIMISATION, minimum=0)] = 2e-5
+    learning_rate: Annotated[
+        float, Opt(help="Peak learning rate of AdamW.", panel=OPTIMISATION, minimum=0, maximum=1e38)
+    ] = 2e-5
     lr_scheduler: Annotated[
         str, Opt(help="Shape of the learning rate over the run.", panel=OPTIMISATION, choices=LR_SCHEDULERS)
     ] = "constant_with_warmup"
     lr_warmup_steps: Annotated[
-        int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0)
+        int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0, maximum=1e9)
     ] = 100
-    adam_beta1: Annotated[float, Opt(help="AdamW's decay of the first moment.", panel=OPTIMISATION, minimum=0)] = 0.9
-    adam_beta2: Annotated[float, Opt(help="AdamW's decay of the second moment.", panel=OPTIMISATION, minimum=0)] = 0.999
-    adam_weight_decay: Annotated[float, Opt(help="AdamW's weight decay.", panel=OPTIMISATION, minimum=0)] = 3e-2
-    adam_epsilon: Annotated[float, Opt(help="AdamW's epsilon.", panel=OPTIMISATION, minimum=0)] = 1e-10
+    adam_beta1: Annotated[
+        float, Opt(help="AdamW's decay of the first moment.", panel=OPTIMISATION, minimum=0, below=1)
+    ] = 0.9
+    adam_beta2: Annotated[
+        float, Opt(help="AdamW's decay of the second moment.", panel=OPTIMISATION, minimum=0, below=1)
+    ] = 0.999
+    adam_weight_decay: Annotated[
+        float, Opt(help="AdamW's weight decay.", panel=OPTIMISATION, minimum=0, maximum=100)
+    ] = 3e-2
+    adam_epsilon: Annotated[float, Opt(help="AdamW's epsilon.", panel=OPTIMISATION, above=0, maximum=1)] = 1e-10
     max_grad_norm: Annotated[
         float,
-        Opt(help="Gradients are scaled down to this global norm, under every strategy.", panel=OPTIMISATION, minimum=0),
+        Opt(
+            help="Gradients are scaled down to this global norm, under every strategy.",
+            panel=OPTIMISATION,
+            above=0,
+            maximum=1e9,
+        ),
     ] = 0.05
     seed: Annotated[
-        int, Opt(help="Seed of every random choice.", panel=OPTIMISATION, minimum=0, commands=PLAN_COMMANDS)
+        int,
+        Opt(
+            help="Seed of every random choice.",
+            panel=OPTIMISATION,
+            minimum=0,
+            maximum=2**63 - 1,
+            commands=PLAN_COMMANDS,
+        ),
     ] = 42
     mixed_precision: Annotated[
         str,
@@ -291,7 +372,8 @@ class RunConfig:
     trainable_modules: Annotated[
         tuple[str, ...],
         Opt(
-            help="Parts of parameter names to train, comma-separated or repeated; '.' is everything.",
+            help="Parts of parameter names to train, comma-separated or repeated: of the released ones, or of those "
+            "here; '.' is everything.",
             panel=OPTIMISATION,
         ),
     ] = (".",)
@@ -299,9 +381,9 @@ class RunConfig:
         bool,
         Opt(help="Keep an exponential moving average of the weights (single process and DDP).", panel=OPTIMISATION),
     ] = False
-    ema_decay: Annotated[float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0)] = (
-        0.9999
-    )
+    ema_decay: Annotated[
+        float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0, below=1)
+    ] = 0.9999
 
     gradient_checkpointing: Annotated[
         str,
@@ -329,6 +411,7 @@ class RunConfig:
             panel=MEMORY,
             unit="blocks",
             minimum=0,
+            maximum=1_000,
             on_resume="harmless",
         ),
     ] = 0
@@ -341,7 +424,7 @@ class RunConfig:
         ),
     ] = "fp32"
     vae_mini_batch: Annotated[
-        int, Opt(help="Clips the VAE encodes at a time.", panel=MEMORY, minimum=1, on_resume="harmless")
+        int, Opt(help="Clips the VAE encodes at a time.", panel=MEMORY, minimum=1, maximum=10_000, on_resume="harmless")
     ] = 1
     low_vram: Annotated[
         bool,
@@ -361,6 +444,7 @@ class RunConfig:
             panel=MEMORY,
             unit="TFLOP/s",
             minimum=0.001,
+            maximum=1e6,
             on_resume="harmless",
         ),
     ] = None
@@ -389,17 +473,23 @@ class RunConfig:
             help="Processes over all machines; by default one a GPU, or two on a machine without.",
             panel=PARALLEL,
             minimum=1,
+            maximum=MOST_RANKS,
             on_resume="sharding",
         ),
     ] = None
     num_machines: Annotated[
         int,
         Opt(
-            help="Machines in the job; start the same command on each.", panel=PARALLEL, minimum=1, on_resume="sharding"
+            help="Machines in the job; start the same command on each.",
+            panel=PARALLEL,
+            minimum=1,
+            maximum=MOST_RANKS,
+            on_resume="sharding",
         ),
     ] = 1
     machine_rank: Annotated[
-        int, Opt(help="Which machine this is, from 0.", panel=PARALLEL, minimum=0, on_resume="harmless")
+        int,
+        Opt(help="Which machine this is, from 0.", panel=PARALLEL, minimum=0, maximum=MOST_RANKS, on_resume="harmless"),
     ] = 0
     main_process_ip: Annotated[str, Opt(help="Address of machine 0.", panel=PARALLEL, on_resume="harmless")] = (
         "127.0.0.1"
@@ -410,6 +500,7 @@ class RunConfig:
             help="Port on machine 0; a free one is chosen for a single machine.",
             panel=PARALLEL,
             minimum=1,
+            maximum=65_535,
             on_resume="harmless",
         ),
     ] = None
@@ -418,7 +509,10 @@ class RunConfig:
         Path, Opt(help="Run directory: options, plan, metrics, checkpoints.", panel=OUTPUT, on_resume="harmless")
     ] = Path("output_dir")
     checkpointing_steps: Annotated[
-        int, Opt(help="Steps between checkpoints.", panel=OUTPUT, unit="steps", minimum=1, on_resume="harmless")
+        int,
+        Opt(
+            help="Steps between checkpoints.", panel=OUTPUT, unit="steps", minimum=1, maximum=1e9, on_resume="harmless"
+        ),
     ] = 50
     checkpoints_total_limit: Annotated[
         int | None,
@@ -426,6 +520,7 @@ class RunConfig:
             help="Keep this many checkpoints; older ones go after a new one is complete.",
             panel=OUTPUT,
             minimum=1,
+            maximum=1e6,
             on_resume="harmless",
         ),
     ] = None
@@ -444,6 +539,7 @@ class RunConfig:
             panel=OUTPUT,
             unit="hours",
             minimum=0,
+            maximum=1e6,
             on_resume="harmless",
         ),
     ] = None
@@ -453,6 +549,7 @@ class RunConfig:
             help="Start a crashed run over from its newest checkpoint, at most this often.",
             panel=OUTPUT,
             minimum=0,
+            maximum=10_000,
             on_resume="harmless",
         ),
     ] = 0
@@ -475,13 +572,16 @@ class RunConfig:
         ),
     ] = "tensorboard"
 
-    rank: Annotated[int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, commands=("lora",))] = 64
+    rank: Annotated[
+        int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, maximum=65_536, commands=("lora",))
+    ] = 64
     network_alpha: Annotated[
         float,
         Opt(
             help="LoRA strength: the update is scaled by network_alpha / rank.",
             panel=LORA,
-            minimum=0,
+            above=0,
+            maximum=1e6,
             commands=("lora",),
         ),
     ] = 32
@@ -502,7 +602,7 @@ class RunConfig:
         ),
     ] = None
     lora_dropout: Annotated[
-        float, Opt(help="Chance to drop an input of the adapters.", panel=LORA, minimum=0, commands=("lora",))
+        float, Opt(help="Chance to drop an input of the adapters.", panel=LORA, minimum=0, below=1, commands=("lora",))
     ] = 0.0
     use_dora: Annotated[
         bool,
@@ -581,6 +681,23 @@ def default_of(name: str) -> Any:
     return None if default is MISSING else default
 
 
+def effect_on_resume(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> ResumeEffect:
+    """What it means for a run that this option has another value, among all options before and now."""
+    effect = options()[name][2].on_resume
+    if effect == "contents":
+        return "trajectory"  # unless they are known to be the same
+    if effect != "length":
+        return effect
+    ends = now["lr_scheduler"] in ENDING_SCHEDULERS and _length(before) != _length(now)
+    return "trajectory" if ends else "harmless"
+
+
+def _length(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """What ends a run."""
+    name = "num_train_epochs" if config.get("max_train_steps") is None else "max_train_steps"
+    return name, config.get(name, default_of(name))
+
+
 def parse(name: str, value: Any, where: str) -> Any:
     """A value from text, TOML or JSON as the option's type; ``where`` starts the message of an error.
 
@@ -593,7 +710,15 @@ def parse(name: str, value: Any, where: str) -> Any:
             f"{where}: unknown option {name!r}.{did_you_mean(name, known)}",
             hint="The options: vfun train --help",
         )
-    _, kind, opt = known[name]
+    try:
+        return _parsed(name, value, where)
+    except ConfigError as error:
+        error.option = f"--{name.replace('_', '-')}"
+        raise
+
+
+def _parsed(name: str, value: Any, where: str) -> Any:
+    _, kind, opt = options()[name]
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
         raise ConfigError(
@@ -601,9 +726,20 @@ def parse(name: str, value: Any, where: str) -> Any:
         )
     if isinstance(parsed, float) and not math.isfinite(parsed):
         raise ConfigError(f"{where} is {parsed}; it takes a finite number.")
-    if opt.minimum is not None and isinstance(parsed, int | float) and parsed < opt.minimum:
-        raise ConfigError(f"{where} is {parsed}, the least that makes sense is {opt.minimum:g}.")
+    if isinstance(parsed, int | float):
+        _check_range(parsed, opt, where)
     return parsed
+
+
+def _check_range(value: float, opt: Opt, where: str) -> None:
+    if opt.minimum is not None and value < opt.minimum:
+        raise ConfigError(f"{where} is {value}, the least that makes sense is {_number(opt.minimum)}.")
+    if opt.maximum is not None and value > opt.maximum:
+        raise ConfigError(f"{where} is {value}, the most that makes sense is {_number(opt.maximum)}.")
+    if opt.above is not None and value <= opt.above:
+        raise ConfigError(f"{where} is {value}, it must be more than {_number(opt.above)}.")
+    if opt.below is not None and value >= opt.below:
+        raise ConfigError(f"{where} is {value}, it must be less than {_number(opt.below)}.")
 
 
 def _switched(value: Any, switch: tuple[str, str]) -> Any:
@@ -612,12 +748,19 @@ def _switched(value: Any, switch: tuple[str, str]) -> Any:
     return value if on is None else switch[on]
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def plain_kind(kind: Any) -> type:
+    """The type of a value that is there: int, float, bool, str, Path or tuple."""
     if get_origin(kind) is types.UnionType:
-        if value is None:
-            return None
         kind = next(arm for arm in get_args(kind) if arm is not types.NoneType)
-    if get_origin(kind) is tuple:
+    found: type = get_origin(kind) or kind
+    return found
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) is types.UnionType and value is None:
+        return None
+    kind = plain_kind(kind)
+    if kind is tuple:
         items = value if isinstance(value, list | tuple) else str(value).split(",")
         return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
     if kind is bool:
@@ -628,12 +771,28 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {value!r}; it takes true or false.")
     if isinstance(value, bool):
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.")
+    if value == "":
+        raise ConfigError(f"{where} is empty; it takes {_TYPE_WORDS[kind]}.", hint="Leave it out.")
     try:
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
+        return at_home(value) if kind is Path else kind(value)
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
+
+
+def at_home(path: str | Path) -> Path:
+    """A path as people write it, with ~ for their home directory wherever no shell has replaced it.
+
+    Raises:
+        ValueError: it is empty, or there is no such home directory.
+    """
+    if not str(path) or "\0" in str(path):
+        raise ValueError("it is empty, or holds a zero byte")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {first_line(error)}") from None
 
 
 _BOOLEAN_WORDS = {

@@ -173,11 +173,13 @@ def _known(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 
 
 def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The variables that say something: an empty one is how a shell unsets."""
+    stated = {variable: value for variable, value in environ.items() if value.strip()}
     for name, (_, _, opt) in options().items():
         for variable in opt.variables:
-            if environ.get(variable):
-                yield f"${variable}", {name: environ[variable]}
-    for variable, value in environ.items():
+            if variable in stated:
+                yield f"${variable}", {name: stated[variable]}
+    for variable, value in stated.items():
         if variable.startswith("VFUN_"):
             name = variable.removeprefix("VFUN_").lower()
             if name not in options():

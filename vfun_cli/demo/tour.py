@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from rich.text import Text
+
 from vfun_cli import children
 from vfun_cli.console import err
 from vfun_cli.demo.default import FOLDER, OUTPUT_DIR
@@ -27,11 +29,11 @@ def main() -> None:
     _run("resume", "--demo")
     newest = max(OUTPUT_DIR.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
     _run("export-bf16", newest.name, "--demo")
-    err.print(f"[bold green]done[/bold green]: everything is under {FOLDER}/")
+    err.print(Text.assemble(("done", "bold green"), f": everything is under {FOLDER}/"))
 
 
 def _command(arguments: tuple[str, ...]) -> list[str]:
-    err.print(f"\n[bold cyan]$ vfun {shlex.join(arguments)}[/bold cyan]")
+    err.print(Text(f"\n$ vfun {shlex.join(arguments)}", "bold cyan"))
     return children.command("vfun_cli", *arguments)
 
 
@@ -47,7 +49,7 @@ def _interrupted_run(*arguments: str) -> None:
     while process.poll() is None and not _trained_past_a_checkpoint(OUTPUT_DIR):
         time.sleep(0.2)
     if process.poll() is None:
-        err.print("[bold cyan]^C[/bold cyan]")
+        err.print(Text("^C", "bold cyan"))
         os.kill(process.pid, signal.SIGINT)
     code = process.wait()
     if code not in (0, EXIT_INTERRUPTED):

@@ -213,6 +213,8 @@ class ExportSpec:
     names: Mapping[str, Callable[[str], str]] = field(default_factory=lambda: {"same": unchanged})
     """``same`` turns a transformer parameter's name into the released one; every other export format turns a released
     name into its own."""
+    parameter: Callable[[str], str] = unchanged
+    """Turns a released name into the transformer parameter's: the inverse of ``same``."""
     lora_formats: Mapping[str, str] = field(
         default_factory=lambda: {name: name for name in ("peft", "diffusers", "comfyui", "original")}
     )

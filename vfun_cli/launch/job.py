@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfun_cli import __version__, devices
+from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
@@ -138,6 +138,12 @@ def decide(
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
+    if command == "train":
+        from vfun_cli.config.trainable import choose_from_files  # with numpy, as above
+
+        parts, model_dir = config.trainable_modules, config.pretrained_model_name_or_path
+        for notice in choose_from_files(parts, model_dir, spec, plan.dims).notices:
+            console.warn(notice)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None

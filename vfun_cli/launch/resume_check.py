@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vfun_cli import console, families
-from vfun_cli.config.options import RunConfig, default_of, options
+from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
@@ -128,13 +128,13 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
     """
     now = resolved.config.absolute().to_json()
     found = {}
-    for name, (_, _, opt) in options().items():
+    for name in options():
         earlier = run.config.get(name, default_of(name))
         if isinstance(earlier, str) and name in _paths():
             earlier = str(Path(earlier).absolute())
         if now[name] == earlier:
             continue
-        effect: str = opt.on_resume
+        effect: str = effect_on_resume(name, run.config, now)
         if name == ACCUMULATION and step_size(run.config) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
         if name in run.contents:

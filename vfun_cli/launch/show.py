@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.config.options import options
@@ -22,11 +22,8 @@ def preview(job: Job) -> None:
     if config.num_machines > 1:
         where += f" on {config.num_machines} machines"
     start = f", from {job.found.checkpoint.name}" if job.found else ""
-    console.err.print(
-        f"\n[bold]{job.command} {job.spec.name}[/bold] under {config.strategy} on {where} ({config.device})"
-        f"{start} -> {escape(str(job.run.root))}",
-        soft_wrap=True,
-    )
+    what = f" under {config.strategy} on {where} ({config.device}){start} -> {job.run.root}"
+    console.err.print(Text.assemble("\n", (f"{job.command} {job.spec.name}", "bold"), what), soft_wrap=True)
 
 
 def dry_run(job: Job, *, as_json: bool) -> None:
@@ -54,20 +51,17 @@ def _print_dry_run(job: Job) -> None:
     from vfun_cli.plan import preview as plan_preview
 
     out = console.out
-    out.print("[bold]Options[/bold]")
+    out.print(Text("Options", "bold"))
     values = job.config.to_json()
     for name in options(job.command):
         value = values[name]
-        out.print(
-            f"  {name} = {escape(repr(value))}  [dim]{escape(job.resolved.sources.get(name, ''))}[/dim]", soft_wrap=True
-        )
+        source = job.resolved.sources.get(name, "")
+        out.print(Text.assemble(f"  {name} = {value!r}  ", (source, "dim")), soft_wrap=True)
     for path, text in job.launch.files.items():
-        out.print(f"\n[bold]{escape(str(path))}[/bold]\n{escape(text)}", soft_wrap=True)
-    out.print(
-        f"[bold]{escape(str(job.run_json.absolute()))}[/bold]\nThe options above; --json shows it too.\n",
-        soft_wrap=True,
-    )
-    out.print(f"[bold]Command[/bold]\n{escape(job.launch.command)}\n", soft_wrap=True)
+        out.print(Text.assemble("\n", (str(path), "bold"), f"\n{text}"), soft_wrap=True)
+    run_json = str(job.run_json.absolute())
+    out.print(Text.assemble((run_json, "bold"), "\nThe options above; --json shows it too.\n"), soft_wrap=True)
+    out.print(Text.assemble(("Command", "bold"), f"\n{job.launch.command}\n"), soft_wrap=True)
     out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
 
 
@@ -79,10 +73,10 @@ def result(job: Job, outcome: Outcome, *, as_json: bool) -> None:
             {"run_dir": str(run.root), "outcome": outcome.ending, "step": outcome.step, "checkpoint": str(newest)}
         )
     if outcome.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
-        console.err.print(f"{outcome.ending} after step {outcome.step}; saved {escape(str(newest))}", soft_wrap=True)
+        console.err.print(f"{outcome.ending} after step {outcome.step}; saved {newest}", soft_wrap=True)
         console.hint(f"next: vfun resume {shlex.quote(str(run.root))}")
     else:
         if not as_json:
-            console.out.print(f"done: {outcome.step} steps, {escape(str(newest))}", soft_wrap=True)
+            console.out.print(f"done: {outcome.step} steps, {newest}", soft_wrap=True)
         if newest.is_dir():  # another machine may have the run directory on its own disk
             console.hint(f"next: vfun export-bf16 {shlex.quote(str(newest))}")

@@ -92,7 +92,6 @@ def _stamp(path: str) -> _Stamp | None:
     Not the inode: some network file systems number their files anew with each mount.
     """
     try:
-        path.encode()  # names that are no text are not remembered: SQLite cannot hold them
         status = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vfun_cli.files import write_output
 from vfun_cli.metadata.checks import Report, describe, printable
@@ -106,20 +106,22 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
     """Counts by code, the worst rows, totals and histograms."""
     if not report.rows:
         for problem in report.problems:  # of the file as a whole: there is nothing to count
-            console.print(f"[red]error:[/] {escape(describe(problem))}\n  {CODES[problem.code].fix}", soft_wrap=True)
+            said = f"{describe(problem)}\n  {CODES[problem.code].fix}"
+            console.print(Text("error:", "red"), said, soft_wrap=True)
         return
     if report.problems:
         console.print(_codes_table(report))
         console.print(_worst_table(report, worst))
     _render_totals(report, console)
     good, bad = report.ok, len(report.bad_rows)
-    verdict = f"[green]{good} of {report.rows} rows are good[/]"
+    verdict = Text(f"{good} of {report.rows} rows are good", "green")
     if bad:
-        verdict = f"[red]{bad} of {report.rows} rows cannot be trained on[/], {good} can"
+        verdict = Text.assemble((f"{bad} of {report.rows} rows cannot be trained on", "red"), f", {good} can")
     elif report.errors:
-        verdict = f"[red]the file as a whole cannot be trained on[/], {good} of {report.rows} rows are good"
+        whole = ("the file as a whole cannot be trained on", "red")
+        verdict = Text.assemble(whole, f", {good} of {report.rows} rows are good")
     warned = sum(problem.severity == "warning" for problem in report.problems)
-    console.print(verdict + (f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
+    console.print(Text.assemble(verdict, f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
 
 
 def render_fixed(fixed: Fixed, console: Console) -> None:
@@ -140,7 +142,7 @@ def render_fixed(fixed: Fixed, console: Console) -> None:
     for code, rows in by_code.items():
         more = " …" if len(rows) > MOST_ROWS else ""
         lines.append(f"    {code}: {_rows(len(rows))}: {', '.join(map(str, rows[:MOST_ROWS]))}{more}")
-    console.print(escape(printable("\n".join(lines))), soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _rows(count: int) -> str:
@@ -162,13 +164,13 @@ def render_code(name: str, console: Console) -> None:
     if name == "all":
         table = Table("code", "severity", "what it means", title="Problem codes", title_justify="left")
         for code in CODES.values():
-            table.add_row(code.name, f"[{COLOURS[code.severity]}]{code.severity}[/]", escape(code.explanation))
+            table.add_row(code.name, Text(code.severity, COLOURS[code.severity]), code.explanation)
         console.print(table)
         return
     code = explain(name)
-    console.print(f"[bold]{code.name}[/] ([{COLOURS[code.severity]}]{code.severity}[/])")
+    console.print(Text.assemble((code.name, "bold"), " (", (code.severity, COLOURS[code.severity]), ")"))
     for label, text in (("what", code.explanation), ("example", code.example), ("fix", code.fix)):
-        console.print(f"  {label:8}{escape(text)}")
+        console.print(f"  {label:8}{text}")
 
 
 def summary_of_warnings(report: Report) -> list[str]:
@@ -192,8 +194,8 @@ def _codes_table(report: Report) -> Table:
     for code in sorted(counts, key=lambda name: (ORDER[CODES[name].severity], -counts[name], name)):
         severity, row = CODES[code].severity, first[code].row
         table.add_row(
-            code, f"[{COLOURS[severity]}]{severity}[/]", str(counts[code]), "" if row is None else str(row),
-            escape(printable(first[code].message)),
+            code, Text(severity, COLOURS[severity]), str(counts[code]), "" if row is None else str(row),
+            printable(first[code].message),
         )  # fmt: skip
     return table
 
@@ -212,8 +214,8 @@ def _worst_table(report: Report, worst: int) -> Table:
     table = Table("row", "problems", title="Worst rows, counted from 0", title_justify="left")
     for row, problems in rows[:worst]:
         problems.sort(key=lambda problem: ORDER[problem.severity])
-        lines = [f"[{COLOURS[p.severity]}]{escape(_without_row(p))}[/]" for p in problems]
-        table.add_row("file" if row is None else str(row), "\n".join(lines))
+        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems]
+        table.add_row("file" if row is None else str(row), Text("\n").join(lines))
     if len(rows) > worst:
         table.caption = f"and {len(rows) - worst} more rows"
     return table

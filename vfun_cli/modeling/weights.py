@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vfun_cli.checkpoints.released import INDEX, read_index
+from vfun_cli.checkpoints.released import POINT_AT_RELEASE, weight_files
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.lfs import refuse_lfs_pointer
 from vfun_cli.modeling.foreign import made_of
@@ -28,8 +28,6 @@ Module = TypeVar("Module", bound=nn.Module)
 
 LISTED = 10
 """How many offending names an error shows of each kind."""
-
-POINT_AT_RELEASE = "Point --pretrained-model-name-or-path at the folder of the released model, fully downloaded."
 
 
 def empty_model(build: Callable[[], Module], *, where: str = "the configuration") -> Module:
@@ -63,25 +61,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def safetensors_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors files of one model: the shards of ``<stem>.safetensors.index.json``, else
-    ``<stem>.safetensors``, else every ``*.safetensors`` in the folder, sorted by name.
+    """The safetensors files of one model, see :func:`~vfun_cli.checkpoints.released.weight_files`, each opened once.
 
     Raises:
         CheckpointError: there is none, a shard of the index is missing, or a file is damaged.
     """
-    index = folder / f"{stem}{INDEX}"
-    single = folder / f"{stem}.safetensors"
-    if index.is_file():
-        files = sorted(set(read_index(index).values()))
-    elif single.is_file():
-        files = [single]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file.",
-            hint=POINT_AT_RELEASE,
-        )
+    files = weight_files(folder, stem)
     for file in files:
         _open(file)
     return files

@@ -26,19 +26,29 @@ def independent_rounds(plan: EpochPlan, num_rounds: int, world_size: int, seed: 
     return plan.flops[picks.astype(np.int64)].reshape(-1, world_size)
 
 
-def mean_over_max(plan: EpochPlan) -> float:
+def mean_over_max(plan: EpochPlan) -> float | None:
     """Mean over max FLOPs across ranks, over the epoch: the share of the time in which ranks compute, not wait.
 
-    1.0 for an epoch without steps.
+    None for an epoch without steps.
     """
     return _ratio(planned_rounds(plan))
 
 
-def independent_balance(plan: EpochPlan, seed: int = 0, world_size: int | None = None) -> float:
-    """What independent draws per rank would give, simulated."""
+def independent_balance(plan: EpochPlan, seed: int = 0, world_size: int | None = None) -> float | None:
+    """What independent draws per rank would give, simulated; None for an epoch without steps."""
     return _ratio(independent_rounds(plan, SIMULATED_ROUNDS, world_size or plan.world_size, seed))
 
 
-def _ratio(rounds: FloatArray) -> float:
+def in_words(share: float | None) -> str:
+    """A share of time for people."""
+    return "no steps" if share is None else f"{share:.1%}"
+
+
+def rounded(share: float | None) -> float | None:
+    """The same for programs."""
+    return None if share is None else round(share, 6)
+
+
+def _ratio(rounds: FloatArray) -> float | None:
     """Mean over max of [rounds, ranks], the rounds weighted by their length."""
-    return float(rounds.mean(axis=1).sum() / rounds.max(axis=1).sum()) if rounds.size else 1.0
+    return float(rounds.mean(axis=1).sum() / rounds.max(axis=1).sum()) if rounds.size else None

@@ -11,7 +11,7 @@ import numpy as np
 from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.files import require_place, write_output
 from vfun_cli.metadata.table import IntArray
-from vfun_cli.plan.balance import independent_balance, independent_rounds, mean_over_max, planned_rounds
+from vfun_cli.plan.balance import in_words, independent_balance, independent_rounds, mean_over_max, planned_rounds
 from vfun_cli.plan.clips import KINDS
 from vfun_cli.plan.report import SizeRow, size_of_bucket, size_table
 from vfun_cli.plan.run_plan import RunPlan
@@ -191,12 +191,12 @@ STRIP_ROUNDS = 60
 STRIP_HEIGHT = 90
 
 
-def _strip(scene: Scene, top: float, name: str, rounds: FloatArray, share: float, tallest: float) -> None:
+def _strip(scene: Scene, top: float, name: str, rounds: FloatArray, share: float | None, tallest: float) -> None:
     """One column per round: the slowest rank as its height, the mean of the ranks as the solid part."""
     left, width = MARGIN + 150, WIDTH - 2 * MARGIN - 150
     base = top + STRIP_HEIGHT + 10
     scene.append(Label(x=MARGIN, y=base - 26, text=name, size=13))
-    scene.append(Label(x=MARGIN, y=base - 2, text=f"{share:.1%}", size=20, bold=True, fill="compute"))
+    scene.append(Label(x=MARGIN, y=base - 2, text=in_words(share), size=20, bold=True, fill="compute"))
     scene.append(Rectangle(x=left, y=base, width=width, height=1, fill="rule"))
     pitch = width / STRIP_ROUNDS
     for index, ranks in enumerate(rounds):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.balance import in_words, independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS
 from vfun_cli.plan.report import Totals, size_of_bucket, size_table, totals
 from vfun_cli.plan.run_plan import RunPlan
@@ -77,6 +77,8 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
     parts += [_heading("Rows", f"{first.ledger.rows:,} in the metadata"), _facts(_ledger_facts(first.ledger))]
     note = f"mean over max FLOPs of {first.world_size} ranks: the share of time spent computing"
     parts += [_heading("Balance", note), _balance(first)]
+    if first.num_steps == 0:
+        parts.append(_no_steps(plan, first))
     if len(epochs) > 1:
         parts += [_heading("Epochs"), _epochs(epochs)]
     return Group(*parts)
@@ -223,8 +225,18 @@ def _balance(epoch: EpochPlan) -> Table:
     grid.add_column(no_wrap=True)
     figures = (("this plan", mean_over_max(epoch)), ("independent draws", independent_balance(epoch)))
     for name, share in figures:
-        grid.add_row(name, _percent(share), Bar(share, COMPUTE_STYLE, 24))
+        grid.add_row(name, in_words(share), Bar(share or 0.0, COMPUTE_STYLE, 24))
     return grid
+
+
+def _no_steps(plan: RunPlan, epoch: EpochPlan) -> Text:
+    slots = plan.options.slots
+    why = (
+        f"a step takes {slots:,} micro-batches ({epoch.world_size:,} ranks x "
+        f"{plan.options.gradient_accumulation_steps:,}), more than this epoch fills; its clips wait for later epochs. "
+        "Fewer ranks or less accumulation train in every epoch."
+    )
+    return Text.assemble("\n", ("warning:", "yellow"), f" {why}")
 
 
 def _epochs(epochs: Sequence[EpochPlan]) -> Table:
@@ -232,6 +244,6 @@ def _epochs(epochs: Sequence[EpochPlan]) -> Table:
     for epoch in epochs:
         result.add_row(
             str(epoch.epoch), f"{epoch.num_steps:,}", f"{epoch.ledger.trained:,}", f"{epoch.ledger.carried_out:,}",
-            _percent(mean_over_max(epoch)),
+            in_words(mean_over_max(epoch)),
         )  # fmt: skip
     return result

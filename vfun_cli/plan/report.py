@@ -11,7 +11,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
-from vfun_cli.plan.balance import independent_balance, mean_over_max
+from vfun_cli.plan.balance import independent_balance, mean_over_max, rounded
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.run_plan import RunPlan
@@ -166,8 +166,8 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
     result["ledger"] = first.ledger.to_json()
     result["balance"] = {
         "world_size": first.world_size,
-        "mean_over_max_flops": round(mean_over_max(first), 6),
-        "independent_draws": round(independent_balance(first), 6),
+        "mean_over_max_flops": rounded(mean_over_max(first)),
+        "independent_draws": rounded(independent_balance(first)),
     }
     result["steps_per_epoch"] = first.num_steps
     result["totals"] = _totals_json(totals(plan, first))
@@ -177,7 +177,7 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
             "steps": each.num_steps,
             "trained": each.ledger.trained,
             "carried_out": each.ledger.carried_out,
-            "mean_over_max_flops": round(mean_over_max(each), 6),
+            "mean_over_max_flops": rounded(mean_over_max(each)),
             "digest": each.digest(),
             "assignment_digest": planned_digest(each),
             **({"assignment": assignment_json(each)} if assignment else {}),

@@ -145,7 +145,7 @@ class RunDir:
         """All that a launch writes for one machine."""
         folder = self.launch(machine_rank)
         generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
-        return [*generated, self.clips(machine_rank), self.launcher_log(machine_rank)]
+        return [*generated, self.clips(machine_rank), self.contents(machine_rank), self.launcher_log(machine_rank)]
 
     def files_of_rank(self, rank: int) -> list[Path]:
         """All that one rank writes for itself."""

@@ -88,7 +88,8 @@ def choose_weights(
     """
     spec, dims = plan.spec, plan.dims
     if not lora:
-        choose_trainable(transformer, config.trainable_modules, spec.model.modules_without_gradient(dims))
+        without_gradient = spec.model.modules_without_gradient(dims)
+        choose_trainable(transformer, config.trainable_modules, without_gradient, spec.export.names["same"])
         return
     add_adapters(transformer, config, spec, dims, lazy)
     if config.network_path is not None and fresh:

@@ -1,13 +1,14 @@
 """The trainable parameters, their optimizer, and its learning rate as a function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.config.trainable import choose
 
 FUSED = ("cuda", "cpu")
 """Devices for which torch has AdamW in one pass over each tensor."""
@@ -29,30 +30,22 @@ def learning_rate(step: int, config: RunConfig, total_steps: int) -> float:
     return config.learning_rate
 
 
-def choose_trainable(transformer: nn.Module, modules: Sequence[str], without_gradient: Sequence[str] = ()) -> list[str]:
-    """Freeze everything but the parameters whose name contains one of ``modules``; their names.
-
-    ``without_gradient`` names modules whose parameters never get one in this architecture.
+def choose_trainable(
+    transformer: nn.Module,
+    parts: Sequence[str],
+    without_gradient: Sequence[str] = (),
+    released: Callable[[str], str] = unchanged,
+) -> list[str]:
+    """Freeze everything but the parameters that :func:`vfun_cli.config.trainable.choose` finds; their names.
 
     Raises:
-        ConfigError: a part that matches nothing, with the nearest module name.
+        ConfigError: a part that matches nothing.
     """
-    names = [name for name, _ in transformer.named_parameters()]
-    for part in modules:
-        if not any(part in name for name in names):
-            near = did_you_mean(part, {word for name in names for word in (name, *name.split("."))})
-            raise ConfigError(
-                f"trainable_modules: {part!r} is in no parameter name of the transformer.{near}",
-                hint='Use "." for everything, or a part of a name such as "self_attn".',
-            )
-    trained = []
+    chosen = choose(parts, [name for name, _ in transformer.named_parameters()], released, without_gradient).names
+    trained = set(chosen)
     for name, parameter in transformer.named_parameters():
-        unreachable = any(name.startswith(f"{module}.") for module in without_gradient)
-        chosen = any(part in name for part in modules) and not unreachable
-        parameter.requires_grad_(chosen)
-        if chosen:
-            trained.append(name)
-    return trained
+        parameter.requires_grad_(name in trained)
+    return chosen
 
 
 def make_optimizer(transformer: nn.Module, config: RunConfig, device: torch.device) -> torch.optim.AdamW:

@@ -265,6 +265,7 @@ V5_1 = FamilySpec(
     ),
     export=ExportSpec(
         names={"same": released_name, "diffusers": diffusers_name},
+        parameter=diffusers_name,
         # diffusers' transformer and pipeline of this model load no LoRA; ComfyUI runs it in the original's own nodes.
         lora_formats={"peft": "peft", "comfyui": "original", "original": "original"},
     ),

@@ -27,7 +27,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
 )
-from vfun_cli.families.wan_fun_control.names import released_name
+from vfun_cli.families.wan_fun_control.names import live_name, released_name
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
 from vfun_cli.typed_json import Check, check_fields, flag, optional
@@ -202,5 +202,5 @@ SPEC = FamilySpec(
             "control_ref_image": "random",
         },
     ),
-    export=ExportSpec(names={"same": released_name}),
+    export=ExportSpec(names={"same": released_name}, parameter=live_name),
 )

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
+from vfun_cli.checkpoints.released import POINT_AT_RELEASE
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.foreign import OTHER_MODEL, from_folder
 from vfun_cli.modeling.pickled import load_pickled
-from vfun_cli.modeling.weights import POINT_AT_RELEASE, read_json
+from vfun_cli.modeling.weights import read_json
 
 
 def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype, unused: Sequence[str] = ()) -> Any:
