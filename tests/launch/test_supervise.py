@@ -44,12 +44,15 @@ Root Cause (first observed failure):
 """
 
 
+def launch(script: str, run: RunDir, stop: supervise.StopRequests) -> None:
+    argv = [sys.executable, "-c", script]
+    supervise.launch(argv, run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
+
+
 def failure(run: RunDir, script: str) -> VfunError:
     """What a launch of this script ends with."""
     with supervise.stop_requests(run) as stop, pytest.raises(VfunError) as caught:
-        supervise.launch(
-            [sys.executable, "-c", script], run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on."
-        )
+        launch(script, run, stop)
     return caught.value
 
 
@@ -154,13 +157,5 @@ def test_a_crash_after_a_wish_to_stop_starts_nothing_over(tmp_path: Path) -> Non
     run = RunDir(tmp_path)
     with supervise.stop_requests(run) as stop, pytest.raises(RunError) as caught:
         stop.asked.append(signal.SIGINT)
-        supervise.launch(
-            [sys.executable, "-c", "raise SystemExit(1)"],
-            run,
-            0,
-            0,
-            stop,
-            stdin=subprocess.DEVNULL,
-            way_on=lambda: "Go on.",
-        )
+        launch("raise SystemExit(1)", run, stop)
     assert not isinstance(caught.value, supervise.Crashed)
