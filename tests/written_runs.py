@@ -49,7 +49,8 @@ def write_run(command: str, folder: Path) -> RunDir:
     (checkpoint / "config").mkdir()
     shutil.copy2(model / spec.model.config_file, checkpoint / "config/config.json")
     state = {
-        "schema": 1, "step": 4, "epoch": 0, "strategy": "single", "world_size": 1, "family": spec.name, "kind": command,
+        "schema": 1, "run_id": job.run_id, "step": 4, "epoch": 0, "strategy": "single", "world_size": 1,
+        "family": spec.name, "kind": command,
         "layouts": [{"until": 2, "slots": 4}], "run_config": job.config.to_json(),
     }  # fmt: skip
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")

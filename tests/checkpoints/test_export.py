@@ -148,7 +148,7 @@ def test_names_are_translated_and_unknown_ones_refused(samples: Path, base: Path
 
 def test_an_existing_output_is_kept_unless_overwritten(samples: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "adapter_config.json").write_text("x")
+    (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(ConfigError, match="exists"):
         export(samples / "fsdp", tmp_path / "out", base_dir=base)
     assert (tmp_path / "out" / "precious").read_text() == "x"

@@ -40,6 +40,10 @@ HINTS = {
     errno.EPERM: PERMISSION,
     errno.EIO: DAMAGE,
     errno.ESTALE: DAMAGE,
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+        "Name another place, or move what is there away.",
+    ),
 }
 """What to do about the failures of a disk."""
 
