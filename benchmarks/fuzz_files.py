@@ -284,7 +284,8 @@ def main() -> int:
         started = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):
             found = targets(arguments.smoke)
-        healthy = [(command, *call(command)) for target in found for command in target.commands]
+        commands = dict.fromkeys(command for target in found for command in target.commands)
+        healthy = [(command, *call(command)) for command in commands]
         broken = [ended for ended in healthy if ended[1]]
         assert not broken, broken
         result = {"seed": arguments.seed, **fuzz(found, arguments.mutations, arguments.seed)}
