@@ -71,6 +71,11 @@ def test_a_single_rank_is_reported_by_its_own_end(rank: str, said: str, tmp_path
         raise error
 
 
+def test_a_killed_launcher_is_not_an_exit_code(tmp_path: Path) -> None:
+    error = failure(RunDir(tmp_path), "import os; print('step 1'); os.kill(os.getpid(), 9)")
+    assert error.message == "the launcher was ended by SIGKILL. The host probably ran out of memory."
+
+
 @pytest.mark.parametrize(
     ("first", "cause", "ago", "said"),
     [

@@ -221,10 +221,10 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
         if first.crash and kind is RunError:
             kind = Crashed
         return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or hint)
-    if killed:
-        rank, number = killed
+    if killed or code < 0:
+        who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
-        return Crashed(f"rank {rank} was ended by {_signal_name(number)}.{why}", hint=hint)
+        return Crashed(f"{who} was ended by {_signal_name(number)}.{why}", hint=hint)
     cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
     return Crashed(f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}.", hint=hint)
 
