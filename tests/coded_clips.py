@@ -236,14 +236,22 @@ def encode(clip: Coded, folder: Path) -> Path:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="rgb24")
             frame.pts = round((clip.spacing(number) + clip.late) / clip.fps / unit)
             frame.time_base = unit
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            container.mux(_timed(stream.encode(frame), clip))
+        container.mux(_timed(stream.encode(), clip))
     if whole is not path:
         _cut(whole, path, clip)
         whole.unlink()
     if clip.rotation and path.suffix != ".mkv":
         turn(path, clip.rotation)
     return path
+
+
+def _timed(packets: list[av.Packet], clip: Coded) -> list[av.Packet]:
+    """x265 leaves the times of decoding of two pictures, which are never reordered, to what its memory held before."""
+    for packet in packets:
+        if clip.frames <= 2:
+            packet.dts = packet.pts
+    return packets
 
 
 def true_numbers(clip: Coded) -> list[int]:

@@ -13,6 +13,7 @@ from vfun_cli.devices import check_processes, cpu_cores
 from vfun_cli.errors import EnvironmentFault
 
 
+@pytest.mark.slow
 def test_a_process_that_was_given_one_core_counts_one_and_trains_on_one_thread() -> None:
     code = (
         "from vfun_cli.devices import cpu_cores; from vfun_cli.training.strategy import prepare_environment;"

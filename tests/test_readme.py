@@ -58,6 +58,7 @@ def run_block(lines: list[str], folder: Path, patch: pytest.MonkeyPatch) -> int:
     return ran
 
 
+@pytest.mark.slow
 def test_commands_that_start_nothing_run_as_printed(customer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = [block for block in blocks() if not any(map(starts_training, block))]
     assert sum(run_block(block, customer, monkeypatch) for block in quick) >= 5

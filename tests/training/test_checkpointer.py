@@ -214,6 +214,7 @@ def test_an_edited_manifest_makes_no_checkpoint(edit: Callable[[str], str], run:
     assert manifest.checkpoints(run.root) == []
 
 
+@pytest.mark.slow
 def test_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run: RunDir) -> None:
     """``kill -9`` at every touch of the file system in turn: while writing, renaming, and removing the old ones."""
     state, saver, before = trained(), checkpointer(run, keep=1), run.root.with_name("before")

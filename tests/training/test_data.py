@@ -142,6 +142,7 @@ def test_skipping_everything_is_an_error() -> None:
         loaded(stream((0,), (1,)), 0, "skip", broken=(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])
 def test_a_file_that_hangs_its_decoder_is_named_or_skipped(on_bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "LOAD_TIMEOUT", 3)

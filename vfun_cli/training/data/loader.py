@@ -1,6 +1,5 @@
 """From the plan to decoded clips: this rank's micro-batches in order, decoded ahead by worker processes."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -296,13 +295,13 @@ def _lost_contact(error: Exception) -> bool:
 @contextmanager
 def _watched(loader: DataLoader[LoadedBatch], status: WorkerStatus) -> Iterator[tuple[Iterator[LoadedBatch], _Ended]]:
     """The loader's iterator, with a thread that ends processes whose file hangs its decoder."""
-    before = {process.pid for process in multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     # torch would raise the death of a worker in the middle of a training step; when the next micro-batch
     # is fetched, the loader finds out by itself.
     signal.signal(signal.SIGCHLD, handler)
-    started = [process for process in multiprocessing.active_children() if process.pid not in before]
+    # torch's own list: multiprocessing forgets a process whose first file has crashed it already
+    started = list(getattr(iterator, "_workers", ()))
     ended = _Ended(processes={process.pid or 0: process for process in started}, too_slow=set())
     done = threading.Event()
 
