@@ -19,7 +19,7 @@ MARKS = {
     "export": pytest.mark.long,
     "frame_matrix": pytest.mark.slow,
     "fsdp_loading": pytest.mark.long,
-    "fuzz_files": pytest.mark.slow,
+    "fuzz_files": pytest.mark.long,
     "fuzz_metadata": pytest.mark.slow,
     "gpu_step": pytest.mark.long,
     "help_startup": pytest.mark.slow,
