@@ -4,13 +4,15 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -118,11 +120,26 @@ def training_processes(run: RunDir) -> tuple[list[int], list[int]]:
         except (OSError, ValueError):
             continue
         if "vfun_cli.training" in argv and str(run.run_json.absolute()) in argv:
-            if "accelerate.commands.launch" in argv:
+            if "vfun_cli.training.launcher" in argv:
                 launchers.append(int(folder.name))
             else:
                 ranks.setdefault(parent, {})[environment.get("RANK", "0")] = int(folder.name)
     return launchers, [pid for _, pid in sorted(ranks[launchers[0]].items())]
+
+
+def listened_at(processes: Collection[int]) -> set[str]:
+    """The addresses at which these processes wait for others to connect."""
+    sockets, addresses = set(), set()
+    for opened in (path for pid in processes for path in Path(f"/proc/{pid}/fd").iterdir()):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            sockets.add(str(opened.readlink()))
+    for table, width in (("tcp", 4), ("tcp6", 16)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = struct.unpack(f"<{width // 4}I", bytes.fromhex(local.partition(":")[0]))
+                addresses.add(str(ip_address(struct.pack(f">{width // 4}I", *words))))
+    return addresses
 
 
 def kill_all(job: Job) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.conftest import QUICK, TRAIN, Vfun, digest
-from tests.jobs import finish, start, training_processes, wait_for_step
+from tests.jobs import finish, listened_at, start, training_processes, wait_for_step
 from vfun_cli.lfs import START
 from vfun_cli.run.rundir import RunDir
 
@@ -223,8 +223,8 @@ def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
     job = start(*TRAIN, *QUICK, "--ddp", "--max-train-steps", "10000")
     run = RunDir(place / OUTPUT)
     wait_for_step(run, 1, job)
-    _, ranks = training_processes(run)
-    assert len(ranks) == 2
+    launchers, ranks = training_processes(run)
+    assert len(ranks) == 2 and listened_at([*launchers, *ranks]) == {"127.0.0.1"}
     os.kill(ranks[1], signal.SIGKILL)
     said = finish(job, 1)
     assert "rank 1" in said.err and "SIGKILL" in said.err and "Traceback" not in said.err, said.err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import Job, finish, start, training_processes, vfun_process, wait_for_step
+from tests.jobs import Job, finish, listened_at, start, training_processes, vfun_process, wait_for_step
 from vfun_cli.checkpoints.compare import compare_tensors
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.run.rundir import RunDir
@@ -63,6 +63,7 @@ def test_a_signal_anywhere_saves_and_exits_75_and_resume_is_exact(
     job = train(run, strategy)
     wait_for_step(run, 2, job)
     launchers, ranks = training_processes(run)
+    assert listened_at([*launchers, *ranks]) == ({"127.0.0.1"} if len(ranks) > 1 else set())
     told = {
         "command": [job.pid],
         "launcher": launchers,

@@ -1,7 +1,6 @@
 """Templates to launch files, and the exact command that starts the training processes. Nothing is started here."""
 
 import shlex
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -24,6 +23,8 @@ _VARIABLES = {
     "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
 }
 
+_LOOPBACK = "127.0.0.1"
+
 
 def templates_dir() -> Path:
     """The templates: inside an installed package, or at the top level of a checkout."""
@@ -45,7 +46,7 @@ class LaunchPlan:
 
 
 def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path) -> LaunchPlan:
-    """Render the launch files of this machine; pure but for choosing a free port."""
+    """Render the launch files of this machine."""
     folder = run.launch(config.machine_rank).absolute()
     accelerate_file = folder / "accelerate.yaml"
     deepspeed_file = folder / "deepspeed.json"
@@ -54,18 +55,27 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
     files = {accelerate_file: _render(strategy.launch_file, values)}
     if strategy.deepspeed_file is not None:
         files[deepspeed_file] = _render(strategy.deepspeed_file, values)
+    alone = config.num_machines == 1
     argv = children.command(
-        "accelerate.commands.launch",
+        "vfun_cli.training.launcher",
         "--config_file",
         str(accelerate_file),
+        *(["--rdzv_backend", "loopback"] if alone else []),  # accelerate heeds no such line of its file
         "-m",
         "vfun_cli.training",
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
         directory=templates_dir() / "accelerate",
-        variables=_VARIABLES,
+        variables=_VARIABLES | (_within_the_machine(config) if alone else {}),
     )
     return LaunchPlan(files=files, argv=argv)
+
+
+def _within_the_machine(config: RunConfig) -> dict[str, str]:
+    """Where ranks listen that have no other machine to hear from: at the meeting place, by default a free port, and
+    for the exchange of tensors on a CPU.
+    """
+    return {"PET_RDZV_ENDPOINT": f"{_LOOPBACK}:{config.main_process_port or 0}", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
@@ -78,7 +88,8 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
         "num_processes": config.num_processes,
         "machine_rank": config.machine_rank,
         "main_process_ip": _yaml_text(config.main_process_ip),
-        "main_process_port": config.main_process_port or _free_port(),
+        # On one machine PET_RDZV_ENDPOINT says it. Here 0 keeps accelerate from looking whether that port is free.
+        "main_process_port": config.main_process_port if config.num_machines > 1 else 0,
         "block_classes": ",".join(spec.model.block_classes),
         "train_batch_size": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -97,9 +108,3 @@ def _json_bool(value: bool) -> str:
 def _yaml_text(value: str) -> str:
     """Escaped for a double-quoted YAML string."""
     return value.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,0 +1,54 @@
+"""``accelerate launch``, with one more place where the ranks of a job can meet: the loopback address of one machine.
+
+torchrun's own meeting places listen on every address of the machine, and their store answers whoever connects.
+"""
+
+import socket
+from functools import cached_property
+
+from accelerate.commands.launch import main
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous import (
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+NAME = "loopback"
+
+
+class Loopback(StaticTCPRendezvous):
+    """A static meeting of one machine, at this port of the loopback address; at a free one for 0."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        address, _, port = parameters.endpoint.rpartition(":")
+        super().__init__(address, int(port), rank=0, world_size=1, run_id=parameters.run_id, timeout=600)
+
+    def get_backend(self) -> str:
+        """Its name in torchrun's registry."""
+        return NAME
+
+    @cached_property
+    def store(self) -> TCPStore:
+        """The store, which has its port from now on. It cannot be told an address, but takes a socket that has one.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        listening = socket.create_server((self.master_addr, self.master_port))
+        port = listening.getsockname()[1]
+        return TCPStore(
+            self.master_addr, port, self.world_size, True, self.timeout, master_listen_fd=listening.detach()
+        )
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """What torchrun gives to the ranks."""
+        where = RendezvousStoreInfo(self.master_addr, self.store.port)
+        return RendezvousInfo(PrefixStore(self.run_id, self.store), self.rank, self.world_size, where)
+
+
+if __name__ == "__main__":
+    rendezvous_handler_registry.register(NAME, Loopback)
+    main()
