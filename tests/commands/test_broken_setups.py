@@ -219,7 +219,7 @@ def test_a_broken_setup_is_one_message_with_a_next_step_and_one_object(broken: B
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_named_with_its_signal(place: Path) -> None:
+def test_ranks_of_one_machine_listen_within_it_and_a_killed_one_is_named_with_its_signal(place: Path) -> None:
     job = start(*TRAIN, *QUICK, "--ddp", "--max-train-steps", "10000")
     run = RunDir(place / OUTPUT)
     wait_for_step(run, 1, job)

@@ -1,4 +1,4 @@
-"""One training process: ``accelerate launch -m vfun_cli.training RUN_JSON``."""
+"""One training process: the launcher starts ``-m vfun_cli.training RUN_JSON``."""
 
 import os
 import sys
