@@ -24,8 +24,9 @@ def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) ->
     described = {**DESCRIBED, "id": ownership.new_id(), **stated}
     for path in [run.plan_json, run.metrics, run.outcome, *run.files_of_machine(0), *run.files_of_rank(1)]:
         write(path)
-    write(run.sanity_check / "sample-0-video.mp4")
-    write(run.tensorboard / "events.out.tfevents.1700000000.host.1.0")
+    with ownership.noting(run, run.root):
+        write(run.sanity_check / "sample-0-video.mp4")
+        write(run.tensorboard / "events.out.tfevents.1700000000.host.1.0")
     write(run.run_json, json.dumps(described))
     for step in steps:
         write_checkpoint(run.checkpoint(step), described["id"])

@@ -24,8 +24,8 @@ FOREIGN = (
     "logs/notes.txt",
     "logs/rank-2.log",
     "logs/launcher.log.1",
-    "logs/tensorboard/of-another-program",
-    "sanity_check/looks-good.txt",
+    "logs/tensorboard/events.out.tfevents.1700000001.host.2.0",
+    "sanity_check/sample-1-video.mp4",
     "metrics.jsonl.bak",
 )
 """What people keep beside a run; the run had two ranks."""

@@ -5,11 +5,13 @@ else is deleted, and no link is followed. What is to go is first renamed to a na
 that is cut off is known as one and finished by the next command.
 """
 
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -18,14 +20,14 @@ from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.disks.abilities import fsync_directory
 from vfun_cli.errors import CheckpointError
-from vfun_cli.run.rundir import RunDir, read_description
+from vfun_cli.run.rundir import RunDir, read_description, write_atomically
+from vfun_cli.typed_json import Check, file_inside, items, read_object
 
 MEMORY = Path("/dev/shm")
 """Where files are kept in this machine's memory; other users and other containers may see it."""
 
 _LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|partial-from-\d+|replaced|deleted)")
-_SAMPLE = re.compile(r"sample-\d+-\w+\.(txt|png|mp4|wav)")
-_CURVES = re.compile(r"events\.out\.tfevents\.\d+\..+")
+NOTED: Mapping[str, Check] = {"files": items(file_inside)}
 _MOST_RANKS = 4096
 """Of which files are looked for: run.json can be edited."""
 
@@ -176,10 +178,28 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path
     files = [run.plan_json, run.metrics, run.stop_request, run.outcome]
     files += [file for machine in (0, *others) for file in run.files_of_machine(machine)]
     files += [file for rank in range(counts["num_processes"]) for file in run.files_of_rank(rank)]
-    for folder, name in ((run.sanity_check, _SAMPLE), (run.tensorboard, _CURVES)):
-        if folder.is_dir():
-            files += [path for path in folder.iterdir() if name.fullmatch(path.name)]
-    return files
+    # the note is the last to go: a deletion that was stopped goes on by it
+    return [*files, *(run.root / name for name in sorted(_noted(run))), run.noted_json]
+
+
+@contextmanager
+def noting(run: RunDir, folder: Path) -> Iterator[None]:
+    """Note the files that come into a folder during the block as the run's own, for when it is deleted."""
+    before = set(folder.rglob("*"))
+    try:
+        yield
+    finally:
+        new = {str(path.relative_to(run.root)) for path in set(folder.rglob("*")) - before if path.is_file()}
+        if not new <= (noted := _noted(run)):
+            write_atomically(run.noted_json, json.dumps({"files": sorted(noted | new)}))
+
+
+def _noted(run: RunDir) -> set[str]:
+    """What :func:`noting` noted, as far as it can be read."""
+    try:
+        return set(read_object(run.noted_json, NOTED)["files"])
+    except CheckpointError:
+        return set()
 
 
 def _leads_away(run: RunDir, path: Path) -> bool:

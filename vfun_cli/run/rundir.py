@@ -141,6 +141,11 @@ class RunDir:
         """Those that are there."""
         return sorted(self.logs.glob("error-rank-*.json"))
 
+    @property
+    def noted_json(self) -> Path:
+        """Files of the run whose names nothing else tells: the first batch, curves."""
+        return self.launch() / "noted.json"
+
     def files_of_machine(self, machine_rank: int) -> list[Path]:
         """All that a launch writes for one machine."""
         folder = self.launch(machine_rank)

@@ -12,6 +12,7 @@ import torch
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.transfer import Clock
 from vfun_cli.run.metrics_file import MetricsFile, only_reports
+from vfun_cli.run.ownership import noting
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
 from vfun_cli.training.meter import Costs
@@ -69,7 +70,7 @@ class Metrics:
         self.tracker: Tracker | None = None
         if writes:
             self.file = MetricsFile(run.metrics, last_step=first_step)
-            with only_reports(f"{config.report_to} cannot be started"):
+            with only_reports(f"{config.report_to} cannot be started"), noting(run, run.tensorboard):
                 self.tracker = TRACKERS[config.report_to](run, config) if config.report_to in TRACKERS else None
 
     def wait(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
@@ -172,7 +173,8 @@ class Metrics:
     def show_first_batch(self, loaded: LoadedBatch) -> None:
         """Write what the encoders see of the first samples of rank 0 as files that people can look at."""
         if self.writes:
-            with only_reports(f"the first batch cannot be written to {self.run.sanity_check}"):
+            what = f"the first batch cannot be written to {self.run.sanity_check}"
+            with only_reports(what), noting(self.run, self.run.sanity_check):
                 write_first_batch(self.run, loaded)
 
     def close(self) -> None:
