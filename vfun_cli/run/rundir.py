@@ -123,7 +123,7 @@ class RunDir:
 
     def fill_reports(self) -> list[Path]:
         """Those that are there."""
-        return sorted(self.logs.glob("filled-rank-*.json"))
+        return self._of_ranks("filled-rank-", ".json")
 
     def rank_error(self, rank: int) -> Path:
         """The error that ended a rank."""
@@ -135,11 +135,16 @@ class RunDir:
 
     def rank_error_spaces(self) -> list[Path]:
         """Those of ranks that were killed."""
-        return sorted(self.logs.glob(".error-rank-*.space"))
+        return self._of_ranks(".error-rank-", ".space")
 
     def rank_errors(self) -> list[Path]:
         """Those that are there."""
-        return sorted(self.logs.glob("error-rank-*.json"))
+        return self._of_ranks("error-rank-", ".json")
+
+    def _of_ranks(self, before: str, after: str) -> list[Path]:
+        """Files named after a rank, and no other that is named alike."""
+        found = self.logs.glob(f"{before}*{after}")
+        return sorted(path for path in found if path.name.removeprefix(before).removesuffix(after).isdecimal())
 
     @property
     def noted_json(self) -> Path:
