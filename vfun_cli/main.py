@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.flush()
     except console.OutputClosed:
         code = EXIT_CLOSED_PIPE
-    except EnvironmentFault as fault:  # stdout cannot be written
-        console.report(fault)
-        code = fault.exit_code
+    except EnvironmentFault as unwritable:  # stdout
+        console.report(unwritable)
+        code = unwritable.exit_code
     raise SystemExit(code)
 
 

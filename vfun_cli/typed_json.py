@@ -10,12 +10,12 @@ import json
 import math
 import os
 import reprlib
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.files import open_bounded
 from vfun_cli.lfs import refuse_lfs_pointer
 
 Check = Callable[[str, Any], None]
@@ -39,14 +39,10 @@ def read_object(path: Path, fields: Mapping[str, Check] | None = None, *, hint: 
     """
     refuse_lfs_pointer(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is no file")
-        if status.st_size > LARGEST_FILE:
-            raise OSError(f"its {status.st_size:,} bytes are too many for what it should hold")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}.", hint=hint) from None
+        with open_bounded(path, LARGEST_FILE) as file:
+            content = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from None
     return parse_object(content, str(path), fields, hint=hint)
 
 
@@ -69,7 +65,8 @@ def parse_object(
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         found = json.loads(text, object_pairs_hook=_once if unique else None)
-        _refuse_depth(found)
+        if is_deeper(found, DEEPEST):
+            raise ValueError(_TOO_DEEP)
     except RecursionError:
         raise CheckpointError(f"{where} is damaged: {_TOO_DEEP}.", hint=hint) from None
     except ValueError as error:
@@ -215,6 +212,17 @@ def record(fields: Mapping[str, Check]) -> Check:
     return check_all
 
 
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in it more than ``most`` within each other; what shows or writes it recurses."""
+    level = [value]
+    for _ in range(most + 1):
+        inside = [each for each in level if isinstance(each, dict | list)]
+        if not inside:
+            return False
+        level = [item for each in inside for item in (each.values() if isinstance(each, dict) else each)]
+    return True
+
+
 def stays_inside(name: str) -> bool:
     """Whether the path of that name, from a folder, is of something in the folder."""
     inside = PurePosixPath(name)
@@ -245,21 +253,8 @@ def _can(encode: Callable[[], bytes]) -> bool:
     return True
 
 
-def _refuse_depth(found: Any) -> None:
-    level, depth = [found], 0
-    while inside := [value for value in level if isinstance(value, dict | list)]:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError(_TOO_DEEP)
-        level = [item for value in inside for item in (value.values() if isinstance(value, dict) else value)]
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object has a name twice")
     return found
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

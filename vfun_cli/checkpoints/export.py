@@ -92,9 +92,6 @@ def check_output(output: Path, dtype: str, *, overwrite: bool, sources: Collecti
     Args:
         sources: what must stay whatever happens: files and folders that are read, or are of a run.
 
-    Args:
-        reads: the folders that the export is made from.
-
     Raises:
         ConfigError: an unknown dtype, or an output that is taken.
     """

@@ -199,7 +199,7 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
             spec.fields,
             config.train_data_dir,
             config.pretrained_model_name_or_path,
-            cache=rows.CACHE.expanduser(),
+            cache=rows.header_cache(),
             progress=stage("reading samples of files"),
         )
 

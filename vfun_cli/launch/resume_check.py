@@ -9,10 +9,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from vfun_cli import console, families
-from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options
+from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, plain_kind
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
@@ -260,7 +260,7 @@ def keep_variants(run: Earlier, resolved: Resolved) -> Resolved:
 
 def _paths() -> set[str]:
     """The options that name a file or folder."""
-    return {name for name, (_, kind, _) in options().items() if Path in (kind, *get_args(kind))}
+    return {name for name, (_, kind, _) in options().items() if plain_kind(kind) is Path}
 
 
 def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,6 @@ def _way_on(job: Job) -> str:
 
 
 def _launch_once(job: Job, claim: int) -> Outcome:
-    ownership.remove_leftovers(job.run, job.config.machine_rank)
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     first_step = job.found.step if job.found else 0

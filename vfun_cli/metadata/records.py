@@ -17,6 +17,7 @@ from vfun_cli import lfs
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.files import open_bounded
 from vfun_cli.metadata.codes import Problem
+from vfun_cli.typed_json import is_deeper
 
 MetadataFormat = Literal["json", "jsonl", "csv"]
 LARGEST_METADATA = 1 << 34
@@ -257,24 +258,9 @@ def _line(row: int, number: int, line: str) -> Record | Problem:
 def _record(row: int, item: Any, place: str) -> Record | Problem:
     if not isinstance(item, dict):
         return Problem(row=row, code="malformed-row", message=f"{place}: an object is needed, not {_kind(item)}")
-    if _is_deeper(item, DEEPEST):
+    if is_deeper(item, DEEPEST):
         return Problem(row=row, code="malformed-row", message=f"{place}: nested too deeply")
     return Record(row=row, fields=own_keys(item), raw=item)
-
-
-def _is_deeper(item: Any, most: int) -> bool:
-    """Whether lists and objects lie in it more than ``most`` within each other; what shows or writes it recurses."""
-    inside = [item]
-    for _ in range(most):
-        inside = [
-            value
-            for each in inside
-            for value in (each.values() if isinstance(each, dict) else each)
-            if isinstance(value, dict | list)
-        ]
-        if not inside:
-            return False
-    return True
 
 
 def _read_csv(path: Path, text: str) -> Metadata:

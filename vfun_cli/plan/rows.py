@@ -123,13 +123,13 @@ def _validate(
     deep_timeout: float | None,
 ) -> Report:
     with progress() as stage:
-        settings = Settings(cache=_header_cache(), progress=stage)
+        settings = Settings(cache=header_cache(), progress=stage)
         if deep_timeout is not None:
             settings = replace(settings, deep=True, deep_timeout=deep_timeout)
         return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
 
 
-def _header_cache() -> Path | None:
+def header_cache() -> Path | None:
     """Where headers are remembered; nowhere for a user without a home."""
     try:
         return CACHE.expanduser()

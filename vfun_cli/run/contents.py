@@ -17,6 +17,7 @@ from typing import Any
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata.fields import MetadataField, stated_media
+from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.records import NUMBERS, Metadata
 from vfun_cli.metadata.remembered import OnProgress, remembered
 from vfun_cli.run.rundir import write_atomically
@@ -158,8 +159,7 @@ def file_digests(
         EnvironmentFault: a file cannot be read.
         CheckpointError: a weight file is damaged.
     """
-    # Without dots but with links, as media are opened.
-    keys = {path: (os.path.abspath(path), SCHEME) for path in files}  # noqa: PTH100
+    keys = {path: (absolute(path), SCHEME) for path in files}
     found = remembered(
         list(dict.fromkeys(keys.values())), lambda key: file_digest(Path(key[0])), to_text=str, from_text=str,
         cache=cache, threads=2 * cpu_cores(), at_once=FILES_AT_ONCE, progress=progress,
