@@ -3,10 +3,10 @@
 The pointer's form: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
 """
 
-import os
 from pathlib import Path
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.files import regular_status
 
 START = b"version https://git-lfs.github.com/spec/v1"
 LONGEST = 1023
@@ -18,7 +18,7 @@ WHAT = "a git-lfs pointer, not the file itself: git lfs pull fetches it"
 def is_lfs_pointer(path: str | Path) -> bool:
     """Whether the file is a pointer; of a longer file than one can be, nothing is read. False where there is none."""
     try:
-        if os.stat(path).st_size > LONGEST:  # noqa: PTH116 - once for every file of a data set
+        if regular_status(path).st_size > LONGEST:
             return False
         with Path(path).open("rb") as file:
             return file.read(len(START)) == START

@@ -1,6 +1,7 @@
 """Files that somebody edited, cut or made up: every command says which is damaged, at once, and exits with 5."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -272,6 +273,30 @@ def test_overwrite_replaces_an_export_and_nothing_else(place: Path, vfun: Vfun) 
     assert said.code == 2 and Path("loras/precious.safetensors").exists(), said.err
 
 
+INSIDE = ("state.json", "manifest.json", "config/config.json", "model/model.safetensors", "model/optimizer.safetensors")
+PIPES = [
+    *((FULL / name, command) for name in INSIDE for command in (VERIFY, EXPORT, RESUME)),
+    *((CONFIG, command) for command in (PLAN, RESUME)),
+    (LORA / "model/adapter_model.safetensors", START),
+]
+
+
+@pytest.mark.parametrize(("file", "command"), PIPES)
+def test_a_pipe_in_the_place_of_a_file_is_never_waited_for(
+    file: Path, command: tuple[str, ...], place: Path, vfun: Vfun
+) -> None:
+    file.unlink()
+    os.mkfifo(file)
+    said = vfun(*command)
+    assert said.code == 5 and ("not a regular file" in said.err or file.name in said.err), said.err
+
+
+def test_a_pipe_in_the_place_of_a_run_is_none(place: Path, vfun: Vfun) -> None:
+    RUN.unlink()
+    os.mkfifo(RUN)
+    assert "holds no run" in vfun(*RESUME).err
+
+
 def test_outputs_that_no_disk_takes_are_refused_in_words(place: Path, vfun: Vfun) -> None:
     Path("file").write_text("x")
     for output, code in (("x" * 300, 2), ("file/out", 6), ("file", 2)):
@@ -305,3 +330,12 @@ def test_weights_of_the_demo_are_exported_as_they_were(place: Path, vfun: Vfun) 
     assert json.loads(said.out)["verified"]
     exported = {k: v for file in Path("out").glob("*.safetensors") for k, v in load_file(file).items()}
     assert all(np.array_equal(exported[k], v) for k, v in load_file(FULL / "model/model.safetensors").items())
+
+
+def test_a_user_without_a_home_can_train(place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started under a number that no user has."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+    said = vfun("train", "wan-s2v", "--demo", "--dry-run", "--output-dir", "elsewhere")
+    assert said.code == 0, said.err

@@ -15,6 +15,7 @@ from typing import Any
 from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory, naming
 from vfun_cli.errors import CheckpointError
+from vfun_cli.files import regular_status
 from vfun_cli.typed_json import Check, file_inside, mapping, one_of, read_object, record, text, whole
 
 MANIFEST = "manifest.json"
@@ -164,8 +165,8 @@ def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 def _problem(directory: Path, name: str, entry: dict[str, Any], deep: bool) -> str | None:
     path = directory / name
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        size = regular_status(path).st_size
+        with path.open("rb") as file:  # it must be readable, too
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
             if deep and _digest(file) != entry["sha256"]:

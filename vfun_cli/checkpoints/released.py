@@ -41,7 +41,7 @@ def check_weights(model_dir: Path) -> int:
             _check_index(index, held)
     except CheckpointError as error:
         raise CheckpointError(error.message, hint=again) from error
-    pickles = sorted(model_dir.rglob("*.pth"))
+    pickles = sorted(path for path in model_dir.rglob("*.pth") if path.is_file())
     for file in pickles:
         with file.open("rb") as stream:
             start = stream.read(len(ZIP_START))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vfun_cli.disks.abilities import naming
 from vfun_cli.errors import CheckpointError
+from vfun_cli.files import regular_status
 from vfun_cli.lfs import refuse_lfs_pointer
 
 Array = npt.NDArray[np.generic]
@@ -125,6 +126,7 @@ class FileReader:
         self.path = path
         refuse_lfs_pointer(path)
         try:
+            regular_status(path)
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

@@ -13,7 +13,9 @@ from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import LAYOUTS, options
 from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, EnvironmentFault
+from vfun_cli.files import open_bounded
 from vfun_cli.typed_json import (
+    LARGEST_FILE,
     Check,
     file_path,
     flag,
@@ -197,7 +199,8 @@ class RunDir:
     def fingerprint(self) -> str | None:
         """Of ``run.json``, which every launch writes anew; None if there is none."""
         try:
-            return hashlib.sha256(self.run_json.read_bytes()).hexdigest()
+            with open_bounded(self.run_json, LARGEST_FILE) as file:
+                return hashlib.sha256(file.read()).hexdigest()
         except OSError:
             return None
 
