@@ -1,8 +1,8 @@
 """How ranks wait for each other while files are written: through the hosts, and with patience.
 
-A collective of NCCL ends the job where one rank is late by more than ``COLLECTIVE_LIMIT``. To write the state of a
-14-billion-parameter model, 196 GB, may take a shared disk longer than that, so whatever waits for files goes through a
-group of its own, of gloo, whose limit is ``FILES_LIMIT``.
+A collective of NCCL ends the job where one rank is late by more than ``COLLECTIVE_LIMIT``. To write the state of
+Wan2.2-S2V, 196 GB, may take a shared disk longer than that, so whatever waits for files goes through a group of its
+own, of gloo, whose limit is ``FILES_LIMIT``.
 """
 
 from datetime import timedelta

@@ -13,6 +13,7 @@ from typing import Any
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
@@ -251,19 +252,13 @@ class Checkpointer:
 
 
 def checkpoint_bytes(state: TrainedState) -> int:
-    """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
-    average, and what describes them.
-    """
+    """What a checkpoint takes at most."""
     trained = trained_parameters(state)
     count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-    copies = 3 + (state.average is not None)
-    return count * (4 * copies + 2) + len(trained) * _METADATA_BYTES + _BYTES_OF_OTHER_FILES
+    copies = max((parameter.element_size() for parameter in trained.values()), default=0)
+    engine = hasattr(state.model, "zero_optimization_stage")
+    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=copies if engine else 0)
 
-
-_METADATA_BYTES = 8192
-"""A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
-
-_BYTES_OF_OTHER_FILES = 1 << 20
 
 _POLL_SECONDS = 0.05
 
