@@ -5,6 +5,7 @@ before all runs on two processes. What a run is compared with is waited for when
 """
 
 import json
+import re
 import os
 import shlex
 import shutil
@@ -121,6 +122,9 @@ def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> N
     job.send_signal(signal.SIGINT)
     said = finish(job, 130)
     assert "saved" in said.err and "Traceback" not in said.err, said.err
+    assert re.search(
+        r"\ncheckpoints: [\d.]+ MB each, at most \d+ at a time: [\d.]+ MB; [\d.]+ [GT]B are free\n", said.err
+    )
     assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
     vfun_process("resume", run.root, "--dry-run", code=0)  # what follows goes on as the original scripts do
     saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
