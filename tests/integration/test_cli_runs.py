@@ -5,8 +5,8 @@ before all runs on two processes. What a run is compared with is waited for when
 """
 
 import json
-import re
 import os
+import re
 import shlex
 import shutil
 import signal
