@@ -6,6 +6,7 @@ before all runs on two processes. What a run is compared with is waited for when
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -157,6 +158,9 @@ def interrupted_and_begun_again() -> tuple[RunDir, Said, int]:
 def test_ctrl_c_saves_and_resume_goes_on(result: tuple[RunDir, Said, int], workplace: Path, trained: Trained) -> None:
     run, said, saved = result
     assert "saved" in said.err and "Traceback" not in said.err, said.err
+    assert re.search(
+        r"\ncheckpoints: [\d.]+ MB each, at most \d+ at a time: [\d.]+ MB; [\d.]+ [GT]B are free\n", said.err
+    )
     assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
     assert saved >= 3 and run.checkpoint(saved).is_dir()
     assert losses(run) == losses_of_the_matrix(trained, "single")

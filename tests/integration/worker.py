@@ -22,9 +22,11 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tests.integration.matrix import BROKEN
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
+from vfun_cli.training.state.checkpointer import Checkpointer
 
 
 def main(list_file: str) -> int:
@@ -33,10 +35,11 @@ def main(list_file: str) -> int:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        with training_noted(RunDir(Path(described["run_dir"]))):
+        run = RunDir(Path(described["run_dir"]))
+        with training_noted(run), saving_noted(run):
             failed = run_rank(Path(run_json))
-        if failed:
-            print(f"FAILED {run_json}", file=sys.stderr)
+        if bool(failed) != (run.root.name == BROKEN):
+            print(f"FAILED {run_json}" if failed else f"{run_json} should have failed", file=sys.stderr)
             return 1
     return 0
 
@@ -49,6 +52,8 @@ def training_noted(run: RunDir) -> Iterator[None]:
     train = Trainer.train
 
     def noted(self: Trainer, *given: Any) -> int:
+        if run.root.name == BROKEN:
+            break_gradients(self)
         before = frozen_weights(self.state.model)
         sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
         with gathers_counted([] if self.config.compile else sharded) as gathers:  # a compiled hook is a graph more
@@ -62,6 +67,66 @@ def training_noted(run: RunDir) -> Iterator[None]:
         yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
+
+
+def break_gradients(trainer: Any) -> None:
+    """NaN in the gradients of the last rank from the second step on; the losses stay as they are."""
+    predict, accelerator = trainer.adapter.predict, trainer.accelerator
+    before = iter(range(trainer.config.gradient_accumulation_steps))
+
+    def broken(*given: Any) -> torch.Tensor:
+        prediction: torch.Tensor = predict(*given)
+        if next(before, None) is None and accelerator.is_last_process:
+            prediction.register_hook(lambda gradient: gradient * torch.nan)
+        return prediction
+
+    trainer.adapter.predict = broken
+
+
+WAITS = ("barrier", "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
+"""What ranks wait for each other by that write files."""
+
+
+@contextmanager
+def saving_noted(run: RunDir) -> Iterator[None]:
+    """Leave in the run's logs, of this rank: the files that it hashed, and its waits for files under an NCCL limit."""
+    hashed, hasty, saving = list[str](), list[str](), False
+    digest, save, waits = hashlib.file_digest, Checkpointer.save, {name: getattr(dist, name) for name in WAITS}
+
+    def noted_digest(file: Any, *given: Any) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest(file, *given)
+
+    def noted_wait(name: str) -> Any:
+        def wait(*given: Any, group: Any = None, **options: Any) -> Any:
+            if saving and group in (None, dist.group.WORLD):  # on a GPU that is NCCL's
+                hasty.append(name)
+            return waits[name](*given, group=group, **options)
+
+        return wait
+
+    def noted_save(self: Checkpointer, *given: Any, **options: Any) -> Path:
+        nonlocal saving
+        saving = True
+        hashed.clear()
+        try:
+            return save(self, *given, **options)
+        finally:
+            saving = False
+            content = {"hashed": sorted(hashed), "hasty": hasty}
+            (run.logs / f"saved-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
+
+    hashlib.file_digest = noted_digest  # type: ignore[assignment]
+    Checkpointer.save = noted_save  # type: ignore[method-assign]
+    for name in WAITS:
+        setattr(dist, name, noted_wait(name))
+    try:
+        yield
+    finally:
+        hashlib.file_digest = digest
+        Checkpointer.save = save  # type: ignore[method-assign]
+        for name, wait in waits.items():
+            setattr(dist, name, wait)
 
 
 @contextmanager

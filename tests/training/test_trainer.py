@@ -78,10 +78,10 @@ class Line(nn.Module):
 
 
 class Steps:
-    """An adapter, and an objective whose loss is bad at one step."""
+    """An adapter, and an objective; at one step its loss is bad, or the gradient of a good loss."""
 
-    def __init__(self, bad_step: int | None = None) -> None:
-        self.bad_step, self.trained = bad_step, 0
+    def __init__(self, bad_step: int | None = None, what: str = "loss") -> None:
+        self.bad_step, self.what, self.trained = bad_step, what, 0
 
     encoders = Encoders({}, torch.device("cpu"))
 
@@ -90,10 +90,14 @@ class Steps:
         return torch.zeros(1, 1, 1, 1, 1), {}
 
     def predict(self, model: nn.Module, noisy: torch.Tensor, timesteps: Any, conditions: Any) -> torch.Tensor:
-        return next(model.parameters()) + noisy
+        prediction = next(model.parameters()) + noisy
+        if self.bad and self.what == "gradient norm":
+            prediction.register_hook(lambda gradient: gradient * torch.nan)
+        return prediction
 
     def corrupt(self, latents: torch.Tensor, keys: Any) -> Corrupted:
-        value = torch.nan if keys[0].row == self.bad_step else 0.0
+        self.bad = keys[0].row == self.bad_step
+        value = torch.nan if self.bad and self.what == "loss" else 0.0
         return Corrupted(noisy=latents, timesteps=torch.zeros(1), target=latents + value)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any) -> torch.Tensor:
@@ -107,15 +111,47 @@ def made(live: LiveModel, folder: Path, steps: Steps, **options: Any) -> Parts:
     return Parts(folder, Line(), live, steps, steps, **options)
 
 
-@pytest.mark.parametrize(("every", "bad"), [(2, 3), (50, 3), (2, 4), (50, 5)])
-def test_a_bad_loss_names_its_own_step_and_rows_and_is_never_saved(
-    every: int, bad: int, live_model: LIVE, tmp_path: Path
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize(("every", "bad"), [(2, 3), (50, 3), (2, 4), (50, 5), (1, 0)])
+def test_a_bad_step_names_itself_and_its_rows_and_is_never_saved(
+    what: str, every: int, bad: int, live_model: LIVE, tmp_path: Path
 ) -> None:
-    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(bad), checkpointing_steps=every)
-    with pytest.raises(RunError, match=rf"loss of step {bad + 1} is nan; rank 0 trained on rows \[{bad}\]"):
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(bad, what), checkpointing_steps=every)
+    with pytest.raises(RunError, match=rf"the {what} of step {bad + 1} is nan; rank 0 trained on rows \[{bad}\]"):
         parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
     assert parts.saves.steps == [step for step in (2, 4, 6) if every == 2 and step <= bad]
     assert [line["step"] for line in parts.lines()] == list(range(1, bad + 2))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize("told_after", [2, 3])
+def test_a_run_that_is_stopped_saves_no_bad_step(what: str, told_after: int, live_model: LIVE, tmp_path: Path) -> None:
+    """The second step is bad; the wish to stop comes with it or with the one after."""
+    steps = Steps(1, what)
+    parts = made(live_model("cogvideox-fun"), tmp_path, steps)
+    parts.stop.reason = lambda: PREEMPTED if steps.trained >= told_after else CONTINUE
+    with pytest.raises(RunError, match=f"the {what} of step 2 is nan"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    assert parts.saves.steps == []
+
+
+def test_a_step_that_the_strategy_leaves_out_for_its_gradients_is_called_bad(live_model: LIVE, tmp_path: Path) -> None:
+    """As DeepSpeed does: the weights stay as they are."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(0, "gradient norm"))
+    parts.trainer.state.optimizer.step = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="the gradient norm of step 1 is nan"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+
+
+@pytest.mark.parametrize(("limit", "moment"), [(0, 0.2), (0.5, 0.05)])
+def test_a_limit_of_zero_clips_no_gradient(limit: float, moment: float, live_model: LIVE, tmp_path: Path) -> None:
+    """The gradient is 2; AdamW's first moment is a tenth of what is left of it."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), max_grad_norm=limit)
+    parts.trainer.total_steps = 1
+    parts.trainer.train(iter([batch(0, SHAPE)]), 0)
+    (state,) = parts.trainer.state.optimizer.state.values()
+    assert state["exp_avg"].item() == pytest.approx(moment, rel=1e-3)
+    assert parts.lines()[0]["grad_norm"] == pytest.approx(2)
 
 
 def test_a_wish_to_stop_is_heard_one_step_later_and_saved_where_it_stops(live_model: LIVE, tmp_path: Path) -> None:

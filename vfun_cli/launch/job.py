@@ -39,6 +39,8 @@ class Job:
     spec: FamilySpec
     resolved: Resolved
     plan: "RunPlan"
+    trained: int
+    """Parameters that it trains."""
     run: RunDir
     run_json: Path
     launch: LaunchPlan
@@ -138,12 +140,7 @@ def decide(
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
-    if command == "train":
-        from vfun_cli.config.trainable import choose_from_files  # with numpy, as above
-
-        parts, model_dir = config.trainable_modules, config.pretrained_model_name_or_path
-        for notice in choose_from_files(parts, model_dir, spec, plan.dims).notices:
-            console.warn(notice)
+    trained = _trained(command, config, spec, plan)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None
@@ -155,6 +152,7 @@ def decide(
         spec=spec,
         resolved=resolved,
         plan=plan,
+        trained=trained,
         run=run,
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
@@ -166,6 +164,27 @@ def decide(
         metadata_sha256=metadata_digest(config.train_data_meta),
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
+
+
+def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan") -> int:
+    """How many parameters the job trains, as far as the model's files tell; says where an option means another thing
+    than it seems to.
+
+    Raises:
+        ConfigError: options that choose nothing.
+    """
+    from vfun_cli.config.trainable import choose_from_files, count_adapters  # with numpy, as above
+
+    model_dir = config.pretrained_model_name_or_path
+    assert model_dir is not None
+    if command == "lora":
+        return count_adapters(config, model_dir, spec, plan.dims)
+    if command == "cache":
+        return 0
+    chosen, count = choose_from_files(config.trainable_modules, model_dir, spec, plan.dims)
+    for notice in chosen.notices:
+        console.warn(notice)
+    return count
 
 
 def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Report) -> "RunPlan":

@@ -8,6 +8,7 @@ from rich.text import Text
 from vfun_cli import console
 from vfun_cli.config.options import options
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from vfun_cli.launch.disk_need import DiskNeed, disk_need
 from vfun_cli.launch.job import Job
 from vfun_cli.run.messages import Outcome
 
@@ -24,10 +25,20 @@ def preview(job: Job) -> None:
     start = f", from {job.found.checkpoint.name}" if job.found else ""
     what = f" under {config.strategy} on {where} ({config.device}){start} -> {job.run.root}"
     console.err.print(Text.assemble("\n", (f"{job.command} {job.spec.name}", "bold"), what), soft_wrap=True)
+    need = disk_need(job)
+    console.err.print(str(need), soft_wrap=True)
+    _warn(need, job)
+
+
+def _warn(need: DiskNeed, job: Job) -> None:
+    warning = need.warning(job.config.checkpoints_total_limit)
+    if warning is not None:
+        console.warn(warning)
 
 
 def dry_run(job: Job, *, as_json: bool) -> None:
     """All that the job would write and start, on stdout."""
+    _warn(disk_need(job), job)
     if as_json:
         console.print_json(_dry_run_json(job))
     else:
@@ -43,6 +54,7 @@ def _dry_run_json(job: Job) -> dict[str, Any]:
         "config": job.config.to_json(),
         "sources": job.resolved.sources,
         "plan": job.plan_summary(),
+        "disk": disk_need(job).to_json(),
     }
 
 
@@ -63,6 +75,7 @@ def _print_dry_run(job: Job) -> None:
     out.print(Text.assemble("\n", (run_json, "bold"), "\nThe options above; --json shows it too.\n"), soft_wrap=True)
     out.print(Text.assemble(("Command", "bold"), f"\n{job.launch.command}\n"), soft_wrap=True)
     out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
+    out.print(f"\n{disk_need(job)}", soft_wrap=True)
 
 
 def result(job: Job, outcome: Outcome, *, as_json: bool) -> None:

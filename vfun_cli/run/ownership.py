@@ -26,7 +26,7 @@ from vfun_cli.typed_json import Check, file_inside, items, read_object
 MEMORY = Path("/dev/shm")
 """Where files are kept in this machine's memory; other users and other containers may see it."""
 
-_LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|partial-from-\d+|replaced|deleted)")
+_LEFTOVER = re.compile(r"\.{1,2}checkpoint-(\d+)\.(partial|partial-from-\d+(\.tmp)?|replaced|deleted)")
 NOTED: Mapping[str, Check] = {"files": items(file_inside)}
 _MOST_RANKS = 4096
 """Of which files are looked for: run.json can be edited."""

@@ -25,6 +25,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
 from vfun_cli.training.precision import compute_dtype
+from vfun_cli.training.waiting import COLLECTIVE_LIMIT
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -53,24 +54,26 @@ def _require(what: str, found: int, asked: int | None) -> None:
 def _accelerator(config: RunConfig) -> Accelerator:
     settings: dict[str, Any] = {"gradient_accumulation_steps": config.gradient_accumulation_steps}
     wrapper, device = STRATEGIES[config.strategy].wrapper, config.device
+    if wrapper != "none":
+        backend = "nccl" if device == "cuda" else "gloo"
+        settings["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_LIMIT)]
     if wrapper == "deepspeed":
         if device == "cpu":
             use_gloo_alone()
-        backend = InitProcessGroupKwargs(backend="nccl" if device == "cuda" else "gloo")
-        return Accelerator(**settings, kwargs_handlers=[backend])
+        return Accelerator(**settings)
     settings["mixed_precision"] = config.mixed_precision
     if wrapper == "fsdp":
         if device == "cpu":
             # accelerate takes the FSDP branch only for a non-CPU state; gloo and the CPU serve FSDP2 just as well.
-            state = PartialState(cpu=True)
+            state = PartialState(cpu=True, timeout=COLLECTIVE_LIMIT)
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
         return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config))
     if device == "cuda":
         return Accelerator(**settings)
-    # A bucket view saves a copy of every gradient.
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)] if wrapper == "ddp" else []
-    return Accelerator(**settings, cpu=True, kwargs_handlers=handlers)
+    if wrapper == "ddp":  # a bucket view saves a copy of every gradient
+        settings["kwargs_handlers"].append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    return Accelerator(**settings, cpu=True)
 
 
 def use_gloo_alone() -> None:

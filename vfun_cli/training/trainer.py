@@ -1,10 +1,10 @@
 """Owns time: the one loop that trains every family, full or LoRA, under every strategy."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +26,13 @@ from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState, fingerprint
+from vfun_cli.training.waiting import gather_all
 
 VISIBLE_RATE = 1e-6
 """A step at a smaller learning rate may round away in float32 weights of size 8."""
+
+NAMED_RANKS = 8
+"""How many ranks an error names with their rows; a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +104,17 @@ class Trainer:
             looks = not self.moved and learning_rate(step, self.config, self.total_steps) >= VISIBLE_RATE
             before = fingerprint(self.state) if looks else None
             pending = self.enqueue(step, micro_batches)
-            if before is not None:
-                self.look_for_change(before, micro_batches)
             reason = self.read()
             self.unread = pending, Download(pending.ranks)
+            if before is not None:
+                reason = max(reason, self.read())  # DeepSpeed leaves out a bad step, which then changes nothing
+                self.look_for_change(before, micro_batches)
             epoch_record = self.ledger.step(micro_batches)
             self.checkpointer.raise_background_error()
             step += 1
             saves = step % self.config.checkpointing_steps == 0
             if saves or epoch_record is not None:
-                reason = max(reason, self.read())  # no checkpoint of a state that a bad loss has spoilt
+                reason = max(reason, self.read())  # no checkpoint of a state that a bad step has spoilt
                 self.metrics.event(epoch_record)
             if saves:
                 self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
@@ -139,7 +144,7 @@ class Trainer:
                 loss, masked_tokens = self.loss(model, loaded)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach().float()
@@ -197,7 +202,7 @@ class Trainer:
         """What came of the newest step, if that was not read yet: record it; the most severe stop reason across ranks.
 
         Raises:
-            RunError: its loss is not a number; on all ranks alike.
+            RunError: its loss or its gradient norm is not a number; on all ranks alike, before anything is saved.
         """
         if self.unread is None:
             return CONTINUE
@@ -220,15 +225,29 @@ class Trainer:
             ended=pending.ended,
         )
         if not math.isfinite(mean):
-            self.checkpointer.wait()  # whether there is one to go on from
-            rows = [key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)]
-            raise RunError(
-                f"the loss of step {pending.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
-                f"rows {rows}.",
-                hint="Look at those rows, or try a lower learning rate. "
-                + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
-            )
+            self.refuse(pending, "loss", mean, [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)])
+        if not math.isfinite(norms[0]):  # summed over the ranks before anybody looks: whose it was is not known
+            self.refuse(pending, "gradient norm", norms[0], range(len(norms)))
         return int(max(reasons))
+
+    def refuse(self, pending: PendingStep, what: str, value: float, ranks: Sequence[int]) -> NoReturn:
+        """Stop, on all ranks together, at a step that has spoilt the weights.
+
+        Args:
+            ranks: those of which it may have come.
+
+        Raises:
+            RunError: with the rows that these trained on.
+        """
+        self.checkpointer.wait()  # whether there is one to go on from
+        rows = gather_all([key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)])
+        named = [f"rank {rank} trained on rows {rows[rank]}" for rank in ranks[:NAMED_RANKS]]
+        more = f"; {len(ranks) - NAMED_RANKS} more ranks too" if len(ranks) > NAMED_RANKS else ""
+        raise RunError(
+            f"the {what} of step {pending.step + 1} is {value}; {'; '.join(named)}{more}.",
+            hint="Look at those rows, or try a lower learning rate. "
+            + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
+        )
 
     def loss(self, model: nn.Module, loaded: LoadedBatch) -> tuple[Tensor, Tensor | int]:
         """The loss of one micro-batch, and how many of its tokens are masked.
@@ -274,8 +293,11 @@ def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _on_device(norm: Any, device: torch.device) -> Tensor:
-    """The gradient norm as every strategy has it: a tensor, one in parts, a number, or none (NaN)."""
+    """The gradient norm as every strategy has it: a tensor, one in parts, or a number.
+
+    DeepSpeed leaves out a step whose norm is not finite, and says that it is infinite.
+    """
     if isinstance(norm, Tensor):
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole.to(device)
-    return torch.full((), math.nan if norm is None else float(norm), device=device)
+    return torch.full((), float(norm), device=device)

@@ -5,15 +5,15 @@ import json
 import os
 import shutil
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
@@ -27,6 +27,7 @@ from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
+from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group, wait_for_all
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
@@ -58,6 +59,7 @@ class Checkpointer:
         self.keep = keep
         self.config_files = config_files
         self.background = Background()
+        patient_group()  # now: where the hosts do not reach each other, this is known before a step is trained
 
     def save(self, state: TrainedState, run_state: dict[str, Any], *, background: bool = False) -> Path:
         """Write ``checkpoint-<step>`` with all ranks together; older ones go only after it is complete.
@@ -85,9 +87,11 @@ class Checkpointer:
             else:
                 partial = self.run.partial_checkpoint(step)
                 self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
+                own = self.format.written_by(state.accelerator.process_index, partial / MODEL_DIR)
+                written = gather_all(manifest.describe(partial, own))
                 if state.accelerator.is_main_process:
-                    self._finish(partial, run_state)
-                state.accelerator.wait_for_everyone()
+                    self._finish(partial, run_state, dict(ChainMap(*written)))
+                wait_for_all()
         return self.run.checkpoint(step)
 
     def raise_background_error(self) -> None:
@@ -95,12 +99,13 @@ class Checkpointer:
         self.background.raise_error()
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written in the background.
+        """Wait until no checkpoint is being written in the background, on any machine; all ranks together.
 
         Raises:
             RunError: it could not be written.
         """
         self.background.wait()
+        wait_for_all()
 
     @contextmanager
     def _failure_named(self, step: int) -> Iterator[None]:
@@ -122,10 +127,8 @@ class Checkpointer:
         Raises:
             RunError: how much is missing, or the run directory is gone.
         """
-        found: list[str | None] = [None]
-        if state.accelerator.is_main_process:
-            found = [_lack_of_space(self.run.root, checkpoint_bytes(state))]
-        lack = broadcast_object_list(found)[0]
+        main = state.accelerator.is_main_process
+        lack = gather_all(_lack_of_space(self.run.root, checkpoint_bytes(state)) if main else None)[0]
         if lack is not None:
             raise RunError(
                 f"no checkpoint can be written to {self.run.root}: {lack}.",
@@ -134,13 +137,19 @@ class Checkpointer:
             )
 
     def _require_memory(self, state: TrainedState, staging: Path) -> None:
+        """Stop all ranks together where one machine's memory cannot take its part.
+
+        Raises:
+            FitError: how much is missing.
+        """
         if state.accelerator.is_local_main_process:
             ownership.make_private(staging)  # where ranks are started by hand, no command has made it
         folder = staging.parent
-        lack = _lack_of_space(folder, checkpoint_bytes(state))
-        if lack is not None:
+        lacks = gather_all(_lack_of_space(folder, checkpoint_bytes(state)))
+        if any(lacks):
             raise FitError(
-                f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: {lack}.",
+                f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: "
+                f"{next(filter(None, lacks))}.",
                 hint="Enlarge that file system (docker run --shm-size), or leave out --async-checkpoint.",
             )
 
@@ -150,11 +159,11 @@ class Checkpointer:
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.parent.mkdir()
             folder.mkdir()
-        state.accelerator.wait_for_everyone()
+        wait_for_all()
         self.format.save(state, folder)
         if state.average is not None and state.accelerator.is_main_process:
             save_tensors(state.average.shadow, folder / EMA_FILE)
-        state.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
@@ -162,25 +171,34 @@ class Checkpointer:
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
             on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
+            copied = [partial / file.relative_to(waiting) for file in manifest.files_of(waiting)]
             copy_folder(waiting, partial)
             shutil.rmtree(waiting)
             arrived = [partial.with_name(f"{partial.name}-from-{number}") for number in range(machines)]
-            arrived[machine].touch()
+            manifest.write_json(arrived[machine], manifest.describe(partial, copied))
             if machine == 0:
+                deadline = time.monotonic() + FILES_LIMIT.total_seconds()
                 while not all(mark.exists() for mark in arrived):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(errno.ETIMEDOUT, "another machine has not written its part for hours")
                     time.sleep(_POLL_SECONDS)
+                written = [json.loads(mark.read_text(encoding="utf-8")) for mark in arrived]
                 for mark in arrived:
                     mark.unlink()
-                self._finish(partial, run_state)
+                self._finish(partial, run_state, dict(ChainMap(*written)))
 
-    def _finish(self, partial: Path, run_state: dict[str, Any]) -> None:
-        """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go."""
+    def _finish(self, partial: Path, run_state: dict[str, Any], written: Mapping[str, dict[str, Any]]) -> None:
+        """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go.
+
+        Args:
+            written: the manifest's entries of what the strategy has written, from those who did.
+        """
         final = self.run.checkpoint(run_state["step"])
         (partial / CONFIG_DIR).mkdir()
         for name, source in self.config_files.items():
             shutil.copyfile(source, partial / CONFIG_DIR / name)
         (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
-        manifest.write_manifest(partial)
+        manifest.write_manifest(partial, written)
         replaced = self.run.replaced_checkpoint(run_state["step"])
         run_id = run_state.get("run_id")
         if os.path.lexists(final):
@@ -234,19 +252,13 @@ class Checkpointer:
 
 
 def checkpoint_bytes(state: TrainedState) -> int:
-    """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
-    average, and what describes them.
-    """
+    """What a checkpoint takes at most."""
     trained = trained_parameters(state)
     count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-    copies = 3 + (state.average is not None)
-    return count * (4 * copies + 2) + len(trained) * _METADATA_BYTES + _BYTES_OF_OTHER_FILES
+    copies = max((parameter.element_size() for parameter in trained.values()), default=0)
+    engine = hasattr(state.model, "zero_optimization_stage")
+    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=copies if engine else 0)
 
-
-_METADATA_BYTES = 8192
-"""A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
-
-_BYTES_OF_OTHER_FILES = 1 << 20
 
 _POLL_SECONDS = 0.05
 
