@@ -123,7 +123,7 @@ def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> N
     assert "saved" in said.err and "Traceback" not in said.err, said.err
     assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
     vfun_process("resume", run.root, "--dry-run", code=0)  # what follows goes on as the original scripts do
-    saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
+    saved = json.loads(run.outcome().read_text(encoding="utf-8"))["step"]
     assert saved >= 3 and run.checkpoint(saved).is_dir()
     vfun_process(*arguments, "--resume-from-checkpoint=latest", code=0)
     assert losses(run) == losses_of_the_matrix(trained, "single")

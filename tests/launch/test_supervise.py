@@ -12,6 +12,7 @@ import pytest
 from tests.disks import file_system
 from vfun_cli.errors import EXIT_PREEMPTED, RunError, VfunError
 from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run.messages import ERROR_SPACE, RankError, StopRequest, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
@@ -46,7 +47,7 @@ Root Cause (first observed failure):
 
 def launch(script: str, run: RunDir, stop: supervise.StopRequests) -> None:
     argv = [sys.executable, "-c", script]
-    supervise.launch(argv, run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
+    supervise.launch(argv, Machine(run), 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
 
 
 def failure(run: RunDir, script: str) -> VfunError:

@@ -41,7 +41,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_damaged_message_is_none_but_a_request_to_stop_still_asks(harm: bytes, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.logs.mkdir()
-    for path in (run.stop_request, run.outcome, run.rank_error(0), run.fill_report(0)):
+    for path in (run.stop_request(), run.outcome(), run.rank_error(0), run.fill_report(0)):
         path.write_bytes(harm)
     ERROR.write(run)
     assert StopRequest.read(run) == StopRequest(reason="preempted")

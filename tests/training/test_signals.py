@@ -51,7 +51,7 @@ def test_the_request_file_and_the_clock_are_read_by_one_rank_of_a_machine(tmp_pa
     assert StopFlag(run, reads_file=False).reason() == CONTINUE
     StopRequest(reason="preempted").write(run)
     assert StopFlag(run, reads_file=True).reason() == PREEMPTED
-    run.stop_request.unlink()
+    run.stop_request().unlink()
     assert StopFlag(run, reads_file=True, deadline=time.time() - 1).reason() == PREEMPTED
     assert StopFlag(run, reads_file=True, deadline=time.time() + 60).reason() == CONTINUE
 
