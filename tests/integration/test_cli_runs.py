@@ -17,7 +17,7 @@ from statistics import mean
 import pytest
 
 from tests.integration.matrix import STEPS, memorised, straight, together
-from tests.jobs import finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
+from tests.jobs import Job, finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.run.rundir import RunDir
 
@@ -60,28 +60,50 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     assert hashes[0] == hashes[1]
 
 
-def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
-    """Two launchers on one host, one process each: the same losses as two processes under one launcher.
+def two_machines(run: RunDir, *more: str, **changes: object) -> list[Job]:
+    """Two launchers on one host, one process each.
 
-    Each has half of the cores, as each of the two processes has: sums over another number of threads round otherwise.
+    Each has half of the cores, as each of two processes under one launcher has: sums over another number of threads
+    round otherwise.
+
+    Args:
+        more: what only the second command is told.
     """
-    trained("single")
     cores = sorted(os.sched_getaffinity(0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = RunDir(Path("two-machines"))
-    both = [
+    return [
         start(
-            "train", FAMILY, "--demo", "--ddp", *options(run.root, max_train_steps=4), "--num-machines=2",
+            "train", FAMILY, "--demo", "--ddp", *options(run.root, **changes), "--num-machines=2",
             "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
-            f"--main-process-port={port}", cores=cores[rank : len(cores) // 2 * 2 : 2],
+            f"--main-process-port={port}", *more[: rank * len(more)], cores=cores[rank : len(cores) // 2 * 2 : 2],
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    for job in both:
+
+
+def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
+    trained("single")
+    run = RunDir(Path("two-machines"))
+    for job in two_machines(run, max_train_steps=4):
         finish(job)
     assert losses(run) == losses_of_the_matrix(trained, "ddp")[:4]
+
+
+def test_machines_that_are_told_otherwise_both_refuse(workplace: Path) -> None:
+    for job in two_machines(RunDir(Path("two-rates")), "--learning-rate=0.5"):
+        said = finish(job, 2).err
+        assert "error: rank 1: the machines do not run the same: --learning-rate is 0.5 on machine 1" in said, said
+
+
+def test_a_machine_that_is_killed_ends_the_other_which_names_it(workplace: Path) -> None:
+    run = RunDir(Path("one-machine-dies"))
+    survivor, killed = two_machines(run, max_train_steps=100_000, checkpointing_steps=100_000)
+    wait_for_step(run, 1, survivor)
+    kill_all(killed)
+    said = finish(survivor, 1).err
+    assert "error: machine 1 has gone without a word" in said, said
 
 
 def test_zero3_with_offload_trains_and_exports(workplace: Path, trained: Trained) -> None:

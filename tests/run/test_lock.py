@@ -44,7 +44,8 @@ from vfun_cli.run.rundir import RunDir
 run = RunDir(Path(sys.argv[1]))
 claims.BEAT = 0.02
 with lock.held(run, 0) as claim, supervise.stop_requests(run) as stop:
-    supervise.launch([sys.executable, "-c", sys.argv[3], *sys.argv[1:3]], Machine(run), 0, stop, stdin=claim, way_on=str)
+    launcher = [sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]
+    supervise.launch(launcher, Machine(run), 0, stop, stdin=claim, way_on=str)
 """
 LAUNCHER = """
 import os, subprocess, sys, time

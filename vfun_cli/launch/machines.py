@@ -45,7 +45,8 @@ class Machine:
         self.run = run
         self.number = number
         each = processes // machines
-        self.ranks_elsewhere = set(range(processes)) - set(range(number * each, (number + 1) * each))
+        self.ranks = range(number * each, (number + 1) * each)
+        self.ranks_elsewhere = set(range(processes)) - set(self.ranks)
         others = range(1, machines) if number == 0 else range(1)
         self.peers = list(others) if machines > 1 else []
         """The machines that this one looks at."""

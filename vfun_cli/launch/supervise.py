@@ -197,6 +197,7 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
             with suppress(OSError):  # a terminal that was closed must not end the run
                 stop.tell()
             if stop.at_once or machine.must_end():
+                process.kill()  # before the ranks: its log then holds only what they died of by themselves
                 kill(stop.job)  # again: it may have been on its way into exec, without the mark
             time.sleep(POLL_SECONDS)
         show_new()
@@ -219,7 +220,7 @@ def _failure(machine: Machine, log: Path, start: int, code: int, way_on: Callabl
     hint = f"The whole log is {log}. {way_on()}"
     errors = machine.errors()
     text = log.read_bytes()[start:].decode(errors="replace")
-    killed = None if machine.ended_ranks else _killed(text)
+    killed = _killed(text, machine.ranks.start)
     # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
     # still hang a while after one of them has failed.
     if errors and (killed is None or time.time() - errors[0].time > KILLED_AFTER):
@@ -233,7 +234,7 @@ def _failure(machine: Machine, log: Path, start: int, code: int, way_on: Callabl
             hint=first.hint or hint,
             exit_code=first.exit_code,
         )
-    if machine.ended_ranks:
+    if machine.ended_ranks and killed is None:
         return None
     if killed or code < 0:
         who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
@@ -251,12 +252,19 @@ def _failure(machine: Machine, log: Path, start: int, code: int, way_on: Callabl
     )
 
 
-def _killed(text: str) -> tuple[int, int] | None:
-    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process."""
+def _killed(text: str, first_rank: int) -> tuple[int, int] | None:
+    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process.
+
+    Args:
+        first_rank: of this machine.
+    """
     others, _, cause = text.partition("Root Cause")
     for part in (cause, others):
         if found := re.search(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", part):
             return int(found[1]), int(found[2])
+    # What torchrun says at once, of the first; the rest it says when it has ended the others.
+    if found := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)", text):
+        return first_rank + int(found[2]), int(found[1])
     found = re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text)
     return (0, int(found[1])) if found else None
 

@@ -78,8 +78,12 @@ def _told(error: Exception, rank: int) -> VfunError:
         told = type(error)(error.message, hint=error.hint)
     else:
         told = RunError(f"{type(error).__name__}: {first_line(error)}.")
-    told.rank = rank
-    return told
+    return _of_rank(rank, told)
+
+
+def _of_rank(rank: int, error: VfunError) -> VfunError:
+    error.rank = rank
+    return error
 
 
 def require_one_directory(run: RunDir) -> None:
@@ -98,11 +102,14 @@ def require_one_directory(run: RunDir) -> None:
         mark.unlink(missing_ok=True)
     blind = next(((rank, root) for rank, (root, sees) in enumerate(seen) if not sees), None)
     if blind is not None:
-        raise ConfigError(
-            f"rank {blind[0]} writes to {blind[1]}, and what rank 0 writes to {seen[0][0]} does not arrive there: all "
-            "machines need one run directory, or its checkpoints lack files.",
-            hint="Give all machines an --output-dir on a disk that all of them share.",
-            option="output_dir",
+        raise _of_rank(
+            blind[0],
+            ConfigError(
+                f"its run directory {blind[1]} is not the one that rank 0 writes to, {seen[0][0]}: every machine would "
+                "keep a part of each checkpoint.",
+                hint="Give all machines an --output-dir on a disk that all of them share.",
+                option="output_dir",
+            ),
         )
 
 
@@ -132,15 +139,17 @@ def require_one_job(described: Mapping[str, Any]) -> None:
     rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     (machine, theirs), (_, first) = everyone[rank], everyone[0]
     differing = [
-        f"{name} is {_shown(theirs.get(name))} on rank {rank} and {_shown(first.get(name))} on rank 0"
+        f"{name} is {_shown(theirs.get(name))} on machine {machine} and {_shown(first.get(name))} on machine 0"
         for name in {**first, **theirs}
         if theirs.get(name) != first.get(name)
     ]
     more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    raise ConfigError(
-        f"the machines of this job do not run the same (rank {rank} is of machine {machine}): "
-        f"{'; '.join(differing[:SHOWN])}{more}.",
-        hint="Start the same command on every machine, with the same versions, data and model there.",
+    raise _of_rank(
+        rank,
+        ConfigError(
+            f"the machines do not run the same: {'; '.join(differing[:SHOWN])}{more}.",
+            hint="Start the same command on every machine, with the same versions, data and model there.",
+        ),
     )
 
 

@@ -41,9 +41,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     config, spec = RunConfig.from_json(described["config"]), families.find(described["family"])
     prepare_environment(config.device)
     accelerator = make_accelerator(config)
-    require_one_job(described)
     if config.num_machines > 1:
         require_one_directory(run)
+    require_one_job(described)
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
     with all_or_none():
         plan = load_plan(config, spec, described)
