@@ -72,6 +72,17 @@ def test_a_single_rank_is_reported_by_its_own_end(rank: str, said: str, tmp_path
         raise error
 
 
+def test_a_killed_rank_is_known_before_the_launcher_has_ended_its_peers(tmp_path: Path) -> None:
+    early = "E1129 00:44:13 torch/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 3818) of binary: python"
+    machine = Machine(RunDir(tmp_path), 1, machines=2, processes=4)
+    argv = [sys.executable, "-c", f"raise SystemExit({early!r})"]
+    with (
+        supervise.stop_requests(machine.run) as stop,
+        pytest.raises(supervise.Crashed, match="rank 3 was ended by SIGKILL"),
+    ):
+        supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
+
+
 def test_a_killed_launcher_is_not_an_exit_code(tmp_path: Path) -> None:
     error = failure(RunDir(tmp_path), "import os; print('step 1'); os.kill(os.getpid(), 9)")
     assert error.message == "the launcher was ended by SIGKILL. The host probably ran out of memory."
