@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from vfun_cli.errors import ConfigError, RunError, VfunError
+from vfun_cli.errors import CheckpointError, VfunError
 from vfun_cli.launch import machines, supervise
 from vfun_cli.launch.machines import GRACE, SILENT, SILENT_AT_WORK, Machine
 from vfun_cli.run.messages import Failure, MachineReport, RankError
@@ -52,9 +50,11 @@ def ends(machine: Machine) -> bool:
     return [machine.must_end() for _ in range(GRACE + 2)][-1]
 
 
-def at_once(*work: Callable[[], object]) -> list[object]:
-    with ThreadPoolExecutor() as pool:
-        return [done.result(10) for done in [pool.submit(each) for each in work]]
+def agree(run: RunDir, job: list[Machine], met_there: list[Failure | None]) -> list[str]:
+    """What each says that all ended with, when the others have reported to machine 0 before it asks."""
+    for number, own in list(enumerate(met_there))[1:]:
+        beat(run, number, state="failed", attempt=job[0].attempt, failure=own)
+    return [machine.agree(own).message for machine, own in zip(job, met_there, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,7 @@ def at_once(*work: Callable[[], object]) -> list[object]:
     ],
 )
 def test_all_machines_end_with_the_same_cause(met_there: list[Failure | None], cause: str, run: RunDir) -> None:
-    job = met(run, 3)
-    agreed = at_once(*(lambda each=each, own=own: each.agree(own) for each, own in zip(job, met_there, strict=True)))
-    assert [each.message for each in agreed] == [cause] * 3  # type: ignore[attr-defined]
+    assert agree(run, met(run, 3), met_there) == [cause] * 3
 
 
 def test_a_machine_that_fails_ends_the_ranks_of_the_others_after_they_could_speak(run: RunDir) -> None:
@@ -124,29 +122,21 @@ def test_a_report_that_cannot_be_read_is_no_silence(harm: str, run: RunDir) -> N
 def test_all_begin_the_next_attempt_from_the_checkpoint_that_machine_0_names(run: RunDir) -> None:
     job = met(run, 3)
     for found in ((4, 2, None), (8, 4, 4)):
-        at_once(*(lambda each=each: each.agree(failure("crash", 1, "x")) for each in job))
-        begun = [lambda each=each, step=step: each.next_attempt(step) for each, step in zip(job, found, strict=True)]
-        assert at_once(*begun[::-1]) == [found[0]] * 3
+        agree(run, job, [failure("crash", 1, "x")] * 3)
+        assert [each.next_attempt(step) for each, step in zip(job, found, strict=True)] == [found[0]] * 3
         for each in job:
             each.look()
         assert not any(ends(each) for each in job)
 
 
 def test_no_attempt_begins_after_machine_0_has_ended(run: RunDir) -> None:
-    first, second = met(run, 2)
-
-    def refuse() -> None:
-        with first.taking_part():
-            first.agree(failure("crash", 1, "x"))
-            raise ConfigError("no longer.")
-
-    def start_over() -> None:
-        second.agree(None)
-        with pytest.raises(RunError, match=r"^no longer\.$"):
-            second.next_attempt(2)
-
-    with pytest.raises(ConfigError):
-        at_once(start_over, refuse)[1]
+    job = met(run, 2)
+    with pytest.raises(CheckpointError), job[0].taking_part():
+        assert agree(run, job, [failure("crash", 1, "x")] * 2) == ["x", "x"]
+        raise CheckpointError("it is damaged.")
+    job[1].look()
+    with pytest.raises(CheckpointError, match=r"^it is damaged\.$"):
+        job[1].next_attempt(2)
 
 
 def test_a_launch_ends_with_the_error_of_another_machine(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from secrets import token_hex
 
-from vfun_cli.errors import RunError, VfunError, first_line
+from vfun_cli.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    FitError,
+    MetadataError,
+    RunError,
+    StoppedAtOnce,
+    VfunError,
+    first_line,
+)
 from vfun_cli.run import locate
 from vfun_cli.run.messages import Failure, MachineReport, RankError
 from vfun_cli.run.rundir import RunDir
@@ -30,6 +40,11 @@ SILENT = 20
 """Looks without a sign of life after which a machine has gone, where the ranks here have failed: they lost it."""
 SILENT_AT_WORK = 60
 """The same while the ranks here go on: a checkpoint that is written may keep a sign of life on its way that long."""
+
+_ERRORS = {
+    error.exit_code: error
+    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault, StoppedAtOnce)
+}
 
 
 class Machine:
@@ -61,6 +76,11 @@ class Machine:
         """Looks since a machine last changed its report."""
         self._next_look = 0.0
         self._looks_at_failure = 0
+
+    @property
+    def attempt(self) -> int:
+        """Which launch of the job this is, from 1."""
+        return self._report.attempt
 
     # What this machine says ------------------------------------------------------------------------------------------
 
@@ -130,10 +150,10 @@ class Machine:
     def _has_failed(self, said: MachineReport) -> bool:
         if said.state == "ended":
             return said.failure is not None
-        return said.state != "works" and said.attempt == self._report.attempt
+        return said.state != "works" and said.attempt == self.attempt
 
     def _has_ended_attempt(self, said: MachineReport) -> bool:
-        return said.state == "ended" or (said.state == "failed" and said.attempt == self._report.attempt)
+        return said.state == "ended" or (said.state == "failed" and said.attempt == self.attempt)
 
     def _silent(self, looks: int) -> list[int]:
         return [peer for peer, said in self._heard.items() if said.state != "ended" and self._unchanged[peer] >= looks]
@@ -170,7 +190,7 @@ class Machine:
 
     def _decided(self, own: Failure | None) -> Failure | None:
         said = self._heard[0]
-        if self._has_ended_attempt(said) or said.attempt > self._report.attempt:
+        if self._has_ended_attempt(said) or said.attempt > self.attempt:
             return said.failure or own or self._lost()
         return self._lost(0) if self._silent(SILENT) else None
 
@@ -196,15 +216,20 @@ class Machine:
         self.ended_ranks, self._looks_at_failure = False, 0
         if not self._heard:
             return step
-        attempt = self._report.attempt + 1
+        attempt = self.attempt + 1
         while self.number != 0 and (said := self._heard[0]).attempt < attempt:
             if said.state == "ended" or self._silent(SILENT_AT_WORK):
-                raise RunError((said.failure or self._lost(0)).message)
+                raise error_of(said.failure or self._lost(0))
             time.sleep(LOOK)
             self.look()
         step = step if self.number == 0 else said.step
         self._say(attempt=attempt, state="works", step=step)
         return step
+
+
+def error_of(failure: Failure) -> VfunError:
+    """A failure as the command ends with it."""
+    return _ERRORS.get(failure.exit_code, RunError)(failure.message, hint=failure.hint)
 
 
 def _failure_of(error: BaseException) -> Failure:

@@ -12,16 +12,11 @@ from types import FrameType
 
 from vfun_cli import console
 from vfun_cli.errors import (
-    CheckpointError,
-    ConfigError,
-    EnvironmentFault,
-    FitError,
-    MetadataError,
     RunError,
     StoppedAtOnce,
 )
 from vfun_cli.launch import progress
-from vfun_cli.launch.machines import Machine
+from vfun_cli.launch.machines import Machine, error_of
 from vfun_cli.launch.preemption import leave_terminal
 from vfun_cli.run.messages import Failure, Outcome, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.rundir import RunDir
@@ -32,11 +27,6 @@ KILLED_AFTER = 25
 """Seconds that torchrun surely leaves to the other ranks after one has failed: it kills them after 30."""
 
 _MARK = "_VFUN_JOB"
-
-_ERRORS = {
-    error.exit_code: error
-    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault, StoppedAtOnce)
-}
 
 
 class Crashed(RunError):
@@ -157,9 +147,9 @@ def launch(
         failure = machine.agree(own, given_up=lambda: stop.at_once)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
-    may_start_over = failure.kind != "error" and not stop.asked  # whoever asked to stop wants no restart
-    kind = Crashed if may_start_over else _ERRORS.get(failure.exit_code, RunError)
-    raise kind(failure.message, hint=failure.hint)
+    if failure.kind == "error" or stop.asked:  # whoever asked to stop wants no restart
+        raise error_of(failure)
+    raise Crashed(failure.message, hint=failure.hint)
 
 
 def members(job: str) -> list[int]:
