@@ -18,7 +18,7 @@ from statistics import mean
 import pytest
 
 from tests.integration.matrix import STEPS, memorised, straight, together
-from tests.jobs import Said, finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
+from tests.jobs import Job, Said, finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.run.rundir import RunDir
 
@@ -69,25 +69,32 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert hashes[0] == hashes[1]
 
 
-def trained_on_two_machines() -> RunDir:
+def two_machines(run: RunDir, *more: str, **changes: object) -> list[Job]:
     """Two launchers on one host, one process each.
 
-    Each has half of the cores, as each of the two processes has: sums over another number of threads round otherwise.
+    Each has half of the cores, as each of two processes under one launcher has: sums over another number of threads
+    round otherwise.
+
+    Args:
+        more: what only the second command is told.
     """
     cores = sorted(os.sched_getaffinity(0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = RunDir(Path("two-machines"))
-    both = [
+    return [
         start(
-            "train", FAMILY, "--demo", "--ddp", *options(run.root, max_train_steps=4), "--num-machines=2",
+            "train", FAMILY, "--demo", "--ddp", *options(run.root, **changes), "--num-machines=2",
             "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
-            f"--main-process-port={port}", cores=cores[rank : len(cores) // 2 * 2 : 2],
+            f"--main-process-port={port}", *more[: rank * len(more)], cores=cores[rank : len(cores) // 2 * 2 : 2],
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    for job in both:
+
+
+def trained_on_two_machines() -> RunDir:
+    run = RunDir(Path("two-machines"))
+    for job in two_machines(run, max_train_steps=4):
         finish(job)
     return run
 
@@ -96,6 +103,33 @@ def trained_on_two_machines() -> RunDir:
 def test_two_machines_join_one_job(result: RunDir, workplace: Path, trained: Trained) -> None:
     """The same losses as two processes under one launcher."""
     assert losses(result) == losses_of_the_matrix(trained, "ddp")[:4]
+
+
+def told_otherwise() -> list[Said]:
+    """What two machines say of which one was told another learning rate."""
+    jobs = two_machines(RunDir(Path("two-rates")), "--learning-rate=0.5")
+    return [finish(job, 2) for job in jobs]
+
+
+@pytest.mark.ahead.with_args(told_otherwise)
+def test_machines_that_are_told_otherwise_both_refuse(result: list[Said]) -> None:
+    for said in result:
+        expected = "error: rank 1: the machines do not run the same: --learning-rate is 0.5 on machine 1"
+        assert expected in said.err, said.err
+
+
+def left_alone() -> Said:
+    """What a machine says when the other was killed."""
+    run = RunDir(Path("one-machine-dies"))
+    survivor, killed = two_machines(run, max_train_steps=100_000, checkpointing_steps=100_000)
+    wait_for_step(run, 1, survivor)
+    kill_all(killed)
+    return finish(survivor, 1)
+
+
+@pytest.mark.ahead.with_args(left_alone)
+def test_a_machine_that_is_killed_ends_the_other_which_names_it(result: Said) -> None:
+    assert "error: machine 1 has gone without a word" in result.err, result.err
 
 
 def trained_with_offload() -> RunDir:
@@ -148,7 +182,7 @@ def interrupted_and_begun_again() -> tuple[RunDir, Said, int]:
     wait_for_step(run, 3, job)
     job.send_signal(signal.SIGINT)
     said = finish(job, 130)
-    saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
+    saved = json.loads(run.outcome().read_text(encoding="utf-8"))["step"]
     vfun_process("resume", run.root, "--dry-run", code=0)  # what follows goes on as the original scripts do
     vfun_process(*arguments, "--resume-from-checkpoint=latest", code=0)
     return run, said, saved

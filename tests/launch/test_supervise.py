@@ -12,6 +12,7 @@ import pytest
 from tests.disks import file_system
 from vfun_cli.errors import EXIT_PREEMPTED, RunError, VfunError
 from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run.messages import ERROR_SPACE, RankError, StopRequest, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
@@ -46,7 +47,7 @@ Root Cause (first observed failure):
 
 def launch(script: str, run: RunDir, stop: supervise.StopRequests) -> None:
     argv = [sys.executable, "-c", script]
-    supervise.launch(argv, run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
+    supervise.launch(argv, Machine(run), 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
 
 
 def failure(run: RunDir, script: str) -> VfunError:
@@ -69,6 +70,17 @@ def test_a_single_rank_is_reported_by_its_own_end(rank: str, said: str, tmp_path
     assert isinstance(error, supervise.Crashed)
     with pytest.raises(VfunError, match=said):
         raise error
+
+
+def test_a_killed_rank_is_known_before_the_launcher_has_ended_its_peers(tmp_path: Path) -> None:
+    early = "E1129 00:44:13 torch/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 3818) of binary: python"
+    machine = Machine(RunDir(tmp_path), 1, machines=2, processes=4)
+    argv = [sys.executable, "-c", f"raise SystemExit({early!r})"]
+    with (
+        supervise.stop_requests(machine.run) as stop,
+        pytest.raises(supervise.Crashed, match="rank 3 was ended by SIGKILL"),
+    ):
+        supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
 
 
 def test_a_killed_launcher_is_not_an_exit_code(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory, naming
 from vfun_cli.errors import CheckpointError
-from vfun_cli.files import regular_status
-from vfun_cli.typed_json import Check, file_inside, mapping, one_of, read_object, record, text, whole
+from vfun_cli.files import open_bounded, regular_status
+from vfun_cli.typed_json import LARGEST_FILE, Check, file_inside, mapping, one_of, read_object, record, text, whole
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -76,6 +76,19 @@ def _size(file: Path) -> int | None:
             return os.fstat(opened.fileno()).st_size
     except FileNotFoundError:
         return None
+
+
+def fingerprint(directory: Path) -> str:
+    """What tells a checkpoint from another of the same step: the digest of its manifest.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    try:
+        with open_bounded(directory / MANIFEST, LARGEST_FILE) as file:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(f"{directory} has no manifest that can be read: {error.strerror or error}.") from None
 
 
 def verify(directory: Path, *, deep: bool = True, passing_over: Callable[[Path], bool] = lambda path: False) -> None:

@@ -21,7 +21,7 @@ from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata, metadata_digest
 from vfun_cli.metadata.remembered import only_read
 from vfun_cli.plan import rows
-from vfun_cli.run import locate, ownership
+from vfun_cli.run import ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
@@ -245,7 +245,8 @@ def check_batch(config: RunConfig, clips: int) -> None:
         )
 
 
-def continued(job: Job) -> Job:
-    """The same job from the newest checkpoint of its run; from where it began if there is none."""
+def continued(job: Job, step: int | None) -> Job:
+    """The same job from the checkpoint of this step of its run; from where it began for None."""
     launch = plan_launch(job.config, job.spec, job.run, job.run_json)
-    return replace(job, found=locate.newest(job.run) or job.found, launch=launch)
+    found = job.found if step is None else Found(run=job.run, checkpoint=job.run.checkpoint(step), step=step)
+    return replace(job, found=found, launch=launch)

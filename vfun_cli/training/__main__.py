@@ -42,10 +42,11 @@ def run_rank(run_json: Path) -> int:
         _send_output_to(run.rank_log(rank))
     # The import of torch takes seconds, and a request to stop may come then already.
     one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    stop = StopFlag(run, reads_file=one_of_machine, deadline=_deadline(described))
+    machine_rank = described["config"]["machine_rank"]
+    stop = StopFlag(run, reads_file=one_of_machine, machine_rank=machine_rank, deadline=_deadline(described))
     stop.listen()
     try:
-        lock.take_part(run, described["config"]["machine_rank"])
+        lock.take_part(run, machine_rank)
         RankError.reserve(run, rank)
         if described["config"]["dataloader_num_workers"] and _cores_to_spare():
             forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
@@ -95,6 +96,7 @@ def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mappin
         exit_code=known.exit_code,
         crash=not isinstance(error, VfunError),
         traceback=traceback.format_exc(),
+        cause=known.rank,
     )
     try:
         if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back

@@ -23,11 +23,12 @@ from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
-from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group, wait_for_all
+from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
@@ -76,22 +77,24 @@ class Checkpointer:
         self.wait()
         self.require_space(state)
         step = run_state["step"]
-        with self._failure_named(step):
-            if background:
-                assert self.staging is not None
-                waiting = self.staging / f"checkpoint-{step}"
+        if background:
+            assert self.staging is not None
+            waiting = self.staging / f"checkpoint-{step}"
+            with all_or_none(), self._failure_named(step):
                 self._require_memory(state, self.staging)
-                self._collect(state, waiting / MODEL_DIR, state.accelerator.is_local_main_process)
-                if state.accelerator.is_local_main_process:
-                    self.background.start(lambda: self._copy_to_disk(state, waiting, run_state))
-            else:
-                partial = self.run.partial_checkpoint(step)
-                self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
+            self._collect(state, waiting / MODEL_DIR, state.accelerator.is_local_main_process, step)
+            if state.accelerator.is_local_main_process:
+                self.background.start(lambda: self._copy_to_disk(state, waiting, run_state))
+        else:
+            partial = self.run.partial_checkpoint(step)
+            self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process, step)
+            with all_or_none(), self._failure_named(step):
                 own = self.format.written_by(state.accelerator.process_index, partial / MODEL_DIR)
-                written = gather_all(manifest.describe(partial, own))
+                described = manifest.describe(partial, own)
+            written = gather_all(described)
+            with all_or_none(), self._failure_named(step):
                 if state.accelerator.is_main_process:
                     self._finish(partial, run_state, dict(ChainMap(*written)))
-                wait_for_all()
         return self.run.checkpoint(step)
 
     def raise_background_error(self) -> None:
@@ -104,8 +107,8 @@ class Checkpointer:
         Raises:
             RunError: it could not be written.
         """
-        self.background.wait()
-        wait_for_all()
+        with all_or_none():
+            self.background.wait()
 
     @contextmanager
     def _failure_named(self, step: int) -> Iterator[None]:
@@ -137,7 +140,7 @@ class Checkpointer:
             )
 
     def _require_memory(self, state: TrainedState, staging: Path) -> None:
-        """Stop all ranks together where one machine's memory cannot take its part.
+        """Stop where this machine's memory cannot take its part.
 
         Raises:
             FitError: how much is missing.
@@ -145,25 +148,25 @@ class Checkpointer:
         if state.accelerator.is_local_main_process:
             ownership.make_private(staging)  # where ranks are started by hand, no command has made it
         folder = staging.parent
-        lacks = gather_all(_lack_of_space(folder, checkpoint_bytes(state)))
-        if any(lacks):
+        lack = _lack_of_space(folder, checkpoint_bytes(state))
+        if lack is not None:
             raise FitError(
-                f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: "
-                f"{next(filter(None, lacks))}.",
+                f"--async-checkpoint keeps a checkpoint in memory ({folder}) while it is written: {lack}.",
                 hint="Enlarge that file system (docker run --shm-size), or leave out --async-checkpoint.",
             )
 
-    def _collect(self, state: TrainedState, folder: Path, makes_folder: bool) -> None:
+    def _collect(self, state: TrainedState, folder: Path, makes_folder: bool, step: int) -> None:
         """The strategy's files and the average, from all ranks together."""
-        if makes_folder:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            folder.parent.mkdir()
-            folder.mkdir()
-        wait_for_all()
-        self.format.save(state, folder)
-        if state.average is not None and state.accelerator.is_main_process:
-            save_tensors(state.average.shadow, folder / EMA_FILE)
-        wait_for_all()
+        with all_or_none(), self._failure_named(step):
+            if makes_folder:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+                folder.parent.mkdir()
+                folder.mkdir()
+        with self._failure_named(step):  # with collectives of the strategy's own in it
+            self.format.save(state, folder)
+        with all_or_none(), self._failure_named(step):
+            if state.average is not None and state.accelerator.is_main_process:
+                save_tensors(state.average.shadow, folder / EMA_FILE)
 
     def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
@@ -217,8 +220,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
-        manifest.verify(checkpoint, deep=False)
-        run_state = read_state(checkpoint)
+        with all_or_none():
+            manifest.verify(checkpoint, deep=False)
+            run_state = read_state(checkpoint)
         if self._is_native(run_state, state.accelerator.num_processes):
             self.format.load(state, checkpoint / MODEL_DIR)
         else:
