@@ -127,7 +127,8 @@ class Machine:
                 self._unchanged[peer] += 1
                 continue
             if peer not in self._heard and self.number != 0:  # it may have started over without this one
-                self._report = replace(self._report, attempt=said.attempt)
+                with self._writing:
+                    self._report = replace(self._report, attempt=said.attempt)
             self._heard[peer], self._unchanged[peer] = said, 0
 
     def must_end(self) -> bool:
