@@ -83,6 +83,7 @@ ROOMS = (
     ("demo",),
     ("plan",),
     ("launch", "training"),
+    ("acceptance",),
     ("commands",),
     ("main",),
     ("entry",),
