@@ -1,8 +1,8 @@
-"""Starts a run whose clips no file holds: ``-m vfun_cli.acceptance.made_up FAMILY [COMMAND RUN_DIR OPTIONS_JSON]``.
+"""Starts a run whose clips no file holds: ``made_up FAMILY [COMMAND RUN_DIR OPTIONS_JSON [SIDE]]`` (``python -m``).
 
 The run is a real one, from the launcher to its last checkpoint, but for two things that its ranks do otherwise
 (``rank.py``): pixels and sound are drawn instead of decoded, so that PyAV is not needed, and a step that waits for the
-device is an error. With a family alone, its demo is made.
+device is an error. Clips are of the demo's sizes, or squares of SIDE pixels. With a family alone, its demo is made.
 """
 
 import json
@@ -39,8 +39,9 @@ def main(argv: list[str]) -> int:
         if len(argv) == 1:
             make_demo(spec)
             return 0
-        command, run_dir, options = argv[1:]
-        return start(job_of(command, spec, Path(run_dir), json.loads(options)), announce=lambda job: None).exit_code
+        command, run_dir, options, *side = argv[1:]
+        job = job_of(command, spec, Path(run_dir), json.loads(options), *map(int, side))
+        return start(job, announce=lambda job: None).exit_code
     except VfunError as error:
         console.report(error)
         return error.exit_code
@@ -54,17 +55,18 @@ def make_demo(spec: FamilySpec) -> None:
         demo_default.make_model(spec)
 
 
-def job_of(command: str, spec: FamilySpec, run_dir: Path, options: dict[str, Any]) -> Job:
-    """A run of the demo's model on clips of the sizes and lengths of the demo's.
+def job_of(command: str, spec: FamilySpec, run_dir: Path, options: dict[str, Any], side: int | None = None) -> Job:
+    """A run of the demo's model on clips as long as the demo's.
 
     Args:
         options: of the run, by name.
+        side: of the clips in pixels; by default they are as large as the demo's.
     """
     from vfun_cli.plan.run_plan import RunPlan
 
     data = run_dir.with_name(f"{run_dir.name}-data")
     metadata = data / "metadata.json"
-    table = _write_clips(spec, metadata)
+    table = _write_clips(spec, metadata, side)
     demo = {
         **spec.defaults.demo,
         "pretrained_model_name_or_path": demo_default.make_model(spec),
@@ -89,7 +91,7 @@ def _by_own_rank(launch: LaunchPlan) -> LaunchPlan:
     return replace(launch, argv=[ranks.get(word, word) for word in launch.argv])
 
 
-def _write_clips(spec: FamilySpec, metadata: Path) -> "ClipTable":
+def _write_clips(spec: FamilySpec, metadata: Path, side: int | None) -> "ClipTable":
     """Rows of files that are not there; returns what reading them would find."""
     from vfun_cli.demo.media import CLIPS
     from vfun_cli.metadata.table import ClipTable
@@ -101,8 +103,8 @@ def _write_clips(spec: FamilySpec, metadata: Path) -> "ClipTable":
     metadata.parent.mkdir(parents=True)
     metadata.write_text(json.dumps(rows), encoding="utf-8")
     return ClipTable.from_columns(
-        width=[clip.width for clip in CLIPS],
-        height=[clip.height for clip in CLIPS],
+        width=[side or clip.width for clip in CLIPS],
+        height=[side or clip.height for clip in CLIPS],
         frames=[clip.frames for clip in CLIPS],
         fps=[clip.fps.as_integer_ratio() for clip in CLIPS],
     )

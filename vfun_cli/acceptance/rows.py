@@ -36,6 +36,9 @@ bf16 rounded at other places; a base in 8 or 4 bits. At the demo's learning rate
 REPEATED = {"cpu": 0.0, "cuda": 1e-3}
 """The bound for the same numbers computed twice: backward passes of attention on a GPU add in any order."""
 
+LARGE = 2048
+"""Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB."""
+
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 """vfun leaves TF32 as torch has it: off in matrix products, on in the convolutions of the VAE."""
 
@@ -264,10 +267,11 @@ def _options(family: str, device: str) -> list[Row]:
 def _made_up(family: str, name: str, device: str, proves: str, command: str = "train", **fields: Any) -> Row:
     """Made-up clips in place of decoded ones, in float32; on a GPU no step but the first may wait for the device."""
     options: dict[str, Any] = fields.pop("options", {})
+    clips: tuple[str, ...] = fields.pop("clips", ())
     given = {"device": device, "max_train_steps": STEPS, **options}
     return Row(
         name=f"{family}/{name}", proves=proves, after=f"{family}/{DEMO}", variables=NO_TF32,
-        commands=((MADE_UP, family, command, f"{RUNS}/{family}/{name}", json.dumps(given)),), **fields,
+        commands=((MADE_UP, family, command, f"{RUNS}/{family}/{name}", json.dumps(given), *clips),), **fields,
     )  # fmt: skip
 
 
@@ -308,12 +312,11 @@ def _without_waits(family: str, device: str) -> list[Row]:
 
 
 def _out_of_memory(family: str, device: str) -> Row:
-    """A clip for which this process leaves no memory; last and alone, for the others would find none either."""
-    name = f"{family}/out-of-memory"
-    row = _trained(
-        name, "out of memory is exit code 4, and no restart", family, device, "--video-sample-size", "1024",
-        "--token-sample-size", "1024", "--no-enable-bucket", "--max-restarts", "1", run="", alone=True,
-        exit_code=FitError.exit_code, says=("memory",), never_says=("restart 1 of 1",),
+    """A clip for which no memory is left; last and alone, for the others would find none either."""
+    side = {"video_sample_size": LARGE, "token_sample_size": LARGE, "enable_bucket": False, "max_restarts": 1}
+    row = _made_up(
+        family, "out-of-memory", device, f"out of memory is exit code {FitError.exit_code}, and no restart",
+        options=side, clips=(str(LARGE),), run="", alone=True, exit_code=FitError.exit_code, says=("memory",),
+        never_says=("restart 1 of 1",),
     )  # fmt: skip
-    (command,) = row.commands
-    return replace(row, commands=((SCARCE, device, *command[1:]),))
+    return replace(row, commands=tuple((SCARCE, device, *command) for command in row.commands))

@@ -1,7 +1,7 @@
-"""``-m vfun_cli.acceptance.scarce DEVICE ARGUMENT...``: a vfun command that finds next to no memory on its device.
+"""``-m vfun_cli.acceptance.scarce DEVICE MODULE ARGUMENT...``: a process that finds next to no memory on its device.
 
 On a GPU this process holds the rest of it, by plain allocations; on a CPU it lowers the limit of its address space,
-which the command inherits.
+which the other process inherits.
 """
 
 import resource
@@ -12,17 +12,17 @@ from typing import Any
 from vfun_cli import children
 
 LEFT_ON_GPU = 1 << 30
-"""Bytes: enough for CUDA itself, too little for a clip of 1024 x 1024."""
-LEFT_ON_CPU = 8 << 30
+"""Bytes: enough for CUDA itself, too little for the pixels of a large clip beside it."""
+LEFT_ON_CPU = 4 << 30
 """Bytes of address space: enough for torch and its threads, too little for that clip."""
 PIECE = 8 << 30
 """Bytes of one allocation at most."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the module; returns its exit code."""
     held = _hold_gpu() if argv[0] == "cuda" else _limit_memory()
-    code = subprocess.run(children.command("vfun_cli", *argv[1:]), check=False).returncode
+    code = subprocess.run(children.command(*argv[1:]), check=False).returncode
     del held
     return code
 
