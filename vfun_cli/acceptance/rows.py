@@ -36,8 +36,8 @@ bf16 rounded at other places; a base in 8 or 4 bits. At the demo's learning rate
 REPEATED = {"cpu": 0.0, "cuda": 1e-3}
 """The bound for the same numbers computed twice: backward passes of attention on a GPU add in any order."""
 
-LARGE = 2048
-"""Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB."""
+LARGE = 4096
+"""Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB, and 3.2 as float32."""
 
 NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 """vfun leaves TF32 as torch has it: off in matrix products, on in the convolutions of the VAE."""

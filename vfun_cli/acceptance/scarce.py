@@ -5,6 +5,7 @@ which the other process inherits.
 """
 
 import resource
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -22,7 +23,8 @@ PIECE = 8 << 30
 def main(argv: list[str]) -> int:
     """Run the module; returns its exit code."""
     held = _hold_gpu() if argv[0] == "cuda" else _limit_memory()
-    code = subprocess.run(children.command(*argv[1:]), check=False).returncode
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # the module gets it too, and ends its ranks
+    code = subprocess.Popen(children.command(*argv[1:])).wait()
     del held
     return code
 
