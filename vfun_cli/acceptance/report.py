@@ -133,7 +133,8 @@ def failures(rows: Sequence[Row], pool: Pool) -> str:
     """Of each wrong row its commands, and all that they and their ranks said."""
     parts = []
     for row in rows:
-        if pool.verdicts[row.name].kind == "wrong":
+        verdict = pool.verdicts.get(row.name)
+        if verdict is not None and verdict.kind == "wrong":
             commands = "".join(f"$ {typed(command)}\n" for command in row.commands)
-            parts.append(f"==== {row.name}: {pool.verdicts[row.name].why}\n{commands}{pool.said(row)}")
+            parts.append(f"==== {row.name}: {verdict.why}\n{commands}{pool.said(row)}")
     return "\n".join(parts)

@@ -2,13 +2,12 @@
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vfun_cli import __version__, devices
@@ -33,27 +32,26 @@ def prove(
     """
     devices.check_processes(device, 1)
     ensure_writable(output_dir)
-    place = Path(mkdtemp(prefix="work-", dir=output_dir.absolute()))
     date, began = datetime.now(UTC).strftime("%Y-%m-%d"), time.monotonic()
-    pool = Pool(place=place, lacks=machine.lacks(device), deadline=began + 60 * minutes)
-    try:
-        with report.shown(rows, pool):
-            pool.run(rows, jobs)
-    finally:
-        found = {
-            "date": date,
-            "command": shlex.join(["vfun", *sys.argv[1:]]),
-            "vfun": __version__,
-            "device": device,
-            "minutes": minutes,
-            "jobs": jobs,
-            "hardware": machine.hardware(),
-            "versions": machine.versions(),
-            "seconds": round(time.monotonic() - began),
-            "counts": report.counts(pool),
-            "rows": report.record(rows, pool),
-        }
-        write_atomically(output_dir / RECORD, json.dumps(found, indent=1) + "\n")
-        write_atomically(output_dir / FAILURES, report.failures(rows, pool))
-        shutil.rmtree(place, ignore_errors=True)
+    with TemporaryDirectory(prefix="work-", dir=output_dir.absolute(), ignore_cleanup_errors=True) as place:
+        pool = Pool(place=Path(place), lacks=machine.lacks(device), deadline=began + 60 * minutes)
+        try:
+            with report.shown(rows, pool):
+                pool.run(rows, jobs)
+        finally:
+            found = {
+                "date": date,
+                "command": shlex.join(["vfun", *sys.argv[1:]]),
+                "vfun": __version__,
+                "device": device,
+                "minutes": minutes,
+                "jobs": jobs,
+                "hardware": machine.hardware(),
+                "versions": machine.versions(),
+                "seconds": round(time.monotonic() - began),
+                "counts": report.counts(pool),
+                "rows": report.record(rows, pool),
+            }
+            write_atomically(output_dir / RECORD, json.dumps(found, indent=1) + "\n")
+            write_atomically(output_dir / FAILURES, report.failures(rows, pool))
     return pool, found
