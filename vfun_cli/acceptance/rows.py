@@ -103,24 +103,26 @@ def all_rows(device: str) -> list[Row]:
 
 
 def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """The rows whose names hold one of the texts, with those that they are compared with or come after.
+    """The rows of these names, or whose names hold a text, with those that they are compared with or come after.
 
     Raises:
         ConfigError: a text that no name holds.
     """
     by_name = {row.name: row for row in rows}
+    named: list[str] = [] if only else list(by_name)
     for text in only:
-        if not any(text in name for name in by_name):
+        found = [text] if text in by_name else [name for name in by_name if text in name]
+        named += [name for name in found if name not in named]
+        if not found:
             raise ConfigError(
                 f"no row of the acceptance run has {text!r} in its name.",
                 hint="Names are like wan-s2v/fsdp; vfun acceptance --list prints all.",
                 option="--only",
             )
-    wanted = [row.name for row in rows if not only or any(text in row.name for text in only)]
-    for name in wanted:  # grows as it goes
+    for name in named:  # grows as it goes
         row = by_name[name]
-        wanted += [other for other in (row.reference, row.after) if other is not None and other not in wanted]
-    return [row for row in rows if row.name in wanted]
+        named += [other for other in (row.reference, row.after) if other is not None and other not in named]
+    return [row for row in rows if row.name in named]
 
 
 def _demo(family: str) -> Row:

@@ -22,7 +22,7 @@ def acceptance(
         typer.Option(
             "--only",
             metavar="TEXT",
-            help="Run the rows whose names hold this text, and those that they build on; may be repeated.",
+            help="Run the row of this name, or those whose names hold this text, and what they build on; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -47,10 +47,10 @@ def acceptance(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Prove vfun on this machine's GPU: every family, strategy and precision against the losses of the CPU.
+    """Prove it on your GPU: train the demos in every way, and compare their losses with those of the CPU.
 
-    Trains the demos through the launcher, many at a time, offline. What the machine lacks is skipped, with the reason.
-    The results are acceptance.json and failures.log; exit code 0 says that all that ran is right.
+    Offline, through the launcher, several at a time. Rows for which the machine lacks something are skipped, with the
+    reason. The results are acceptance.json and failures.log; exit code 0 says that all that ran is right.
 
     Examples: [bold]vfun acceptance[/bold] · [bold]vfun acceptance --only wan-s2v --minutes 3[/bold] ·
     [bold]vfun acceptance --device cpu --minutes 30[/bold]
