@@ -23,7 +23,7 @@ LONGEST = 900
 LEAST = 10
 """With fewer seconds left nothing is begun: hardly a row takes less."""
 END = 5
-"""Seconds for a command to end after each request to stop."""
+"""Seconds for a command to end after each request to stop; so long before the end of the time they are asked."""
 
 
 class Running:
@@ -76,14 +76,18 @@ class Running:
             too_long=too_long,
         )
 
-    def end(self) -> None:
-        """Stop it: vfun ends its ranks at once when it is asked twice."""
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
-            if self.process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, number)
-                with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(END)
+
+def end(rows: Sequence[Running]) -> None:
+    """Stop what still runs of these: vfun ends its ranks at once when it is asked twice."""
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+        left = [running.process for running in rows if running.process.poll() is None]
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        asked = time.monotonic()
+        for process in left:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, asked + END - time.monotonic()))
 
 
 @dataclass(kw_only=True)
@@ -113,6 +117,8 @@ class Pool:
             while waiting or self.running:
                 for running in list(self.running):
                     self._look_at(running)
+                if time.monotonic() > self.deadline - END:
+                    self._end_all()
                 while (row := self._ready(waiting, jobs)) is not None:
                     waiting.remove(row)
                     hindrance = self._hindrance(row)
@@ -122,8 +128,7 @@ class Pool:
                         self._settle(row, hindrance)
                 time.sleep(POLL_SECONDS)
         finally:
-            for running in self.running:
-                running.end()
+            end(self.running)
 
     def _ready(self, waiting: Sequence[Row], jobs: int) -> Row | None:
         """The first row that may begin: what it comes after, or is compared with, has a verdict."""
@@ -152,19 +157,21 @@ class Pool:
         return "".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.exists())
 
     def _look_at(self, running: Running) -> None:
-        """Take it off the list if it is done, or has no more time."""
-        done = running.advance()
-        late, too_long = time.monotonic() > self.deadline, running.seconds > LONGEST
-        if not (done or late or too_long):
+        """Take it off the list if it is done, or has taken too long."""
+        row, done = running.row, running.advance()
+        if not done and running.seconds < LONGEST:
             return
-        running.end()
+        end([running])
         self.running.remove(running)
-        row = running.row
-        if late and not done:
-            self._settle(row, Verdict(kind="not run", why=f"out of time after {running.seconds:.0f} s"))
-            return
         self.outcomes[row.name] = outcome = running.outcome(too_long=not done)
         self._settle(row, judge(row, outcome, self.outcomes.get(row.reference or "")))
+
+    def _end_all(self) -> None:
+        """No time is left for those that run."""
+        end(self.running)
+        for running in self.running:
+            self._settle(running.row, Verdict(kind="not run", why=f"out of time after {running.seconds:.0f} s"))
+        self.running.clear()
 
     def _settle(self, row: Row, verdict: Verdict) -> None:
         self.verdicts[row.name] = verdict

@@ -22,7 +22,7 @@ def acceptance(
         typer.Option(
             "--only",
             metavar="TEXT",
-            help="Run the row of this name, or those whose names hold this text, and what they build on; may be repeated.",
+            help="Run the row of this name, or all whose names hold the text, and what they build on; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -83,5 +83,5 @@ def acceptance(
         raise RunError(
             f"{counts['wrong']} of {len(rows)} rows are wrong.", hint=f"What they said is in {output_dir / FAILURES}."
         )
-    if not counts["right"]:
+    if not any(row.after is not None and pool.verdicts[row.name].kind == "right" for row in rows):  # but demos
         raise RunError("no row ran, so nothing is proved.", hint="Give it more --minutes, or install what it lacks.")
