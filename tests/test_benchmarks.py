@@ -45,7 +45,7 @@ NUMBERS = {
     "fsdp_loading": ["rows/0/copies_at_peak"],
     "fuzz_files": ["mutations"],
     "fuzz_metadata": ["metadata/files", "media/files", "playlists/files"],
-    "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/1/tokens_per_second"],
+    "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/2/tokens_per_second"],
     "help_startup": ["vfun_over_accelerate"],
     "kill_fuzz": ["kills", "kills in windows/--overwrite"],
     "lora_merge": ["peak_bytes"],

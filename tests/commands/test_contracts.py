@@ -17,11 +17,11 @@ from vfun_cli import devices, families, main
 from vfun_cli.demo import default as demo_default
 from vfun_cli.run.rundir import RunDir
 
-COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
+COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "acceptance")
 DRY = ("--demo", "--dry-run")
 
 
-def test_help_lists_the_six_commands(vfun: Vfun) -> None:
+def test_help_lists_the_commands(vfun: Vfun) -> None:
     said = vfun("--help")
     assert said.code == 0
     assert set(COMMANDS) <= set(said.out.split())
