@@ -14,7 +14,10 @@ from tests.commands.conftest import Vfun, digest
 from tests.jobs import losses, vfun_process
 from tests.test_children import LEFT_OVER
 from vfun_cli import devices, families, main
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.launch import show
+from vfun_cli.launch.job import decide
 from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
@@ -141,6 +144,25 @@ def test_a_dry_run_may_be_for_another_machine(place: Path, vfun: Vfun, monkeypat
     said = vfun(*node)
     assert said.code == 6 and "--num-processes" in said.err
     assert vfun("train", "wan-s2v", "--demo", "--device", "cuda", "--num-processes", "8", "--fsdp").code == 6
+
+
+def test_what_the_machine_decides_is_told_with_the_reason(
+    place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "smallest_gpu", lambda: 1_000)
+    node = ("train", "cogvideox-fun", *DRY, "--device", "cuda", "--num-processes", "8")
+    said = vfun(*node)
+    assert re.search(r"strategy = 'fsdp' +this machine: unsharded, .* the smallest GPU has 1e-06 GB", said.out), (
+        said.err
+    )
+    assert "out-of-memory" not in said.err
+    for more, way in ((("--ddp",), "--fsdp shards"), (("--num-processes", "1"), "--zero3-offload")):
+        said = vfun(*node, *more)
+        assert said.code == 0 and "expect an out-of-memory error" in said.err and way in said.err
+    spec = families.find("cogvideox-fun")
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: False)
+    show.preview(decide("train", spec, resolve("train", spec, {"device": "cpu"}, demo=demo_default.make(spec))))
+    assert "mixed_precision no: its processor has no units for bf16" in capfd.readouterr().err
 
 
 def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, vfun: Vfun) -> None:
