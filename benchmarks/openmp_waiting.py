@@ -33,7 +33,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
     "OpenMP's default": {},
 }
-ROUNDS, WARM_UP = 15, 2
+ROUNDS, BUSY_ROUNDS, WARM_UP = 15, 5, 2
 FOREIGN = 0.1
 """Share of the machine's time that others may take in a quiet round."""
 FAMILY = "wan-s2v"
@@ -164,13 +164,13 @@ def main() -> None:
     """Measure, print and write."""
     parser = record.parser("openmp_waiting", __doc__)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the quiet and of the busy machine")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the quiet machine")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work is not None:
         work(given.work)
         return
-    number, warm_up = (2, 1) if given.smoke else (given.rounds, WARM_UP)
+    number, beside, warm_up = (1, 1, 0) if given.smoke else (given.rounds, BUSY_ROUNDS, WARM_UP)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         make_step(Path(folder))  # the demo, before there are several that would make it
         steps = {
@@ -180,7 +180,7 @@ def main() -> None:
         list(rounds(steps, warm_up))
         alone = list(rounds(steps, number))
         with busy_machine(1 if given.smoke else os.cpu_count() or 1):
-            busy = [times for times, _ in rounds(steps, number)]
+            busy = [times for times, _ in rounds(steps, beside)]
     quiet = [times for times, foreign in alone if foreign <= FOREIGN or given.smoke]
     record.write_result(given, {
         "family": FAMILY,

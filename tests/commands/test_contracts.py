@@ -17,7 +17,7 @@ from vfun_cli import devices, families, main
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.launch import show
-from vfun_cli.launch.job import decide
+from vfun_cli.launch.job import decide, warn_of_memory
 from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
@@ -156,12 +156,14 @@ def test_what_the_machine_decides_is_told_with_the_reason(
         said.err
     )
     assert "out-of-memory" not in said.err
-    for more, way in ((("--ddp",), "--fsdp shards"), (("--num-processes", "1"), "--zero3-offload")):
-        said = vfun(*node, *more)
-        assert said.code == 0 and "expect an out-of-memory error" in said.err and way in said.err
-    spec = families.find("cogvideox-fun")
+    spec, demo = families.find("cogvideox-fun"), demo_default.make(families.find("cogvideox-fun"))
+    for given, way in (({"strategy": "ddp"}, "--fsdp shards"), ({"num_processes": 1}, "--zero3-offload")):
+        config = resolve("train", spec, {"device": "cuda", "num_processes": 8, **given}, demo=demo).config
+        warn_of_memory(config, spec, lora=False)
+        warning = " ".join(capfd.readouterr().err.split())
+        assert "expect an out-of-memory error" in warning and way in warning
     monkeypatch.setattr(devices, "multiplies_bf16", lambda: False)
-    show.preview(decide("train", spec, resolve("train", spec, {"device": "cpu"}, demo=demo_default.make(spec))))
+    show.preview(decide("train", spec, resolve("train", spec, {"device": "cpu"}, demo=demo)))
     assert "mixed_precision no: its processor has no units for bf16" in capfd.readouterr().err
 
 
