@@ -51,13 +51,9 @@ def options(strategy: str, folder: Path, steps: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-
-
 def seconds(argv: list[str]) -> float:
     began = time.perf_counter()
-    subprocess.run(argv, check=True, capture_output=True, env=environment())
+    subprocess.run(argv, check=True, capture_output=True)
     return time.perf_counter() - began
 
 
@@ -101,7 +97,7 @@ def watched(argv: list[str], folder: Path) -> tuple[list[tuple[float, dict[str, 
     lines: list[tuple[float, dict[str, Any]]] = []
     whole: dict[str, float] = {}
     with tempfile.TemporaryFile() as said:
-        job = subprocess.Popen(argv, stdout=said, stderr=said, env=environment())
+        job = subprocess.Popen(argv, stdout=said, stderr=said)
         ended = False
         while not ended:
             time.sleep(0.01)

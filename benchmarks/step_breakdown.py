@@ -147,8 +147,7 @@ def timed_rank(run_json: Path) -> int:
 def measure(family: str, strategy: str, folder: Path, cache: Path | None, steps: int, precision: str) -> dict[str, Any]:
     """Seconds of each part of a step (mean after warm-up), and the losses."""
     run_json, argv = run_json_of(family, strategy, folder, cache, steps, precision)
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     spent = json.loads(run_json.with_name("spent.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

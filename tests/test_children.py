@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from vfun_cli import children
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.wan_s2v import SPEC
-from vfun_cli.launch.templates import plan_launch
+from vfun_cli.launch.templates import WAITING, plan_launch
 from vfun_cli.metadata import decoder
 from vfun_cli.metadata.deep import decode_many
 from vfun_cli.run.rundir import RunDir
@@ -59,6 +60,29 @@ def test_a_launch_starts_where_nothing_can_be_imported_by_mistake(tmp_path: Path
     argv = plan_launch(config, SPEC, RunDir(tmp_path), tmp_path / "run.json").argv
     folder = Path(argv[argv.index("-C") + 1])
     assert folder.is_relative_to(PACKAGE.parent) and {path.suffix for path in folder.iterdir()} == {".yaml"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "waiting"),
+    [
+        ({}, WAITING),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"GOMP_SPINCOUNT": "infinite"}, {"GOMP_SPINCOUNT": "infinite"}),
+    ],
+)
+def test_how_threads_wait_is_the_users_to_say(
+    stated: dict[str, str], waiting: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stated.items():
+        monkeypatch.setenv(name, value)
+    argv = plan_launch(RunConfig(strategy="single", device="cpu"), SPEC, RunDir(tmp_path), tmp_path / "run.json").argv
+    argv = [argv[0], *argv[3 : argv.index(sys.executable)]]  # without the folder that it starts in
+    shown = subprocess.run(argv, capture_output=True, check=True, text=True).stdout.splitlines()
+    assert {line for line in shown if line.startswith(("OMP_WAIT", "GOMP"))} == {
+        "=".join(each) for each in waiting.items()
+    }
 
 
 def test_files_beside_the_data_are_not_imported_by_a_decoding_process(

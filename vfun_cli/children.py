@@ -20,6 +20,7 @@ NOT_INHERITED = {
     "where another job meets": ("MASTER_ADDR", "MASTER_PORT"),
     "mpirun": ("PMI_*", "OMPI_COMM_WORLD_*", "MV2_COMM_WORLD_*", "MPI_LOCALNRANKS"),
     "torch, which then unpickles anything": ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",),
+    "the launcher of another run": ("_VFUN_SHARE_CORES",),
 }
 """Variables, by who would let them overrule the files of a launch. What tunes how the same work is done (``NCCL_*``,
 ``GLOO_*``, ``CUDA_*``, ``TORCH_*``, ``PYTORCH_*``) is the user's.
@@ -27,6 +28,9 @@ NOT_INHERITED = {
 
 THREADS = "OMP_NUM_THREADS"
 """Inherited if it is one number: accelerate fails at anything else."""
+
+SHARE_CORES = "_VFUN_SHARE_CORES"
+"""Set for ranks whose number of threads nobody stated; in ``THREADS`` they then find accelerate's, which is 1."""
 
 SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH")
 """Lists of folders. An empty or relative entry, such as ``$UNSET:/opt/lib`` leaves, means the working directory."""

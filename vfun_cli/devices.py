@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from itertools import takewhile
+from pathlib import Path
 
 from vfun_cli.children import absolute_entries
 from vfun_cli.errors import EnvironmentFault
@@ -14,10 +15,23 @@ from vfun_cli.errors import EnvironmentFault
 ANSWER_TIMEOUT = 30
 """Seconds that nvidia-smi may take; on a machine with many GPUs and no persistence daemon it takes ten."""
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_UNITS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""What a processor calls its products of bf16 numbers there; the last is Arm's."""
+
 
 def cpu_cores() -> int:
     """Processor cores that this process may run on: in a container or a share of a node, fewer than the machine has."""
     return len(os.sched_getaffinity(0))
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has units for it. Without them torch converts each number: with AVX2 alone a linear layer
+    takes 10 times as long as in float32, a 3D convolution 36 times.
+    """
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    facts = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
+    return not BF16_UNITS.isdisjoint(facts.get("flags", facts.get("Features", [])))
 
 
 @cache
@@ -27,21 +41,56 @@ def gpu_count() -> int:
     Raises:
         EnvironmentFault: nvidia-smi hangs, as it does beside a broken driver.
     """
-    tool = shutil.which("nvidia-smi", path=absolute_entries(os.environ.get("PATH", os.defpath)))
+    tool = _nvidia_smi()
     if tool is None:
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        named = takewhile(lambda part: not part.startswith("-"), map(str.strip, visible.split(",")))  # -1 ends the list
-        return len([part for part in named if part])
+    visible = _visible()
+    return sum(line.startswith("GPU ") for line in _ask(tool, "-L")) if visible is None else len(visible)
+
+
+@cache
+def smallest_gpu() -> int | None:
+    """Bytes of memory of the smallest GPU that a training process would see; None where nvidia-smi tells none.
+
+    Raises:
+        EnvironmentFault: nvidia-smi hangs.
+    """
+    tool, visible = _nvidia_smi(), _visible()
+    if tool is None:
+        return None
+    listed = _ask(tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits")
+    rows = [tuple(map(str.strip, line.split(","))) for line in listed]
+    seen = [
+        mebibytes
+        for index, uuid, mebibytes in (row for row in rows if len(row) == 3)
+        if visible is None or any(index == name or uuid.startswith(name) for name in visible)
+    ]
+    return min((int(mebibytes) << 20 for mebibytes in seen if mebibytes.isdigit()), default=None)
+
+
+def _nvidia_smi() -> str | None:
+    return shutil.which("nvidia-smi", path=absolute_entries(os.environ.get("PATH", os.defpath)))
+
+
+def _visible() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID; None if it is not set."""
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is None:
+        return None
+    named = takewhile(lambda part: not part.startswith("-"), map(str.strip, stated.split(",")))  # -1 ends the list
+    return [part for part in named if part]
+
+
+def _ask(tool: str, *arguments: str) -> list[str]:
+    """The lines of nvidia-smi's answer."""
     try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=ANSWER_TIMEOUT, check=False)
+        answer = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=ANSWER_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired):
         raise EnvironmentFault(
             f"{tool} does not answer, so the GPUs of this machine are unknown.",
             hint="Mend the driver, or export CUDA_VISIBLE_DEVICES=0,1 with the numbers of the GPUs; empty for none.",
         ) from None
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return answer.stdout.splitlines()
 
 
 def check_processes(device: str, per_machine: int) -> None:

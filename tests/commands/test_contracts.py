@@ -14,7 +14,10 @@ from tests.commands.conftest import Vfun, digest
 from tests.jobs import losses, vfun_process
 from tests.test_children import LEFT_OVER
 from vfun_cli import devices, families, main
+from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.launch import show
+from vfun_cli.launch.job import decide, warn_of_memory
 from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "acceptance")
@@ -144,6 +147,27 @@ def test_a_dry_run_may_be_for_another_machine(place: Path, vfun: Vfun, monkeypat
     said = vfun(*node)
     assert said.code == 6 and "--num-processes" in said.err
     assert vfun("train", "wan-s2v", "--demo", "--device", "cuda", "--num-processes", "8", "--fsdp").code == 6
+
+
+def test_what_the_machine_decides_is_told_with_the_reason(
+    place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "smallest_gpu", lambda: 1_000)
+    node = ("train", "cogvideox-fun", *DRY, "--device", "cuda", "--num-processes", "8")
+    said = vfun(*node)
+    assert re.search(r"strategy = 'fsdp' +this machine: unsharded, .* the smallest GPU has 1e-06 GB", said.out), (
+        said.err
+    )
+    assert "out-of-memory" not in said.err
+    spec, demo = families.find("cogvideox-fun"), demo_default.make(families.find("cogvideox-fun"))
+    for given, way in (({"strategy": "ddp"}, "--fsdp shards"), ({"num_processes": 1}, "--zero3-offload")):
+        config = resolve("train", spec, {"device": "cuda", "num_processes": 8, **given}, demo=demo).config
+        warn_of_memory(config, spec, lora=False)
+        warning = " ".join(capfd.readouterr().err.split())
+        assert "expect an out-of-memory error" in warning and way in warning
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: False)
+    show.preview(decide("train", spec, resolve("train", spec, {"device": "cpu"}, demo=demo)))
+    assert "mixed_precision no: its processor has no units for bf16" in capfd.readouterr().err
 
 
 def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, vfun: Vfun) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.commands.conftest import Vfun
 from tests.metadata.small_media import encode_video, write_sound
-from vfun_cli import families
+from vfun_cli import devices, families
 from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
@@ -191,8 +191,10 @@ def there(documented: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("command", "family", "strategy", "typed"), COMMAND_LINES)
 def test_a_dry_run_shows_the_values_that_the_guides_type(
-    command: str, family: str, strategy: str, typed: dict[str, Any], there: Path, vfun: Vfun
-) -> None:
+    command: str, family: str, strategy: str, typed: dict[str, Any], there: Path, vfun: Vfun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: True)
     said = vfun(command, family, "--strategy", strategy, "--dry-run", "--json")
     assert said.code == 0, said.err
     config = RunConfig.from_json(json.loads(said.out)["config"])

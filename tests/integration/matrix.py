@@ -170,6 +170,7 @@ def memorised(family: str, command: str = "train") -> dict[str, Any]:
         "lr_scheduler": "constant",
         "learning_rate": LEARNING_RATES[command],
         "cache_variants": 4,
+        "mixed_precision": "bf16",  # on every processor
     }
 
 

@@ -103,6 +103,27 @@ def test_a_cache_changes_nothing_of_a_run_that_goes_on(before: Path | None, afte
         assert resume_check.continuation(run, "train", spec, resumed).config.cache_variants is None
 
 
+@pytest.mark.parametrize(("began_with_units", "precision"), [(True, "bf16"), (False, "no")])
+def test_a_run_keeps_its_precision_on_another_processor(
+    began_with_units: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, given, units = families.find("wan-s2v"), {"device": "cpu"}, [began_with_units]
+    monkeypatch.setattr("vfun_cli.devices.multiplies_bf16", lambda: units[0])
+    settled = resolve("train", spec, given, environ={})
+    for _ in range(3):  # the second and third time, it was kept before
+        described = {"config": settled.config.to_json(), "sources": settled.sources, "command": "train"}
+        run = resume_check.Earlier(found=FOUND, described={**described, "family": spec.name})
+        units[0] = not began_with_units
+        settled = resume_check.continuation(run, "train", spec, resolve("train", spec, given, environ={}))
+        assert settled.config.mixed_precision == precision
+        *_, resumed = resume_check.resolve_as_before(run, {})
+        assert resumed.config.mixed_precision == precision
+    other = {"bf16": "no", "no": "bf16"}[precision]
+    with pytest.raises(CheckpointError, match=f"mixed_precision {precision} -> {other}"):
+        typed = resolve("train", spec, {**given, "mixed_precision": other}, environ={})
+        resume_check.continuation(run, "train", spec, typed)
+
+
 def test_what_follows_from_a_changed_option_changes_with_it() -> None:
     spec = families.find("hunyuanvideo-t2v")
     first = resolve("train", spec, {"video_sample_size": 512, "image_sample_size": None}, environ={})

@@ -1,5 +1,6 @@
 """Encoders are frozen: no gradient reaches them and an optimizer step leaves them as they were."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.encoders.placement import encoding_on
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.model import adapter_of, adapter_options
@@ -95,6 +97,13 @@ def test_a_training_step_leaves_the_encoders_alone(
             assert not parameter.requires_grad and parameter.grad is None, name
         for name, value in module.state_dict().items():
             assert torch.equal(value, state[name]), name
+        there = torch.device("meta")
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+        tensors = [*module.parameters(), *module.buffers()]
+        with encoding_on(module, there, low_vram=True):
+            assert {each.device for each in (*module.parameters(), *module.buffers())} == {there}
+        now = [*module.parameters(), *module.buffers()]
+        assert all(one is other for one, other in zip(now, tensors, strict=True))
 
 
 @pytest.mark.parametrize(("precision", "device", "dtype"), [

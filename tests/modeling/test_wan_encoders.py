@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from vfun_cli.demo.wan_parts import vae_state
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.clip_vision import ClipImageEncoder, load_clip_vision
-from vfun_cli.modeling.encoders.placement import encoding_on
+from vfun_cli.modeling.encoders.placement import encoding_on, freeze
 from vfun_cli.modeling.encoders.umt5 import UMT5TextEncoder, load_umt5, pad_text
 from vfun_cli.modeling.encoders.wan_vae import WanVAE, load_wan_vae
 from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder, align_to_frames
@@ -225,3 +226,35 @@ def test_encoders_run_without_autocast_and_without_gradients() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), encoding_on(layer, CPU, low_vram=True):
         output = layer(torch.ones(1, 2))
     assert output.dtype == torch.float32 and not output.requires_grad
+
+
+class _TiedWords(torch.nn.Module):
+    """Words whose table is also the output layer, as T5 has it, and a buffer that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(5, 4)
+        self.output = torch.nn.Linear(4, 5, bias=False)
+        self.output.weight = self.words.weight
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+
+def test_with_low_vram_weights_stay_on_the_host_and_copies_of_them_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    encoder, device = freeze(_TiedWords()), torch.device("meta")  # from meta nothing can be copied back
+    before = {
+        name: (tensor, tensor.data_ptr()) for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]
+    }
+    for _ in range(2):
+        with pytest.raises(InterruptedError), encoding_on(encoder, device, low_vram=True):
+            assert encoder.words.weight is encoder.output.weight, "tied weights are copied once"
+            made = encoder.output(encoder.words(torch.zeros(2, dtype=torch.long, device=device))) * encoder.scale
+            assert made.device == device and not made.requires_grad
+            raise InterruptedError
+        after = {
+            name: (tensor, tensor.data_ptr())
+            for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]
+        }
+        assert after.keys() == before.keys() and all(after[name][0] is before[name][0] for name in before)
+        assert [pointer for _, pointer in after.values()] == [pointer for _, pointer in before.values()]
+        assert encoder.words.weight is encoder.output.weight and "scale" not in encoder.state_dict()

@@ -364,7 +364,7 @@ class RunConfig:
         str,
         Opt(
             help="Compute type; trainable weights keep a float32 master either way, and frozen encoders on a CPU are "
-            "float32.",
+            "float32. Left open, it is no on a CPU without units for bf16.",
             panel=OPTIMISATION,
             choices=("no", "bf16"),
         ),
@@ -429,8 +429,9 @@ class RunConfig:
     low_vram: Annotated[
         bool,
         Opt(
-            help="Keep the encoders off the accelerator except while they work, which they do before each step and not "
-            "beside the last one; a text encoder that the ranks share (FSDP, ZeRO-3) stays.",
+            help="Keep the encoders in pinned memory of the host, and copies on the accelerator only while they work, "
+            "which they do before each step and not beside the last one; a text encoder that the ranks share (FSDP, "
+            "ZeRO-3) stays.",
             panel=MEMORY,
             on_resume="harmless",
         ),
@@ -452,7 +453,8 @@ class RunConfig:
     strategy: Annotated[
         str,
         Opt(
-            help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it.",
+            help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it. "
+            "auto: single on one GPU or CPU; on several GPUs ddp, or fsdp for what one GPU cannot hold whole.",
             panel=PARALLEL,
             choices=tuple(STRATEGIES),
             on_resume="sharding",

@@ -9,6 +9,7 @@ from typing import Any
 
 from vfun_cli import devices
 from vfun_cli.config.checks import check
+from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
@@ -23,10 +24,14 @@ LARGEST_TOML = 1 << 20
 OPTION = "option"
 """The layer of what was typed."""
 
+HERE = "this machine"
+"""The source of what was left open and follows from the machine; a reason worth a word comes after a colon."""
+
 FOLLOWS: Mapping[str, tuple[str, str]] = {
     "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
     "image_sample_size": ("video_sample_size", "video_sample_size"),
     "cache_variants": ("cache", "default with a cache"),
+    "mixed_precision": ("device", f"{HERE}: its processor has no units for bf16"),
 }
 """Options that follow from another where nothing was said: which one, and what their source is called then."""
 
@@ -64,12 +69,17 @@ def resolve(
     """
     layers = _layers(command, spec, given, demo=demo, base=base, environ=environ, directory=directory)
     config, sources = _merge(layers)
+    config = _settle_placement(config, sources, spec, command)
     config = _fill_in(config, sources)
-    config = _settle_placement(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
     check(config, spec, lora=command == "lora")
     return Resolved(config=config, sources=sources)
+
+
+def is_default(source: str) -> bool:
+    """Whether a value with this source is vfun's or a family's default."""
+    return source.endswith("default")
 
 
 def _layers(
@@ -115,13 +125,15 @@ def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
 def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Values that follow from others where nothing was said; notes their sources."""
     found: dict[str, Any] = {}
-    if "default" in sources["train_data_dir"] and "default" not in sources["train_data_meta"]:
+    if is_default(sources["train_data_dir"]) and not is_default(sources["train_data_meta"]):
         assert config.train_data_meta is not None
         found["train_data_dir"] = config.train_data_meta.parent
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
         found["cache_variants"] = DEFAULT_VARIANTS
+    if config.device == "cpu" and is_default(sources["mixed_precision"]) and not devices.multiplies_bf16():
+        found["mixed_precision"] = "no"
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
 
@@ -189,7 +201,7 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
             yield f"${variable}", {name: value}
 
 
-def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
+def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySpec, command: str) -> RunConfig:
     """Device, strategy and number of processes where they were left to us; notes their sources."""
     gpus = devices.gpu_count()
     for name, value, open_value in (
@@ -198,12 +210,18 @@ def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
         ("num_processes", config.num_processes, None),
     ):
         if value == open_value:
-            sources[name] = "this machine"
+            sources[name] = HERE
     device = config.device if config.device != "auto" else ("cuda" if gpus else "cpu")
     strategy = config.strategy
     if strategy == "auto":
         several = config.num_processes or config.num_machines * (gpus if device == "cuda" else 1)
         strategy = "ddp" if several > 1 else "single"
+        # Filling a cache loads no transformer; a moving average and a quantised base cannot be sharded.
+        may_shard = command != "cache" and config.base_precision == "bf16" and not config.use_ema
+        if several > 1 and device == "cuda" and may_shard:
+            state = whole_state(config, spec, lora=command == "lora")
+            if state is not None and not state.fits:
+                strategy, sources["strategy"] = "fsdp", f"{HERE}: {state}"
     processes = config.num_processes
     if processes is None:
         each = (gpus if device == "cuda" else 2) if STRATEGIES[strategy].several_processes else 1

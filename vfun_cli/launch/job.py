@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
+from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
@@ -141,6 +143,8 @@ def decide(
 
     check_weights(config.pretrained_model_name_or_path)
     trained = _trained(command, config, spec, plan)
+    if command != "cache":
+        warn_of_memory(config, spec, lora=command == "lora")
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None
@@ -220,6 +224,18 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
             config.pretrained_model_name_or_path,
             cache=rows.header_cache(),
             progress=stage("reading samples of files"),
+        )
+
+
+def warn_of_memory(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
+    """Say it where a strategy that shards nothing was chosen, or is the only one, and no GPU can hold the model."""
+    if config.device != "cuda" or STRATEGIES[config.strategy].sharded:
+        return
+    state = whole_state(config, spec, lora=lora)
+    if state is not None and not state.fits:
+        ways = "--fsdp shards them" if config.num_processes != 1 else "--zero3-offload keeps most of it on the host"
+        console.warn(
+            f"{state}: expect an out-of-memory error. {ways}; LoRA needs less, least with --base-precision nf4."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, plain_kind
-from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, resolve
+from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
@@ -25,6 +25,10 @@ from vfun_cli.run.locate import Found
 
 ACCUMULATION = "gradient_accumulation_steps"
 VARIANTS = "cache_variants"
+KEPT = (VARIANTS, "mixed_precision")
+"""Options that follow from others when a run begins, and belong to it from then on."""
+RUNS_OWN = "the run's"
+"""Their source in a continuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Earlier:
 
     def follows(self, name: str) -> bool:
         """Whether an option was not given, but followed from another."""
-        return name in FOLLOWS and self.described.get("sources", {}).get(name) == FOLLOWS[name][1]
+        return name in FOLLOWS and self.described.get("sources", {}).get(name) in (FOLLOWS[name][1], RUNS_OWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def resolve_as_before(run: Earlier, given: Mapping[str, Any]) -> tuple[str, Fami
     strategy = STRATEGIES.get(given.get("strategy", ""))
     if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}
-    kept = {name: value for name, value in run.config.items() if name == VARIANTS or not run.follows(name)}
+    kept = {name: value for name, value in run.config.items() if name in KEPT or not run.follows(name)}
     return command, spec, resolve(command, spec, given, base=kept)
 
 
@@ -116,7 +120,7 @@ def continuation(
             f"not of vfun {command} {spec.name}.",
             hint=f"vfun resume {shlex.quote(str(checkpoint))}",
         )
-    resolved = keep_variants(run, keep_step_size(run, resolved))
+    resolved = keep_followers(run, keep_step_size(run, resolved))
     check_options(run, resolved, allow)
     return resolved
 
@@ -253,15 +257,20 @@ def keep_step_size(run: Earlier, resolved: Resolved) -> Resolved:
     return Resolved(config=config, sources=resolved.sources | {ACCUMULATION: "the run's step size"})
 
 
-def keep_variants(run: Earlier, resolved: Resolved) -> Resolved:
-    """With or without a cache, what the encoders see is drawn as before: a cache changes nothing of a run that goes on.
+def keep_followers(run: Earlier, resolved: Resolved) -> Resolved:
+    """With or without a cache, what the encoders see is drawn as before; on any processor, the precision stays.
 
-    A number of variants that was given stays.
+    What was given stays.
     """
-    if resolved.sources.get(VARIANTS) not in ("default", FOLLOWS[VARIANTS][1]):
-        return resolved
-    config = replace(resolved.config, cache_variants=run.config.get(VARIANTS))
-    return Resolved(config=config, sources=resolved.sources | {VARIANTS: "the run's"})
+    kept = {name: run.config.get(name, default_of(name)) for name in KEPT if _is_open(run, resolved, name)}
+    sources = dict.fromkeys(kept, RUNS_OWN)
+    return Resolved(config=replace(resolved.config, **kept), sources=resolved.sources | sources)
+
+
+def _is_open(run: Earlier, resolved: Resolved, name: str) -> bool:
+    """Whether nobody gave an option that follows from another, at this launch or at the run's own."""
+    source = resolved.sources.get(name, "")
+    return source in ("default", FOLLOWS[name][1]) or (is_default(source) and run.follows(name))
 
 
 def _paths() -> set[str]:

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.config.options import options
+from vfun_cli.config.resolve import HERE
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from vfun_cli.launch.disk_need import DiskNeed, disk_need
 from vfun_cli.launch.job import Job
@@ -25,6 +26,11 @@ def preview(job: Job) -> None:
     start = f", from {job.found.checkpoint.name}" if job.found else ""
     what = f" under {config.strategy} on {where} ({config.device}){start} -> {job.run.root}"
     console.err.print(Text.assemble("\n", (f"{job.command} {job.spec.name}", "bold"), what), soft_wrap=True)
+    for name, source in job.resolved.sources.items():
+        if source.startswith(f"{HERE}: "):
+            console.err.print(
+                Text(f"{name} {getattr(config, name)}: {source.removeprefix(f'{HERE}: ')}"), soft_wrap=True
+            )
     need = disk_need(job)
     console.err.print(str(need), soft_wrap=True)
     _warn(need, job)

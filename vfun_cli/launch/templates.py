@@ -1,6 +1,8 @@
 """Templates to launch files, and the exact command that starts the training processes. Nothing is started here."""
 
+import os
 import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -14,14 +16,17 @@ from vfun_cli.run.rundir import RunDir
 
 _PACKAGE = Path(__file__).parents[1]
 
-# Waiting OpenMP threads sleep instead of spinning: on a shared processor they would take the time of the others.
 # torchrun answers signals by SIGTERM to the ranks and SIGKILL after 30 seconds, which no large checkpoint keeps to.
 # At those that ask to save the launcher just ends, and the ranks notice and save in peace.
-_VARIABLES = {
-    "PYTHONUNBUFFERED": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
-}
+_VARIABLES = {"PYTHONUNBUFFERED": "1", "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT"}
+
+WAITING: Mapping[str, str] = {"GOMP_SPINCOUNT": "1000"}
+"""How OpenMP threads wait for each other, unless the user's environment says it: some looks, then sleep."""
+
+_UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
+    (("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), WAITING),
+)
+"""What ranks find in their environment where the user's has none of these names."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -66,9 +71,15 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
         directory=templates_dir() / "accelerate",
-        variables=_VARIABLES | (_within_the_machine(config) if alone else {}),
+        variables=_VARIABLES | _unless_stated(os.environ) | (_within_the_machine(config) if alone else {}),
     )
     return LaunchPlan(files=files, argv=argv)
+
+
+def _unless_stated(environ: Mapping[str, str]) -> dict[str, str]:
+    """How the work is done, which is the user's to decide."""
+    left = (variables for names, variables in _UNLESS_STATED if environ.keys().isdisjoint(names))
+    return {name: value for variables in left for name, value in variables.items()}
 
 
 def _within_the_machine(config: RunConfig) -> dict[str, str]:

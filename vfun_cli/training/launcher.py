@@ -1,9 +1,13 @@
 """``accelerate launch``, with one more place where the ranks of a job can meet: the loopback address of one machine.
 
+It also tells the ranks whether the number of threads that accelerate gives them is the user's or accelerate's own.
+
 torchrun's own meeting places listen on every address of the machine, and their store answers whoever connects.
 """
 
+import os
 import socket
+from collections.abc import MutableMapping
 from functools import cached_property
 
 from accelerate.commands.launch import main
@@ -15,6 +19,8 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from vfun_cli.children import SHARE_CORES, THREADS
 
 NAME = "loopback"
 
@@ -49,6 +55,13 @@ class Loopback(StaticTCPRendezvous):
         return RendezvousInfo(PrefixStore(self.run_id, self.store), self.rank, self.world_size, where)
 
 
+def let_ranks_share_cores(environ: MutableMapping[str, str]) -> None:
+    """Unless their number of threads is stated, which is the last moment to see that: accelerate always states one."""
+    if THREADS not in environ:
+        environ[SHARE_CORES] = "1"
+
+
 if __name__ == "__main__":
+    let_ranks_share_cores(os.environ)
     rendezvous_handler_registry.register(NAME, Loopback)
     main()

@@ -10,10 +10,12 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 PEAKS: dict[str, float] = {
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "H20": 148e12,
     "A100": 312e12,
@@ -31,8 +33,8 @@ PEAKS: dict[str, float] = {
 """Dense bf16 matrix products with float32 accumulation, FLOP/s, from NVIDIA's data sheets, by a part of the device's
 name; of several that fit, the longest counts."""
 
-SLOWER = ("Laptop", "MIG", "D")
-"""Words that name a slower device or a slice of one."""
+SLOWER = ("Laptop", "MIG", "D", "NVL", "CNX")
+"""Words that name a slower device or a slice of one, unless the part of the name in the table has them too."""
 
 
 def peak_flops(device: torch.device, stated_tflops: float | None) -> float | None:
@@ -47,10 +49,10 @@ def peak_flops(device: torch.device, stated_tflops: float | None) -> float | Non
 def peak_of(name: str) -> float | None:
     """The peak of a device with this name, None if the table has none or only a part of the device is there."""
     words = f" {name.replace('-', ' ')} "
-    if any(f" {slower} " in words for slower in SLOWER):
+    part = max((part for part in PEAKS if f" {part} " in words), key=len, default=None)
+    if part is None or any(f" {slower} " in words and slower not in part.split() for slower in SLOWER):
         return None
-    fitting = [part for part in PEAKS if f" {part} " in words]
-    return PEAKS[max(fitting, key=len)] if fitting else None
+    return PEAKS[part]
 
 
 @dataclass(frozen=True, kw_only=True)

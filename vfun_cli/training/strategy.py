@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from vfun_cli.children import SHARE_CORES
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
@@ -105,9 +106,14 @@ def prefetch_blocks(blocks: Sequence[nn.Module], ahead: int) -> None:
 
 
 def prepare_environment(device: str) -> None:
-    """Settings that must be in place before torch starts threads or a process group."""
+    """Settings that must be in place before torch starts threads or a process group.
+
+    A user's OMP_NUM_THREADS holds. Otherwise the ranks of a machine share its cores, beside GPUs too: there AdamW works
+    on the processor where the optimizer is offloaded.
+    """
     if device == "cpu":
         os.environ.setdefault("ACCELERATE_USE_CPU", "false")
+    if SHARE_CORES in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cpu_cores() // local))
 
