@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from vfun_cli import console
+from vfun_cli.devices import oom_kills
 from vfun_cli.errors import (
     CheckpointError,
     ConfigError,
@@ -23,6 +24,7 @@ from vfun_cli.errors import (
 )
 from vfun_cli.launch import progress
 from vfun_cli.launch.preemption import leave_terminal
+from vfun_cli.run.memory_errors import does_not_fit, memory_line
 from vfun_cli.run.messages import Outcome, RankError, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
@@ -135,7 +137,7 @@ def launch(
     clear_messages(run_dir)
     if stop.asked:
         stop.write()
-    log = run_dir.launcher_log(machine_rank)
+    log, killed_before = run_dir.launcher_log(machine_rank), oom_kills()
     with log.open("ab") as output:
         start_of_run = output.tell()
         process = subprocess.Popen(
@@ -155,7 +157,8 @@ def launch(
         return Outcome(ending="completed", step=0)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
-    failure = _failure(run_dir, log, start_of_run, process.returncode, way_on)
+    memory_ran_out = oom_kills() > killed_before
+    failure = _failure(run_dir, log, start_of_run, process.returncode, way_on, memory_ran_out=memory_ran_out)
     if stop.asked and isinstance(failure, Crashed):  # whoever asked to stop wants no restart
         raise RunError(failure.message, hint=failure.hint)
     raise failure
@@ -201,8 +204,14 @@ def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int,
         show_new()
 
 
-def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable[[], str]) -> VfunError:
-    """The first failing rank's message; without one, what the launcher's log tells."""
+def _failure(
+    run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable[[], str], *, memory_ran_out: bool
+) -> VfunError:
+    """The first failing rank's message; without one, what the launcher's log tells.
+
+    Args:
+        memory_ran_out: the kernel has ended a process for that since the launch.
+    """
     if not log.exists():
         return RunError(
             f"the run directory {run_dir.root} vanished while it was trained in; nothing can be saved there.",
@@ -223,8 +232,13 @@ def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable
         return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or hint)
     if killed or code < 0:
         who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
+        if number == signal.SIGKILL and memory_ran_out:
+            return does_not_fit("the kernel ended it", f"{who} was ended by SIGKILL: ")
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
         return Crashed(f"{who} was ended by {_signal_name(number)}.{why}", hint=hint)
+    line = memory_line(text)
+    if line is not None:
+        return does_not_fit(line)
     cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
     return Crashed(f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}.", hint=hint)
 
