@@ -1,6 +1,8 @@
 """Templates to launch files, and the exact command that starts the training processes. Nothing is started here."""
 
+import os
 import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -22,6 +24,15 @@ _VARIABLES = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT",
 }
+
+ALLOCATION: Mapping[str, str] = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Clips of many sizes leave gaps in fixed segments of the device's memory. Under its newer name, PYTORCH_ALLOC_CONF,
+torch 2.9 to 2.11 read it and did nothing (pytorch/pytorch#183387)."""
+
+_UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
+    (("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), ALLOCATION),
+)
+"""What ranks find in their environment where the user's has none of these names."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -66,9 +77,15 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
         directory=templates_dir() / "accelerate",
-        variables=_VARIABLES | (_within_the_machine(config) if alone else {}),
+        variables=_VARIABLES | _unless_stated(os.environ) | (_within_the_machine(config) if alone else {}),
     )
     return LaunchPlan(files=files, argv=argv)
+
+
+def _unless_stated(environ: Mapping[str, str]) -> dict[str, str]:
+    """How the work is done, which is the user's to decide."""
+    left = (variables for names, variables in _UNLESS_STATED if environ.keys().isdisjoint(names))
+    return {name: value for variables in left for name, value in variables.items()}
 
 
 def _within_the_machine(config: RunConfig) -> dict[str, str]:

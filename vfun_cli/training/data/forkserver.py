@@ -34,7 +34,6 @@ def start_early(adapter_module: str) -> None:
         importlib.import_module(module)
     if threading.active_count() > 1:  # a profiler's, or a lock that is a lease: the server can still be started
         return
-    gc.freeze()  # each collection would write to every object, and so copy the memory that is shared
     multiprocessing.resource_tracker.ensure_running()
     with _forking():
         start(adapter_module)
@@ -62,6 +61,7 @@ def _fork(path: bytes, arguments: Sequence[str], passed: Sequence[int]) -> int:
     """A fork that runs the interpreter's command, ``arguments[-1]``, with these files and the standard ones alone."""
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # each collection would write to every object, and so copy the memory that is shared
     process = os.fork()
     if process:
         return process
