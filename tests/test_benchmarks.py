@@ -59,6 +59,7 @@ NUMBERS = {
     "sound_matrix": ["kinds", "clicks"],
     "startup": [
         "single/seconds to the first step",
+        "single/decoding processes before the first step/processor seconds",
         "single/checkpoint in the background/seconds held up",
         "single/checkpoint of the larger transformer/in the background/seconds of writing beside the steps",
         "single/checkpoint of the larger transformer/plain write and fsync/seconds",

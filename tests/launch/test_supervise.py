@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import file_system
-from vfun_cli.errors import EXIT_PREEMPTED, RunError, VfunError
+from vfun_cli.errors import EXIT_PREEMPTED, FitError, RunError, VfunError
 from vfun_cli.launch import supervise
 from vfun_cli.launch.machines import Machine
 from vfun_cli.run.messages import ERROR_SPACE, RankError, StopRequest, preemption_signals
@@ -81,6 +81,41 @@ def test_a_killed_rank_is_known_before_the_launcher_has_ended_its_peers(tmp_path
         pytest.raises(supervise.Crashed, match="rank 3 was ended by SIGKILL"),
     ):
         supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        "raise RuntimeError('CUDA error: out of memory')",
+        "import sys; print('Failed to CUDA calloc async 608 bytes', file=sys.stderr); sys.exit(1)",
+    ],
+)
+def test_a_rank_that_left_no_message_and_had_no_memory_is_not_started_over(rank: str, tmp_path: Path) -> None:
+    error = failure(RunDir(tmp_path), ALONE.format(rank=rank))
+    assert isinstance(error, FitError) and "--low-vram" in str(error.hint)
+
+
+def test_a_message_of_a_rank_without_memory_starts_nothing_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    script = (
+        "import time; from pathlib import Path; from vfun_cli.run.messages import RankError;"
+        "from vfun_cli.run.rundir import RunDir;"
+        "RankError(rank=0, time=time.time(), message='out of memory', hint='Less.', exit_code=4, crash=True,"
+        f"traceback='').write(RunDir(Path({str(tmp_path)!r}))); raise SystemExit(1)"
+    )
+    error = failure(run, script)
+    assert type(error) is FitError and error.hint == "Less."
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_had_no_memory_where_the_kernel_says_so(
+    killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter([3, 3 + killed])
+    monkeypatch.setattr(supervise, "oom_kills", lambda: next(counted))
+    error = failure(RunDir(tmp_path), ALONE.format(rank="import os; os.kill(os.getpid(), 9)"))
+    assert type(error) is (FitError if killed else supervise.Crashed)
+    assert error.message.startswith("rank 0 was ended by SIGKILL")
 
 
 def test_a_killed_launcher_is_not_an_exit_code(tmp_path: Path) -> None:

@@ -139,6 +139,10 @@ def decide(
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
     check_batch(config, len(plan.table))
+    if not dry_run:
+        from vfun_cli.plan.queue import check_shared_memory  # with numpy, as the plan
+
+        check_shared_memory(config, plan)
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)

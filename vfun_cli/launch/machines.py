@@ -97,7 +97,7 @@ class Machine:
         try:
             yield
         except BaseException as error:
-            failure = _failure_of(error)
+            failure = failure_of(error)
             raise
         finally:
             done.set()
@@ -233,6 +233,7 @@ def error_of(failure: Failure) -> VfunError:
     return _ERRORS.get(failure.exit_code, RunError)(failure.message, hint=failure.hint)
 
 
-def _failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
+    """An error as the other machines hear of it; none of them starts over for it."""
     known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
     return Failure(kind="error", time=time.time(), message=known.message, hint=known.hint, exit_code=known.exit_code)

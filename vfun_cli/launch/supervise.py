@@ -11,13 +11,15 @@ from pathlib import Path
 from types import FrameType
 
 from vfun_cli import console
+from vfun_cli.devices import oom_kills
 from vfun_cli.errors import (
     RunError,
     StoppedAtOnce,
 )
 from vfun_cli.launch import progress
-from vfun_cli.launch.machines import Machine, error_of
+from vfun_cli.launch.machines import Machine, error_of, failure_of
 from vfun_cli.launch.preemption import leave_terminal
+from vfun_cli.run.memory_errors import does_not_fit, memory_line
 from vfun_cli.run.messages import Failure, Outcome, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
@@ -126,7 +128,7 @@ def launch(
     clear_messages(run_dir, machine.number, ranks_elsewhere=machine.ranks_elsewhere)
     if stop.asked:
         stop.write()
-    log = run_dir.launcher_log(machine.number)
+    log, killed_before = run_dir.launcher_log(machine.number), oom_kills()
     with log.open("ab") as output:
         start_of_run = output.tell()
         process = subprocess.Popen(
@@ -143,7 +145,8 @@ def launch(
     if outcome is not None:
         return outcome
     if not stop.at_once:
-        own = _failure(machine, log, start_of_run, process.returncode, way_on)
+        memory_ran_out = oom_kills() > killed_before
+        own = _failure(machine, log, start_of_run, process.returncode, way_on, memory_ran_out=memory_ran_out)
         failure = machine.agree(own, given_up=lambda: stop.at_once)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
@@ -193,10 +196,15 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
         show_new()
 
 
-def _failure(machine: Machine, log: Path, start: int, code: int, way_on: Callable[[], str]) -> Failure | None:
+def _failure(
+    machine: Machine, log: Path, start: int, code: int, way_on: Callable[[], str], *, memory_ran_out: bool
+) -> Failure | None:
     """What the first failing rank of this machine met; without a message, what the launcher's log tells.
 
     None where all ranks were ended here since another machine had failed.
+
+    Args:
+        memory_ran_out: the kernel has ended a process for that since the launch.
     """
     if not log.exists():
         return Failure(
@@ -228,8 +236,12 @@ def _failure(machine: Machine, log: Path, start: int, code: int, way_on: Callabl
         return None
     if killed or code < 0:
         who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
+        if number == signal.SIGKILL and memory_ran_out:
+            return failure_of(does_not_fit("the kernel ended it", f"{who} was ended by SIGKILL: "))
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
         message = f"{who} was ended by {_signal_name(number)}.{why}"
+    elif (line := memory_line(text)) is not None:
+        return failure_of(does_not_fit(line))
     else:
         cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
         message = f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."

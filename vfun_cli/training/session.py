@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.loader import load_ahead, with_shared_calls
+from vfun_cli.training.data.loader import load_ahead
 from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
@@ -93,8 +94,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,
+        prefetch=micro_batches_ahead(config, plan),
     )
-    reason = trainer.train(with_shared_calls(loaded, adapter.encoders), first_step)
+    reason = trainer.train(loaded, first_step)
     metrics.close()
     if accelerator.is_local_main_process:
         Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run, config.machine_rank)

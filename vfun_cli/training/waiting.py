@@ -5,10 +5,12 @@ Wan2.2-S2V, 196 GB, may take a shared disk longer than that, so whatever waits f
 own, of gloo, whose limit is ``FILES_LIMIT``.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 COLLECTIVE_LIMIT = timedelta(minutes=30)
@@ -24,12 +26,12 @@ T = TypeVar("T")
 
 def patient_group() -> dist.ProcessGroup | None:
     """All ranks on gloo, None where there is one process alone; all ranks ask for it first together."""
-    return _beside(dist.group.WORLD) if dist.is_initialized() else None
+    return _beside(dist.group.WORLD, FILES_LIMIT) if dist.is_initialized() else None
 
 
 @cache
-def _beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=FILES_LIMIT)
+def _beside(world: dist.ProcessGroup, limit: timedelta) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=limit)
     return group
 
 
@@ -48,3 +50,12 @@ def gather_all(value: T) -> list[T]:
     gathered = [value] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def most_of_all(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all ranks, within the time of a training step; all of them call it together."""
+    if not dist.is_initialized():
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_beside(dist.group.WORLD, COLLECTIVE_LIMIT))
+    return largest.tolist()

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
@@ -50,9 +51,13 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
             prune(config.cache, set().union(*everyone))
     progress = FillMetrics(run, len(work), shows=accelerator.is_main_process)
     reason = CONTINUE
-    for loaded in load_ahead(adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache):
-        outputs_of(encoders, loaded.samples, cache)
-        progress.step()
+    ahead = micro_batches_ahead(config, plan)
+    for loaded in load_ahead(
+        adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache, prefetch=ahead
+    ):
+        if loaded is not None:
+            outputs_of(encoders, loaded.samples, cache)
+            progress.step()
         reason = stop.reason()
         if reason != CONTINUE:
             break
