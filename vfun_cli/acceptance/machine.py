@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vfun_cli.devices import cpu_cores
+
 PACKAGES = (
     "torch", "numpy", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord", "eva-decord", "av",
     "safetensors", "typer",
@@ -45,7 +47,7 @@ def memory_bytes() -> int:
 
 def jobs() -> int:
     """How many rows run at a time."""
-    return max(1, min(MOST_JOBS, len(os.sched_getaffinity(0)), memory_bytes() // MEMORY_OF_ROW))
+    return max(1, min(MOST_JOBS, cpu_cores(), memory_bytes() // MEMORY_OF_ROW))
 
 
 def lacks(device: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from vfun_cli import children
 from vfun_cli.acceptance.rows import RUNS, Row
 from vfun_cli.acceptance.verdicts import MEASURED, Outcome, Verdict, judge
+from vfun_cli.devices import cpu_cores
 from vfun_cli.run import metrics_file
 from vfun_cli.run.rundir import RunDir
 
@@ -29,8 +30,8 @@ END = 5
 class Running:
     """A row on its way: its commands, one after another."""
 
-    def __init__(self, row: Row, place: Path) -> None:
-        self.row, self.place = row, place
+    def __init__(self, row: Row, place: Path, threads: int) -> None:
+        self.row, self.place, self.threads = row, place, threads
         self.log = log_of(row, place)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
@@ -46,11 +47,22 @@ class Running:
     def _start(self) -> "subprocess.Popen[bytes]":
         module, *arguments = self.row.commands[len(self.exit_codes)]
         self.said_before = self.log.stat().st_size if self.log.exists() else 0
-        argv = children.command(module, *arguments, variables={**_own_folders(self.place), **self.row.variables})
+        argv = children.command(module, *arguments, variables={**self._variables(), **self.row.variables})
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 argv, cwd=self.place, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+
+    def _variables(self) -> dict[str, str]:
+        """Libraries and vfun keep what they remember here and not in the user's home; rows share the cores."""
+        caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
+        folders = {name: str(self.place / "caches" / name.lower()) for name in caches}
+        return {
+            "HOME": str(self.place),
+            "PYTHONUSERBASE": site.getuserbase(),
+            children.THREADS: str(self.threads),
+            **folders,
+        }
 
     def advance(self) -> bool:
         """Look whether a command has ended, and start the next one; whether all is done."""
@@ -112,7 +124,7 @@ class Pool:
         Args:
             jobs: rows at a time.
         """
-        waiting = list(rows)
+        waiting, threads = list(rows), max(1, cpu_cores() // jobs)
         try:
             while waiting or self.running:
                 for running in list(self.running):
@@ -123,7 +135,7 @@ class Pool:
                     waiting.remove(row)
                     hindrance = self._hindrance(row)
                     if hindrance is None:
-                        self.running.append(Running(row, self.place))
+                        self.running.append(Running(row, self.place, threads))
                     else:
                         self._settle(row, hindrance)
                 time.sleep(POLL_SECONDS)
@@ -186,13 +198,6 @@ def log_of(row: Row, place: Path) -> Path:
 def run_of(row: Row, place: Path) -> RunDir:
     """The run of a row."""
     return RunDir(place / RUNS / row.losses_of)
-
-
-def _own_folders(place: Path) -> dict[str, str]:
-    """Where the libraries and vfun keep what they remember: here, and not in the user's home."""
-    caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
-    folders = {name: str(place / "caches" / name.lower()) for name in caches}
-    return {"HOME": str(place), "PYTHONUSERBASE": site.getuserbase(), **folders}
 
 
 def _records(run: RunDir) -> list[dict[str, Any]]:

@@ -33,8 +33,9 @@ FLOAT32, BF16, STRATEGY, QUANTISED = 2e-3, 0.1, 0.03, 0.1
 """Bounds, as relative differences of a step's loss: float32 on two devices (without TF32); bf16 from float32; the same
 bf16 rounded at other places; a base in 8 or 4 bits. At the demo's learning rate steps drift apart quickly."""
 
-REPEATED = {"cpu": 0.0, "cuda": 1e-3}
-"""The bound for the same numbers computed twice: backward passes of attention on a GPU add in any order."""
+REPEATED = {"cpu": 0.0, "cuda": 1e-2}
+"""The bound for the same computed twice, in bf16: backward passes of attention on a GPU add in any order. What the
+device itself makes of it is the deviation of the rows ``again``."""
 
 LARGE = 4096
 """Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB, and 3.2 as float32."""
@@ -250,6 +251,7 @@ def _options(family: str, device: str) -> list[Row]:
         return _trained(f"{family}/{name}", proves, family, device, *BF16_OPTION, *options, **fields)
 
     return [
+        row("again", "the same run once more", **same),
         row("low-vram", "encoders that wait in host memory", "--low-vram", **same),
         row("inline", "encoders inside the run, of clips that repeat", *drawn),
         row(
@@ -293,7 +295,7 @@ def _in_turn(family: str, device: str) -> Row:
     """Every step has another clip, so a tensor that comes late or is used again too early shows."""
     return _made_up(
         family, "made-up-low-vram", device, "encoders beside the step give what those before it give",
-        options={"low_vram": True}, reference=f"{family}/made-up", bound=REPEATED[device],
+        options={"low_vram": True}, reference=f"{family}/made-up", bound=min(FLOAT32, REPEATED[device]),
     )  # fmt: skip
 
 
