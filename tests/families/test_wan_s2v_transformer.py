@@ -149,7 +149,7 @@ def test_prediction_loss_and_gradients_are_the_originals(
     model = golden_model()
     audio: list[tuple[Tensor, Tensor]] = []
     model.casual_audio_encoder.register_forward_hook(lambda module, args, out: audio.append(out))
-    prediction = model(**golden_arguments(inputs), drop_motion=torch.tensor([bool(drop)] * 2))
+    prediction = model(**golden_arguments(inputs), drop_motion=[bool(drop)] * 2)
     loss = F.mse_loss(prediction, inputs["noise"] - inputs["latents"])
     loss.backward()
 
@@ -215,7 +215,7 @@ def test_a_mixed_batch_equals_separate_calls(golden: tuple[dict[str, Tensor], di
     inputs, outputs = golden
     model = golden_model()
     with torch.no_grad():
-        mixed = model(**golden_arguments(inputs), drop_motion=torch.tensor([True, False]))
+        mixed = model(**golden_arguments(inputs), drop_motion=[True, False])
     torch.testing.assert_close(mixed[0], outputs["fp32.drop1.pred"][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(mixed[1], outputs["fp32.drop0.pred"][1], atol=1e-5, rtol=0)
 

@@ -456,7 +456,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ref_latents: Tensor,
         motion_latents: Tensor,
         audio: Tensor,
-        drop_motion: Tensor | Sequence[bool],
+        drop_motion: Sequence[bool],
     ) -> Tensor:
         """Predict the velocity [B, 16, F, H, W].
 
@@ -464,15 +464,14 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_hidden_states [B, text_len, text_dim]: text states, zeros after the prompt's end. Every row is attended.
         control_latents [B, 16, F, H, W]; ref_latents [B, 16, 1, H, W]; motion_latents [B, 16, Lm, H, W], newest last.
         audio [B, 25, audio_dim, n]: wav2vec2 states at the video's frame rate, n = 4 F.
-        drop_motion [B]: samples that do not see the motion tokens. If all drop them they are left out of the sequence
-        (their parameters still get a gradient, of zero); in a mixed batch they are masked. Booleans or a tensor on the
-        CPU: a tensor on the accelerator makes the host wait.
+        drop_motion: for each sample whether it does not see the motion tokens. If all drop them they are left out of
+        the sequence (their parameters still get a gradient, of zero); in a mixed batch they are masked. No tensor: DDP
+        and FSDP would move it to the accelerator, and reading it there makes the host wait.
 
         Raises:
             ValueError: shapes that the released model would accept and train misaligned.
         """
-        drops = drop_motion.tolist() if isinstance(drop_motion, Tensor) else list(drop_motion)
-        self._check_shapes(hidden_states, encoder_hidden_states, drops)
+        self._check_shapes(hidden_states, encoder_hidden_states, drop_motion)
         frames, height, width = hidden_states.shape[2:]
         dtype = self.patch_embedding.weight.dtype
 
@@ -480,9 +479,9 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         video = video + to_tokens(self.cond_encoder(control_latents.to(dtype)))
         reference = to_tokens(self.patch_embedding(ref_latents.to(dtype)))
         motion = self.frame_packer(motion_latents.to(dtype))
-        if all(drops):
+        if all(drop_motion):
             motion = motion[:, :0]
-        x, mask = self._sequence(video, reference, motion, drops)
+        x, mask = self._sequence(video, reference, motion, drop_motion)
         rotary = rotary_table(frames, height, width, self.config["dim"] // self.config["num_heads"], x.device)
         rotary = rotary.first(x.shape[1])
 
