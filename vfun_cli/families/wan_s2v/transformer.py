@@ -3,7 +3,7 @@
 diffusers has no class for it. Modules carry the names of the released checkpoint, so weights load and export without
 a rename.
 
-Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
+Rules that keep one forward correct under FSDP2, ZeRO-3 and LoRA:
 - a parameter is read only inside the forward of the module that owns it, where sharding hooks have gathered it;
 - rope tables travel in an object, not as tensor arguments: FSDP2 casts floating-point arguments to bfloat16 (the
   caller must keep it from doing so to ``timestep``, with ``cast_forward_inputs=False``: 999 would become 1000);
@@ -12,7 +12,6 @@ Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,8 +143,7 @@ class WanS2VRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        with own_precision(x):
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class WanS2VLayerNorm(nn.Module):
@@ -159,20 +157,12 @@ class WanS2VLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        with own_precision(x):
-            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def own_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: it would turn all tokens into float32 and back for norms that compute in float32 anyway."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def plain_layer_norm(x: Tensor, eps: float) -> Tensor:
     """LayerNorm without parameters; the dtype of x comes back, rounded once."""
-    with own_precision(x):
-        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def to_tokens(grid: Tensor) -> Tensor:
