@@ -17,7 +17,7 @@ there by ``model.to("meta")`` before, or by ``model.to("cuda")`` inside.
 Streams and events order nothing here. Nothing of this is known to the code under test.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
@@ -101,6 +100,8 @@ class _Labels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         first = args[0] if args and isinstance(args[0], Tensor) else None
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func == DEVICE_OF:
             found = func(*args)
             return CUDA if found == META else found
@@ -116,7 +117,7 @@ class _Labels(TorchFunctionMode):
             func, args = Tensor.to, (args[0], CUDA)
         if func in READS and first is not None and first.is_meta:
             raise HostTraffic(f"{func.__name__} reads a value of the device")
-        args, kwargs = tree_map(_unlabelled, (args, kwargs))
+        args, kwargs = tuple(map(_unlabelled, args)), {name: _unlabelled(value) for name, value in kwargs.items()}
         on_device = torch.device(kwargs.get("device") or "cpu") == META
         if func in FROM_HOST_DATA and on_device and not any(isinstance(each, Tensor) for each in args[:1]):
             raise HostTraffic(f"{func.__name__} copies to the device from pageable memory")
@@ -147,7 +148,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
-            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            tensors = list(_tensors((*args, *kwargs.values())))
             device = [each for each in tensors if each.is_meta]
             host = [each for each in tensors if not each.is_meta]
             if func is aten._to_copy.default:
@@ -170,6 +171,14 @@ class _Traffic(TorchDispatchMode):
             raise HostTraffic("a copy to the host waits; copy into pinned memory, non_blocking")
         if not source.is_meta and target == "meta" and not (non_blocking and source in self.pinned):
             raise HostTraffic("a copy to the device from pageable memory, or one that is not non_blocking, waits")
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _depends_on_values(func: Any, args: Any, kwargs: Any) -> bool:
