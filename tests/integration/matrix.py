@@ -59,7 +59,7 @@ CLIP_NORM = 1e-3
 
 _FP32 = {"mixed_precision": "no", "max_train_steps": 6}
 _SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3}
-_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1}
+_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1, "gradient_accumulation_steps": 2}
 _UNTRAINED = {"max_train_steps": 0}
 # Rounding grows where AdamW divides by little: adapters are compared while their gradients have a size.
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
