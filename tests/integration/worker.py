@@ -107,7 +107,7 @@ def reductions_counted() -> Iterator[Counter[str]]:
     def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **options: Any) -> Any:
             first = next(each for each in (*given, *options.values()) if isinstance(each, torch.Tensor))
-            if first.numel() > 1:
+            if first.numel() > 1 and first.is_floating_point():
                 counts[str(first.dtype)] += 1
             return reduce(*given, **options)
 
