@@ -49,6 +49,7 @@ from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import adapter_of, adapter_options, prepare_state
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
+from vfun_cli.training.precision import compute_dtype, use_in
 from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ WARM_UP, STEPS, STEADY = 2, 8, 10.0
 SQUARES = range(640, 2049, 128)
 """Sides of the clips of 80 frames among which the first one that does not fit is sought."""
 BYTES_A_WEIGHT = 18
-"""float32 weight, gradient and two moments, and the bf16 copy of autocast."""
+"""float32 weight, gradient and two moments, and the bf16 copy that is used."""
 SHARE_FOR_WEIGHTS = 0.6
 
 
@@ -187,6 +188,7 @@ class Bench:
         config, dims = self.config, self.spec.model.read_dims(settings)
         self.adapter.transformer = transformer
         choose_trainable(transformer, (".",), self.spec.model.modules_without_gradient(dims))
+        use_in(compute_dtype(config), transformer)
         checkpoint_blocks(transformer, self.spec.model.block_classes, checkpointing)
         if compiled:
             compile_blocks(

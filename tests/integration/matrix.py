@@ -59,7 +59,7 @@ CLIP_NORM = 1e-3
 
 _FP32 = {"mixed_precision": "no", "max_train_steps": 6}
 _SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3}
-_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1}
+_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1, "gradient_accumulation_steps": 2}
 _UNCLIPPED = {"max_grad_norm": 0, "max_train_steps": 1}
 _UNTRAINED = {"max_train_steps": 0}
 _BROKEN = {"max_train_steps": 3, "checkpointing_steps": 1}

@@ -99,6 +99,24 @@ def test_blocks_gathered_early_are_under_way_when_the_block_before_starts(traine
     assert last[0] == last[1], "none is gathered twice"
 
 
+def reductions(name: str, strategy: str) -> dict[str, int]:
+    """How often rank 0 took part in a sum of gradients, by type."""
+    return json.loads((RunDir(extra(name, strategy).folder).logs / "noted-rank-0.json").read_text())["reductions"]
+
+
+def test_fsdp_keeps_the_gradients_of_every_micro_batch_sharded(trained: Trained) -> None:
+    """One that is not summed at once stays whole on every rank."""
+    trained("fsdp")
+    six_steps, one_of_two = (sum(reductions(name, "fsdp").values()) for name in ("fp32", "clipped"))
+    assert six_steps == 3 * one_of_two > 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_gradients_of_a_bf16_run_are_summed_in_float32(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    assert set(reductions("clipped", strategy)) == {"torch.float32"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_blocks_train_like_others(strategy: str, workplace: Path) -> None:

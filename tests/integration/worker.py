@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,13 @@ def training_noted(run: RunDir) -> Iterator[None]:
             break_gradients(self)
         before = frozen_weights(self.state.model)
         sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
-        with gathers_counted([] if self.config.compile else sharded) as gathers:  # a compiled hook is a graph more
+        with (
+            gathers_counted([] if self.config.compile else sharded) as gathers,  # a compiled hook is a graph more
+            reductions_counted() as reductions,
+        ):
             reason = train(self, *given)
-        content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
+        after = frozen_weights(self.state.model)
+        content = {"before": before, "after": after, "gathers": gathers, "reductions": reductions}
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
@@ -153,6 +158,33 @@ def gathers_counted(sharded: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
         setattr(dist, name, gather)
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def reductions_counted() -> Iterator[Counter[str]]:
+    """How many collectives summed more than a number over the ranks, by the type of what they summed."""
+    counts, names = Counter[str](), ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single")  # torch < 2.13
+    places: list[tuple[Any, str]] = [(dist, name) for name in names if hasattr(dist, name)]
+    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.comm.cdb is not None:
+        places.append((sys.modules["deepspeed"].comm.comm.cdb, "reduce_scatter_function"))
+    before = [getattr(*place) for place in places]
+
+    def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            first = next(each for each in (*given, *options.values()) if isinstance(each, torch.Tensor))
+            if first.numel() > 1 and first.is_floating_point():
+                counts[str(first.dtype)] += 1
+            return reduce(*given, **options)
+
+        return run
+
+    for (owner, name), reduce in zip(places, before, strict=True):
+        setattr(owner, name, counted(reduce))
+    try:
+        yield counts
+    finally:
+        for (owner, name), reduce in zip(places, before, strict=True):
+            setattr(owner, name, reduce)
 
 
 def frozen_weights(model: torch.nn.Module) -> dict[str, str]:

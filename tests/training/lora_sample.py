@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_state
+from vfun_cli.training.precision import compute_dtype, use_in
 from vfun_cli.training.state.live import TrainedState
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
@@ -58,6 +60,8 @@ def with_adapters(folder: Path, config: RunConfig) -> CogVideoXFunTransformer:
 
 def prepared(transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator) -> TrainedState:
     """As a session prepares it."""
+    if STRATEGIES[config.strategy].whole_weights:
+        use_in(compute_dtype(config), transformer)
     adapter: Any = GoldenAdapter(transformer)
     typed: ModelAdapter = adapter
     return prepare_state(config, SPEC, typed, accelerator)

@@ -1,7 +1,5 @@
-"""The loop: a step that never waits for the device, and what is read of it one step later."""
+"""The loop: what is read of a step one step later, and what ends it."""
 
-import copy
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -10,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import FAMILIES, SMALL, LiveModel
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from trainer_parts import META, Parts, batch, loaded
+from live_models import LiveModel
+from torch import nn
+from trainer_parts import Parts, batch
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
@@ -24,49 +20,6 @@ from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
 
 LIVE = Callable[[str], LiveModel]
-
-
-class Transfers(TorchDispatchMode):
-    """Notes what copies values between host and device on its own; ``upload`` is what queues such a copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        result = func(*args, **(kwargs or {}))
-        everything = [*given, *(each for each in tree_leaves(result) if isinstance(each, Tensor))]
-        copies = "_to_copy" in str(func)
-        on_host = any(each.device.type == "cpu" and (copies or each.dim()) for each in given)  # a scalar is an argument
-        if on_host and any(each.is_meta for each in everything):
-            frames = traceback.extract_stack()
-            if not any(frame.name == "upload" for frame in frames):
-                self.found.append(f"{func}: {next(f for f in reversed(frames[:-1]) if 'vfun_cli' in f.filename)}")
-        return result
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_never_waits_for_the_device(
-    family: str, live_model: LIVE, tmp_path: Path, device_restored: None
-) -> None:
-    """On meta there is nothing to read: an item(), a copy to the host or a shape from values ends in an error.
-
-    What comes from a full cache goes the other way through ``upload``, which waits for nothing either.
-    """
-    live = live_model(family)
-    request, sample = live.cached(*SMALL)
-    adapter: Any = copy.copy(live.adapter)
-    adapter.encoders = Encoders({}, META)
-    parts = Parts(tmp_path, live.transformer().to("meta"), live, adapter, live.objective)
-    with Transfers() as transfers:
-        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
-    assert transfers.found == []
-    assert pending.ranks.device == META and pending.ranks.shape == (1, 11)
-    with pytest.raises(NotImplementedError):
-        pending.ranks.cpu()
-    with pytest.raises(RuntimeError):
-        pending.ranks[0, 0].item()
 
 
 class Line(nn.Module):

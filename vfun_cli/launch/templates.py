@@ -96,7 +96,6 @@ def _within_the_machine(config: RunConfig) -> dict[str, str]:
 
 def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
     return {
-        "mixed_precision": config.mixed_precision,
         "bf16": _json_bool(config.bf16),
         "use_cpu": _json_bool(config.device == "cpu"),
         "pin_memory": _json_bool(config.device == "cuda"),

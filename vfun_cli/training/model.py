@@ -21,7 +21,7 @@ from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
-from vfun_cli.training.precision import compute_dtype, encoder_dtype
+from vfun_cli.training.precision import compute_dtype, encoder_dtype, use_in
 from vfun_cli.training.quantised import quantise_blocks
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
@@ -97,12 +97,14 @@ def choose_weights(
 
 
 def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> None:
-    """Recomputation and compilation of the transformer's blocks.
+    """Weights as copies where the strategy makes none, then recomputation and compilation of the transformer's blocks.
 
     Raises:
         EnvironmentFault: no compiler where one is needed.
     """
     classes = plan.spec.model.block_classes
+    if STRATEGIES[config.strategy].whole_weights:
+        use_in(compute_dtype(config), transformer)
     checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
     if config.compile:
         compile_blocks(transformer, classes, most_shapes(plan.spec, plan.dims, plan.options))

@@ -46,9 +46,7 @@ class QuantisedLinear(nn.Module):
         return dequantised.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in the dtype of the input, or autocast's."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        """As ``nn.Linear``, in the dtype of the input."""
         product: Tensor = _Product.apply(x, self)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 

@@ -284,7 +284,7 @@ class Trainer:
 
 
 def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Floating tensors in the compute dtype: DeepSpeed does not autocast."""
+    """Floating tensors in the compute dtype: nothing casts them later."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in conditions.items()
