@@ -23,6 +23,7 @@ from vfun_cli.modeling.weights import empty_model, load_weights
 from vfun_cli.training.model import adapter_of
 
 WORLD, RANK = 4, 2
+CPU = torch.device("cpu")
 
 
 class Model(nn.Module):
@@ -80,7 +81,7 @@ def test_a_rank_holds_no_weights_before_they_are_sharded(
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in transformer.parameters())
     loaded = adapter_of(spec).from_pretrained(options).transformer
     for name, parameter in transformer.named_parameters():
-        assert torch.equal(lazy.value(parameter), loaded.get_parameter(name))
+        assert torch.equal(lazy.value(parameter, CPU), loaded.get_parameter(name))
     for name, buffer in transformer.named_buffers():
         assert torch.equal(buffer, loaded.get_buffer(name))
 
@@ -95,7 +96,7 @@ def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor
     model.uneven.weight.data = model.uneven.weight.data.to(torch.bfloat16)  # as the frozen ones of a run in bf16
     files = lazy.by_name(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    load_shards(model, files, torch.device("cpu"))
+    load_shards(model, files, CPU)
     shards = {name: value.to_local() for name, value in model.named_parameters() if isinstance(value, DTensor)}
     assert torch.equal(shards["even.weight"], tensors["even.weight"][4:6].float())
     assert torch.equal(shards["uneven.weight"], tensors["uneven.weight"][6:9])
@@ -109,7 +110,7 @@ def test_a_module_is_lent_its_weights(stored: tuple[Path, dict[str, torch.Tensor
     lazy, model = LazyWeights(), empty_model(Model)
     with lazy.transformer():
         load_weights(model, [path], where=str(path), transformer=True)
-    with lazy.materialized(model.even):
+    with lazy.materialized(model.even, CPU):
         assert torch.equal(model.even.weight, tensors["even.weight"].float())
     assert model.even.weight in lazy.stored
 

@@ -47,11 +47,6 @@ class Strategy:
         """Whether the ranks keep one large text encoder between them, as they do the transformer."""
         return "weights" in self.sharded
 
-    @property
-    def loads_lazily(self) -> bool:
-        """Whether the model is wrapped first, and each rank then reads its own part from the files."""
-        return self.wrapper == "fsdp"
-
 
 _EVERYTHING = ("optimizer", "gradients", "weights")
 
