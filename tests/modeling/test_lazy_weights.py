@@ -105,6 +105,21 @@ def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor
     assert model.tied.weight is model.even.weight
 
 
+def test_whole_weights_come_one_at_a_time_in_their_type(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, tensors = stored
+    lazy, model = LazyWeights(), empty_model(Model)
+    with lazy.transformer():
+        load_weights(model, [path], where=str(path), transformer=True)
+    lazy.to_meta(model)
+    model.even.weight.data = model.even.weight.data.to(torch.bfloat16)
+    waiting = [sum(parameter.is_meta for parameter in model.parameters()) for _ in lazy.placed(model, CPU)]
+    assert waiting == [4, 3, 2, 1, 0]
+    assert model.tied.weight is model.even.weight
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.float(), tensors[name].float())
+        assert parameter.dtype == (torch.bfloat16 if name == "even.weight" else torch.float32)
+
+
 def test_a_module_is_lent_its_weights(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, tensors = stored
     lazy, model = LazyWeights(), empty_model(Model)

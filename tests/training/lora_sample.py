@@ -12,6 +12,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_state
@@ -56,11 +57,13 @@ def with_adapters(folder: Path, config: RunConfig) -> CogVideoXFunTransformer:
     return transformer
 
 
-def prepared(transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator) -> TrainedState:
+def prepared(
+    transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator, lazy: LazyWeights = NOT_LAZY
+) -> TrainedState:
     """As a session prepares it."""
     adapter: Any = GoldenAdapter(transformer)
     typed: ModelAdapter = adapter
-    return prepare_state(config, SPEC, typed, accelerator)
+    return prepare_state(config, SPEC, typed, accelerator, lazy)
 
 
 def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -130,14 +130,14 @@ def _replaced(
     model: nn.Module, values: Callable[[nn.Parameter], Tensor]
 ) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """Put another parameter in the place of each, tied ones stay one; yields the old and the new."""
-    done: dict[nn.Parameter, nn.Parameter] = {}
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
-        tied = old in done
-        if not tied:
-            done[old] = nn.Parameter(values(old), requires_grad=old.requires_grad)
-        replace_parameter(model, name, done[old])
-        if not tied:
-            yield old, done[old]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, old in model.named_parameters(remove_duplicate=False):
+        names.setdefault(old, []).append(name)
+    for old, places in names.items():
+        new = nn.Parameter(values(old), requires_grad=old.requires_grad)
+        for name in places:
+            replace_parameter(model, name, new)
+        yield old, new
 
 
 def _read(stored: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
