@@ -163,6 +163,18 @@ def test_only_the_named_modules_change_and_all_of_them_learn(strategy: str, trai
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_are_read_once_in_the_type_that_is_kept_and_zero3_lets_each_go_before_the_next(
+    strategy: str, trained: Trained
+) -> None:
+    trained(strategy)
+    noted = json.loads((RunDir(extra("subset", strategy).folder).logs / "noted-rank-0.json").read_text())
+    read = noted["read"]
+    assert read["whole"] == noted["kept"] > 20 * read["largest"] > 0
+    if strategy == "zero3":
+        assert read["most_at_once"] == read["largest"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_are_clipped_to_the_norm(strategy: str, trained: Trained) -> None:
     """After one step AdamW's first moment is a tenth of the clipped gradient."""
     trained(strategy)

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.integration.matrix import BROKEN
 from vfun_cli.run.rundir import RunDir
@@ -47,10 +49,12 @@ def main(list_file: str) -> int:
 
 @contextmanager
 def training_noted(run: RunDir) -> Iterator[None]:
-    """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers."""
+    """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers;
+    what it read of the transformer's files and what it keeps of that.
+    """
     from vfun_cli.training.trainer import Trainer
 
-    train = Trainer.train
+    train, read = Trainer.train, Read()
 
     def noted(self: Trainer, *given: Any) -> int:
         if run.root.name == BROKEN:
@@ -62,14 +66,15 @@ def training_noted(run: RunDir) -> Iterator[None]:
             reductions_counted() as reductions,
         ):
             reason = train(self, *given)
-        after = frozen_weights(self.state.model)
-        content = {"before": before, "after": after, "gathers": gathers, "reductions": reductions}
+        content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
+        content |= {"reductions": reductions, "kept": kept_bytes(self.state.model), "read": vars(read)}
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
     Trainer.train = noted  # type: ignore[method-assign]
     try:
-        yield
+        with reads_noted(read):
+            yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
 
@@ -185,6 +190,43 @@ def reductions_counted() -> Iterator[Counter[str]]:
     finally:
         for (owner, name), reduce in zip(places, before, strict=True):
             setattr(owner, name, reduce)
+
+
+@dataclass
+class Read:
+    """What was read of weights' files, in bytes of the type that it was read in."""
+
+    whole: int = 0
+    largest: int = 0
+    most_at_once: int = 0
+    """Of what is in memory as it was read: not of copies and parts that were made of it."""
+
+
+@contextmanager
+def reads_noted(read: Read) -> Iterator[None]:
+    from vfun_cli.modeling import lazy_weights
+
+    reader, in_memory = lazy_weights._read, list[tuple[StorageWeakRef, int]]()
+
+    def noted(*given: Any) -> torch.Tensor:
+        values = reader(*given)
+        in_memory.append((StorageWeakRef(values.untyped_storage()), values.nbytes))
+        read.whole += values.nbytes
+        read.largest = max(read.largest, values.nbytes)
+        read.most_at_once = max(read.most_at_once, sum(size for alive, size in in_memory if not alive.expired()))
+        return values
+
+    lazy_weights._read = noted
+    try:
+        yield
+    finally:
+        lazy_weights._read = reader
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    """What a rank keeps of the weights, those that ZeRO-3 cuts into parts as a whole."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in local)
 
 
 def frozen_weights(model: torch.nn.Module) -> dict[str, str]:

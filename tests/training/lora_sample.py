@@ -13,6 +13,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_state
@@ -58,13 +59,15 @@ def with_adapters(folder: Path, config: RunConfig) -> CogVideoXFunTransformer:
     return transformer
 
 
-def prepared(transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator) -> TrainedState:
+def prepared(
+    transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator, lazy: LazyWeights = NOT_LAZY
+) -> TrainedState:
     """As a session prepares it."""
     if STRATEGIES[config.strategy].whole_weights:
         use_in(compute_dtype(config), transformer)
     adapter: Any = GoldenAdapter(transformer)
     typed: ModelAdapter = adapter
-    return prepare_state(config, SPEC, typed, accelerator)
+    return prepare_state(config, SPEC, typed, accelerator, lazy)
 
 
 def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -52,11 +52,6 @@ class Strategy:
         """Whether a checkpoint holds, beside the float32 masters, the weights that the model computes with."""
         return self.wrapper == "deepspeed" and "weights" not in self.sharded
 
-    @property
-    def loads_lazily(self) -> bool:
-        """Whether the model is wrapped first, and each rank then reads its own part from the files."""
-        return self.wrapper == "fsdp"
-
 
 _EVERYTHING = ("optimizer", "gradients", "weights")
 

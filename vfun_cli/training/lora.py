@@ -73,7 +73,7 @@ def add_adapters(
 
 def _recompute_magnitudes(module: Any, lazy: LazyWeights) -> None:
     """DoRA's magnitudes again: peft took them from placeholders, before the weights were read."""
-    with lazy.materialized(module.get_base_layer()):
+    with lazy.materialized(module.get_base_layer(), torch.device("cpu")):
         module.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=module.get_base_layer(),
             lora_A=module.lora_A[ADAPTER].weight,
