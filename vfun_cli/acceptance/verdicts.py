@@ -72,14 +72,14 @@ def _fault(row: Row, outcome: Outcome) -> str:
     """What is wrong with a row in itself; nothing: an empty text."""
     if outcome.too_long:
         return f"ended after {outcome.seconds:.0f} s"
+    if unwanted := [text for text in row.never_says if text in outcome.said]:
+        return f"said {unwanted[0]!r}: {_error(outcome.said)}"
     expected = [0] * (len(row.commands) - 1) + [row.exit_code]
     for code, wanted in zip(outcome.exit_codes, expected, strict=False):
         if code != wanted:
             return f"exit code {code} instead of {wanted}: {_error(outcome.said)}"
     if absent := [text for text in row.says if text not in outcome.said]:
         return f"did not say {absent[0]!r}: {_error(outcome.said)}"
-    if unwanted := [text for text in row.never_says if text in outcome.said]:
-        return f"said {unwanted[0]!r}"
     if row.losses_of and not outcome.losses:
         return "recorded no loss"
     if bad := [step for step, loss in outcome.losses.items() if loss is None]:
@@ -98,7 +98,7 @@ def _deviation(loss: float | None, reference: float | None) -> float:
 
 
 def _error(said: str) -> str:
-    """The line of what a command said that tells most."""
+    """The first error that a command told, or its last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return errors[0] if errors else (lines or ["it said nothing"])[-1]
