@@ -129,7 +129,7 @@ class Bench:
         loaded = load_ahead(self.adapter, self.options, batches, workers, "stop", self.cache)
 
         def watched() -> Generator[LoadedBatch, None, None]:
-            for number, each in enumerate(loaded):
+            for number, each in enumerate(each for each in loaded if each is not None):
                 if number in (steps // 4, steps - 1):
                     peaks.append(peak_bytes())
                 assert not any(sample.values for sample in each.samples), "the cache is not full"

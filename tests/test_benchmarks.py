@@ -16,6 +16,7 @@ MARKS = {
     "bare_loop": pytest.mark.slow,
     "data_wait": pytest.mark.long,
     "decode": pytest.mark.long,
+    "decoding_start": pytest.mark.long,
     "export": pytest.mark.long,
     "frame_matrix": pytest.mark.slow,
     "fsdp_loading": pytest.mark.long,
@@ -41,6 +42,7 @@ NUMBERS = {
     "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
     "data_wait": ["rows/0/wait_share", "rows/0/peak_bytes_of_workers_at_the_end/0"],
     "decode": ["rows/0/seconds/vfun", "rows/1/times_of_vfun/decord", "peak_bytes_of_77_frames_at_1080p/vfun"],
+    "decoding_start": ["cogvideox-fun/processor_seconds", "cogvideox-fun/an interpreter of its own/bytes"],
     "export": ["cases/0/tools/vfun/wall_s", "cases/2/tools/accelerate merge-weights/wall_s"],
     "frame_matrix": ["clips", "videos"],
     "fsdp_loading": ["rows/0/copies_at_peak"],
@@ -59,7 +61,6 @@ NUMBERS = {
     "sound_matrix": ["kinds", "clicks"],
     "startup": [
         "single/seconds to the first step",
-        "single/decoding processes before the first step/processor seconds",
         "single/checkpoint in the background/seconds held up",
         "single/checkpoint of the larger transformer/in the background/seconds of writing beside the steps",
         "single/checkpoint of the larger transformer/plain write and fsync/seconds",
