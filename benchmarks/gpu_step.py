@@ -5,7 +5,8 @@
 
 The transformer has the released width and fewer blocks; its weights are random, which costs as much as trained ones.
 The clips are real files read through the family's own inputs and the demo's small encoders, once, as a full cache has
-them; steps are the trainer's own. MFU is stated against the data sheet and against this card's measured matrix product.
+them, and in one row inside the step; accelerator and steps are the trainer's own.
+MFU is stated against the data sheet and against this card's measured matrix product.
 Published anchors: 33 % for Wan 14B on 128 Hopper GPUs, 18 to 23 % for plain FSDP. The aim: 45 %.
 """
 
@@ -26,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from record import parser, write_result
 
 from vfun_cli import families
@@ -49,6 +49,8 @@ from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import adapter_of, adapter_options, prepare_state
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
+from vfun_cli.training.precision import compute_dtype, use_in
+from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.trainer import Trainer
 
 WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -75,7 +77,7 @@ WARM_UP, STEPS, STEADY = 2, 8, 10.0
 SQUARES = range(640, 2049, 128)
 """Sides of the clips of 80 frames among which the first one that does not fit is sought."""
 BYTES_A_WEIGHT = 18
-"""float32 weight, gradient and two moments, and the bf16 copy of autocast."""
+"""float32 weight, gradient and two moments, and the bf16 copy that is used."""
 SHARE_FOR_WEIGHTS = 0.6
 
 
@@ -131,7 +133,8 @@ class Bench:
     def __init__(self, family: str, device: str, tiny: bool, folder: Path) -> None:
         self.spec: FamilySpec = families.find(family)
         folder.mkdir()
-        given = {"strategy": "single", "device": device, "max_train_steps": 10**6, "lr_scheduler": "constant"}
+        given = {"strategy": "single", "device": device, "mixed_precision": "bf16", "max_train_steps": 10**6}
+        given |= {"lr_scheduler": "constant", "gradient_accumulation_steps": 1}
         given |= {"report_to": "none", "output_dir": folder / "run", "checkpointing_steps": 10**6}
         self.config: RunConfig = resolve(
             "train", self.spec, given, demo=demo_default.make(self.spec), environ={}
@@ -158,8 +161,8 @@ class Bench:
         return int(min(self.most_blocks, max(4, 4 + (room - counts[0]) // (counts[1] - counts[0]))))
 
     @cache  # noqa: B019 (a handful of shapes of two models)
-    def loaded(self, shape: tuple[int, int, int]) -> LoadedBatch:
-        """A micro-batch of one clip, as a full cache has it."""
+    def loaded(self, shape: tuple[int, int, int], inline: bool = False) -> LoadedBatch:
+        """A micro-batch of one clip, as a full cache has it; ``inline``: as it is encoded inside the step."""
         frames, height, width = shape
         frames += self.spec.plan.first_frame_alone
         fields = {field.name for field in self.spec.fields} | {"text", "type"}
@@ -172,8 +175,9 @@ class Bench:
             inputs = adapter_of(self.spec).inputs(request, adapter_options(self.config, self.spec, self.device))
             if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
                 break
-        made = outputs_of(self.adapter.encoders, [prepared(inputs)])[0]
-        sample = Sample(inputs=inputs, values={}, found=made)
+        sample = prepared(inputs)
+        if not inline:
+            sample = Sample(inputs=inputs, values={}, found=outputs_of(self.adapter.encoders, [sample])[0])
         return LoadedBatch(batch=MicroBatch(epoch=0, step=0, index=0, requests=(request,)), samples=[sample])
 
     def trainer(self, checkpointing: str, compiled: bool) -> Trainer:
@@ -184,12 +188,13 @@ class Bench:
         config, dims = self.config, self.spec.model.read_dims(settings)
         self.adapter.transformer = transformer
         choose_trainable(transformer, (".",), self.spec.model.modules_without_gradient(dims))
+        use_in(compute_dtype(config), transformer)
         checkpoint_blocks(transformer, self.spec.model.block_classes, checkpointing)
         if compiled:
             compile_blocks(
                 transformer, self.spec.model.block_classes, most_shapes(self.spec, dims, plan_options(config))
             )
-        accelerator: Any = Accelerator(cpu=self.device.type == "cpu", mixed_precision="bf16")
+        accelerator = make_accelerator(config)
         costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
         idle: Any = SimpleNamespace(reason=lambda: 0)
         return Trainer(
@@ -206,14 +211,14 @@ class Bench:
         )  # fmt: skip
 
     def measure(
-        self, shape: tuple[int, int, int], checkpointing: str, compiled: bool, steps: int = STEPS
+        self, shape: tuple[int, int, int], checkpointing: str, compiled: bool, steps: int = STEPS, inline: bool = False
     ) -> dict[str, Any]:
         """Seconds of a step in steady state and what follows from it; ``does_not_fit`` instead of numbers."""
         free(self.device)
-        row = {"shape": list(shape), "checkpointing": checkpointing, "compile": compiled}
+        row = {"shape": list(shape), "checkpointing": checkpointing, "compile": compiled, "inline": inline}
         began = time.perf_counter()
         try:
-            loaded = self.loaded(shape)
+            loaded = self.loaded(shape, inline)
             trainer = self.trainer(checkpointing, compiled)
             for number in range(WARM_UP):
                 trainer.enqueue(number, [replace_key(loaded, number)])
@@ -338,6 +343,8 @@ def main() -> None:
             if mode == PROFILED:
                 for family, bench in benches.items():
                     note(family, "profile", lambda bench=bench: bench.profile(shapes[0]))
+        for family, bench in benches.items():
+            note(family, "rows", lambda bench=bench: bench.measure(shapes[0], *MODES[0], inline=True))
         for family, bench in benches.items() if device.type == "cuda" else ():
             note(family, "first_square_that_does_not_fit", bench.first_too_large)
 

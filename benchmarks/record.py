@@ -3,23 +3,17 @@
 import argparse
 import json
 import os
-import platform
 import shlex
-import shutil
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from vfun_cli.acceptance import machine
+
 RESULTS = Path(__file__).absolute().parent / "results"
-PACKAGES = (
-    "torch", "numpy", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord", "eva-decord", "av",
-    "safetensors", "typer",
-)  # fmt: skip
-"""Those that are installed are named with their version."""
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -53,50 +47,6 @@ def header(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", f"benchmarks/{given.name}.py", *sys.argv[1:]]),
-        "hardware": {
-            **_cpu(),
-            "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "load_average": given.load_average,
-            **_gpus(),
-        },
-        "versions": {"python": platform.python_version(), "platform": _platform(), **_installed()},
+        "hardware": {**machine.hardware(), "load_average": given.load_average},
+        "versions": machine.versions(),
     }
-
-
-def _cpu() -> dict[str, Any]:
-    """Its model, and how it multiplies: with AVX2 alone (AMD EPYC, torch 2.13, one thread) bf16 takes 10 times as long
-    as float32 in a linear layer and 36 times in a 3D convolution.
-    """
-    listed = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in listed)}
-    flags = facts.get("flags", "").split()
-    return {
-        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
-    }
-
-
-def _platform() -> str:
-    kernel = platform.release().split("-")[0]
-    return f"{platform.system()} {kernel} {platform.machine()}, {' '.join(platform.libc_ver())}"
-
-
-def _gpus() -> dict[str, list[str]]:
-    """Their names, if there are any; asked of the driver, because importing torch takes longer than some benchmarks."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return {"gpus": asked.stdout.splitlines()} if asked.returncode == 0 else {}
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -10,11 +10,16 @@ plain write of as many bytes to the same disk with an fsync at the end. A checkp
 memory, then written while steps go on: they are told apart from those beside which nothing is written. Clips come from
 a full cache and steps compute in float32, so that a step is short; a checkpoint is the same in any precision.
 
+What decoding processes cost before the first step is what the processes below the rank have computed when it is told,
+the fork server among them, and how much more memory the rank and all of them take together than a rank without any
+(shared pages counted once).
+
     python benchmarks/startup.py --repeats 3
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +39,7 @@ WIDE = {"dim": 1024, "ffn_dim": 4096, "num_heads": 8}
 """What the larger transformer has other than the demo's: 103 million weights."""
 GIGABYTE = 10**9
 FLOORS = 3
+DECODING = 2
 WARM_UP = 2
 IMPORTS = "import torch, accelerate, vfun_cli.training.session, vfun_cli.families.wan_s2v.adapter\n"
 DEMO = Path("vfun-demo/wan-s2v/model")
@@ -70,6 +76,55 @@ def to_first_step(strategy: str, folder: Path) -> float:
     found = time.perf_counter() - began
     assert job.wait() == 0
     return found
+
+
+def decoding(strategy: str, folder: Path, repeats: int) -> dict[str, float]:
+    """What two decoding processes cost before the first step: processor seconds, and bytes."""
+    found = [[_below_the_rank(strategy, folder, workers) for _ in range(repeats)] for workers in (0, DECODING)]
+    (_, alone), (computed, together) = ([median(column) for column in zip(*runs, strict=True)] for runs in found)
+    shutil.rmtree(folder)
+    return {"processes": DECODING, "processor seconds": round(computed, 2), "bytes": round(together - alone)}
+
+
+def _below_the_rank(strategy: str, folder: Path, workers: int) -> tuple[float, int]:
+    """At the first step: processor seconds of the rank's children, and bytes of it and them."""
+    argv = vfun(*options(strategy, folder, 1000, "--num-processes", "1", "--dataloader-num-workers", str(workers)))
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    job = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not metrics.exists() or '"loss"' not in metrics.read_text():
+        assert job.poll() is None, "the run ended without a step"
+        time.sleep(0.01)
+    (launcher,) = _children(job.pid)
+    (rank,) = _children(launcher)
+    below = _all_below(rank)
+    seconds = sum(sum(map(int, _stat(process)[11:13])) for process in below) / os.sysconf("SC_CLK_TCK")
+    held = sum(_proportional_bytes(process) for process in [rank, *below])
+    job.terminate()
+    job.terminate()  # the second one saves nothing
+    job.wait()
+    return seconds, held
+
+
+def _stat(process: int) -> list[str]:
+    """From the state on, see proc(5)."""
+    return Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1].split()
+
+
+def _children(process: int) -> list[int]:
+    """The processes that it started, the bookkeeper of multiprocessing left out."""
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(each) for each in listed if b"resource_tracker" not in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def _all_below(process: int) -> list[int]:
+    return [each for child in _children(process) for each in (child, *_all_below(child))]
+
+
+def _proportional_bytes(process: int) -> int:
+    said = re.search(r"Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text())
+    assert said
+    return 1024 * int(said[1])
 
 
 def floor(strategy: str, folder: Path) -> float:
@@ -194,6 +249,7 @@ def main() -> None:
             found = result[strategy] = {}
             if given.only != "stall":
                 found |= start(strategy, given.repeats)
+                found["decoding processes before the first step"] = decoding(strategy, Path(strategy), given.repeats)
                 record.write_result(given, result)
             if given.only != "startup":
                 steps = str(max(small["steps"], large["steps"]))

@@ -54,6 +54,21 @@ def test_no_search_path_of_a_child_names_the_working_directory(name: str, entrie
     assert all(entry.startswith("/") for entry in found)
 
 
+@pytest.mark.parametrize("stated", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_devices_memory_grows_in_segments_unless_the_user_has_said_how(
+    stated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if stated:
+        monkeypatch.setenv(stated, "max_split_size_mb:64")
+    argv = plan_launch(
+        RunConfig(strategy="single", device="cuda", num_processes=1), SPEC, RunDir(tmp_path), tmp_path / "run.json"
+    ).argv
+    found = [word for word in argv if "ALLOC_CONF" in word]
+    assert found == ([] if stated else ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"])
+
+
 def test_a_launch_starts_where_nothing_can_be_imported_by_mistake(tmp_path: Path) -> None:
     """DeepSpeed's launcher puts the folder that it is started in on the path of the ranks."""
     config = RunConfig(strategy="zero2", device="cpu", num_processes=2)

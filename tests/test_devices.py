@@ -136,3 +136,24 @@ def test_a_tool_in_the_working_directory_is_not_run(tool: Path, monkeypatch: pyt
     monkeypatch.chdir(tool.parent)
     monkeypatch.setenv("PATH", ":.")
     assert devices.gpu_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "events", "found"),
+    [
+        ("1:cpu:/\n0::/job/step\n", "low 0\nhigh 0\nmax 9\noom 5\noom_kill 2\noom_group_kill 0\n", 2),
+        ("0::/job/step\n", "low 0\n", 0),
+        ("0::/\n", None, 0),
+        ("4:memory:/job\n", None, 0),
+    ],
+)
+def test_processes_that_the_kernel_ended_for_want_of_memory_are_counted_where_they_are(
+    group: str, events: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cgroup").write_text(group)
+    monkeypatch.setattr(devices, "_OWN_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "_GROUPS", tmp_path)
+    if events is not None:
+        (tmp_path / "job/step").mkdir(parents=True)
+        (tmp_path / "job/step/memory.events").write_text(events)
+    assert devices.oom_kills() == found

@@ -14,7 +14,7 @@ from vfun_cli.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
-TRAINING_PLANE = ("training/", "modeling/", "demo/")
+TRAINING_PLANE = ("training/", "modeling/", "demo/", "acceptance/rank.py")
 SHARED_BY_FAMILIES = ("vfun_cli.families.spec", "vfun_cli.families.documented")
 FAMILY_TORCH_MODULES = {"adapter.py", "transformer.py"}
 
@@ -83,6 +83,7 @@ ROOMS = (
     ("demo",),
     ("plan",),
     ("launch", "training"),
+    ("acceptance",),
     ("commands",),
     ("main",),
     ("entry",),
@@ -181,6 +182,8 @@ LIGHT = [
     ["checkpoints", "ls", "none"],
     ["checkpoints", "verify", "none"],
     ["checkpoints", "diff", "none", "none"],
+    ["acceptance", "--list"],
+    ["acceptance", "--only", "no such row"],
 ]
 """Help, and what is refused before there is anything to plan, read or export."""
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from vfun_cli.children import absolute_entries
 from vfun_cli.errors import EnvironmentFault
 
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 ANSWER_TIMEOUT = 30
 """Seconds that nvidia-smi may take; on a machine with many GPUs and no persistence daemon it takes ten."""
 
@@ -32,6 +34,18 @@ def multiplies_bf16() -> bool:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     facts = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
     return not BF16_UNITS.isdisjoint(facts.get("flags", facts.get("Features", [])))
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory in this process's control group (version 2) and below;
+    0 where nothing counts them.
+    """
+    try:
+        group = next(line for line in _OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+        events = (_GROUPS / group.removeprefix("0::").lstrip("/") / "memory.events").read_text()
+    except (OSError, StopIteration):
+        return 0
+    return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
 
 @cache

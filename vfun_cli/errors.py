@@ -26,6 +26,8 @@ class VfunError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint or self.usual_hint
+        self.rank: int | None = None
+        """The training process that met it, where all of them raise it together."""
 
 
 class RunError(VfunError):

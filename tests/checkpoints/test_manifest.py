@@ -26,6 +26,21 @@ def test_a_manifest_lists_every_file_with_size_and_hash(tmp_path: Path) -> None:
     verify(directory)
 
 
+def test_what_others_have_described_is_taken_as_they_say_and_must_be_there(tmp_path: Path) -> None:
+    directory = _checkpoint(tmp_path / "checkpoint-1", manifest=False)
+    weights = directory / "model" / "é weights"
+    theirs = {"model/é weights": {"bytes": 3000, "sha256": "what the writer found"}}
+    write_manifest(directory, theirs)
+    files = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["files"]
+    assert list(files) == ["model/é weights", "state.json"] and files["model/é weights"] == theirs["model/é weights"]
+    (directory / "manifest.json").unlink()
+    for spoil in (lambda: weights.write_bytes(b"cut"), weights.unlink):
+        spoil()
+        with pytest.raises(CheckpointError, match=r"é weights was written by another process.* share one --output-dir"):
+            write_manifest(directory, theirs)
+        assert not is_complete(directory)
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     directory = _checkpoint(tmp_path / "checkpoint-1")
     file = directory / "model" / "é weights"

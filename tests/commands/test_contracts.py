@@ -20,11 +20,11 @@ from vfun_cli.launch import show
 from vfun_cli.launch.job import decide, warn_of_memory
 from vfun_cli.run.rundir import RunDir
 
-COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16")
+COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "acceptance")
 DRY = ("--demo", "--dry-run")
 
 
-def test_help_lists_the_six_commands(vfun: Vfun) -> None:
+def test_help_lists_the_commands(vfun: Vfun) -> None:
     said = vfun("--help")
     assert said.code == 0
     assert set(COMMANDS) <= set(said.out.split())
@@ -131,6 +131,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert any(path.endswith("accelerate.yaml") for path in content["files"])
     assert any(path.endswith("deepspeed.json") for path in content["files"]) == strategy.startswith("zero")
     assert content["plan"]["ledger"]["rows"] == 6
+    disk = content["disk"]
+    assert disk["total_bytes"] == disk["checkpoints"] * disk["checkpoint_bytes"] and disk["free_bytes"] > 0
+    assert disk["checkpoint_bytes"] == pytest.approx(9.1e6 if strategy == "zero2" else 7.8e6, rel=0.02)
     assert not Path("vfun-demo/output_dir").exists()
     assert digest(place) == before and not (place / "home").exists()
 
@@ -172,6 +175,9 @@ def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, 
     said = vfun("train", "wan-s2v", "--fsdp", *DRY, "--seed", "7")
     assert re.search(r"seed = 7 +option", said.out) and re.search(r"adam_epsilon = 1e-10 +wan-s2v default", said.out)
     assert all(word in said.out for word in ("accelerate.yaml", "fsdp_config", "vfun_cli.training.launcher", "Epoch"))
+    assert re.search(
+        r"^checkpoints: 7\.76 MB each, at most \d+ at a time: [\d.]+ MB; .* are free$", said.out, re.MULTILINE
+    )
     assert "network_alpha" not in said.out, "an option of lora alone"
     assert digest(place) == before and not Path("vfun-demo/output_dir").exists()
 

@@ -189,7 +189,7 @@ def test_a_run_that_a_second_ctrl_c_stops_goes_on_as_its_hint_says(place: Path, 
     for rank in training_processes(RUN)[1]:
         os.kill(rank, signal.SIGSTOP)  # in a step whose end does not come
     job.send_signal(signal.SIGINT)
-    wait_for(RUN.stop_request.exists, job)
+    wait_for(RUN.stop_request().exists, job)
     job.send_signal(signal.SIGINT)
     said = finish(job, 130)
     assert "stopped at once" in said.err, said.err

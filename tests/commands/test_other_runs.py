@@ -11,6 +11,7 @@ import pytest
 from tests.commands.conftest import TRAIN, Vfun
 from tests.run.small_run import write_checkpoint
 from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run import lock, ownership
 from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir
@@ -22,8 +23,8 @@ A, B = RunDir(Path("A")), RunDir(Path("B"))
 def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch writes what a run has after four steps."""
 
-    def launch(argv: list[str], run: RunDir, *args: Any, **named: Any) -> Outcome:
-        described = run.read_run()
+    def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
+        run, described = machine.run, machine.run.read_run()
         write_checkpoint(run.checkpoint(4), described["id"], run_config=described["config"])
         return Outcome(ending="completed", step=4)
 
@@ -145,8 +146,8 @@ def test_the_folder_in_memory_is_made_for_one_launch_and_this_user(
     monkeypatch.setattr(ownership, "MEMORY", memory)
     seen = []
 
-    def launch(argv: list[str], run: RunDir, *args: Any, **named: Any) -> Outcome:
-        staging = Path(run.read_run()["staging"])
+    def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
+        staging = Path(machine.run.read_run()["staging"])
         seen.append((staging, staging.stat().st_mode & 0o777))
         return Outcome(ending="completed", step=4)
 

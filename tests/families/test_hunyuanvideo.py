@@ -206,7 +206,7 @@ def test_one_caption_in_ten_is_left_out_of_both_encoders(name: str, adapters: di
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_clip_goes_from_its_file_to_gradients(
     name: str, precision: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -226,8 +226,7 @@ def test_a_clip_goes_from_its_file_to_gradients(
     latents, conditions = encode(adapter, [loaded], [request.key])
     objective = make_objective(SPECS[name].model.objective, SPECS[name].model.objective_options, folders[name])
     corrupted = objective.corrupt(latents, [request.key])
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-        prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
+    prediction = adapter.predict(adapter.transformer, corrupted.noisy, corrupted.timesteps, conditions)
     loss = objective.loss(prediction, corrupted.target, conditions.get("loss_mask"))
     loss.backward()
     assert torch.isfinite(loss) and latents.dtype == torch.float32

@@ -28,6 +28,7 @@ from vfun_cli.modeling.encoders.wan_vae import WanVAE
 from vfun_cli.modeling.encoders.wav2vec2 import FOLDER as SPEECH_FOLDER
 from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights
+from vfun_cli.training.precision import use_in
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "wan_s2v"
 
@@ -149,7 +150,7 @@ def test_prediction_loss_and_gradients_are_the_originals(
     model = golden_model()
     audio: list[tuple[Tensor, Tensor]] = []
     model.casual_audio_encoder.register_forward_hook(lambda module, args, out: audio.append(out))
-    prediction = model(**golden_arguments(inputs), drop_motion=torch.tensor([bool(drop)] * 2))
+    prediction = model(**golden_arguments(inputs), drop_motion=[bool(drop)] * 2)
     loss = F.mse_loss(prediction, inputs["noise"] - inputs["latents"])
     loss.backward()
 
@@ -179,15 +180,11 @@ def test_rope_angles_are_the_originals(drop: int, golden: tuple[dict[str, Tensor
     torch.testing.assert_close(torch.stack((table.cos, table.sin), dim=-1), wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 parameters", "fp32 parameters under autocast"])
-def test_bfloat16_stays_within_two_percent(autocast: bool, golden: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_bfloat16_stays_within_two_percent(golden: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
     inputs, outputs = golden
-    model, arguments = golden_model(), golden_arguments(inputs)
-    if not autocast:
-        model = model.bfloat16()
-        arguments = {name: t if name == "timestep" else t.bfloat16() for name, t in arguments.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        prediction = model(**arguments, drop_motion=[False, False])
+    model = golden_model().bfloat16()
+    arguments = {name: t if name == "timestep" else t.bfloat16() for name, t in golden_arguments(inputs).items()}
+    prediction = model(**arguments, drop_motion=[False, False])
     assert prediction.dtype == torch.bfloat16
     assert relative(prediction, outputs["fp32.drop0.pred"]) < BFLOAT16
     assert relative(prediction, outputs["bf16.drop0.pred"]) < BFLOAT16
@@ -195,7 +192,7 @@ def test_bfloat16_stays_within_two_percent(autocast: bool, golden: tuple[dict[st
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_frozen_bfloat16_and_trained_float32_parameters_mix_under_autocast(
+def test_frozen_bfloat16_and_trained_float32_parameters_mix(
     golden: tuple[dict[str, Tensor], dict[str, Tensor]],
 ) -> None:
     inputs, outputs = golden
@@ -204,8 +201,8 @@ def test_frozen_bfloat16_and_trained_float32_parameters_mix_under_autocast(
         if ".self_attn." not in name and "modulation" not in name:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        prediction = model(**golden_arguments(inputs), drop_motion=[False, False])
+    use_in(torch.bfloat16, model)
+    prediction = model(**golden_arguments(inputs), drop_motion=[False, False])
     assert relative(prediction, outputs["fp32.drop0.pred"]) < BFLOAT16
     prediction.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -215,7 +212,7 @@ def test_a_mixed_batch_equals_separate_calls(golden: tuple[dict[str, Tensor], di
     inputs, outputs = golden
     model = golden_model()
     with torch.no_grad():
-        mixed = model(**golden_arguments(inputs), drop_motion=torch.tensor([True, False]))
+        mixed = model(**golden_arguments(inputs), drop_motion=[True, False])
     torch.testing.assert_close(mixed[0], outputs["fp32.drop1.pred"][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(mixed[1], outputs["fp32.drop0.pred"][1], atol=1e-5, rtol=0)
 

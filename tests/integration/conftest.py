@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,31 +28,74 @@ LAUNCHES = ("single", "zero3", "fsdp", "zero2", "ddp")
 
 
 @pytest.fixture(scope="session")
-def trained(workplace: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Two commands at a time: the start of one is work for one core, and two ranks that wait for each other leave a
+    part of both cores idle.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def trained(workplace: Path, pool: ThreadPoolExecutor, request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Waits until everything of a strategy is trained, each strategy in one launch.
 
-    The launches of all strategies that tests of this session name begin at once, two at a time: the start of one is
-    work for one core, and two ranks that wait for each other leave a part of both cores idle.
+    The launches of all strategies that tests of this session name or need begin at once, before all other commands.
     """
-    named = {strategy_of(item) for item in request.session.items}
+    items = request.session.items
+    named = {"single", *map(strategy_of, items), *(need for item in items for need in needs_of(item))}
     launches: dict[str, Future[None]] = {}
-    with ThreadPoolExecutor(2) as pool:
 
-        def begin(strategy: str) -> None:
-            if strategy != "single":
-                launches["single"].result()
-            launch(all_runs(strategy))
+    def begin(strategy: str) -> None:
+        if strategy != "single":
+            launches["single"].result()
+        launch(all_runs(strategy))
 
-        def wait(strategy: str) -> None:
-            if strategy not in launches:
-                launches[strategy] = pool.submit(begin, strategy)
-            launches[strategy].result()
+    def wait(strategy: str) -> None:
+        if strategy not in launches:
+            launches[strategy] = pool.submit(begin, strategy)
+        launches[strategy].result()
 
-        for strategy in LAUNCHES:
-            if strategy in {"single", *named}:
-                launches[strategy] = pool.submit(begin, strategy)
-        yield wait
-        pool.shutdown(cancel_futures=True)
+    for strategy in LAUNCHES:
+        if strategy in named:
+            launches[strategy] = pool.submit(begin, strategy)
+    return wait
+
+
+@pytest.fixture(scope="session")
+def results(
+    trained: Callable[[str], None], pool: ThreadPoolExecutor, request: pytest.FixtureRequest
+) -> dict[pytest.Item, "Future[Any]"]:
+    """What the commands of marked tests come to: ``@pytest.mark.ahead.with_args(work, *arguments, needs=strategies)``.
+
+    ``work`` begins with the session, beside other tests, when the strategies that it needs are trained.
+    """
+
+    def after(needs: Sequence[str], work: Callable[..., Any], *arguments: Any) -> Any:
+        for strategy in needs:
+            trained(strategy)
+        return work(*arguments)
+
+    marks = {item: item.get_closest_marker("ahead") for item in request.session.items}
+    return {item: pool.submit(after, needs_of(item), *mark.args) for item, mark in marks.items() if mark is not None}
+
+
+@pytest.fixture
+def result(results: dict[pytest.Item, "Future[Any]"], request: pytest.FixtureRequest) -> Any:
+    """What the work of this test has returned; its failure is the test's."""
+    return results[request.node].result()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those whose commands begin last come last: others have their results by then."""
+    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
+
+
+def needs_of(item: pytest.Item) -> Sequence[str]:
+    """The strategies whose launch a test's own commands come after; of all of them the one that fills the cache."""
+    mark = item.get_closest_marker("ahead")
+    return () if mark is None else ("single", *mark.kwargs.get("needs", ()))
 
 
 def strategy_of(item: pytest.Item) -> str | None:

@@ -59,8 +59,12 @@ CLIP_NORM = 1e-3
 
 _FP32 = {"mixed_precision": "no", "max_train_steps": 6}
 _SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3}
-_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1}
+_CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1, "gradient_accumulation_steps": 2}
+_UNCLIPPED = {"max_grad_norm": 0, "max_train_steps": 1}
 _UNTRAINED = {"max_train_steps": 0}
+_BROKEN = {"max_train_steps": 3, "checkpointing_steps": 1}
+BROKEN = "broken"
+"""A run in which a rank's gradients turn to NaN in the second step, though its loss is a number; it has to fail."""
 # Rounding grows where AdamW divides by little: adapters are compared while their gradients have a size.
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
 
@@ -71,21 +75,45 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         "lora-fp32": _LORA_FP32,
         "subset": _SUBSET,
         "clipped": _CLIPPED,
+        "unclipped": _UNCLIPPED,
         "untrained": _UNTRAINED,
+        BROKEN: _BROKEN,
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3},
     },
-    "ddp": {"fp32": _FP32, "lora-fp32": _LORA_FP32, "subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "ddp": {
+        "fp32": _FP32,
+        "lora-fp32": _LORA_FP32,
+        "subset": _SUBSET,
+        "clipped": _CLIPPED,
+        "unclipped": _UNCLIPPED,
+        "untrained": _UNTRAINED,
+        BROKEN: _BROKEN,
+    },
     "fsdp": {
         "fp32": _FP32,
         "lora-fp32": _LORA_FP32,
         "subset": _SUBSET,
         "clipped": _CLIPPED,
+        "unclipped": _UNCLIPPED,
         "untrained": _UNTRAINED,
+        BROKEN: _BROKEN,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
-    "zero2": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
-    "zero3": {"subset": _SUBSET, "clipped": _CLIPPED, "untrained": _UNTRAINED},
+    "zero2": {
+        "subset": _SUBSET,
+        "clipped": _CLIPPED,
+        "unclipped": _UNCLIPPED,
+        "untrained": _UNTRAINED,
+        BROKEN: _BROKEN,
+    },
+    "zero3": {
+        "subset": _SUBSET,
+        "clipped": _CLIPPED,
+        "unclipped": _UNCLIPPED,
+        "untrained": _UNTRAINED,
+        BROKEN: _BROKEN,
+    },
 }
 
 

@@ -6,6 +6,7 @@ before all runs on two processes. What a run is compared with is waited for when
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ from statistics import mean
 import pytest
 
 from tests.integration.matrix import STEPS, memorised, straight, together
-from tests.jobs import finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
+from tests.jobs import Job, Said, finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.run.rundir import RunDir
 
@@ -39,18 +40,26 @@ def losses_of_the_matrix(trained: Trained, strategy: str, command: str = "train"
     return losses(RunDir(straight(FAMILY, strategy, command).folder))
 
 
-# One process, and the engine that gathers and shards most.
-@pytest.mark.parametrize("strategy", ["single", "zero3"])
-def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path, trained: Trained) -> None:
-    if strategy != "single":
-        trained("single")
+def killed_and_resumed(strategy: str) -> tuple[RunDir, int]:
+    """The run, and the step at which it ended."""
     run, half = RunDir(Path("killed") / strategy), STEPS["train"] // 2
     arguments = options(run.root, dataloader_num_workers=1, **together(strategy))
     job = start("train", FAMILY, "--demo", f"--strategy={strategy}", *arguments)
     wait_for(lambda: run.checkpoint(half).exists() and last_step(run) > half, job)
     kill_all(job)
-    resumed = json.loads(vfun_process("resume", run.root, "--json", code=0).out)
-    assert resumed["step"] == STEPS["train"]
+    return run, json.loads(vfun_process("resume", run.root, "--json", code=0).out)["step"]
+
+
+# One process, and the engine that gathers and shards most.
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=pytest.mark.ahead.with_args(killed_and_resumed, name)) for name in ("single", "zero3")],
+)
+def test_a_killed_run_resumes_to_the_same_weights(
+    strategy: str, result: tuple[RunDir, int], workplace: Path, trained: Trained
+) -> None:
+    run, step = result
+    assert step == STEPS["train"]
     assert losses(run) == losses_of_the_matrix(trained, strategy)
     hashes = []
     for root in (run.root, straight(FAMILY, strategy).folder):
@@ -60,72 +69,134 @@ def test_a_killed_run_resumes_to_the_same_weights(strategy: str, workplace: Path
     assert hashes[0] == hashes[1]
 
 
-def test_two_machines_join_one_job(workplace: Path, trained: Trained) -> None:
-    """Two launchers on one host, one process each: the same losses as two processes under one launcher.
+def two_machines(run: RunDir, *more: str, **changes: object) -> list[Job]:
+    """Two launchers on one host, one process each.
 
-    Each has half of the cores, as each of the two processes has: sums over another number of threads round otherwise.
+    Each has half of the cores, as each of two processes under one launcher has: sums over another number of threads
+    round otherwise.
+
+    Args:
+        more: what only the second command is told.
     """
-    trained("single")
     cores = sorted(os.sched_getaffinity(0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = RunDir(Path("two-machines"))
-    both = [
+    return [
         start(
-            "train", FAMILY, "--demo", "--ddp", *options(run.root, max_train_steps=4), "--num-machines=2",
+            "train", FAMILY, "--demo", "--ddp", *options(run.root, **changes), "--num-machines=2",
             "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
-            f"--main-process-port={port}", cores=cores[rank : len(cores) // 2 * 2 : 2],
+            f"--main-process-port={port}", *more[: rank * len(more)], cores=cores[rank : len(cores) // 2 * 2 : 2],
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    for job in both:
+
+
+def trained_on_two_machines() -> RunDir:
+    run = RunDir(Path("two-machines"))
+    for job in two_machines(run, max_train_steps=4):
         finish(job)
-    assert losses(run) == losses_of_the_matrix(trained, "ddp")[:4]
+    return run
 
 
-def test_zero3_with_offload_trains_and_exports(workplace: Path, trained: Trained) -> None:
+@pytest.mark.ahead.with_args(trained_on_two_machines)
+def test_two_machines_join_one_job(result: RunDir, workplace: Path, trained: Trained) -> None:
+    """The same losses as two processes under one launcher."""
+    assert losses(result) == losses_of_the_matrix(trained, "ddp")[:4]
+
+
+def told_otherwise() -> list[Said]:
+    """What two machines say of which one was told another learning rate."""
+    jobs = two_machines(RunDir(Path("two-rates")), "--learning-rate=0.5")
+    return [finish(job, 2) for job in jobs]
+
+
+@pytest.mark.ahead.with_args(told_otherwise)
+def test_machines_that_are_told_otherwise_both_refuse(result: list[Said]) -> None:
+    for said in result:
+        expected = "error: rank 1: the machines do not run the same: --learning-rate is 0.5 on machine 1"
+        assert expected in said.err, said.err
+
+
+def left_alone() -> Said:
+    """What a machine says when the other was killed."""
+    run = RunDir(Path("one-machine-dies"))
+    survivor, killed = two_machines(run, max_train_steps=100_000, checkpointing_steps=100_000)
+    wait_for_step(run, 1, survivor)
+    kill_all(killed)
+    return finish(survivor, 1)
+
+
+@pytest.mark.ahead.with_args(left_alone)
+def test_a_machine_that_is_killed_ends_the_other_which_names_it(result: Said) -> None:
+    assert "error: machine 1 has gone without a word" in result.err, result.err
+
+
+def trained_with_offload() -> RunDir:
+    """Full weights."""
     run = RunDir(Path("offload"))
     arguments = options(run.root, cache=None, max_train_steps=4, checkpointing_steps=4)
     vfun_process("train", FAMILY, "--demo", "--zero3-offload", *arguments, code=0)
-    assert losses(run) == pytest.approx(losses_of_the_matrix(trained, "zero3")[:4], rel=0.01)
-    exported = vfun_process("export-bf16", run.checkpoint(4), "--json", code=0)
+    return run
+
+
+@pytest.mark.ahead.with_args(trained_with_offload)
+def test_zero3_with_offload_trains_and_exports(result: RunDir, workplace: Path, trained: Trained) -> None:
+    assert losses(result) == pytest.approx(losses_of_the_matrix(trained, "zero3")[:4], rel=0.01)
+    exported = vfun_process("export-bf16", result.checkpoint(4), "--json", code=0)
     assert json.loads(exported.out)["verified"]
 
 
-def test_lora_with_offload_trains_on_from_a_file_and_resumes_its_dropout(workplace: Path, trained: Trained) -> None:
-    trained("zero3")
+def lora_resumed_with_offload(elsewhere: str) -> tuple[RunDir, list[float], bytes]:
+    """The run, and the losses and the adapter that it had before its end was cut off and trained again."""
     run = RunDir(Path("lora-offload"))
     network = straight(FAMILY, "zero3", "lora").last_checkpoint()
     arguments = options(run.root, max_train_steps=4, checkpointing_steps=2, lora_dropout=0.1, network_path=network)
     vfun_process("lora", FAMILY, "--demo", "--zero3-offload", *arguments, code=0)
     first, adapter = losses(run), (run.checkpoint(4) / "model" / ADAPTER_FILE).read_bytes()
+    shutil.rmtree(run.checkpoint(4))
+    Path(elsewhere).mkdir()
+    change = ("--ema-decay=0.5", "--allow=ema-decay")  # of what this run does not have
+    finish(start("resume", run.root.absolute(), *change, cwd=Path(elsewhere)))
+    return run, first, adapter
+
+
+@pytest.mark.ahead.with_args(lora_resumed_with_offload, "elsewhere", needs=["zero3"])
+def test_lora_with_offload_trains_on_from_a_file_and_resumes_its_dropout(
+    result: tuple[RunDir, list[float], bytes], workplace: Path, trained: Trained
+) -> None:
+    run, first, adapter = result
     # The same clips as at the first steps of the run that the file came from, which knew nothing then.
     assert mean(first) < 0.95 * mean(losses_of_the_matrix(trained, "zero3", "lora")[:4])
-    shutil.rmtree(run.checkpoint(4))
-    elsewhere = workplace / "elsewhere"
-    elsewhere.mkdir()
-    change = ("--ema-decay=0.5", "--allow=ema-decay")  # of what this run does not have
-    finish(start("resume", run.root.absolute(), *change, cwd=elsewhere))
     state = json.loads((run.checkpoint(4) / "state.json").read_text(encoding="utf-8"))
     assert state["allowed"] == [{"step": 2, "option": "ema_decay", "before": 0.9999, "after": 0.5}]
     assert losses(run) == first
     assert (run.checkpoint(4) / "model" / ADAPTER_FILE).read_bytes() == adapter
 
 
-def test_ctrl_c_saves_and_resume_goes_on(workplace: Path, trained: Trained) -> None:
+def interrupted_and_begun_again() -> tuple[RunDir, Said, int]:
+    """The run, what the interrupted command said, and the step that it had saved."""
     run = RunDir(Path("interrupted"))
     arguments = ("train", FAMILY, "--demo", *options(run.root, **together("single")))
     job = start(*arguments)
     wait_for_step(run, 3, job)
     job.send_signal(signal.SIGINT)
     said = finish(job, 130)
-    assert "saved" in said.err and "Traceback" not in said.err, said.err
-    assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
+    saved = json.loads(run.outcome().read_text(encoding="utf-8"))["step"]
     vfun_process("resume", run.root, "--dry-run", code=0)  # what follows goes on as the original scripts do
-    saved = json.loads(run.outcome.read_text(encoding="utf-8"))["step"]
-    assert saved >= 3 and run.checkpoint(saved).is_dir()
     vfun_process(*arguments, "--resume-from-checkpoint=latest", code=0)
+    return run, said, saved
+
+
+@pytest.mark.ahead.with_args(interrupted_and_begun_again)
+def test_ctrl_c_saves_and_resume_goes_on(result: tuple[RunDir, Said, int], workplace: Path, trained: Trained) -> None:
+    run, said, saved = result
+    assert "saved" in said.err and "Traceback" not in said.err, said.err
+    assert re.search(
+        r"\ncheckpoints: [\d.]+ MB each, at most \d+ at a time: [\d.]+ MB; [\d.]+ [GT]B are free\n", said.err
+    )
+    assert shlex.split(said.err.rpartition("next: vfun ")[2]) == ["resume", str(run.root)]
+    assert saved >= 3 and run.checkpoint(saved).is_dir()
     assert losses(run) == losses_of_the_matrix(trained, "single")
     assert list((run.logs / "tensorboard").glob("events*"))
     assert {path.suffix for path in run.sanity_check.iterdir()} >= {".mp4", ".png", ".wav", ".txt"}

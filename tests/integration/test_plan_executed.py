@@ -28,9 +28,15 @@ def epochs_of(folder: str) -> list[dict[str, Any]]:
     return [record for record in records(RunDir(Path(folder))) if record.get("event") == "epoch"]
 
 
-def test_three_epochs_on_two_ranks_execute_the_printed_plan(workplace: Path) -> None:
+def planned_and_trained() -> list[dict[str, Any]]:
+    """The epoch lines of an undisturbed run."""
     finish(train("runs/planned"))
-    epochs = epochs_of("runs/planned")
+    return epochs_of("runs/planned")
+
+
+@pytest.mark.ahead.with_args(planned_and_trained)
+def test_three_epochs_on_two_ranks_execute_the_printed_plan(result: list[dict[str, Any]], workplace: Path) -> None:
+    epochs = result
     command = ("plan-buckets", FAMILY, "--demo", "--json", "--assignment", "--epochs", 3, "--world-size", 2)
     planned = json.loads(vfun_process(*command, code=0).out)["epochs"]
     assert len(epochs) == len(planned) == 3

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from tests.integration.matrix import BROKEN
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
+from vfun_cli.training.state.checkpointer import Checkpointer
 
 
 def main(list_file: str) -> int:
@@ -33,35 +38,105 @@ def main(list_file: str) -> int:
         take_launch_file(RunDir(Path(described["run_dir"])).launch() / "accelerate.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        with training_noted(RunDir(Path(described["run_dir"]))):
+        run = RunDir(Path(described["run_dir"]))
+        with training_noted(run), saving_noted(run):
             failed = run_rank(Path(run_json))
-        if failed:
-            print(f"FAILED {run_json}", file=sys.stderr)
+        if bool(failed) != (run.root.name == BROKEN):
+            print(f"FAILED {run_json}" if failed else f"{run_json} should have failed", file=sys.stderr)
             return 1
     return 0
 
 
 @contextmanager
 def training_noted(run: RunDir) -> Iterator[None]:
-    """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers."""
+    """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers;
+    what it read of the transformer's files and what it keeps of that.
+    """
     from vfun_cli.training.trainer import Trainer
 
-    train = Trainer.train
+    train, read = Trainer.train, Read()
 
     def noted(self: Trainer, *given: Any) -> int:
+        if run.root.name == BROKEN:
+            break_gradients(self)
         before = frozen_weights(self.state.model)
         sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
-        with gathers_counted([] if self.config.compile else sharded) as gathers:  # a compiled hook is a graph more
+        with (
+            gathers_counted([] if self.config.compile else sharded) as gathers,  # a compiled hook is a graph more
+            reductions_counted() as reductions,
+        ):
             reason = train(self, *given)
         content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
+        content |= {"reductions": reductions, "kept": kept_bytes(self.state.model), "read": vars(read)}
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
     Trainer.train = noted  # type: ignore[method-assign]
     try:
-        yield
+        with reads_noted(read):
+            yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
+
+
+def break_gradients(trainer: Any) -> None:
+    """NaN in the gradients of the last rank from the second step on; the losses stay as they are."""
+    predict, accelerator = trainer.adapter.predict, trainer.accelerator
+    before = iter(range(trainer.config.gradient_accumulation_steps))
+
+    def broken(*given: Any) -> torch.Tensor:
+        prediction: torch.Tensor = predict(*given)
+        if next(before, None) is None and accelerator.is_last_process:
+            prediction.register_hook(lambda gradient: gradient * torch.nan)
+        return prediction
+
+    trainer.adapter.predict = broken
+
+
+WAITS = ("barrier", "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
+"""What ranks wait for each other by that write files."""
+
+
+@contextmanager
+def saving_noted(run: RunDir) -> Iterator[None]:
+    """Leave in the run's logs, of this rank: the files that it hashed, and its waits for files under an NCCL limit."""
+    hashed, hasty, saving = list[str](), list[str](), False
+    digest, save, waits = hashlib.file_digest, Checkpointer.save, {name: getattr(dist, name) for name in WAITS}
+
+    def noted_digest(file: Any, *given: Any) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest(file, *given)
+
+    def noted_wait(name: str) -> Any:
+        def wait(*given: Any, group: Any = None, **options: Any) -> Any:
+            if saving and group in (None, dist.group.WORLD):  # on a GPU that is NCCL's
+                hasty.append(name)
+            return waits[name](*given, group=group, **options)
+
+        return wait
+
+    def noted_save(self: Checkpointer, *given: Any, **options: Any) -> Path:
+        nonlocal saving
+        saving = True
+        hashed.clear()
+        try:
+            return save(self, *given, **options)
+        finally:
+            saving = False
+            content = {"hashed": sorted(hashed), "hasty": hasty}
+            (run.logs / f"saved-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
+
+    hashlib.file_digest = noted_digest  # type: ignore[assignment]
+    Checkpointer.save = noted_save  # type: ignore[method-assign]
+    for name in WAITS:
+        setattr(dist, name, noted_wait(name))
+    try:
+        yield
+    finally:
+        hashlib.file_digest = digest
+        Checkpointer.save = save  # type: ignore[method-assign]
+        for name, wait in waits.items():
+            setattr(dist, name, wait)
 
 
 @contextmanager
@@ -88,6 +163,70 @@ def gathers_counted(sharded: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
         setattr(dist, name, gather)
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def reductions_counted() -> Iterator[Counter[str]]:
+    """How many collectives summed more than a number over the ranks, by the type of what they summed."""
+    counts, names = Counter[str](), ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single")  # torch < 2.13
+    places: list[tuple[Any, str]] = [(dist, name) for name in names if hasattr(dist, name)]
+    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.comm.cdb is not None:
+        places.append((sys.modules["deepspeed"].comm.comm.cdb, "reduce_scatter_function"))
+    before = [getattr(*place) for place in places]
+
+    def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            first = next(each for each in (*given, *options.values()) if isinstance(each, torch.Tensor))
+            if first.numel() > 1 and first.is_floating_point():
+                counts[str(first.dtype)] += 1
+            return reduce(*given, **options)
+
+        return run
+
+    for (owner, name), reduce in zip(places, before, strict=True):
+        setattr(owner, name, counted(reduce))
+    try:
+        yield counts
+    finally:
+        for (owner, name), reduce in zip(places, before, strict=True):
+            setattr(owner, name, reduce)
+
+
+@dataclass
+class Read:
+    """What was read of weights' files, in bytes of the type that it was read in."""
+
+    whole: int = 0
+    largest: int = 0
+    most_at_once: int = 0
+    """Of what is in memory as it was read: not of copies and parts that were made of it."""
+
+
+@contextmanager
+def reads_noted(read: Read) -> Iterator[None]:
+    from vfun_cli.modeling import lazy_weights
+
+    reader, in_memory = lazy_weights._read, list[tuple[StorageWeakRef, int]]()
+
+    def noted(*given: Any) -> torch.Tensor:
+        values = reader(*given)
+        in_memory.append((StorageWeakRef(values.untyped_storage()), values.nbytes))
+        read.whole += values.nbytes
+        read.largest = max(read.largest, values.nbytes)
+        read.most_at_once = max(read.most_at_once, sum(size for alive, size in in_memory if not alive.expired()))
+        return values
+
+    lazy_weights._read = noted
+    try:
+        yield
+    finally:
+        lazy_weights._read = reader
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    """What a rank keeps of the weights, those that ZeRO-3 cuts into parts as a whole."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in local)
 
 
 def frozen_weights(model: torch.nn.Module) -> dict[str, str]:

@@ -70,6 +70,24 @@ def test_the_hint_is_the_whole_command_that_goes_on_all_the_same() -> None:
     assert sorted(shlex.split(command)) == sorted(["vfun", "resume", "my run/checkpoint-2", *changed, *allowed])
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("length", [{"max_train_steps": 12}, {"num_train_epochs": 7}])
+def test_a_longer_run_is_another_where_its_learning_rates_depend_on_the_end(
+    scheduler: str, length: dict[str, int]
+) -> None:
+    before = replace(BEFORE, lr_scheduler=scheduler, max_train_steps=9 if "max_train_steps" in length else None)
+    run = resume_check.Earlier(found=FOUND, described={"config": before.to_json()})
+    after = resolved(replace(before, **length))
+    if scheduler.startswith("constant"):
+        resume_check.check_options(run, after, ())
+        return
+    (name,) = length
+    with pytest.raises(CheckpointError, match=rf"{name} .*--lr-scheduler {scheduler} .* falls to zero") as caught:
+        resume_check.check_options(run, after, ())
+    assert f"--{name.replace('_', '-')} {length[name]} --allow {name.replace('_', '-')}" in str(caught.value.hint)
+    resume_check.check_options(run, after, [name])
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, Path("cache")), (Path("cache"), None)])
 def test_a_cache_changes_nothing_of_a_run_that_goes_on(before: Path | None, after: Path | None) -> None:
     spec = families.find("wan-s2v")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.disks import file_system
-from vfun_cli.errors import EXIT_PREEMPTED, RunError, VfunError
+from vfun_cli.errors import EXIT_PREEMPTED, FitError, RunError, VfunError
 from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run.messages import ERROR_SPACE, RankError, StopRequest, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
@@ -46,7 +47,7 @@ Root Cause (first observed failure):
 
 def launch(script: str, run: RunDir, stop: supervise.StopRequests) -> None:
     argv = [sys.executable, "-c", script]
-    supervise.launch(argv, run, 0, 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
+    supervise.launch(argv, Machine(run), 0, stop, stdin=subprocess.DEVNULL, way_on=lambda: "Go on.")
 
 
 def failure(run: RunDir, script: str) -> VfunError:
@@ -69,6 +70,52 @@ def test_a_single_rank_is_reported_by_its_own_end(rank: str, said: str, tmp_path
     assert isinstance(error, supervise.Crashed)
     with pytest.raises(VfunError, match=said):
         raise error
+
+
+def test_a_killed_rank_is_known_before_the_launcher_has_ended_its_peers(tmp_path: Path) -> None:
+    early = "E1129 00:44:13 torch/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 3818) of binary: python"
+    machine = Machine(RunDir(tmp_path), 1, machines=2, processes=4)
+    argv = [sys.executable, "-c", f"raise SystemExit({early!r})"]
+    with (
+        supervise.stop_requests(machine.run) as stop,
+        pytest.raises(supervise.Crashed, match="rank 3 was ended by SIGKILL"),
+    ):
+        supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
+
+
+@pytest.mark.parametrize(
+    "rank",
+    [
+        "raise RuntimeError('CUDA error: out of memory')",
+        "import sys; print('Failed to CUDA calloc async 608 bytes', file=sys.stderr); sys.exit(1)",
+    ],
+)
+def test_a_rank_that_left_no_message_and_had_no_memory_is_not_started_over(rank: str, tmp_path: Path) -> None:
+    error = failure(RunDir(tmp_path), ALONE.format(rank=rank))
+    assert isinstance(error, FitError) and "--low-vram" in str(error.hint)
+
+
+def test_a_message_of_a_rank_without_memory_starts_nothing_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    script = (
+        "import time; from pathlib import Path; from vfun_cli.run.messages import RankError;"
+        "from vfun_cli.run.rundir import RunDir;"
+        "RankError(rank=0, time=time.time(), message='out of memory', hint='Less.', exit_code=4, crash=True,"
+        f"traceback='').write(RunDir(Path({str(tmp_path)!r}))); raise SystemExit(1)"
+    )
+    error = failure(run, script)
+    assert type(error) is FitError and error.hint == "Less."
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_had_no_memory_where_the_kernel_says_so(
+    killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter([3, 3 + killed])
+    monkeypatch.setattr(supervise, "oom_kills", lambda: next(counted))
+    error = failure(RunDir(tmp_path), ALONE.format(rank="import os; os.kill(os.getpid(), 9)"))
+    assert type(error) is (FitError if killed else supervise.Crashed)
+    assert error.message.startswith("rank 0 was ended by SIGKILL")
 
 
 def test_a_killed_launcher_is_not_an_exit_code(tmp_path: Path) -> None:

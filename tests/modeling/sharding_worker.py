@@ -3,14 +3,14 @@
     torchrun --nproc_per_node=2 sharding_worker.py FOLDER
 
 ``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the sharded ones lies on this rank;
-``FOLDER/shared_calls-<rank>.pt`` what the ranks agreed on ahead of their micro-batches.
+``FOLDER/begun-<rank>.pt`` what the ranks agreed on before their steps.
 """
 
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.inputs import Value
 from vfun_cli.training.data.encoding import Sample
-from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, with_shared_calls
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.signals import CONTINUE, INTERRUPTED
+from vfun_cli.training.turns import begin_step, most_of_all
 
 CAPTIONS = ("a red circle moves to the left", "waves", "two people talk at a table, one of them laughs")
 CPU = torch.device("cpu")
@@ -43,26 +45,28 @@ def inputs_of(dummy_input: Any, rank: int) -> list[list[Any]]:
 
 
 def outputs(encoders: Encoders, name: str, calls: list[list[Any]]) -> list[Any]:
-    ranks = encoders.sharding
-    shared_calls = (
-        [0] * len(calls) if ranks is None else ranks.all_reduce_max_async([len(inputs) for inputs in calls])()
-    )
+    alone = encoders.sharding is None
+    shared_calls = [0] * len(calls) if alone else most_of_all([len(inputs) for inputs in calls])
     return [encoders.run(name, inputs, count) for inputs, count in zip(calls, shared_calls, strict=True)]
 
 
-def no_rank_waits_for_another(encoders: Encoders, folder: Path, rank: int) -> list[dict[str, int]]:
-    """Micro-batches as the trainer asks for them; rank 1 asks for the next only when rank 0 has had it."""
-    seen, loaded = folder / "rank-0-went-on", []
-    for number, batch in enumerate(with_shared_calls(iter(micro_batches(encoders, rank)), encoders)):
-        loaded.append(dict(batch.shared_calls))
-        if number == 1 and rank == 0:
-            seen.touch()
-        if number == 0 and rank == 1:
-            deadline = time.monotonic() + 60
-            while not seen.exists():
-                assert time.monotonic() < deadline, "rank 0 waits for rank 1"
-                time.sleep(0.01)
-    return loaded
+def begun_together(encoders: Encoders, rank: int) -> dict[str, Any]:
+    """Two steps of two and one micro-batches that come late on one rank, then one whose clips never come to rank 1,
+    and of which rank 0 is asked to stop.
+    """
+    first, second, third = micro_batches(encoders, rank)
+    late = [None, None] if rank else []
+    stop: Any = SimpleNamespace(reason=lambda: CONTINUE)
+    arriving = iter([first, *late, second, third])
+    steps = [begin_step(lambda: next(arriving), count, stop, encoders) for count in (2, 1)]
+    asked = iter([CONTINUE] * 3)
+    stop.reason = lambda: CONTINUE if rank else next(asked, INTERRUPTED)
+    reason, none = begin_step(lambda: None if rank else third, 1, stop, encoders)
+    return {
+        "reasons": [each for each, _ in steps],
+        "calls": [[dict(each.shared_calls) for each in taken] for _, taken in steps],
+        "stopped": (reason, none),
+    }
 
 
 def micro_batches(encoders: Encoders, rank: int) -> list[LoadedBatch]:
@@ -94,7 +98,7 @@ def main(folder: Path) -> int:
             everything = sum(parameter.numel() for parameter in whole[name].model.parameters())
             found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything}
         torch.save(found, folder / f"{spec.name}-{rank}.pt")
-    torch.save(no_rank_waits_for_another(sharded, folder, rank), folder / f"shared_calls-{rank}.pt")
+    torch.save(begun_together(sharded, rank), folder / f"begun-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     return 0

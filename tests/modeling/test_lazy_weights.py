@@ -23,6 +23,7 @@ from vfun_cli.modeling.weights import empty_model, load_weights
 from vfun_cli.training.model import adapter_of
 
 WORLD, RANK = 4, 2
+CPU = torch.device("cpu")
 
 
 class Model(nn.Module):
@@ -80,7 +81,7 @@ def test_a_rank_holds_no_weights_before_they_are_sharded(
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in transformer.parameters())
     loaded = adapter_of(spec).from_pretrained(options).transformer
     for name, parameter in transformer.named_parameters():
-        assert torch.equal(lazy.value(parameter), loaded.get_parameter(name))
+        assert torch.equal(lazy.value(parameter, CPU), loaded.get_parameter(name))
     for name, buffer in transformer.named_buffers():
         assert torch.equal(buffer, loaded.get_buffer(name))
 
@@ -95,7 +96,7 @@ def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor
     model.uneven.weight.data = model.uneven.weight.data.to(torch.bfloat16)  # as the frozen ones of a run in bf16
     files = lazy.by_name(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    load_shards(model, files, torch.device("cpu"))
+    load_shards(model, files, CPU)
     shards = {name: value.to_local() for name, value in model.named_parameters() if isinstance(value, DTensor)}
     assert torch.equal(shards["even.weight"], tensors["even.weight"][4:6].float())
     assert torch.equal(shards["uneven.weight"], tensors["uneven.weight"][6:9])
@@ -104,12 +105,27 @@ def test_each_rank_reads_its_own_rows(stored: tuple[Path, dict[str, torch.Tensor
     assert model.tied.weight is model.even.weight
 
 
+def test_whole_weights_come_one_at_a_time_in_their_type(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, tensors = stored
+    lazy, model = LazyWeights(), empty_model(Model)
+    with lazy.transformer():
+        load_weights(model, [path], where=str(path), transformer=True)
+    lazy.to_meta(model)
+    model.even.weight.data = model.even.weight.data.to(torch.bfloat16)
+    waiting = [sum(parameter.is_meta for parameter in model.parameters()) for _ in lazy.placed(model, CPU)]
+    assert waiting == [4, 3, 2, 1, 0]
+    assert model.tied.weight is model.even.weight
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.float(), tensors[name].float())
+        assert parameter.dtype == (torch.bfloat16 if name == "even.weight" else torch.float32)
+
+
 def test_a_module_is_lent_its_weights(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     path, tensors = stored
     lazy, model = LazyWeights(), empty_model(Model)
     with lazy.transformer():
         load_weights(model, [path], where=str(path), transformer=True)
-    with lazy.materialized(model.even):
+    with lazy.materialized(model.even, CPU):
         assert torch.equal(model.even.weight, tensors["even.weight"].float())
     assert model.even.weight in lazy.stored
 

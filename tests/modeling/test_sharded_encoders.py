@@ -8,6 +8,7 @@ import torch
 from tests.two_ranks import run_on_two_ranks
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
+from vfun_cli.training.signals import CONTINUE, INTERRUPTED
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,9 @@ def test_a_sharded_text_encoder_says_what_the_whole_one_says(family: str, folder
         assert ranks[0][name]["everything"] <= sum(parts)
 
 
-def test_ranks_agree_a_micro_batch_ahead_so_that_none_waits_for_a_slower_one(folder: Path) -> None:
-    ranks = [torch.load(folder / f"shared_calls-{rank}.pt") for rank in (0, 1)]
+def test_ranks_begin_a_step_together_or_stop_together_however_late_the_clips_of_one_are(folder: Path) -> None:
+    ranks = [torch.load(folder / f"begun-{rank}.pt") for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    assert [next(iter(shared_calls.values())) for shared_calls in ranks[0]] == [1, 0, 2]
+    assert ranks[0]["reasons"] == [CONTINUE, CONTINUE]
+    assert [[next(iter(calls.values())) for calls in step] for step in ranks[0]["calls"]] == [[1, 0], [2]]
+    assert ranks[0]["stopped"] == (INTERRUPTED, [])

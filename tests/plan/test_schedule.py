@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfun_cli.errors import ConfigError, MetadataError
+from vfun_cli.config.options import RunConfig
+from vfun_cli.errors import ConfigError, MetadataError, RunError
 from vfun_cli.families import FAMILIES
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, prepare
 from vfun_cli.plan.options import PlanOptions
+from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.plan.schedule import Carry, EpochPlan, count_steps, plan_epoch, plan_run
 
 SETTINGS: dict[str, Any] = {
@@ -363,6 +367,23 @@ def test_a_table_survives_its_file(tmp_path: Any, mixed: Callable[..., ClipTable
     table.save(tmp_path / "clips.npz")
     again = ClipTable.load(tmp_path / "clips.npz")
     assert all(np.array_equal(column, vars(again)[name]) for name, column in vars(table).items())
+
+
+def test_processes_refuse_a_plan_that_the_launch_did_not_show(
+    tmp_path: Path, plain: FamilySpec, mixed: Callable[..., ClipTable]
+) -> None:
+    rows = tmp_path / "metadata.json"
+    rows.write_text("[]")
+    config, clips = RunConfig(train_data_meta=rows, num_processes=2), tmp_path / "clips.npz"
+    table = mixed(20)
+    table.save(clips)
+    shown = RunPlan.of(config, plain, plain.model.dims, table)
+    described = {"clips": str(clips), "metadata_sha256": metadata_digest(rows)}
+    digest = shown.first_epoch.digest()
+    assert load_plan(config, plain, {**described, "plan_digest": digest}).first_epoch.digest() == digest
+    mixed(21).save(clips)
+    with pytest.raises(RunError, match="other steps than the launch showed"):
+        load_plan(config, plain, {**described, "plan_digest": digest})
 
 
 def test_clips_narrower_than_the_transformer_takes_are_refused_with_their_size(plain: FamilySpec) -> None:

@@ -38,12 +38,14 @@ COMMAND = f"""
 {WITHOUT_LOCKS}
 from vfun_cli.disks import claims
 from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run import lock
 from vfun_cli.run.rundir import RunDir
 run = RunDir(Path(sys.argv[1]))
 claims.BEAT = 0.02
 with lock.held(run, 0) as claim, supervise.stop_requests(run) as stop:
-    supervise.launch([sys.executable, "-c", sys.argv[3], *sys.argv[1:3]], run, 0, 0, stop, stdin=claim, way_on=str)
+    launcher = [sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]
+    supervise.launch(launcher, Machine(run), 0, stop, stdin=claim, way_on=str)
 """
 LAUNCHER = """
 import os, subprocess, sys, time

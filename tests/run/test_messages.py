@@ -1,5 +1,6 @@
 """What processes tell each other arrives as it was said; what is missing, cut or of another kind counts as not said."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,25 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not [*run.logs.iterdir()]
 
 
+def test_a_machine_deletes_what_it_said_and_nothing_of_another(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    mine, theirs = [replace(ERROR, rank=rank) for rank in (2, 3)], [replace(ERROR, rank=rank) for rank in (0, 1)]
+    for error in (*mine, *theirs):
+        error.write(run)
+    for machine in (0, 1):
+        STOP.write(run, machine)
+        OUTCOME.write(run, machine)
+    clear_messages(run, 1, ranks_elsewhere=(0, 1))
+    assert RankError.read_all(run) == theirs
+    assert StopRequest.read(run, 0) == STOP and Outcome.read(run, 0) == OUTCOME
+    assert StopRequest.read(run, 1) is None and Outcome.read(run, 1) is None
+
+
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_message_is_none_but_a_request_to_stop_still_asks(harm: bytes, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.logs.mkdir()
-    for path in (run.stop_request, run.outcome, run.rank_error(0), run.fill_report(0)):
+    for path in (run.stop_request(), run.outcome(), run.rank_error(0), run.fill_report(0)):
         path.write_bytes(harm)
     ERROR.write(run)
     assert StopRequest.read(run) == StopRequest(reason="preempted")

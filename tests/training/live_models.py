@@ -45,8 +45,6 @@ class Inputs:
             return value.to(where) if cast else value
 
         conditions = {name: moved(value) for name, value in self.conditions.items()}
-        if "drop_motion" in conditions:  # kept on the host: the length of the sequence depends on it
-            conditions["drop_motion"] = self.conditions["drop_motion"]
         return Inputs(
             shape=self.shape, noisy=moved(self.noisy), timesteps=moved(self.timesteps), target=self.target,
             mask=self.mask, conditions=conditions,

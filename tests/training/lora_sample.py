@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_state
+from vfun_cli.training.precision import compute_dtype, use_in
 from vfun_cli.training.state.live import TrainedState
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"
@@ -56,11 +59,15 @@ def with_adapters(folder: Path, config: RunConfig) -> CogVideoXFunTransformer:
     return transformer
 
 
-def prepared(transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator) -> TrainedState:
+def prepared(
+    transformer: CogVideoXFunTransformer, config: RunConfig, accelerator: Accelerator, lazy: LazyWeights = NOT_LAZY
+) -> TrainedState:
     """As a session prepares it."""
+    if STRATEGIES[config.strategy].whole_weights:
+        use_in(compute_dtype(config), transformer)
     adapter: Any = GoldenAdapter(transformer)
     typed: ModelAdapter = adapter
-    return prepare_state(config, SPEC, typed, accelerator)
+    return prepare_state(config, SPEC, typed, accelerator, lazy)
 
 
 def predict(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,6 +14,7 @@ from trainer_parts import Parts, loaded
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import load, outputs_of
 from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.precision import use_in
 
 LIVE = Callable[[str], LiveModel]
 CAPTIONS = ("a red circle moves", "waves")
@@ -43,13 +44,14 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
         outputs_of(encoders, [load(kind, request, options, cache)], cache)
 
     model, losses = live.transformer(), {}
+    use_in(dtype, model)
     for name, found in (("encoded", None), ("cached", cache)):
         (tmp_path / name).mkdir()
         adapter: Any = copy.copy(live.adapter)
         adapter.encoders = kind.encoders_of(setting)
         parts = Parts(tmp_path / name, model, live, adapter, live.objective, mixed_precision=precision, cache=found)
         micro_batch = loaded(0, requests, [load(kind, request, options, found) for request in requests])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad():
             losses[name] = float(parts.trainer.loss(model, micro_batch)[0])
         assert bool(adapter.encoders.loaded) == (found is None)
     assert losses["cached"] == losses["encoded"]

@@ -4,7 +4,10 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from vfun_cli.errors import CheckpointError, FitError, RunError
 from vfun_cli.run import locate, ownership
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
+from vfun_cli.training.state.formats import FORMATS
 from vfun_cli.training.state.live import TrainedState
 
 KILLS_LEAST = 20
@@ -301,6 +305,65 @@ def test_a_failure_in_the_background_stops_the_run_later(run: RunDir) -> None:
         saver.wait()
     saver.wait()
     assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-1"]
+
+
+def of_two(state: TrainedState) -> TrainedState:
+    """The same as the first of two machines with a process each sees it."""
+    on_two: Any = SimpleNamespace(
+        process_index=0, num_processes=2, is_main_process=True, is_local_main_process=True,
+        unwrap_model=state.accelerator.unwrap_model,
+    )  # fmt: skip
+    return replace(state, accelerator=on_two)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_first_machine_takes_what_the_others_have_copied_as_they_say(shared: bool, run: RunDir) -> None:
+    """Where they have written to a disk of their own, half of the checkpoint is not there, and it is none."""
+    partial, theirs = run.partial_checkpoint(1), {"model/__1_0.distcp": {"bytes": 4, "sha256": "what machine 1 found"}}
+    manifest.write_json(partial.with_name(f"{partial.name}-from-1"), theirs)
+    if shared:
+        (partial / "model").mkdir(parents=True)
+        (partial / "model/__1_0.distcp").write_bytes(b"1234")
+    saver = checkpointer(run)
+    saver.save(of_two(trained()), progress(1), background=True)
+    if shared:
+        saver.wait()
+        files = json.loads((run.checkpoint(1) / manifest.MANIFEST).read_text())["files"]
+        assert set(files) == {"model/__1_0.distcp", *FILES} and files["model/__1_0.distcp"]["bytes"] == 4
+    else:
+        with pytest.raises(RunError, match=r"__1_0\.distcp was written by another process.* share one --output-dir"):
+            saver.wait()
+        assert manifest.checkpoints(run.root) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "ranks"),
+    [
+        ("plain", [["model.safetensors", "optimizer.safetensors", "ema.safetensors"], []]),
+        ("dcp", [[".metadata", "__0_0.distcp"], ["__1_0.distcp", "__1_1.distcp"], *[[]] * 9, ["__11_0.distcp"]]),
+        (
+            "deepspeed",
+            [
+                [
+                    "zero_to_fp32.py", "state/mp_rank_00_model_states.pt",
+                    "state/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+                ],
+                [
+                    "state/zero_pp_rank_1_mp_rank_00_model_states.pt",
+                    "state/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+                ],
+                *[[]] * 9,
+                ["state/zero_pp_rank_11_mp_rank_00_model_states.pt"],
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_every_file_has_one_rank_that_wrote_it(format: str, ranks: list[list[str]], tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    for name in chain(*ranks):
+        (tmp_path / name).touch()
+    for rank, names in enumerate(ranks):
+        assert FORMATS[format].written_by(rank, tmp_path) == sorted(tmp_path / name for name in names)
 
 
 def test_too_little_memory_for_the_background_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

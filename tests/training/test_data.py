@@ -2,23 +2,24 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_sharer
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from vfun_cli.errors import MetadataError, RunError
+from vfun_cli.errors import FitError, MetadataError, RunError, VfunError
 from vfun_cli.modeling.adapter import Input, Inputs, SampleRequest
 from vfun_cli.modeling.inputs import Decoder
+from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data import loader as data
-from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, load_ahead
+from vfun_cli.training.data.loader import LoadedBatch, MicroBatch, WorkerStatus, load_ahead
 
 
 def request(row: int) -> SampleRequest:
@@ -29,15 +30,29 @@ def request(row: int) -> SampleRequest:
 
 
 @dataclass(frozen=True)
+class NotHandedOver:
+    """Decoded, but no queue takes it."""
+
+    cause: str
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError(self.cause)
+
+
+@dataclass(frozen=True)
 class Row:
     """A row as its number; ``faults`` say which rows are broken, and how."""
 
     row: int
     faults: Any
 
-    def load(self, decoder: Decoder) -> torch.Tensor:
+    def load(self, decoder: Decoder) -> Any:
         if self.row in self.faults.get("broken", ()):
             raise MetadataError(f"{self.row}.mp4: frame 3 cannot be decoded")
+        if self.row in self.faults.get("without_memory", ()):
+            raise undecodable("clip.mp4", 0, MemoryError("12 GiB")) from MemoryError("12 GiB")
+        if self.row in self.faults.get("not_handed_over", {}):
+            return NotHandedOver(self.faults["not_handed_over"][self.row])
         if self.row in self.faults.get("hanging", ()):
             time.sleep(600)
         if self.row in self.faults.get("losing_contact", ()):
@@ -59,8 +74,8 @@ class Decoder:
 
 @pytest.fixture(autouse=True)
 def asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch asks every five seconds whether its processes live; that is all these tests would wait for."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+    """Whether its processes live is all that most of these tests would wait for."""
+    monkeypatch.setattr(data, "PATIENCE", 0.3)
 
 
 def stream(*batches: tuple[int, ...]) -> Iterator[MicroBatch]:
@@ -69,7 +84,11 @@ def stream(*batches: tuple[int, ...]) -> Iterator[MicroBatch]:
 
 
 def loaded(batches: Iterator[MicroBatch], workers: int, on_bad: str = "stop", **options: Any) -> list[LoadedBatch]:
-    return list(load_ahead(Decoder, options, batches, workers, on_bad))  # type: ignore[arg-type]
+    return list(arrived(load_ahead(Decoder, options, batches, workers, on_bad)))  # type: ignore[arg-type]
+
+
+def arrived(batches: Iterable[LoadedBatch | None]) -> Iterator[LoadedBatch]:
+    return (batch for batch in batches if batch is not None)
 
 
 def values(batch: LoadedBatch) -> list[int]:
@@ -101,7 +120,7 @@ def test_however_slow_the_steps_are_no_more_is_decoded_than_two_micro_batches_a_
 
     batches = load_ahead(Decoder, {}, counted(), workers)  # type: ignore[arg-type]
     for taken in range(1, 6):
-        next(batches)
+        next(arrived(batches))
         time.sleep(0.05)  # enough for a process to decode many of these
         assert drawn - taken <= 2 * workers
     batches.close()
@@ -171,13 +190,60 @@ def test_a_file_that_crashes_its_decoder_is_named_or_skipped(on_bad: str, row: i
 def test_a_micro_batch_that_cannot_be_fetched_from_an_ending_process_is_decoded_again() -> None:
     options = {"losing_contact": {3}, "crashing": {3: signal.SIGSEGV}}
     found = []
-    for batch in load_ahead(Decoder, options, stream(*((n,) for n in range(6))), 2, "skip"):  # type: ignore[arg-type]
+    batches = load_ahead(Decoder, options, stream(*((n,) for n in range(6))), 2, "skip")  # type: ignore[arg-type]
+    for batch in arrived(batches):
         found.append(batch)
         time.sleep(1)  # the next one is fetched when the other process has gone on to row 3
     assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != 3]
 
 
-def test_a_decoding_process_without_memory_is_not_the_fault_of_its_file() -> None:
-    with pytest.raises(RunError, match=r"exit status -9") as caught:
-        loaded(stream((0,), (1,)), 2, "skip", crashing={1: signal.SIGKILL})
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGKILL, "ran out of memory"), (signal.SIGBUS, "/dev/shm is full")]
+)
+def test_a_decoding_process_without_memory_is_not_the_fault_of_its_file(number: int, said: str) -> None:
+    with pytest.raises(FitError, match=rf"exit status -{number} while it was at rows \[1\]: .*{said}") as caught:
+        loaded(stream((0,), (1,)), 2, "skip", crashing={1: number})
     assert "--dataloader-num-workers" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decoder_without_memory_is_not_the_fault_of_its_file(workers: int) -> None:
+    with pytest.raises(FitError, match=r"row 1: out of the host's memory"):
+        loaded(stream((0,), (1,)), workers, "skip", without_memory=(1,))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", FitError),
+        ("cannot pickle", RunError),
+    ],
+)
+def test_what_cannot_be_handed_over_is_an_error_that_names_rows_and_cause(cause: str, kind: type[VfunError]) -> None:
+    with pytest.raises(
+        kind, match=rf"rows \[1, 2\] were decoded and cannot be handed over: {re.escape(cause)}"
+    ) as caught:
+        loaded(stream((0,), (1, 2)), 1, "skip", not_handed_over={2: cause})
+    assert type(caught.value) is kind and "--dataloader-num-workers" in str(caught.value.hint)
+
+
+def test_a_rank_that_waits_for_clips_can_be_asked_things_meanwhile() -> None:
+    batches = load_ahead(Decoder, {"hanging": (0,)}, stream((0,), (1,)), 1)  # type: ignore[arg-type]
+    assert [next(batches), next(batches)] == [None, None]
+    batches.close()
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert multiprocessing.active_children() == []
+
+
+def test_decoding_processes_that_are_idle_and_hand_nothing_over_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LOAD_TIMEOUT", 1)
+    monkeypatch.setattr(WorkerStatus, "entries", lambda status: [])  # it hangs, and seems to be idle
+    with pytest.raises(RunError, match=r"rows \[0, 7\] were not handed over"):
+        loaded(
+            stream(
+                (0, 7),
+            ),
+            1,
+            hanging=(7,),
+        )

@@ -22,7 +22,7 @@ from vfun_cli.families import FAMILIES
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.wan_fun_control.names import released_name
 from vfun_cli.training.lora import add_adapters, choose_layers, load_adapter, load_network, save_adapter
-from vfun_cli.training.quantised import QuantisedLinear, quantise_blocks
+from vfun_cli.training.quantised import QuantisedLinear, levels_of, quantise_layers
 from vfun_cli.training.state.live import TrainedState
 
 FILES = {
@@ -200,16 +200,16 @@ def test_what_lora_cannot_do_is_refused_before_the_launch() -> None:
 def test_only_adapters_change_and_every_one_of_them(kind: dict[str, Any], base: Path) -> None:
     config = options(**kind)
     model = with_adapters(base, config)
-    state = prepared(model, config, Accelerator(cpu=True, mixed_precision=config.mixed_precision))
+    state = prepared(model, config, Accelerator(cpu=True))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    losses = train(state, 8)
+    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    losses = train(state, 8, frozen)
     after = dict(model.named_parameters())
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     adapters = {name for name in after if ".lora_" in name}
     assert changed == adapters
     assert len(adapters) == 10 * (3 if config.use_dora else 2)
     assert {after[name].dtype for name in adapters} == {torch.float32}
-    frozen = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     assert {value.dtype for name, value in after.items() if name not in adapters} == {frozen}
     assert losses[-1] < losses[0]
 
@@ -283,7 +283,7 @@ def test_peft_loads_a_checkpoint_as_it_lies(kind: dict[str, Any], base: Path, tm
 def test_a_quantised_layer_is_near_its_original_and_passes_gradients(precision: str, error: float, bits: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(200, 120).requires_grad_(False)
-    layer = QuantisedLinear(linear, precision)
+    layer = QuantisedLinear(linear, precision, levels_of(precision, torch.device("cpu")))
     x = torch.randn(7, 200, requires_grad=True)
     relative = (layer(x) - linear(x)).norm() / linear(x).norm()
     assert 0 < relative < error
@@ -296,7 +296,7 @@ def test_a_quantised_layer_is_near_its_original_and_passes_gradients(precision: 
 def test_a_quantised_base_trains_its_adapters(base: Path) -> None:
     config = options(mixed_precision="bf16")
     model = with_adapters(base, config)
-    assert quantise_blocks(model, SPEC.model.block_classes, "nf4", torch.device("cpu")) > 10
+    assert quantise_layers(model, "nf4", torch.device("cpu")) > 10
     kept = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     target = load_file(GOLDEN / "2b_native/io.safetensors")["target"]

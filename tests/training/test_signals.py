@@ -49,9 +49,10 @@ def test_the_request_file_and_the_clock_are_read_by_one_rank_of_a_machine(tmp_pa
     StopRequest(reason="interrupted").write(run)
     assert StopFlag(run, reads_file=True).reason() == INTERRUPTED
     assert StopFlag(run, reads_file=False).reason() == CONTINUE
+    assert StopFlag(run, reads_file=True, machine_rank=1).reason() == CONTINUE, "the others hear of it from that rank"
     StopRequest(reason="preempted").write(run)
     assert StopFlag(run, reads_file=True).reason() == PREEMPTED
-    run.stop_request.unlink()
+    run.stop_request().unlink()
     assert StopFlag(run, reads_file=True, deadline=time.time() - 1).reason() == PREEMPTED
     assert StopFlag(run, reads_file=True, deadline=time.time() + 60).reason() == CONTINUE
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 import pytest
+from torch import nn
 
 from tests.training.live_models import LiveModel
-from vfun_cli.config.trainable import Chosen, choose, choose_from_files
+from vfun_cli.config.resolve import resolve
+from vfun_cli.config.trainable import Chosen, choose, choose_from_files, choose_layers, count_adapters
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import FAMILIES
 from vfun_cli.training.optim import choose_trainable
@@ -16,7 +18,7 @@ LiveModels = Callable[[str], LiveModel]
 
 
 def before_launch(live: LiveModel, *parts: str) -> Chosen:
-    return choose_from_files(parts, live.folder, live.spec, live.dims)
+    return choose_from_files(parts, live.folder, live.spec, live.dims)[0]
 
 
 def released(live: LiveModel, *parts: str) -> set[str]:
@@ -31,10 +33,24 @@ def test_a_point_is_everything_that_can_learn_and_is_known_before_the_launch(
     idle = live.spec.model.modules_without_gradient(live.dims)
     model = live.adapter.transformer
     in_the_run = choose_trainable(model, (".",), idle, live.spec.export.names["same"])
-    assert set(before_launch(live, ".").names) == set(in_the_run)
+    chosen, count = choose_from_files((".",), live.folder, live.spec, live.dims)
     every = dict(model.named_parameters())
+    assert set(chosen.names) == set(in_the_run) and count == sum(every[name].numel() for name in in_the_run)
     assert {name for name in every if not name.startswith(tuple(f"{module}." for module in idle))} == set(in_the_run)
     assert all(parameter.requires_grad == (name in in_the_run) for name, parameter in every.items())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_of_adapters_is_known_before_the_launch(family: str, dora: bool, live_model: LiveModels) -> None:
+    live = live_model(family)
+    config = resolve("lora", live.spec, {"rank": 3, "use_dora": dora, "strategy": "ddp"}, environ={}).config
+    linear = {name: each for name, each in live.adapter.transformer.named_modules() if isinstance(each, nn.Linear)}
+    idle = live.spec.model.modules_without_gradient(live.dims)
+    adapted = choose_layers(list(linear), config.target_name, live.spec.export.names["same"], idle)
+    expected = sum(3 * (linear[name].in_features + linear[name].out_features) for name in adapted)
+    expected += dora * sum(linear[name].out_features for name in adapted)
+    assert count_adapters(config, live.folder, live.spec, live.dims) == expected > 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
-"""The loop: a step that never waits for the device, and what is read of it one step later."""
+"""The loop: what is read of a step one step later, and what ends it."""
 
-import copy
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -10,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import FAMILIES, SMALL, LiveModel
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from trainer_parts import META, Parts, batch, loaded
+from live_models import LiveModel
+from torch import nn
+from trainer_parts import Parts, batch
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
@@ -26,49 +22,6 @@ from vfun_cli.training.signals import CONTINUE, PREEMPTED
 LIVE = Callable[[str], LiveModel]
 
 
-class Transfers(TorchDispatchMode):
-    """Notes what copies values between host and device on its own; ``upload`` is what queues such a copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        result = func(*args, **(kwargs or {}))
-        everything = [*given, *(each for each in tree_leaves(result) if isinstance(each, Tensor))]
-        copies = "_to_copy" in str(func)
-        on_host = any(each.device.type == "cpu" and (copies or each.dim()) for each in given)  # a scalar is an argument
-        if on_host and any(each.is_meta for each in everything):
-            frames = traceback.extract_stack()
-            if not any(frame.name == "upload" for frame in frames):
-                self.found.append(f"{func}: {next(f for f in reversed(frames[:-1]) if 'vfun_cli' in f.filename)}")
-        return result
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_never_waits_for_the_device(
-    family: str, live_model: LIVE, tmp_path: Path, device_restored: None
-) -> None:
-    """On meta there is nothing to read: an item(), a copy to the host or a shape from values ends in an error.
-
-    What comes from a full cache goes the other way through ``upload``, which waits for nothing either.
-    """
-    live = live_model(family)
-    request, sample = live.cached(*SMALL)
-    adapter: Any = copy.copy(live.adapter)
-    adapter.encoders = Encoders({}, META)
-    parts = Parts(tmp_path, live.transformer().to("meta"), live, adapter, live.objective)
-    with Transfers() as transfers:
-        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
-    assert transfers.found == []
-    assert pending.ranks.device == META and pending.ranks.shape == (1, 12)
-    with pytest.raises(NotImplementedError):
-        pending.ranks.cpu()
-    with pytest.raises(RuntimeError):
-        pending.ranks[0, 0].item()
-
-
 class Line(nn.Module):
     """One weight; its prediction is the weight."""
 
@@ -78,10 +31,10 @@ class Line(nn.Module):
 
 
 class Steps:
-    """An adapter, and an objective whose loss is bad at one step."""
+    """An adapter, and an objective; at one step its loss is bad, or the gradient of a good loss."""
 
-    def __init__(self, bad_step: int | None = None) -> None:
-        self.bad_step, self.trained = bad_step, 0
+    def __init__(self, bad_step: int | None = None, what: str = "loss") -> None:
+        self.bad_step, self.what, self.trained = bad_step, what, 0
 
     encoders = Encoders({}, torch.device("cpu"))
 
@@ -90,10 +43,14 @@ class Steps:
         return torch.zeros(1, 1, 1, 1, 1), {}
 
     def predict(self, model: nn.Module, noisy: torch.Tensor, timesteps: Any, conditions: Any) -> torch.Tensor:
-        return next(model.parameters()) + noisy
+        prediction = next(model.parameters()) + noisy
+        if self.bad and self.what == "gradient norm":
+            prediction.register_hook(lambda gradient: gradient * torch.nan)
+        return prediction
 
     def corrupt(self, latents: torch.Tensor, keys: Any) -> Corrupted:
-        value = torch.nan if keys[0].row == self.bad_step else 0.0
+        self.bad = keys[0].row == self.bad_step
+        value = torch.nan if self.bad and self.what == "loss" else 0.0
         return Corrupted(noisy=latents, timesteps=torch.zeros(1), target=latents + value)
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any) -> torch.Tensor:
@@ -107,24 +64,62 @@ def made(live: LiveModel, folder: Path, steps: Steps, **options: Any) -> Parts:
     return Parts(folder, Line(), live, steps, steps, **options)
 
 
-@pytest.mark.parametrize(("every", "bad"), [(2, 3), (50, 3), (2, 4), (50, 5)])
-def test_a_bad_loss_names_its_own_step_and_rows_and_is_never_saved(
-    every: int, bad: int, live_model: LIVE, tmp_path: Path
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize(("every", "bad"), [(2, 3), (50, 3), (2, 4), (50, 5), (1, 0)])
+def test_a_bad_step_names_itself_and_its_rows_and_is_never_saved(
+    what: str, every: int, bad: int, live_model: LIVE, tmp_path: Path
 ) -> None:
-    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(bad), checkpointing_steps=every)
-    with pytest.raises(RunError, match=rf"loss of step {bad + 1} is nan; rank 0 trained on rows \[{bad}\]"):
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(bad, what), checkpointing_steps=every)
+    with pytest.raises(RunError, match=rf"the {what} of step {bad + 1} is nan; rank 0 trained on rows \[{bad}\]"):
         parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
     assert parts.saves.steps == [step for step in (2, 4, 6) if every == 2 and step <= bad]
     assert [line["step"] for line in parts.lines()] == list(range(1, bad + 2))
 
 
-def test_a_wish_to_stop_is_heard_one_step_later_and_saved_where_it_stops(live_model: LIVE, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize("told_after", [2, 3])
+def test_a_run_that_is_stopped_saves_no_bad_step(what: str, told_after: int, live_model: LIVE, tmp_path: Path) -> None:
+    """The second step is bad; the wish to stop comes with it or with the one after."""
+    steps = Steps(1, what)
+    parts = made(live_model("cogvideox-fun"), tmp_path, steps)
+    parts.stop.reason = lambda: PREEMPTED if steps.trained >= told_after else CONTINUE
+    with pytest.raises(RunError, match=f"the {what} of step 2 is nan"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    assert parts.saves.steps == []
+
+
+def test_a_step_that_the_strategy_leaves_out_for_its_gradients_is_called_bad(live_model: LIVE, tmp_path: Path) -> None:
+    """As DeepSpeed does: the weights stay as they are."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(0, "gradient norm"))
+    parts.trainer.state.optimizer.step = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="the gradient norm of step 1 is nan"):
+        parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+
+
+@pytest.mark.parametrize(("limit", "moment"), [(0, 0.2), (0.5, 0.05)])
+def test_a_limit_of_zero_clips_no_gradient(limit: float, moment: float, live_model: LIVE, tmp_path: Path) -> None:
+    """The gradient is 2; AdamW's first moment is a tenth of what is left of it."""
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), max_grad_norm=limit)
+    parts.trainer.total_steps = 1
+    parts.trainer.train(iter([batch(0, SHAPE)]), 0)
+    (state,) = parts.trainer.state.optimizer.state.values()
+    assert state["exp_avg"].item() == pytest.approx(moment, rel=1e-3)
+    assert parts.lines()[0]["grad_norm"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_wish_to_stop_is_heard_before_the_next_step_though_its_clips_never_come(
+    hangs: bool, live_model: LIVE, tmp_path: Path
+) -> None:
     steps = Steps()
     parts = made(live_model("cogvideox-fun"), tmp_path, steps)
-    parts.stop.reason = lambda: PREEMPTED if steps.trained >= 2 else CONTINUE
-    assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == PREEMPTED
-    assert steps.trained == 3 and parts.saves.steps == [3]
-    assert [line["step"] for line in parts.lines()] == [1, 2, 3]
+    asked = iter([CONTINUE] * 4)
+    parts.stop.reason = lambda: next(asked, PREEMPTED)
+    arriving = (None if hangs and step >= 2 else batch(step, SHAPE) for step in range(100))
+    assert parts.trainer.train(arriving, 0) == PREEMPTED
+    done = 2 if hangs else 4
+    assert steps.trained == done and parts.saves.steps == [done]
+    assert [line["step"] for line in parts.lines()] == list(range(1, done + 1))
 
 
 def test_a_step_is_recorded_with_its_own_numbers(live_model: LIVE, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -24,8 +23,6 @@ from vfun_cli.training.optim import make_optimizer
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
-
-META = torch.device("meta")
 
 
 def batch(step: int, shape: ClipShape) -> LoadedBatch:

@@ -7,16 +7,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory, naming
 from vfun_cli.errors import CheckpointError
-from vfun_cli.files import regular_status
-from vfun_cli.typed_json import Check, file_inside, mapping, one_of, read_object, record, text, whole
+from vfun_cli.files import open_bounded, regular_status
+from vfun_cli.typed_json import LARGEST_FILE, Check, file_inside, mapping, one_of, read_object, record, text, whole
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -30,15 +31,64 @@ MANIFEST_FIELDS: Mapping[str, Check] = {
 """What a manifest states; a file's name must stay inside the directory: a manifest can be edited."""
 
 
-def write_manifest(directory: Path) -> None:
-    """Hash and fsync every file of the directory, then write ``manifest.json`` through a temporary name."""
-    files = _files(directory)
+def describe(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Hash and fsync files of the directory: what the manifest will say of them, by name.
+
+    To be done by the machine that wrote them: only there a flush reaches the disk, and reading costs nothing yet.
+    """
+    files = list(files)
     with ThreadPoolExecutor(_workers()) as pool:
         entries = list(pool.map(_flush_and_describe, files))
+    return {str(file.relative_to(directory)): entry for file, entry in zip(files, entries, strict=True)}
+
+
+def write_manifest(directory: Path, written: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
+    """List every file of the directory in ``manifest.json``, which is written through a temporary name.
+
+    Args:
+        written: what others have described already, by name; the rest is described here.
+
+    Raises:
+        CheckpointError: a file that others wrote is not here.
+    """
+    for name, entry in written.items():
+        if _size(directory / name) != entry["bytes"]:
+            raise CheckpointError(
+                f"{name} was written by another process, but is not here as that left it: "
+                "all machines must share one --output-dir."
+            )
+    own = describe(directory, (file for file in files_of(directory) if str(file.relative_to(directory)) not in written))
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
         fsync_directory(folder)
-    listed = {str(file.relative_to(directory)): entry for file, entry in zip(files, entries, strict=True)}
+    listed = dict(sorted({**written, **own}.items()))
     write_json(directory / MANIFEST, {"schema": SCHEMA, "files": listed})
+
+
+def files_of(directory: Path) -> list[Path]:
+    """Every file in the directory and below, but for the manifest."""
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+
+
+def _size(file: Path) -> int | None:
+    """In bytes, None if it is not there. It is opened, which makes a network's file system look at the server."""
+    try:
+        with file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_size
+    except FileNotFoundError:
+        return None
+
+
+def fingerprint(directory: Path) -> str:
+    """What tells a checkpoint from another of the same step: the digest of its manifest.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    try:
+        with open_bounded(directory / MANIFEST, LARGEST_FILE) as file:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+    except OSError as error:
+        raise CheckpointError(f"{directory} has no manifest that can be read: {error.strerror or error}.") from None
 
 
 def verify(directory: Path, *, deep: bool = True, passing_over: Callable[[Path], bool] = lambda path: False) -> None:
@@ -132,10 +182,6 @@ def write_json(path: Path, value: Any) -> None:
 def _workers() -> int:
     # hashing is bound by the processor (sha256 lets go of the interpreter lock) until about the disk's speed
     return min(8, cpu_cores())
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
 
 
 def _flush_and_describe(path: Path) -> dict[str, Any]:

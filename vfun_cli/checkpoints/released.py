@@ -71,13 +71,13 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     return files
 
 
-def tensor_names(folder: Path) -> list[str]:
-    """The released names of a model's tensors, from the headers of its files.
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The released names of a model's tensors with their shapes, from the headers of its files.
 
     Raises:
         CheckpointError: there are no files, or they are damaged.
     """
-    return [name for file in weight_files(folder) for name in read_file(file)]
+    return {name: tensor.shape for file in weight_files(folder) for name, tensor in read_file(file).items()}
 
 
 def read_index(index: Path) -> dict[str, Path]:

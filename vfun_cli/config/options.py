@@ -344,9 +344,9 @@ class RunConfig:
     max_grad_norm: Annotated[
         float,
         Opt(
-            help="Gradients are scaled down to this global norm, under every strategy.",
+            help="Gradients are scaled down to this global norm, under every strategy; 0 leaves them as they are.",
             panel=OPTIMISATION,
-            above=0,
+            minimum=0,
             maximum=1e9,
         ),
     ] = 0.05

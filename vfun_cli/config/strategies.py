@@ -48,9 +48,9 @@ class Strategy:
         return "weights" in self.sharded
 
     @property
-    def loads_lazily(self) -> bool:
-        """Whether the model is wrapped first, and each rank then reads its own part from the files."""
-        return self.wrapper == "fsdp"
+    def saves_copies(self) -> bool:
+        """Whether a checkpoint holds, beside the float32 masters, the weights that the model computes with."""
+        return self.wrapper == "deepspeed" and "weights" not in self.sharded
 
 
 _EVERYTHING = ("optimizer", "gradients", "weights")

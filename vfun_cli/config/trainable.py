@@ -1,15 +1,20 @@
-"""Which parameters ``--trainable-modules`` means, from their names alone: before a launch, and again in the run.
+"""What trains, from names alone, before a launch and again in the run: the parameters that ``--trainable-modules``
+means, the layers that get an adapter by ``--target-name``.
 
 People type parts of the released names, as the original scripts take them. Some modules have diffusers' names here; a
 part that only those contain is taken too, with a notice.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from vfun_cli.checkpoints.lora_files import released_layer
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.checkpoints.released import tensor_names
+from vfun_cli.checkpoints.released import tensor_shapes
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec, ModelDims
 
@@ -56,16 +61,37 @@ def choose(
     return Chosen(names=names, notices=notices)
 
 
-def choose_from_files(parts: Sequence[str], model_dir: Path, spec: FamilySpec, dims: ModelDims) -> Chosen:
-    """The same from the files of a model directory, before anything is started.
+def choose_from_files(parts: Sequence[str], model_dir: Path, spec: FamilySpec, dims: ModelDims) -> tuple[Chosen, int]:
+    """The same from the files of a model directory, before anything is started; and how many numbers that is.
 
     Raises:
         CheckpointError: there are no weights in it.
         ConfigError: as of :func:`choose`.
     """
-    stored = tensor_names(model_dir / Path(spec.model.config_file).parent)
-    parameters = [spec.export.parameter(name) for name in stored]
-    return choose(parts, parameters, spec.export.names["same"], spec.model.modules_without_gradient(dims))
+    shapes = _shapes(model_dir, spec)
+    chosen = choose(parts, shapes, spec.export.names["same"], spec.model.modules_without_gradient(dims))
+    return chosen, sum(math.prod(shapes[name]) for name in chosen.names)
+
+
+def count_adapters(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: ModelDims) -> int:
+    """How many numbers the adapters of a LoRA have, from the files of the model that it is for.
+
+    Raises:
+        CheckpointError: there are no weights in it.
+        ConfigError: as of :func:`choose_layers`.
+    """
+    shapes = _shapes(model_dir, spec)
+    linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items()
+              if name.endswith(".weight") and len(shape) == 2}  # fmt: skip
+    idle = spec.model.modules_without_gradient(dims)
+    layers = choose_layers(list(linear), config.target_name, spec.export.names["same"], idle)
+    return sum(config.rank * sum(linear[layer]) + config.use_dora * linear[layer][0] for layer in layers)
+
+
+def _shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:
+    """Of the transformer's parameters, by their own names."""
+    stored = tensor_shapes(model_dir / Path(spec.model.config_file).parent)
+    return {spec.export.parameter(name): shape for name, shape in stored.items()}
 
 
 def _meant(part: str, spelt: Mapping[str, str]) -> tuple[set[str], list[str]]:
@@ -101,3 +127,54 @@ def _hint(spelt: Mapping[str, str]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def choose_layers(
+    linear: Sequence[str], targets: Sequence[str], released: Callable[[str], str], without_gradient: Sequence[str] = ()
+) -> list[str]:
+    """The linear layers whose name, the module's or the released one, is a target or ends in ``.<target>``.
+
+    Layers inside ``without_gradient`` are left out: their adapters would never change.
+
+    Raises:
+        ConfigError: a target that matches nothing, with the nearest endings that there are.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        found = {layer for layer in linear if _ends(layer, target) or _ends(released_layer(layer, released), target)}
+        if not found:
+            near = _near_misses(linear, target, released)
+            raise ConfigError(
+                f"target_name: {target!r} is the ending of no linear layer of the transformer."
+                + (f" Near misses: {', '.join(near)}." if near else ""),
+                hint="Name endings such as to_q or attn1.to_q, comma-separated.",
+            )
+        chosen |= found
+    unreachable = inside(linear, without_gradient)
+    layers = [layer for layer in linear if layer in chosen and layer not in unreachable]
+    if not layers:
+        raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
+    return layers
+
+
+def inside(layers: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The layers that are one of the modules or lie in one."""
+    starts = tuple(f"{module}." for module in modules)
+    return [layer for layer in layers if f"{layer}.".startswith(starts)]
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _near_misses(linear: Sequence[str], target: str, released: Callable[[str], str]) -> list[str]:
+    """Endings like the target: what lies below it, if it is a module; else what is spelt alike."""
+    endings: dict[str, None] = {}
+    below: dict[str, None] = {}
+    for layer in linear:
+        for name in (layer, released_layer(layer, released)):
+            parts = name.split(".")
+            endings |= {".".join(parts[-count:]): None for count in range(1, min(len(parts), 4) + 1)}
+            if f".{target}." in f".{name}":
+                below[target + f".{name}".rpartition(f".{target}")[2]] = None
+    return list(below)[:4] or get_close_matches(target, list(endings), n=4, cutoff=0.5)

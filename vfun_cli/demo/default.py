@@ -29,10 +29,7 @@ BUILDERS = {
 
 def make(spec: FamilySpec, folder: Path = FOLDER) -> dict[str, Any]:
     """Option values of the demo of one family; its files are made in the folder if they are not there."""
-    model, data = _places(spec, folder)
-    if not model.is_dir():
-        console.hint(f"making the demo's tiny {spec.name} model in {model}")
-        _build_atomically(model, lambda partial: _model(spec, partial))
+    model, (_, data) = make_model(spec, folder), _places(spec, folder)
     if not data.is_dir():
         console.hint(f"making the demo's videos in {data}")
         _build_atomically(data, lambda partial: _media(spec, partial))
@@ -43,6 +40,15 @@ def make(spec: FamilySpec, folder: Path = FOLDER) -> dict[str, Any]:
         "train_data_meta": data / "metadata.json",
         "output_dir": OUTPUT_DIR,
     }
+
+
+def make_model(spec: FamilySpec, folder: Path = FOLDER) -> Path:
+    """The directory of a family's tiny model alone, which is made if it is not there."""
+    model, _ = _places(spec, folder)
+    if not model.is_dir():
+        console.hint(f"making the demo's tiny {spec.name} model in {model}")
+        _build_atomically(model, lambda partial: _model(spec, partial))
+    return model
 
 
 def is_made(spec: FamilySpec) -> bool:

@@ -155,6 +155,8 @@ class PlanSpec:
     token_size_share: float | None = None
     """In token-length mode, the probability of the video size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
     None draws all sizes alike."""
+    decoded_frames: Callable[[int], int] = lambda frames: frames
+    """Of a clip of so many frames, all that is decoded for its encoders, counted in its frames of bytes."""
     full_size_share: float = 0.75
     """Probability of the full size among images of adaptive sizes, and among videos with ``random_hw_adapt`` alone (the
     Wan scripts: 0.9)."""

@@ -23,7 +23,7 @@ from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata, metadata_digest
 from vfun_cli.metadata.remembered import only_read
 from vfun_cli.plan import rows
-from vfun_cli.run import locate, ownership
+from vfun_cli.run import ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
@@ -41,6 +41,8 @@ class Job:
     spec: FamilySpec
     resolved: Resolved
     plan: "RunPlan"
+    trained: int
+    """Parameters that it trains."""
     run: RunDir
     run_json: Path
     launch: LaunchPlan
@@ -137,15 +139,14 @@ def decide(
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
     check_batch(config, len(plan.table))
+    if not dry_run:
+        from vfun_cli.plan.queue import check_shared_memory  # with numpy, as the plan
+
+        check_shared_memory(config, plan)
     from vfun_cli.checkpoints.released import check_weights
 
     check_weights(config.pretrained_model_name_or_path)
-    if command == "train":
-        from vfun_cli.config.trainable import choose_from_files  # with numpy, as above
-
-        parts, model_dir = config.trainable_modules, config.pretrained_model_name_or_path
-        for notice in choose_from_files(parts, model_dir, spec, plan.dims).notices:
-            console.warn(notice)
+    trained = _trained(command, config, spec, plan)
     if command != "cache":
         warn_of_memory(config, spec, lora=command == "lora")
     with keeping():
@@ -159,6 +160,7 @@ def decide(
         spec=spec,
         resolved=resolved,
         plan=plan,
+        trained=trained,
         run=run,
         run_json=run_json,
         launch=plan_launch(config, spec, run, run_json),
@@ -170,6 +172,27 @@ def decide(
         metadata_sha256=metadata_digest(config.train_data_meta),
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
+
+
+def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan") -> int:
+    """How many parameters the job trains, as far as the model's files tell; says where an option means another thing
+    than it seems to.
+
+    Raises:
+        ConfigError: options that choose nothing.
+    """
+    from vfun_cli.config.trainable import choose_from_files, count_adapters  # with numpy, as above
+
+    model_dir = config.pretrained_model_name_or_path
+    assert model_dir is not None
+    if command == "lora":
+        return count_adapters(config, model_dir, spec, plan.dims)
+    if command == "cache":
+        return 0
+    chosen, count = choose_from_files(config.trainable_modules, model_dir, spec, plan.dims)
+    for notice in chosen.notices:
+        console.warn(notice)
+    return count
 
 
 def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Report) -> "RunPlan":
@@ -242,7 +265,8 @@ def check_batch(config: RunConfig, clips: int) -> None:
         )
 
 
-def continued(job: Job) -> Job:
-    """The same job from the newest checkpoint of its run; from where it began if there is none."""
+def continued(job: Job, step: int | None) -> Job:
+    """The same job from the checkpoint of this step of its run; from where it began for None."""
     launch = plan_launch(job.config, job.spec, job.run, job.run_json)
-    return replace(job, found=locate.newest(job.run) or job.found, launch=launch)
+    found = job.found if step is None else Found(run=job.run, checkpoint=job.run.checkpoint(step), step=step)
+    return replace(job, found=found, launch=launch)

@@ -220,9 +220,15 @@ def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: 
     if all(change.name in options("train") for change in refused):  # those that vfun resume takes
         names = [*sorted(_named(allow)), *(change.name for change in refused)]
         hint = f"Leave it as it was, or say that you mean it: {_command(run, resolved, names)}"
+    because = ""
+    if any(options()[change.name][2].on_resume == "length" for change in refused):
+        because = (
+            f" With --lr-scheduler {resolved.config.lr_scheduler} the learning rate falls to zero at the last step, so "
+            "that every rate depends on how long the run is."
+        )
     raise CheckpointError(
         f"this would not be the same run: {', '.join(change.words for change in refused)}. "
-        "It changes what is trained from here on.",
+        f"It changes what is trained from here on.{because}",
         hint=hint,
     )
 

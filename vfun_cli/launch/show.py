@@ -9,6 +9,7 @@ from vfun_cli import console
 from vfun_cli.config.options import options
 from vfun_cli.config.resolve import HERE
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from vfun_cli.launch.disk_need import DiskNeed, disk_need
 from vfun_cli.launch.job import Job
 from vfun_cli.run.messages import Outcome
 
@@ -30,10 +31,20 @@ def preview(job: Job) -> None:
             console.err.print(
                 Text(f"{name} {getattr(config, name)}: {source.removeprefix(f'{HERE}: ')}"), soft_wrap=True
             )
+    need = disk_need(job)
+    console.err.print(str(need), soft_wrap=True)
+    _warn(need, job)
+
+
+def _warn(need: DiskNeed, job: Job) -> None:
+    warning = need.warning(job.config.checkpoints_total_limit)
+    if warning is not None:
+        console.warn(warning)
 
 
 def dry_run(job: Job, *, as_json: bool) -> None:
     """All that the job would write and start, on stdout."""
+    _warn(disk_need(job), job)
     if as_json:
         console.print_json(_dry_run_json(job))
     else:
@@ -49,6 +60,7 @@ def _dry_run_json(job: Job) -> dict[str, Any]:
         "config": job.config.to_json(),
         "sources": job.resolved.sources,
         "plan": job.plan_summary(),
+        "disk": disk_need(job).to_json(),
     }
 
 
@@ -69,6 +81,7 @@ def _print_dry_run(job: Job) -> None:
     out.print(Text.assemble("\n", (run_json, "bold"), "\nThe options above; --json shows it too.\n"), soft_wrap=True)
     out.print(Text.assemble(("Command", "bold"), f"\n{job.launch.command}\n"), soft_wrap=True)
     out.print(plan_preview.preview(job.plan, [job.plan.first_epoch]))
+    out.print(f"\n{disk_need(job)}", soft_wrap=True)
 
 
 def result(job: Job, outcome: Outcome, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
+from vfun_cli.launch.machines import Machine
 from vfun_cli.run import locate, lock, ownership
 from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
@@ -35,7 +36,8 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
     ensure_writable(job.run.root)
-    with lock.held(job.run, job.config.machine_rank) as claim:
+    machine = _machine(job)
+    with lock.held(job.run, job.config.machine_rank) as claim, machine.taking_part():
         # The look at the directory was before the lock: another command may have run in between.
         refuse_used(job.config, job.found, overwrite=overwrite)
         ownership.remove_leftovers(job.run, job.config.machine_rank)
@@ -47,7 +49,16 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
             ownership.clear(job.run, job.config.num_machines)
         announce(job)
         write_plan(job)
-        return _launch(job, claim)
+        return _launch(job, claim, machine)
+
+
+def _machine(job: Job) -> Machine:
+    """This machine among those of the job. A cache is filled by each for itself, in a directory of its own."""
+    config = job.config
+    if job.command == "cache":
+        return Machine(job.run, config.machine_rank)
+    assert config.num_processes is not None
+    return Machine(job.run, config.machine_rank, machines=config.num_machines, processes=config.num_processes)
 
 
 def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = False) -> None:
@@ -115,18 +126,19 @@ def write_launch_files(job: Job) -> None:
         write_atomically(path, text)
 
 
-def _launch(job: Job, claim: int) -> Outcome:
+def _launch(job: Job, claim: int, machine: Machine) -> Outcome:
     """As often as it takes, or as is allowed."""
     restarts = 0
     while True:
         try:
-            return _launch_once(job, claim)
+            return _launch_once(job, claim, machine)
         except supervise.Crashed as error:
             if restarts == job.config.max_restarts:
                 raise
             console.report(error)
         restarts += 1
-        job = continued(job)
+        newest = locate.newest(job.run)
+        job = continued(job, machine.next_attempt(None if newest is None else newest.step))
         start_from = job.found.checkpoint.name if job.found else "the beginning"
         console.warn(f"restart {restarts} of {job.config.max_restarts}, from {start_from}.")
 
@@ -136,19 +148,18 @@ def _way_on(job: Job) -> str:
     return "The same command goes on from here." if job.command == "cache" else locate.way_on(job.run)
 
 
-def _launch_once(job: Job, claim: int) -> Outcome:
+def _launch_once(job: Job, claim: int, machine: Machine) -> Outcome:
     if job.found is not None and job.config.machine_rank == 0:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     first_step = job.found.step if job.found else 0
     # Until here a signal ends the command. From here on there is a run, which only a checkpoint can continue.
-    with supervise.stop_requests(job.run) as stop:
+    with supervise.stop_requests(job.run, machine.number) as stop:
         if job.staging is not None:
             _make_staging(job.staging)
         write_launch_files(job)
         try:
             return supervise.launch(
-                job.launch.argv, job.run, job.config.machine_rank, first_step, stop, way_on=lambda: _way_on(job),
-                stdin=claim,
+                job.launch.argv, machine, first_step, stop, way_on=lambda: _way_on(job), stdin=claim
             )  # fmt: skip
         finally:
             ownership.remove_leftovers(job.run, job.config.machine_rank)

@@ -11,19 +11,16 @@ from pathlib import Path
 from types import FrameType
 
 from vfun_cli import console
+from vfun_cli.devices import oom_kills
 from vfun_cli.errors import (
-    CheckpointError,
-    ConfigError,
-    EnvironmentFault,
-    FitError,
-    MetadataError,
     RunError,
     StoppedAtOnce,
-    VfunError,
 )
 from vfun_cli.launch import progress
+from vfun_cli.launch.machines import Machine, error_of, failure_of
 from vfun_cli.launch.preemption import leave_terminal
-from vfun_cli.run.messages import Outcome, RankError, StopRequest, clear_messages, preemption_signals
+from vfun_cli.run.memory_errors import does_not_fit, memory_line
+from vfun_cli.run.messages import Failure, Outcome, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.rundir import RunDir
 
 POLL_SECONDS = 0.1
@@ -32,11 +29,6 @@ KILLED_AFTER = 25
 """Seconds that torchrun surely leaves to the other ranks after one has failed: it kills them after 30."""
 
 _MARK = "_VFUN_JOB"
-
-_ERRORS = {
-    error.exit_code: error
-    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault)
-}
 
 
 class Crashed(RunError):
@@ -49,8 +41,9 @@ class StopRequests:
     A hang-up is never the second one: the terminal and the shell both send it.
     """
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, machine_rank: int) -> None:
         self.run_dir = run_dir
+        self.machine_rank = machine_rank
         self.asked: list[int] = []
         self.told = False
         self.job = f"{os.getpid()}-{time.time_ns()}"
@@ -80,10 +73,10 @@ class StopRequests:
     def write(self) -> None:
         """Leave the request for the ranks; on a full disk an empty file, which asks to stop too."""
         try:
-            StopRequest(reason=self.reason).write(self.run_dir)
+            StopRequest(reason=self.reason).write(self.run_dir, self.machine_rank)
         except OSError:
             with suppress(OSError):  # the second request needs no file
-                self.run_dir.stop_request.touch()
+                self.run_dir.stop_request(self.machine_rank).touch()
 
     def tell(self) -> None:
         """Say once what the first request does."""
@@ -96,9 +89,9 @@ class StopRequests:
 
 
 @contextmanager
-def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
-    """Take signals until the end of the block; no process of the job outlives it."""
-    stop = StopRequests(run_dir)
+def stop_requests(run_dir: RunDir, machine_rank: int = 0) -> Iterator[StopRequests]:
+    """Take signals until the end of the block; no process of the job on this machine outlives it."""
+    stop = StopRequests(run_dir, machine_rank)
     handled = (signal.SIGINT, *preemption_signals())
     before = {number: signal.signal(number, stop.on_signal) for number in handled}
     try:
@@ -111,8 +104,7 @@ def stop_requests(run_dir: RunDir) -> Iterator[StopRequests]:
 
 def launch(
     argv: list[str],
-    run_dir: RunDir,
-    machine_rank: int,
+    machine: Machine,
     first_step: int,
     stop: StopRequests,
     *,
@@ -129,13 +121,14 @@ def launch(
         way_on: the hint after a failure that says nothing better, asked for when it has happened.
 
     Raises:
-        VfunError: the run failed; the message is the first failing rank's own.
+        VfunError: the run failed; the message is the first failing rank's own, of whichever machine.
     """
+    run_dir = machine.run
     run_dir.logs.mkdir(parents=True, exist_ok=True)
-    clear_messages(run_dir)
+    clear_messages(run_dir, machine.number, ranks_elsewhere=machine.ranks_elsewhere)
     if stop.asked:
         stop.write()
-    log = run_dir.launcher_log(machine_rank)
+    log, killed_before = run_dir.launcher_log(machine.number), oom_kills()
     with log.open("ab") as output:
         start_of_run = output.tell()
         process = subprocess.Popen(
@@ -146,19 +139,20 @@ def launch(
             start_new_session=True,
             env=os.environ | {_MARK: stop.job},
         )
-        _watch(process, run_dir, first_step, stop)
+        _watch(process, machine, first_step, stop)
     kill(stop.job)
-    outcome = Outcome.read(run_dir)
+    outcome = Outcome.read(run_dir, machine.number)
     if outcome is not None:
         return outcome
-    if process.returncode == 0:  # on a machine that does not see the directory of rank 0
-        return Outcome(ending="completed", step=0)
+    if not stop.at_once:
+        memory_ran_out = oom_kills() > killed_before
+        own = _failure(machine, log, start_of_run, process.returncode, way_on, memory_ran_out=memory_ran_out)
+        failure = machine.agree(own, given_up=lambda: stop.at_once)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
-    failure = _failure(run_dir, log, start_of_run, process.returncode, way_on)
-    if stop.asked and isinstance(failure, Crashed):  # whoever asked to stop wants no restart
-        raise RunError(failure.message, hint=failure.hint)
-    raise failure
+    if failure.kind == "error" or stop.asked:  # whoever asked to stop wants no restart
+        raise error_of(failure)
+    raise Crashed(failure.message, hint=failure.hint)
 
 
 def members(job: str) -> list[int]:
@@ -188,53 +182,91 @@ def kill(job: str) -> None:
             pass
 
 
-def _watch(process: "subprocess.Popen[bytes]", run_dir: RunDir, first_step: int, stop: StopRequests) -> None:
+def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int, stop: StopRequests) -> None:
     """Show progress until the launcher ends, and the ranks too if it was ended from outside."""
-    with progress.shown(run_dir.metrics, first_step) as show_new:
+    with progress.shown(machine.run.metrics, first_step) as show_new:
         while process.poll() is None or (process.returncode < 0 and members(stop.job)):
             show_new()
             with suppress(OSError):  # a terminal that was closed must not end the run
                 stop.tell()
-            if stop.at_once:
+            if stop.at_once or machine.must_end():
+                process.kill()  # before the ranks: its log then holds only what they died of by themselves
                 kill(stop.job)  # again: it may have been on its way into exec, without the mark
             time.sleep(POLL_SECONDS)
         show_new()
 
 
-def _failure(run_dir: RunDir, log: Path, start: int, code: int, way_on: Callable[[], str]) -> VfunError:
-    """The first failing rank's message; without one, what the launcher's log tells."""
+def _failure(
+    machine: Machine, log: Path, start: int, code: int, way_on: Callable[[], str], *, memory_ran_out: bool
+) -> Failure | None:
+    """What the first failing rank of this machine met; without a message, what the launcher's log tells.
+
+    None where all ranks were ended here since another machine had failed.
+
+    Args:
+        memory_ran_out: the kernel has ended a process for that since the launch.
+    """
     if not log.exists():
-        return RunError(
-            f"the run directory {run_dir.root} vanished while it was trained in; nothing can be saved there.",
+        return Failure(
+            kind="error",
+            time=time.time(),
+            message=f"the run directory {machine.run.root} vanished while it was trained in; "
+            "nothing can be saved there.",
             hint="If it was moved, resume it at its new place: the checkpoints that it had are whole.",
+            exit_code=RunError.exit_code,
         )
     hint = f"The whole log is {log}. {way_on()}"
-    errors = RankError.read_all(run_dir)
+    errors = machine.errors()
     text = log.read_bytes()[start:].decode(errors="replace")
-    killed = _killed(text)
+    killed = _killed(text, machine.ranks.start)
     # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
     # still hang a while after one of them has failed.
     if errors and (killed is None or time.time() - errors[0].time > KILLED_AFTER):
         first = errors[0]
-        others = f" ({len(errors) - 1} more ranks failed after it.)" if len(errors) > 1 else ""
-        kind = _ERRORS.get(first.exit_code, RunError)
-        if first.crash and kind is RunError:
-            kind = Crashed
-        return kind(f"rank {first.rank}: {first.message}{others}", hint=first.hint or hint)
+        culprit = first.rank if first.cause is None else first.cause
+        after = sum(error.cause is None for error in errors[1:])
+        return Failure(
+            kind="crash" if first.crash and first.exit_code == RunError.exit_code else "error",
+            time=first.time,
+            message=f"rank {culprit}: {first.message}" + (f" ({after} more ranks failed after it.)" if after else ""),
+            hint=first.hint or hint,
+            exit_code=first.exit_code,
+        )
+    if machine.ended_ranks and killed is None:
+        return None
     if killed or code < 0:
         who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
+        if number == signal.SIGKILL and memory_ran_out:
+            return failure_of(does_not_fit("the kernel ended it", f"{who} was ended by SIGKILL: "))
         why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
-        return Crashed(f"{who} was ended by {_signal_name(number)}.{why}", hint=hint)
-    cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
-    return Crashed(f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}.", hint=hint)
+        message = f"{who} was ended by {_signal_name(number)}.{why}"
+    elif (line := memory_line(text)) is not None:
+        return failure_of(does_not_fit(line))
+    else:
+        cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
+        message = f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."
+    return Failure(
+        kind="killed" if killed else "crash",
+        time=time.time(),
+        message=message,
+        hint=hint,
+        exit_code=RunError.exit_code,
+    )
 
 
-def _killed(text: str) -> tuple[int, int] | None:
-    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process."""
+def _killed(text: str, first_rank: int) -> tuple[int, int] | None:
+    """The first rank that a signal ended, and the signal, as torchrun reports it, or accelerate of a single process.
+
+    Args:
+        first_rank: of this machine.
+    """
     others, _, cause = text.partition("Root Cause")
     for part in (cause, others):
         if found := re.search(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*-(\d+)", part):
             return int(found[1]), int(found[2])
+    # What torchrun says at once, of the first; the rest it says when it has ended the others.
+    if found := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)", text):
+        return first_rank + int(found[2]), int(found[1])
     found = re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text)
     return (0, int(found[1])) if found else None
 

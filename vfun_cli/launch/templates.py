@@ -23,8 +23,13 @@ _VARIABLES = {"PYTHONUNBUFFERED": "1", "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT"
 WAITING: Mapping[str, str] = {"GOMP_SPINCOUNT": "1000"}
 """How OpenMP threads wait for each other, unless the user's environment says it: some looks, then sleep."""
 
+ALLOCATION: Mapping[str, str] = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Clips of many sizes leave gaps in fixed segments of the device's memory. Under its newer name, PYTORCH_ALLOC_CONF,
+torch 2.9 to 2.11 read it and did nothing (pytorch/pytorch#183387)."""
+
 _UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
     (("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), WAITING),
+    (("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), ALLOCATION),
 )
 """What ranks find in their environment where the user's has none of these names."""
 
@@ -91,7 +96,6 @@ def _within_the_machine(config: RunConfig) -> dict[str, str]:
 
 def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
     return {
-        "mixed_precision": config.mixed_precision,
         "bf16": _json_bool(config.bf16),
         "use_cpu": _json_bool(config.device == "cpu"),
         "pin_memory": _json_bool(config.device == "cuda"),

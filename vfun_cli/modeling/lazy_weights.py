@@ -1,17 +1,20 @@
-"""Weights that are read only after sharding, so that each rank reads its own rows of the files.
+"""Weights that stay in their mapped files until it is known where they will live and in which type.
 
     lazy = LazyWeights()
     with lazy.transformer():
         adapter = Adapter.from_pretrained(options)   # the transformer's parameters are placeholders of mapped files
-    lazy.to_meta(transformer)
-    model = fully_shard(transformer)
-    load_shards(model, files, device)                     # each rank reads its own rows
+    lazy.to_meta(transformer)                             # they take a cast, or sharding, without memory
+
+Then whole weights come one parameter at a time, or each rank reads its own rows of them:
+
+    for parameter in lazy.placed(transformer, device): ...
+    load_shards(fully_shard(transformer), files, device)
 
 A mapped file is in the page cache once for all ranks of a machine, so that together they hold one copy of the model.
-Loading first and sharding afterwards takes a whole float32 copy for each rank.
+Loading first and placing afterwards takes a whole float32 copy for each rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -53,28 +56,31 @@ class LazyWeights:
 
     def to_meta(self, model: nn.Module) -> None:
         """Turn the placeholders into parameters on meta, which take a cast without memory."""
-        moved: dict[nn.Parameter, nn.Parameter] = {}
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if parameter not in self.stored:
-                continue
-            if parameter not in moved:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                moved[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            replace_parameter(model, name, moved[parameter])
+        moved = dict(_replaced(model, self._on_meta))
         self.stored = {moved[parameter]: tensor for parameter, tensor in self.stored.items()}
 
-    def value(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter's values: its own, or read from the file."""
+    def _on_meta(self, parameter: nn.Parameter) -> Tensor:
         if parameter not in self.stored:
             return parameter.detach()
-        return _read(self.stored[parameter], parameter.dtype)
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+    def value(self, parameter: nn.Parameter, device: torch.device) -> Tensor:
+        """A parameter's values on ``device``, in its type: its own, or read from the file."""
+        if parameter not in self.stored:
+            return parameter.detach().to(device)
+        return _read(self.stored[parameter], parameter.dtype, device)
+
+    def placed(self, model: nn.Module, device: torch.device) -> Iterator[nn.Parameter]:
+        """Give each parameter its values on ``device`` and yield it; the next is read when the next is asked for."""
+        return (new for _, new in _replaced(model, lambda parameter: self.value(parameter, device)))
 
     @contextmanager
-    def materialized(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a module has its weights in memory: one layer's at a time is little."""
+    def materialized(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        """Inside, a module has its weights on ``device``: one layer's at a time is little."""
         own = dict(module.named_parameters())
         for name, parameter in own.items():
-            replace_parameter(module, name, nn.Parameter(self.value(parameter), requires_grad=parameter.requires_grad))
+            value = self.value(parameter, device)
+            replace_parameter(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         try:
             yield
         finally:
@@ -111,7 +117,7 @@ def load_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.dev
         stored, shard = files[name], parameter.to_local()
         part = -(-len(stored) // parameter.device_mesh.size())
         first = parameter.device_mesh.get_local_rank() * part
-        shard.copy_(_read(stored[first : first + part], shard.dtype))
+        shard.copy_(_read(stored[first : first + part], shard.dtype, device))
 
 
 def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -120,10 +126,24 @@ def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> N
     setattr(model.get_submodule(owner), attribute, parameter)
 
 
-def _read(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy with values as ``load_weights`` and the cast of frozen weights give them: by way of float32."""
-    wide = stored.to(torch.float32) if stored.is_floating_point() else stored
-    return wide.to(dtype, copy=wide is stored)
+def _replaced(
+    model: nn.Module, values: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Put another parameter in the place of each, tied ones stay one; yields the old and the new."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, old in model.named_parameters(remove_duplicate=False):
+        names.setdefault(old, []).append(name)
+    for old, places in names.items():
+        new = nn.Parameter(values(old), requires_grad=old.requires_grad)
+        for name in places:
+            replace_parameter(model, name, new)
+        yield old, new
+
+
+def _read(stored: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy of a mapped tensor. It moves as it is stored and is cast there, so that the host holds no copy of it."""
+    moved = stored.to(device)
+    return moved.to(dtype, copy=moved is stored)
 
 
 _LAZY: ContextVar[LazyWeights | None] = ContextVar("lazy weights", default=None)

@@ -1,13 +1,13 @@
 """The plan of a run as one object: what preview, report, picture and trainer take."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import MetadataError
+from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.records import metadata_digest
@@ -88,6 +88,7 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
 
     Raises:
         MetadataError: the metadata changed since the launch checked it.
+        RunError: the plan is another than the launch showed.
     """
     assert config.train_data_meta is not None
     if metadata_digest(config.train_data_meta) != described["metadata_sha256"]:
@@ -103,4 +104,11 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
         report.require_ok()
         table = report.table()
     earlier = tuple(RunSegment(**entry) for entry in described.get("layouts", ()))
-    return RunPlan.of(config, spec, read_dims(spec, config.pretrained_model_name_or_path), table, earlier=earlier)
+    plan = RunPlan.of(config, spec, read_dims(spec, config.pretrained_model_name_or_path), table, earlier=earlier)
+    shown = described.get("plan_digest")
+    if shown is not None and replace(plan).first_epoch.digest() != shown:  # of a copy, which does not keep the epoch
+        raise RunError(
+            f"this process plans other steps than the launch showed, from the clips in {saved}.",
+            hint="Start the run again. If that is no cure, it is a fault of vfun or of the machine; please report it.",
+        )
+    return plan

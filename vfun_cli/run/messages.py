@@ -4,8 +4,9 @@ Readers take what is missing or damaged as not said.
 """
 
 import json
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def preemption_signals() -> tuple[signal.Signals, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRequest:
-    """From the command to the ranks: save and stop at the next step boundary."""
+    """From the command to the ranks of its machine, and by them to all: save and stop at the next step boundary."""
 
     reason: str
     """``interrupted`` or ``preempted``."""
@@ -44,21 +45,22 @@ class StopRequest:
         if self.reason not in ENDINGS[1:]:
             raise ValueError(f"{self.reason!r} is none of {ENDINGS[1:]}")
 
-    def write(self, run: RunDir) -> None:
+    def write(self, run: RunDir, machine_rank: int = 0) -> None:
         """Leave it for the ranks."""
-        _write(run.stop_request, self)
+        _write(run.stop_request(machine_rank), self)
 
     @classmethod
-    def read(cls, run: RunDir) -> "StopRequest | None":
+    def read(cls, run: RunDir, machine_rank: int = 0) -> "StopRequest | None":
         """The request, if there is one; a file that says nothing else still asks to stop."""
-        if not run.stop_request.exists():
+        path = run.stop_request(machine_rank)
+        if not path.exists():
             return None
-        return _read(run.stop_request, cls) or cls(reason="preempted")
+        return _read(path, cls) or cls(reason="preempted")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """From the ranks to the command: how their work ended without an error."""
+    """From the ranks of a machine to its command: how their work ended without an error."""
 
     ending: str
     """One of ``ENDINGS``."""
@@ -74,14 +76,14 @@ class Outcome:
         """What the command exits with."""
         return EXIT_CODES[self.ending]
 
-    def write(self, run: RunDir) -> None:
+    def write(self, run: RunDir, machine_rank: int = 0) -> None:
         """Leave it for the command."""
-        _write(run.outcome, self)
+        _write(run.outcome(machine_rank), self)
 
     @classmethod
-    def read(cls, run: RunDir) -> "Outcome | None":
+    def read(cls, run: RunDir, machine_rank: int = 0) -> "Outcome | None":
         """The outcome, once there is one."""
-        return _read(run.outcome, cls)
+        return _read(run.outcome(machine_rank), cls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,8 @@ class RankError:
     crash: bool
     """Not an error that the user can act on: it may not happen again."""
     traceback: str
+    cause: int | None = None
+    """The rank that failed, where that is another: all ended together with its error."""
 
     @staticmethod
     def reserve(run: RunDir, rank: int) -> None:
@@ -132,7 +136,7 @@ class RankError:
 
     @classmethod
     def read_all(cls, run: RunDir) -> "list[RankError]":
-        """Of all ranks that left one, the first first."""
+        """Of all ranks that left one, of every machine; the first first."""
         return sorted(_read_all(run.rank_errors(), cls), key=lambda error: error.time)
 
 
@@ -158,9 +162,93 @@ class FillReport:
         return _read_all(run.fill_reports(), cls)
 
 
-def clear_messages(run: RunDir) -> None:
-    """Delete what earlier processes said."""
-    for path in [run.stop_request, run.outcome, *run.rank_errors(), *run.rank_error_spaces(), *run.fill_reports()]:
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why an attempt to train ended, as one machine tells it to the others."""
+
+    kind: str
+    """One of ``FAILURES``."""
+    time: float
+    """Seconds since 1970."""
+    message: str
+    hint: str | None
+    exit_code: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAILURES:
+            raise ValueError(f"{self.kind!r} is none of {FAILURES}")
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """The least is the cause of the others."""
+        return FAILURES.index(self.kind), self.time
+
+
+FAILURES = ("error", "killed", "crash")
+"""An error that the user can act on; a process that was killed, whose peers fail because they lost it; an error that
+may not happen again, and may be such a loss."""
+
+STATES = ("works", "failing", "failed", "ended")
+"""Of a machine: its attempt goes on; is over, and machine 0 waits for the others; is over; so is its command."""
+
+REPORT_SPACE = 4096
+"""Bytes of a machine's report at least, so that a full disk does not stop its signs of life."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineReport:
+    """From the command of a machine to those of the others: that it lives, and how its ranks do."""
+
+    machine: int
+    state: str
+    """One of ``STATES``."""
+    attempt: int
+    """Which launch of the job this is about, from 1."""
+    beat: str
+    """Another one with every sign of life."""
+    step: int | None = None
+    """Of machine 0: the checkpoint that a later attempt goes on from; None: where the job began."""
+    failure: Failure | None = None
+    """Why its attempt is over; of machine 0, once it ``failed``, why all have ended."""
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"{self.state!r} is none of {STATES}")
+
+    def write(self, run: RunDir) -> None:
+        """Say it, in place: NFS shows what is in a file when that is closed, but a renamed file up to a minute late.
+
+        Raises:
+            OSError: it cannot be written; a run directory that has vanished is not made anew.
+        """
+        run.logs.mkdir(exist_ok=True)
+        text = json.dumps(asdict(self)).ljust(REPORT_SPACE).encode("ascii")
+        file = os.open(run.machine_report(self.machine), os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(file, text, 0)
+            os.ftruncate(file, len(text))
+        finally:
+            os.close(file)
+
+    @classmethod
+    def read(cls, run: RunDir, machine: int) -> "MachineReport | None":
+        """What a machine said last, if it can be read at this moment."""
+        return _read(run.machine_report(machine), cls._of)
+
+    @classmethod
+    def _of(cls, *, failure: dict[str, Any] | None, **said: Any) -> "MachineReport":
+        return cls(**said, failure=None if failure is None else Failure(**failure))
+
+
+def clear_messages(run: RunDir, machine_rank: int = 0, *, ranks_elsewhere: Collection[int] = ()) -> None:
+    """Delete what earlier processes of this machine said.
+
+    Args:
+        ranks_elsewhere: those of other machines, which delete what theirs said.
+    """
+    said = [*run.rank_errors(), *run.rank_error_spaces(), *run.fill_reports()]
+    elsewhere = {path for rank in ranks_elsewhere for path in run.files_of_rank(rank)}
+    for path in [run.stop_request(machine_rank), run.outcome(machine_rank), *(set(said) - elsewhere)]:
         path.unlink(missing_ok=True)
 
 

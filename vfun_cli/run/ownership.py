@@ -26,7 +26,7 @@ from vfun_cli.typed_json import Check, file_inside, items, read_object
 MEMORY = Path("/dev/shm")
 """Where files are kept in this machine's memory; other users and other containers may see it."""
 
-_LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|partial-from-\d+|replaced|deleted)")
+_LEFTOVER = re.compile(r"\.{1,2}checkpoint-(\d+)\.(partial|partial-from-\d+(\.tmp)?|replaced|deleted)")
 NOTED: Mapping[str, Check] = {"files": items(file_inside)}
 _MOST_RANKS = 4096
 """Of which files are looked for: run.json can be edited."""
@@ -175,7 +175,7 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path
     """Every file that a run may have written beside its checkpoints."""
     counts = {name: min(number, _MOST_RANKS) for name, number in most(described["config"], described).items()}
     others = range(max(1, machines), counts["num_machines"])
-    files = [run.plan_json, run.metrics, run.stop_request, run.outcome]
+    files = [run.plan_json, run.metrics]
     files += [file for machine in (0, *others) for file in run.files_of_machine(machine)]
     files += [file for rank in range(counts["num_processes"]) for file in run.files_of_rank(rank)]
     # the note is the last to go: a deletion that was stopped goes on by it

@@ -97,15 +97,21 @@ class RunDir:
         """The first batch as people can look at it."""
         return self.root / "sanity_check"
 
-    @property
-    def stop_request(self) -> Path:
-        """Its presence asks all ranks to save and stop at the next step boundary."""
-        return self.logs / "stop-request"
+    def stop_request(self, machine_rank: int = 0) -> Path:
+        """Its presence asks the ranks of a machine, and by them all, to save and stop at the next step boundary."""
+        return self.logs / ("stop-request" if machine_rank == 0 else f"stop-request-machine-{machine_rank}")
 
-    @property
-    def outcome(self) -> Path:
-        """How the ranks ended without an error."""
-        return self.logs / "outcome.json"
+    def outcome(self, machine_rank: int = 0) -> Path:
+        """How the ranks of a machine ended without an error."""
+        return self.logs / ("outcome.json" if machine_rank == 0 else f"outcome-machine-{machine_rank}.json")
+
+    def machine_report(self, machine_rank: int) -> Path:
+        """What the command of one of several machines says of itself and its ranks."""
+        return self.logs / f"machine-{machine_rank}.json"
+
+    def common_mark(self, token: str) -> Path:
+        """What rank 0 leaves for a moment, to see whether the ranks of all machines find it."""
+        return self.logs / f".common-{token}"
 
     def launch(self, machine_rank: int = 0) -> Path:
         """Generated launch files of one machine."""
@@ -157,7 +163,9 @@ class RunDir:
         """All that a launch writes for one machine."""
         folder = self.launch(machine_rank)
         generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
-        return [*generated, self.clips(machine_rank), self.contents(machine_rank), self.launcher_log(machine_rank)]
+        read = [self.clips(machine_rank), self.contents(machine_rank)]
+        said = [self.stop_request(machine_rank), self.outcome(machine_rank), self.machine_report(machine_rank)]
+        return [*generated, *read, *said, self.launcher_log(machine_rank)]
 
     def files_of_rank(self, rank: int) -> list[Path]:
         """All that one rank writes for itself."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import HINTS, fault
-from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
+from vfun_cli.errors import MetadataError, RunError, VfunError, first_line
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
+from vfun_cli.run.memory_errors import memory_error, without_memory
 from vfun_cli.run.messages import RankError
 from vfun_cli.run.rundir import RunDir, read_description
 from vfun_cli.training.data import forkserver
@@ -42,13 +42,14 @@ def run_rank(run_json: Path) -> int:
         _send_output_to(run.rank_log(rank))
     # The import of torch takes seconds, and a request to stop may come then already.
     one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    stop = StopFlag(run, reads_file=one_of_machine, deadline=_deadline(described))
+    machine_rank = described["config"]["machine_rank"]
+    stop = StopFlag(run, reads_file=one_of_machine, machine_rank=machine_rank, deadline=_deadline(described))
     stop.listen()
     try:
-        lock.take_part(run, described["config"]["machine_rank"])
+        if described["config"]["dataloader_num_workers"]:
+            forkserver.start_early(families.find(described["family"]).adapter.partition(":")[0])
+        lock.take_part(run, machine_rank)
         RankError.reserve(run, rank)
-        if described["config"]["dataloader_num_workers"] and _cores_to_spare():
-            forkserver.start(families.find(described["family"]).adapter.partition(":")[0])
         if described["command"] == "cache":
             from vfun_cli.training.data.fill import fill_cache as work
         else:
@@ -67,11 +68,6 @@ def _deadline(described: Mapping[str, Any]) -> float | None:
     """When to stop, in seconds since 1970; the launch says it, so that it stays where it was after a crash."""
     hours = described["config"].get("max_hours")
     return described.get("deadline") or (None if hours is None else time.time() + 3600 * hours)
-
-
-def _cores_to_spare() -> bool:
-    """Whether a second process of each rank can import beside it: with fewer cores, both take longer."""
-    return cpu_cores() >= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _send_output_to(path: Path) -> None:
@@ -95,6 +91,7 @@ def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mappin
         exit_code=known.exit_code,
         crash=not isinstance(error, VfunError),
         traceback=traceback.format_exc(),
+        cause=known.rank,
     )
     try:
         if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back
@@ -109,16 +106,11 @@ def _validate_command(described: Mapping[str, Any]) -> str:
 
 
 def _translate(error: BaseException, run: RunDir) -> VfunError:
-    name = type(error).__name__
     if isinstance(error, OSError) and error.errno in HINTS:
         return fault(error, where=run.root)
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return FitError(
-            f"out of memory: {first_line(error)}.",
-            hint="Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy "
-            "that shards more (--fsdp, --zero3, --zero3-offload).",
-        )
-    return RunError(f"{name}: {first_line(error)}.")
+    if memory_error(error) is not None:
+        return without_memory(error)
+    return RunError(f"{type(error).__name__}: {first_line(error)}.")
 
 
 if __name__ == "__main__":

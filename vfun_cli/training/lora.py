@@ -5,8 +5,7 @@ All that ``vfun lora`` does otherwise than ``vfun train`` is here.
 
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from vfun_cli.checkpoints.lora_files import (
     match_layers,
     peft_key,
     read_adapter,
-    released_layer,
     strength,
 )
 from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.trainable import choose_layers, inside
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
@@ -74,64 +73,13 @@ def add_adapters(
 
 def _recompute_magnitudes(module: Any, lazy: LazyWeights) -> None:
     """DoRA's magnitudes again: peft took them from placeholders, before the weights were read."""
-    with lazy.materialized(module.get_base_layer()):
+    with lazy.materialized(module.get_base_layer(), torch.device("cpu")):
         module.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=module.get_base_layer(),
             lora_A=module.lora_A[ADAPTER].weight,
             lora_B=module.lora_B[ADAPTER].weight,
             scaling=module.scaling[ADAPTER],
         )
-
-
-def choose_layers(
-    linear: Sequence[str], targets: Sequence[str], released: Callable[[str], str], without_gradient: Sequence[str] = ()
-) -> list[str]:
-    """The linear layers whose name, the module's or the released one, is a target or ends in ``.<target>``.
-
-    Layers inside ``without_gradient`` are left out: their adapters would never change.
-
-    Raises:
-        ConfigError: a target that matches nothing, with the nearest endings that there are.
-    """
-    chosen: set[str] = set()
-    for target in targets:
-        found = {layer for layer in linear if _ends(layer, target) or _ends(released_layer(layer, released), target)}
-        if not found:
-            near = _near_misses(linear, target, released)
-            raise ConfigError(
-                f"target_name: {target!r} is the ending of no linear layer of the transformer."
-                + (f" Near misses: {', '.join(near)}." if near else ""),
-                hint="Name endings such as to_q or attn1.to_q, comma-separated.",
-            )
-        chosen |= found
-    unreachable = _inside(linear, without_gradient)
-    layers = [layer for layer in linear if layer in chosen and layer not in unreachable]
-    if not layers:
-        raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
-    return layers
-
-
-def _inside(layers: Sequence[str], modules: Sequence[str]) -> list[str]:
-    """The layers that are one of the modules or lie in one."""
-    starts = tuple(f"{module}." for module in modules)
-    return [layer for layer in layers if f"{layer}.".startswith(starts)]
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _near_misses(linear: Sequence[str], target: str, released: Callable[[str], str]) -> list[str]:
-    """Endings like the target: what lies below it, if it is a module; else what is spelt alike."""
-    endings: dict[str, None] = {}
-    below: dict[str, None] = {}
-    for layer in linear:
-        for name in (layer, released_layer(layer, released)):
-            parts = name.split(".")
-            endings |= {".".join(parts[-count:]): None for count in range(1, min(len(parts), 4) + 1)}
-            if f".{target}." in f".{name}":
-                below[target + f".{name}".rpartition(f".{target}")[2]] = None
-    return list(below)[:4] or get_close_matches(target, list(endings), n=4, cutoff=0.5)
 
 
 def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> None:
@@ -150,7 +98,7 @@ def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: Fa
     every = _every_linear(transformer)
     places = match_layers(adapter.pairs, every, spec.export.names["same"], adapter.path)
     absent = [layer for layer in places.values() if layer not in modules]
-    without_effect = _inside(absent, spec.model.modules_without_gradient(dims))
+    without_effect = inside(absent, spec.model.modules_without_gradient(dims))
     if without_effect:
         print(
             f"warning: {path} has adapters for {len(without_effect)} layers without any effect in this model, "

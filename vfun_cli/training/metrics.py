@@ -73,8 +73,8 @@ class Metrics:
             with only_reports(f"{config.report_to} cannot be started"), noting(run, run.tensorboard):
                 self.tracker = TRACKERS[config.report_to](run, config) if config.report_to in TRACKERS else None
 
-    def wait(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
-        """The next micro-batch, counting the seconds it was not there yet."""
+    def wait(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:
+        """The next micro-batch, None if it is not there yet, counting the seconds it was not there yet."""
         started = time.perf_counter()
         loaded = next(batches)
         self.waited += time.perf_counter() - started

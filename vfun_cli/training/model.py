@@ -1,7 +1,6 @@
 """From a configuration to the model that is trained: loaded, made trainable, wrapped by the strategy."""
 
 import importlib
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
-from vfun_cli.training.precision import compute_dtype, encoder_dtype
-from vfun_cli.training.quantised import quantise_blocks
+from vfun_cli.training.precision import compute_dtype, encoder_dtype, kept_dtype, use_in
+from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
@@ -60,16 +59,15 @@ def load_adapter(
 ) -> tuple[ModelAdapter, LazyWeights]:
     """The family's model, its encoders shared by the ranks where the strategy does that, none of them loaded yet.
 
-    Where the strategy reads weights after wrapping, the transformer's parameters are placeholders, and the second value
-    knows what they stand for.
+    The transformer's parameters are placeholders; the second value knows what they stand for.
 
     Raises:
         CheckpointError: the model's files are missing or do not fit.
     """
-    strategy, lazy = STRATEGIES[config.strategy], LazyWeights()
-    with lazy.transformer() if strategy.loads_lazily else nullcontext():
+    lazy = LazyWeights()
+    with lazy.transformer():
         adapter = adapter_of(spec).from_pretrained(options)
-    if strategy.shares_encoders and accelerator.num_processes > 1:
+    if STRATEGIES[config.strategy].shares_encoders and accelerator.num_processes > 1:
         adapter.encoders.shard_over(EncoderSharding.over_all_ranks(accelerator.device))
     return adapter, lazy
 
@@ -97,12 +95,14 @@ def choose_weights(
 
 
 def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> None:
-    """Recomputation and compilation of the transformer's blocks.
+    """Weights as copies where the strategy makes none, then recomputation and compilation of the transformer's blocks.
 
     Raises:
         EnvironmentFault: no compiler where one is needed.
     """
     classes = plan.spec.model.block_classes
+    if STRATEGIES[config.strategy].whole_weights:
+        use_in(compute_dtype(config), transformer)
     checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
     if config.compile:
         compile_blocks(transformer, classes, most_shapes(plan.spec, plan.dims, plan.options))
@@ -111,19 +111,16 @@ def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> 
 def prepare_state(
     config: RunConfig, spec: FamilySpec, adapter: ModelAdapter, accelerator: Any, lazy: LazyWeights = NOT_LAZY
 ) -> TrainedState:
-    """Set precisions, and let the strategy wrap the transformer and the optimizer."""
-    transformer = adapter.transformer
+    """Read the weights to where they live, and let the strategy wrap the transformer and the optimizer."""
+    transformer, strategy = adapter.transformer, STRATEGIES[config.strategy]
     lazy.to_meta(transformer)
-    dtype = compute_dtype(config)
     for parameter in transformer.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(kept_dtype(config, trained=parameter.requires_grad))
     if config.base_precision != "bf16":
-        quantise_blocks(transformer, spec.model.block_classes, config.base_precision, accelerator.device)
+        quantise_layers(transformer, config.base_precision, accelerator.device, lazy)
     transformer.train()
     blocks = find_blocks(transformer, spec.model.block_classes)
-    wrap = _shard if STRATEGIES[config.strategy].loads_lazily else _wrap
-    model, optimizer = wrap(config, transformer, accelerator, lazy)
+    model, optimizer = _WRAP[strategy.gathers](config, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)
     assert_accumulation(config, model)
     if config.fsdp_prefetch:
@@ -133,9 +130,10 @@ def prepare_state(
 
 
 def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
-    """As accelerate does it, from a model that has its weights."""
-    if STRATEGIES[config.strategy].wrapper != "deepspeed":
-        transformer.to(accelerator.device)
+    """Where each rank has all weights: each parameter goes from its file to the device before the next is read."""
+    for _ in lazy.placed(transformer, accelerator.device):
+        pass
+    transformer.to(accelerator.device)  # the buffers
     model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
     return model, optimizer
 
@@ -151,3 +149,24 @@ def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: La
     # accelerate looks parameters up by the address of their data, and all shards without rows have the same.
     optimizer.param_groups[0]["params"] = shards
     return model, optimizer
+
+
+def _partition(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+    """ZeRO-3: a parameter is read, cut into the ranks' parts and let go before the next one is read.
+
+    A model that has its weights would go to the device as a whole first: 30.4 GiB of Wan-S2V, offloaded or not.
+    """
+    import deepspeed
+
+    parameters = lazy.placed(transformer, accelerator.device)
+    first: Any = next(parameters)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
+    first.convert_to_zero_parameters(param_list=parameters)
+    transformer.to(accelerator.device)  # the buffers
+    model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
+    return model, optimizer
+
+
+_WRAP = {None: _wrap, "blocks": _shard, "layers": _partition}
+"""By what of sharded weights the strategy gathers."""

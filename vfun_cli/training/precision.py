@@ -1,13 +1,32 @@
-"""In which type what computes. Trainable weights keep a float32 master under either, losses and noise are float32."""
+"""In which type what is computed: one policy for every strategy, stated in docs/numerics.md (Precision).
+
+Nothing is autocast: autocast returns float32 from norms on CUDA and bfloat16 on a CPU, and FSDP and ZeRO, whose weights
+are in the compute dtype where they are used, would compute otherwise than one process does. So one process and DDP use
+weights as those do: FSDP by its own policy (training/strategy.py), DeepSpeed by keeping bfloat16 weights, and
+``use_in`` for masters that are whole. Inputs are cast by the trainer; what a family computes in float32 its code casts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
+from torch import nn
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
     """What the transformer computes in, and what frozen weights are kept in."""
     return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def kept_dtype(config: RunConfig, *, trained: bool) -> torch.dtype:
+    """What a weight of the transformer is read in. DeepSpeed makes its float32 masters itself, of what it is given."""
+    masters = trained and STRATEGIES[config.strategy].wrapper != "deepspeed"
+    return torch.float32 if masters else compute_dtype(config)
 
 
 def encoder_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -16,3 +35,64 @@ def encoder_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     On a CPU they stay in float32: one with AVX2 alone takes 10 (linear) to 36 (conv3d) times as long in bf16.
     """
     return torch.float32 if device.type == "cpu" else compute_dtype(config)
+
+
+def use_in(dtype: torch.dtype, transformer: nn.Module) -> None:
+    """Let float32 weights that train be used as copies in ``dtype``; gradients flow back to the float32 ones.
+
+    Copies are made when a layer of a list (a transformer block) begins its forward pass, and let go when it ends, so
+    that a block that is computed again for its gradient has them only then: 2 bytes for each weight of one block.
+    What lies outside of lists is copied once a pass and kept by the graph to the end of the backward pass, as FSDP
+    keeps its root.
+
+    To be called when the weights to train are chosen and before anything else replaces a ``forward``: recomputation
+    and compilation must contain the copies.
+    """
+    own, layers = _divided(transformer)
+    for module, owners in [(transformer, own), *((layer, list(layer.modules())) for layer in layers)]:
+        weights = [
+            (owner, name)
+            for owner in owners
+            for name, weight in owner.named_parameters(recurse=False)
+            if weight.requires_grad and weight.dtype != dtype
+        ]
+        if weights:
+            module.forward = _with_copies(module.forward, weights, dtype)
+
+
+def _divided(transformer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules outside of any list, and the layers of the lists: those are called one by one."""
+    own, layers, rest = list[nn.Module](), list[nn.Module](), [transformer]
+    while rest:
+        module = rest.pop()
+        own.append(module)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                layers.extend(child)
+            else:
+                rest.append(child)
+    return own, layers
+
+
+def _with_copies(
+    forward: Callable[..., Any], weights: Sequence[tuple[nn.Module, str]], dtype: torch.dtype
+) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with _copies(weights, dtype):
+            return forward(*arguments, **named)
+
+    return run
+
+
+@contextmanager
+def _copies(weights: Sequence[tuple[nn.Module, str]], dtype: torch.dtype) -> Iterator[None]:
+    # In the dictionary itself: as an attribute a module takes nothing but a Parameter, which would cut the graph.
+    masters = [owner._parameters[name] for owner, name in weights]
+    for (owner, name), master in zip(weights, masters, strict=True):
+        owner._parameters[name] = master.to(dtype)  # type: ignore[union-attr, assignment]
+    try:
+        yield
+    finally:
+        for (owner, name), master in zip(weights, masters, strict=True):
+            owner._parameters[name] = master

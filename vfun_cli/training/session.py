@@ -10,11 +10,13 @@ from accelerate import Accelerator
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.loader import load_ahead, with_shared_calls
+from vfun_cli.training.data.loader import load_ahead
 from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
@@ -40,9 +42,13 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     config, spec = RunConfig.from_json(described["config"]), families.find(described["family"])
     prepare_environment(config.device)
     accelerator = make_accelerator(config)
+    if config.num_machines > 1:
+        require_one_directory(run)
+    require_one_job(described)
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
-    plan = load_plan(config, spec, described)
-    options = adapter_options(config, spec, accelerator.device)
+    with all_or_none():
+        plan = load_plan(config, spec, described)
+        options = adapter_options(config, spec, accelerator.device)
     adapter, lazy = load_adapter(config, spec, options, accelerator)
     cache = _encoders_or_cache(config, adapter)
 
@@ -88,11 +94,12 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,
+        prefetch=micro_batches_ahead(config, plan),
     )
-    reason = trainer.train(with_shared_calls(loaded, adapter.encoders), first_step)
+    reason = trainer.train(loaded, first_step)
     metrics.close()
-    if accelerator.is_main_process:
-        Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run)
+    if accelerator.is_local_main_process:
+        Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run, config.machine_rank)
     accelerator.wait_for_everyone()
 
 

@@ -20,8 +20,9 @@ _PR_SET_PDEATHSIG = 1
 class StopFlag:
     """Remembers that someone asked to stop; read once at every step boundary."""
 
-    def __init__(self, run: RunDir, *, reads_file: bool, deadline: float | None = None) -> None:
+    def __init__(self, run: RunDir, *, reads_file: bool, machine_rank: int = 0, deadline: float | None = None) -> None:
         self.run = run
+        self.machine_rank = machine_rank
         self.reads_file = reads_file
         """One rank of each machine looks at the file and the clock."""
         self.deadline = deadline
@@ -53,7 +54,7 @@ class StopFlag:
             return self.signalled
         if self.deadline is not None and time.time() >= self.deadline:
             return PREEMPTED
-        request = StopRequest.read(self.run)
+        request = StopRequest.read(self.run, self.machine_rank)
         return self.signalled if request is None else max(self.signalled, ENDINGS.index(request.reason))
 
 

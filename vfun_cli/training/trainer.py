@@ -1,10 +1,10 @@
 """Owns time: the one loop that trains every family, full or LoRA, under every strategy."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +26,14 @@ from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState, fingerprint
+from vfun_cli.training.turns import begin_step
+from vfun_cli.training.waiting import gather_all
 
 VISIBLE_RATE = 1e-6
 """A step at a smaller learning rate may round away in float32 weights of size 8."""
+
+NAMED_RANKS = 8
+"""How many ranks an error names with their rows; a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class PendingStep:
     micro_batches: list[LoadedBatch]
     rate: float
     ranks: Tensor
-    """[ranks, numbers] float64 on the device: loss, gradient norm, masked tokens, weight, stop reason, then the fields
-    of ``Measured``."""
+    """[ranks, numbers] float64 on the device: loss, gradient norm, masked tokens, weight, then the fields of
+    ``Measured``."""
     began: Any
     ended: Any
 
@@ -87,44 +92,47 @@ class Trainer:
         self.unread: tuple[PendingStep, Download] | None = None
         """The newest step, and its numbers on their way to the host."""
 
-    def train(self, batches: Iterator[LoadedBatch], first_step: int) -> int:
-        """Train from ``first_step`` (from 0) to the end; returns why it ended (``CONTINUE``: it is complete)."""
-        step, epoch = first_step, 0
+    def train(self, batches: Iterator[LoadedBatch | None], first_step: int) -> int:
+        """Train from ``first_step`` (from 0) to the end; returns why it ended (``CONTINUE``: it is complete).
+
+        Args:
+            batches: None stands for one that is not there yet.
+        """
+        step, epoch, reason = first_step, 0, CONTINUE
         self.checkpointer.require_space(self.state)
-        reason = self.stop_reason()  # asked for while the model was loading
-        while step < self.total_steps and reason == CONTINUE:
-            micro_batches = [self.metrics.wait(batches) for _ in range(self.config.gradient_accumulation_steps)]
+        while step < self.total_steps:
+            reason, micro_batches = begin_step(
+                lambda: self.metrics.wait(batches), self.config.gradient_accumulation_steps, self.stop,
+                self.adapter.encoders,
+            )  # fmt: skip
+            if reason != CONTINUE:
+                break
             if step == first_step and first_step == 0:
                 self.metrics.show_first_batch(micro_batches[0])
             epoch = micro_batches[0].batch.epoch
             looks = not self.moved and learning_rate(step, self.config, self.total_steps) >= VISIBLE_RATE
             before = fingerprint(self.state) if looks else None
             pending = self.enqueue(step, micro_batches)
-            if before is not None:
-                self.look_for_change(before, micro_batches)
-            reason = self.read()
+            self.read()
             self.unread = pending, Download(pending.ranks)
+            if before is not None:
+                self.read()  # DeepSpeed leaves out a bad step, which then changes nothing
+                self.look_for_change(before, micro_batches)
             epoch_record = self.ledger.step(micro_batches)
             self.checkpointer.raise_background_error()
             step += 1
             saves = step % self.config.checkpointing_steps == 0
             if saves or epoch_record is not None:
-                reason = max(reason, self.read())  # no checkpoint of a state that a bad loss has spoilt
+                self.read()  # no checkpoint of a state that a bad step has spoilt
                 self.metrics.event(epoch_record)
             if saves:
                 self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
-                reason = max(reason, self.stop_reason())  # asked for while saving
-        reason = max(reason, self.read())
+        self.read()
         self.metrics.event(self.ledger.close())
         if self.saved_step != step:
             self.save(step, epoch)
         self.checkpointer.wait()
-        return reason if step < self.total_steps else CONTINUE
-
-    def stop_reason(self) -> int:
-        """The most severe stop reason across ranks."""
-        reasons = torch.tensor([self.stop.reason()], device=self.accelerator.device)
-        return int(self.accelerator.gather(reasons).max())
+        return reason
 
     def enqueue(self, step: int, micro_batches: list[LoadedBatch]) -> PendingStep:
         """Hand one optimizer step to the device. Nothing in it waits for the device."""
@@ -139,7 +147,7 @@ class Trainer:
                 loss, masked_tokens = self.loss(model, loaded)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach().float()
@@ -155,7 +163,6 @@ class Trainer:
             (total / len(micro_batches), _on_device(norm, accelerator.device), masked),
             (
                 sum(each.weight for each in micro_batches) / self.config.gradient_accumulation_steps,
-                self.stop.reason(),
                 *self.metrics.measure(micro_batches),
             ),
         )
@@ -193,20 +200,18 @@ class Trainer:
         ranks: Tensor = self.accelerator.gather(mine.unsqueeze(0))
         return ranks
 
-    def read(self) -> int:
-        """What came of the newest step, if that was not read yet: record it; the most severe stop reason across ranks.
+    def read(self) -> None:
+        """What came of the newest step, if that was not read yet: record it.
 
         Raises:
-            RunError: its loss is not a number; on all ranks alike.
+            RunError: its loss or its gradient norm is not a number; on all ranks alike, before anything is saved.
         """
         if self.unread is None:
-            return CONTINUE
+            return
         (pending, download), self.unread = self.unread, None
         ranks = download.numbers()
         # A rank that skipped samples trained on less; each counts by its weight.
-        losses, norms, masked, weights, reasons = (
-            list(column) for column in zip(*(row[:5] for row in ranks), strict=True)
-        )
+        losses, norms, masked, weights = (list(column) for column in zip(*(row[:4] for row in ranks), strict=True))
         mean = sum(losses) / sum(weights) if sum(weights) else 0.0
         self.metrics.step(
             pending.step + 1,
@@ -215,20 +220,33 @@ class Trainer:
             rate=pending.rate,
             grad_norm=norms[0] if math.isfinite(norms[0]) else None,
             masked_tokens=sum(masked),
-            ranks=[Measured(*row[5:]) for row in ranks],
+            ranks=[Measured(*row[4:]) for row in ranks],
             began=pending.began,
             ended=pending.ended,
         )
         if not math.isfinite(mean):
-            self.checkpointer.wait()  # whether there is one to go on from
-            rows = [key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)]
-            raise RunError(
-                f"the loss of step {pending.step + 1} is {mean}; rank {self.accelerator.process_index} trained on "
-                f"rows {rows}.",
-                hint="Look at those rows, or try a lower learning rate. "
-                + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
-            )
-        return int(max(reasons))
+            self.refuse(pending, "loss", mean, [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)])
+        if not math.isfinite(norms[0]):  # summed over the ranks before anybody looks: whose it was is not known
+            self.refuse(pending, "gradient norm", norms[0], range(len(norms)))
+
+    def refuse(self, pending: PendingStep, what: str, value: float, ranks: Sequence[int]) -> NoReturn:
+        """Stop, on all ranks together, at a step that has spoilt the weights.
+
+        Args:
+            ranks: those of which it may have come.
+
+        Raises:
+            RunError: with the rows that these trained on.
+        """
+        self.checkpointer.wait()  # whether there is one to go on from
+        rows = gather_all([key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)])
+        named = [f"rank {rank} trained on rows {rows[rank]}" for rank in ranks[:NAMED_RANKS]]
+        more = f"; {len(ranks) - NAMED_RANKS} more ranks too" if len(ranks) > NAMED_RANKS else ""
+        raise RunError(
+            f"the {what} of step {pending.step + 1} is {value}; {'; '.join(named)}{more}.",
+            hint="Look at those rows, or try a lower learning rate. "
+            + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
+        )
 
     def loss(self, model: nn.Module, loaded: LoadedBatch) -> tuple[Tensor, Tensor | int]:
         """The loss of one micro-batch, and how many of its tokens are masked.
@@ -266,7 +284,7 @@ class Trainer:
 
 
 def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Floating tensors in the compute dtype: DeepSpeed does not autocast."""
+    """Floating tensors in the compute dtype: nothing casts them later."""
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in conditions.items()
@@ -274,8 +292,11 @@ def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _on_device(norm: Any, device: torch.device) -> Tensor:
-    """The gradient norm as every strategy has it: a tensor, one in parts, a number, or none (NaN)."""
+    """The gradient norm as every strategy has it: a tensor, one in parts, or a number.
+
+    DeepSpeed leaves out a step whose norm is not finite, and says that it is infinite.
+    """
     if isinstance(norm, Tensor):
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole.to(device)
-    return torch.full((), math.nan if norm is None else float(norm), device=device)
+    return torch.full((), float(norm), device=device)

@@ -182,6 +182,8 @@ SPEC = FamilySpec(
         vae_stride=(FRAMES_PER_LATENT, 8, 8),
         patch_size=(1, 2, 2),
         adjust_frames=adjust_frames,
+        # To inpaint, beside the clip what is known of it in float32, and a mask without colours.
+        decoded_frames=lambda frames: 6 * frames,
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,

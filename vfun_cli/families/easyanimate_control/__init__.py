@@ -246,6 +246,7 @@ V5_1 = FamilySpec(
         vae_stride=(4, 8, 8),
         patch_size=(1, 2, 2),
         usable_span=(Fraction(1, 10), Fraction(9, 10)),
+        decoded_frames=lambda frames: 2 * frames + 1,  # clip, control, reference
     ),
     defaults=DefaultOptions(
         train={

@@ -95,7 +95,11 @@ def _spec(
             objective="flow-matching",
             objective_options={"shift": SHIFT},
         ),
-        plan=PlanSpec(vae_stride=VAE_STRIDE, patch_size=PATCH_SIZE),
+        plan=PlanSpec(
+            vae_stride=VAE_STRIDE,
+            patch_size=PATCH_SIZE,
+            decoded_frames=lambda frames: frames + 2,  # the first one for two encoders
+        ),
         defaults=DefaultOptions(
             train={
                 **_DEFAULTS,

@@ -180,6 +180,7 @@ SPEC = FamilySpec(
         patch_size=(1, 2, 2),
         token_size_share=0.5,
         full_size_share=0.9,
+        decoded_frames=lambda frames: 2 * frames + 2,  # clip, control, one frame for two encoders
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,

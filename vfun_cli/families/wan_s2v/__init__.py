@@ -3,6 +3,7 @@
 from vfun_cli.families.documented import FULL_FINE_TUNE
 from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec
 from vfun_cli.families.wan_s2v.sizes import (
+    MOTION_FRAMES,
     RELEASED,
     attention_flops,
     forward_flops,
@@ -59,6 +60,8 @@ SPEC = FamilySpec(
         smallest_side=64,
         lowest_video_size=256,
         full_size_share=0.9,
+        # Clip and control, the history, the reference and the first frame again; at most a few frames' worth of sound.
+        decoded_frames=lambda frames: 2 * frames + MOTION_FRAMES + 7,
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,

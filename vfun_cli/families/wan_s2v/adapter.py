@@ -215,8 +215,8 @@ class WanS2VAdapter:
         """Latents [B, 16, F, h, w] float32 and the transformer's other inputs, on the device of the options.
 
         text_embeds [B, text_len, text_dim]; control_latents [B, 16, F, h, w]; ref_latents [B, 16, 1, h, w];
-        motion_latents [B, 16, 19, h, w]; audio [B, 25, audio_dim, 4 F] float32; drop_motion [B] bool on the CPU,
-        because the transformer's sequence length depends on it.
+        motion_latents [B, 16, 19, h, w]; audio [B, 25, audio_dim, 4 F] float32; drop_motion, B booleans: the
+        transformer's sequence length depends on them, and DDP and FSDP would move a tensor to the device.
         """
         dropped = ["history" in output for output in outputs]
         drawn = [
@@ -232,7 +232,7 @@ class WanS2VAdapter:
             "control_latents": torch.stack([each["control"][:, 1:] for each in drawn]),
             "ref_latents": torch.stack([each["reference"] for each in drawn]),
             "motion_latents": torch.stack(motion),
-            "drop_motion": torch.tensor(dropped),
+            "drop_motion": tuple(dropped),
             "text_embeds": pad_text(text, self.text_len),
             "audio": torch.stack(audio),
         }

@@ -3,7 +3,7 @@
 diffusers has no class for it. Modules carry the names of the released checkpoint, so weights load and export without
 a rename.
 
-Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
+Rules that keep one forward correct under FSDP2, ZeRO-3 and LoRA:
 - a parameter is read only inside the forward of the module that owns it, where sharding hooks have gathered it;
 - rope tables travel in an object, not as tensor arguments: FSDP2 casts floating-point arguments to bfloat16 (the
   caller must keep it from doing so to ``timestep``, with ``cast_forward_inputs=False``: 999 would become 1000);
@@ -12,7 +12,6 @@ Rules that keep one forward correct under autocast, FSDP2, ZeRO-3 and LoRA:
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,8 +143,7 @@ class WanS2VRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        with own_precision(x):
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class WanS2VLayerNorm(nn.Module):
@@ -159,20 +157,12 @@ class WanS2VLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
-        with own_precision(x):
-            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def own_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: it would turn all tokens into float32 and back for norms that compute in float32 anyway."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def plain_layer_norm(x: Tensor, eps: float) -> Tensor:
     """LayerNorm without parameters; the dtype of x comes back, rounded once."""
-    with own_precision(x):
-        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def to_tokens(grid: Tensor) -> Tensor:
@@ -456,7 +446,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ref_latents: Tensor,
         motion_latents: Tensor,
         audio: Tensor,
-        drop_motion: Tensor | Sequence[bool],
+        drop_motion: Sequence[bool],
     ) -> Tensor:
         """Predict the velocity [B, 16, F, H, W].
 
@@ -464,15 +454,14 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_hidden_states [B, text_len, text_dim]: text states, zeros after the prompt's end. Every row is attended.
         control_latents [B, 16, F, H, W]; ref_latents [B, 16, 1, H, W]; motion_latents [B, 16, Lm, H, W], newest last.
         audio [B, 25, audio_dim, n]: wav2vec2 states at the video's frame rate, n = 4 F.
-        drop_motion [B]: samples that do not see the motion tokens. If all drop them they are left out of the sequence
-        (their parameters still get a gradient, of zero); in a mixed batch they are masked. Booleans or a tensor on the
-        CPU: a tensor on the accelerator makes the host wait.
+        drop_motion: for each sample whether it does not see the motion tokens. If all drop them they are left out of
+        the sequence (their parameters still get a gradient, of zero); in a mixed batch they are masked. No tensor: DDP
+        and FSDP would move it to the accelerator, and reading it there makes the host wait.
 
         Raises:
             ValueError: shapes that the released model would accept and train misaligned.
         """
-        drops = drop_motion.tolist() if isinstance(drop_motion, Tensor) else list(drop_motion)
-        self._check_shapes(hidden_states, encoder_hidden_states, drops)
+        self._check_shapes(hidden_states, encoder_hidden_states, drop_motion)
         frames, height, width = hidden_states.shape[2:]
         dtype = self.patch_embedding.weight.dtype
 
@@ -480,9 +469,9 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         video = video + to_tokens(self.cond_encoder(control_latents.to(dtype)))
         reference = to_tokens(self.patch_embedding(ref_latents.to(dtype)))
         motion = self.frame_packer(motion_latents.to(dtype))
-        if all(drops):
+        if all(drop_motion):
             motion = motion[:, :0]
-        x, mask = self._sequence(video, reference, motion, drops)
+        x, mask = self._sequence(video, reference, motion, drop_motion)
         rotary = rotary_table(frames, height, width, self.config["dim"] // self.config["num_heads"], x.device)
         rotary = rotary.first(x.shape[1])
 

@@ -11,6 +11,7 @@ from vfun_cli.modeling.encoders.captions import BERT, T5, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.transfer import upload
 
 
 class PaddedText(nn.Module):
@@ -33,8 +34,9 @@ class PaddedText(nn.Module):
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""
         ids = self.tokenize(captions)
+        ids = upload(ids, next(self.model.parameters()).device)
         with torch.no_grad():
-            states: Tensor = self.model(input_ids=ids.to(next(self.model.parameters()).device)).last_hidden_state
+            states: Tensor = self.model(input_ids=ids).last_hidden_state
         return states
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:

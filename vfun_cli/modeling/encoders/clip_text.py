@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase
 from vfun_cli.modeling.encoders.captions import CLIP, CLIP_LIMIT, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.transfer import upload
 
 
 class ClipPooledText(nn.Module):
@@ -33,7 +34,7 @@ class ClipPooledText(nn.Module):
         """[B, dim]. Captions are cut at 77 tokens and padded without an attention mask, as the model was trained."""
         ids, _ = padded_tokens(self.tokenizer, captions, CLIP_LIMIT)
         with torch.no_grad():
-            pooled: Tensor = self.model(ids.to(self.model.device)).pooler_output
+            pooled: Tensor = self.model(upload(ids, self.model.device)).pooler_output
         return pooled
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:

@@ -11,6 +11,7 @@ from transformers import LlamaModel, PreTrainedTokenizerBase
 from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.transfer import upload
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -42,7 +43,7 @@ class LlamaPrompt(nn.Module):
         """States [B, max_length, dim] and mask [B, max_length] int64 with the valid rows first."""
         prompts = [TEMPLATE.format(caption) for caption in captions]
         tokens = padded_tokens(self.tokenizer, prompts, CROP_START + self.max_length)
-        ids, mask = (each.to(self.model.device) for each in tokens)
+        ids, mask = (upload(each, self.model.device) for each in tokens)
         with torch.no_grad():
             states = self.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         return states[HIDDEN_STATE][:, CROP_START:], mask[:, CROP_START:]

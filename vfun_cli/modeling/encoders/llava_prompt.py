@@ -21,6 +21,7 @@ from vfun_cli.modeling.encoders.llama_prompt import HIDDEN_STATE
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
 from vfun_cli.modeling.foreign import from_folder
 from vfun_cli.modeling.pixels import LoadedClip, float_pixels
+from vfun_cli.modeling.transfer import upload
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -103,16 +104,16 @@ class LlavaPrompt(nn.Module):
         positions = (long_mask.cumsum(-1) - 1).masked_fill(long_mask == 0, 1)
         with torch.no_grad():
             states = self.model(
-                input_ids=long_ids.to(device),
-                attention_mask=long_mask.to(device),
-                position_ids=positions.to(device),
-                pixel_values=pixels.to(device, dtype),
+                input_ids=upload(long_ids, device),
+                attention_mask=upload(long_mask, device),
+                position_ids=upload(positions, device),
+                pixel_values=upload(pixels, device).to(dtype),
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states[HIDDEN_STATE]
-        rows = torch.stack([self._rows(row) for row in ids]).to(device)  # [B, L]
+        rows = upload(torch.stack([self._rows(row) for row in ids]), device)  # [B, L]
         states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
-        return states, long_mask.to(device).gather(1, rows)
+        return states, upload(long_mask, device).gather(1, rows)
 
     def outputs(self, inputs: Sequence[tuple[str, LoadedClip]]) -> list[Output]:
         """``states`` [L, dim] and ``mask`` [L] of each caption with its image, a clip [1, 3, H, W]."""

@@ -11,6 +11,7 @@ from vfun_cli.modeling.encoders.captions import QWEN, chat_prompts, load_tokeniz
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.transfer import upload
 
 
 class Qwen2VLText(nn.Module):
@@ -47,7 +48,10 @@ class Qwen2VLText(nn.Module):
         device = next(self.model.parameters()).device
         with torch.no_grad():
             states = self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+                input_ids=upload(ids, device),
+                attention_mask=upload(mask, device),
+                output_hidden_states=True,
+                use_cache=False,
             ).hidden_states
         last_but_one: Tensor = states[-2]
         return last_but_one

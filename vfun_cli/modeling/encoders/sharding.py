@@ -4,9 +4,8 @@ Each rank keeps a part of every block and gathers a block's weights while it com
 together: all of them, equally often, or each would wait for the others for ever.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +19,11 @@ class EncoderSharding:
     """The ranks that share an encoder."""
 
     mesh: DeviceMesh
-    cpu_group: Any
-    """A process group on the CPU: its collectives do not wait for the devices' streams."""
 
     @classmethod
     def over_all_ranks(cls, device: torch.device) -> "EncoderSharding":
         """Collective: every rank of the job calls it."""
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        return cls(mesh=mesh, cpu_group=dist.new_group(backend="gloo"))
+        return cls(mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
 
     def shard(self, encoder: nn.Module) -> None:
         """Keep this rank's shard of each block, on its device; a block's weights are gathered while it computes."""
@@ -38,17 +34,6 @@ class EncoderSharding:
         fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
         # transformers looks up what a model can give (its hidden states) by how its class is printed.
         type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
-
-    def all_reduce_max_async(self, counts: Sequence[int]) -> Callable[[], list[int]]:
-        """Start the maximum of each count over all ranks; the function that is returned waits for it."""
-        largest = torch.tensor(counts)
-        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.cpu_group, async_op=True)
-
-        def result() -> list[int]:
-            work.wait()
-            return largest.tolist()
-
-        return result
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

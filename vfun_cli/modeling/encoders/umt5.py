@@ -12,6 +12,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.captions import UMT5, UMT5_FOLDER, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.encoders.placement import freeze
+from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import empty_model, load_pth, load_weights, require_same
 
 WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -82,7 +83,7 @@ class UMT5TextEncoder(nn.Module):
         """Hidden states [len_i, dim] of unpadded token ids [len_i]."""
         device = self.model.shared.weight.device
         with torch.no_grad():
-            return [self.model(input_ids=row[None].to(device)).last_hidden_state[0] for row in ids]
+            return [self.model(input_ids=upload(row[None], device)).last_hidden_state[0] for row in ids]
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Hidden states [len_i, dim] of texts, without padding rows."""

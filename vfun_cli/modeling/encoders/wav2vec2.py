@@ -14,6 +14,7 @@ from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
 from vfun_cli.modeling.encoders.pretrained import load_model
 from vfun_cli.modeling.foreign import from_folder
+from vfun_cli.modeling.transfer import upload
 
 FOLDER = "wav2vec2-large-xlsr-53-english"
 FEATURE_RATE = 50
@@ -68,7 +69,7 @@ class SpeechEncoder(nn.Module):
             waveform.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt"
         ).input_values
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
-            output = self.model.wav2vec2(inputs.float().to(self.model.device), output_hidden_states=True)
+            output = self.model.wav2vec2(upload(inputs.float(), self.model.device), output_hidden_states=True)
         return torch.cat([*output.hidden_states[:-1], output.last_hidden_state])
 
     def features_30hz(self, waveform: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def align_to_frames(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
         ValueError: the sound is longer than the clip: the original returns a multiple of the frames then, and the model
             reads them shifted.
     """
-    layers, length, hidden = features.shape
+    length = features.shape[1]
     if Fraction(length, VIDEO_RATE) > frames / fps:
         raise ValueError(
             f"{length / VIDEO_RATE:.3f} s of sound do not belong to a clip of {frames} frames at {float(fps):.3f} fps, "
@@ -111,8 +112,7 @@ def align_to_frames(features: Tensor, *, fps: Fraction, frames: int) -> Tensor:
     # The product with numpy's linspace decides ties at .5 as the released model saw them; round(30 k / fps) does not.
     times = np.linspace(0, duration, frames, endpoint=False)
     last = math.ceil(frames / fps * VIDEO_RATE) - 1
-    indices = torch.from_numpy(np.minimum(np.round(VIDEO_RATE * times), last).astype(np.int64)).to(features.device)
-    in_range = indices < length
-    aligned = features.new_zeros(frames, layers, hidden)
-    aligned[in_range] = features[:, indices[in_range]].transpose(0, 1)
-    return aligned
+    indices = np.minimum(np.round(VIDEO_RATE * times), last).astype(np.int64)
+    there = torch.from_numpy(indices[indices < length])  # a beginning of the clip, known on the host
+    aligned = features[:, upload(there, features.device)].transpose(0, 1)
+    return nn.functional.pad(aligned, (0, 0, 0, 0, 0, frames - len(there)))

@@ -10,15 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.packet import Packet
-from av.video.frame import PictureType, VideoFrame
-from av.video.stream import VideoStream
 from torch import Tensor
 
 from vfun_cli.errors import MetadataError, first_line
@@ -27,7 +22,13 @@ from vfun_cli.metadata.timeline import Timeline, read_timeline, video_stream
 from vfun_cli.modeling.media.faults import undecodable
 from vfun_cli.modeling.media.sizes import resize_and_crop
 
-Pictures: TypeAlias = Iterator[tuple[int, VideoFrame]]
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+Pictures: TypeAlias = "Iterator[tuple[int, VideoFrame]]"
 """Decoded, each with its number."""
 VideoPacket: TypeAlias = "Packet[VideoStream]"
 
@@ -36,8 +37,6 @@ WORTH_A_SEEK = 12
 STEPS_BACK = (0.0, 1.0, 5.0, 20.0, 80.0)
 """Seconds before the wanted picture from which a key frame is looked for; then from the start of the file. MPEG-TS and
 -PS seek to any packet, and their next key frame may be too late."""
-
-PREDICTED = frozenset({PictureType.P, PictureType.B})
 
 
 class _NotShown(Exception):
@@ -97,7 +96,7 @@ def _wanted_pictures(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pi
         yield from _timed(path, timeline, stretch) if timeline.timed else _counted(path, stretch)
 
 
-def _upright(frame: VideoFrame) -> Tensor:
+def _upright(frame: "VideoFrame") -> Tensor:
     """[1, 3, h, w] uint8, as it is to be shown."""
     pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
@@ -149,7 +148,9 @@ def _timed(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pictures:
 
 
 @contextmanager
-def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[tuple[Iterator[VideoPacket], int | None]]:
+def _packets_from_key(
+    path: str, timeline: Timeline, latest: int
+) -> "Iterator[tuple[Iterator[VideoPacket], int | None]]":
     """The packets from a key frame on that is shown at ``latest`` or before, and its time; if no seek finds one, all
     packets, and None.
     """
@@ -162,7 +163,9 @@ def _packets_from_key(path: str, timeline: Timeline, latest: int) -> Iterator[tu
         yield container.demux(_single_threaded(container)), None
 
 
-def _sought(container: InputContainer, timeline: Timeline, latest: int) -> tuple[Iterator[VideoPacket], int] | None:
+def _sought(container: "InputContainer", timeline: Timeline, latest: int) -> "tuple[Iterator[VideoPacket], int] | None":
+    import av
+
     stream = _single_threaded(container)
     for seconds in STEPS_BACK:
         target = latest - round(seconds / timeline.tick)
@@ -182,12 +185,15 @@ def _sought(container: InputContainer, timeline: Timeline, latest: int) -> tuple
     return None
 
 
-def _matched(packets: Iterator[VideoPacket], timeline: Timeline, wanted: Sequence[int], key: int | None) -> Pictures:
+def _matched(packets: "Iterator[VideoPacket]", timeline: Timeline, wanted: Sequence[int], key: int | None) -> Pictures:
     """The wanted pictures among those that the packets decode to, from the key frame of time ``key`` on, or all.
 
     What is shown before the key frame refers to pictures in front of it: it is never wanted, and its faults are none.
     """
-    left = deque(wanted)
+    import av
+    from av.video.frame import PictureType
+
+    left, predicted = deque(wanted), (PictureType.P, PictureType.B)
     begin = timeline.times[0] if key is None else key
     unproven = key is not None and key > timeline.keys[0]
     for packet in packets:
@@ -202,7 +208,7 @@ def _matched(packets: Iterator[VideoPacket], timeline: Timeline, wanted: Sequenc
                 continue
             if frame.is_corrupt:
                 raise _NotShown(left[0], "it is damaged")
-            if unproven and (frame.pts != begin or frame.pict_type in PREDICTED):
+            if unproven and (frame.pts != begin or frame.pict_type in predicted):
                 # Intra refresh calls it a key frame where the picture begins to be renewed, column by column.
                 raise _NotShown(left[0], "decoding cannot begin at its key frame")
             unproven = False
@@ -223,7 +229,7 @@ def _is_known(timeline: Timeline, time: int) -> bool:
     return time < timeline.times[0] or (place < len(timeline.times) and timeline.times[place] == time)
 
 
-def _single_threaded(container: InputContainer) -> VideoStream:
+def _single_threaded(container: "InputContainer") -> "VideoStream":
     """The video to decode; the loader runs a process a clip already."""
     stream = video_stream(container)
     stream.codec_context.thread_count = 1

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.audio.frame import AudioFrame
 from numpy.typing import NDArray
 
 from vfun_cli.errors import MetadataError, first_line
 from vfun_cli.metadata.sounds import TIMED, open_sound, stated_end, time_zero
+
+if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
 
 AUDIO_TAIL_TOLERANCE = Fraction(20, 1000)
 """Seconds of audio that may be missing at the end of a clip (less than one video frame); filled with silence."""
@@ -110,7 +112,7 @@ def _empty_piece(start: Fraction, end: Fraction, native_rate: int, rate: int) ->
     return _Piece(origin, np.zeros(int((end + AUDIO_WARM_UP - origin) * native_rate), np.float32))
 
 
-def _place(buffer: NDArray[np.float32], frame: AudioFrame, at: int) -> None:
+def _place(buffer: NDArray[np.float32], frame: "AudioFrame", at: int) -> None:
     """Write what falls into ``buffer`` of one decoded frame, mixed to mono, from sample ``at``."""
     low, high = max(0, -at), min(frame.samples, len(buffer) - at)
     if low < high:
@@ -131,7 +133,7 @@ def channel_weights(names: Sequence[str]) -> NDArray[np.float32]:
     return np.array([CHANNEL_WEIGHTS.get(name, 0.5**1.5) for name in names], np.float32)
 
 
-def _to_float(frame: AudioFrame) -> NDArray[np.float32]:
+def _to_float(frame: "AudioFrame") -> NDArray[np.float32]:
     """[channels, samples] float32 in [-1, 1], whatever the sample format."""
     array = frame.to_ndarray()
     if not frame.format.is_planar:
@@ -147,8 +149,10 @@ def _resample(samples: NDArray[np.float32], native_rate: int, rate: int) -> NDAr
     """FFmpeg's polyphase resampler over the whole piece at once; output sample 0 is input sample 0."""
     if native_rate == rate or not len(samples):
         return samples
-    frame = AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+    import av
+
+    frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
     frame.sample_rate, frame.pts = native_rate, 0
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-    pieces: Iterator[AudioFrame] = (piece for given in (frame, None) for piece in resampler.resample(given))
+    pieces: Iterator[av.AudioFrame] = (piece for given in (frame, None) for piece in resampler.resample(given))
     return np.concatenate([piece.to_ndarray()[0] for piece in pieces])

@@ -4,7 +4,6 @@ import wave
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +13,8 @@ from torch import Tensor
 
 def write_video(path: str | Path, pixels: Tensor, fps: Fraction) -> None:
     """[F, 3, H, W] in [-1, 1] to an H.264 mp4 (MPEG-4 where this build of PyAV has no x264)."""
+    import av
+
     frames = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     with_x264 = "libx264" in av.codecs_available
     with av.open(str(path), "w", format="mp4") as container:

@@ -11,11 +11,13 @@ from accelerate.utils import gather_object
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
 from vfun_cli.run.metrics_file import MetricsFile
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.agreement import require_one_job
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
@@ -35,6 +37,7 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
     assert config.cache is not None and config.num_processes is not None
     prepare_environment(config.device)
     accelerator = make_accelerator(replace(config, gradient_accumulation_steps=1))
+    require_one_job(described)
     adapter = adapter_of(spec)
     options = adapter_options(config, spec, accelerator.device)
     encoders = adapter.encoders_of(options)
@@ -48,24 +51,28 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
             prune(config.cache, set().union(*everyone))
     progress = FillMetrics(run, len(work), shows=accelerator.is_main_process)
     reason = CONTINUE
-    for loaded in load_ahead(adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache):
-        outputs_of(encoders, loaded.samples, cache)
-        progress.step()
+    ahead = micro_batches_ahead(config, plan)
+    for loaded in load_ahead(
+        adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache, prefetch=ahead
+    ):
+        if loaded is not None:
+            outputs_of(encoders, loaded.samples, cache)
+            progress.step()
         reason = stop.reason()
         if reason != CONTINUE:
             break
     # No collective at the end: a rank with less work would wait for the others longer than a collective may take.
     rank = accelerator.process_index
     FillReport(rank=rank, ending=ENDINGS[reason], encoded=progress.done, needed=len(needed.keys)).write(run)
-    write_outcome(run, ranks=config.num_processes // config.num_machines)
+    write_outcome(run, config.machine_rank, ranks=config.num_processes // config.num_machines)
 
 
-def write_outcome(run: RunDir, *, ranks: int) -> None:
+def write_outcome(run: RunDir, machine_rank: int, *, ranks: int) -> None:
     """Of the ranks of this machine together, by the last of them to be done; each machine has a folder of its own."""
     reports = FillReport.read_all(run)
     if len(reports) == ranks:
         worst = max((report.ending for report in reports), key=ENDINGS.index)
-        Outcome(ending=worst, step=sum(report.encoded for report in reports)).write(run)
+        Outcome(ending=worst, step=sum(report.encoded for report in reports)).write(run, machine_rank)
 
 
 class MissingEntries:

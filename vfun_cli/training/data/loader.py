@@ -1,38 +1,44 @@
 """From the plan to decoded clips: this rank's micro-batches in order, decoded ahead by worker processes."""
 
+import errno
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from multiprocessing.connection import wait
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vfun_cli.errors import MetadataError, RunError, VfunError
+from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
-from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.plan.queue import MOST_AHEAD, SHARED_MEMORY_HINT
+from vfun_cli.run.memory_errors import HOST_HINT, memory_error, without_memory
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import Sample, load, shared_call_counts
+from vfun_cli.training.data.encoding import Sample, load
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300
-"""Seconds of decoding one micro-batch before its file counts as one that hangs its decoder. The other ranks wait
-meanwhile, and NCCL gives up after 600."""
+"""Seconds of decoding one micro-batch before its file counts as one that hangs its decoder, and seconds without a
+decoded micro-batch, and without one at work, before the decoding processes count as lost. The other ranks wait
+meanwhile, outside of all collectives of the devices."""
+
+PATIENCE = 1.0
+"""Seconds for which the next micro-batch is waited for before the rank looks whether it was asked to stop."""
 
 END_TIMEOUT = 10
 """Seconds between losing contact with a decoding process and its end; a large one takes a while to write its core."""
 
 FAULTS_OF_FILES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-"""Ends of a decoding process that are its file's doing; a killed one ran out of memory."""
+"""Ends of a decoding process that are its file's doing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ class LoadedBatch:
         return len(self.trained) / (len(self.trained) + len(self.bad))
 
 
-class ClipDataset(Dataset[LoadedBatch]):
+class ClipDataset(Dataset["LoadedBatch | HandedOver"]):
     """Decodes whole micro-batches; the sampler hands it the requests themselves."""
 
     def __init__(
@@ -92,8 +98,14 @@ class ClipDataset(Dataset[LoadedBatch]):
         self.cache = cache
         self.status = status
 
-    def __getitem__(self, batch: Any) -> LoadedBatch:
+    def __getitem__(self, batch: Any) -> "LoadedBatch | HandedOver":
         self.status.begin(batch)
+        loaded = self._load(batch)
+        found = loaded if get_worker_info() is None else _handed_over(loaded)
+        self.status.end()
+        return found
+
+    def _load(self, batch: MicroBatch) -> LoadedBatch:
         samples, good = [], []
         bad: list[tuple[SampleRequest, VfunError]] = []
         for request in batch.requests:
@@ -102,16 +114,67 @@ class ClipDataset(Dataset[LoadedBatch]):
                     raise MetadataError(batch.fault, hint=_DEEP_HINT)
                 samples.append(load(self.adapter, request, self.options, self.cache))
                 good.append(request)
-            except MetadataError as error:
-                hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
-                bad.append((request, MetadataError(f"row {request.key.row}: {error.message}", hint=hint)))
-            except VfunError as error:  # not the clip's fault
-                bad.append((request, error))
-        self.status.end()
+            except Exception as error:
+                bad.append((request, _named(error, request)))
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
 
 
+HandedOver = bytes
+"""A micro-batch on its way from the process that decoded it: where its tensors lie in shared memory, and the rest."""
+
+
+def _named(error: Exception, request: SampleRequest) -> VfunError:
+    """What kept a clip from being decoded, as an error that names its row.
+
+    Raises:
+        Exception: the error itself, where it is no known one.
+    """
+    if memory_error(error) is not None:  # whatever a decoder made of it, the clip is not to blame
+        return without_memory(error, f"row {request.key.row}: ")
+    if isinstance(error, MetadataError):
+        hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
+        return MetadataError(f"row {request.key.row}: {error.message}", hint=hint)
+    if isinstance(error, VfunError):
+        return error
+    raise error
+
+
+def _handed_over(loaded: LoadedBatch) -> HandedOver:
+    """The micro-batch as torch would send it. What fails here fails where it can still be told: in the thread that
+    feeds a queue it would only be printed, and the rank would wait for ever.
+    """
+    try:
+        return bytes(ForkingPickler.dumps(loaded))
+    except Exception as error:
+        rows = [request.key.row for request in loaded.batch.requests]
+        told = _not_handed_over(f"rows {rows} were decoded and cannot be handed over: {first_line(error)}.", error)
+        bad = tuple((request, told) for request in loaded.batch.requests)
+        return bytes(ForkingPickler.dumps(LoadedBatch(batch=replace(loaded.batch, requests=()), samples=[], bad=bad)))
+
+
+def _not_handed_over(message: str, error: Exception) -> VfunError:
+    """Of shared memory, torch says what the system said, without its number."""
+    if os.strerror(errno.ENOSPC) in str(error) or memory_error(error) is not None:
+        return FitError(message, hint=SHARED_MEMORY_HINT)
+    return RunError(message, hint="Fewer --dataloader-num-workers open fewer files; 0 hands nothing over.")
+
+
 _DEEP_HINT = "All files that cannot be decoded: vfun validate-meta --deep"
+
+
+@contextmanager
+def _room_in_shared_memory() -> Iterator[None]:
+    """Where the standard library uses /dev/shm, it is full as any other disk.
+
+    Raises:
+        FitError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise FitError("decoding processes cannot be started: /dev/shm is full.", hint=SHARED_MEMORY_HINT) from error
 
 
 class WorkerStatus:
@@ -119,7 +182,8 @@ class WorkerStatus:
 
     def __init__(self, workers: int) -> None:
         # process, step, index, nanoseconds; zero where nothing is decoded
-        self.numbers = forkserver.PROCESSES.Array("q", 4 * workers, lock=False)
+        with _room_in_shared_memory():
+            self.numbers = forkserver.PROCESSES.Array("q", 4 * workers, lock=False)
 
     def begin(self, batch: MicroBatch) -> None:
         """Called in a decoding process."""
@@ -157,8 +221,11 @@ def load_ahead(
     workers: int,
     on_bad_sample: str = "stop",
     cache: Cache | None = None,
-) -> Generator[LoadedBatch, None, None]:
-    """Decoded micro-batches in plan order; deterministic whatever the number of workers.
+    *,
+    prefetch: int = MOST_AHEAD,
+) -> Generator[LoadedBatch | None, None, None]:
+    """Decoded micro-batches in plan order, and None whenever the next one is not there within PATIENCE; which ones, and
+    in which order, is the same whatever the number of workers.
 
     With ``on_bad_sample`` "skip", a sample that cannot be decoded is left out. A micro-batch of which nothing is left
     comes with the samples of another one and weight 0, so that no rank makes fewer passes than the others.
@@ -166,30 +233,33 @@ def load_ahead(
     Raises:
         MetadataError: a clip that cannot be decoded, with its row; or with "skip", no clip that can.
         EnvironmentFault: an entry of the cache that cannot be read.
-        RunError: a decoding process ran out of memory.
+        FitError: a decoding process found no memory, or no room in /dev/shm.
+        RunError: the decoding processes hand nothing over.
     """
-    with closing(_decoded(adapter, options, batches, workers, cache)) as decoded:
+    with closing(_decoded(adapter, options, batches, workers, prefetch, cache)) as decoded:
         if on_bad_sample == "skip":
             yield from _with_substitutes(_without_errors(decoded, MetadataError))
         else:
             yield from _without_errors(decoded)
 
 
-def _without_errors(decoded: Iterator[LoadedBatch], *passed: type[VfunError]) -> Iterator[LoadedBatch]:
+def _without_errors(decoded: "Arriving", *passed: type[VfunError]) -> "Arriving":
     """Raise the first error that is not of these kinds."""
     for loaded in decoded:
-        for _, error in loaded.bad:
+        for _, error in () if loaded is None else loaded.bad:
             if not isinstance(error, passed):
                 raise error
         yield loaded
 
 
-def _with_substitutes(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+def _with_substitutes(decoded: "Arriving") -> "Arriving":
     """The nearest good micro-batch before, or at the start after, computes in place of one without samples."""
     good: LoadedBatch | None = None
     held: list[LoadedBatch] = []
     for loaded in decoded:
-        if loaded.samples:
+        if loaded is None:
+            yield None
+        elif loaded.samples:
             yield from (_substitute(each, loaded) for each in held)
             held, good = [], loaded
             yield loaded
@@ -201,33 +271,13 @@ def _with_substitutes(decoded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         raise MetadataError(f"none of {len(held)} micro-batches of this rank can be decoded.", hint=_DEEP_HINT)
 
 
+Arriving: TypeAlias = Iterator[LoadedBatch | None]
+"""Micro-batches; None: the next one is not there yet."""
+
+
 def _substitute(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
     requests = replace(loaded.batch, requests=good.batch.requests)
     return replace(loaded, batch=requests, samples=good.samples, is_substitute=True)
-
-
-def with_shared_calls(batches: Iterator[LoadedBatch], encoders: Encoders) -> Iterator[LoadedBatch]:
-    """Micro-batches with the number of calls of each shared encoder; as they are where no encoder is shared.
-
-    The counts of a micro-batch are reduced over the ranks while the one before it trains: a step finds the result and
-    waits for no other rank.
-    """
-    ranks, shared = encoders.sharding, encoders.shared
-    if ranks is None or not shared:
-        yield from batches
-        return
-    earlier: Callable[[], LoadedBatch] | None = None
-    for loaded in batches:
-        answer = ranks.all_reduce_max_async(shared_call_counts(encoders, loaded.samples))
-        if earlier is not None:
-            yield earlier()
-        earlier = partial(_with_call_counts, loaded, shared, answer)
-    if earlier is not None:
-        yield earlier()
-
-
-def _with_call_counts(loaded: LoadedBatch, shared: Sequence[str], answer: Callable[[], list[int]]) -> LoadedBatch:
-    return replace(loaded, shared_calls=dict(zip(shared, answer(), strict=True)))
 
 
 def _decoded(
@@ -235,8 +285,9 @@ def _decoded(
     options: AdapterOptions,
     batches: Iterator[MicroBatch],
     workers: int,
+    prefetch: int,
     cache: Cache | None,
-) -> Generator[LoadedBatch, None, None]:
+) -> Generator[LoadedBatch | None, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
     if workers:
@@ -254,25 +305,55 @@ def _decoded(
             batch_size=None,
             sampler=_PlannedBatches(handed_out(batches)),
             num_workers=workers,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=prefetch if workers else None,
+            timeout=PATIENCE if workers else 0,
             worker_init_fn=_start_worker,
             multiprocessing_context=forkserver.PROCESSES if workers else None,
         )
         with _watched(loader, status) as (decoded, ended):
             try:
-                for loaded in decoded:
-                    waiting.popleft()
+                idle = 0
+                for loaded in _arriving(decoded):
+                    if loaded is not None:
+                        waiting.popleft()
+                    idle = 0 if loaded is not None or status.entries() else idle + 1
+                    if idle * PATIENCE > LOAD_TIMEOUT:
+                        raise _lost(waiting[0])
                     yield loaded
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 dead = "DataLoader worker" in str(error) or (_lost_contact(error) and ended.one_within(END_TIMEOUT))
                 if not dead:
                     raise
-                faults = _faults(status, ended)
+                faults = _faults(status, ended, waiting)
         # Micro-batches that are not back yet are decoded again, but not those that hung or crashed.
         again = [replace(batch, fault=faults.get(batch.place)) for batch in waiting]
         batches = chain(again, batches)
         waiting.clear()
+
+
+def _arriving(decoded: Iterator[LoadedBatch | HandedOver]) -> Arriving:
+    """What torch's loader gives, as it was handed over; None whenever nothing came for PATIENCE."""
+    while True:
+        try:
+            found = next(decoded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            yield None
+        else:
+            yield ForkingPickler.loads(found) if isinstance(found, HandedOver) else found
+
+
+def _lost(batch: MicroBatch) -> RunError:
+    """A net under all that is known to go wrong: without it, the rank would wait for ever."""
+    rows = [request.key.row for request in batch.requests]
+    return RunError(
+        f"no decoding process has been at work for {LOAD_TIMEOUT} s, and rows {rows} were not handed over.",
+        hint="The log of this rank may say what became of them; --dataloader-num-workers 0 decodes without processes.",
+    )
 
 
 @dataclass
@@ -293,10 +374,13 @@ def _lost_contact(error: Exception) -> bool:
 
 
 @contextmanager
-def _watched(loader: DataLoader[LoadedBatch], status: WorkerStatus) -> Iterator[tuple[Iterator[LoadedBatch], _Ended]]:
+def _watched(
+    loader: "DataLoader[LoadedBatch | HandedOver]", status: WorkerStatus
+) -> Iterator[tuple[Iterator[LoadedBatch | HandedOver], _Ended]]:
     """The loader's iterator, with a thread that ends processes whose file hangs its decoder."""
     handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    with _room_in_shared_memory():  # for the locks of its queues
+        iterator = iter(loader)
     # torch would raise the death of a worker in the middle of a training step; when the next micro-batch
     # is fetched, the loader finds out by itself.
     signal.signal(signal.SIGCHLD, handler)
@@ -323,11 +407,15 @@ def _watched(loader: DataLoader[LoadedBatch], status: WorkerStatus) -> Iterator[
             process.kill()  # they ignore the signal by which Python ends its helpers, and would be waited for
 
 
-def _faults(status: WorkerStatus, ended: _Ended) -> dict[tuple[int, int], str]:
+def _faults(status: WorkerStatus, ended: _Ended, waiting: Iterable[MicroBatch]) -> dict[tuple[int, int], str]:
     """What files did to their decoding processes, by the place of the micro-batch.
 
+    Args:
+        waiting: what was to be decoded.
+
     Raises:
-        RunError: a decoding process was ended by something else.
+        FitError: a decoding process was ended for want of memory.
+        RunError: by something else.
     """
     faults: dict[tuple[int, int], str] = {}
     places = {number: place for number, place, _ in status.entries()}
@@ -336,13 +424,17 @@ def _faults(status: WorkerStatus, ended: _Ended) -> dict[tuple[int, int], str]:
             faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s."
         elif process.exitcode is not None and -process.exitcode in FAULTS_OF_FILES and number in places:
             faults[places[number]] = f"the decoder crashed ({signal.Signals(-process.exitcode).name})."
-    if not faults:
-        codes = sorted({process.exitcode for process in ended.processes.values() if process.exitcode})
-        raise RunError(
-            f"a decoding process ended with exit status {', '.join(map(str, codes)) or '0'}.",
-            hint="-9 means that memory ran out: use fewer --dataloader-num-workers.",
-        )
-    return faults
+    if faults:
+        return faults
+    codes = {number: process.exitcode for number, process in ended.processes.items() if process.exitcode}
+    rows = [r.key.row for batch in waiting for r in batch.requests if batch.place in map(places.get, codes)]
+    said = f"a decoding process ended with exit status {', '.join(map(str, sorted(set(codes.values())))) or '0'}"
+    message = f"{said}{f' while it was at rows {rows}' if rows else ''}"
+    if -signal.SIGBUS in codes.values():
+        raise FitError(f"{message}: /dev/shm is full, or a file was cut while it was read.", hint=SHARED_MEMORY_HINT)
+    if -signal.SIGKILL in codes.values():
+        raise FitError(f"{message}: the host probably ran out of memory.", hint=HOST_HINT)
+    raise RunError(f"{message}.", hint="The log of this rank may say why.")
 
 
 def _start_worker(worker: int) -> None:

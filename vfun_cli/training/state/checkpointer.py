@@ -5,15 +5,15 @@ import json
 import os
 import shutil
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
@@ -23,10 +23,12 @@ from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.state.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
+from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
@@ -58,6 +60,7 @@ class Checkpointer:
         self.keep = keep
         self.config_files = config_files
         self.background = Background()
+        patient_group()  # now: where the hosts do not reach each other, this is known before a step is trained
 
     def save(self, state: TrainedState, run_state: dict[str, Any], *, background: bool = False) -> Path:
         """Write ``checkpoint-<step>`` with all ranks together; older ones go only after it is complete.
@@ -74,20 +77,24 @@ class Checkpointer:
         self.wait()
         self.require_space(state)
         step = run_state["step"]
-        with self._failure_named(step):
-            if background:
-                assert self.staging is not None
-                waiting = self.staging / f"checkpoint-{step}"
+        if background:
+            assert self.staging is not None
+            waiting = self.staging / f"checkpoint-{step}"
+            with all_or_none(), self._failure_named(step):
                 self._require_memory(state, self.staging)
-                self._collect(state, waiting / MODEL_DIR, state.accelerator.is_local_main_process)
-                if state.accelerator.is_local_main_process:
-                    self.background.start(lambda: self._copy_to_disk(state, waiting, run_state))
-            else:
-                partial = self.run.partial_checkpoint(step)
-                self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process)
+            self._collect(state, waiting / MODEL_DIR, state.accelerator.is_local_main_process, step)
+            if state.accelerator.is_local_main_process:
+                self.background.start(lambda: self._copy_to_disk(state, waiting, run_state))
+        else:
+            partial = self.run.partial_checkpoint(step)
+            self._collect(state, partial / MODEL_DIR, state.accelerator.is_main_process, step)
+            with all_or_none(), self._failure_named(step):
+                own = self.format.written_by(state.accelerator.process_index, partial / MODEL_DIR)
+                described = manifest.describe(partial, own)
+            written = gather_all(described)
+            with all_or_none(), self._failure_named(step):
                 if state.accelerator.is_main_process:
-                    self._finish(partial, run_state)
-                state.accelerator.wait_for_everyone()
+                    self._finish(partial, run_state, dict(ChainMap(*written)))
         return self.run.checkpoint(step)
 
     def raise_background_error(self) -> None:
@@ -95,12 +102,13 @@ class Checkpointer:
         self.background.raise_error()
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written in the background.
+        """Wait until no checkpoint is being written in the background, on any machine; all ranks together.
 
         Raises:
             RunError: it could not be written.
         """
-        self.background.wait()
+        with all_or_none():
+            self.background.wait()
 
     @contextmanager
     def _failure_named(self, step: int) -> Iterator[None]:
@@ -122,10 +130,8 @@ class Checkpointer:
         Raises:
             RunError: how much is missing, or the run directory is gone.
         """
-        found: list[str | None] = [None]
-        if state.accelerator.is_main_process:
-            found = [_lack_of_space(self.run.root, checkpoint_bytes(state))]
-        lack = broadcast_object_list(found)[0]
+        main = state.accelerator.is_main_process
+        lack = gather_all(_lack_of_space(self.run.root, checkpoint_bytes(state)) if main else None)[0]
         if lack is not None:
             raise RunError(
                 f"no checkpoint can be written to {self.run.root}: {lack}.",
@@ -134,6 +140,11 @@ class Checkpointer:
             )
 
     def _require_memory(self, state: TrainedState, staging: Path) -> None:
+        """Stop where this machine's memory cannot take its part.
+
+        Raises:
+            FitError: how much is missing.
+        """
         if state.accelerator.is_local_main_process:
             ownership.make_private(staging)  # where ranks are started by hand, no command has made it
         folder = staging.parent
@@ -144,17 +155,18 @@ class Checkpointer:
                 hint="Enlarge that file system (docker run --shm-size), or leave out --async-checkpoint.",
             )
 
-    def _collect(self, state: TrainedState, folder: Path, makes_folder: bool) -> None:
+    def _collect(self, state: TrainedState, folder: Path, makes_folder: bool, step: int) -> None:
         """The strategy's files and the average, from all ranks together."""
-        if makes_folder:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            folder.parent.mkdir()
-            folder.mkdir()
-        state.accelerator.wait_for_everyone()
-        self.format.save(state, folder)
-        if state.average is not None and state.accelerator.is_main_process:
-            save_tensors(state.average.shadow, folder / EMA_FILE)
-        state.accelerator.wait_for_everyone()
+        with all_or_none(), self._failure_named(step):
+            if makes_folder:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+                folder.parent.mkdir()
+                folder.mkdir()
+        with self._failure_named(step):  # with collectives of the strategy's own in it
+            self.format.save(state, folder)
+        with all_or_none(), self._failure_named(step):
+            if state.average is not None and state.accelerator.is_main_process:
+                save_tensors(state.average.shadow, folder / EMA_FILE)
 
     def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
@@ -162,25 +174,34 @@ class Checkpointer:
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
             on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
+            copied = [partial / file.relative_to(waiting) for file in manifest.files_of(waiting)]
             copy_folder(waiting, partial)
             shutil.rmtree(waiting)
             arrived = [partial.with_name(f"{partial.name}-from-{number}") for number in range(machines)]
-            arrived[machine].touch()
+            manifest.write_json(arrived[machine], manifest.describe(partial, copied))
             if machine == 0:
+                deadline = time.monotonic() + FILES_LIMIT.total_seconds()
                 while not all(mark.exists() for mark in arrived):
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(errno.ETIMEDOUT, "another machine has not written its part for hours")
                     time.sleep(_POLL_SECONDS)
+                written = [json.loads(mark.read_text(encoding="utf-8")) for mark in arrived]
                 for mark in arrived:
                     mark.unlink()
-                self._finish(partial, run_state)
+                self._finish(partial, run_state, dict(ChainMap(*written)))
 
-    def _finish(self, partial: Path, run_state: dict[str, Any]) -> None:
-        """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go."""
+    def _finish(self, partial: Path, run_state: dict[str, Any], written: Mapping[str, dict[str, Any]]) -> None:
+        """What makes the files a checkpoint: configuration, state, manifest, name; then the old ones go.
+
+        Args:
+            written: the manifest's entries of what the strategy has written, from those who did.
+        """
         final = self.run.checkpoint(run_state["step"])
         (partial / CONFIG_DIR).mkdir()
         for name, source in self.config_files.items():
             shutil.copyfile(source, partial / CONFIG_DIR / name)
         (partial / STATE_FILE).write_text(json.dumps({"schema": 1, **run_state}, indent=2), encoding="utf-8")
-        manifest.write_manifest(partial)
+        manifest.write_manifest(partial, written)
         replaced = self.run.replaced_checkpoint(run_state["step"])
         run_id = run_state.get("run_id")
         if os.path.lexists(final):
@@ -199,8 +220,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
-        manifest.verify(checkpoint, deep=False)
-        run_state = read_state(checkpoint)
+        with all_or_none():
+            manifest.verify(checkpoint, deep=False)
+            run_state = read_state(checkpoint)
         if self._is_native(run_state, state.accelerator.num_processes):
             self.format.load(state, checkpoint / MODEL_DIR)
         else:
@@ -234,19 +256,13 @@ class Checkpointer:
 
 
 def checkpoint_bytes(state: TrainedState) -> int:
-    """What a checkpoint takes at most: float32 weights, two moments, the compute copies that DeepSpeed adds, the
-    average, and what describes them.
-    """
+    """What a checkpoint takes at most."""
     trained = trained_parameters(state)
     count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-    copies = 3 + (state.average is not None)
-    return count * (4 * copies + 2) + len(trained) * _METADATA_BYTES + _BYTES_OF_OTHER_FILES
+    copies = max((parameter.element_size() for parameter in trained.values()), default=0)
+    engine = hasattr(state.model, "zero_optimization_stage")
+    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=copies if engine else 0)
 
-
-_METADATA_BYTES = 8192
-"""A parameter's entries in DCP's metadata or DeepSpeed's pickles, three tensors in the shards of a few ranks."""
-
-_BYTES_OF_OTHER_FILES = 1 << 20
 
 _POLL_SECONDS = 0.05
 

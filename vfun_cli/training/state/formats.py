@@ -1,7 +1,8 @@
 """How each strategy writes its weights and optimizer, and reads them back."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from vfun_cli.checkpoints.manifest import files_of
 from vfun_cli.checkpoints.pickles import Listed, listed_classes, load_pickle
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, VfunError, first_line
@@ -29,6 +31,7 @@ from vfun_cli.modeling.pickled import load_pickled
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
+from vfun_cli.training.waiting import patient_group, wait_for_all
 from vfun_cli.typed_json import stays_inside
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,8 +44,19 @@ class CheckpointFormat:
 
     save: Callable[[TrainedState, Path], None]
     load: Callable[[TrainedState, Path], None]
+    shards: str | None = None
+    """Which files each rank writes, as a pattern with its ``{rank}``; all others are written by rank 0."""
     any_world_size: bool = True
     """Whether ``load`` reads what another number of processes wrote."""
+
+    def written_by(self, rank: int, folder: Path) -> list[Path]:
+        """The files of the folder that this rank has written."""
+        if self.shards is None:
+            return files_of(folder) if rank == 0 else []
+        own = list(folder.glob(self.shards.format(rank=rank)))
+        if rank == 0:
+            own += set(files_of(folder)) - set(folder.glob(self.shards.format(rank="*")))
+        return sorted(own)
 
 
 def _save_plain(state: TrainedState, folder: Path) -> None:
@@ -78,13 +92,18 @@ def _load_plain(state: TrainedState, folder: Path) -> None:
 
 def _save_sharded(state: TrainedState, folder: Path) -> None:
     """torch.distributed.checkpoint, every rank its own shards."""
-    save_distributed(_sharded(state), checkpoint_id=folder)
+    save_distributed(_sharded(state), checkpoint_id=folder, process_group=patient_group())
 
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
     content = _sharded(state)
     try:
-        load_distributed(content, storage_reader=_ListedReader(folder), planner=_ListedPlanner(folder))
+        load_distributed(
+            content,
+            storage_reader=_ListedReader(folder),
+            planner=_ListedPlanner(folder),
+            process_group=patient_group(),
+        )
     except CheckpointException as error:  # torch's own, of all ranks together
         first = next(failure for failure, _ in error.failures.values())
         if isinstance(first, VfunError):
@@ -152,7 +171,21 @@ def _save_engine(state: TrainedState, folder: Path) -> None:
     """DeepSpeed's own checkpoint; the frozen base is not in it."""
     engine: Any = state.model
     engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
-    engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
+    with _patient_barriers():
+        engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
+
+
+@contextmanager
+def _patient_barriers() -> Iterator[None]:
+    """Let DeepSpeed's ranks wait for each other's files as ours do."""
+    from deepspeed import comm
+
+    barrier = comm.barrier
+    comm.barrier = wait_for_all
+    try:
+        yield
+    finally:
+        comm.barrier = barrier
 
 
 def _load_engine(state: TrainedState, folder: Path) -> None:
@@ -170,8 +203,10 @@ def _load_listed(path: str, map_location: Any = None) -> Any:
 
 FORMATS = {
     "plain": CheckpointFormat(_save_plain, _load_plain),
-    "dcp": CheckpointFormat(_save_sharded, _load_sharded),
-    "deepspeed": CheckpointFormat(_save_engine, _load_engine, any_world_size=False),
+    "dcp": CheckpointFormat(_save_sharded, _load_sharded, shards="__{rank}_*.distcp"),
+    "deepspeed": CheckpointFormat(
+        _save_engine, _load_engine, shards=f"{_TAG}/*zero_pp_rank_{{rank}}_mp_rank_*", any_world_size=False
+    ),
 }
 
 

@@ -1,0 +1,158 @@
+"""Commands of several machines in one run directory: what one of them meets ends all, in the same words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfun_cli.errors import CheckpointError, VfunError
+from vfun_cli.launch import machines, supervise
+from vfun_cli.launch.machines import GRACE, SILENT, SILENT_AT_WORK, Machine
+from vfun_cli.run.messages import Failure, MachineReport, RankError
+from vfun_cli.run.rundir import RunDir
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "LOOK", 0.0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "logs").mkdir()
+    return RunDir(tmp_path)
+
+
+def failure(kind: str, time: float, message: str) -> Failure:
+    return Failure(kind=kind, time=time, message=message, hint="Go on.", exit_code=1)
+
+
+def met(run: RunDir, count: int) -> list[Machine]:
+    """That many machines, of two processes each, which have heard of each other."""
+    job = [Machine(run, number, machines=count, processes=2 * count) for number in range(count)]
+    for number in range(count):
+        beat(run, number)
+    for machine in job:
+        machine.look()
+    return job
+
+
+def beat(run: RunDir, number: int, **said: object) -> None:
+    """A sign of life of a machine, in place of its command's thread."""
+    beat.count = getattr(beat, "count", 0) + 1  # type: ignore[attr-defined]
+    values = {"state": "works", "attempt": 1, **said}
+    MachineReport(machine=number, beat=str(beat.count), **values).write(run)  # type: ignore[arg-type, attr-defined]
+
+
+def ends(machine: Machine) -> bool:
+    """Whether its ranks are ended within the looks that they have to say something."""
+    return [machine.must_end() for _ in range(GRACE + 2)][-1]
+
+
+def agree(run: RunDir, job: list[Machine], met_there: list[Failure | None]) -> list[str]:
+    """What each says that all ended with, when the others have reported to machine 0 before it asks."""
+    for number, own in list(enumerate(met_there))[1:]:
+        beat(run, number, state="failed", attempt=job[0].attempt, failure=own)
+    return [machine.agree(own).message for machine, own in zip(job, met_there, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("met_there", "cause"),
+    [
+        ([failure("crash", 1, "lost 2"), failure("error", 3, "bad rows"), failure("killed", 2, "dead")], "bad rows"),
+        ([failure("crash", 1, "lost 1"), failure("killed", 2, "dead"), None], "dead"),
+        ([None, failure("crash", 2, "second"), failure("crash", 1, "first")], "first"),
+    ],
+)
+def test_all_machines_end_with_the_same_cause(met_there: list[Failure | None], cause: str, run: RunDir) -> None:
+    assert agree(run, met(run, 3), met_there) == [cause] * 3
+
+
+def test_a_machine_that_fails_ends_the_ranks_of_the_others_after_they_could_speak(run: RunDir) -> None:
+    first, second, third = met(run, 3)
+    assert not ends(first) and not ends(second)
+    beat(run, 2, state="failed", failure=failure("crash", 1, "x"))
+    assert not first.must_end()
+    assert ends(first) and not ends(second), "the others hear of it from machine 0"
+    beat(run, 0, state="failing")
+    assert ends(second)
+    RankError(rank=5, time=1, message="", hint=None, exit_code=1, crash=True, traceback="").write(run)
+    assert ends(third)
+    assert [error.rank for error in third.errors()] == [5] and not second.errors()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_machine_without_a_sign_of_life_is_named(number: int, run: RunDir) -> None:
+    machine, gone = met(run, 2)[number], 1 - number
+    for _ in range(SILENT_AT_WORK - 1):
+        assert not machine.must_end()
+    beat(run, gone)
+    looks = [machine.must_end() for _ in range(1 + SILENT_AT_WORK + GRACE)]
+    assert not any(looks[:-1]) and looks[-1]
+    said = machine.agree(failure("crash", 1, "Connection closed by peer"))
+    assert f"machine {gone} has gone without a word" in said.message and said.kind == "error"
+
+
+def test_a_peer_that_was_lost_is_waited_for_before_it_is_blamed(run: RunDir) -> None:
+    first, _ = met(run, 2)
+    looks = []
+    said = first.agree(failure("crash", 1, "lost"), given_up=lambda: looks.append(first) or len(looks) > SILENT - 2)
+    assert said.message == "lost"
+    assert "machine 1 has gone" in first.agree(failure("crash", 1, "lost")).message
+
+
+def test_what_an_earlier_command_reported_counts_for_nothing(run: RunDir) -> None:
+    beat(run, 1, state="ended", failure=failure("error", 1, "of an earlier job"))
+    machine = Machine(run, 0, machines=2, processes=2)
+    assert not ends(machine)
+    assert machine.agree(failure("crash", 2, "of this one")).message == "of this one", "and nobody is waited for"
+
+
+@pytest.mark.parametrize(
+    "harm", ["", "{", "[]", '{"machine": 1, "state": "?", "attempt": 1, "beat": "", "failure": null}']
+)
+def test_a_report_that_cannot_be_read_is_no_silence(harm: str, run: RunDir) -> None:
+    machine, _ = met(run, 2)
+    run.machine_report(1).write_text(harm)
+    for _ in range(2 * SILENT_AT_WORK):
+        assert not machine.must_end()
+
+
+def test_all_begin_the_next_attempt_from_the_checkpoint_that_machine_0_names(run: RunDir) -> None:
+    job = met(run, 3)
+    for found in ((4, 2, None), (8, 4, 4)):
+        agree(run, job, [failure("crash", 1, "x")] * 3)
+        assert [each.next_attempt(step) for each, step in zip(job, found, strict=True)] == [found[0]] * 3
+        for each in job:
+            each.look()
+        assert not any(ends(each) for each in job)
+
+
+def test_no_attempt_begins_after_machine_0_has_ended(run: RunDir) -> None:
+    job = met(run, 2)
+    with pytest.raises(CheckpointError), job[0].taking_part():
+        assert agree(run, job, [failure("crash", 1, "x")] * 2) == ["x", "x"]
+        raise CheckpointError("it is damaged.")
+    job[1].look()
+    with pytest.raises(CheckpointError, match=r"^it is damaged\.$"):
+        job[1].next_attempt(2)
+
+
+def test_a_launch_ends_with_the_error_of_another_machine(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "GRACE", 0)
+    machine = met(run, 2)[1]
+    reason = Failure(kind="error", time=1, message="bad rows", hint="Mend them.", exit_code=3)
+    beat(run, 0, state="failed", failure=reason)
+    argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with supervise.stop_requests(run, 1) as stop, pytest.raises(VfunError) as caught:
+        supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
+    assert (caught.value.message, caught.value.exit_code) == ("bad rows", 3)
+
+
+def test_a_machine_alone_reports_nothing_and_waits_for_nobody(run: RunDir) -> None:
+    alone = Machine(run)
+    with alone.taking_part():
+        assert not ends(alone) and alone.next_attempt(3) == 3
+        assert alone.agree(failure("crash", 1, "x")).message == "x"
+    assert not [*run.logs.iterdir()]

@@ -1,0 +1,81 @@
+"""Whoever says that memory ran out, and however deep inside: the error says what helps."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from vfun_cli.errors import FitError, RunError
+from vfun_cli.run.memory_errors import memory_error, memory_line
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.__main__ import _translate
+
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Failed to CUDA calloc async 2621440 bytes"""
+ON_DEVICE = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError(NCCL),
+    RuntimeError("NCCL WARN Cuda failure 2 'out of memory'"),
+    RuntimeError("cudaErrorMemoryAllocation"),
+)
+ON_HOST = (
+    MemoryError(),
+    np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("float32")),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("unable to mmap 4096 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+    RuntimeError("std::bad_alloc"),
+)
+OTHERS = (
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+    ValueError("memory format channels_last is not supported"),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+)
+
+
+def chained(error: Exception) -> Exception:
+    """As libraries wrap what they met."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise KeyError("blocks.3") from cause
+    except KeyError as first:
+        try:
+            raise RuntimeError("the state could not be restored")
+        except RuntimeError as second:
+            second.__context__ = first
+            return second
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("error", [*ON_DEVICE, *ON_HOST], ids=lambda error: f"{type(error).__name__} {error}"[:60])
+def test_a_memory_error_says_what_helps_and_is_no_crash(error: Exception, wrapped: bool, tmp_path: object) -> None:
+    found = _translate(chained(error) if wrapped else error, RunDir("run"))
+    assert isinstance(found, FitError)
+    on_host = error in ON_HOST
+    assert ("the host's memory" in found.message) == on_host
+    assert ("--dataloader-num-workers" if on_host else "--gradient-checkpointing") in str(found.hint)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=str)
+def test_other_errors_are_what_they_were(error: Exception) -> None:
+    assert memory_error(error) is None
+    assert not isinstance(_translate(error, RunDir("run")), FitError)
+    assert isinstance(_translate(OTHERS[0], RunDir("run")), RunError)
+
+
+def test_a_log_is_searched_line_by_line() -> None:
+    assert memory_line(f"Traceback\n{NCCL}\nmore") == "Failed to CUDA calloc async 2621440 bytes"
+    assert memory_line("step 1\nstep 2") is None

@@ -1,0 +1,83 @@
+"""Two ranks, as two machines of one process each: what one meets or has otherwise, both raise in the same words."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from tests.run.small_run import CONFIG, DESCRIBED
+from vfun_cli.errors import FitError, VfunError
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training import agreement
+from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
+from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.live import TrainedState
+
+folder = Path(sys.argv[1])
+agreement.SEEN_WITHIN = 0.3
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+said: dict[str, Any] = {}
+
+
+def noted(name: str, work: Callable[[], object]) -> None:
+    try:
+        said[name] = work()
+    except VfunError as error:
+        said[name] = [type(error).__name__, error.message, error.rank]
+    except ZeroDivisionError:
+        said[name] = "its own"
+
+
+def fails_on(*ranks: int, error: Exception) -> None:
+    with all_or_none():
+        if rank in ranks:
+            raise error
+
+
+def job(**changed: object) -> dict[str, Any]:
+    return {
+        **DESCRIBED,
+        "plan_digest": "a",
+        "config": {**CONFIG, "machine_rank": rank, "learning_rate": 1e-4},
+        **changed,
+    }
+
+
+def one(path: Path) -> RunDir:
+    path.mkdir(exist_ok=True)
+    (path / "logs").mkdir(exist_ok=True)
+    return RunDir(path)
+
+
+def full_memory() -> object:
+    """A save in the background for which the second machine's memory is too small."""
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
+    staging = folder / f"memory-{rank}" / "of-this-launch"
+    staging.parent.mkdir()
+    saver = Checkpointer(one(folder / "run"), "ddp", keep=None, config_files={}, staging=staging)
+    if rank == 1:
+        saver._require_memory = refuse  # type: ignore[method-assign]
+    return str(saver.save(state, {"step": 1}, background=True))
+
+
+def refuse(*_: object) -> None:
+    raise FitError("no memory.")
+
+
+noted("nobody fails", lambda: fails_on(error=FitError("x.")))
+noted("one fails", lambda: fails_on(1, error=FitError("no memory.")))
+noted("both fail", lambda: fails_on(0, 1, error=FitError(f"of {rank}.")))
+noted("a foreign error", lambda: fails_on(1, error=ZeroDivisionError("by zero")))
+noted("one directory", lambda: require_one_directory(one(folder / "run")))
+noted("two directories", lambda: require_one_directory(one(folder / f"run-{rank}")))
+noted("one job", lambda: require_one_job(job()))
+noted("two plans", lambda: require_one_job(job(plan_digest=f"plan {rank}")))
+noted("full memory", full_memory)
+(folder / f"said-{rank}.json").write_text(json.dumps(said))

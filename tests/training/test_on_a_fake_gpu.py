@@ -1,0 +1,132 @@
+"""A whole step of every family on a made-up CUDA device: who waits for whom, and what is computed in which type."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from live_models import FAMILIES, SMALL, LiveModel
+from torch import Tensor, nn
+from torch.distributed.utils import _to_kwargs
+from torch.utils._pytree import tree_leaves
+from trainer_parts import Parts, loaded
+
+from tests.fake_cuda import HostTraffic, made_up_cuda
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training.blocks import find_blocks
+from vfun_cli.training.data.encoding import load
+from vfun_cli.training.lora import add_adapters
+from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks
+
+LIVE = Callable[[str], LiveModel]
+Types = dict[str, list[tuple[set[torch.dtype], set[torch.dtype]]]]
+BF16 = {torch.bfloat16}
+
+
+def moved_by_the_wrapper(model: nn.Module, device: torch.device) -> None:
+    """As DDP and FSDP do it with whatever tensor a forward pass is given."""
+
+    def move(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        (args,), (kwargs,) = _to_kwargs(args, kwargs, device, False)
+        return args, kwargs
+
+    model.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def noted(model: nn.Module) -> Types:
+    """By each module's name, the floating types that enter it and those that leave it, call by call."""
+    types: Types = {}
+
+    def floating(values: Any) -> set[torch.dtype]:
+        return {each.dtype for each in tree_leaves(values) if isinstance(each, Tensor) and each.is_floating_point()}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            types.setdefault(name, []).append((floating((args, kwargs)), floating(output)))
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(note(name), with_kwargs=True)
+    return types
+
+
+@pytest.mark.parametrize("command", ["lora", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and_zero(
+    family: str, command: str, live_model: LIVE, tmp_path: Path, device_restored: None
+) -> None:
+    """Those have weights in bf16 wherever they are used. Whatever the strategy, gradients of masters are float32."""
+    live = live_model(family)
+    request, sample = live.cached(*SMALL)
+    model = live.transformer()
+    if command == "lora":
+        add_adapters(model, resolve("lora", live.spec, {}, environ={}).config, live.spec, live.dims)
+    for weight in model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+    model.to("meta")
+    in_bf16 = copy.deepcopy(model)
+    for weight in in_bf16.parameters():
+        weight.data = weight.data.bfloat16()
+    config = RunConfig(strategy="ddp", gradient_checkpointing="block", mixed_precision="bf16")
+    plan: Any = SimpleNamespace(spec=live.spec, dims=live.dims)
+    prepare_blocks(config, plan, model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = set[torch.dtype]()
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(lambda each: gradients.add(each.grad.dtype))
+    with made_up_cuda() as device:
+        adapter: Any = copy.copy(live.adapter)
+        adapter.encoders = Encoders({}, device)
+        moved_by_the_wrapper(model, device)
+        given = list[Any]()
+        model.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+        types, expected = noted(model), noted(in_bf16)
+        parts = Parts(tmp_path, model, live, adapter, live.objective, mixed_precision="bf16")
+        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
+        assert pending.ranks.device == device and pending.ranks.shape == (1, 12)
+        with torch.no_grad():
+            in_bf16(*given[0][0], **given[0][1])
+    assert gradients == {torch.float32} == {weight.dtype for weight in trained}
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [names[block] for block in find_blocks(model, live.spec.model.block_classes)]
+    assert len(blocks) >= 2
+    for name, calls in expected.items():  # what is computed again for its gradients comes after these
+        assert types[name][: len(calls)] == calls, name
+        assert name not in blocks or all(leaving == BF16 for _, leaving in types[name]), name
+
+
+MASK_READ_BY_TRANSFORMERS = {"hunyuanvideo-t2v", "hunyuanvideo-i2v", "easyanimate-v5.1-control"}
+"""Their text encoders (Llama, LLaVA, Qwen2-VL) are transformers' own, which looks whether a mask hides anything."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoders_beside_the_step_never_wait_for_the_device(
+    family: str, live_model: LIVE, tmp_path: Path, device_restored: None
+) -> None:
+    live = live_model(family)
+    kind, request = adapter_of(live.spec), live.request(0, *SMALL)
+    sample = load(kind, request, adapter_options(live.config, live.spec, torch.device("cpu")))
+    adapter: Any = copy.copy(live.adapter)
+    adapter.encoders = copy.copy(live.adapter.encoders)
+    live.adapter.encoders.load()
+    adapter.encoders.loaded = {
+        name: copy.deepcopy(encoder).to("meta") for name, encoder in live.adapter.encoders.loaded.items()
+    }
+    model = live.transformer().to("meta")
+    with made_up_cuda() as device:
+        adapter.encoders.device = device
+        parts = Parts(tmp_path, model, live, adapter, live.objective)
+        micro_batches = [loaded(0, [request], [sample])]
+        if family not in MASK_READ_BY_TRANSFORMERS:
+            parts.trainer.enqueue(0, micro_batches)
+            return
+        with pytest.raises(HostTraffic) as caught:
+            parts.trainer.enqueue(0, micro_batches)
+        assert any("transformers" in str(entry.path) for entry in caught.traceback)

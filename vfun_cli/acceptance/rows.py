@@ -1,0 +1,326 @@
+"""What is proved, as data: the commands of each row, what its losses are compared with, and what it needs.
+
+A row trains a demo for a few steps in a run directory of its own. Its losses must be those of its reference: the same
+steps on the CPU, or on the same device without the option that the row is about.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vfun_cli import families
+from vfun_cli.config.options import BASE_PRECISIONS
+from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.errors import ConfigError, FitError
+
+VFUN = "vfun_cli"
+MADE_UP = "vfun_cli.acceptance.made_up"
+SCARCE = "vfun_cli.acceptance.scarce"
+
+Command = tuple[str, ...]
+"""A module that is started as a process, and its arguments."""
+
+DEMO, RUNS = "demo", "runs"
+"""The row of a family that makes its demo; the folder of the run directories."""
+
+FIRST = ("wan-s2v", "cogvideox-fun")
+"""The families whose rows come first and that are tried in every way: the largest, and one with all else otherwise."""
+
+STEPS = 3
+
+FLOAT32, BF16, STRATEGY, QUANTISED = 2e-3, 0.1, 0.03, 0.1
+"""Bounds, as relative differences of a step's loss: float32 on two devices (without TF32); bf16 from float32; the same
+bf16 rounded at other places; a base in 8 or 4 bits. At the demo's learning rate steps drift apart quickly."""
+
+REPEATED = {"cpu": 0.0, "cuda": 1e-2}
+"""The bound for the same computed twice, in bf16: backward passes of attention on a GPU add in any order. What the
+device itself makes of it is the deviation of the rows ``again``."""
+
+LARGE = 4096
+"""Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB, and 3.2 as float32."""
+
+NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""vfun leaves TF32 as torch has it: off in matrix products, on in the convolutions of the VAE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing that is proved."""
+
+    name: str
+    """``family/what``: also the folder of its run."""
+    proves: str
+    commands: tuple[Command, ...]
+    """Run one after another."""
+    run: str | None = None
+    """The row in whose run directory the losses are, by default its own; empty: there are none."""
+    reference: str | None = None
+    """The row whose losses it must have."""
+    bound: float = 0.0
+    steps: tuple[int, ...] = ()
+    """The steps that are compared, by default all."""
+    after: str | None = None
+    """The row that must have worked before."""
+    needs: tuple[str, ...] = ()
+    """What the machine must have: names of ``machine.LACKS``."""
+    exit_code: int = 0
+    """Of its last command."""
+    says: tuple[str, ...] = ()
+    """What its last command must say."""
+    never_says: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What its processes find in their environment."""
+    alone: bool = False
+    """Nothing else may run beside it."""
+
+    @property
+    def losses_of(self) -> str:
+        """The row whose run directory has its losses."""
+        return self.name if self.run is None else self.run
+
+
+def all_rows(device: str) -> list[Row]:
+    """Every row, what tells most first; those that make the demos before all others."""
+    rest = [name for name in families.FAMILIES if name not in FIRST]
+    names = [*FIRST, *rest]
+    groups = [
+        [_demo(name) for name in names],
+        *(_precisions(name, device) for name in FIRST),
+        *(_steps(name, device) for name in FIRST),
+        *(_precisions(name, device) for name in rest),
+        *(_strategies(name, device) for name in FIRST),
+        *(_bases(name, device) for name in FIRST),
+        *(_resumed(FIRST[0], strategy, device) for strategy in ("single", "fsdp", "zero3")),
+        *(_options(name, device) for name in FIRST),
+        *(_steps(name, device) for name in rest),
+        [_fsdp(name, device) for name in rest],
+        [_lora(name, device) for name in rest],
+        [_in_turn(name, device) for name in names],
+        *(_without_waits(name, device) for name in FIRST),
+        [_out_of_memory(FIRST[0], device)],
+    ]
+    return [row for group in groups for row in group]
+
+
+def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    """The rows of these names, or whose names hold a text, with those that they are compared with or come after.
+
+    Raises:
+        ConfigError: a text that no name holds.
+    """
+    by_name = {row.name: row for row in rows}
+    named: list[str] = [] if only else list(by_name)
+    for text in only:
+        found = [text] if text in by_name else [name for name in by_name if text in name]
+        named += [name for name in found if name not in named]
+        if not found:
+            raise ConfigError(
+                f"no row of the acceptance run has {text!r} in its name.",
+                hint="Names are like wan-s2v/fsdp; vfun acceptance --list prints all.",
+                option="--only",
+            )
+    for name in named:  # grows as it goes
+        row = by_name[name]
+        named += [other for other in (row.reference, row.after) if other is not None and other not in named]
+    return [row for row in rows if row.name in named]
+
+
+def _demo(family: str) -> Row:
+    return Row(
+        name=f"{family}/{DEMO}", proves="the demo's model is written, and its media where PyAV is installed",
+        commands=((MADE_UP, family),), run="",
+    )  # fmt: skip
+
+
+def _trained(
+    name: str, proves: str, family: str, device: str, *options: str, command: str = "train",
+    before: Sequence[Command] = (), **fields: Any,
+) -> Row:  # fmt: skip
+    """A few steps through the command line and the launcher."""
+    needs = ("av", *fields.pop("needs", ()))
+    typed = (
+        VFUN, command, family, "--demo", "--device", device, "--num-processes", "1", "--report-to", "none",
+        "--max-train-steps", str(STEPS), "--dataloader-num-workers", "0", "--output-dir", f"{RUNS}/{name}", *options,
+    )  # fmt: skip
+    return Row(
+        name=name, proves=proves, commands=(*before, typed), after=f"{family}/{DEMO}", needs=needs, **fields
+    )  # fmt: skip
+
+
+BF16_OPTION = ("--mixed-precision", "bf16")
+"""Typed, so that a CPU without bf16 units computes in it too."""
+
+
+def _like_bf16(family: str) -> dict[str, Any]:
+    return {"reference": f"{family}/bf16", "bound": STRATEGY}
+
+
+def _precisions(family: str, device: str) -> list[Row]:
+    """The reference on the CPU, and the device in float32 and in bf16."""
+    full = ("--mixed-precision", "no")
+    reference = f"{family}/cpu"
+    return [
+        _trained(reference, "float32 on the CPU, which the others are compared with", family, "cpu", *full),
+        _trained(
+            f"{family}/fp32", "the step in float32", family, device, *full, reference=reference, bound=FLOAT32,
+            variables=NO_TF32,
+        ),
+        _trained(
+            f"{family}/bf16", "the step in bf16", family, device, *BF16_OPTION, reference=reference, bound=BF16
+        ),
+    ]  # fmt: skip
+
+
+def _strategies(family: str, device: str) -> list[Row]:
+    """Each of them on one process; the training refuses to run under another than was asked for."""
+    return [
+        _trained(
+            f"{family}/{name}", f"{name} of one process", family, device, "--strategy", name, *BF16_OPTION,
+            needs=("deepspeed",) if strategy.wrapper == "deepspeed" else (), **_like_bf16(family),
+        )
+        for name, strategy in STRATEGIES.items()
+        if name != "single"
+    ]  # fmt: skip
+
+
+def _fsdp(family: str, device: str) -> Row:
+    """Its units are the family's own blocks."""
+    return _trained(
+        f"{family}/fsdp", "fsdp of one process", family, device, "--fsdp", *BF16_OPTION, **_like_bf16(family)
+    )
+
+
+def _lora(family: str, device: str) -> Row:
+    """Adapters begin as zeros: the first loss is the model's own."""
+    return _trained(
+        f"{family}/lora", "LoRA begins with the losses of the model", family, device, *BF16_OPTION, command="lora",
+        reference=f"{family}/bf16", bound=STRATEGY, steps=(1,),
+    )  # fmt: skip
+
+
+def _bases(family: str, device: str) -> list[Row]:
+    """LoRA on each base, and under FSDP."""
+    lora = _lora(family, device)
+    rows = [lora]
+    for precision in BASE_PRECISIONS[1:]:
+        rows.append(
+            _trained(
+                f"{lora.name}-{precision}", f"LoRA on a base in {precision}", family, device, *BF16_OPTION,
+                "--base-precision", precision, command="lora", reference=lora.name, bound=QUANTISED, needs=("cuda",),
+            )
+        )  # fmt: skip
+    rows.append(
+        _trained(
+            f"{lora.name}-fsdp", "LoRA under FSDP", family, device, *BF16_OPTION, "--fsdp", command="lora",
+            reference=lora.name, bound=STRATEGY,
+        )
+    )  # fmt: skip
+    return rows
+
+
+def _resumed(family: str, strategy: str, device: str) -> list[Row]:
+    """Four steps with a checkpoint in their middle; from there the same again; the result exported."""
+    whole, needs = f"{family}/whole-{strategy}", ("deepspeed",) if strategy.startswith("zero") else ()
+    run = f"{RUNS}/{whole}"
+    resumed = Row(
+        name=f"{family}/resume-{strategy}", proves="the steps after a checkpoint, resumed; the export of the last",
+        commands=(
+            (VFUN, "resume", f"{run}/checkpoint-2"),
+            (VFUN, "export-bf16", f"{run}/checkpoint-4", "--output", f"{run}-bf16"),
+        ),
+        run=whole, reference=whole, bound=REPEATED[device], after=whole, needs=("av", *needs),
+    )  # fmt: skip
+    once = _trained(
+        whole, "the steps that are resumed", family, device, "--strategy", strategy, *BF16_OPTION,
+        "--max-train-steps", "4", "--checkpointing-steps", "2", needs=needs,
+    )  # fmt: skip
+    return [once, resumed]
+
+
+def _options(family: str, device: str) -> list[Row]:
+    """What costs memory or time otherwise and must not change the losses."""
+    like, same = _like_bf16(family), {"reference": f"{family}/bf16", "bound": REPEATED[device]}
+    folder, drawn = f"cache/{family}", ("--cache-variants", "4")
+    fill = (
+        VFUN, "cache", family, "--demo", "--device", device, "--num-processes", "1", "--cache", folder,
+        "--max-train-steps", str(STEPS), *BF16_OPTION,
+    )  # fmt: skip
+
+    def row(name: str, proves: str, *options: str, **fields: Any) -> Row:
+        return _trained(f"{family}/{name}", proves, family, device, *BF16_OPTION, *options, **fields)
+
+    return [
+        row("again", "the same run once more", **same),
+        row("low-vram", "encoders that wait in host memory", "--low-vram", **same),
+        row("inline", "encoders inside the run, of clips that repeat", *drawn),
+        row(
+            "cache", "a cache, filled before", "--cache", folder, before=(fill,),
+            reference=f"{family}/inline", bound=REPEATED[device],
+        ),
+        row("workers", "decoding in processes beside the device", "--dataloader-num-workers", "2", **same),
+        row("selective", "selective checkpointing", "--gradient-checkpointing", "selective", **same),
+        row(
+            "ema-async", "a moving average, and checkpoints written beside the steps", "--use-ema",
+            "--async-checkpoint", "--checkpointing-steps", "1", **same,
+        ),
+        row("compile", "compiled blocks", "--compile", needs=("compiler",), **like),
+    ]  # fmt: skip
+
+
+def _made_up(family: str, name: str, device: str, proves: str, command: str = "train", **fields: Any) -> Row:
+    """Made-up clips in place of decoded ones, in float32; on a GPU no step but the first may wait for the device."""
+    options: dict[str, Any] = fields.pop("options", {})
+    clips: tuple[str, ...] = fields.pop("clips", ())
+    given = {"device": device, "max_train_steps": STEPS, **options}
+    return Row(
+        name=f"{family}/{name}", proves=proves, after=f"{family}/{DEMO}", variables=NO_TF32,
+        commands=((MADE_UP, family, command, f"{RUNS}/{family}/{name}", json.dumps(given), *clips),), **fields,
+    )  # fmt: skip
+
+
+def _steps(family: str, device: str) -> list[Row]:
+    """The step itself."""
+    reference = f"{family}/made-up-cpu"
+    return [
+        _made_up(family, "made-up-cpu", "cpu", "float32 on the CPU, of clips that no file holds"),
+        _made_up(
+            family, "made-up", device, "the step, encoders beside it, without a wait for the device",
+            reference=reference, bound=FLOAT32,
+        ),
+    ]  # fmt: skip
+
+
+def _in_turn(family: str, device: str) -> Row:
+    """Every step has another clip, so a tensor that comes late or is used again too early shows."""
+    return _made_up(
+        family, "made-up-low-vram", device, "encoders beside the step give what those before it give",
+        options={"low_vram": True}, reference=f"{family}/made-up", bound=min(FLOAT32, REPEATED[device]),
+    )  # fmt: skip
+
+
+def _without_waits(family: str, device: str) -> list[Row]:
+    """Wrappers move what enters the model, too."""
+    like: dict[str, Any] = {"reference": f"{family}/made-up", "bound": FLOAT32}
+    proves = "no step waits for the device under {}"
+    wrapped = [
+        _made_up(
+            family, f"made-up-{strategy}", device, proves.format(strategy), options={"strategy": strategy}, **like
+        )
+        for strategy in ("ddp", "fsdp")
+    ]  # fmt: skip
+    return [
+        *wrapped,
+        _made_up(family, "made-up-lora", device, proves.format("LoRA"), command="lora", steps=(1,), **like),
+    ]
+
+
+def _out_of_memory(family: str, device: str) -> Row:
+    """A clip for which no memory is left; last and alone, for the others would find none either."""
+    side = {"video_sample_size": LARGE, "token_sample_size": LARGE, "enable_bucket": False, "max_restarts": 1}
+    row = _made_up(
+        family, "out-of-memory", device, f"out of memory is exit code {FitError.exit_code}, and no restart",
+        options=side, clips=(str(LARGE),), run="", alone=True, exit_code=FitError.exit_code, says=("memory",),
+        never_says=("restart 1 of 1",),
+    )  # fmt: skip
+    return replace(row, commands=tuple((SCARCE, device, *command) for command in row.commands))

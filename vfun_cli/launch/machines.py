@@ -1,0 +1,239 @@
+"""Several machines in one job: the command of each knows how the others do, and all end, or start over, as one.
+
+Machine 0 looks at what all others report in the run directory, and they look at machine 0. Where an attempt to train
+fails on one machine, each ends its own ranks and says what they met; machine 0 names the cause, and that is what every
+command ends with. If it is one that allows another attempt, all begin that after the last has ended the former, from
+the checkpoint that machine 0 names.
+
+No clock of another machine is believed: whoever changes its report lives, and whoever does not has gone.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from secrets import token_hex
+
+from vfun_cli.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    FitError,
+    MetadataError,
+    RunError,
+    StoppedAtOnce,
+    VfunError,
+    first_line,
+)
+from vfun_cli.run import locate
+from vfun_cli.run.messages import Failure, MachineReport, RankError
+from vfun_cli.run.rundir import RunDir
+
+BEAT = 5.0
+"""Seconds between two signs of life."""
+LOOK = 1.0
+"""Seconds between two looks at the others."""
+GRACE = 3
+"""Looks for which the ranks may say what they met, after something has failed."""
+SILENT = 20
+"""Looks without a sign of life after which a machine has gone, where the ranks here have failed: they lost it."""
+SILENT_AT_WORK = 60
+"""The same while the ranks here go on: a checkpoint that is written may keep a sign of life on its way that long."""
+
+_ERRORS = {
+    error.exit_code: error
+    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault, StoppedAtOnce)
+}
+
+
+class Machine:
+    """This machine among those of a job, in the eyes of its command."""
+
+    def __init__(self, run: RunDir, number: int = 0, *, machines: int = 1, processes: int = 1) -> None:
+        """One of a job, by default the only one.
+
+        Args:
+            machines: of the job.
+            processes: of all machines together.
+        """
+        self.run = run
+        self.number = number
+        each = processes // machines
+        self.ranks = range(number * each, (number + 1) * each)
+        self.ranks_elsewhere = set(range(processes)) - set(self.ranks)
+        others = range(1, machines) if number == 0 else range(1)
+        self.peers = list(others) if machines > 1 else []
+        """The machines that this one looks at."""
+        self.ended_ranks = False
+        """Whether the ranks of this attempt were ended here, since something had failed."""
+        self._report = MachineReport(machine=number, state="works", attempt=1, beat="")
+        self._writing = threading.Lock()
+        self._before = {peer: MachineReport.read(run, peer) for peer in self.peers}
+        """What an earlier command of a machine may have said."""
+        self._heard: dict[int, MachineReport] = {}
+        self._unchanged = dict.fromkeys(self.peers, 0)
+        """Looks since a machine last changed its report."""
+        self._next_look = 0.0
+        self._looks_at_failure = 0
+
+    @property
+    def attempt(self) -> int:
+        """Which launch of the job this is, from 1."""
+        return self._report.attempt
+
+    # What this machine says ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def taking_part(self) -> Iterator[None]:
+        """Give signs of life until the end of the block, and say how that ended."""
+        if not self.peers:
+            yield
+            return
+        done = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(done,), name="signs of life", daemon=True)
+        thread.start()
+        failure = None
+        try:
+            yield
+        except BaseException as error:
+            failure = failure_of(error)
+            raise
+        finally:
+            done.set()
+            thread.join()
+            self._say(state="ended", failure=failure)
+
+    def _beat(self, done: threading.Event) -> None:
+        self._say()
+        while not done.wait(BEAT):
+            self._say()
+
+    def _say(self, **changed: object) -> None:
+        with self._writing:
+            self._report = replace(self._report, **changed, beat=token_hex(8))  # type: ignore[arg-type]
+            with suppress(OSError):  # the next sign of life may succeed
+                self._report.write(self.run)
+
+    # What the others say ---------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Read what the others report. A report that cannot be read says nothing, not that its machine has gone."""
+        for peer in self.peers:
+            said = MachineReport.read(self.run, peer)
+            if said is None:
+                continue
+            if said == self._heard.get(peer, self._before[peer]):
+                self._unchanged[peer] += 1
+                continue
+            if peer not in self._heard and self.number != 0:  # it may have started over without this one
+                with self._writing:
+                    self._report = replace(self._report, attempt=said.attempt)
+            self._heard[peer], self._unchanged[peer] = said, 0
+
+    def must_end(self) -> bool:
+        """Whether the ranks here are to be ended: something has failed, and they had time to say what they met."""
+        if self.peers and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK
+            self.look()
+            self._looks_at_failure = self._looks_at_failure + 1 if self._sees_failure() else 0
+            self.ended_ranks = self._looks_at_failure > GRACE
+        return self.ended_ranks
+
+    def errors(self) -> list[RankError]:
+        """What the ranks of this machine met, the first first."""
+        return [error for error in RankError.read_all(self.run) if error.rank not in self.ranks_elsewhere]
+
+    def _sees_failure(self) -> bool:
+        heard = self._heard.values()
+        return any(map(self._has_failed, heard)) or bool(self._silent(SILENT_AT_WORK)) or bool(self.errors())
+
+    def _has_failed(self, said: MachineReport) -> bool:
+        if said.state == "ended":
+            return said.failure is not None
+        return said.state != "works" and said.attempt == self.attempt
+
+    def _has_ended_attempt(self, said: MachineReport) -> bool:
+        return said.state == "ended" or (said.state == "failed" and said.attempt == self.attempt)
+
+    def _silent(self, looks: int) -> list[int]:
+        return [peer for peer, said in self._heard.items() if said.state != "ended" and self._unchanged[peer] >= looks]
+
+    # What comes of it ------------------------------------------------------------------------------------------------
+
+    def agree(self, own: Failure | None, *, given_up: Callable[[], bool] = lambda: False) -> Failure:
+        """Why the attempt is over, the same on all machines: waits until all that are in it have ended theirs.
+
+        Args:
+            own: what was met here; None if the ranks were ended only since another machine had failed.
+            given_up: asked while waiting; ends it with what was met here.
+        """
+        if not self._heard:  # the others have not come yet, or never will
+            return own or self._lost()
+        self._say(state="failing" if self.number == 0 else "failed", failure=own)
+        cause = None
+        while cause is None and not given_up():
+            self.look()
+            cause = self._decide(own) if self.number == 0 else self._decided(own)
+            time.sleep(0.0 if cause else LOOK)
+        cause = cause or own or self._lost()
+        self._say(state="failed", failure=cause)
+        return cause
+
+    def _decide(self, own: Failure | None) -> Failure | None:
+        silent = self._silent(SILENT)
+        if not all(self._has_ended_attempt(said) for peer, said in self._heard.items() if peer not in silent):
+            return None
+        if silent:
+            return self._lost(silent[0])
+        met = [own, *(said.failure for said in self._heard.values() if self._has_failed(said))]
+        return min((failure for failure in met if failure), key=lambda failure: failure.order, default=self._lost())
+
+    def _decided(self, own: Failure | None) -> Failure | None:
+        said = self._heard[0]
+        if self._has_ended_attempt(said) or said.attempt > self.attempt:
+            return said.failure or own or self._lost()
+        return self._lost(0) if self._silent(SILENT) else None
+
+    def _lost(self, peer: int | None = None) -> Failure:
+        who = "the machines lost each other" if peer is None else f"machine {peer} has gone without a word"
+        return Failure(
+            kind="error",  # nobody there starts over
+            time=time.time(),
+            message=f"{who}: its vfun command or the whole machine has died, or no longer reaches {self.run.root}.",
+            hint=f"Look after it, then start the same command on all machines. {locate.way_on(self.run)}",
+            exit_code=RunError.exit_code,
+        )
+
+    def next_attempt(self, step: int | None) -> int | None:
+        """Begin the next attempt with all others; returns the step of the checkpoint that it goes on from.
+
+        Args:
+            step: as machine 0 finds it, whose word counts.
+
+        Raises:
+            VfunError: machine 0 begins none.
+        """
+        self.ended_ranks, self._looks_at_failure = False, 0
+        if not self._heard:
+            return step
+        attempt = self.attempt + 1
+        while self.number != 0 and (said := self._heard[0]).attempt < attempt:
+            if said.state == "ended" or self._silent(SILENT_AT_WORK):
+                raise error_of(said.failure or self._lost(0))
+            time.sleep(LOOK)
+            self.look()
+        step = step if self.number == 0 else said.step
+        self._say(attempt=attempt, state="works", step=step)
+        return step
+
+
+def error_of(failure: Failure) -> VfunError:
+    """A failure as the command ends with it."""
+    return _ERRORS.get(failure.exit_code, RunError)(failure.message, hint=failure.hint)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An error as the other machines hear of it; none of them starts over for it."""
+    known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
+    return Failure(kind="error", time=time.time(), message=known.message, hint=known.hint, exit_code=known.exit_code)

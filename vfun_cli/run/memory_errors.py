@@ -1,0 +1,90 @@
+"""Which errors mean that memory ran out, on a device or on the host, whoever says it and however: FitError, with what
+helps.
+
+Few libraries raise an error of their own for it. torch names only the failures of its own allocator; what cuBLAS,
+cuDNN, NCCL, the driver and the system say comes as text.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from vfun_cli.errors import FitError, first_line
+
+_HOST = re.compile(
+    "|".join(
+        (
+            r"DefaultCPUAllocator: (can't allocate|not enough) memory",
+            r"alloc_cpu\.cpp",
+            re.escape(os.strerror(errno.ENOMEM)),
+            "std::bad_alloc",
+            r"Unable to allocate .* for an array",
+        )
+    ),
+    re.IGNORECASE,
+)
+_DEVICE = re.compile(
+    "|".join(
+        (
+            r"\bout of memory\b",  # CUDA's own words, which torch, NCCL and DeepSpeed repeat
+            r"\bCU[A-Z]+_(STATUS_)?(INTERNAL_ERROR_\w+_)?ALLOC(ATION)?_FAILED\b",  # cuBLAS, cuDNN, cuFFT, cuSPARSE
+            r"\bcudaErrorMemoryAllocation\b",
+            r"\bCUDA_ERROR_OUT_OF_MEMORY\b",
+            r"\bFailed to CUDA (host )?[cm]?alloc",  # NCCL
+        )
+    ),
+    re.IGNORECASE,
+)
+
+HOST_HINT = (
+    "Try fewer --dataloader-num-workers, --no-async-checkpoint, or a strategy that offloads nothing; in a container or "
+    "a Slurm job, ask for more memory."
+)
+DEVICE_HINT = (
+    "Try --gradient-checkpointing, --low-vram, a smaller --token-sample-size, or a strategy that shards more (--fsdp, "
+    "--zero3, --zero3-offload)."
+)
+
+
+def memory_error(error: BaseException) -> str | None:
+    """The line that says so, of the error or of one that it came from; None where memory did not run out."""
+    return next((line for each in _chain(error) if (line := _said(each)) is not None), None)
+
+
+def memory_line(text: str) -> str | None:
+    """The first line of a text, such as a log, that says so."""
+    return next((line.strip() for line in text.splitlines() if _HOST.search(line) or _DEVICE.search(line)), None)
+
+
+def without_memory(error: BaseException, where: str = "") -> FitError:
+    """An error of which :func:`memory_error` says a line, as one that a user can act on."""
+    line = memory_error(error)
+    assert line is not None, error
+    return does_not_fit(line, where)
+
+
+def does_not_fit(line: str, where: str = "") -> FitError:
+    """The error of a line of :func:`memory_error` or :func:`memory_line`."""
+    on_host = _HOST.search(line) is not None or not _DEVICE.search(line)
+    what, hint = ("the host's memory", HOST_HINT) if on_host else ("memory", DEVICE_HINT)
+    return FitError(f"{where}out of {what}: {line.rstrip('.')}.", hint=hint)
+
+
+def _said(error: BaseException) -> str | None:
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return first_line(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of which the control plane does not import the class
+        return first_line(error)
+    return memory_line(text)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it came from."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__

@@ -1,0 +1,188 @@
+"""Ranks that agree: on what they run, on where they write, and on what failed.
+
+A rank that raises alone leaves the others waiting in their next collective. One rule holds: what may fail on a single
+rank between collectives is done in :func:`all_or_none`, so that all raise its error; where that is not possible, since
+the work holds collectives of its own (loading shards, a strategy's own files), the rank's end is the end of all, by the
+launcher on its machine and by ``launch/machines.py`` on the others.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from vfun_cli import __version__
+from vfun_cli.checkpoints import manifest
+from vfun_cli.errors import ConfigError, RunError, VfunError, first_line
+from vfun_cli.run.ownership import new_id
+from vfun_cli.run.rundir import RunDir
+from vfun_cli.training.waiting import gather_all
+
+OF_A_MACHINE = frozenset(
+    {
+        "cache",
+        "dataloader_num_workers",
+        "machine_rank",
+        "main_process_ip",
+        "output_dir",
+        "peak_tflops",
+        "pretrained_model_name_or_path",
+        "train_data_dir",
+        "train_data_meta",
+    }
+)
+"""Options whose values may differ: what is known by its contents, or is where this machine keeps or reaches a thing."""
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "peft", "deepspeed", "numpy")
+
+SHOWN = 3
+"""Differences that a message names."""
+
+SEEN_WITHIN = 15.0
+"""Seconds in which a new file must be seen by all machines. NFS remembers for a minute that a name does not exist, but
+this one nobody asked for before.
+"""
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Let all ranks raise what the first of them met in the block, which holds no collective.
+
+    Raises:
+        VfunError: another rank failed; ``rank`` says which.
+    """
+    met: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        met = error
+    rank = PartialState().process_index
+    everyone: list[VfunError | None] = gather_all(None if met is None else _told(met, rank))
+    first = next((error for error in everyone if error is not None), None)
+    if first is not None and first.rank == rank and met is not None:
+        raise met
+    if first is not None:
+        raise first from met
+
+
+def _told(error: Exception, rank: int) -> VfunError:
+    """An error as other ranks can raise it."""
+    if isinstance(error, VfunError):  # without the exceptions that it came from, which need not know how to travel
+        told = type(error)(error.message, hint=error.hint)
+    else:
+        told = RunError(f"{type(error).__name__}: {first_line(error)}.")
+    return _of_rank(rank, told)
+
+
+def _of_rank(rank: int, error: VfunError) -> VfunError:
+    error.rank = rank
+    return error
+
+
+def require_one_directory(run: RunDir) -> None:
+    """Make sure that all machines write to the same run directory.
+
+    Raises:
+        ConfigError: a machine does not see what rank 0 wrote there; on all ranks.
+    """
+    state = PartialState()
+    mark = run.common_mark(gather_all(new_id())[0])
+    with all_or_none():
+        if state.is_main_process:
+            mark.touch()
+    seen = gather_all((str(run.root), _appears(mark)))
+    if state.is_main_process:
+        mark.unlink(missing_ok=True)
+    blind = next(((rank, root) for rank, (root, sees) in enumerate(seen) if not sees), None)
+    if blind is not None:
+        raise _of_rank(
+            blind[0],
+            ConfigError(
+                f"its run directory {blind[1]} is not the one that rank 0 writes to, {seen[0][0]}: every machine would "
+                "keep a part of each checkpoint.",
+                hint="Give all machines an --output-dir on a disk that all of them share.",
+                option="output_dir",
+            ),
+        )
+
+
+def _appears(mark: Path) -> bool:
+    until = time.monotonic() + SEEN_WITHIN
+    while not (found := mark.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def require_one_job(described: Mapping[str, Any]) -> None:
+    """Make sure that all ranks are about to run the same.
+
+    Args:
+        described: what ``run.json`` of this rank's machine says.
+
+    Raises:
+        ConfigError: they differ: in an option, a plan, a checkpoint, contents, a version; the same on all ranks.
+        CheckpointError: the checkpoint to go on from cannot be read; on all ranks.
+    """
+    with all_or_none():
+        mine = statement(described)
+    digests = gather_all(sha256(json.dumps(mine).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone = gather_all((described["config"]["machine_rank"], mine))
+    rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    (machine, theirs), (_, first) = everyone[rank], everyone[0]
+    differing = [
+        f"{name} is {_shown(theirs.get(name))} on machine {machine} and {_shown(first.get(name))} on machine 0"
+        for name in {**first, **theirs}
+        if theirs.get(name) != first.get(name)
+    ]
+    more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    raise _of_rank(
+        rank,
+        ConfigError(
+            f"the machines do not run the same: {'; '.join(differing[:SHOWN])}{more}.",
+            hint="Start the same command on every machine, with the same versions, data and model there.",
+        ),
+    )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def statement(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What all ranks of a job must have alike, by the words for it."""
+    options = {
+        _option(name): value is not None if name in OF_A_MACHINE else value
+        for name, value in described["config"].items()
+    }
+    resume = Path(described["resume"]) if described.get("resume") else None
+    return {
+        "the command": described["command"],
+        "the family": described["family"],
+        **options,
+        "the checkpoint": None if resume is None else f"{resume.name} ({manifest.fingerprint(resume)})",
+        **{f"what {_option(name)} holds": digest for name, digest in (described.get("contents") or {}).items()},
+        "the plan": described.get("plan_digest"),
+        "vfun": __version__,
+        "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
