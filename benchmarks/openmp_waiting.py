@@ -33,7 +33,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
     "OpenMP's default": {},
 }
-ROUNDS, BUSY_ROUNDS, WARM_UP = 15, 5, 2
+ROUNDS, BUSY_ROUNDS, WARM_UP = 15, 5, 1
 FOREIGN = 0.1
 """Share of the machine's time that others may take in a quiet round."""
 FAMILY = "wan-s2v"

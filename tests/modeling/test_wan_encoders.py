@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.fake_cuda import made_up_cuda
 from vfun_cli.demo.wan_parts import vae_state
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.clip_vision import ClipImageEncoder, load_clip_vision
@@ -239,22 +239,26 @@ class _TiedWords(torch.nn.Module):
         self.register_buffer("scale", torch.tensor(2.0), persistent=False)
 
 
-def test_with_low_vram_weights_stay_on_the_host_and_copies_of_them_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    encoder, device = freeze(_TiedWords()), torch.device("meta")  # from meta nothing can be copied back
-    before = {
-        name: (tensor, tensor.data_ptr()) for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]
-    }
-    for _ in range(2):
-        with pytest.raises(InterruptedError), encoding_on(encoder, device, low_vram=True):
-            assert encoder.words.weight is encoder.output.weight, "tied weights are copied once"
-            made = encoder.output(encoder.words(torch.zeros(2, dtype=torch.long, device=device))) * encoder.scale
-            assert made.device == device and not made.requires_grad
-            raise InterruptedError
-        after = {
-            name: (tensor, tensor.data_ptr())
-            for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]
-        }
-        assert after.keys() == before.keys() and all(after[name][0] is before[name][0] for name in before)
-        assert [pointer for _, pointer in after.values()] == [pointer for _, pointer in before.values()]
-        assert encoder.words.weight is encoder.output.weight and "scale" not in encoder.state_dict()
+def tensors_of(encoder: torch.nn.Module) -> dict[str, Tensor]:
+    return dict([*encoder.named_parameters(), *encoder.named_buffers()])
+
+
+def test_with_low_vram_weights_stay_in_pinned_memory_of_the_host_and_copies_of_them_work() -> None:
+    """The made-up device refuses whatever comes back, and copies from memory that is not pinned."""
+    encoder = freeze(_TiedWords())
+    before, pinned = tensors_of(encoder), []
+    with made_up_cuda() as device:
+        words = torch.zeros(2, dtype=torch.long, device=device)
+        for _ in range(2):
+            with pytest.raises(InterruptedError), encoding_on(encoder, device, low_vram=True):
+                assert {each.device for each in tensors_of(encoder).values()} == {device}
+                assert encoder.words.weight is encoder.output.weight, "tied weights are copied once"
+                made = encoder.output(encoder.words(words)) * encoder.scale
+                assert made.device == device and not made.requires_grad
+                raise InterruptedError
+            after = tensors_of(encoder)
+            assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+            assert all(each.is_pinned() for each in after.values())
+            pinned.append([each.data_ptr() for each in after.values()])
+    assert pinned[0] == pinned[1], "pinned once"
+    assert encoder.words.weight is encoder.output.weight and "scale" not in encoder.state_dict()
