@@ -165,8 +165,7 @@ class WanS2VLayerNorm(nn.Module):
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:
     """No autocast: it would turn all tokens into float32 and back for norms that compute in float32 anyway."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta tensors have no autocast
 
 
 def plain_layer_norm(x: Tensor, eps: float) -> Tensor:
