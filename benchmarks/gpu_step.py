@@ -38,8 +38,6 @@ from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
-from vfun_cli.plan.options import plan_options
-from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
 from vfun_cli.training.data.encoding import Sample, outputs_of, prepared
@@ -191,9 +189,7 @@ class Bench:
         use_in(compute_dtype(config), transformer)
         checkpoint_blocks(transformer, self.spec.model.block_classes, checkpointing)
         if compiled:
-            compile_blocks(
-                transformer, self.spec.model.block_classes, most_shapes(self.spec, dims, plan_options(config))
-            )
+            compile_blocks(transformer, self.spec.model.block_classes)
         accelerator = make_accelerator(config)
         costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
         idle: Any = SimpleNamespace(reason=lambda: 0)

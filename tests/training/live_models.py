@@ -22,7 +22,7 @@ from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
 
 FAMILIES = tuple(families.FAMILIES)
-SMALL, TALL = (8, 64, 64), (16, 96, 64)
+SMALL, TALL, WIDE = (8, 64, 64), (16, 96, 64), (12, 64, 128)
 """Frames, height, width; one frame more where the family counts so."""
 
 
@@ -48,6 +48,18 @@ class Inputs:
         return Inputs(
             shape=self.shape, noisy=moved(self.noisy), timesteps=moved(self.timesteps), target=self.target,
             mask=self.mask, conditions=conditions,
+        )  # fmt: skip
+
+    def repeated(self, clips: int) -> "Inputs":
+        """A micro-batch of this many times the clip."""
+
+        def many(value: Any) -> Any:
+            return torch.cat([value] * clips) if isinstance(value, Tensor) else value * clips
+
+        return Inputs(
+            shape=self.shape, noisy=many(self.noisy), timesteps=many(self.timesteps), target=many(self.target),
+            mask=None if self.mask is None else many(self.mask),
+            conditions={name: many(value) for name, value in self.conditions.items()},
         )  # fmt: skip
 
     def enlarged(self, high: int, wide: int) -> "Inputs":

@@ -399,8 +399,7 @@ class RunConfig:
     compile: Annotated[
         bool,
         Opt(
-            help="Compile the transformer's blocks, once for each shape of the plan, when it first comes up; not "
-            "for ZeRO-3.",
+            help="Compile the transformer's blocks, once for all shapes, in the first steps; not for ZeRO-3.",
             panel=MEMORY,
         ),
     ] = False

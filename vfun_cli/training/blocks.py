@@ -38,12 +38,16 @@ KEPT_PRODUCTS = frozenset(
 Norms, modulation, rotations, activations and casts, nearly all of its tensors, are computed again."""
 
 
-VARIANTS = 4
-"""Graphs of one kind of block for one shape, at most. The first block may get its tokens as a view, EasyAnimate's last
-has no text half, a forward without gradients is another; two are the most that the families' tests see."""
+VARIANTS = 8
+"""Graphs of one kind of block, at most, whatever the shapes: a block may get its tokens as a view or not, one clip or
+several, an attention mask or none. EasyAnimate's last block has no text half, a forward without gradients is another.
+Six are the most seen: CogVideoX with both numbers of clips, once without gradients."""
 
-EXACT: dict[str, Any] = {"triton.mix_order_reduction": False, "cpp.max_horizontal_fusion_size": 1}
-"""Fusions of inductor that this torch (2.13) gets wrong, switched off.
+EXACT: tuple[tuple[str, Any, str], ...] = (
+    ("triton.mix_order_reduction", False, "2.10"),
+    ("cpp.max_horizontal_fusion_size", 1, "2.9"),
+)
+"""Fusions of inductor that torch (2.13) gets wrong, switched off: the setting, its value, the torch that first has it.
 
 The first: on GPUs, where normalised and modulated tokens are reduced over two axes in one kernel, gradients of the
 modulation are not written at all, as reported for Wan 2.1 (pytorch issue 193061, torch 2.10 to 2.13). The second: on
@@ -74,27 +78,47 @@ def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if operation in KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(
-    transformer: nn.Module, block_classes: Collection[str], most_shapes: int, *, backend: str = "inductor"
-) -> None:
-    """Compile each kind of block once for every shape; blocks of a kind share what is compiled.
+def compile_blocks(transformer: nn.Module, block_classes: Collection[str], *, backend: str = "inductor") -> None:
+    """Compile each kind of block once, for every shape; blocks of a kind share what is compiled.
 
-    ``most_shapes`` is how many the plan can have. Whatever cannot be compiled, or is compiled more often than shapes
-    can explain, ends the run: nothing falls back to slow execution unseen.
+    Whatever cannot be compiled, or is compiled more often than ``VARIANTS`` explain, ends the run: nothing falls back
+    to slow execution unseen.
 
     Raises:
-        EnvironmentFault: no C++ compiler where one is needed.
+        EnvironmentFault: no C++ compiler where one is needed, or a torch that lacks a setting of ``EXACT``.
     """
     if backend == "inductor":
         require_compiler()
     import torch._dynamo.config as limits
+    import torch.fx.experimental._config as shapes
 
     limits.fail_on_recompile_limit_hit = True
-    limits.recompile_limit = VARIANTS * len(block_classes) * most_shapes
+    limits.recompile_limit = VARIANTS * len(block_classes)
     limits.accumulated_recompile_limit = limits.recompile_limit
-    settings = EXACT if backend == "inductor" else None
+    # Otherwise as many tokens as the hidden size, say, would count as equal by design, and the next shape as another.
+    shapes.use_duck_shape = False
+    settings = exact_settings() if backend == "inductor" else None
     for block in find_blocks(transformer, block_classes):
-        block.forward = torch.compile(block.forward, backend=backend, options=settings, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, backend=backend, options=settings, fullgraph=True, dynamic=True)
+
+
+def exact_settings() -> dict[str, Any]:
+    """``EXACT`` as this torch's inductor takes it.
+
+    Raises:
+        EnvironmentFault: a setting is gone: what it switches off may be there under another name.
+    """
+    import torch._inductor as inductor
+
+    settings = {name: value for name, value, since in EXACT if torch.__version__ >= since}
+    gone = sorted(settings.keys() - set(inductor.list_options()))
+    if gone:
+        raise EnvironmentFault(
+            "--compile leaves out what torch's compiler gets wrong, and torch "
+            f"{torch.__version__} has no setting {', '.join(gone)}.",
+            hint="Train without --compile, or install an older torch.",
+        )
+    return settings
 
 
 def require_compiler() -> None:

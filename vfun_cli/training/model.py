@@ -16,7 +16,6 @@ from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.plan.shapes import most_shapes
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
@@ -105,7 +104,7 @@ def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> 
         use_in(compute_dtype(config), transformer)
     checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
     if config.compile:
-        compile_blocks(transformer, classes, most_shapes(plan.spec, plan.dims, plan.options))
+        compile_blocks(transformer, classes)
 
 
 def prepare_state(
