@@ -51,7 +51,6 @@ CASES: dict[str, dict[str, Any]] = {
     "single lora nf4": {"strategy": "single", **LORA, "base_precision": "nf4"},
     "ddp lora": {"strategy": "ddp", **LORA},
     "ddp lora nf4": {"strategy": "ddp", **LORA, "base_precision": "nf4"},
-    "ddp part": {"strategy": "ddp", **PART},
     "fsdp lora": {"strategy": "fsdp", **LORA},
     "fsdp part": {"strategy": "fsdp", **PART},
     "zero2 part": {"strategy": "zero2", **PART},
