@@ -169,7 +169,7 @@ def test_weights_are_read_once_in_the_type_that_is_kept_and_zero3_lets_each_go_b
     trained(strategy)
     noted = json.loads((RunDir(extra("subset", strategy).folder).logs / "noted-rank-0.json").read_text())
     read = noted["read"]
-    assert read["whole"] == noted["kept"] > 20 * read["largest"] > 0
+    assert read["whole"] == noted["kept"] > 2 * read["largest"] > 0
     if strategy == "zero3":
         assert read["most_at_once"] == read["largest"]
 

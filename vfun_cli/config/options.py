@@ -615,7 +615,7 @@ class RunConfig:
     base_precision: Annotated[
         str,
         Opt(
-            help="How the frozen blocks are kept; fp8 and nf4 need a GPU and the single or ddp strategy.",
+            help="How frozen blocks and their like are kept; fp8 and nf4 need a GPU and the single or ddp strategy.",
             panel=LORA,
             choices=BASE_PRECISIONS,
             commands=("lora",),

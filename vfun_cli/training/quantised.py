@@ -118,7 +118,7 @@ def _to_nf4(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scales = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
     middles = (levels[1:] + levels[:-1]) / 2
-    nearest = torch.bucketize(blocks / scales, middles).to(torch.uint8).flatten()
+    nearest = torch.bucketize(blocks / scales, middles, out_int32=True).to(torch.uint8).flatten()
     return nearest[0::2] << 4 | nearest[1::2], scales
 
 
