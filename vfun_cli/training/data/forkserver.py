@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 from vfun_cli.disks.abilities import permissions_optional
 from vfun_cli.training.signals import leave_signals_to_the_rank
@@ -57,7 +58,7 @@ def _forking() -> Iterator[None]:
         multiprocessing.util.spawnv_passfds = spawn
 
 
-def _fork(path: bytes, arguments: Sequence[str], passed: Sequence[int]) -> int:
+def _fork(path: bytes, arguments: Sequence[Any], passed: Sequence[Any]) -> int:
     """A fork that runs the interpreter's command, ``arguments[-1]``, with these files and the standard ones alone."""
     sys.stdout.flush()
     sys.stderr.flush()
