@@ -58,8 +58,8 @@ def _forking() -> Iterator[None]:
         multiprocessing.util.spawnv_passfds = spawn
 
 
-def _fork(path: bytes, arguments: Sequence[Any], passed: Sequence[Any]) -> int:
-    """A fork that runs the interpreter's command, ``arguments[-1]``, with these files and the standard ones alone."""
+def _fork(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
+    """A fork that runs the interpreter's command, ``args[-1]``, with these files and the standard ones alone."""
     sys.stdout.flush()
     sys.stderr.flush()
     gc.freeze()  # each collection would write to every object, and so copy the memory that is shared
@@ -68,10 +68,10 @@ def _fork(path: bytes, arguments: Sequence[Any], passed: Sequence[Any]) -> int:
         return process
     try:
         leave_signals_to_the_rank()
-        kept = [2, *sorted(passed), os.sysconf("SC_OPEN_MAX")]
+        kept = [2, *sorted(passfds), os.sysconf("SC_OPEN_MAX")]
         for before, after in pairwise(kept):
             os.closerange(before + 1, after)
-        exec(arguments[-1], {})
+        exec(args[-1], {})
     except SystemExit:  # no process is left that it could serve
         pass
     except BaseException:
