@@ -21,9 +21,8 @@ _PACKAGE = Path(__file__).parents[1]
 _VARIABLES = {"PYTHONUNBUFFERED": "1", "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGQUIT"}
 
 WAITING: Mapping[str, str] = {"GOMP_SPINCOUNT": "1000"}
-"""How OpenMP threads wait for each other: a thousand looks, some microseconds, and then asleep. On two cores beside two
-busy processes a step of Wan-S2V takes 1.5 times as long without any look, which leaves two threads on one core, and 14
-times with the 300,000 of OpenMP's own.
+"""How OpenMP threads wait for each other: a thousand looks, some microseconds, and then asleep. On two cores that other
+processes keep busy a step of Wan-S2V takes 1.5 times as long without any look, and 14 times with OpenMP's 300,000.
 """
 
 ALLOCATION: Mapping[str, str] = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
