@@ -39,15 +39,13 @@ from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
 from vfun_cli.training.data.encoding import Sample, outputs_of, prepared
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
-from vfun_cli.training.model import adapter_of, adapter_options, prepare_state
+from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks, prepare_state
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
-from vfun_cli.training.precision import compute_dtype, use_in
 from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.trainer import Trainer
 
@@ -186,10 +184,8 @@ class Bench:
         config, dims = self.config, self.spec.model.read_dims(settings)
         self.adapter.transformer = transformer
         choose_trainable(transformer, (".",), self.spec.model.modules_without_gradient(dims))
-        use_in(compute_dtype(config), transformer)
-        checkpoint_blocks(transformer, self.spec.model.block_classes, checkpointing)
-        if compiled:
-            compile_blocks(transformer, self.spec.model.block_classes)
+        plan: Any = SimpleNamespace(spec=self.spec)
+        prepare_blocks(replace(config, gradient_checkpointing=checkpointing, compile=compiled), plan, transformer)
         accelerator = make_accelerator(config)
         costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
         idle: Any = SimpleNamespace(reason=lambda: 0)

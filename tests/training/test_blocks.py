@@ -3,7 +3,9 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_parts import Parts, loaded
 
+from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training import blocks
+from vfun_cli.training import model as prepared
 from vfun_cli.training.blocks import EXACT, checkpoint_blocks, compile_blocks, exact_settings, find_blocks
+from vfun_cli.training.model import prepare_blocks
+from vfun_cli.training.precision import use_in
 
 LIVE = Callable[[str], LiveModel]
 
@@ -79,7 +85,10 @@ def run(
     live: LiveModel, dtype: torch.dtype, backend: str | None, steps: Iterable[Inputs]
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each step and its gradients, which are named after it and the parameter."""
-    model = live.transformer().to(dtype)
+    model = live.transformer()
+    for weight in model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.to(dtype)
+    use_in(dtype, model)
     if backend is not None:
         compile_blocks(model, live.spec.model.block_classes, backend=backend)
     losses, found = [], dict[str, Tensor]()
@@ -159,6 +168,24 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
         found.append(gradients(model))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_selective_blocks_of_a_bf16_run_compile_with_the_same_gradients(
+    live_model: LIVE, nothing_compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, found = live_model("wan-s2v"), []
+    plan: Any = SimpleNamespace(spec=live.spec)
+    monkeypatch.setattr(prepared, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    for compiled in (False, True):
+        model = live.transformer()
+        config = RunConfig(strategy="single", gradient_checkpointing="selective", compile=compiled)
+        assert config.bf16
+        prepare_blocks(config, plan, model)
+        live.loss(model, live.inputs(*SMALL).to(torch.bfloat16)).backward()
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model).values()]))
+    eager, other = found
+    assert (other - eager).norm() < 2e-3 * eager.norm()
 
 
 @pytest.mark.slow

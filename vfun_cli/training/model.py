@@ -100,10 +100,13 @@ def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> 
         EnvironmentFault: no compiler where one is needed.
     """
     classes = plan.spec.model.block_classes
-    if STRATEGIES[config.strategy].whole_weights:
+    copies = STRATEGIES[config.strategy].whole_weights
+    if copies and not config.compile:
         use_in(compute_dtype(config), transformer)
     checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
     if config.compile:
+        if copies:  # around what is computed again, because a compiler cannot trace them inside
+            use_in(compute_dtype(config), transformer)
         compile_blocks(transformer, classes)
 
 

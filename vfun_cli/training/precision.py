@@ -45,8 +45,7 @@ def use_in(dtype: torch.dtype, transformer: nn.Module) -> None:
     What lies outside of lists is copied once a pass and kept by the graph to the end of the backward pass, as FSDP
     keeps its root.
 
-    To be called when the weights to train are chosen and before anything else replaces a ``forward``: recomputation
-    and compilation must contain the copies.
+    To be called when the weights to train are chosen; ``prepare_blocks`` places it among recomputation and compilation.
     """
     own, layers = _divided(transformer)
     for module, owners in [(transformer, own), *((layer, list(layer.modules())) for layer in layers)]:

@@ -68,7 +68,7 @@ class SpeechEncoder(nn.Module):
         inputs = self.extractor(
             waveform.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt"
         ).input_values
-        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+        with torch.no_grad():
             output = self.model.wav2vec2(upload(inputs.float(), self.model.device), output_hidden_states=True)
         return torch.cat([*output.hidden_states[:-1], output.last_hidden_state])
 
