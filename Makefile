@@ -1,10 +1,11 @@
 # Two targets set everything up on a fresh machine with Python: make demo, make test.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-long lint format docs clean
+.PHONY: demo test test-fast test-long test-oldest lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m vfun_cli.demo.tour
@@ -18,6 +19,13 @@ test-fast: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+# The fast tests with the oldest of every package that pyproject.toml admits; torch takes gigabytes.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m "not slow and not long"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,4 +46,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) vfun-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) vfun-demo .pytest_cache .mypy_cache .ruff_cache

@@ -51,7 +51,7 @@ def start(adapter_module: str) -> None:
 def _forking() -> Iterator[None]:
     """Let multiprocessing fork this process where it would start another interpreter."""
     spawn = multiprocessing.util.spawnv_passfds
-    multiprocessing.util.spawnv_passfds = _fork  # type: ignore[assignment]
+    multiprocessing.util.spawnv_passfds = _fork
     try:
         yield
     finally:

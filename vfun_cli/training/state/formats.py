@@ -96,16 +96,16 @@ def _save_sharded(state: TrainedState, folder: Path) -> None:
 
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
-    content = _sharded(state)
+    content, reader = _sharded(state), _ListedReader(folder)
     try:
         load_distributed(
             content,
-            storage_reader=_ListedReader(folder),
+            storage_reader=reader,
             planner=_ListedPlanner(folder),
             process_group=patient_group(),
         )
     except CheckpointException as error:  # torch's own, of all ranks together
-        first = next(failure for failure, _ in error.failures.values())
+        first = reader.refused or next(failure for failure, _ in error.failures.values())
         if isinstance(first, VfunError):
             raise first from None
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(first)}.") from error
@@ -117,12 +117,22 @@ def _load_sharded(state: TrainedState, folder: Path) -> None:
 class _ListedReader(FileSystemReader):
     """torch reads ``.metadata`` with a pickle that runs whatever it asks for; here only what is on the list."""
 
+    refused: CheckpointError | None = None
+    """Why; torch 2.9 keeps to itself what ``read_metadata`` raised."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the shards hold and where.
 
         Raises:
             CheckpointError: it is damaged, asks for something else, or points outside of the folder.
         """
+        try:
+            return self._listed_metadata()
+        except CheckpointError as error:
+            self.refused = error
+            raise
+
+    def _listed_metadata(self) -> Metadata:
         file = Path(self.path) / ".metadata"
         metadata = load_pickle(file, Listed)
         if not isinstance(metadata, Metadata):
