@@ -69,7 +69,7 @@ def listed(rows: Sequence[Row]) -> Table:
 
 def summary(rows: Sequence[Row], pool: Pool) -> Table:
     """Every row and what came of it, in the order in which they tell most."""
-    found = _table("row", "", "s", "off", "bound", "why not")
+    found = _table("row", "", "s", "off", "bound")
     for row in rows:
         verdict = pool.verdicts[row.name]
         found.add_row(
@@ -78,16 +78,20 @@ def summary(rows: Sequence[Row], pool: Pool) -> Table:
             _seconds(row, pool),
             "" if verdict.deviation is None else f"{verdict.deviation:.1e}",
             "" if row.reference is None else f"{row.bound:g}",
-            verdict.why,
         )
     return found
 
 
+def reasons(rows: Sequence[Row], pool: Pool) -> list[str]:
+    """Why rows are not right."""
+    verdicts = [(row.name, pool.verdicts[row.name]) for row in rows]
+    return [f"{name} is {verdict.kind}: {verdict.why}" for name, verdict in verdicts if verdict.kind != "right"]
+
+
 def _table(*columns: str) -> Table:
-    """All in one line but the last column."""
     found = Table(box=None, pad_edge=False)
     for name in columns:
-        found.add_column(name, no_wrap=name != columns[-1], overflow="fold")
+        found.add_column(name, overflow="fold")
     return found
 
 

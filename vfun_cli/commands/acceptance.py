@@ -76,6 +76,8 @@ def acceptance(
         console.print_json(found)
     else:
         console.out.print(report.summary(rows, pool))
+        for reason in report.reasons(rows, pool):
+            console.out.print(reason, soft_wrap=True)
         told = ", ".join(f"{count} {kind}" for kind, count in found["counts"].items() if count)
         console.out.print(f"{told} in {found['seconds']} s: {output_dir / RECORD}", soft_wrap=True)
     counts = found["counts"]
