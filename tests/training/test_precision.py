@@ -14,7 +14,9 @@ from vfun_cli.training.precision import use_in
 LIVE = Callable[[str], LiveModel]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[pytest.mark.slow] if each != "cogvideox-fun" else []) for each in FAMILIES]
+)
 def test_masters_train_as_bf16_weights_do_to_the_bit(family: str, live_model: LIVE) -> None:
     """The masters' blocks are computed again for their gradients, when the forward pass of the model is over."""
     live = live_model(family)
