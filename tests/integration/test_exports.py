@@ -24,6 +24,7 @@ from vfun_cli.checkpoints.lora_export import open_adapter
 from vfun_cli.checkpoints.lora_files import released_layer
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
@@ -77,10 +78,10 @@ def model_directory_with_the_export(spec: FamilySpec, folder: Path) -> Path:
     return target
 
 
-def adapter_from(spec: FamilySpec, model_dir: Path) -> tuple[ModelAdapter, Any]:
+def adapter_from(spec: FamilySpec, model_dir: Path) -> ModelAdapter:
     given = {**memorised(spec.name), "mixed_precision": "no", "pretrained_model_name_or_path": model_dir}
     config = resolve("train", spec, given, demo=demo_default.make(spec), environ={}).config
-    return adapter_of(spec).from_pretrained(adapter_options(config, spec, torch.device("cpu"))), config
+    return adapter_of(spec).from_pretrained(adapter_options(config, spec, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,30 +91,29 @@ def test_the_export_predicts_like_the_trained_weights(
     trained("single")
     spec = families.find(family)
     run = RunDir(straight(family, "single").folder)
-    loaded, config = adapter_from(spec, model_directory_with_the_export(spec, tmp_path))
-    live, _ = adapter_from(spec, Path("vfun-demo") / family / "model")
+    loaded = adapter_from(spec, model_directory_with_the_export(spec, tmp_path))
+    live = adapter_from(spec, Path("vfun-demo") / family / "model")
     weights = open_checkpoint(straight(family, "single").last_checkpoint()).weights
     with torch.no_grad():
         for name, parameter in live.transformer.named_parameters():
             source = weights[name].read() if name in weights else parameter.numpy()  # frozen ones are in no checkpoint
             parameter.copy_(rounded(source))
 
-    expected = prediction_of(live, live.transformer, spec, config, run)
-    torch.testing.assert_close(
-        prediction_of(loaded, loaded.transformer, spec, config, run), expected, rtol=0, atol=1e-6
-    )
+    expected = prediction_of(live, live.transformer, spec, run)
+    torch.testing.assert_close(prediction_of(loaded, loaded.transformer, spec, run), expected, rtol=0, atol=1e-6)
 
 
 def prediction_of(
     adapter: ModelAdapter,
     transformer: Any,
     spec: FamilySpec,
-    config: Any,
     run: RunDir,
     reshape: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """What a transformer says of the run's first clip, its latents reshaped."""
-    plan = load_plan(config, spec, run.read_run())
+    described = run.read_run()
+    config = RunConfig.from_json(described["config"])
+    plan = load_plan(config, spec, described)
     batch = next(micro_batches(plan, record_reader(config, spec), rank=0, first_step=0))
     options = adapter_options(config, spec, torch.device("cpu"))
     samples = [prepared(adapter_of(spec).inputs(each, options)) for each in batch.requests]
@@ -177,13 +177,13 @@ def trained_lora(trained: Callable[[str], None]) -> Callable[[str], TrainedLora]
     def of(family: str) -> TrainedLora:
         trained("single")
         spec, run = families.find(family), straight(family, "single", "lora")
-        live, config = adapter_from(spec, Path("vfun-demo") / family / "model")
-        untrained = prediction_of(live, live.transformer, spec, config, RunDir(run.folder))
+        live = adapter_from(spec, Path("vfun-demo") / family / "model")
+        untrained = prediction_of(live, live.transformer, spec, RunDir(run.folder))
         pairs = open_adapter(run.last_checkpoint()).pairs
         for layer, pair in pairs.items():
             update = 0.5 * rounded(pair.up.read()) @ rounded(pair.down.read())
             live.transformer.get_submodule(layer).weight.data += update
-        expected = prediction_of(live, live.transformer, spec, config, RunDir(run.folder))
+        expected = prediction_of(live, live.transformer, spec, RunDir(run.folder))
         assert len(pairs) > 5 and (expected - untrained).abs().max() > 1e-3
         return TrainedLora(run.last_checkpoint(), expected)
 
@@ -198,9 +198,9 @@ def test_a_trained_lora_predicts_the_same_in_every_format(
     argv = ["export-bf16", str(lora.checkpoint), "--format", form, "--output", str(tmp_path / "out"), "--json"]
     done = vfun_here(*argv)
     assert done.code == 0, done.err
-    adapter, config = adapter_from(spec, Path("vfun-demo") / family / "model")
+    adapter = adapter_from(spec, Path("vfun-demo") / family / "model")
     transformer = READERS[form](adapter.transformer, tmp_path / "out", spec)
-    found = prediction_of(adapter, transformer, spec, config, RunDir(lora.checkpoint.parent))
+    found = prediction_of(adapter, transformer, spec, RunDir(lora.checkpoint.parent))
     torch.testing.assert_close(found, lora.expected, rtol=0, atol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_the_export_loads_with_diffusers_and_predicts_the_same(
         torch.testing.assert_close(loaded[renamed(released(name))].float(), rounded(source.read()), rtol=0, atol=0)
 
     run = RunDir(straight(family, "single").folder)
-    adapter, config = adapter_from(spec, model_directory_with_the_export(spec, tmp_path))
-    expected = prediction_of(adapter, adapter.transformer, spec, config, run, native_size)
-    found = prediction_of(adapter, as_ours(family, theirs.float().eval()), spec, config, run, native_size)
+    adapter = adapter_from(spec, model_directory_with_the_export(spec, tmp_path))
+    expected = prediction_of(adapter, adapter.transformer, spec, run, native_size)
+    found = prediction_of(adapter, as_ours(family, theirs.float().eval()), spec, run, native_size)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
