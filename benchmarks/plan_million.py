@@ -39,9 +39,9 @@ def main() -> None:
             line = {
                 "family": name,
                 "world_size": world_size,
-                "seconds": round(seconds, 2),
-                "cpu_seconds": round(cpu_seconds, 2),
-                "digest_seconds": round(time.perf_counter() - started, 2),
+                "seconds": round(seconds, 4),
+                "cpu_seconds": round(cpu_seconds, 4),
+                "digest_seconds": round(time.perf_counter() - started, 4),
                 "peak_mb_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "steps": plan.num_steps,
                 "buckets": len(plan.buckets),

@@ -80,6 +80,9 @@ class _Stream(io.TextIOBase):
         except OSError as error:
             self._failed(error)
 
+    def close(self) -> None:
+        """Nothing: the stream is Python's own. As of Python 3.13 it would say at exit that it cannot flush."""
+
     def _failed(self, error: OSError) -> None:
         """What is said about the work may be lost, the work not; results must arrive."""
         descriptor = os.open(os.devnull, os.O_WRONLY)

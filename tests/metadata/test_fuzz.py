@@ -40,7 +40,7 @@ def report_on(path: Path, root: Path, cache: Path) -> dict[str, Any]:
         needs=ClipNeeds(min_frames=5, stride=2, max_fps=30), settings=Settings(threads=1, cache=cache),
     )  # fmt: skip
     with (path.parent / "out.txt").open("w", encoding="utf-8") as out:
-        render(report, Console(file=out, width=100))
+        render(report, Console(file=out, width=100, markup=False))
     printed = json.loads(json.dumps(to_json(report), ensure_ascii=False).encode("utf-8"))
     assert (
         printed["ok"] + len({p["row"] for p in printed["problems"] if p["severity"] == "error"} - {None}) == report.rows

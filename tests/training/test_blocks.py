@@ -208,6 +208,7 @@ def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_the_first_st
     assert len(graphs) == len(clips) and graphs[0] > 0 and set(graphs) == {graphs[0]}
 
 
+@pytest.mark.slow
 def test_more_graphs_than_can_be_explained_end_the_run(
     live_model: LIVE, nothing_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +220,7 @@ def test_more_graphs_than_can_be_explained_end_the_run(
         live.loss(model, live.inputs(*SMALL))  # of two graphs: the first block gets its tokens as a view
 
 
+@pytest.mark.slow
 def test_batches_of_any_number_of_clips_share_what_is_compiled(live_model: LIVE, nothing_compiled: None) -> None:
     live = live_model("wan-s2v")
     model, stats, graphs = live.transformer(), torch._dynamo.utils.counters["stats"], []
