@@ -1,6 +1,6 @@
 """Host memory that the ranks of a run take to load the model, under each strategy, as multiples of the model's files.
 
-    python benchmarks/loading_memory.py [--blocks 28] [--blocks-at-once 5] [--only NAME ...] [--scratch DIR]
+    python benchmarks/loading_memory.py [--blocks 28] [--blocks-at-once 5] [--only NAME] [--scratch DIR]
 
 Writes a synthetic Wan2.2-S2V directory (bfloat16, as released, in shards of about a gigabyte; all values zero, so the
 files are sparse) of 67 million parameters a block, and lets processes of a gloo group load its transformer, put in

@@ -14,6 +14,7 @@ A mapped file is in the page cache once for all ranks of a machine, so that toge
 Loading first and placing afterwards takes a whole float32 copy for each rank.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -133,7 +134,10 @@ def _replaced(
     names: dict[nn.Parameter, list[str]] = {}
     for name, old in model.named_parameters(remove_duplicate=False):
         names.setdefault(old, []).append(name)
-    for old, places in names.items():
+    waiting = deque(names.items())
+    del names  # so that an old one that had values lets them go before the next has new ones
+    while waiting:
+        old, places = waiting.popleft()
         new = nn.Parameter(values(old), requires_grad=old.requires_grad)
         for name in places:
             replace_parameter(model, name, new)
