@@ -44,6 +44,8 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
         outputs_of(encoders, [load(kind, request, options, cache)], cache)
 
     model, losses = live.transformer(), {}
+    for weight in model.parameters():
+        weight.data = weight.data if weight.requires_grad else weight.data.to(dtype)
     use_in(dtype, model)
     for name, found in (("encoded", None), ("cached", cache)):
         (tmp_path / name).mkdir()
