@@ -128,7 +128,7 @@ def test_what_cannot_run_says_why_and_what_stands_alone_does_not_wait_for_it(poo
 def test_at_the_end_of_its_time_a_row_is_ended_and_the_others_are_not_begun(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vfun_cli.acceptance.pool.LEAST", 0.0)
+    monkeypatch.setattr("vfun_cli.acceptance.pool.LEAST", 0.1)
     monkeypatch.setattr("vfun_cli.acceptance.pool.END", 0.1)
     pool.deadline = time.monotonic() + 0.3
     pool.run([row("a/long", seconds=60), row("a/next")], 1)
