@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+SHARE_CORES = "_VFUN_SHARE_CORES"
+"""Set for ranks whose number of threads nobody stated; in ``THREADS`` they then find accelerate's, which is 1."""
+
 NOT_INHERITED = {
     "accelerate": ("ACCELERATE_*", "FSDP_*", "PARALLELISM_CONFIG_*", "MEGATRON_LM_*", "FORK_LAUNCHED"),
     "torchrun": ("PET_*", "TORCHELASTIC_*", "TORCH_ELASTIC_*", "PYTHON_EXEC"),
@@ -20,7 +23,7 @@ NOT_INHERITED = {
     "where another job meets": ("MASTER_ADDR", "MASTER_PORT"),
     "mpirun": ("PMI_*", "OMPI_COMM_WORLD_*", "MV2_COMM_WORLD_*", "MPI_LOCALNRANKS"),
     "torch, which then unpickles anything": ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",),
-    "the launcher of another run": ("_VFUN_SHARE_CORES",),
+    "the launcher of another run": (SHARE_CORES,),
 }
 """Variables, by who would let them overrule the files of a launch. What tunes how the same work is done (``NCCL_*``,
 ``GLOO_*``, ``CUDA_*``, ``TORCH_*``, ``PYTORCH_*``) is the user's.
@@ -28,9 +31,6 @@ NOT_INHERITED = {
 
 THREADS = "OMP_NUM_THREADS"
 """Inherited if it is one number: accelerate fails at anything else."""
-
-SHARE_CORES = "_VFUN_SHARE_CORES"
-"""Set for ranks whose number of threads nobody stated; in ``THREADS`` they then find accelerate's, which is 1."""
 
 SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH")
 """Lists of folders. An empty or relative entry, such as ``$UNSET:/opt/lib`` leaves, means the working directory."""

@@ -3,8 +3,10 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -31,9 +33,14 @@ def multiplies_bf16() -> bool:
     """Whether the processor has units for it. Without them torch converts each number: with AVX2 alone a linear layer
     takes 10 times as long as in float32, a 3D convolution 36 times.
     """
+    facts = processor()
+    return not BF16_UNITS.isdisjoint(facts.get("flags", facts.get("Features", "")).split())
+
+
+def processor() -> dict[str, str]:
+    """What the system says of it, by the system's names; nothing where it does not."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    facts = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
-    return not BF16_UNITS.isdisjoint(facts.get("flags", facts.get("Features", [])))
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def oom_kills() -> int:
@@ -69,17 +76,27 @@ def smallest_gpu() -> int | None:
     Raises:
         EnvironmentFault: nvidia-smi hangs.
     """
-    tool, visible = _nvidia_smi(), _visible()
-    if tool is None:
-        return None
-    listed = _ask(tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits")
-    rows = [tuple(map(str.strip, line.split(","))) for line in listed]
+    visible = _visible()
     seen = [
-        mebibytes
-        for index, uuid, mebibytes in (row for row in rows if len(row) == 3)
+        memory.removesuffix(" MiB")
+        for index, uuid, memory in query_gpus("index", "uuid", "memory.total")
         if visible is None or any(index == name or uuid.startswith(name) for name in visible)
     ]
     return min((int(mebibytes) << 20 for mebibytes in seen if mebibytes.isdigit()), default=None)
+
+
+def query_gpus(*fields: str) -> list[list[str]]:
+    """Values of nvidia-smi's fields for each GPU of this machine, with their units; no rows where it tells none.
+
+    Raises:
+        EnvironmentFault: nvidia-smi hangs.
+    """
+    tool = _nvidia_smi()
+    if tool is None:
+        return []
+    lines = _ask(tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    rows = [[value.strip() for value in line.split(",")] for line in lines]
+    return [row for row in rows if len(row) == len(fields)]  # a driver that fails says so in a sentence
 
 
 def _nvidia_smi() -> str | None:
@@ -128,6 +145,15 @@ def check_processes(device: str, per_machine: int) -> None:
             f"this machine has {devices} {what} for {per_machine} processes.",
             hint=f"Use --num-processes {devices}, or spread over machines with --num-machines.",
         )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those Python packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def require_package(choice: str, packages: Mapping[str, str]) -> None:

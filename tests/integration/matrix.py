@@ -68,52 +68,31 @@ BROKEN = "broken"
 # Rounding grows where AdamW divides by little: adapters are compared while their gradients have a size.
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
 
+_IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
+_EVERYWHERE = {
+    "subset": _SUBSET,
+    "clipped": _CLIPPED,
+    "unclipped": _UNCLIPPED,
+    "untrained": _UNTRAINED,
+    BROKEN: _BROKEN,
+}
+
 # Beside the matrix, one family under the options that a strategy could get wrong on its own; `lora-` trains adapters.
 EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
-        "fp32": _FP32,
-        "lora-fp32": _LORA_FP32,
-        "subset": _SUBSET,
-        "clipped": _CLIPPED,
-        "unclipped": _UNCLIPPED,
-        "untrained": _UNTRAINED,
-        BROKEN: _BROKEN,
+        **_IN_FLOAT32,
+        **_EVERYWHERE,
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3},
     },
-    "ddp": {
-        "fp32": _FP32,
-        "lora-fp32": _LORA_FP32,
-        "subset": _SUBSET,
-        "clipped": _CLIPPED,
-        "unclipped": _UNCLIPPED,
-        "untrained": _UNTRAINED,
-        BROKEN: _BROKEN,
-    },
+    "ddp": {**_IN_FLOAT32, **_EVERYWHERE},
     "fsdp": {
-        "fp32": _FP32,
-        "lora-fp32": _LORA_FP32,
-        "subset": _SUBSET,
-        "clipped": _CLIPPED,
-        "unclipped": _UNCLIPPED,
-        "untrained": _UNTRAINED,
-        BROKEN: _BROKEN,
+        **_IN_FLOAT32,
+        **_EVERYWHERE,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
-    "zero2": {
-        "subset": _SUBSET,
-        "clipped": _CLIPPED,
-        "unclipped": _UNCLIPPED,
-        "untrained": _UNTRAINED,
-        BROKEN: _BROKEN,
-    },
-    "zero3": {
-        "subset": _SUBSET,
-        "clipped": _CLIPPED,
-        "unclipped": _UNCLIPPED,
-        "untrained": _UNTRAINED,
-        BROKEN: _BROKEN,
-    },
+    "zero2": _EVERYWHERE,
+    "zero3": _EVERYWHERE,
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.run.small_run import CONFIG, DESCRIBED, write_checkpoint
 from tests.two_ranks import run_on_two_ranks
+from vfun_cli import devices
 from vfun_cli.errors import CheckpointError
-from vfun_cli.training import agreement
 from vfun_cli.training.agreement import statement
 
 
@@ -66,7 +66,7 @@ def test_a_place_of_a_machine_may_differ(tmp_path: Path) -> None:
 
 def test_a_version_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     here = statement(described())
-    monkeypatch.setattr(agreement, "version", lambda package: "0.1" if package == "peft" else here[package])
+    monkeypatch.setattr(devices, "version", lambda package: "0.1" if package == "peft" else here[package])
     assert {name for name, value in statement(described()).items() if value != here[name]} == {"peft"}
 
 

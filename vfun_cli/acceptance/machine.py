@@ -3,14 +3,11 @@
 import os
 import platform
 import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from vfun_cli.devices import cpu_cores
+from vfun_cli import devices
 
 PACKAGES = (
     "torch", "numpy", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord", "eva-decord", "av",
@@ -37,7 +34,7 @@ def versions() -> dict[str, str]:
     """Of Python, the system, and the packages that are installed."""
     kernel = platform.release().split("-")[0]
     system = f"{platform.system()} {kernel} {platform.machine()}, {' '.join(platform.libc_ver())}"
-    return {"python": platform.python_version(), "platform": system, **_installed()}
+    return {"python": platform.python_version(), "platform": system, **devices.installed_versions(PACKAGES)}
 
 
 def memory_bytes() -> int:
@@ -47,7 +44,7 @@ def memory_bytes() -> int:
 
 def jobs() -> int:
     """How many rows run at a time."""
-    return max(1, min(MOST_JOBS, cpu_cores(), memory_bytes() // MEMORY_OF_ROW))
+    return max(1, min(MOST_JOBS, devices.cpu_cores(), memory_bytes() // MEMORY_OF_ROW))
 
 
 def lacks(device: str) -> dict[str, str]:
@@ -69,8 +66,7 @@ def _cpu() -> dict[str, Any]:
     """Its model, and how it multiplies: with AVX2 alone (AMD EPYC, torch 2.13, one thread) bf16 takes 10 times as long
     as float32 in a linear layer and 36 times in a 3D convolution.
     """
-    listed = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in listed)}
+    facts = devices.processor()
     flags = facts.get("flags", "").split()
     return {
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
@@ -78,25 +74,7 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _gpus(fields: Sequence[str] = GPU_FIELDS) -> dict[str, list[dict[str, str]]]:
+def _gpus() -> dict[str, list[dict[str, str]]]:
     """If there are any; asked of the driver, because importing torch takes longer than some benchmarks."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    asked = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if asked.returncode:
-        return {}
-    lines = [[part.strip() for part in line.split(",")] for line in asked.stdout.splitlines()]
-    return {"gpus": [dict(zip(fields, line, strict=False)) for line in lines]}
-
-
-def _installed() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    listed = devices.query_gpus(*GPU_FIELDS)
+    return {"gpus": [dict(zip(GPU_FIELDS, row, strict=True)) for row in listed]} if listed else {}

@@ -32,6 +32,7 @@ def prove(
     """
     devices.check_processes(device, 1)
     ensure_writable(output_dir)
+    found_on = {"hardware": machine.hardware(), "versions": machine.versions()}
     date, began = datetime.now(UTC).strftime("%Y-%m-%d"), time.monotonic()
     with TemporaryDirectory(prefix="work-", dir=output_dir.absolute(), ignore_cleanup_errors=True) as place:
         pool = Pool(place=Path(place), lacks=machine.lacks(device), deadline=began + 60 * minutes)
@@ -46,8 +47,7 @@ def prove(
                 "device": device,
                 "minutes": minutes,
                 "jobs": jobs,
-                "hardware": machine.hardware(),
-                "versions": machine.versions(),
+                **found_on,
                 "seconds": round(time.monotonic() - began),
                 "counts": report.counts(pool),
                 "rows": report.record(rows, pool),

@@ -4,9 +4,9 @@ Counted are the transformer's weights with their gradients and optimizer state, 
 Activations, encoders and buckets come on top.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from vfun_cli import devices
 from vfun_cli.config.options import RunConfig
@@ -52,18 +52,15 @@ def whole_state(config: RunConfig, spec: FamilySpec, *, lora: bool) -> WholeStat
     Raises:
         ConfigError: ``trainable_modules`` names nothing.
     """
-    from vfun_cli.checkpoints.released import weight_files  # with numpy
-    from vfun_cli.checkpoints.safetensors import read_file
-    from vfun_cli.config.trainable import choose
+    from vfun_cli.config.trainable import choose, parameter_shapes  # with numpy
 
     if config.pretrained_model_name_or_path is None:
         return None
-    folder = config.pretrained_model_name_or_path / Path(spec.model.config_file).parent
     try:
-        tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_file(file).items()}
+        shapes = parameter_shapes(config.pretrained_model_name_or_path, spec)
     except CheckpointError:
         return None
-    sizes = {spec.export.parameter(name): tensor.numel for name, tensor in tensors.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     chosen = [] if lora else choose(config.trainable_modules, sizes, spec.export.names["same"]).names
     weights, trained = sum(sizes.values()), sum(sizes[name] for name in chosen)
     frozen = FROZEN_BYTES[config.base_precision] if config.bf16 else 4

@@ -68,7 +68,7 @@ def choose_from_files(parts: Sequence[str], model_dir: Path, spec: FamilySpec, d
         CheckpointError: there are no weights in it.
         ConfigError: as of :func:`choose`.
     """
-    shapes = _shapes(model_dir, spec)
+    shapes = parameter_shapes(model_dir, spec)
     chosen = choose(parts, shapes, spec.export.names["same"], spec.model.modules_without_gradient(dims))
     return chosen, sum(math.prod(shapes[name]) for name in chosen.names)
 
@@ -80,7 +80,7 @@ def count_adapters(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: M
         CheckpointError: there are no weights in it.
         ConfigError: as of :func:`choose_layers`.
     """
-    shapes = _shapes(model_dir, spec)
+    shapes = parameter_shapes(model_dir, spec)
     linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items()
               if name.endswith(".weight") and len(shape) == 2}  # fmt: skip
     idle = spec.model.modules_without_gradient(dims)
@@ -88,8 +88,12 @@ def count_adapters(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: M
     return sum(config.rank * sum(linear[layer]) + config.use_dora * linear[layer][0] for layer in layers)
 
 
-def _shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:
-    """Of the transformer's parameters, by their own names."""
+def parameter_shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:
+    """Of the transformer's parameters, by their own names, from the headers of its files.
+
+    Raises:
+        CheckpointError: there are no weights in the directory, or they are damaged.
+    """
     stored = tensor_shapes(model_dir / Path(spec.model.config_file).parent)
     return {spec.export.parameter(name): shape for name, shape in stored.items()}
 

@@ -47,9 +47,10 @@ DEVICE_HINT = (
 )
 
 
-def memory_error(error: BaseException) -> str | None:
-    """The line that says so, of the error or of one that it came from; None where memory did not run out."""
-    return next((line for each in _chain(error) if (line := _said(each)) is not None), None)
+def memory_error(error: BaseException, where: str = "") -> FitError | None:
+    """An error, or one that it came from, as one that a user can act on; None where memory did not run out."""
+    line = next((line for each in _chain(error) if (line := _said(each)) is not None), None)
+    return None if line is None else does_not_fit(line, where)
 
 
 def memory_line(text: str) -> str | None:
@@ -57,15 +58,8 @@ def memory_line(text: str) -> str | None:
     return next((line.strip() for line in text.splitlines() if _HOST.search(line) or _DEVICE.search(line)), None)
 
 
-def without_memory(error: BaseException, where: str = "") -> FitError:
-    """An error of which :func:`memory_error` says a line, as one that a user can act on."""
-    line = memory_error(error)
-    assert line is not None, error
-    return does_not_fit(line, where)
-
-
 def does_not_fit(line: str, where: str = "") -> FitError:
-    """The error of a line of :func:`memory_error` or :func:`memory_line`."""
+    """The error of a line that says so, such as one of :func:`memory_line`."""
     on_host = _HOST.search(line) is not None or not _DEVICE.search(line)
     what, hint = ("the host's memory", HOST_HINT) if on_host else ("memory", DEVICE_HINT)
     return FitError(f"{where}out of {what}: {line.rstrip('.')}.", hint=hint)

@@ -14,7 +14,7 @@ from vfun_cli.disks.abilities import HINTS, fault
 from vfun_cli.errors import MetadataError, RunError, VfunError, first_line
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
-from vfun_cli.run.memory_errors import memory_error, without_memory
+from vfun_cli.run.memory_errors import memory_error
 from vfun_cli.run.messages import RankError
 from vfun_cli.run.rundir import RunDir, read_description
 from vfun_cli.training.data import forkserver
@@ -108,9 +108,7 @@ def _validate_command(described: Mapping[str, Any]) -> str:
 def _translate(error: BaseException, run: RunDir) -> VfunError:
     if isinstance(error, OSError) and error.errno in HINTS:
         return fault(error, where=run.root)
-    if memory_error(error) is not None:
-        return without_memory(error)
-    return RunError(f"{type(error).__name__}: {first_line(error)}.")
+    return memory_error(error) or RunError(f"{type(error).__name__}: {first_line(error)}.")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from vfun_cli import __version__
+from vfun_cli import __version__, devices
 from vfun_cli.checkpoints import manifest
 from vfun_cli.errors import ConfigError, RunError, VfunError, first_line
 from vfun_cli.run.ownership import new_id
@@ -173,16 +172,9 @@ def statement(described: Mapping[str, Any]) -> dict[str, Any]:
         "the plan": described.get("plan_digest"),
         "vfun": __version__,
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        **{package: _version(package) for package in PACKAGES},
+        **devices.installed_versions(PACKAGES),
     }
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

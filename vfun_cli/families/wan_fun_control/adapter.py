@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.released import tensor_shapes
 from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS, read_dims
 from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
@@ -213,16 +213,7 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
         CheckpointError: no such model there, or another one.
     """
     files = safetensors_files(folder)
-    config = transformer_config(_shapes(files), read_json(folder / SPEC.model.config_file))
+    config = transformer_config(tensor_shapes(folder), read_json(folder / SPEC.model.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config), where=str(folder))
     load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
     return model
-
-
-def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, from the headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as shard:
-            shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    return shapes

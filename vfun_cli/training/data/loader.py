@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
 from vfun_cli.plan.queue import MOST_AHEAD, SHARED_MEMORY_HINT
-from vfun_cli.run.memory_errors import HOST_HINT, memory_error, without_memory
+from vfun_cli.run.memory_errors import HOST_HINT, memory_error
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import Sample, load
@@ -129,8 +129,9 @@ def _named(error: Exception, request: SampleRequest) -> VfunError:
     Raises:
         Exception: the error itself, where it is no known one.
     """
-    if memory_error(error) is not None:  # whatever a decoder made of it, the clip is not to blame
-        return without_memory(error, f"row {request.key.row}: ")
+    without_memory = memory_error(error, f"row {request.key.row}: ")
+    if without_memory is not None:  # whatever a decoder made of it, the clip is not to blame
+        return without_memory
     if isinstance(error, MetadataError):
         hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
         return MetadataError(f"row {request.key.row}: {error.message}", hint=hint)
