@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,13 +108,18 @@ with_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor
 
 
 SHAPES = (SMALL, TALL, WIDE)
+SAME_BLOCKS = ("hunyuanvideo-i2v", "easyanimate-v5-control")
+"""Families whose blocks are those of another one."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "backend", "dtype"),
     [
-        *((family, "aot_eager", torch.float32) for family in FAMILIES),
+        *(
+            pytest.param(family, "aot_eager", torch.float32, marks=[pytest.mark.long] * (family in SAME_BLOCKS))
+            for family in FAMILIES
+        ),
         ("wan-s2v", "aot_eager", torch.bfloat16),
         pytest.param("easyanimate-v5.1-control", "inductor", torch.float32, marks=with_compiler),
         *(
@@ -152,9 +157,19 @@ def test_compiled_losses_and_gradients_are_the_eager_ones_at_every_shape_and_the
     assert graphs == [graphs[0]] * len(SHAPES)
 
 
+OF_EACH = {("wan-s2v", "selective"), ("hunyuanvideo-i2v", "block")}
+"""Ways of checkpointing that every change is tested with; the others are tested before a release."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["block", "selective"])
-@pytest.mark.parametrize("family", ["wan-s2v", "hunyuanvideo-i2v", "cogvideox-fun"])
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        pytest.param(family, how, marks=[] if (family, how) in OF_EACH else pytest.mark.long)
+        for family in FAMILIES
+        for how in ("block", "selective")
+    ],
+)
 def test_checkpointed_blocks_compile_with_the_same_gradients(
     family: str, how: str, live_model: LIVE, nothing_compiled: None
 ) -> None:
@@ -168,6 +183,23 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
         found.append(gradients(model))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["none", "block", "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_compiled_is_one_function_for_all_blocks_of_a_kind(
+    family: str, how: str, live_model: LIVE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, compiled = live_model(family), list[Any]()
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: compiled.append(forward) or forward)
+    model, plan = live.transformer(), cast(Any, SimpleNamespace(spec=live.spec))
+    config = RunConfig(strategy="single", gradient_checkpointing=how, compile=True, mixed_precision="bf16")
+    prepare_blocks(config, plan, model)
+    blocks = find_blocks(model, live.spec.model.block_classes)
+    kinds = {
+        (type(block), *(name for name, weight in block.named_parameters() if weight.requires_grad)) for block in blocks
+    }
+    assert len({method.__func__ for method in compiled}) == len(kinds) <= len(compiled) == len(blocks)
 
 
 @pytest.mark.slow

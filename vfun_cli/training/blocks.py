@@ -5,8 +5,9 @@ gathers its weights stay where they are, outside of what is recomputed or compil
 """
 
 import shutil
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cache, wraps
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -66,8 +67,18 @@ def checkpoint_blocks(transformer: nn.Module, block_classes: Collection[str], ho
         cast(Any, transformer).enable_gradient_checkpointing()
     elif how == "selective":
         for block in find_blocks(transformer, block_classes):
-            recomputed = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_selective_contexts)
-            block.forward = recomputed
+            block.forward = MethodType(_recomputed(cast(MethodType, block.forward).__func__), block)
+
+
+@cache
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One function for all blocks of a kind: torch 2.9 compiles anew for each other one that it meets."""
+
+    @wraps(forward)
+    def run(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=_selective_contexts, **named)
+
+    return run
 
 
 def _selective_contexts() -> Any:

@@ -8,8 +8,9 @@ weights as those do: FSDP by its own policy (training/strategy.py), DeepSpeed by
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from functools import cache, wraps
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,51 +48,53 @@ def use_in(dtype: torch.dtype, transformer: nn.Module) -> None:
 
     To be called when the weights to train are chosen; ``prepare_blocks`` places it among recomputation and compilation.
     """
-    own, layers = _divided(transformer)
-    for module, owners in [(transformer, own), *((layer, list(layer.modules())) for layer in layers)]:
-        weights = [
-            (owner, name)
-            for owner in owners
-            for name, weight in owner.named_parameters(recurse=False)
-            if weight.requires_grad and weight.dtype != dtype
-        ]
+    layers = _layers(transformer)
+    for module, left_out in [(transformer, tuple(layers)), *((layer, ()) for layer in layers.values())]:
+        weights = tuple(
+            name
+            for name, weight in module.named_parameters()
+            if weight.requires_grad and weight.dtype != dtype and not name.startswith(left_out)
+        )
         if weights:
-            module.forward = _with_copies(module.forward, weights, dtype)
+            forward = cast(MethodType, module.forward).__func__
+            module.forward = MethodType(_with_copies(forward, weights, dtype), module)
 
 
-def _divided(transformer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules outside of any list, and the layers of the lists: those are called one by one."""
-    own, layers, rest = list[nn.Module](), list[nn.Module](), [transformer]
+def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Of the lists outside of other lists, which are called one by one; by how the names of their weights begin."""
+    found, rest = dict[str, nn.Module](), [("", transformer)]
     while rest:
-        module = rest.pop()
-        own.append(module)
-        for child in module.children():
+        path, module = rest.pop()
+        for name, child in module.named_children():
             if isinstance(child, nn.ModuleList):
-                layers.extend(child)
+                found |= {f"{path}{name}.{index}.": layer for index, layer in child.named_children()}
             else:
-                rest.append(child)
-    return own, layers
+                rest.append((f"{path}{name}.", child))
+    return found
 
 
-def _with_copies(
-    forward: Callable[..., Any], weights: Sequence[tuple[nn.Module, str]], dtype: torch.dtype
-) -> Callable[..., Any]:
+@cache
+def _with_copies(forward: Callable[..., Any], weights: Sequence[str], dtype: torch.dtype) -> Callable[..., Any]:
+    """One function for all layers of a kind: torch 2.9 compiles anew for each other one that it meets."""
+
     @wraps(forward)
-    def run(*arguments: Any, **named: Any) -> Any:
-        with _copies(weights, dtype):
-            return forward(*arguments, **named)
+    def run(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+        with _copies(module, weights, dtype):
+            return forward(module, *arguments, **named)
 
     return run
 
 
 @contextmanager
-def _copies(weights: Sequence[tuple[nn.Module, str]], dtype: torch.dtype) -> Iterator[None]:
+def _copies(module: nn.Module, weights: Sequence[str], dtype: torch.dtype) -> Iterator[None]:
     # In the dictionary itself: as an attribute a module takes nothing but a Parameter, which would cut the graph.
-    masters = [owner._parameters[name] for owner, name in weights]
-    for (owner, name), master in zip(weights, masters, strict=True):
-        owner._parameters[name] = master.to(dtype)  # type: ignore[union-attr, assignment]
+    paths = [weight.rpartition(".") for weight in weights]
+    places = [(module.get_submodule(path)._parameters, name) for path, _, name in paths]
+    masters = [parameters[name] for parameters, name in places]
+    for (parameters, name), master in zip(places, masters, strict=True):
+        parameters[name] = master.to(dtype)  # type: ignore[union-attr, assignment]
     try:
         yield
     finally:
-        for (owner, name), master in zip(weights, masters, strict=True):
-            owner._parameters[name] = master
+        for (parameters, name), master in zip(places, masters, strict=True):
+            parameters[name] = master
