@@ -14,6 +14,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource
 from vfun_cli.modeling.encoders.placement import encoding_on
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.data.encoding import encode, prepared
@@ -104,6 +105,20 @@ def test_a_training_step_leaves_the_encoders_alone(
             assert {each.device for each in (*module.parameters(), *module.buffers())} == {there}
         now = [*module.parameters(), *module.buffers()]
         assert all(one is other for one, other in zip(now, tensors, strict=True))
+
+
+@pytest.mark.parametrize("low_vram", [False, True])
+def test_an_encoder_is_on_its_device_before_the_next_is_loaded(low_vram: bool) -> None:
+    loaded: list[nn.Module] = []
+
+    def load() -> nn.Module:
+        assert low_vram or all(module.weight.is_meta for module in loaded)
+        loaded.append(nn.Linear(2, 2))
+        return loaded[-1]
+
+    sources = {name: EncoderSource(load=load, files=(), settings="") for name in ("vae", "text")}
+    Encoders(sources, torch.device("meta"), low_vram=low_vram).load()
+    assert [module.weight.is_meta for module in loaded] == [not low_vram] * 2
 
 
 @pytest.mark.parametrize(("precision", "device", "dtype"), [

@@ -51,12 +51,18 @@ class Encoders(Mapping[str, Any]):
         self.sharding: EncoderSharding | None = None
 
     def __getitem__(self, name: str) -> Any:
-        """The encoder itself, loaded now if it was not."""
+        """The encoder itself, loaded now if it was not.
+
+        It leaves the host at once, so that a rank never holds two there (Wan's text encoder alone is 11.4 GB).
+        """
         if name not in self.loaded:
-            self.loaded[name] = self.sources[name].load()
+            encoder = self.sources[name].load()
             sharding = self._sharding_of(name)
             if sharding is not None:
-                sharding.shard(self.loaded[name])
+                sharding.shard(encoder)
+            elif not self.low_vram:
+                encoder.to(self.device)
+            self.loaded[name] = encoder
         return self.loaded[name]
 
     def __iter__(self) -> Any:
