@@ -128,8 +128,8 @@ def test_compiled_blocks_train_like_others(strategy: str, workplace: Path) -> No
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     lines = [json.loads(line) for line in RunDir(compiled.folder).metrics.read_text().splitlines()]
     graphs = [line["compiled_graphs"] for line in lines if "loss" in line]
-    # Two lengths of the sequence: with the history of the clip and, at the fourth step, without.
-    assert 0 < graphs[0] == graphs[2] < graphs[3] == graphs[5], graphs
+    # Two lengths of the sequence, with the history of the clip and, at the fourth step, without, take the same graphs.
+    assert len(set(graphs)) == 1 and graphs[0] > 0, graphs
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
