@@ -174,6 +174,19 @@ def test_weights_are_read_once_in_the_type_that_is_kept_and_zero3_lets_each_go_b
         assert read["most_at_once"] < 1.1 * read["largest"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "single"])
+def test_every_module_computes_in_the_types_of_a_single_process(strategy: str, command: str, trained: Trained) -> None:
+    """The policy is ``training/precision.py``; FSDP and DeepSpeed cast by rules of their own."""
+    types = []
+    for name in ("single", strategy):
+        trained(name)
+        run = RunDir(straight("wan-s2v", name, command).folder)
+        types.append(json.loads((run.logs / "noted-rank-0.json").read_text())["types"])
+    assert types[0] == types[1]
+    assert ["torch.bfloat16"] in types[0]["blocks.0"], "computes in bf16"
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_are_clipped_to_the_norm(strategy: str, trained: Trained) -> None:
     """After one step AdamW's first moment is a tenth of the clipped gradient."""

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from tests.integration.matrix import BROKEN
 from vfun_cli.run.rundir import RunDir
@@ -50,7 +51,7 @@ def main(list_file: str) -> int:
 @contextmanager
 def training_noted(run: RunDir) -> Iterator[None]:
     """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers;
-    what it read of the transformer's files and what it keeps of that.
+    the types that its modules compute in; what it read of the transformer's files and what it keeps of that.
     """
     from vfun_cli.training.trainer import Trainer
 
@@ -61,13 +62,15 @@ def training_noted(run: RunDir) -> Iterator[None]:
             break_gradients(self)
         before = frozen_weights(self.state.model)
         sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
+        compiled = self.config.compile  # for which each hook is a graph more
         with (
-            gathers_counted([] if self.config.compile else sharded) as gathers,  # a compiled hook is a graph more
+            gathers_counted([] if compiled else sharded) as gathers,
+            types_noted({} if compiled else dict(unwrapped(self.state.model).named_modules())) as types,
             reductions_counted() as reductions,
         ):
             reason = train(self, *given)
         content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
-        content |= {"reductions": reductions, "kept": kept_bytes(self.state.model), "read": vars(read)}
+        content |= {"reductions": reductions, "kept": kept_bytes(self.state.model), "read": vars(read), "types": types}
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
@@ -161,6 +164,36 @@ def gathers_counted(sharded: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
         yield counts
     finally:
         setattr(dist, name, gather)
+        for hook in hooks:
+            hook.remove()
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """What DDP or DeepSpeed put its own module around."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, torch.nn.Module)
+    return inner
+
+
+@contextmanager
+def types_noted(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, list[list[str]]]]:
+    """By each module's name, the floating types that enter its first call and those that leave it."""
+    types: dict[str, list[list[str]]] = {}
+
+    def floating(values: Any) -> list[str]:
+        tensors = [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+        return sorted({str(each.dtype) for each in tensors if each.is_floating_point()})
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            types.setdefault(name, [floating((args, kwargs)), floating(output)])
+
+        return note
+
+    hooks = [module.register_forward_hook(noting(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield types
+    finally:
         for hook in hooks:
             hook.remove()
 
