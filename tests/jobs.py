@@ -116,7 +116,7 @@ def training_processes(run: RunDir) -> tuple[list[int], list[int]]:
         try:
             argv = (folder / "cmdline").read_bytes().decode().split("\0")
             environment = environment_of(int(folder.name))
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            parent = parent_of(folder)
         except (OSError, ValueError):
             continue
         if "vfun_cli.training" in argv and str(run.run_json.absolute()) in argv:
@@ -125,6 +125,22 @@ def training_processes(run: RunDir) -> tuple[list[int], list[int]]:
             else:
                 ranks.setdefault(parent, {})[environment.get("RANK", "0")] = int(folder.name)
     return launchers, [pid for _, pid in sorted(ranks[launchers[0]].items())]
+
+
+def forks_of(process: int) -> list[int]:
+    """Its children that are copies of it: they still have the command line with which it was started."""
+    argv = (Path("/proc") / str(process) / "cmdline").read_bytes()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile
+            if parent_of(folder) == process and (folder / "cmdline").read_bytes() == argv:
+                found.append(int(folder.name))
+    return found
+
+
+def parent_of(folder: Path) -> int:
+    """The parent of the process with this folder of /proc."""
+    return int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def listened_at(processes: Collection[int]) -> set[str]:

@@ -18,7 +18,20 @@ from statistics import mean
 import pytest
 
 from tests.integration.matrix import STEPS, memorised, straight, together
-from tests.jobs import Job, Said, finish, kill_all, last_step, losses, start, vfun_process, wait_for, wait_for_step
+from tests.jobs import (
+    Job,
+    Said,
+    finish,
+    forks_of,
+    kill_all,
+    last_step,
+    losses,
+    start,
+    training_processes,
+    vfun_process,
+    wait_for,
+    wait_for_step,
+)
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.run.rundir import RunDir
 
@@ -46,6 +59,7 @@ def killed_and_resumed(strategy: str) -> tuple[RunDir, int]:
     arguments = options(run.root, dataloader_num_workers=1, **together(strategy))
     job = start("train", FAMILY, "--demo", f"--strategy={strategy}", *arguments)
     wait_for(lambda: run.checkpoint(half).exists() and last_step(run) > half, job)
+    assert all(forks_of(rank) for rank in training_processes(run)[1]), "what decodes is not a copy of its rank"
     kill_all(job)
     return run, json.loads(vfun_process("resume", run.root, "--json", code=0).out)["step"]
 
