@@ -231,6 +231,9 @@ def test_each_rank_hashes_what_it_wrote_and_no_limit_of_nccl_runs_meanwhile(stra
     for number, rank in enumerate(ranks):
         shards = re.findall(r"(?:__|zero_pp_rank_)(\d+)_", " ".join(rank["hashed"]))
         assert {int(writer) for writer in shards} <= {number} and rank["hasty"] == []
+        order = " ".join(rank["order"])
+        assert "wrote met" not in order, "a slower rank would come to that too late"
+        assert ("wrote waited met" in order) == (strategy == "zero3"), order  # which gathers small weights again
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -31,6 +31,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.waiting import patient_group
 
 
 def main(list_file: str) -> int:
@@ -98,48 +99,76 @@ def break_gradients(trainer: Any) -> None:
 
 WAITS = ("barrier", "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
 """What ranks wait for each other by that write files."""
+SUMS = ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single")  # the last from torch 2.13 on
+GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast")
+
+
+@contextmanager
+def collectives_replaced(names: Sequence[str], by: Callable[[str, Callable[..., Any]], Any]) -> Iterator[None]:
+    """Wrap these functions of torch, where DeepSpeed has kept them too."""
+    places: list[tuple[Any, str]] = [(dist, name) for name in names if hasattr(dist, name)]
+    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.comm.cdb is not None:
+        kept = {"reduce_scatter_tensor": "reduce_scatter_function", "all_gather_into_tensor": "all_gather_function"}
+        places += [(sys.modules["deepspeed"].comm.comm.cdb, kept[name]) for name in names if name in kept]
+    before = [getattr(*place) for place in places]
+    for (owner, name), collective in zip(places, before, strict=True):
+        setattr(owner, name, by(name, collective))
+    try:
+        yield
+    finally:
+        for (owner, name), collective in zip(places, before, strict=True):
+            setattr(owner, name, collective)
 
 
 @contextmanager
 def saving_noted(run: RunDir) -> Iterator[None]:
-    """Leave in the run's logs, of this rank: the files that it hashed, and its waits for files under an NCCL limit."""
-    hashed, hasty, saving = list[str](), list[str](), False
-    digest, save, waits = hashlib.file_digest, Checkpointer.save, {name: getattr(dist, name) for name in WAITS}
+    """Leave in the run's logs, of this rank: the files that it hashed; its waits for files under an NCCL limit; in
+    which order it wrote, waited without one, and took part in collectives of tensors under one.
+    """
+    hashed, hasty, order = list[str](), list[str](), list[str]()
+    digest, write, save = hashlib.file_digest, torch.save, Checkpointer.save
+
+    def note(what: str) -> None:
+        if order[-1:] != [what]:
+            order.append(what)
 
     def noted_digest(file: Any, *given: Any) -> Any:
         hashed.append(Path(file.name).name)
         return digest(file, *given)
 
-    def noted_wait(name: str) -> Any:
-        def wait(*given: Any, group: Any = None, **options: Any) -> Any:
-            if saving and group in (None, dist.group.WORLD):  # on a GPU that is NCCL's
-                hasty.append(name)
-            return waits[name](*given, group=group, **options)
+    def noted_write(*given: Any, **options: Any) -> None:
+        write(*given, **options)
+        note("wrote")
 
-        return wait
+    def noted_collective(name: str, collective: Callable[..., Any]) -> Any:
+        def run(*given: Any, group: Any = None, **options: Any) -> Any:
+            patient = group is patient_group()  # any other is NCCL's on a GPU
+            if not patient and name in WAITS:
+                hasty.append(name)
+            note("waited" if patient else "met")
+            return collective(*given, group=group, **options)
+
+        return run
 
     def noted_save(self: Checkpointer, *given: Any, **options: Any) -> Path:
-        nonlocal saving
-        saving = True
         hashed.clear()
+        order.clear()
         try:
-            return save(self, *given, **options)
+            with collectives_replaced((*WAITS, *SUMS, *GATHERS), noted_collective):
+                return save(self, *given, **options)
         finally:
-            saving = False
-            content = {"hashed": sorted(hashed), "hasty": hasty}
+            content = {"hashed": sorted(hashed), "hasty": hasty, "order": order}
             (run.logs / f"saved-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
 
     hashlib.file_digest = noted_digest  # type: ignore[assignment]
+    torch.save = noted_write
     Checkpointer.save = noted_save  # type: ignore[method-assign]
-    for name in WAITS:
-        setattr(dist, name, noted_wait(name))
     try:
         yield
     finally:
         hashlib.file_digest = digest
+        torch.save = write
         Checkpointer.save = save  # type: ignore[method-assign]
-        for name, wait in waits.items():
-            setattr(dist, name, wait)
 
 
 @contextmanager
@@ -201,13 +230,9 @@ def types_noted(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, li
 @contextmanager
 def reductions_counted() -> Iterator[Counter[str]]:
     """How many collectives summed more than a number over the ranks, by the type of what they summed."""
-    counts, names = Counter[str](), ("all_reduce", "reduce_scatter_tensor", "reduce_scatter_single")  # torch < 2.13
-    places: list[tuple[Any, str]] = [(dist, name) for name in names if hasattr(dist, name)]
-    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.comm.cdb is not None:
-        places.append((sys.modules["deepspeed"].comm.comm.cdb, "reduce_scatter_function"))
-    before = [getattr(*place) for place in places]
+    counts = Counter[str]()
 
-    def counted(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, reduce: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **options: Any) -> Any:
             first = next(each for each in (*given, *options.values()) if isinstance(each, torch.Tensor))
             if first.numel() > 1 and first.is_floating_point():
@@ -216,13 +241,8 @@ def reductions_counted() -> Iterator[Counter[str]]:
 
         return run
 
-    for (owner, name), reduce in zip(places, before, strict=True):
-        setattr(owner, name, counted(reduce))
-    try:
+    with collectives_replaced(SUMS, counted):
         yield counts
-    finally:
-        for (owner, name), reduce in zip(places, before, strict=True):
-            setattr(owner, name, reduce)
 
 
 @dataclass

@@ -181,21 +181,31 @@ def _save_engine(state: TrainedState, folder: Path) -> None:
     """DeepSpeed's own checkpoint; the frozen base is not in it."""
     engine: Any = state.model
     engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
-    with _patient_barriers():
+    with _patient_waits(engine.optimizer):
         engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
 
 
 @contextmanager
-def _patient_barriers() -> Iterator[None]:
-    """Let DeepSpeed's ranks wait for each other's files as ours do."""
+def _patient_waits(optimizer: Any) -> Iterator[None]:
+    """Let DeepSpeed's ranks wait for each other's files as ours do.
+
+    Its barrier is not all: when a rank has written its shard, ZeRO-3 gathers small weights again, by a collective of
+    the training. All begin that together, or a rank that writes half an hour longer than another ended the job.
+    """
     from deepspeed import comm
 
-    barrier = comm.barrier
-    comm.barrier = wait_for_all
+    barrier, gather_again = comm.barrier, getattr(optimizer, "checkpoint_event_epilogue", lambda: None)
+
+    def gather_together() -> None:
+        wait_for_all()
+        gather_again()
+
+    comm.barrier, optimizer.checkpoint_event_epilogue = wait_for_all, gather_together
     try:
         yield
     finally:
         comm.barrier = barrier
+        del optimizer.checkpoint_event_epilogue
 
 
 def _load_engine(state: TrainedState, folder: Path) -> None:
