@@ -107,6 +107,53 @@ def test_a_message_of_a_rank_without_memory_starts_nothing_over(tmp_path: Path) 
     assert type(error) is FitError and error.hint == "Less."
 
 
+ABORTS = "import os, sys; print({said!r}, file=sys.stderr, flush=True); os.abort()"
+BAD_ALLOC = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc"
+CUDA = (
+    "terminate called after throwing an instance of 'c10::OutOfMemoryError'\n"
+    "  what():  CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+)
+
+
+@pytest.mark.parametrize(
+    ("rank", "said", "hint"),
+    [
+        (ABORTS.format(said=BAD_ALLOC), "rank 0 was ended by SIGABRT: out of the host's memory: ", "--no-async"),
+        (ABORTS.format(said=CUDA), "rank 0 was ended by SIGABRT: out of memory: what():  CUDA", "--low-vram"),
+        ("import os; os.kill(os.getpid(), 7)", "rank 0 was ended by SIGBUS: out of shared memory: ", "--shm-size"),
+    ],
+)
+def test_a_rank_that_a_signal_ended_for_want_of_memory_is_not_started_over(
+    rank: str, said: str, hint: str, tmp_path: Path
+) -> None:
+    error = failure(RunDir(tmp_path), ALONE.format(rank=rank))
+    assert type(error) is FitError and error.message.startswith(said) and hint in str(error.hint)
+
+
+def test_an_abort_for_another_reason_is_a_crash(tmp_path: Path) -> None:
+    error = failure(RunDir(tmp_path), ALONE.format(rank=ABORTS.format(said="terminate called: a timeout")))
+    assert isinstance(error, supervise.Crashed) and error.message == "rank 0 was ended by SIGABRT."
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [(-6, "rank 1 was ended by SIGABRT: out of memory: "), (1, "out of memory: ")],
+)
+def test_what_another_rank_wrote_in_this_launch_tells_too(cause: int, said: str, tmp_path: Path) -> None:
+    machine = Machine(RunDir(tmp_path), processes=2)
+    log = machine.run.rank_log(1)
+    log.parent.mkdir()
+    log.write_text(f"{BAD_ALLOC} in the launch before\n")
+    script = (
+        f"open({str(log)!r}, 'a').write({CUDA!r}); "
+        f"print({TORCHRUN.format(first=1, cause=cause)!r}); raise SystemExit(1)"
+    )
+    argv = [sys.executable, "-c", script]
+    with supervise.stop_requests(machine.run) as stop, pytest.raises(FitError) as caught:
+        supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
+    assert caught.value.message.startswith(said + "what():  CUDA out of memory.")
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_had_no_memory_where_the_kernel_says_so(
     killed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,8 @@ ON_DEVICE = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
@@ -36,11 +38,19 @@ ON_HOST = (
     RuntimeError("unable to mmap 4096 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
     RuntimeError("std::bad_alloc"),
 )
+IN_SHARED_MEMORY = (
+    RuntimeError(
+        NCCL.rpartition("\n")[0] + "\nError while creating shared memory segment /dev/shm/nccl-Eo2R8d (size 9637888), "
+        "error: No space left on device (28)"
+    ),
+    RuntimeError("NCCL WARN Error: failed to extend /dev/shm/nccl-Eo2R8d to 9637892 bytes"),
+)
 OTHERS = (
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
     ValueError("memory format channels_last is not supported"),
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    RuntimeError("Error while creating shared memory segment /dev/shm/nccl-Eo2R8d, error: Permission denied (13)"),
 )
 
 
@@ -59,14 +69,25 @@ def chained(error: Exception) -> Exception:
             return second
 
 
+HELP = {
+    "the host's memory": (ON_HOST, "--no-async-checkpoint"),
+    "shared memory": (IN_SHARED_MEMORY, "--shm-size"),
+    "memory": (ON_DEVICE, "--gradient-checkpointing"),
+}
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("error", [*ON_DEVICE, *ON_HOST], ids=lambda error: f"{type(error).__name__} {error}"[:60])
-def test_a_memory_error_says_what_helps_and_is_no_crash(error: Exception, wrapped: bool, tmp_path: object) -> None:
+@pytest.mark.parametrize(
+    ("memory", "error", "hint"),
+    [(memory, error, hint) for memory, (errors, hint) in HELP.items() for error in errors],
+    ids=lambda value: f"{type(value).__name__} {value}"[:60] if isinstance(value, Exception) else "",
+)
+def test_a_memory_error_says_what_helps_and_is_no_crash(
+    memory: str, error: Exception, hint: str, wrapped: bool
+) -> None:
     found = _translate(chained(error) if wrapped else error, RunDir("run"))
     assert isinstance(found, FitError)
-    on_host = error in ON_HOST
-    assert ("the host's memory" in found.message) == on_host
-    assert ("--dataloader-num-workers" if on_host else "--gradient-checkpointing") in str(found.hint)
+    assert found.message.startswith(f"out of {memory}: ") and hint in str(found.hint)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=str)

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from vfun_cli.launch.machines import Machine, error_of, failure_of
 from vfun_cli.launch.preemption import leave_terminal
 from vfun_cli.run.memory_errors import does_not_fit, memory_line
 from vfun_cli.run.messages import Failure, Outcome, StopRequest, clear_messages, preemption_signals
+from vfun_cli.run.ownership import MEMORY
 from vfun_cli.run.rundir import RunDir
 
 POLL_SECONDS = 0.1
@@ -128,9 +129,9 @@ def launch(
     clear_messages(run_dir, machine.number, ranks_elsewhere=machine.ranks_elsewhere)
     if stop.asked:
         stop.write()
-    log, killed_before = run_dir.launcher_log(machine.number), oom_kills()
-    with log.open("ab") as output:
-        start_of_run = output.tell()
+    logs = [run_dir.launcher_log(machine.number), *(run_dir.rank_log(rank) for rank in machine.ranks if rank)]
+    written, killed_before = {log: log.stat().st_size if log.exists() else 0 for log in logs}, oom_kills()
+    with logs[0].open("ab") as output:
         process = subprocess.Popen(
             argv,
             stdout=output,
@@ -146,7 +147,7 @@ def launch(
         return outcome
     if not stop.at_once:
         memory_ran_out = oom_kills() > killed_before
-        own = _failure(machine, log, start_of_run, process.returncode, way_on, memory_ran_out=memory_ran_out)
+        own = _failure(machine, written, process.returncode, way_on, memory_ran_out=memory_ran_out)
         failure = machine.agree(own, given_up=lambda: stop.at_once)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
@@ -197,15 +198,17 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
 
 
 def _failure(
-    machine: Machine, log: Path, start: int, code: int, way_on: Callable[[], str], *, memory_ran_out: bool
+    machine: Machine, written: Mapping[Path, int], code: int, way_on: Callable[[], str], *, memory_ran_out: bool
 ) -> Failure | None:
-    """What the first failing rank of this machine met; without a message, what the launcher's log tells.
+    """What the first failing rank of this machine met; without a message, what the logs tell.
 
     None where all ranks were ended here since another machine had failed.
 
     Args:
+        written: the log of the launcher and rank 0, those of the other ranks, and how long each was before the launch.
         memory_ran_out: the kernel has ended a process for that since the launch.
     """
+    log = next(iter(written))
     if not log.exists():
         return Failure(
             kind="error",
@@ -217,7 +220,8 @@ def _failure(
         )
     hint = f"The whole log is {log}. {way_on()}"
     errors = machine.errors()
-    text = log.read_bytes()[start:].decode(errors="replace")
+    texts = {log: log.read_bytes()[start:].decode(errors="replace") for log, start in written.items() if log.exists()}
+    text = texts[log]
     killed = _killed(text, machine.ranks.start)
     # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
     # still hang a while after one of them has failed.
@@ -235,12 +239,14 @@ def _failure(
     if machine.ended_ranks and killed is None:
         return None
     if killed or code < 0:
-        who, number = (f"rank {killed[0]}", killed[1]) if killed else ("the launcher", -code)
-        if number == signal.SIGKILL and memory_ran_out:
-            return failure_of(does_not_fit("the kernel ended it", f"{who} was ended by SIGKILL: "))
-        why = " The host probably ran out of memory." if number == signal.SIGKILL else ""
-        message = f"{who} was ended by {_signal_name(number)}.{why}"
-    elif (line := memory_line(text)) is not None:
+        rank, number = killed or (None, -code)
+        ended = f"{'the launcher' if rank is None else f'rank {rank}'} was ended by {_signal_name(number)}"
+        own = texts.get(machine.run.rank_log(rank), "") if rank else text
+        cause = _want_of_memory(number, own, memory_ran_out=memory_ran_out)
+        if cause is not None:
+            return failure_of(does_not_fit(cause, f"{ended}: "))
+        message = f"{ended}.{' The host probably ran out of memory.' if number == signal.SIGKILL else ''}"
+    elif (line := memory_line("\n".join(texts.values()))) is not None:
         return failure_of(does_not_fit(line))
     else:
         cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
@@ -269,6 +275,19 @@ def _killed(text: str, first_rank: int) -> tuple[int, int] | None:
         return first_rank + int(found[2]), int(found[1])
     found = re.search(r"died with (?:<Signals\.\w+: |unknown signal )(\d+)", text)
     return (0, int(found[1])) if found else None
+
+
+def _want_of_memory(number: int, text: str, *, memory_ran_out: bool) -> str | None:
+    """What tells that a process got a signal for want of memory; None where nothing does.
+
+    Args:
+        text: what the process wrote.
+    """
+    if number == signal.SIGKILL:
+        return "the kernel ended it" if memory_ran_out else None
+    if number == signal.SIGBUS:  # a page of a mapped file that cannot be had
+        return f"{MEMORY} is full, or a file was cut while it was read"
+    return memory_line(text) if number == signal.SIGABRT else None  # C++ ends so what nobody catches
 
 
 def _signal_name(number: int) -> str:

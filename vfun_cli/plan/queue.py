@@ -14,6 +14,7 @@ from vfun_cli.families.spec import ClipShape
 from vfun_cli.plan.clips import KINDS
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.sizes import MOST_ENLARGED, round_frames, size_set
+from vfun_cli.run.memory_errors import SHARED_MEMORY_HINT
 from vfun_cli.run.ownership import MEMORY
 
 MOST_AHEAD = 2
@@ -24,11 +25,6 @@ SHARE = 0.5
 
 IN_USE = 2
 """Steps whose micro-batches a rank holds: the one that begins, and the one whose numbers are still to be read."""
-
-SHARED_MEMORY_HINT = (
-    f"Enlarge {MEMORY} (docker run --shm-size=16g or --ipc=host; in Kubernetes an emptyDir with medium: Memory; "
-    f"else mount -o remount,size=16g {MEMORY}), or use fewer --dataloader-num-workers: 0 needs none of it."
-)
 
 
 def largest_micro_batch(plan: RunPlan) -> int:
