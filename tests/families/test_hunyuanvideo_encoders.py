@@ -143,6 +143,14 @@ def test_a_caption_with_the_image_token_is_refused_with_its_text(llava: LlavaPro
         llava.encode(["two <image> here"], pictures(1)[1])
 
 
+def test_a_vision_tower_with_another_number_of_tokens_is_an_error(
+    llava: LlavaPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llava.model.llava.config, "vision_feature_select_strategy", "full")  # with the class token
+    with pytest.raises(CheckpointError, match="577 tokens of an image, not 576"):
+        llava.encode(["a cat"], pictures(1)[1])
+
+
 def test_pooled_text_is_diffusers_pooled_text(t2v: Path) -> None:
     clip = ClipPooledText.from_folders(t2v / "text_encoder_2", t2v / "tokenizer_2", dtype=torch.float32)
     captions = list(CAPTIONS.values())

@@ -10,7 +10,7 @@ from transformers import LlamaModel, PreTrainedTokenizerBase
 
 from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
-from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import causal_mask, load_model, padded_tokens
 from vfun_cli.modeling.transfer import upload
 
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
@@ -45,7 +45,12 @@ class LlamaPrompt(nn.Module):
         tokens = padded_tokens(self.tokenizer, prompts, CROP_START + self.max_length)
         ids, mask = (upload(each, self.model.device) for each in tokens)
         with torch.no_grad():
-            states = self.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+            states = self.model(
+                ids,
+                attention_mask=causal_mask(mask, self.model.dtype),
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
         return states[HIDDEN_STATE][:, CROP_START:], mask[:, CROP_START:]
 
     def outputs(self, inputs: Sequence[str]) -> list[Output]:

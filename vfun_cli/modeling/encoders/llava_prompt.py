@@ -18,7 +18,7 @@ from vfun_cli.errors import CheckpointError, MetadataError
 from vfun_cli.modeling.encoders.captions import LLAMA, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.llama_prompt import HIDDEN_STATE
-from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import causal_mask, load_model, padded_tokens
 from vfun_cli.modeling.foreign import from_folder
 from vfun_cli.modeling.pixels import LoadedClip, float_pixels
 from vfun_cli.modeling.transfer import upload
@@ -35,6 +35,45 @@ ASSISTANT_LENGTH = 4
 END_HEADER = "<|end_header_id|>"
 
 
+class ImageInText(nn.Module):
+    """LLaVA for prompts whose image is at one known place.
+
+    Its own forward pass looks for the image's tokens in the ids, and the host waits until the device has found them.
+    """
+
+    def __init__(self, llava: LlavaModel) -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, pixels: Tensor) -> Tensor:
+        """Hidden states [B, n + 575, dim].
+
+        Args:
+            ids: [B, n], the image as one token.
+            mask: [B, n + 575], with one entry for each token of the image; so have ``positions``.
+            positions: [B, n + 575].
+            pixels: [B, 3, height, width] as the image processor makes them.
+
+        Raises:
+            CheckpointError: the vision tower makes another number of tokens of an image.
+        """
+        text = self.llava.get_input_embeddings()(ids)
+        image = torch.stack(self.llava.get_image_features(pixels.to(text.dtype)).pooler_output)
+        if image.shape[1] != IMAGE_LENGTH:
+            raise CheckpointError(
+                f"the vision tower makes {image.shape[1]} tokens of an image, not {IMAGE_LENGTH}.",
+                hint="The folders text_encoder and image_processor must come from the same released HunyuanVideo-I2V.",
+            )
+        states: Tensor = self.llava.language_model(
+            inputs_embeds=_with_image(text, image),
+            attention_mask=causal_mask(mask, text.dtype),
+            position_ids=positions,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states[HIDDEN_STATE]
+        return states
+
+
 class LlavaPrompt(nn.Module):
     """Captions and first frames to hidden states and a mask: image states first, then the caption's."""
 
@@ -48,7 +87,7 @@ class LlavaPrompt(nn.Module):
         interleave: int = 4,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = ImageInText(model)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length = max_length
@@ -99,21 +138,14 @@ class LlavaPrompt(nn.Module):
         """
         ids, mask = self._tokenize(captions)
         pixels = self.image_processor([_to_pil(image) for image in images], return_tensors="pt").pixel_values
-        device, dtype = self.model.device, self.model.dtype
-        long_ids, long_mask = self._expand(ids, self.image_token), self._expand(mask, 1)
-        positions = (long_mask.cumsum(-1) - 1).masked_fill(long_mask == 0, 1)
+        mask = _with_image(mask, mask.new_ones(len(mask), IMAGE_LENGTH))
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+        rows = torch.stack([self._rows(row) for row in ids])  # [B, L]
+        device = self.model.llava.device
+        ids, mask, positions, pixels, rows = (upload(each, device) for each in (ids, mask, positions, pixels, rows))
         with torch.no_grad():
-            states = self.model(
-                input_ids=upload(long_ids, device),
-                attention_mask=upload(long_mask, device),
-                position_ids=upload(positions, device),
-                pixel_values=upload(pixels, device).to(dtype),
-                output_hidden_states=True,
-                use_cache=False,
-            ).hidden_states[HIDDEN_STATE]
-        rows = upload(torch.stack([self._rows(row) for row in ids]), device)  # [B, L]
-        states = states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
-        return states, upload(long_mask, device).gather(1, rows)
+            states = self.model(ids, mask, positions, pixels)
+        return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1])), mask.gather(1, rows)
 
     def outputs(self, inputs: Sequence[tuple[str, LoadedClip]]) -> list[Output]:
         """``states`` [L, dim] and ``mask`` [L] of each caption with its image, a clip [1, 3, H, W]."""
@@ -137,11 +169,6 @@ class LlavaPrompt(nn.Module):
             )
         return ids, mask
 
-    def _expand(self, values: Tensor, image_value: int) -> Tensor:
-        """[B, n] with one entry for the image to [B, n + 575] with one for each image token."""
-        image = values.new_full((len(values), IMAGE_LENGTH), image_value)
-        return torch.cat([values[:, :IMAGE_START], image, values[:, IMAGE_START + 1 :]], dim=1)
-
     def _rows(self, ids: Tensor) -> Tensor:
         """Positions in the expanded sequence that the transformer reads, for one row of unexpanded ids.
 
@@ -159,6 +186,11 @@ class LlavaPrompt(nn.Module):
                 torch.arange(line_break, len(ids)) + shift,
             ]
         )
+
+
+def _with_image(text: Tensor, image: Tensor) -> Tensor:
+    """[B, n, ...] with one entry for the image to [B, n + 575, ...] with those of ``image`` [B, 576, ...]."""
+    return torch.cat([text[:, :IMAGE_START], image, text[:, IMAGE_START + 1 :]], dim=1)
 
 
 def _to_pil(image: Tensor) -> Image.Image:

@@ -60,6 +60,19 @@ def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Te
     return tokens.input_ids, tokens.attention_mask
 
 
+def causal_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores [B, 1, L, L] of ``dtype``: 0 where a token sees another one, else -inf.
+
+    mask: [B, L], 0 at the padding on the right.
+
+    transformers makes the same of ``mask`` itself, but first reads on the host whether it hides anything, to leave it
+    out: so the host would wait for the device. A mask of four dimensions it takes as it is.
+    """
+    length = mask.shape[-1]
+    seen = mask.bool()[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, -torch.inf)
+
+
 def text_source(
     load: Callable[..., Any], model: Path, tokenizer: Path, *, dtype: torch.dtype, length: int
 ) -> EncoderSource:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLForConditionalGeneratio
 from vfun_cli.modeling.encoders.captions import QWEN, chat_prompts, load_tokenizer
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.encoders.placement import freeze
-from vfun_cli.modeling.encoders.pretrained import load_model, padded_tokens
+from vfun_cli.modeling.encoders.pretrained import causal_mask, load_model, padded_tokens
 from vfun_cli.modeling.transfer import upload
 
 
@@ -45,11 +45,11 @@ class Qwen2VLText(nn.Module):
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Hidden states [B, length, hidden] in the encoder's dtype."""
         ids, mask = self.tokenize(captions)
-        device = next(self.model.parameters()).device
+        weight = next(self.model.parameters())
         with torch.no_grad():
             states = self.model(
-                input_ids=upload(ids, device),
-                attention_mask=upload(mask, device),
+                input_ids=upload(ids, weight.device),
+                attention_mask=causal_mask(upload(mask, weight.device), weight.dtype),
                 output_hidden_states=True,
                 use_cache=False,
             ).hidden_states
