@@ -41,7 +41,7 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
     encoders = kind.encoders_of(setting)
     cache = Cache.for_encoders(tmp_path / "cache", encoders)
     for request in requests:
-        outputs_of(encoders, [load(kind, request, options, cache)], cache)
+        outputs_of(encoders, [load(kind, request, options, cache)], cache.write)
 
     model, losses = live.transformer(), {}
     for weight in model.parameters():
@@ -57,3 +57,20 @@ def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
             losses[name] = float(parts.trainer.loss(model, micro_batch)[0])
         assert bool(adapter.encoders.loaded) == (found is None)
     assert losses["cached"] == losses["encoded"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_adds_to_the_cache_what_filling_it_ahead_does(family: str, live_model: LIVE, tmp_path: Path) -> None:
+    live = live_model(family)
+    kind, options = adapter_of(live.spec), adapter_options(live.config, live.spec, torch.device("cpu"))
+    request = live.request(0, 4, 64, 64)
+    ahead, beside = (Cache.for_encoders(tmp_path / name, live.adapter.encoders) for name in ("ahead", "beside"))
+    sample = load(kind, request, options, ahead)
+    outputs_of(live.adapter.encoders, [sample], ahead.write)
+    parts = Parts(tmp_path, live.transformer(), live, live.adapter, live.objective, cache=beside)
+    parts.trainer.total_steps = 1
+    parts.trainer.train(iter([loaded(0, [request], [load(kind, request, options, beside)])]), 0)
+    assert len(sample.keys) >= 2
+    for key in sample.keys.values():
+        torch.testing.assert_close(beside.read(key), ahead.read(key), rtol=0, atol=0)

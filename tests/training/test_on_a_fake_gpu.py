@@ -19,6 +19,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.blocks import find_blocks
+from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import load
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks
@@ -103,12 +104,13 @@ def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encoders_beside_the_step_never_wait_for_the_device(
+def test_encoders_beside_the_step_and_what_they_add_to_the_cache_never_wait_for_the_device(
     family: str, live_model: LIVE, tmp_path: Path, device_restored: None
 ) -> None:
     live = live_model(family)
     kind, request = adapter_of(live.spec), live.request(0, *SMALL)
-    sample = load(kind, request, adapter_options(live.config, live.spec, torch.device("cpu")))
+    cache = Cache.for_encoders(tmp_path / "cache", live.adapter.encoders)
+    sample = load(kind, request, adapter_options(live.config, live.spec, torch.device("cpu")), cache)
     adapter: Any = copy.copy(live.adapter)
     adapter.encoders = copy.copy(live.adapter.encoders)
     live.adapter.encoders.load()
@@ -118,5 +120,6 @@ def test_encoders_beside_the_step_never_wait_for_the_device(
     model = live.transformer().to("meta")
     with made_up_cuda() as device:
         adapter.encoders.device = device
-        parts = Parts(tmp_path, model, live, adapter, live.objective)
-        parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
+        parts = Parts(tmp_path, model, live, adapter, live.objective, cache=cache)
+        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
+    assert set(pending.entries) == set(sample.keys.values()) and len(sample.keys) >= 2

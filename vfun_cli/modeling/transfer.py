@@ -31,11 +31,15 @@ class Download:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def numbers(self) -> list[Any]:
+    def tensor(self) -> Tensor:
         """The values; waits until the device has computed them."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.values.tolist()
+        return self.values
+
+    def numbers(self) -> list[Any]:
+        """The same as Python's numbers."""
+        return self.tensor().tolist()
 
 
 class SideStream:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import RunError
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.run.locate import way_on
 from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import encode
+from vfun_cli.training.data.encoding import Add, encode
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
@@ -51,6 +52,8 @@ class PendingStep:
     ``Measured``."""
     began: Any
     ended: Any
+    entries: dict[str, dict[str, Download]]
+    """What the cache lacked, by its keys."""
 
 
 class Trainer:
@@ -142,9 +145,14 @@ class Trainer:
         set_learning_rate(optimizer, rate)
         total, norm = torch.zeros((), device=accelerator.device), None
         masked = torch.zeros((), device=accelerator.device)
+        entries: dict[str, dict[str, Download]] = {}
+
+        def add(key: str, output: Output) -> None:
+            entries[key] = {name: Download(values) for name, values in output.items()}
+
         for loaded in micro_batches:
             with accelerator.accumulate(model):
-                loss, masked_tokens = self.loss(model, loaded)
+                loss, masked_tokens = self.loss(model, loaded, None if self.cache is None else add)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm or math.inf)
@@ -173,6 +181,7 @@ class Trainer:
             ranks=ranks,
             began=began,
             ended=self.metrics.clock.mark(),
+            entries=entries,
         )
 
     def look_for_change(self, before: Tensor, micro_batches: list[LoadedBatch]) -> None:
@@ -201,15 +210,19 @@ class Trainer:
         return ranks
 
     def read(self) -> None:
-        """What came of the newest step, if that was not read yet: record it.
+        """What came of the newest step, if that was not read yet: record it, and add to the cache what that lacked.
 
         Raises:
+            EnvironmentFault: the cache cannot take it.
             RunError: its loss or its gradient norm is not a number; on all ranks alike, before anything is saved.
         """
         if self.unread is None:
             return
         (pending, download), self.unread = self.unread, None
         ranks = download.numbers()
+        if self.cache is not None:
+            for key, entry in pending.entries.items():
+                self.cache.write(key, {name: arriving.tensor() for name, arriving in entry.items()})
         # A rank that skipped samples trained on less; each counts by its weight.
         losses, norms, masked, weights = (list(column) for column in zip(*(row[:4] for row in ranks), strict=True))
         mean = sum(losses) / sum(weights) if sum(weights) else 0.0
@@ -248,14 +261,14 @@ class Trainer:
             + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
         )
 
-    def loss(self, model: nn.Module, loaded: LoadedBatch) -> tuple[Tensor, Tensor | int]:
+    def loss(self, model: nn.Module, loaded: LoadedBatch, add: Add | None = None) -> tuple[Tensor, Tensor | int]:
         """The loss of one micro-batch, and how many of its tokens are masked.
 
-        Encoding, noise and error are float32; the model sees the compute dtype.
+        Encoding, noise and error are float32; the model sees the compute dtype. ``add``: see ``encode``.
         """
         keys = batch_keys(loaded.batch.requests)
         with torch.no_grad(), self.side_stream.context():
-            latents, conditions = encode(self.adapter, loaded.samples, keys, self.cache, loaded.shared_calls)
+            latents, conditions = encode(self.adapter, loaded.samples, keys, add, loaded.shared_calls)
             corrupted = self.objective.corrupt(latents, keys)
         self.side_stream.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew

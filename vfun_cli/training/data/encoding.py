@@ -1,9 +1,9 @@
 """From requests to the transformer's inputs: decode what the cache lacks, encode it, assemble."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.training.data.cache import Cache
+
+Add: TypeAlias = Callable[[str, Output], None]
+"""Gets an output that a cache lacks, still on the device, by its key."""
 
 NO_SHARED_CALLS: Mapping[str, int] = MappingProxyType({})
 """For ranks that share no encoder."""
@@ -63,25 +66,27 @@ def encode(
     adapter: ModelAdapter,
     samples: Sequence[Sample],
     keys: Sequence[SampleKey],
-    cache: Cache | None = None,
+    add: Add | None = None,
     shared_calls: Mapping[str, int] = NO_SHARED_CALLS,
 ) -> tuple[Tensor, Conditions]:
     """Latents [B, C, F, H, W] float32 and conditions of one micro-batch, on the encoders' device; no gradients.
 
-    What had to be encoded is added to the cache. ``shared_calls``: see ``outputs_of``.
+    ``add`` and ``shared_calls``: see ``outputs_of``.
     """
-    return adapter.assemble(outputs_of(adapter.encoders, samples, cache, shared_calls), keys)
+    return adapter.assemble(outputs_of(adapter.encoders, samples, add, shared_calls), keys)
 
 
 def outputs_of(
     encoders: Encoders,
     samples: Sequence[Sample],
-    cache: Cache | None = None,
+    add: Add | None = None,
     shared_calls: Mapping[str, int] = NO_SHARED_CALLS,
 ) -> list[dict[str, Output]]:
     """For each sample the output of each input; an encoder sees the inputs of the whole micro-batch at once.
 
-    ``shared_calls`` is how often each encoder that the ranks share computes on all of them.
+    Args:
+        add: gets what the cache lacks that the samples were loaded with.
+        shared_calls: how often each encoder that the ranks share computes on all of them.
     """
     outputs: list[dict[str, Output]] = [
         {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
@@ -103,8 +108,8 @@ def outputs_of(
         )
         for (index, name), output in zip(places, made, strict=True):
             outputs[index][name] = output
-            if cache is not None:
-                cache.write(samples[index].keys[name], output)
+            if add is not None:
+                add(samples[index].keys[name], output)
     return outputs
 
 

@@ -56,7 +56,7 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         adapter, options, iter(work), config.dataloader_num_workers, config.on_bad_sample, cache, prefetch=ahead
     ):
         if loaded is not None:
-            outputs_of(encoders, loaded.samples, cache)
+            outputs_of(encoders, loaded.samples, cache.write)
             progress.step()
         reason = stop.reason()
         if reason != CONTINUE:
