@@ -1,14 +1,21 @@
 """What the acceptance run proves, when it finds a row right, wrong or out of reach, and what it exits with."""
 
 import json
+import math
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tests.jobs import finish, start, vfun_here
 from vfun_cli import families
@@ -57,6 +64,17 @@ def test_rows_build_on_rows_before_them_and_the_one_that_takes_the_memory_is_las
     assert CUDA[names[-1]].exit_code == 4
 
 
+def test_what_a_resumed_run_ends_with_is_compared_and_so_is_its_export() -> None:
+    resumed = [row for name, row in CUDA.items() if "/resume-" in name]
+    assert len(resumed) == 3
+    for row in resumed:
+        whole = CUDA[row.reference or ""]
+        assert row.steps == (3, 4) and row.weights == whole.weights == ("checkpoint-4", "checkpoint-4-outputs")
+        assert f"{whole.name}/checkpoint-2" in " ".join(row.commands[0])
+        for each in (row, whole):
+            assert script(each) == f"vfun_cli export-bf16 {rows.RUNS}/{each.name}/checkpoint-4"
+
+
 def test_only_takes_along_what_a_row_builds_on() -> None:
     assert [row.name for row in chosen(all_rows("cpu"), ["wan-s2v/made-up-cpu"])] == [
         "wan-s2v/demo",
@@ -88,7 +106,7 @@ RIGHT = Outcome(exit_codes=(0,), losses={1: 1.0, 2: 0.5})
         (ROW, Outcome(exit_codes=(1,), said="error: no such thing.\nnext: look"), RIGHT, "no such thing"),
         (ROW, replace(RIGHT, too_long=True, seconds=900), RIGHT, "ended after 900 s"),
         (replace(ROW, exit_code=4), RIGHT, RIGHT, "exit code 0 instead of 4"),
-        (replace(ROW, exit_code=4, run="", reference=None), Outcome(exit_codes=(4,)), None, None),
+        (replace(ROW, exit_code=4, losses=False, reference=None), Outcome(exit_codes=(4,)), None, None),
         (replace(ROW, never_says=("restart",)), replace(RIGHT, said="restart 1 of 1"), RIGHT, "said 'restart'"),
         (replace(ROW, says=("memory",)), replace(RIGHT, said="something else"), RIGHT, "did not say 'memory'"),
     ],
@@ -97,6 +115,40 @@ def test_a_wrong_result_is_found(row: Row, outcome: Outcome, reference: Outcome 
     verdict = judge(row, outcome, reference)
     assert verdict.kind == ("right" if why is None else "wrong")
     assert (why or "") in verdict.why
+
+
+def written(folder: Path, **tensors: Tensor) -> Path:
+    """An export with these tensors."""
+    folder.mkdir()
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+WEIGHTS = {"a": torch.tensor([3.0, 4.0]).bfloat16(), "b": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (WEIGHTS, None),
+        (WEIGHTS | {"b": torch.tensor([0, 0, 1e-3])}, None),  # 2e-4 of the length of all, which is 5
+        (WEIGHTS | {"a": torch.tensor([3.0, 4.1])}, "the weights of export are 0.02 off those of a/reference"),
+        (WEIGHTS | {"b": torch.tensor([0, 0, math.nan])}, "inf off"),
+        (WEIGHTS | {"b": torch.zeros(4)}, "inf off"),
+        ({"a": WEIGHTS["a"]}, "inf off"),
+        (None, "is not a directory"),
+    ],
+)
+def test_weights_that_are_not_the_references_are_found(
+    found: dict[str, Tensor] | None, why: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export" if found is None else written(tmp_path / "export", **found)
+    reference = replace(RIGHT, weights=(written(tmp_path / "reference", **WEIGHTS),))
+    verdict = judge(ROW, replace(RIGHT, weights=(folder,)), reference)
+    assert verdict.kind == ("right" if why is None else "wrong") and (why or "") in verdict.why
+    if found is not None and why is None:
+        exact = judge(replace(ROW, bound=0.0), replace(RIGHT, weights=(folder,)), reference)
+        assert exact.kind == ("right" if found is WEIGHTS else "wrong")
 
 
 @pytest.fixture
@@ -111,7 +163,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pool:
 
 def row(name: str, code: int = 0, **fields: Any) -> Row:
     seconds = fields.pop("seconds", 0)
-    return Row(name=name, proves="", commands=((SPEAKS, str(code), str(seconds)),), **{"run": "", **fields})
+    return Row(name=name, proves="", commands=((SPEAKS, str(code), str(seconds)),), **{"losses": False, **fields})
 
 
 def test_what_cannot_run_says_why_and_what_stands_alone_does_not_wait_for_it(pool: Pool) -> None:
@@ -161,18 +213,78 @@ def test_the_exit_code_says_whether_all_that_ran_is_right(
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == [run.RECORD, run.FAILURES]
 
 
-def test_packages_that_are_not_installed_skip_the_rows_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
-    lacks = machine.lacks("cuda")
-    left = [name for name, each in CUDA.items() if not lacks.keys() & set(each.needs)]
-    assert {name.split("/")[0] for name in left if name.endswith("/made-up")} == set(families.FAMILIES)
-    assert not any(word in script(CUDA[name]) for name in left for word in ("--demo", "zero"))
+DEEPSPEED, PYAV = "DeepSpeed is not installed", "PyAV (av) is not installed"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "zero", "others"),
+    [
+        (("deepspeed",), DEEPSPEED, None),
+        (("av",), PYAV, PYAV),
+        (("av", "deepspeed"), f"{PYAV}; {DEEPSPEED}", PYAV),
+        (("decord",), None, None),  # nothing reads it while training
+    ],
+)
+def test_rows_say_of_every_package_that_they_need_that_it_is_not_installed(
+    hidden: tuple[str, ...], zero: str | None, others: str | None, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name in hidden else find_spec(name))
+    pool.lacks, pool.deadline = machine.lacks("cuda"), time.monotonic()  # no time for those that could run
+    pool.run(list(CUDA.values()), 1)
+    why = {name: verdict.why if verdict.kind == "skipped" else None for name, verdict in pool.verdicts.items()}
+    zeros = {name for name in why if "zero" in name}
+    typed = {name for name in why if "--demo" in script(CUDA[name]) or "/resume-" in name or "/whole-" in name} - zeros
+    assert len(zeros) == 8 and len(typed) > 50
+    assert {why[name] for name in zeros} == {zero}
+    assert {why[name] for name in typed} == {others}
+    assert {why[name] for name in why.keys() - zeros - typed} == {None}  # made-up clips, in every family
+    assert {f"{family}/made-up" for family in families.FAMILIES} <= why.keys() - typed
 
 
 def test_made_up_media_depend_on_the_file_and_the_place() -> None:
     one, again, other = (rank.frames(name, [0, 1], 4, 6) for name in ("a.mp4", "a.mp4", "b.mp4"))
     assert one.shape == (2, 3, 4, 6) and one.equal(again)
     assert not one.equal(other) and not one[0].equal(one[1])
+
+
+@pytest.fixture
+def mode(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes of torch's check for waits, newest last; without a GPU torch has none."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+@pytest.mark.parametrize(
+    ("device", "step", "during"), [("cuda", 0, "default"), ("cuda", 1, "error"), ("cpu", 1, "default")]
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_step_on_a_gpu_but_the_first_refuses_to_wait_and_what_follows_may_again(
+    device: str, step: int, during: str, fails: bool, mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def enqueue(trainer: Any, step: int, micro_batches: list[Any]) -> str:
+        seen.append(mode[-1])
+        if fails:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return "pending"
+
+    monkeypatch.setattr(rank, "enqueue", enqueue)
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device(device)))
+    if fails:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            rank.without_waits(trainer, step, [])
+    else:
+        assert rank.without_waits(trainer, step, []) == "pending"
+    assert seen == [during] and mode[-1] == "default"
+
+
+def test_the_package_can_be_started_as_a_module() -> None:
+    command = [sys.executable, "-m", "vfun_cli.acceptance", "--device", "cpu", "--list", "--json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert list(json.loads(said.stdout)["rows"]) == [row.name for row in all_rows("cpu")]
 
 
 def test_a_command_is_shown_as_it_is_typed() -> None:
@@ -200,4 +312,4 @@ def test_without_pyav_and_deepspeed_a_family_is_still_proved(tmp_path: Path, mon
     proved, skipped = ("demo", "made-up-cpu", "made-up"), ("cpu", "bf16", "zero2")
     assert verdicts == dict.fromkeys(proved, "right") | dict.fromkeys(skipped, "skipped")
     assert found["made-up"]["deviation"] == 0 and len(found["made-up"]["losses"]) == rows.STEPS
-    assert {found[name]["why"] for name in skipped} == {"PyAV (av) is not installed"}
+    assert [found[name]["why"] for name in skipped] == [PYAV, PYAV, f"{PYAV}; {DEEPSPEED}"]

@@ -78,12 +78,13 @@ class Running:
     def outcome(self, *, too_long: bool = False) -> Outcome:
         """What it did until now."""
         said = self.log.read_bytes()[self.said_before :].decode(errors="replace")
-        records = _records(run_of(self.row, self.place)) if self.row.losses_of else []
+        records = _records(run_of(self.row, self.place)) if self.row.losses else []
         return Outcome(
             exit_codes=tuple(self.exit_codes),
             said=said,
             losses={record["step"]: record["loss"] for record in records},
             last_step={name: records[-1].get(name) for name in MEASURED} if records else {},
+            weights=tuple(run_of(self.row, self.place).root / name for name in self.row.weights),
             seconds=self.seconds,
             too_long=too_long,
         )
@@ -156,7 +157,7 @@ class Pool:
     def _hindrance(self, row: Row) -> Verdict | None:
         """Why a row does not run."""
         if missing := [self.lacks[need] for need in row.needs if need in self.lacks]:
-            return Verdict(kind="skipped", why=missing[0])
+            return Verdict(kind="skipped", why="; ".join(missing))
         if time.monotonic() > self.deadline - LEAST:
             return Verdict(kind="not run", why="out of time")
         if row.after is not None and self.verdicts[row.after].kind != "right":
@@ -197,7 +198,7 @@ def log_of(row: Row, place: Path) -> Path:
 
 def run_of(row: Row, place: Path) -> RunDir:
     """The run of a row."""
-    return RunDir(place / RUNS / row.losses_of)
+    return RunDir(place / RUNS / row.name)
 
 
 def _records(run: RunDir) -> list[dict[str, Any]]:

@@ -47,11 +47,12 @@ def without_waits(trainer: Trainer, step: int, micro_batches: list[Any]) -> Pend
     """``Trainer.enqueue``, in which a wait for a CUDA device raises; the first step may, for it sets libraries up."""
     if trainer.accelerator.device.type != "cuda" or step == 0:
         return enqueue(trainer, step, micro_batches)
+    before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         return enqueue(trainer, step, micro_batches)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
 
 
 if __name__ == "__main__":

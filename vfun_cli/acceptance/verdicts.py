@@ -1,11 +1,13 @@
 """From what a row's commands did to whether it is right."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vfun_cli.acceptance.rows import Row
+from vfun_cli.errors import CheckpointError
 
 Kind = Literal["right", "wrong", "skipped", "not run"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,6 +32,8 @@ class Outcome:
     """By step; None is no finite number."""
     last_step: Mapping[str, Any] = field(default_factory=dict)
     """Some numbers of the last one: MEASURED."""
+    weights: tuple[Path, ...] = ()
+    """Checkpoints and exports that are compared; where a command failed they need not be there."""
     seconds: float = 0.0
     too_long: bool = False
     """It was ended because it took longer than a row may."""
@@ -42,7 +46,7 @@ class Verdict:
     kind: Kind
     why: str = ""
     deviation: float | None = None
-    """The largest relative difference from the losses of the reference."""
+    """The largest relative difference from the losses and weights of the reference."""
 
 
 def judge(row: Row, outcome: Outcome, reference: Outcome | None) -> Verdict:
@@ -57,15 +61,35 @@ def judge(row: Row, outcome: Outcome, reference: Outcome | None) -> Verdict:
         return Verdict(kind="right")
     if reference is None or not reference.losses:
         return Verdict(kind="wrong", why=f"nothing to compare with: {row.reference} has no losses")
-    steps = row.steps or tuple(reference.losses)
-    off = {step: _deviation(outcome.losses.get(step), reference.losses.get(step)) for step in steps}
-    step = max(off, key=lambda step: off[step])
-    if off[step] <= row.bound:
-        return Verdict(kind="right", deviation=off[step])
-    found, wanted = (_shown(losses.get(step)) for losses in (outcome.losses, reference.losses))
-    return Verdict(
-        kind="wrong", why=f"the loss of step {step} is {found}, that of {row.reference} {wanted}", deviation=off[step]
-    )
+    try:
+        off, what = max([*_losses_off(row, outcome, reference), *_weights_off(row, outcome, reference)])
+    except CheckpointError as error:
+        return Verdict(kind="wrong", why=error.message)
+    if off <= row.bound:
+        return Verdict(kind="right", deviation=off)
+    return Verdict(kind="wrong", why=what, deviation=off)
+
+
+def _losses_off(row: Row, outcome: Outcome, reference: Outcome) -> Iterator[tuple[float, str]]:
+    """How far the loss of each step is off, and that in words."""
+    for step in row.steps or reference.losses:
+        found, wanted = outcome.losses.get(step), reference.losses.get(step)
+        what = f"the loss of step {step} is {_shown(found)}, that of {row.reference} {_shown(wanted)}"
+        yield _deviation(found, wanted), what
+
+
+def _weights_off(row: Row, outcome: Outcome, reference: Outcome) -> Iterator[tuple[float, str]]:
+    """How far the weights of each checkpoint and export are off, and that in words.
+
+    Raises:
+        CheckpointError: of an outcome or its reference, which is not there or cannot be read.
+    """
+    from vfun_cli.checkpoints.compare import distance
+    from vfun_cli.checkpoints.reader import open_checkpoint
+
+    for found, wanted in zip(outcome.weights, reference.weights, strict=True):
+        off = distance(open_checkpoint(found).weights, open_checkpoint(wanted).weights)
+        yield off, f"the weights of {found.name} are {off:.3g} off those of {row.reference}"
 
 
 def _fault(row: Row, outcome: Outcome) -> str:
@@ -80,7 +104,7 @@ def _fault(row: Row, outcome: Outcome) -> str:
             return f"exit code {code} instead of {wanted}: {_error(outcome.said)}"
     if absent := [text for text in row.says if text not in outcome.said]:
         return f"did not say {absent[0]!r}: {_error(outcome.said)}"
-    if row.losses_of and not outcome.losses:
+    if row.losses and not outcome.losses:
         return "recorded no loss"
     if bad := [step for step, loss in outcome.losses.items() if loss is None]:
         return f"the loss of step {bad[0]} is no number"

@@ -1,5 +1,6 @@
 """What two checkpoints have in common, tensor by tensor, whatever strategies wrote them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,6 +46,25 @@ def compare_tensors(first: Mapping[str, TensorSource], second: Mapping[str, Tens
         only_first=sorted(first.keys() - second.keys()),
         only_second=sorted(second.keys() - first.keys()),
     )
+
+
+def distance(first: Mapping[str, TensorSource], second: Mapping[str, TensorSource]) -> float:
+    """How far a set of weights is from another, relative to that: ``|first - second| / |second|``, lengths over all
+    elements together. 0 if all values are equal; infinite where names or shapes differ, or a value is no number.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    if {name: tensor.shape for name, tensor in first.items()} != {name: each.shape for name, each in second.items()}:
+        return math.inf
+    gap, length = 0.0, 0.0
+    for name, tensor in second.items():
+        wanted = tensor.read().astype(np.float64)
+        gap += float(np.square(first[name].read().astype(np.float64) - wanted).sum())
+        length += float(np.square(wanted).sum())
+    if gap == 0:
+        return 0.0
+    return math.sqrt(gap / length) if math.isfinite(gap) and length else math.inf
 
 
 def moments(checkpoint: CheckpointReader) -> dict[str, TensorSource]:
