@@ -47,7 +47,7 @@ def acceptance(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Prove it on your GPU: train the demos in every way, and compare their losses with those of the CPU.
+    """Prove it on your GPU: train the demos, by rows that --list names, and compare their losses with those of the CPU.
 
     Offline, through the launcher, several at a time. Rows for which the machine lacks something are skipped, with the
     reason. The results are acceptance.json and failures.log; exit code 0 says that all that ran is right.

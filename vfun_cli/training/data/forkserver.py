@@ -3,7 +3,7 @@
 A training process has threads (gloo, autograd, TensorBoard); a plain fork of it copies the locks they hold and can wait
 for them for ever. The fork server is a process without threads that has imported what decoding needs. It is best made
 by forking the training process before that has any: then it costs no imports (4 s of processor time for Wan-S2V) and
-shares their memory (290 MiB).
+shares their memory (294 MiB).
 """
 
 import gc
