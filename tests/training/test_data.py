@@ -162,15 +162,18 @@ def test_skipping_everything_is_an_error() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])
-def test_a_file_that_hangs_its_decoder_is_named_or_skipped(on_bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_hangs_its_decoder_is_named_or_skipped(
+    on_bad: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data, "LOAD_TIMEOUT", 3)
     batches = stream((0,), (1,), (2,), (3,), (4,))
     if on_bad == "stop":
         with pytest.raises(MetadataError, match="row 2: decoding took longer than 3 s"):
-            loaded(batches, 2, on_bad, hanging=(2,))
+            loaded(batches, workers, on_bad, hanging=(2,))
         return
-    found = loaded(batches, 2, on_bad, hanging=(2,))
+    found = loaded(batches, workers, on_bad, hanging=(2,))
     assert outcome(found) == [([0], 1.0, []), ([1], 1.0, []), ([1], 0.0, [2]), ([3], 1.0, []), ([4], 1.0, [])]
 
 
@@ -227,8 +230,9 @@ def test_what_cannot_be_handed_over_is_an_error_that_names_rows_and_cause(cause:
     assert type(caught.value) is kind and "--dataloader-num-workers" in str(caught.value.hint)
 
 
-def test_a_rank_that_waits_for_clips_can_be_asked_things_meanwhile() -> None:
-    batches = load_ahead(Decoder, {"hanging": (0,)}, stream((0,), (1,)), 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_that_waits_for_clips_can_be_asked_things_meanwhile(workers: int) -> None:
+    batches = load_ahead(Decoder, {"hanging": (0,)}, stream((0,), (1,)), workers)  # type: ignore[arg-type]
     assert [next(batches), next(batches)] == [None, None]
     batches.close()
     for process in multiprocessing.active_children():

@@ -1,18 +1,20 @@
 """From the plan to decoded clips: this rank's micro-batches in order, decoded ahead by worker processes."""
 
 import errno
+import math
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -21,6 +23,7 @@ from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
 from vfun_cli.plan.queue import MOST_AHEAD
 from vfun_cli.run.memory_errors import HOST_HINT, SHARED_MEMORY_HINT, memory_error
+from vfun_cli.training.background import Background
 from vfun_cli.training.data import forkserver
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import Sample, load
@@ -39,6 +42,9 @@ END_TIMEOUT = 10
 
 FAULTS_OF_FILES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 """Ends of a decoding process that are its file's doing."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +93,16 @@ class LoadedBatch:
         return len(self.trained) / (len(self.trained) + len(self.bad))
 
 
-class ClipDataset(Dataset["LoadedBatch | HandedOver"]):
-    """Decodes whole micro-batches; the sampler hands it the requests themselves."""
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Decodes whole micro-batches of one model."""
 
-    def __init__(
-        self, adapter: type[ModelAdapter], options: AdapterOptions, cache: Cache | None, status: "WorkerStatus"
-    ) -> None:
-        self.adapter = adapter
-        self.options = options
-        self.cache = cache
-        self.status = status
+    adapter: type[ModelAdapter]
+    options: AdapterOptions
+    cache: Cache | None
 
-    def __getitem__(self, batch: Any) -> "LoadedBatch | HandedOver":
-        self.status.begin(batch)
-        loaded = self._load(batch)
-        found = loaded if get_worker_info() is None else _handed_over(loaded)
-        self.status.end()
-        return found
-
-    def _load(self, batch: MicroBatch) -> LoadedBatch:
+    def decoded(self, batch: MicroBatch) -> LoadedBatch:
+        """The samples of a micro-batch; those that cannot be decoded are among its bad ones."""
         samples, good = [], []
         bad: list[tuple[SampleRequest, VfunError]] = []
         for request in batch.requests:
@@ -117,6 +114,20 @@ class ClipDataset(Dataset["LoadedBatch | HandedOver"]):
             except Exception as error:
                 bad.append((request, _named(error, request)))
         return LoadedBatch(batch=replace(batch, requests=tuple(good)), samples=samples, bad=tuple(bad))
+
+
+class ClipDataset(Dataset["HandedOver"]):
+    """What decoding processes run; the sampler hands it the micro-batches themselves."""
+
+    def __init__(self, decoder: Decoder, status: "WorkerStatus") -> None:
+        self.decoder = decoder
+        self.status = status
+
+    def __getitem__(self, batch: Any) -> "HandedOver":
+        self.status.begin(batch)
+        found = _handed_over(self.decoder.decoded(batch))
+        self.status.end()
+        return found
 
 
 HandedOver = bytes
@@ -196,8 +207,8 @@ class WorkerStatus:
 
     def _write(self, *values: int) -> None:
         worker = get_worker_info()
-        if worker is not None:
-            self.numbers[4 * worker.id : 4 * worker.id + 4] = values
+        assert worker is not None
+        self.numbers[4 * worker.id : 4 * worker.id + 4] = values
 
     def entries(self) -> list[tuple[int, tuple[int, int], float]]:
         """(process, place of its micro-batch, seconds at it) of every process that decodes."""
@@ -237,7 +248,9 @@ def load_ahead(
         FitError: a decoding process found no memory, or no room in /dev/shm.
         RunError: the decoding processes hand nothing over.
     """
-    with closing(_decoded(adapter, options, batches, workers, prefetch, cache)) as decoded:
+    decoder = Decoder(adapter=adapter, options=options, cache=cache)
+    arriving = _from_processes(decoder, batches, workers, prefetch) if workers else _from_a_thread(decoder, batches)
+    with closing(arriving) as decoded:
         if on_bad_sample == "skip":
             yield from _with_substitutes(_without_errors(decoded, MetadataError))
         else:
@@ -281,18 +294,38 @@ def _substitute(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
     return replace(loaded, batch=requests, samples=good.samples, is_substitute=True)
 
 
-def _decoded(
-    adapter: type[ModelAdapter],
-    options: AdapterOptions,
-    batches: Iterator[MicroBatch],
-    workers: int,
-    prefetch: int,
-    cache: Cache | None,
+def _from_a_thread(decoder: Decoder, batches: Iterator[MicroBatch]) -> Generator[LoadedBatch | None, None, None]:
+    """Micro-batches decoded in this process, each when it is asked for."""
+    for batch in batches:
+        loaded = yield from _patiently(partial(decoder.decoded, batch), limit=LOAD_TIMEOUT)
+        yield loaded or decoder.decoded(replace(batch, fault=_too_slow()))
+
+
+def _patiently(work: Callable[[], T], *, limit: float = math.inf) -> Generator[None, None, T | None]:
+    """What some work gives that may hang, None after ``limit`` seconds; yields whenever it is not done for PATIENCE.
+
+    It is done in a thread, which nothing can end: one that hangs is left behind.
+    """
+    found: list[T] = []
+    thread, began = Background("patience"), time.monotonic()
+    thread.start(lambda: found.append(work()))
+    while not thread.wait(PATIENCE):
+        if time.monotonic() - began > limit:
+            return None
+        yield None
+    return found[0]
+
+
+def _too_slow() -> str:
+    return f"decoding took longer than {LOAD_TIMEOUT} s."
+
+
+def _from_processes(
+    decoder: Decoder, batches: Iterator[MicroBatch], workers: int, prefetch: int
 ) -> Generator[LoadedBatch | None, None, None]:
     """Micro-batches from decoding processes; one that hangs or ends its process comes back with that as its fault."""
     waiting: deque[MicroBatch] = deque()
-    if workers:
-        forkserver.start(adapter.__module__)
+    forkserver.start(decoder.adapter.__module__)
 
     def handed_out(source: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in source:
@@ -302,14 +335,14 @@ def _decoded(
     while True:
         status = WorkerStatus(workers)
         loader = DataLoader(
-            ClipDataset(adapter, options, cache, status),
+            ClipDataset(decoder, status),
             batch_size=None,
             sampler=_PlannedBatches(handed_out(batches)),
             num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            timeout=PATIENCE if workers else 0,
+            prefetch_factor=prefetch,
+            timeout=PATIENCE,
             worker_init_fn=_start_worker,
-            multiprocessing_context=forkserver.PROCESSES if workers else None,
+            multiprocessing_context=forkserver.PROCESSES,
         )
         with _watched(loader, status) as (decoded, ended):
             try:
@@ -333,8 +366,12 @@ def _decoded(
         waiting.clear()
 
 
-def _arriving(decoded: Iterator[LoadedBatch | HandedOver]) -> Arriving:
-    """What torch's loader gives, as it was handed over; None whenever nothing came for PATIENCE."""
+def _arriving(decoded: Iterator[HandedOver]) -> Arriving:
+    """What torch's loader gives, as it was handed over; None whenever nothing came for PATIENCE.
+
+    The process that decoded a micro-batch is asked for its tensors, and does not answer while it is stopped, or while
+    a decoder hangs there that does not let Python's other threads run.
+    """
     while True:
         try:
             found = next(decoded)
@@ -345,7 +382,7 @@ def _arriving(decoded: Iterator[LoadedBatch | HandedOver]) -> Arriving:
                 raise
             yield None
         else:
-            yield ForkingPickler.loads(found) if isinstance(found, HandedOver) else found
+            yield (yield from _patiently(partial(ForkingPickler.loads, found)))
 
 
 def _lost(batch: MicroBatch) -> RunError:
@@ -375,9 +412,7 @@ def _lost_contact(error: Exception) -> bool:
 
 
 @contextmanager
-def _watched(
-    loader: "DataLoader[LoadedBatch | HandedOver]", status: WorkerStatus
-) -> Iterator[tuple[Iterator[LoadedBatch | HandedOver], _Ended]]:
+def _watched(loader: "DataLoader[HandedOver]", status: WorkerStatus) -> Iterator[tuple[Iterator[HandedOver], _Ended]]:
     """The loader's iterator, with a thread that ends processes whose file hangs its decoder."""
     handler = signal.getsignal(signal.SIGCHLD)
     with _room_in_shared_memory():  # for the locks of its queues
@@ -422,7 +457,7 @@ def _faults(status: WorkerStatus, ended: _Ended, waiting: Iterable[MicroBatch]) 
     places = {number: place for number, place, _ in status.entries()}
     for number, process in ended.processes.items():
         if number in ended.too_slow:
-            faults[places[number]] = f"decoding took longer than {LOAD_TIMEOUT} s."
+            faults[places[number]] = _too_slow()
         elif process.exitcode is not None and -process.exitcode in FAULTS_OF_FILES and number in places:
             faults[places[number]] = f"the decoder crashed ({signal.Signals(-process.exitcode).name})."
     if faults:

@@ -24,7 +24,7 @@ from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none
-from vfun_cli.training.state.background import Background
+from vfun_cli.training.background import Background
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
@@ -59,7 +59,7 @@ class Checkpointer:
         self.format = format or format_of(strategy)
         self.keep = keep
         self.config_files = config_files
-        self.background = Background()
+        self.background = Background("checkpoint")
         patient_group()  # now: where the hosts do not reach each other, this is known before a step is trained
 
     def save(self, state: TrainedState, run_state: dict[str, Any], *, background: bool = False) -> Path:
@@ -228,14 +228,15 @@ class Checkpointer:
         else:
             load_converted(state, open_checkpoint(checkpoint))
         if state.average is not None:
-            path = checkpoint / MODEL_DIR / EMA_FILE
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
-                )
-            averages = dict(read_safetensors([path]))
-            require_names(set(state.average.shadow), set(averages), path)
-            state.average.load(averages)
+            with all_or_none():
+                path = checkpoint / MODEL_DIR / EMA_FILE
+                if not path.is_file():
+                    raise CheckpointError(
+                        f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
+                    )
+                averages = dict(read_safetensors([path]))
+                require_names(set(state.average.shadow), set(averages), path)
+                state.average.load(averages)
         return run_state
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
