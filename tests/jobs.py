@@ -59,9 +59,13 @@ def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = 
     )  # fmt: skip
 
 
-def finish(job: Job, code: int | None = 0) -> Said:
+def finish(job: Job, code: int | None = 0, *, within: float = TIMEOUT) -> Said:
     """Waits for the end of a command, which must have this exit code where one is given."""
-    out, err = job.communicate(timeout=TIMEOUT)
+    try:
+        out, err = job.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        kill_all(job)
+        raise
     assert code is None or job.returncode == code, f"exit code {job.returncode}\n{err[-6000:]}"
     return Said(job.returncode, out, err)
 
@@ -127,15 +131,19 @@ def training_processes(run: RunDir) -> tuple[list[int], list[int]]:
     return launchers, [pid for _, pid in sorted(ranks[launchers[0]].items())]
 
 
-def forks_of(process: int) -> list[int]:
-    """Its children that are copies of it: they still have the command line with which it was started."""
-    argv = (Path("/proc") / str(process) / "cmdline").read_bytes()
+def children_of(parents: Collection[int]) -> list[int]:
+    """The processes that these have started."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended meanwhile
-            if parent_of(folder) == process and (folder / "cmdline").read_bytes() == argv:
+        with suppress(OSError):  # gone
+            if parent_of(folder) in parents:
                 found.append(int(folder.name))
     return found
+
+
+def command_line(process: int) -> bytes:
+    """With which a process, or the one that it is a copy of, was started."""
+    return (Path("/proc") / str(process) / "cmdline").read_bytes()
 
 
 def parent_of(folder: Path) -> int:

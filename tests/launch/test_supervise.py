@@ -100,7 +100,7 @@ def test_a_message_of_a_rank_without_memory_starts_nothing_over(tmp_path: Path) 
     script = (
         "import time; from pathlib import Path; from vfun_cli.run.messages import RankError;"
         "from vfun_cli.run.rundir import RunDir;"
-        "RankError(rank=0, time=time.time(), message='out of memory', hint='Less.', exit_code=4, crash=True,"
+        "RankError(rank=0, time=time.time(), message='out of memory', hint='Less.', exit_code=4, crash=False,"
         f"traceback='').write(RunDir(Path({str(tmp_path)!r}))); raise SystemExit(1)"
     )
     error = failure(run, script)
@@ -252,9 +252,23 @@ except NothingToSave as error:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_PREEMPTED
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_ranks_that_start_and_hear_nothing_are_ended_by_the_first_request(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    waits = f"import os, time; os.kill(os.getppid(), {number:d}); time.sleep(60)"
+    began = time.monotonic()
+    error = failure(RunDir(tmp_path), waits)
+    assert error.exit_code == code and "before the training had begun: there was nothing to save" in error.message
+    assert time.monotonic() - began < 10
+
+
 def test_a_crash_after_a_wish_to_stop_starts_nothing_over(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
+    asked_while_training = (
+        f"import os, time; from pathlib import Path; Path({str(run.listening())!r}).touch();"
+        f"os.kill(os.getppid(), {signal.SIGINT:d}); time.sleep(0.3); raise SystemExit(1)"
+    )
     with supervise.stop_requests(run) as stop, pytest.raises(RunError) as caught:
-        stop.asked.append(signal.SIGINT)
-        launch("raise SystemExit(1)", run, stop)
+        launch(asked_while_training, run, stop)
     assert not isinstance(caught.value, supervise.Crashed)

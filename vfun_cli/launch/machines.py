@@ -26,6 +26,7 @@ from vfun_cli.errors import (
     VfunError,
     first_line,
 )
+from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate
 from vfun_cli.run.messages import Failure, MachineReport, RankError
 from vfun_cli.run.rundir import RunDir
@@ -43,7 +44,16 @@ SILENT_AT_WORK = 60
 
 _ERRORS = {
     error.exit_code: error
-    for error in (RunError, ConfigError, MetadataError, FitError, CheckpointError, EnvironmentFault, StoppedAtOnce)
+    for error in (
+        RunError,
+        ConfigError,
+        MetadataError,
+        FitError,
+        CheckpointError,
+        EnvironmentFault,
+        NothingToSave,
+        StoppedAtOnce,
+    )
 }
 
 

@@ -16,12 +16,7 @@ class NothingToSave(VfunError):
     """Preempted before the training began, or after it had ended."""
 
     exit_code = EXIT_PREEMPTED
-
-    def __init__(self) -> None:
-        super().__init__(
-            "preempted while no training process was running: there was nothing to save.",
-            hint="Run the same command again.",
-        )
+    usual_hint = "Run the same command again."
 
 
 class _Preempted(KeyboardInterrupt):
@@ -39,7 +34,7 @@ def nothing_to_save() -> Iterator[None]:
     try:
         yield
     except _Preempted:
-        raise NothingToSave from None
+        raise NothingToSave("preempted while no training process was running: there was nothing to save.") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

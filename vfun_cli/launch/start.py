@@ -8,10 +8,11 @@ from pathlib import Path
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, ConfigError, EnvironmentFault, VfunError
 from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.machines import Machine
+from vfun_cli.launch.preemption import NothingToSave
 from vfun_cli.run import locate, lock, ownership
 from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
@@ -136,11 +137,22 @@ def _launch(job: Job, claim: int, machine: Machine) -> Outcome:
             if restarts == job.config.max_restarts:
                 raise
             console.report(error)
+        except VfunError as error:
+            if error.exit_code in (EXIT_INTERRUPTED, EXIT_PREEMPTED) and _left_no_run(job):
+                ownership.clear(job.run, job.config.num_machines)
+                error.hint = NothingToSave.usual_hint
+            raise
         restarts += 1
         newest = locate.newest(job.run)
         job = continued(job, machine.next_attempt(None if newest is None else newest.step))
         start_from = job.found.checkpoint.name if job.found else "the beginning"
         console.warn(f"restart {restarts} of {job.config.max_restarts}, from {start_from}.")
+
+
+def _left_no_run(job: Job) -> bool:
+    """Whether the directory holds a run that was stopped before its first launch had begun to train."""
+    begun = job.run.listening(job.config.machine_rank).exists() or locate.may_hold_checkpoints(job.run)
+    return job.config.machine_rank == 0 and not begun
 
 
 def _way_on(job: Job) -> str:

@@ -20,7 +20,7 @@ from vfun_cli.launch import progress
 from vfun_cli.launch.machines import Machine, error_of, failure_of
 from vfun_cli.launch.preemption import leave_terminal
 from vfun_cli.run.memory_errors import does_not_fit, memory_line
-from vfun_cli.run.messages import Failure, Outcome, StopRequest, clear_messages, preemption_signals
+from vfun_cli.run.messages import EXIT_CODES, Failure, Outcome, StopRequest, clear_messages, preemption_signals
 from vfun_cli.run.ownership import MEMORY
 from vfun_cli.run.rundir import RunDir
 
@@ -37,7 +37,8 @@ class Crashed(RunError):
 
 
 class StopRequests:
-    """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job.
+    """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job, and so
+    does the first while they are starting: there is nothing to save, and they may wait where they hear nothing.
 
     A hang-up is never the second one: the terminal and the shell both send it.
     """
@@ -140,14 +141,18 @@ def launch(
             start_new_session=True,
             env=os.environ | {_MARK: stop.job},
         )
-        _watch(process, machine, first_step, stop)
+        too_early = _watch(process, machine, first_step, stop)
     kill(stop.job)
     outcome = Outcome.read(run_dir, machine.number)
     if outcome is not None:
         return outcome
     if not stop.at_once:
         memory_ran_out = oom_kills() > killed_before
-        own = _failure(machine, written, process.returncode, way_on, memory_ran_out=memory_ran_out)
+        own = (
+            _nothing_to_save(stop.reason, way_on())
+            if too_early
+            else _failure(machine, written, process.returncode, way_on, memory_ran_out=memory_ran_out)
+        )
         failure = machine.agree(own, given_up=lambda: stop.at_once)
     if stop.at_once:
         raise StoppedAtOnce("stopped at once; what was done since the last checkpoint is lost.", hint=way_on())
@@ -183,18 +188,32 @@ def kill(job: str) -> None:
             pass
 
 
-def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int, stop: StopRequests) -> None:
-    """Show progress until the launcher ends, and the ranks too if it was ended from outside."""
+def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int, stop: StopRequests) -> bool:
+    """Show progress until the launcher ends, and the ranks too if it was ended from outside.
+
+    Returns:
+        Whether all were ended since a request to stop came while they were starting.
+    """
+    listening, too_early = machine.run.listening(machine.number), False
     with progress.shown(machine.run.metrics, first_step) as show_new:
         while process.poll() is None or (process.returncode < 0 and members(stop.job)):
             show_new()
-            with suppress(OSError):  # a terminal that was closed must not end the run
-                stop.tell()
-            if stop.at_once or machine.must_end():
+            too_early |= bool(stop.asked) and not listening.exists()
+            if not too_early:
+                with suppress(OSError):  # a terminal that was closed must not end the run
+                    stop.tell()
+            if stop.at_once or too_early or machine.must_end():
                 process.kill()  # before the ranks: its log then holds only what they died of by themselves
                 kill(stop.job)  # again: it may have been on its way into exec, without the mark
             time.sleep(POLL_SECONDS)
         show_new()
+    return too_early
+
+
+def _nothing_to_save(reason: str, hint: str) -> Failure:
+    """What a request to stop ends with where it came before the training had begun."""
+    message = f"{reason} before the training had begun: there was nothing to save."
+    return Failure(kind="error", time=time.time(), message=message, hint=hint, exit_code=EXIT_CODES[reason])
 
 
 def _failure(
@@ -230,7 +249,7 @@ def _failure(
         culprit = first.rank if first.cause is None else first.cause
         after = sum(error.cause is None for error in errors[1:])
         return Failure(
-            kind="crash" if first.crash and first.exit_code == RunError.exit_code else "error",
+            kind="crash" if first.crash else "error",
             time=first.time,
             message=f"rank {culprit}: {first.message}" + (f" ({after} more ranks failed after it.)" if after else ""),
             hint=first.hint or hint,

@@ -248,7 +248,8 @@ def clear_messages(run: RunDir, machine_rank: int = 0, *, ranks_elsewhere: Colle
     """
     said = [*run.rank_errors(), *run.rank_error_spaces(), *run.fill_reports()]
     elsewhere = {path for rank in ranks_elsewhere for path in run.files_of_rank(rank)}
-    for path in [run.stop_request(machine_rank), run.outcome(machine_rank), *(set(said) - elsewhere)]:
+    own = [run.stop_request(machine_rank), run.listening(machine_rank), run.outcome(machine_rank)]
+    for path in [*own, *(set(said) - elsewhere)]:
         path.unlink(missing_ok=True)
 
 

@@ -101,6 +101,10 @@ class RunDir:
         """Its presence asks the ranks of a machine, and by them all, to save and stop at the next step boundary."""
         return self.logs / ("stop-request" if machine_rank == 0 else f"stop-request-machine-{machine_rank}")
 
+    def listening(self, machine_rank: int = 0) -> Path:
+        """Its presence says that the ranks of a machine have come to where they look for that request."""
+        return self.logs / ("listening" if machine_rank == 0 else f"listening-machine-{machine_rank}")
+
     def outcome(self, machine_rank: int = 0) -> Path:
         """How the ranks of a machine ended without an error."""
         return self.logs / ("outcome.json" if machine_rank == 0 else f"outcome-machine-{machine_rank}.json")
@@ -164,7 +168,7 @@ class RunDir:
         folder = self.launch(machine_rank)
         generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
         read = [self.clips(machine_rank), self.contents(machine_rank)]
-        said = [self.stop_request(machine_rank), self.outcome(machine_rank), self.machine_report(machine_rank)]
+        said = [each(machine_rank) for each in (self.stop_request, self.listening, self.outcome, self.machine_report)]
         return [*generated, *read, *said, self.launcher_log(machine_rank)]
 
     def files_of_rank(self, rank: int) -> list[Path]:

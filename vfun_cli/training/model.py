@@ -53,10 +53,8 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
     )
 
 
-def load_adapter(
-    config: RunConfig, spec: FamilySpec, options: AdapterOptions, accelerator: Accelerator
-) -> tuple[ModelAdapter, LazyWeights]:
-    """The family's model, its encoders shared by the ranks where the strategy does that, none of them loaded yet.
+def load_adapter(spec: FamilySpec, options: AdapterOptions) -> tuple[ModelAdapter, LazyWeights]:
+    """The family's model, none of its encoders loaded yet.
 
     The transformer's parameters are placeholders; the second value knows what they stand for.
 
@@ -66,9 +64,13 @@ def load_adapter(
     lazy = LazyWeights()
     with lazy.transformer():
         adapter = adapter_of(spec).from_pretrained(options)
+    return adapter, lazy
+
+
+def share_encoders(config: RunConfig, adapter: ModelAdapter, accelerator: Accelerator) -> None:
+    """Let the ranks share the large encoders, where the strategy does that; all ranks together."""
     if STRATEGIES[config.strategy].shares_encoders and accelerator.num_processes > 1:
         adapter.encoders.shard_over(EncoderSharding.over_all_ranks(accelerator.device))
-    return adapter, lazy
 
 
 def choose_weights(

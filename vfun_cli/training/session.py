@@ -29,6 +29,7 @@ from vfun_cli.training.model import (
     load_adapter,
     prepare_blocks,
     prepare_state,
+    share_encoders,
 )
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.signals import StopFlag
@@ -46,37 +47,42 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         require_one_directory(run)
     require_one_job(described)
     torch.manual_seed(config.seed)  # only layers with their own randomness use it; data and noise have keys
+    lora, resume = described["command"] == "lora", described.get("resume")
     with all_or_none():
         plan = load_plan(config, spec, described)
         options = adapter_options(config, spec, accelerator.device)
-    adapter, lazy = load_adapter(config, spec, options, accelerator)
-    cache = _encoders_or_cache(config, adapter)
-
-    lora, resume = described["command"] == "lora", described.get("resume")
-    choose_weights(config, plan, adapter.transformer, lazy, lora=lora, fresh=resume is None)
-    prepare_blocks(config, plan, adapter.transformer)
+        adapter, lazy = load_adapter(spec, options)
+    share_encoders(config, adapter, accelerator)
+    with all_or_none():
+        cache = _encoders_or_cache(config, adapter)
+        choose_weights(config, plan, adapter.transformer, lazy, lora=lora, fresh=resume is None)
+        prepare_blocks(config, plan, adapter.transformer)
     costs = Costs(spec=spec, dims=plan.dims, share=trained_share(adapter.transformer))
     state = prepare_state(config, spec, adapter, accelerator, lazy)
     checkpointer = _checkpointer(run, config, described, options.model_dir / spec.model.config_file)
     first_step = 0 if resume is None else int(checkpointer.load(state, Path(resume))["step"])
 
-    metrics = Metrics(
-        run,
-        config,
-        costs=costs,
-        peak_flops=peak_flops(accelerator.device, config.peak_tflops),
-        device=accelerator.device,
-        writes=accelerator.is_main_process,
-        first_step=first_step,
-        total_steps=plan.steps(),
-    )
+    with all_or_none():
+        metrics = Metrics(
+            run,
+            config,
+            costs=costs,
+            peak_flops=peak_flops(accelerator.device, config.peak_tflops),
+            device=accelerator.device,
+            writes=accelerator.is_main_process,
+            first_step=first_step,
+            total_steps=plan.steps(),
+        )
+        objective = make_objective(spec.model.objective, spec.model.objective_options, options.model_dir)
+        read_record = record_reader(config, spec)
+    stop.announce()
     ledger = EpochLedger(accelerator, first_step)
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
         adapter=adapter,
         state=state,
-        objective=make_objective(spec.model.objective, spec.model.objective_options, options.model_dir),
+        objective=objective,
         checkpointer=checkpointer,
         metrics=metrics,
         ledger=ledger,
@@ -88,9 +94,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     loaded = load_ahead(
         adapter_of(spec),
         options,
-        micro_batches(
-            plan, record_reader(config, spec), rank=accelerator.process_index, first_step=first_step, tell=ledger.plan
-        ),
+        micro_batches(plan, read_record, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,

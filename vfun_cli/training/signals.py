@@ -40,6 +40,14 @@ class StopFlag:
         # Without this a rank whose launcher was killed would train on, unseen, beside the run's continuation.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(LAUNCHER_GONE))
 
+    def announce(self) -> None:
+        """Tell the command that all ranks have come to where they look for requests again and again.
+
+        Until then they may wait for a disk or for each other and hear nothing, so the command ends them by itself.
+        """
+        if self.reads_file:
+            self.run.listening(self.machine_rank).touch()
+
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signalled = PREEMPTED
         for each in PREEMPTION_SIGNALS:

@@ -17,7 +17,7 @@ from vfun_cli.run.cachedir import prune
 from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
 from vfun_cli.run.metrics_file import MetricsFile
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.agreement import require_one_job
+from vfun_cli.training.agreement import all_or_none, require_one_job
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
@@ -38,13 +38,15 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
     prepare_environment(config.device)
     accelerator = make_accelerator(replace(config, gradient_accumulation_steps=1))
     require_one_job(described)
-    adapter = adapter_of(spec)
-    options = adapter_options(config, spec, accelerator.device)
-    encoders = adapter.encoders_of(options)
-    cache = Cache.for_encoders(config.cache, encoders)
-    needed = MissingEntries(adapter, options, cache)
-    plan = load_plan(config, spec, described)
-    work = list(needed.missing(plan, record_reader(config, spec), accelerator.process_index, accelerator.num_processes))
+    adapter, rank = adapter_of(spec), accelerator.process_index
+    with all_or_none():
+        options = adapter_options(config, spec, accelerator.device)
+        encoders = adapter.encoders_of(options)
+        cache = Cache.for_encoders(config.cache, encoders)
+        needed = MissingEntries(adapter, options, cache)
+        plan = load_plan(config, spec, described)
+        work = list(needed.missing(plan, record_reader(config, spec), rank, accelerator.num_processes))
+    stop.announce()
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
@@ -62,7 +64,6 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         if reason != CONTINUE:
             break
     # No collective at the end: a rank with less work would wait for the others longer than a collective may take.
-    rank = accelerator.process_index
     FillReport(rank=rank, ending=ENDINGS[reason], encoded=progress.done, needed=len(needed.keys)).write(run)
     write_outcome(run, config.machine_rank, ranks=config.num_processes // config.num_machines)
 
