@@ -2,6 +2,7 @@
 
     VfunError
     ├── RunError          1   the run failed
+    │   └── Unforeseen        of something that may not happen again
     ├── ConfigError       2   usage or configuration
     ├── MetadataError     3   data rejected
     ├── FitError          4   does not fit in memory
@@ -34,6 +35,10 @@ class RunError(VfunError):
     """The run started and failed."""
 
     exit_code = 1
+
+
+class Unforeseen(RunError):
+    """The run failed of what nobody wrote a message for: an error of a library, or a fault of vfun."""
 
 
 class ConfigError(VfunError):

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from vfun_cli.errors import FitError, RunError
+from vfun_cli.errors import FitError, Unforeseen
+from vfun_cli.run.known import known
 from vfun_cli.run.memory_errors import memory_error, memory_line
-from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.__main__ import _translate
 
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27
 ncclUnhandledCudaError: Call to CUDA function failed.
@@ -85,7 +84,7 @@ HELP = {
 def test_a_memory_error_says_what_helps_and_is_no_crash(
     memory: str, error: Exception, hint: str, wrapped: bool
 ) -> None:
-    found = _translate(chained(error) if wrapped else error, RunDir("run"))
+    found = known(chained(error) if wrapped else error)
     assert isinstance(found, FitError)
     assert found.message.startswith(f"out of {memory}: ") and hint in str(found.hint)
 
@@ -93,8 +92,8 @@ def test_a_memory_error_says_what_helps_and_is_no_crash(
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_other_errors_are_what_they_were(error: Exception) -> None:
     assert memory_error(error) is None
-    assert not isinstance(_translate(error, RunDir("run")), FitError)
-    assert isinstance(_translate(OTHERS[0], RunDir("run")), RunError)
+    assert not isinstance(known(error), FitError)
+    assert isinstance(known(OTHERS[0]), Unforeseen)
 
 
 def test_a_log_is_searched_line_by_line() -> None:

@@ -3,25 +3,36 @@
 import json
 import sys
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from tests.run.small_run import CONFIG, DESCRIBED
-from vfun_cli.errors import FitError, VfunError
+from vfun_cli.errors import FitError, MetadataError, RunError, VfunError
+from vfun_cli.modeling.adapter import Inputs, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import agreement
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
+from vfun_cli.training.data.loader import MicroBatch, load_ahead
+from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.trainer import Trainer
+from vfun_cli.training.turns import begin_step
 
 folder = Path(sys.argv[1])
 agreement.SEEN_WITHIN = 0.3
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 said: dict[str, Any] = {}
+GOES_ON: Any = SimpleNamespace(reason=lambda: CONTINUE)
+NO_ENCODERS = Encoders({}, torch.device("cpu"))
 
 
 def noted(name: str, work: Callable[[], object]) -> None:
@@ -67,6 +78,41 @@ def full_memory() -> object:
     return str(saver.save(state, {"step": 1}, background=True))
 
 
+class BadClip:
+    """A model whose row 7 cannot be decoded."""
+
+    @staticmethod
+    def inputs(request: SampleRequest, options: object) -> Inputs:
+        if request.key.row == 7:
+            raise MetadataError("the file ends.")
+        return {}
+
+
+def begun(*, late: bool) -> object:
+    """The first step of two ranks, of which the second has row 7; the first one's clips come in time or never."""
+    request = SampleRequest(
+        key=SampleKey(seed=1, epoch=0, row=[3, 7][rank]), record={}, kind="video", frames=1, height=16, width=16,
+        stride=1, total_frames=1, fps=(1, 1),
+    )  # fmt: skip
+    batches = iter([MicroBatch(epoch=0, step=0, index=0, requests=(request,))])
+    loaded = load_ahead(BadClip, {}, batches, 0)  # type: ignore[arg-type]
+    never = late and rank == 0
+    return begin_step(lambda: None if never else next(loaded), 1, GOES_ON, NO_ENCODERS)
+
+
+def lost_checkpoint() -> object:
+    """A checkpoint that the first rank could not write in the background, while the second one waits for clips."""
+    saver = Checkpointer(one(folder / "run"), "ddp", keep=None, config_files={})
+    if rank == 0:
+        saver.background.start(no_room)
+    trainer: Any = SimpleNamespace(checkpointer=saver, metrics=SimpleNamespace(wait=next))
+    return begin_step(lambda: Trainer.next_micro_batch(trainer, repeat(None)), 1, GOES_ON, NO_ENCODERS)
+
+
+def no_room() -> None:
+    raise RunError("no room.")
+
+
 def refuse(*_: object) -> None:
     raise FitError("no memory.")
 
@@ -80,4 +126,7 @@ noted("two directories", lambda: require_one_directory(one(folder / f"run-{rank}
 noted("one job", lambda: require_one_job(job()))
 noted("two plans", lambda: require_one_job(job(plan_digest=f"plan {rank}")))
 noted("full memory", full_memory)
+noted("a bad clip", lambda: begun(late=False))
+noted("a bad clip while others wait", lambda: begun(late=True))
+noted("a lost checkpoint", lost_checkpoint)
 (folder / f"said-{rank}.json").write_text(json.dumps(said))

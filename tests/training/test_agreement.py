@@ -12,15 +12,22 @@ from vfun_cli import devices
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.agreement import statement
 
+BAD_CLIP = ["MetadataError", "row 7: the file ends."]
+
 
 @pytest.mark.slow
 def test_two_ranks_end_in_the_same_words(tmp_path: Path) -> None:
     run_on_two_ranks(Path(__file__).with_name("agreement_worker.py"), tmp_path)
     first, second = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1))
     assert second.pop("a foreign error") == "its own"
-    assert first.pop("a foreign error") == ["RunError", "ZeroDivisionError: by zero.", 1]
+    assert first.pop("a foreign error") == ["Unforeseen", "ZeroDivisionError: by zero.", 1]
     assert second.pop("both fail") == ["FitError", "of 0.", 0] and first.pop("both fail")[:2] == ["FitError", "of 0."]
     # what a rank raises itself goes as it came
+    # rank 0 has its clips, or waits for them
+    assert first.pop("a bad clip") == first.pop("a bad clip while others wait") == [*BAD_CLIP, 1]
+    assert second.pop("a bad clip") == second.pop("a bad clip while others wait") == [*BAD_CLIP, None]
+    assert second.pop("a lost checkpoint") == ["RunError", "no room.", 0]
+    assert first.pop("a lost checkpoint") == ["RunError", "no room.", None]
     assert second.pop("one fails") == second.pop("full memory") == ["FitError", "no memory.", None]
     assert first.pop("one fails") == first.pop("full memory") == ["FitError", "no memory.", 1]
     assert first == second

@@ -10,11 +10,10 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.disks.abilities import HINTS, fault
-from vfun_cli.errors import MetadataError, RunError, VfunError, first_line
+from vfun_cli.errors import MetadataError, Unforeseen
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
-from vfun_cli.run.memory_errors import memory_error
+from vfun_cli.run.known import known
 from vfun_cli.run.messages import RankError
 from vfun_cli.run.rundir import RunDir, read_description
 from vfun_cli.training.data import forkserver
@@ -80,35 +79,29 @@ def _send_output_to(path: Path) -> None:
 
 def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mapping[str, Any]) -> None:
     """The rank's own message, so that the first failing rank can be shown first."""
-    known = error if isinstance(error, VfunError) else _translate(error, run)
-    if isinstance(known, MetadataError):
-        known = known.with_command(_validate_command(described))
+    told = known(error, where=run.root)
+    if isinstance(told, MetadataError):
+        told = told.with_command(_validate_command(described))
     message = RankError(
         rank=rank,
         time=time.time(),
-        message=known.message,
-        hint=known.hint,
-        exit_code=known.exit_code,
-        crash=not isinstance(error, VfunError),
+        message=told.message,
+        hint=told.hint,
+        exit_code=told.exit_code,
+        crash=isinstance(told, Unforeseen),
         traceback=traceback.format_exc(),
-        cause=known.rank,
+        cause=told.rank,
     )
     try:
         if not run.root.exists():  # do not make it anew: whoever moved it may want to move it back
             raise FileNotFoundError(f"{run.root} has vanished")
         message.write(run)
     except OSError as unwritable:  # the log of the launcher may lie on the same disk, but nothing else is left
-        print(f"rank {rank}: {known.message} (and {unwritable})", file=sys.stderr)
+        print(f"rank {rank}: {told.message} (and {unwritable})", file=sys.stderr)
 
 
 def _validate_command(described: Mapping[str, Any]) -> str:
     return validate_command(RunConfig.from_json(described["config"]), families.find(described["family"]))
-
-
-def _translate(error: BaseException, run: RunDir) -> VfunError:
-    if isinstance(error, OSError) and error.errno in HINTS:
-        return fault(error, where=run.root)
-    return memory_error(error) or RunError(f"{type(error).__name__}: {first_line(error)}.")
 
 
 if __name__ == "__main__":

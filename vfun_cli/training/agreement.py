@@ -19,7 +19,8 @@ from accelerate import PartialState
 
 from vfun_cli import __version__, devices
 from vfun_cli.checkpoints import manifest
-from vfun_cli.errors import ConfigError, RunError, VfunError, first_line
+from vfun_cli.errors import ConfigError, VfunError
+from vfun_cli.run.known import known
 from vfun_cli.run.ownership import new_id
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.waiting import gather_all
@@ -72,12 +73,9 @@ def all_or_none() -> Iterator[None]:
 
 
 def _told(error: Exception, rank: int) -> VfunError:
-    """An error as other ranks can raise it."""
-    if isinstance(error, VfunError):  # without the exceptions that it came from, which need not know how to travel
-        told = type(error)(error.message, hint=error.hint)
-    else:
-        told = RunError(f"{type(error).__name__}: {first_line(error)}.")
-    return _of_rank(rank, told)
+    """An error as other ranks can raise it, without those that it came from, which need not know how to travel."""
+    told = known(error)
+    return _of_rank(rank, type(told)(told.message, hint=told.hint))
 
 
 def _of_rank(rank: int, error: VfunError) -> VfunError:

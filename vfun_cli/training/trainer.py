@@ -105,7 +105,7 @@ class Trainer:
         self.checkpointer.require_space(self.state)
         while step < self.total_steps:
             reason, micro_batches = begin_step(
-                lambda: self.metrics.wait(batches), self.config.gradient_accumulation_steps, self.stop,
+                lambda: self.next_micro_batch(batches), self.config.gradient_accumulation_steps, self.stop,
                 self.adapter.encoders,
             )  # fmt: skip
             if reason != CONTINUE:
@@ -122,7 +122,6 @@ class Trainer:
                 self.read()  # DeepSpeed leaves out a bad step, which then changes nothing
                 self.look_for_change(before, micro_batches)
             epoch_record = self.ledger.step(micro_batches)
-            self.checkpointer.raise_background_error()
             step += 1
             saves = step % self.config.checkpointing_steps == 0
             if saves or epoch_record is not None:
@@ -136,6 +135,15 @@ class Trainer:
             self.save(step, epoch)
         self.checkpointer.wait()
         return reason
+
+    def next_micro_batch(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:
+        """The next one of this rank, None if it is not there yet.
+
+        Raises:
+            VfunError: a clip cannot be decoded, or a checkpoint could not be written in the background.
+        """
+        self.checkpointer.raise_background_error()
+        return self.metrics.wait(batches)
 
     def enqueue(self, step: int, micro_batches: list[LoadedBatch]) -> PendingStep:
         """Hand one optimizer step to the device. Nothing in it waits for the device."""

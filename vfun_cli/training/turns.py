@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.data.encoding import shared_call_counts
 from vfun_cli.training.data.loader import LoadedBatch
 from vfun_cli.training.signals import CONTINUE, StopFlag
@@ -27,15 +28,28 @@ def begin_step(
 
     Returns:
         Why to stop, the most severe reason of any rank, and then no micro-batches; or ``CONTINUE`` and all of them.
+
+    Raises:
+        Exception: what ``wait`` raised on a rank; on all of them.
     """
     taken: list[LoadedBatch] = []
     names = encoders.shared
+    failed: Exception | None = None
     while True:
-        while len(taken) < count and (loaded := wait()) is not None:
-            taken.append(loaded)
+        try:
+            while len(taken) < count and (loaded := wait()) is not None:
+                taken.append(loaded)
+        except Exception as error:
+            failed = error
         calls = [calls for loaded in taken for calls in shared_call_counts(encoders, loaded.samples)]
         missing = count - len(taken)
-        reason, lacking, *most_calls = most_of_all([stop.reason(), missing, *calls, *[0] * (missing * len(names))])
+        reason, any_failed, lacking, *most_calls = most_of_all(
+            [stop.reason(), failed is not None, missing, *calls, *[0] * (missing * len(names))]
+        )
+        if any_failed:
+            with all_or_none():
+                if failed is not None:
+                    raise failed
         if reason != CONTINUE:
             return reason, []
         if not lacking:
