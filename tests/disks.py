@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ def file_system(place: Path, *options: str) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def starts_with_memory_of(size: str) -> list[str]:
+    """What starts a command that finds a /dev/shm of this size; the test is skipped where that is not allowed."""
+    mount_and_start = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    words = ["unshare", "--mount", "sh", "-c", mount_and_start, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*words, "true"], check=False).returncode:
+        pytest.skip("no namespaces of mounts here")
+    return words
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on the disk of a folder."""
+    with suppress(OSError), (folder / "the rest").open("wb", buffering=0) as rest:
+        while True:
+            rest.write(b"x" * 4096)
 
 
 ABILITIES = ("locks", "modes", "times", "folders", "links", "room")

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +49,14 @@ def vfun_here(*arguments: object) -> Said:
 Job = subprocess.Popen[str]
 
 
-def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = ()) -> Job:
-    """A vfun command in a session of its own, on these processor cores alone where some are named."""
+def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = (), by: Sequence[str] = ()) -> Job:
+    """A vfun command in a session of its own, on these processor cores alone where some are named.
+
+    Args:
+        by: the command that starts it, where it is not started straight away.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "vfun_cli", *map(str, arguments)],
+        [*by, sys.executable, "-m", "vfun_cli", *map(str, arguments)],
         cwd=cwd, env=os.environ | {MARK: str(uuid4())}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
