@@ -117,13 +117,12 @@ class LiveModel:
             conditions=conditions,
         )  # fmt: skip
 
-    def cached(self, frames: int, height: int, width: int) -> tuple[SampleRequest, Sample]:
-        """A clip as a full cache has it."""
-        for row in range(20):
-            request = self.request(row, frames, height, width)
-            inputs = adapter_of(self.spec).inputs(request, adapter_options(self.config, self.spec, torch.device("cpu")))
-            if "history" not in inputs:  # a dropped history shortens the sequence of Wan-S2V
-                break
+    def cached(self, frames: int, height: int, width: int, *, dropped: bool = False) -> tuple[SampleRequest, Sample]:
+        """A clip as a full cache has it. A dropped history shortens the sequence of Wan-S2V."""
+        options = adapter_options(self.config, self.spec, torch.device("cpu"))
+        requests = (self.request(row, frames, height, width) for row in range(100))
+        clips = ((request, adapter_of(self.spec).inputs(request, options)) for request in requests)
+        request, inputs = next(clip for clip in clips if ("history" in clip[1]) == dropped)
         (found,) = outputs_of(self.adapter.encoders, [prepared(inputs)])
         return request, Sample(inputs=inputs, values={}, found=found)
 

@@ -23,6 +23,7 @@ from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import load
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks
+from vfun_cli.training.quantised import quantise_layers
 
 LIVE = Callable[[str], LiveModel]
 Types = dict[str, list[tuple[set[torch.dtype], set[torch.dtype]]]]
@@ -57,24 +58,47 @@ def noted(model: nn.Module) -> Types:
     return types
 
 
-@pytest.mark.parametrize("command", ["lora", pytest.param("train", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FAMILIES)
+OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("cogvideox-fun", "lora", {"base_precision": "fp8"}),
+    ("cogvideox-fun", "lora", {"base_precision": "nf4"}),
+    (
+        "cogvideox-fun",
+        "train",
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": "selective", "use_ema": True},
+    ),
+    ("wan-s2v", "train", {"train_batch_size": 2}),  # the second one drops its motion, the first does not
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "command", "options"),
+    [
+        *[(family, "lora", {}) for family in FAMILIES],
+        *[pytest.param(family, "train", {}, marks=pytest.mark.slow) for family in FAMILIES],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in OPTIONS],
+    ],
+    ids=str,
+)
 def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and_zero(
-    family: str, command: str, live_model: LIVE, tmp_path: Path, device_restored: None
+    family: str, command: str, options: dict[str, Any], live_model: LIVE, tmp_path: Path, device_restored: None
 ) -> None:
     """Those have weights in bf16 wherever they are used. Whatever the strategy, gradients of masters are float32."""
     live = live_model(family)
-    request, sample = live.cached(*SMALL)
+    options = {"gradient_checkpointing": "block", "mixed_precision": "bf16", **options}
+    config = RunConfig(strategy="ddp", **options)
+    clips = [live.cached(*SMALL, dropped=number % 2 == 1) for number in range(config.train_batch_size)]
+    micro_batch = loaded(0, *zip(*clips, strict=True))
     model = live.transformer()
     if command == "lora":
         add_adapters(model, resolve("lora", live.spec, {}, environ={}).config, live.spec, live.dims)
     for weight in model.parameters():
         weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+    if config.base_precision != "bf16":
+        quantise_layers(model, config.base_precision, torch.device("cpu"))
     model.to("meta")
     in_bf16 = copy.deepcopy(model)
     for weight in in_bf16.parameters():
-        weight.data = weight.data.bfloat16()
-    config = RunConfig(strategy="ddp", gradient_checkpointing="block", mixed_precision="bf16")
+        weight.data = weight.data.bfloat16() if weight.requires_grad else weight.data
     plan: Any = SimpleNamespace(spec=live.spec, dims=live.dims)
     prepare_blocks(config, plan, model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -88,8 +112,8 @@ def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and
         given = list[Any]()
         model.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
         types, expected = noted(model), noted(in_bf16)
-        parts = Parts(tmp_path, model, live, adapter, live.objective, mixed_precision="bf16")
-        pending = parts.trainer.enqueue(0, [loaded(0, [request], [sample])])
+        parts = Parts(tmp_path, model, live, adapter, live.objective, **options)
+        pending = parts.trainer.enqueue(0, [micro_batch] * config.gradient_accumulation_steps)
         assert pending.ranks.device == device and pending.ranks.shape == (1, 11)
         with torch.no_grad():
             in_bf16(*given[0][0], **given[0][1])

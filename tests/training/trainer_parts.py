@@ -21,6 +21,7 @@ from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.optim import make_optimizer
 from vfun_cli.training.signals import CONTINUE
+from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
 
@@ -65,7 +66,7 @@ class Parts:
         self.config = RunConfig(
             mixed_precision=mixed_precision, lr_scheduler="constant", report_to="none", **options
         )  # fmt: skip
-        accelerator: Any = Accelerator(cpu=True)
+        accelerator: Any = Accelerator(cpu=True, gradient_accumulation_steps=self.config.gradient_accumulation_steps)
         accelerator.device_placement = False
         run = RunDir(folder)
         self.metrics_file = run.metrics
@@ -75,13 +76,15 @@ class Parts:
         model, optimizer = accelerator.prepare(model, optimizer)
         accelerator.state.device = device
         checkpointer: Any = self.saves
+        average = WeightAverage(model, self.config.ema_decay) if self.config.use_ema else None
         ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
         stop: Any = self.stop
         self.accelerator = accelerator
         self.trainer = Trainer(
             config=self.config, accelerator=accelerator, adapter=adapter,
-            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer), objective=objective,
-            checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6, description={},
+            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average),
+            objective=objective, checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6,
+            description={},
             metrics=Metrics(
                 run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=0,
                 total_steps=6,
