@@ -23,7 +23,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-LAUNCHES = ("single", "zero3", "fsdp", "zero2", "ddp")
+LAUNCHES = ("single", "zero3", "fsdp", "zero2", "ddp", "zero3-offload")
 """The one that fills the cache, since on another number of threads the encoders round otherwise; then longest first."""
 
 

@@ -21,6 +21,7 @@ from vfun_cli.run.rundir import RunDir, write_atomically
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+"""Of the matrix."""
 COMMANDS = ("train", "lora")
 STEPS = {"train": 8, "lora": 6}
 LEARNING_RATES = {"train": 4e-3, "lora": 1e-2}
@@ -78,6 +79,7 @@ _EVERYWHERE = {
 }
 
 # Beside the matrix, one family under the options that a strategy could get wrong on its own; `lora-` trains adapters.
+# Offload keeps elsewhere what ZeRO-3 has: it is outside of the matrix, and has no runs but these.
 EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
         **_IN_FLOAT32,
@@ -93,6 +95,7 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "zero2": _EVERYWHERE,
     "zero3": _EVERYWHERE,
+    "zero3-offload": _EVERYWHERE,
 }
 
 
@@ -125,7 +128,8 @@ def extra(name: str, strategy: str) -> Run:
 
 def all_runs(strategy: str) -> list[Run]:
     """Everything that one launch trains."""
-    runs = [straight(family, strategy, command) for command in COMMANDS for family in families.FAMILIES]
+    in_matrix = families.FAMILIES if strategy in STRATEGIES else ()
+    runs = [straight(family, strategy, command) for command in COMMANDS for family in in_matrix]
     runs += [resumed(run) for run in runs if resumed_too(run)]
     if strategy == "single":
         runs += [unlearning(family) for family in families.FAMILIES]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,17 @@ def training_noted(run: RunDir) -> Iterator[None]:
             gathers_counted([] if compiled else sharded) as gathers,
             types_noted({} if compiled else dict(unwrapped(self.state.model).named_modules())) as types,
             reductions_counted() as reductions,
+            accumulation_noted(self.state.model) as accumulated,
         ):
             reason = train(self, *given)
         content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
-        content |= {"reductions": reductions, "kept": kept_bytes(self.state.model), "read": vars(read), "types": types}
+        content |= {
+            "reductions": reductions,
+            "accumulated": sorted(accumulated),
+            "kept": kept_bytes(self.state.model),
+            "read": vars(read),
+            "types": types,
+        }
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
@@ -243,6 +251,28 @@ def reductions_counted() -> Iterator[Counter[str]]:
 
     with collectives_replaced(SUMS, counted):
         yield counts
+
+
+@contextmanager
+def accumulation_noted(model: Any) -> Iterator[set[str]]:
+    """In which types DeepSpeed has the gradients that it summed over the micro-batches of a step."""
+    types, optimizer = set[str](), model.optimizer if hasattr(model, "zero_optimization_stage") else None
+    if optimizer is None:
+        yield types
+        return
+    step = optimizer.step
+
+    def noted(*given: Any, **options: Any) -> Any:
+        shards = getattr(optimizer, "grad_partitions_flat_buffer", None)  # ZeRO-3's, wherever they lie
+        sums = [shards] if shards is not None else chain(*optimizer.averaged_gradients.values())
+        types.update(str(each.dtype) for each in sums)
+        return step(*given, **options)
+
+    optimizer.step = noted
+    try:
+        yield types
+    finally:
+        del optimizer.step
 
 
 @dataclass
