@@ -1,9 +1,11 @@
 """Disks that lack locks, permissions, times, links or flushing of directories, and disks that are full."""
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +13,9 @@ from tests.commands.conftest import QUICK, TRAIN, Vfun
 from tests.disks import ABILITIES, file_system, without_in_children
 from tests.jobs import vfun_process
 from vfun_cli.checkpoints import manifest
-from vfun_cli.errors import EnvironmentFault
+from vfun_cli.errors import EnvironmentFault, FitError
 from vfun_cli.run.cachedir import entries, verify_entry
+from vfun_cli.run.ownership import MEMORY
 from vfun_cli.run.rundir import RunDir
 
 NOTICE = "no locks"
@@ -57,3 +60,17 @@ def test_a_full_disk_is_named_whatever_is_to_be_written_there(place: Path, vfun:
             assert said.code == EnvironmentFault.exit_code, said.err
             assert "No space left on device" in said.err and "disk/" in said.err and "next:" in said.err, said.err
             assert "fault of vfun" not in said.err
+
+
+@pytest.mark.parametrize("command", ["train", "lora", "cache"])
+def test_decoded_clips_that_find_no_room_in_shared_memory_are_refused_before_anything_is_started(
+    command: str, place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage
+    full = SimpleNamespace(total=64 << 20, used=64 << 20, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if path == MEMORY else usage(path))
+    where = ("--output-dir", "run", "--cache", "latents", "--dataloader-num-workers", "1")
+    said = vfun(command, *TRAIN[1:], *where)
+    assert said.code == FitError.exit_code and "1 decoding processes of each of" in said.err, said.err
+    assert "--shm-size=16g" in said.err and "use fewer" in said.err, said.err
+    assert not Path("run").exists() and not Path("latents").exists()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from live_models import LiveModel
 
 
@@ -32,3 +33,13 @@ def device_restored() -> Iterator[None]:
     before = accelerator.state.device
     yield
     accelerator.state.device = before
+
+
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """accelerate keeps one state a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

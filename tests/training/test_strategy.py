@@ -1,31 +1,27 @@
 """A rank trains as the run asks for, or not at all."""
 
-from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import RunError
+from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training import strategy as strategies
+from vfun_cli.training import waiting
+from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.strategy import make_accelerator
-from vfun_cli.training.waiting import COLLECTIVE_LIMIT, FILES_LIMIT
+from vfun_cli.training.turns import begin_step
+from vfun_cli.training.waiting import COLLECTIVE_LIMIT, FILES_LIMIT, wait_for_all
 
-
-@pytest.fixture(autouse=True)
-def no_accelerator() -> Iterator[None]:
-    """accelerate keeps one state a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
+pytestmark = pytest.mark.usefixtures("no_accelerator")
 
 CONFIG = RunConfig(
     strategy="single", device="cpu", num_processes=1, gradient_accumulation_steps=2, mixed_precision="bf16"
@@ -45,15 +41,47 @@ def test_what_a_shell_says_of_steps_and_precision_changes_nothing(monkeypatch: p
     assert (accelerator.gradient_accumulation_steps, accelerator.native_amp) == (2, False)
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
-def test_ranks_on_gpus_wait_half_an_hour_for_each_other_and_for_files_longer(
-    strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def asked_of_accelerate(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+    """The settings that the accelerator of such a run gets."""
     asked: dict[str, Any] = {}
     monkeypatch.setenv("FSDP_VERSION", "2")  # of the launch file
     made = SimpleNamespace(num_processes=1, gradient_accumulation_steps=1)
     monkeypatch.setattr(strategies, "Accelerator", lambda **settings: asked.update(settings) or made)
-    make_accelerator(RunConfig(strategy=strategy, device="cuda", num_processes=1))
-    group = next(each for each in asked["kwargs_handlers"] if isinstance(each, InitProcessGroupKwargs))
+    make_accelerator(RunConfig(num_processes=1, **options))
+    found: list[Any] = asked["kwargs_handlers"]
+    return found
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+def test_ranks_on_gpus_wait_half_an_hour_for_each_other_and_for_files_longer(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_of_accelerate(monkeypatch, strategy=strategy, device="cuda")
+    group = next(each for each in asked if isinstance(each, InitProcessGroupKwargs))
     assert (group.backend, group.timeout) == ("nccl", timedelta(minutes=30))
     assert COLLECTIVE_LIMIT * 10 < FILES_LIMIT
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ddp_keeps_no_second_copy_of_the_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked_of_accelerate(monkeypatch, strategy="ddp", device=device)
+    (wrapping,) = (each.to_kwargs() for each in asked if isinstance(each, DistributedDataParallelKwargs))
+    assert wrapping["gradient_as_bucket_view"]
+
+
+def test_ranks_begin_a_step_and_wait_for_files_on_gloo_whatever_the_devices_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each in a group of its own, made once."""
+    made, used = list[dict[str, Any]](), list[str]()
+    monkeypatch.setattr(waiting, "_beside", cache(waiting._beside.__wrapped__))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options) or f"group {len(made)}")
+    monkeypatch.setattr(dist, "all_reduce", lambda numbers, op, group: used.append(f"{op.name} {group}"))
+    monkeypatch.setattr(dist, "barrier", lambda group: used.append(f"barrier {group}"))
+    stop: Any = SimpleNamespace(reason=lambda: CONTINUE)
+    for _ in range(2):
+        assert begin_step(lambda: None, 0, stop, Encoders({}, torch.device("cpu"))) == (CONTINUE, [])
+        wait_for_all()
+    assert used == ["MAX group 1", "barrier group 2"] * 2
+    assert made == [{"backend": "gloo", "timeout": limit} for limit in (COLLECTIVE_LIMIT, FILES_LIMIT)]
