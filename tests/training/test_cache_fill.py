@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tests.jobs import Job, finish, kill_all, records, start, wait_for
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import EXIT_PREEMPTED
 from vfun_cli.run.cachedir import entries, partials
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.cache import read_entry
@@ -22,6 +24,8 @@ from vfun_cli.training.data.cache import read_entry
 pytestmark = pytest.mark.slow
 
 S2V, I2V = "wan-s2v", "hunyuanvideo-i2v"
+WITHIN = 30
+"""Seconds, of which a quiet machine takes three."""
 CLIPS = 6
 """Of a demo."""
 EPOCHS = {S2V: 1, I2V: 2}
@@ -55,7 +59,7 @@ def alone(workplace: Path) -> Alone:
     return of
 
 
-def fill(folder: Path, family: str, *more: str, ranks: int = 1) -> Job:
+def fill(folder: Path, family: str, *more: object, ranks: int = 1) -> Job:
     return start(
         "cache", family, "--demo", "--cache", folder, "--cache-variants", 1,
         "--max-train-steps", EPOCHS[family] * CLIPS // ranks, "--num-processes", ranks,
@@ -106,6 +110,15 @@ def test_a_killed_fill_loses_nothing_but_the_entry_in_hand(alone: Alone, tmp_pat
     expected = contents(alone(S2V)[0])
     assert contents(tmp_path) == expected
     assert len(survived) < len(expected) and all(expected[name] == content for name, content in survived.items())
+
+
+def test_a_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
+    variants = 100  # each rank has work for minutes
+    more = ("--cache-variants", variants, "--max-train-steps", variants * CLIPS // 2)
+    job = fill(tmp_path, S2V, *more, ranks=2)
+    wait_for(lambda: clips_done(tmp_path) >= 1, job)
+    os.kill(job.pid, signal.SIGTERM)
+    assert re.search(r"stopped: \d+ clips encoded", finish(job, EXIT_PREEMPTED, within=WITHIN).out)
 
 
 def test_two_fills_at_once_leave_a_whole_cache(alone: Alone, tmp_path: Path) -> None:

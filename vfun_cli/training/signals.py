@@ -24,7 +24,7 @@ class StopFlag:
         self.run = run
         self.machine_rank = machine_rank
         self.reads_file = reads_file
-        """One rank of each machine looks at the file and the clock."""
+        """Whether it looks at the file and the clock. Where the ranks ask each other, one of each machine does."""
         self.deadline = deadline
         """Seconds since 1970."""
         self.signalled = CONTINUE

@@ -46,12 +46,13 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         needed = MissingEntries(adapter, options, cache)
         plan = load_plan(config, spec, described)
         work = list(needed.missing(plan, record_reader(config, spec), rank, accelerator.num_processes))
-    stop.announce()
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
             prune(config.cache, set().union(*everyone))
     progress = FillMetrics(run, len(work), shows=accelerator.is_main_process)
+    stop.announce()
+    stop.reads_file = True  # on every rank: they do not ask each other
     reason = CONTINUE
     ahead = micro_batches_ahead(config, plan)
     for loaded in load_ahead(
