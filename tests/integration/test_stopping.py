@@ -62,7 +62,7 @@ def test_ranks_that_are_starting_are_ended_and_leave_no_run(workplace: Path) -> 
     wait_for(run.run_json.exists, job)
     os.kill(job.pid, signal.SIGINT)
     said = finish(job, EXIT_INTERRUPTED, within=WITHIN)
-    assert "before the training had begun: there was nothing to save" in said.err
+    assert "before the work had begun: there was nothing to save" in said.err
     assert "Run the same command again." in said.err
     assert not run.holds_run() and not list(run.root.glob("*checkpoint*"))
 

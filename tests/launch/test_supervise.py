@@ -259,7 +259,7 @@ def test_ranks_that_start_and_hear_nothing_are_ended_by_the_first_request(
     waits = f"import os, time; os.kill(os.getppid(), {number:d}); time.sleep(60)"
     began = time.monotonic()
     error = failure(RunDir(tmp_path), waits)
-    assert error.exit_code == code and "before the training had begun: there was nothing to save" in error.message
+    assert error.exit_code == code and "before the work had begun: there was nothing to save" in error.message
     assert time.monotonic() - began < 10
 
 

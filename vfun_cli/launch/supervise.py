@@ -211,8 +211,8 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
 
 
 def _nothing_to_save(reason: str, hint: str) -> Failure:
-    """What a request to stop ends with where it came before the training had begun."""
-    message = f"{reason} before the training had begun: there was nothing to save."
+    """What a request to stop ends with where it came while the ranks were starting."""
+    message = f"{reason} before the work had begun: there was nothing to save."
     return Failure(kind="error", time=time.time(), message=message, hint=hint, exit_code=EXIT_CODES[reason])
 
 

@@ -1,8 +1,9 @@
 """Ranks that agree: on what they run, on where they write, and on what failed.
 
 A rank that raises alone leaves the others waiting in their next collective. One rule holds: what may fail on a single
-rank between collectives is done in :func:`all_or_none`, so that all raise its error; where that is not possible, since
-the work holds collectives of its own (loading shards, a strategy's own files), the rank's end is the end of all, by the
+rank between collectives is done in :func:`all_or_none`, so that all raise its error, and what a rank meets while it
+waits for its clips is told in ``begin_step``. Where that is not possible, since the work holds collectives of its own
+(loading shards, a strategy's own files) or none follow it (filling a cache), the rank's end is the end of all, by the
 launcher on its machine and by ``launch/machines.py`` on the others.
 """
 

@@ -356,8 +356,10 @@ def _from_processes(
                     yield loaded
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                dead = "DataLoader worker" in str(error) or (_lost_contact(error) and ended.one_within(END_TIMEOUT))
-                if not dead:
+                lost = "DataLoader worker" in str(error) or (
+                    _lost_contact(error) and (yield from _patiently(partial(ended.one_within, END_TIMEOUT)))
+                )
+                if not lost:
                     raise
                 faults = _faults(status, ended, waiting)
         # Micro-batches that are not back yet are decoded again, but not those that hung or crashed.
