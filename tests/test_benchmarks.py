@@ -14,6 +14,7 @@ NOT_SCRIPTS = {"plan_sets", "record"}
 """Modules that the benchmarks share."""
 MARKS = {
     "bare_loop": pytest.mark.slow,
+    "bf16_on_cpu": pytest.mark.slow,
     "data_wait": pytest.mark.long,
     "decode": pytest.mark.long,
     "decoding_start": pytest.mark.long,
@@ -40,6 +41,7 @@ MARKS = {
 """By how long the smallest run takes: under 3 s, up to 20 s, longer."""
 NUMBERS = {
     "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
+    "bf16_on_cpu": ["AVX2 alone/linear layer/bfloat16 over float32", "as it is/3D convolution/float32"],
     "data_wait": ["rows/0/wait_share", "rows/0/peak_bytes_of_workers_at_the_end/0"],
     "decode": ["rows/0/seconds/vfun", "rows/1/times_of_vfun/decord", "peak_bytes_of_77_frames_at_1080p/vfun"],
     "decoding_start": ["cogvideox-fun/processor_seconds", "cogvideox-fun/an interpreter of its own/bytes"],

@@ -63,9 +63,7 @@ def _compiler(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    """Its model, and how it multiplies: with AVX2 alone (AMD EPYC, torch 2.13, one thread) bf16 takes 10 times as long
-    as float32 in a linear layer and 36 times in a 3D convolution.
-    """
+    """Its model, and by which instructions it multiplies: see ``devices.multiplies_bf16``."""
     facts = devices.processor()
     flags = facts.get("flags", "").split()
     return {

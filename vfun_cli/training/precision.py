@@ -33,7 +33,8 @@ def kept_dtype(config: RunConfig, *, trained: bool) -> torch.dtype:
 def encoder_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """What frozen encoders compute in.
 
-    On a CPU they stay in float32: one with AVX2 alone takes 10 (linear) to 36 (conv3d) times as long in bf16.
+    On a CPU they stay in float32, in which one without units for bf16 computes 4 to 60 times as fast
+    (``benchmarks/bf16_on_cpu.py``).
     """
     return torch.float32 if device.type == "cpu" else compute_dtype(config)
 
