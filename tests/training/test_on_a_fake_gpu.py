@@ -114,7 +114,7 @@ def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and
         types, expected = noted(model), noted(in_bf16)
         parts = Parts(tmp_path, model, live, adapter, live.objective, **options)
         pending = parts.trainer.enqueue(0, [micro_batch] * config.gradient_accumulation_steps)
-        assert pending.ranks.device == device and pending.ranks.shape == (1, 11)
+        assert pending.ranks.device == device and pending.ranks.shape == (1, 12)
         with torch.no_grad():
             in_bf16(*given[0][0], **given[0][1])
     assert gradients == {torch.float32} == {weight.dtype for weight in trained}

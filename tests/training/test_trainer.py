@@ -1,5 +1,8 @@
 """The loop: what is read of a step one step later, and what ends it."""
 
+import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +18,7 @@ from trainer_parts import Parts, batch
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import metrics
 from vfun_cli.training.objectives import Corrupted
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
@@ -74,6 +78,59 @@ def test_a_bad_step_names_itself_and_its_rows_and_is_never_saved(
         parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
     assert parts.saves.steps == [step for step in (2, 4, 6) if every == 2 and step <= bad]
     assert [line["step"] for line in parts.lines()] == list(range(1, bad + 2))
+
+
+class Layer(Line):
+    """The same as a layer with a child of its own, in front of a list of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1, 1, bias=False)
+        self.first.add_module("seldom", nn.Linear(1, 1))
+        self.blocks = nn.ModuleList([nn.Linear(1, 1)])
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        (block,) = self.blocks
+        return self.weight * block(self.first(noisy + 1))  # type: ignore[no-any-return]
+
+
+class Layers(Steps):
+    """Steps of that model."""
+
+    def predict(self, model: nn.Module, noisy: torch.Tensor, timesteps: Any, conditions: Any) -> torch.Tensor:
+        prediction: torch.Tensor = model(noisy)
+        if self.bad:
+            prediction.register_hook(lambda gradient: gradient * torch.nan)
+        return prediction
+
+
+@pytest.mark.parametrize("seen", [{9}, set(), set(range(12))], ids=["one rank's", "nobody saw it", "all"])
+def test_a_bad_gradient_names_the_rank_whose_own_it_was_or_all_rows(
+    seen: set[int], live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve ranks, of which this one trains and the others have its numbers."""
+    steps = Layers(1, "gradient norm")
+    trainer = Parts(tmp_path, Layer(), live_model("cogvideox-fun"), steps, steps).trainer
+    monkeypatch.setattr("vfun_cli.training.trainer.gather_all", lambda rows: [[100 + rank] for rank in range(12)])
+    gather = trainer.gather
+
+    def of_twelve(*numbers: Any) -> torch.Tensor:
+        ranks = gather(*numbers).repeat(12, 1)
+        assert math.isfinite(ranks[0, 1]) == (not ranks[0, 3]), "seen where it was"
+        ranks[:, 3] = torch.tensor([rank in seen and bool(ranks[0, 3]) for rank in range(12)])
+        return ranks
+
+    trainer.gather = of_twelve  # type: ignore[method-assign]
+    with pytest.raises(RunError) as caught:
+        trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0)
+    named = re.findall(r"rank (\d+) trained on rows \[1(\d+)\]", caught.value.message)
+    file = RunDir(tmp_path).bad_step
+    if len(seen) == 1:
+        assert named == [("9", "09")] and not file.exists()
+        return
+    assert [int(rank) for rank, _ in named] == [*range(8)] == [int(row) for _, row in named]
+    assert f"the rows of all 12 such ranks are in {file}" in caught.value.message
+    assert json.loads(file.read_text()) == {"step": 2, "rows": {str(rank): [100 + rank] for rank in range(12)}}
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])

@@ -93,6 +93,11 @@ class RunDir:
         return self.logs / "tensorboard"
 
     @property
+    def bad_step(self) -> Path:
+        """The rows that ranks trained on at the step that spoilt the weights, where they are too many for a message."""
+        return self.logs / "bad-step.json"
+
+    @property
     def sanity_check(self) -> Path:
         """The first batch as people can look at it."""
         return self.root / "sanity_check"

@@ -1,5 +1,6 @@
 """Owns time: the one loop that trains every family, full or LoRA, under every strategy."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.run.locate import way_on
+from vfun_cli.run.metrics_file import only_reports
+from vfun_cli.run.rundir import write_atomically
 from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.encoding import Add, encode
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
@@ -23,6 +26,7 @@ from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.optim import learning_rate, set_learning_rate
+from vfun_cli.training.own_gradient import OwnGradient
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
@@ -34,7 +38,7 @@ VISIBLE_RATE = 1e-6
 """A step at a smaller learning rate may round away in float32 weights of size 8."""
 
 NAMED_RANKS = 8
-"""How many ranks an error names with their rows; a line each."""
+"""How many ranks an error names with their rows; a line each. The rows of more are in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,8 @@ class PendingStep:
     micro_batches: list[LoadedBatch]
     rate: float
     ranks: Tensor
-    """[ranks, numbers] float64 on the device: loss, gradient norm, masked tokens, weight, then the fields of
-    ``Measured``."""
+    """[ranks, numbers] float64 on the device: loss, gradient norm, masked tokens, whether its own gradient was seen to
+    be no number, weight, then the fields of ``Measured``."""
     began: Any
     ended: Any
     entries: dict[str, dict[str, Download]]
@@ -88,6 +92,9 @@ class Trainer:
         self.total_steps = total_steps
         self.description = description
         self.dtype = compute_dtype(config)
+        self.own_gradient = OwnGradient(accelerator.device)
+        if not config.compile:  # no hook can be inside of a compiled block: then it stays unknown whose gradient it was
+            self.own_gradient.watch(state.model)
         self.side_stream = SideStream(accelerator.device, used=not config.low_vram)
         self.saved_step: int | None = None
         self.moved = False
@@ -176,7 +183,7 @@ class Trainer:
         if self.state.average is not None:
             self.state.average.update(accelerator.unwrap_model(model), step)
         ranks = self.gather(
-            (total / len(micro_batches), _on_device(norm, accelerator.device), masked),
+            (total / len(micro_batches), _on_device(norm, accelerator.device), masked, self.own_gradient.take()),
             (
                 sum(each.weight for each in micro_batches) / self.config.gradient_accumulation_steps,
                 *self.metrics.measure(micro_batches),
@@ -232,7 +239,9 @@ class Trainer:
             for key, entry in pending.entries.items():
                 self.cache.write(key, {name: arriving.tensor() for name, arriving in entry.items()})
         # A rank that skipped samples trained on less; each counts by its weight.
-        losses, norms, masked, weights = (list(column) for column in zip(*(row[:4] for row in ranks), strict=True))
+        losses, norms, masked, broken, weights = (
+            list(column) for column in zip(*(row[:5] for row in ranks), strict=True)
+        )
         mean = sum(losses) / sum(weights) if sum(weights) else 0.0
         self.metrics.step(
             pending.step + 1,
@@ -241,14 +250,15 @@ class Trainer:
             rate=pending.rate,
             grad_norm=norms[0] if math.isfinite(norms[0]) else None,
             masked_tokens=sum(masked),
-            ranks=[Measured(*row[4:]) for row in ranks],
+            ranks=[Measured(*row[5:]) for row in ranks],
             began=pending.began,
             ended=pending.ended,
         )
         if not math.isfinite(mean):
             self.refuse(pending, "loss", mean, [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)])
-        if not math.isfinite(norms[0]):  # summed over the ranks before anybody looks: whose it was is not known
-            self.refuse(pending, "gradient norm", norms[0], range(len(norms)))
+        if not math.isfinite(norms[0]):  # of all ranks together
+            seen = [rank for rank, own in enumerate(broken) if own]
+            self.refuse(pending, "gradient norm", norms[0], seen or range(len(norms)))
 
     def refuse(self, pending: PendingStep, what: str, value: float, ranks: Sequence[int]) -> NoReturn:
         """Stop, on all ranks together, at a step that has spoilt the weights.
@@ -262,9 +272,15 @@ class Trainer:
         self.checkpointer.wait()  # whether there is one to go on from
         rows = gather_all([key.row for loaded in pending.micro_batches for key in batch_keys(loaded.batch.requests)])
         named = [f"rank {rank} trained on rows {rows[rank]}" for rank in ranks[:NAMED_RANKS]]
-        more = f"; {len(ranks) - NAMED_RANKS} more ranks too" if len(ranks) > NAMED_RANKS else ""
+        if len(ranks) > NAMED_RANKS:
+            file = self.checkpointer.run.bad_step
+            if self.accelerator.is_main_process:
+                with only_reports(f"{file} cannot be written"):
+                    content = {"step": pending.step + 1, "rows": {rank: rows[rank] for rank in ranks}}
+                    write_atomically(file, json.dumps(content))
+            named.append(f"the rows of all {len(ranks)} such ranks are in {file}")
         raise RunError(
-            f"the {what} of step {pending.step + 1} is {value}; {'; '.join(named)}{more}.",
+            f"the {what} of step {pending.step + 1} is {value}; {'; '.join(named)}.",
             hint="Look at those rows, or try a lower learning rate. "
             + way_on(self.checkpointer.run, learning_rate=f"{self.config.learning_rate / 10:g}"),
         )
