@@ -140,10 +140,12 @@ def test_an_abort_for_another_reason_is_a_crash(tmp_path: Path) -> None:
     [(-6, "rank 1 was ended by SIGABRT: out of memory: "), (1, "out of memory: ")],
 )
 def test_what_another_rank_wrote_in_this_launch_tells_too(cause: int, said: str, tmp_path: Path) -> None:
-    machine = Machine(RunDir(tmp_path), processes=2)
+    machine = Machine(RunDir(tmp_path))
     log = machine.run.rank_log(1)
     log.parent.mkdir()
     log.write_text(f"{BAD_ALLOC} in the launch before\n")
+    machine.ranks_elsewhere = {2}
+    machine.run.rank_log(2).write_text(f"{BAD_ALLOC} on another machine\n")
     script = (
         f"open({str(log)!r}, 'a').write({CUDA!r}); "
         f"print({TORCHRUN.format(first=1, cause=cause)!r}); raise SystemExit(1)"

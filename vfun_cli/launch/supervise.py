@@ -130,9 +130,9 @@ def launch(
     clear_messages(run_dir, machine.number, ranks_elsewhere=machine.ranks_elsewhere)
     if stop.asked:
         stop.write()
-    logs = [run_dir.launcher_log(machine.number), *(run_dir.rank_log(rank) for rank in machine.ranks if rank)]
-    written, killed_before = {log: log.stat().st_size if log.exists() else 0 for log in logs}, oom_kills()
-    with logs[0].open("ab") as output:
+    written = {log: log.stat().st_size for log in _logs(machine) if log.exists()}
+    killed_before = oom_kills()
+    with run_dir.launcher_log(machine.number).open("ab") as output:
         process = subprocess.Popen(
             argv,
             stdout=output,
@@ -224,10 +224,10 @@ def _failure(
     None where all ranks were ended here since another machine had failed.
 
     Args:
-        written: the log of the launcher and rank 0, those of the other ranks, and how long each was before the launch.
+        written: how long each log was before the launch.
         memory_ran_out: the kernel has ended a process for that since the launch.
     """
-    log = next(iter(written))
+    log = machine.run.launcher_log(machine.number)
     if not log.exists():
         return Failure(
             kind="error",
@@ -239,7 +239,7 @@ def _failure(
         )
     hint = f"The whole log is {log}. {way_on()}"
     errors = machine.errors()
-    texts = {log: log.read_bytes()[start:].decode(errors="replace") for log, start in written.items() if log.exists()}
+    texts = {each: each.read_bytes()[written.get(each, 0) :].decode(errors="replace") for each in _logs(machine)}
     text = texts[log]
     killed = _killed(text, machine.ranks.start)
     # A killed rank leaves no message, and its peers fail because they lost it. But the launcher kills too: ranks that
@@ -277,6 +277,13 @@ def _failure(
         hint=hint,
         exit_code=RunError.exit_code,
     )
+
+
+def _logs(machine: Machine) -> list[Path]:
+    """Of the launcher and rank 0, and of each other rank of this machine that has written one."""
+    elsewhere = {machine.run.rank_log(rank) for rank in machine.ranks_elsewhere}
+    own = [log for log in machine.run.rank_logs() if log not in elsewhere]
+    return [machine.run.launcher_log(machine.number), *own]
 
 
 def _killed(text: str, first_rank: int) -> tuple[int, int] | None:

@@ -184,6 +184,10 @@ class RunDir:
         """Output of a rank other than 0."""
         return self.logs / f"rank-{rank}.log"
 
+    def rank_logs(self) -> list[Path]:
+        """Those that are there."""
+        return self._of_ranks("rank-", ".log")
+
     def launcher_log(self, machine_rank: int = 0) -> Path:
         """Output of the launcher and of rank 0."""
         return self.logs / ("launcher.log" if machine_rank == 0 else f"launcher-machine-{machine_rank}.log")
