@@ -6,7 +6,7 @@ Each instant starts a job of its own on the demo and ends it in one of five plac
 started, while they load, right after a step (when the next samples are encoded), later in a step, and inside a save,
 which is found by the directory that it writes into. Afterwards the command must have ended with exit code 75 within
 the grace period, no process of the job may be left, and the newest checkpoint must be that of the last finished step
-and verify byte by byte; before the training processes are started there must be no run at all.
+and verify byte by byte; where they had not begun to train there must be no run at all.
 
 Results: ``benchmarks/results/sigterm.json``.
 """
@@ -92,7 +92,7 @@ def instant(run: RunDir, strategy: str, place: str, grace: float, rng: random.Ra
     """One job, one signal; what came of it."""
     job = start(run, strategy)
     delay = wait_for(place, strategy, run, job, rng)
-    began = run.run_json.exists()
+    began = run.listening().exists()
     job.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     try:
