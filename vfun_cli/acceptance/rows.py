@@ -1,8 +1,7 @@
 """What is proved, as data: the commands of each row, what its losses are compared with, and what it needs.
 
 A row trains a demo for a few steps in a run directory of its own. Its losses must be those of its reference: the same
-steps on the CPU, or on the same device without the option that the row is about. So must the weights
-of a resumed run.
+steps on the CPU, or on the same device without the option that the row is about. So must the weights of a resumed run.
 """
 
 import json
