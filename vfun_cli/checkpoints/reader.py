@@ -299,7 +299,7 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         places = _zero3_places(shapes, len(ranks))
     elif stage in (1, 2):
         flats = [_flat_groups(a, s, "single_partition_of_fp32_groups") for a, s in zip(archives, states, strict=True)]
-        places = _zero2_places(shapes, states, flats)
+        places = _zero2_places(shapes, states, flats, folder)
     else:
         raise CheckpointError(f"{folder} is of ZeRO stage {stage}; known are 1, 2 and 3.")
 
@@ -404,7 +404,10 @@ _Places = dict[str, tuple[tuple[int, ...], tuple[_Run, ...]]]
 
 
 def _zero2_places(
-    shapes: list[dict[str, tuple[int, ...]]], states: list[dict[str, Any]], flats: list[list[TensorSource]]
+    shapes: list[dict[str, tuple[int, ...]]],
+    states: list[dict[str, Any]],
+    flats: list[list[TensorSource]],
+    folder: Path,
 ) -> _Places:
     """ZeRO-1 and -2: a group's parameters are laid end to end and the line is cut into equal parts, one a rank.
 
@@ -423,6 +426,9 @@ def _zero2_places(
             else:
                 runs = _cut_line(group, position, math.prod(shape), [flat[group].numel for flat in flats])
             position += math.prod(shape) + paddings[group][number]
+            held = sum(run.count for run in runs)
+            if held != math.prod(shape):
+                raise CheckpointError(f"{folder}: the ranks hold {held} elements of {name}, whose shape is {shape}.")
             places[name] = (shape, tuple(runs))
     return places
 
