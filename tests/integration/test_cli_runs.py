@@ -148,21 +148,6 @@ def test_a_machine_that_is_killed_ends_the_other_which_names_it(result: Said) ->
     assert "error: machine 1 has gone without a word" in result.err, result.err
 
 
-def trained_with_offload() -> RunDir:
-    """Full weights."""
-    run = RunDir(Path("offload"))
-    arguments = options(run.root, cache=None, max_train_steps=4, checkpointing_steps=4)
-    vfun_process("train", FAMILY, "--demo", "--zero3-offload", *arguments, code=0)
-    return run
-
-
-@pytest.mark.ahead.with_args(trained_with_offload)
-def test_zero3_with_offload_trains_and_exports(result: RunDir, workplace: Path, trained: Trained) -> None:
-    assert losses(result) == pytest.approx(losses_of_the_matrix(trained, "zero3")[:4], rel=0.01)
-    exported = vfun_process("export-bf16", result.checkpoint(4), "--json", code=0)
-    assert json.loads(exported.out)["verified"]
-
-
 def lora_resumed_with_offload(elsewhere: str) -> tuple[RunDir, list[float], bytes]:
     """The run, and the losses and the adapter that it had before its end was cut off and trained again."""
     run = RunDir(Path("lora-offload"))

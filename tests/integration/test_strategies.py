@@ -198,6 +198,14 @@ def test_every_module_computes_in_the_types_of_a_single_process(strategy: str, c
     assert ["torch.bfloat16"] in types[0]["blocks.0"], "computes in bf16"
 
 
+def test_offload_trains_as_zero3_does(trained: Trained) -> None:
+    found = []
+    for strategy in ("zero3", "zero3-offload"):
+        trained(strategy)
+        found.append(losses(extra("subset", strategy)))
+    assert found[0] == pytest.approx(found[1], rel=0.01) and len(found[0]) == 3
+
+
 @pytest.mark.parametrize("strategy", EXTRAS)
 def test_gradients_are_clipped_to_the_norm(strategy: str, trained: Trained) -> None:
     """After one step AdamW's first moment is a tenth of the clipped gradient."""

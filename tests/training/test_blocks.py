@@ -157,7 +157,7 @@ def test_compiled_losses_and_gradients_are_the_eager_ones_at_every_shape_and_the
     assert graphs == [graphs[0]] * len(SHAPES)
 
 
-OF_EACH = {("wan-s2v", "selective"), ("hunyuanvideo-i2v", "block")}
+OF_EACH = {("wan-s2v", "selective"), ("cogvideox-fun", "block")}
 """Ways of checkpointing that every change is tested with; the others are tested before a release."""
 
 
