@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -25,8 +25,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
+from tests.computed_types import noted
 from tests.integration.matrix import BROKEN
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
@@ -59,15 +59,15 @@ def training_noted(run: RunDir) -> Iterator[None]:
 
     train, read = Trainer.train, Read()
 
-    def noted(self: Trainer, *given: Any) -> int:
+    def noted_train(self: Trainer, *given: Any) -> int:
         if run.root.name == BROKEN:
             break_gradients(self)
         before = frozen_weights(self.state.model)
         sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
         compiled = self.config.compile  # for which each hook is a graph more
+        types = {} if compiled else noted(unwrapped(self.state.model))
         with (
             gathers_counted([] if compiled else sharded) as gathers,
-            types_noted({} if compiled else dict(unwrapped(self.state.model).named_modules())) as types,
             reductions_counted() as reductions,
             accumulation_noted(self.state.model) as accumulated,
         ):
@@ -78,12 +78,12 @@ def training_noted(run: RunDir) -> Iterator[None]:
             "accumulated": sorted(accumulated),
             "kept": kept_bytes(self.state.model),
             "read": vars(read),
-            "types": types,
+            "types": {name: [sorted(map(str, each)) for each in calls[0]] for name, calls in types.items()},
         }
         (run.logs / f"noted-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(content))
         return reason
 
-    Trainer.train = noted  # type: ignore[method-assign]
+    Trainer.train = noted_train  # type: ignore[method-assign]
     try:
         with reads_noted(read):
             yield
@@ -184,23 +184,24 @@ def gathers_counted(sharded: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
     """How many gathers had begun when each of these modules first ran."""
     begun, counts = 0, list[int]()
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
-    gather = getattr(dist, name)
 
-    def counted(*given: Any, **options: Any) -> Any:
-        nonlocal begun
-        begun += 1
-        return gather(*given, **options)
+    def counted(_: str, gather: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            nonlocal begun
+            begun += 1
+            return gather(*given, **options)
+
+        return run
 
     def note(*_: Any) -> None:
         if len(counts) < len(sharded):
             counts.append(begun)
 
     hooks = [module.register_forward_pre_hook(note) for module in sharded]
-    setattr(dist, name, counted)
     try:
-        yield counts
+        with collectives_replaced([name], counted):
+            yield counts
     finally:
-        setattr(dist, name, gather)
         for hook in hooks:
             hook.remove()
 
@@ -210,29 +211,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     inner = getattr(model, "module", model)
     assert isinstance(inner, torch.nn.Module)
     return inner
-
-
-@contextmanager
-def types_noted(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, list[list[str]]]]:
-    """By each module's name, the floating types that enter its first call and those that leave it."""
-    types: dict[str, list[list[str]]] = {}
-
-    def floating(values: Any) -> list[str]:
-        tensors = [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
-        return sorted({str(each.dtype) for each in tensors if each.is_floating_point()})
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            types.setdefault(name, [floating((args, kwargs)), floating(output)])
-
-        return note
-
-    hooks = [module.register_forward_hook(noting(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        yield types
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

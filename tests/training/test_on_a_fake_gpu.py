@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from live_models import FAMILIES, SMALL, LiveModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.utils import _to_kwargs
-from torch.utils._pytree import tree_leaves
 from trainer_parts import Parts, loaded
 
+from tests.computed_types import noted
 from tests.fake_cuda import made_up_cuda
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
@@ -26,7 +26,6 @@ from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks
 from vfun_cli.training.quantised import quantise_layers
 
 LIVE = Callable[[str], LiveModel]
-Types = dict[str, list[tuple[set[torch.dtype], set[torch.dtype]]]]
 BF16 = {torch.bfloat16}
 
 
@@ -38,24 +37,6 @@ def moved_by_the_wrapper(model: nn.Module, device: torch.device) -> None:
         return args, kwargs
 
     model.register_forward_pre_hook(move, with_kwargs=True)
-
-
-def noted(model: nn.Module) -> Types:
-    """By each module's name, the floating types that enter it and those that leave it, call by call."""
-    types: Types = {}
-
-    def floating(values: Any) -> set[torch.dtype]:
-        return {each.dtype for each in tree_leaves(values) if isinstance(each, Tensor) and each.is_floating_point()}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            types.setdefault(name, []).append((floating((args, kwargs)), floating(output)))
-
-        return hook
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(note(name), with_kwargs=True)
-    return types
 
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [

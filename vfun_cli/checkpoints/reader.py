@@ -420,14 +420,15 @@ def _zero2_places(
         paddings = states[0].get("param_alignment_paddings") or [[0] * len(g) for g in shapes]
         position = 0
         for number, (name, shape) in enumerate(named.items()):
+            count = math.prod(shape)
             if all(mappings):
                 cuts = [(rank, mapping[group].get(name)) for rank, mapping in enumerate(mappings) if mapping]
                 runs = [_Run(rank, group, cut.start, cut.numel) for rank, cut in cuts if cut is not None]
             else:
-                runs = _cut_line(group, position, math.prod(shape), [flat[group].numel for flat in flats])
-            position += math.prod(shape) + paddings[group][number]
+                runs = _cut_line(group, position, count, [flat[group].numel for flat in flats])
+            position += count + paddings[group][number]
             held = sum(run.count for run in runs)
-            if held != math.prod(shape):
+            if held != count:
                 raise CheckpointError(f"{folder}: the ranks hold {held} elements of {name}, whose shape is {shape}.")
             places[name] = (shape, tuple(runs))
     return places
