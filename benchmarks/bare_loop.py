@@ -23,6 +23,7 @@ from record import parser, write_result
 from torch import Tensor, nn
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.encoding.encode import Sample
 from vfun_cli.families.cogvideox_fun import SPEC
 from vfun_cli.families.cogvideox_fun.transformer import build_transformer
 from vfun_cli.families.spec import FamilySpec, ModelDims
@@ -30,7 +31,6 @@ from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.encoding import Sample
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics

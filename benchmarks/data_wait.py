@@ -77,11 +77,12 @@ class Bench:
     def __init__(self, folder: Path, steps: int) -> None:
         from vfun_cli import families
         from vfun_cli.config.options import RunConfig
+        from vfun_cli.encoding.cache import Cache
+        from vfun_cli.families import adapter_of
         from vfun_cli.plan.run_plan import load_plan
         from vfun_cli.run.cachedir import entries
-        from vfun_cli.training.data.cache import Cache
         from vfun_cli.training.data.stream import micro_batches, record_reader
-        from vfun_cli.training.model import adapter_of, adapter_options
+        from vfun_cli.training.model import adapter_options
 
         self.folder, self.spec = folder, families.find("wan-s2v")
         run_json, _ = run_json_of("wan-s2v", "single", folder / "run", folder / "cache", steps, "no")

@@ -33,17 +33,18 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.encoding.encode import Sample, outputs_of, prepared
+from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.encoding import Sample, outputs_of, prepared
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
-from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks, prepare_state
+from vfun_cli.training.model import adapter_options, prepare_blocks, prepare_state
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
 from vfun_cli.training.strategy import make_accelerator

@@ -47,10 +47,11 @@ def make_step(folder: Path) -> Callable[[], None]:
     from vfun_cli import families
     from vfun_cli.config.resolve import resolve
     from vfun_cli.demo import default as demo_default
+    from vfun_cli.encoding.encode import encode, prepared
+    from vfun_cli.families import adapter_of
     from vfun_cli.modeling.adapter import SampleRequest
     from vfun_cli.modeling.randomness import SampleKey
-    from vfun_cli.training.data.encoding import encode, prepared
-    from vfun_cli.training.model import adapter_of, adapter_options
+    from vfun_cli.training.model import adapter_options
     from vfun_cli.training.objectives import make_objective
 
     spec = families.find(FAMILY)

@@ -89,9 +89,9 @@ def timed_rank(run_json: Path) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     from vfun_cli import families
+    from vfun_cli.families import adapter_of
     from vfun_cli.training import trainer
     from vfun_cli.training.__main__ import run_rank
-    from vfun_cli.training.model import adapter_of
 
     spent: dict[str, list[float]] = defaultdict(list)
     current: dict[str, float] = defaultdict(float)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vfun_cli.encoding.encode import load
 from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter
 from vfun_cli.metadata.facts import VisualFacts
 from vfun_cli.metadata.probe import probe_many
@@ -22,7 +23,6 @@ from vfun_cli.modeling.adapter import AdapterOptions, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.encoding import load
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.sanity_check import write_first_batch
 

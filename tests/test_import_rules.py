@@ -14,7 +14,7 @@ from vfun_cli.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
-TRAINING_PLANE = ("training/", "modeling/", "demo/", "acceptance/rank.py")
+TRAINING_PLANE = ("training/", "sampling/", "encoding/", "modeling/", "demo/", "acceptance/rank.py")
 SHARED_BY_FAMILIES = ("vfun_cli.families.spec", "vfun_cli.families.documented")
 FAMILY_TORCH_MODULES = {"adapter.py", "transformer.py"}
 
@@ -79,9 +79,10 @@ ROOMS = (
     ("run",),
     ("modeling",),
     ("families",),
-    ("config",),
+    ("config", "encoding"),
     ("demo",),
     ("plan",),
+    ("sampling",),
     ("launch", "training"),
     ("acceptance",),
     ("commands",),
@@ -136,7 +137,7 @@ def test_a_family_imports_no_other_family() -> None:
 
 
 def test_everything_else_reaches_families_through_their_spec_alone() -> None:
-    public = ("find", "stated_in", "FAMILIES", "detect")
+    public = ("find", "stated_in", "FAMILIES", "adapter_of", "detect")
     known = (*SHARED_BY_FAMILIES, *(f"vfun_cli.families.{name}" for name in public))
     for path in modules():
         if room_of(path) in ("families", "demo"):

@@ -17,6 +17,7 @@ from transformers import T5EncoderModel
 
 from vfun_cli.config.options import parse
 from vfun_cli.demo.cogvideox_fun import PAIRED, ROTARY, TRANSFORMER, build_model
+from vfun_cli.encoding.encode import encode, load, prepared
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.adapter import CogVideoXFunAdapter, add_noise, compose, join
@@ -30,7 +31,6 @@ from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options, frames_at
-from vfun_cli.training.data.encoding import encode, load, prepared
 from vfun_cli.training.objectives import make_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox_fun"

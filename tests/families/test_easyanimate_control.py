@@ -14,6 +14,7 @@ from transformers import BertModel, Qwen2VLForConditionalGeneration, T5EncoderMo
 
 from vfun_cli.config.options import RunConfig, parse
 from vfun_cli.demo.easyanimate_control import build_v5, build_v5_1
+from vfun_cli.encoding.encode import encode, load, prepared
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families import detect
 from vfun_cli.families.easyanimate_control import V5, V5_1, complete_config
@@ -29,7 +30,6 @@ from vfun_cli.modeling.media.writing import write_png, write_video
 from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
-from vfun_cli.training.data.encoding import encode, load, prepared
 from vfun_cli.training.objectives import make_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
+from vfun_cli.encoding.encode import encode, prepared
+from vfun_cli.encoding.encode import load as load_clip
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo import I2V, T2V
 from vfun_cli.families.hunyuanvideo.adapter import (
@@ -26,8 +28,6 @@ from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
 from vfun_cli.modeling.inputs import Decoded, TupleInput, Value
 from vfun_cli.modeling.media.writing import write_png, write_video
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.training.data.encoding import encode, prepared
-from vfun_cli.training.data.encoding import load as load_clip
 from vfun_cli.training.objectives import make_objective
 
 SPECS = {"t2v": T2V, "i2v": I2V}

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vfun_cli.config.options import parse
 from vfun_cli.demo.wan_fun_control import CONFIG, build_model
 from vfun_cli.demo.wan_parts import write_clip
+from vfun_cli.encoding.encode import encode, load, prepared
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_fun_control import IMAGE_DIM, IMAGE_TOKENS, SPEC, read_dims
@@ -28,7 +29,6 @@ from vfun_cli.modeling.encoders.wan_vae import WanVAE
 from vfun_cli.modeling.inputs import Decoded, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json, read_safetensors, safetensors_files
-from vfun_cli.training.data.encoding import encode, load, prepared
 
 CPU = torch.device("cpu")
 FIRST = AdapterOptions(model_dir=Path(), compute_dtype=torch.float32, device=CPU)

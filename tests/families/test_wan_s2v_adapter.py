@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.click_sounds import KINDS, write_kind
 from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.wan_s2v import build_model
+from vfun_cli.encoding.encode import encode, prepared
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.adapter import (
@@ -35,7 +36,6 @@ from vfun_cli.modeling.media.sound import read_audio
 from vfun_cli.modeling.media.writing import write_video, write_wav
 from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.data.stream import record_reader
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120

@@ -27,14 +27,15 @@ from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.encoding.encode import encode, prepared
+from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.encoding import encode, prepared
 from vfun_cli.training.data.loader import batch_keys
 from vfun_cli.training.data.stream import micro_batches, record_reader
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.model import adapter_options
 
 pytestmark = pytest.mark.slow
 

@@ -19,14 +19,15 @@ import torch.distributed as dist
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.encoding.encode import Sample
+from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.inputs import Value
-from vfun_cli.training.data.encoding import Sample
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.ending import end_with
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.model import adapter_options
 from vfun_cli.training.signals import CONTINUE, INTERRUPTED
 from vfun_cli.training.turns import begin_step, most_of_all
 

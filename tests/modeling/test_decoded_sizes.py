@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vfun_cli import families
+from vfun_cli.families import adapter_of
 from vfun_cli.modeling import inputs as lazy
 from vfun_cli.modeling.adapter import AdapterOptions, SampleRequest
 from vfun_cli.modeling.pixels import Pieces
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.training.model import adapter_of
 
 SIZE, FRAMES = 128, 16
 

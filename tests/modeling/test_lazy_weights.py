@@ -16,11 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
+from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions
 from vfun_cli.modeling.lazy_weights import LazyWeights, load_shards
 from vfun_cli.modeling.weights import empty_model, load_weights
-from vfun_cli.training.model import adapter_of
 
 WORLD, RANK = 4, 2
 CPU = torch.device("cpu")

@@ -22,17 +22,18 @@ from tests.jobs import Said, vfun_here
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
+from vfun_cli.encoding import cache as cache_module
+from vfun_cli.encoding.cache import Cache, read_entry
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
+from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import Inputs, SampleRequest
 from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.cachedir import entries, partials, prune, verify_entry
-from vfun_cli.training.data import cache as cache_module
-from vfun_cli.training.data.cache import Cache, read_entry
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.model import adapter_options
 
 FAMILIES = tuple(families.FAMILIES)
 

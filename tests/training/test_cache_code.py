@@ -12,9 +12,10 @@ import torch
 from live_models import LiveModel
 
 import vfun_cli
-from vfun_cli.training.data import cache as caches
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.encoding import cache as caches
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.families import adapter_of
+from vfun_cli.training.model import adapter_options
 
 LIVE = Callable[[str], LiveModel]
 ALL = {"wan-s2v": {"clip", "reference", "control", "text", "audio"}, "cogvideox-fun": {"clip", "known", "text"}}

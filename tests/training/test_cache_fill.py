@@ -16,10 +16,10 @@ import pytest
 from tests.jobs import Job, finish, kill_all, records, start, wait_for
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
+from vfun_cli.encoding.cache import read_entry
 from vfun_cli.errors import EXIT_PREEMPTED
 from vfun_cli.run.cachedir import entries, partials
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.cache import read_entry
 
 pytestmark = pytest.mark.slow
 

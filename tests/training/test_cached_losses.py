@@ -11,9 +11,10 @@ import torch
 from live_models import FAMILIES, LiveModel
 from trainer_parts import Parts, loaded
 
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import load, outputs_of
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import load, outputs_of
+from vfun_cli.families import adapter_of
+from vfun_cli.training.model import adapter_options
 from vfun_cli.training.precision import use_in
 
 LIVE = Callable[[str], LiveModel]

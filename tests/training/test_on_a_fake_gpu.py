@@ -17,12 +17,13 @@ from tests.computed_types import noted
 from tests.fake_cuda import made_up_cuda
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import load
+from vfun_cli.families import adapter_of
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.blocks import find_blocks
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import load
 from vfun_cli.training.lora import add_adapters
-from vfun_cli.training.model import adapter_of, adapter_options, prepare_blocks
+from vfun_cli.training.model import adapter_options, prepare_blocks
 from vfun_cli.training.quantised import quantise_layers
 
 LIVE = Callable[[str], LiveModel]

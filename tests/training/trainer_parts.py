@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import Sample
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import Sample
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import Costs, trained_share
 from vfun_cli.training.metrics import Metrics

@@ -1,6 +1,8 @@
 """The families vfun trains, in one explicit list."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.cogvideox_fun import SPEC as COGVIDEOX_FUN
@@ -11,6 +13,9 @@ from vfun_cli.families.hunyuanvideo import T2V as HUNYUANVIDEO_T2V
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.families.wan_fun_control import SPEC as WAN_FUN_CONTROL
 from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
+
+if TYPE_CHECKING:
+    from vfun_cli.modeling.adapter import ModelAdapter
 
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec
@@ -49,3 +54,10 @@ def stated_in(file: Path, name: str) -> FamilySpec:
         return find(name)
     except ConfigError as error:
         raise CheckpointError(f"{file} is damaged, or of a newer vfun: {error.message}", hint=error.hint) from None
+
+
+def adapter_of(spec: FamilySpec) -> "type[ModelAdapter]":
+    """The family's adapter class; this loads torch."""
+    module, name = spec.adapter.split(":")
+    found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import LazyInput
+from vfun_cli.modeling.inputs import ClipInput, LazyInput
 from vfun_cli.modeling.randomness import SampleKey
 
 
@@ -55,6 +56,34 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoRequest:
+    """A video to be made: what to show, how long, from which noise. Pixels are of its size already."""
+
+    key: SampleKey
+    """Whose noise it starts from."""
+    prompt: str
+    negative_prompt: str
+    """What the unconditional branch of guidance reads."""
+    frames: int
+    """Of a family that makes a video segment by segment: of one segment."""
+    height: int
+    width: int
+    fps: Fraction
+    image: ClipInput | None = None
+    """One frame [1, 3, H, W]: the first of the video, or whom it shows."""
+    end_image: ClipInput | None = None
+    """The last frame, of a family that can be given it."""
+    reference: ClipInput | None = None
+    """Whom the video shows, where a family has such a picture beside ``image``."""
+    control: ClipInput | None = None
+    """The clip [F, 3, H, W] that it follows."""
+    audio: LazyInput | None = None
+    """Mono samples at 16 kHz, the whole sound."""
+    seconds: Fraction = Fraction(0)
+    """Of ``audio``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """One input of a sample and the encoder that reads it."""
 
@@ -68,6 +97,14 @@ Inputs = dict[str, Input]
 
 Conditions = dict[str, Any]
 """What ``predict`` needs besides latents and timesteps; tensors are batched along dim 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """What the two branches of classifier-free guidance are given, of a batch of one. Only text and sound differ."""
+
+    conditional: Conditions
+    unconditional: Conditions
 
 
 class ModelAdapter(Protocol):

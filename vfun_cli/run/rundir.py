@@ -102,6 +102,10 @@ class RunDir:
         """The first batch as people can look at it."""
         return self.root / "sanity_check"
 
+    def samples(self, step: int) -> Path:
+        """Videos made of the validation rows after so many steps."""
+        return self.root / "samples" / f"step-{step}"
+
     def stop_request(self, machine_rank: int = 0) -> Path:
         """Its presence asks the ranks of a machine, and by them all, to save and stop at the next step boundary."""
         return self.logs / ("stop-request" if machine_rank == 0 else f"stop-request-machine-{machine_rank}")

@@ -1,6 +1,5 @@
 """From a configuration to the model that is trained: loaded, made trainable, wrapped by the strategy."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
@@ -24,13 +24,6 @@ from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
-
-
-def adapter_of(spec: FamilySpec) -> type[ModelAdapter]:
-    """The family's adapter class."""
-    module, name = spec.adapter.split(":")
-    found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
-from vfun_cli.training.data.cache import Cache
 from vfun_cli.training.data.loader import load_ahead
 from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.ledger import EpochLedger
@@ -23,7 +24,6 @@ from vfun_cli.training.lora import ADAPTER_FORMAT
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import (
-    adapter_of,
     adapter_options,
     choose_weights,
     load_adapter,

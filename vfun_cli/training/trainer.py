@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import Add, encode
 from vfun_cli.errors import RunError
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
@@ -19,8 +21,6 @@ from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.metrics_file import only_reports
 from vfun_cli.run.rundir import write_atomically
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import Add, encode
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics

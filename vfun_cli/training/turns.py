@@ -8,9 +8,9 @@ goes through the hosts, while the devices still compute the step before.
 from collections.abc import Callable
 from dataclasses import replace
 
+from vfun_cli.encoding.encode import shared_call_counts
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training.agreement import all_or_none
-from vfun_cli.training.data.encoding import shared_call_counts
 from vfun_cli.training.data.loader import LoadedBatch
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.waiting import most_of_all

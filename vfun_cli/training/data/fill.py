@@ -10,6 +10,9 @@ from accelerate.utils import gather_object
 
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import outputs_of
+from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan, load_plan
@@ -18,11 +21,9 @@ from vfun_cli.run.messages import ENDINGS, FillReport, Outcome
 from vfun_cli.run.metrics_file import MetricsFile
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none, require_one_job
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import outputs_of
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.data.stream import ReadRecord, micro_batches, record_reader
-from vfun_cli.training.model import adapter_of, adapter_options
+from vfun_cli.training.model import adapter_options
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 

@@ -19,14 +19,14 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import Sample, load
 from vfun_cli.errors import FitError, MetadataError, RunError, VfunError, first_line
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
 from vfun_cli.plan.queue import MOST_AHEAD
 from vfun_cli.run.memory_errors import HOST_HINT, SHARED_MEMORY_HINT, memory_error
 from vfun_cli.training.background import Background
 from vfun_cli.training.data import forkserver
-from vfun_cli.training.data.cache import Cache
-from vfun_cli.training.data.encoding import Sample, load
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 LOAD_TIMEOUT = 300

@@ -7,12 +7,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from vfun_cli.encoding.cache import Cache
 from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Inputs, ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import load_inputs
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
-from vfun_cli.training.data.cache import Cache
 
 Add: TypeAlias = Callable[[str, Output], None]
 """Gets an output that a cache lacks, still on the device, by its key."""
