@@ -37,6 +37,8 @@ PLAIN = FamilySpec(
         forward_flops=_flops,
         attention_flops=_flops,
         objective="flow-matching",
+        sampler="flow-shifted-once",
+        sampler_options={"shift": 1.0},
     ),
     plan=PlanSpec(vae_stride=(4, 8, 8), patch_size=(1, 2, 2)),
 )

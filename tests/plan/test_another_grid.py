@@ -53,6 +53,8 @@ SPEC = FamilySpec(
         forward_flops=forward_flops,
         attention_flops=attention_flops,
         objective="flow-matching",
+        sampler="flow-shifted-once",
+        sampler_options={"shift": 1.0},
     ),
     plan=PlanSpec(vae_stride=(8, 32, 32), patch_size=(1, 1, 1)),
 )

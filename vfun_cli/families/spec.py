@@ -27,6 +27,22 @@ class ClipShape:
     width: int
 
 
+class Shaped(Protocol):
+    """Anything with a clip's shape."""
+
+    @property
+    def frames(self) -> int:
+        """Of pixels."""
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameRule:
     """How many frames a clip can have: whole latents of them. As text ``4k``; ``4k+1`` if the first stands alone."""
@@ -112,6 +128,10 @@ class ModelSpec:
     objective: Literal["flow-matching", "ddpm"]
     objective_options: Mapping[str, object] = field(default_factory=dict)
     """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
+    sampler: Literal["flow-shifted-twice", "flow-shifted-once", "flow-shifted-dynamically", "ddim"]
+    """The noise levels that a video is made through, as the family is released (docs/numerics.md, Sampling)."""
+    sampler_options: Mapping[str, float] = field(default_factory=dict)
+    """The shift of a flow, or what it is made of."""
 
     def settings_beside(self, model_dir: Path) -> dict[str, object]:
         """``other_settings`` of a model directory; what is not stated there is left out.
@@ -180,7 +200,7 @@ class PlanSpec:
             usable_span=self.usable_span,
         )
 
-    def latent_shape(self, shape: ClipShape) -> tuple[int, int, int]:
+    def latent_shape(self, shape: Shaped) -> tuple[int, int, int]:
         """Latent (frames, height, width) of a clip, without a reference frame's."""
         _, h, w = self.vae_stride
         return self.frame_rule.latents(shape.frames), shape.height // h, shape.width // w

@@ -1,6 +1,6 @@
 """The interface of a model family: what its encoders read, what the transformer is given, what it predicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import ClipInput, LazyInput
+from vfun_cli.modeling.inputs import ClipInput, LazyInput, Value
 from vfun_cli.modeling.randomness import SampleKey
 
 
@@ -69,6 +69,8 @@ class VideoRequest:
     height: int
     width: int
     fps: Fraction
+    guidance: float
+    """Scale of classifier-free guidance; at 1 or less there is no unconditional branch."""
     image: ClipInput | None = None
     """One frame [1, 3, H, W]: the first of the video, or whom it shows."""
     end_image: ClipInput | None = None
@@ -81,6 +83,17 @@ class VideoRequest:
     """Mono samples at 16 kHz, the whole sound."""
     seconds: Fraction = Fraction(0)
     """Of ``audio``."""
+    mask: LazyInput | None = None
+    """Where ``control`` is replaced, bool [F, 1, H, W], of a family that edits videos; None: everywhere."""
+    strength: float = 1.0
+    """How much of ``control`` such a family replaces by noise: this share of the steps is made."""
+    starts_still: bool = False
+    """Of a family that makes segments: the first one continues ``image``, as if it had stood still."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there are two branches."""
+        return self.guidance > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +117,22 @@ class Branches:
     """What the two branches of classifier-free guidance are given, of a batch of one. Only text and sound differ."""
 
     conditional: Conditions
-    unconditional: Conditions
+    unconditional: Conditions | None
+    """None without guidance."""
+
+
+class Schedule(Protocol):
+    """The noise levels of one segment, see ``sampling.schedules``."""
+
+    def last(self, count: int) -> None:
+        """Leave out all but the last ``count`` steps."""
+
+    def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Clean latents as noisy as the first step expects them."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[N] that are left."""
 
 
 class ModelAdapter(Protocol):
@@ -116,6 +144,7 @@ class ModelAdapter(Protocol):
 
     transformer: nn.Module
     encoders: Encoders
+    options: AdapterOptions
 
     @classmethod
     def from_pretrained(cls, options: AdapterOptions) -> "ModelAdapter":
@@ -150,3 +179,82 @@ class ModelAdapter(Protocol):
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The transformer's prediction, [B, C, F, H, W] like ``noisy``. ``timesteps`` is [B], 0..1000."""
         ...
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """[C, f, h, w] of the latents of a segment."""
+        ...
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """What the encoders must read to make this video; nothing is decoded."""
+        ...
+
+    def segments(self, request: VideoRequest) -> int:
+        """How many times noise becomes latents until the video is whole."""
+        ...
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """The conditions of one segment, from the encoders' outputs: posteriors by their mean, nothing dropped.
+
+        ``shown`` are the pixels [F, 3, H, W] in [-1, 1] of the segments before, None at the first.
+        """
+        ...
+
+    def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
+        """The latents that a segment starts from, [1, C, f, h, w] like ``noise``, and the schedule set for them."""
+        ...
+
+    def pixels(self, latents: Tensor, branches: Branches, request: VideoRequest) -> Tensor:
+        """The frames of a segment, [F, 3, H, W] in [-1, 1]; fewer than were asked for where some only led to it."""
+        ...
+
+
+class WholeVideo:
+    """How most families sample: a video is one segment, made of noise alone and decoded as it is."""
+
+    encoders: Encoders
+
+    def segments(self, request: VideoRequest) -> int:
+        """See :class:`ModelAdapter`."""
+        return 1
+
+    def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
+        """See :class:`ModelAdapter`."""
+        return noise
+
+    def pixels(self, latents: Tensor, branches: Branches, request: VideoRequest) -> Tensor:
+        """See :class:`ModelAdapter`."""
+        return self.encoders.decode("vae", latents)[0].transpose(0, 1)
+
+
+NEGATIVE = "negative "
+"""Before the name of an input that the unconditional branch reads in the place of that input."""
+
+
+def captions_to_sample(request: VideoRequest, *encoders: str) -> Inputs:
+    """The prompt for each of these encoders, under its name, and the negative prompt where guidance reads it."""
+    inputs = {name: Input(encoder=name, lazy=Value(request.prompt)) for name in encoders}
+    if request.is_guided:
+        inputs |= {NEGATIVE + name: Input(encoder=name, lazy=Value(request.negative_prompt)) for name in encoders}
+    return inputs
+
+
+def both_branches(
+    outputs: Mapping[str, Output], request: VideoRequest, conditions: Callable[[Mapping[str, Output]], Conditions]
+) -> Branches:
+    """What ``conditions`` makes of the outputs, and of those with what the unconditional branch reads instead."""
+    replaced = {name.removeprefix(NEGATIVE): output for name, output in outputs.items() if name.startswith(NEGATIVE)}
+    return Branches(
+        conditional=conditions(outputs),
+        unconditional=conditions({**outputs, **replaced}) if request.is_guided else None,
+    )
+
+
+def cast(conditions: Conditions, dtype: torch.dtype) -> Conditions:
+    """Floating tensors in the dtype of the transformer's inputs: nothing casts them later."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in conditions.items()
+    }

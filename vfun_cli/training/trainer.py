@@ -15,7 +15,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import Add, encode
 from vfun_cli.errors import RunError
-from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.adapter import ModelAdapter, cast
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.run.locate import way_on
@@ -299,7 +299,7 @@ class Trainer:
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)
         mask = conditions.pop("loss_mask", None)
         prediction = self.adapter.predict(
-            model, corrupted.noisy.to(self.dtype), corrupted.timesteps, _cast(conditions, self.dtype)
+            model, corrupted.noisy.to(self.dtype), corrupted.timesteps, cast(conditions, self.dtype)
         )
         seen = conditions.get("text_mask")
         return (
@@ -318,14 +318,6 @@ class Trainer:
             path = self.checkpointer.save(self.state, run_state, background=background)
         self.saved_step = step
         return path
-
-
-def _cast(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Floating tensors in the compute dtype: nothing casts them later."""
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in conditions.items()
-    }
 
 
 def _on_device(norm: Any, device: torch.device) -> Tensor:

@@ -177,6 +177,7 @@ SPEC = FamilySpec(
         forward_flops=forward_flops,
         attention_flops=attention_flops,
         objective="ddpm",  # betas and prediction type are in the model directory's scheduler/
+        sampler="ddim",
     ),
     plan=PlanSpec(
         vae_stride=(FRAMES_PER_LATENT, 8, 8),

@@ -11,19 +11,33 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.masks import draw_mask
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.adapter import (
+    AdapterOptions,
+    Branches,
+    Conditions,
+    Input,
+    Inputs,
+    SampleRequest,
+    Schedule,
+    VideoRequest,
+    WholeVideo,
+    both_branches,
+    captions_to_sample,
+)
 from vfun_cli.modeling.clips import clip_of
 from vfun_cli.modeling.encoders.bert_t5 import load_t5
 from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
 from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE, read_scale
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.encoders.pretrained import text_source
-from vfun_cli.modeling.inputs import ClipInput, Decoder, LazyInput, Size, Value
+from vfun_cli.modeling.inputs import ClipInput, ConcatenatedClip, ConstantFrames, Decoder, LazyInput, Size, Value
 from vfun_cli.modeling.pixels import float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import read_json
 
+SAMPLED_STRENGTH = 0.0563
+"""Of the noise on known pixels when a video is made: the mean of what training draws."""
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
 EMPTY_DROP = 0.9
@@ -52,6 +66,23 @@ class DrawnMask:
 
 
 @dataclass(frozen=True)
+class FirstAndLast:
+    """What is generated between given frames: bool [F, 1, H, W], False in the first and, if it is given, the last."""
+
+    frames: int
+    size: Size
+    first: bool
+    last: bool
+
+    def load(self, decoder: Decoder) -> Tensor:
+        """See :class:`~vfun_cli.modeling.inputs.LazyInput`."""
+        mask = torch.ones(self.frames, 1, *self.size, dtype=torch.bool)
+        mask[0] = not self.first
+        mask[-1] = mask[-1] & (not self.last)
+        return mask
+
+
+@dataclass(frozen=True)
 class KnownPixels:
     """The pixels that the model is given, float32 [F, 3, H, W]: black where it generates."""
 
@@ -59,14 +90,18 @@ class KnownPixels:
     mask: LazyInput
     noise: SampleKey | None
     """Whose noise they get; None: none."""
+    strength: float | None = None
+    """Of the noise; None: drawn, as for training."""
 
     def load(self, decoder: Decoder) -> Tensor:
         """See :class:`~vfun_cli.modeling.inputs.LazyInput`."""
         known = float_pixels(self.pixels.load(decoder)).masked_fill(self.mask.load(decoder), MASKED)
-        return known if self.noise is None else add_noise(known.transpose(0, 1), self.noise).transpose(0, 1)
+        return (
+            known if self.noise is None else add_noise(known.transpose(0, 1), self.noise, self.strength).transpose(0, 1)
+        )
 
 
-class CogVideoXFunAdapter:
+class CogVideoXFunAdapter(WholeVideo):
     """Noisy latents beside a mask and the latents of the known pixels, with a caption."""
 
     def __init__(
@@ -132,10 +167,14 @@ class CogVideoXFunAdapter:
         The clips of a micro-batch have one shape.
         """
         latents = sample_posteriors([output["clip"] for output in outputs], keys, "vae-clip")
+        return latents, self._conditions(outputs, self._inpaint(outputs, keys) if self.inpaint else None)
+
+    def _conditions(self, outputs: Sequence[Mapping[str, Output]], inpaint: Tensor | None) -> Conditions:
+        """What ``predict`` reads, with the channels of an inpainting model [B, 17, f, h, w]."""
         conditions: Conditions = {"text": torch.stack([output["text"]["states"] for output in outputs])}
-        if self.inpaint:
-            conditions["inpaint"] = self._inpaint(outputs, keys)
-        return latents, conditions
+        if inpaint is not None:
+            conditions["inpaint"] = inpaint
+        return conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """[B, 16, f, h, w] like ``noisy``; everything enters in the dtype of ``noisy``, timesteps as they are."""
@@ -154,6 +193,57 @@ class CogVideoXFunAdapter:
         empty = torch.stack([mask.all() for mask in masks])
         return inpaint * ~(empty & dropped).view(-1, 1, 1, 1, 1)
 
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return int(self.transformer.config.out_channels), *SPEC.plan.latent_shape(request)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """``text``; ``mask`` and ``known`` where pixels are given; ``video``, if one is edited."""
+        inputs = captions_to_sample(request, "text")
+        if request.control is not None:
+            inputs["video"] = Input(encoder="vae", lazy=request.control)
+        known = known_pixels(request)
+        if known is None:
+            return inputs
+        pixels, mask = known
+        noise = request.key if options.model_settings[ADD_NOISE_KEY] else None
+        given = KnownPixels(pixels, mask, noise, SAMPLED_STRENGTH)
+        return inputs | {"mask": Input(encoder=None, lazy=mask), "known": Input(encoder="vae", lazy=given)}
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; zeros where nothing is given.
+
+        Raises:
+            ConfigError: pixels for a model that takes none.
+        """
+        if not self.inpaint and "known" in outputs:
+            raise ConfigError(
+                f"the model in {self.options.model_dir} takes no images: it makes videos of text alone.",
+                hint="Leave out --image, or use an InP model.",
+            )
+        inpaint = None
+        if self.inpaint:
+            channels, *size = self.latent_shape(request)
+            inpaint = torch.zeros(1, 1 + channels, *size, device=self.options.device)
+            if "known" in outputs:
+                mask = outputs["mask"]["value"].transpose(0, 1).unsqueeze(0)
+                inpaint = join(outputs["known"]["mean"].unsqueeze(0), mask, self.scale)
+        both = both_branches(outputs, request, lambda found: self._conditions([found], inpaint))
+        if "video" in outputs:
+            # Sampled as released: the mean of a posterior is smoother than what the model was trained on.
+            both.conditional["video"] = sample_posteriors([outputs["video"]], [request.key], "video posterior")
+        return both
+
+    def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
+        """Noise; or of a video that is edited, its latents as noisy as the step they enter at."""
+        if "video" not in branches.conditional or request.strength >= 1:
+            return noise
+        schedule.last(int(len(schedule.timesteps) * request.strength))
+        return schedule.noised(branches.conditional["video"], noise)
+
     def _check_channels(self) -> None:
         """Refuse a train mode that gives the transformer other channels than it reads."""
         latent = self.transformer.config.out_channels
@@ -169,6 +259,20 @@ class CogVideoXFunAdapter:
             f"{': an InP model is trained to inpaint, text to video included' if fitting == 'inpaint' else ''}.",
             hint=f"Use --train-mode {fitting}." if fitting else "Use a CogVideoX-Fun InP model.",
         )
+
+
+def known_pixels(request: VideoRequest) -> tuple[ClipInput, LazyInput] | None:
+    """The clip that a video's known pixels come from, and where it is generated; None: everywhere."""
+    size = (request.height, request.width)
+    if request.control is not None:
+        return None if request.mask is None else (request.control, request.mask)
+    if request.image is None and request.end_image is None:
+        return None
+    first = request.image or ConstantFrames(MASKED, 1, size)
+    between = ConstantFrames(MASKED, request.frames - 1 - (request.end_image is not None), size)
+    last = () if request.end_image is None else (request.end_image,)
+    mask = FirstAndLast(request.frames, size, first=request.image is not None, last=request.end_image is not None)
+    return ConcatenatedClip((first, between, *last)), mask
 
 
 def compose(
@@ -187,13 +291,16 @@ def train_mode(given: str | None) -> str:
     return given or SPEC.train_modes[0]
 
 
-def add_noise(known: Tensor, key: SampleKey) -> Tensor:
+def add_noise(known: Tensor, key: SampleKey, strength: float | None = None) -> Tensor:
     """Known pixels [3, F, H, W] as V1.1 and later want them: a little noisy, by exp(N(-3, 0.5)) times standard normal.
+
+    A ``strength`` that is given takes the place of the drawn one.
 
     Pixels that are exactly black stay so, whether masked or not: that is how the original tells them apart.
     """
-    strength = float(key.numpy("known-strength").normal(-3.0, 0.5))
-    noise = key.normal("known-noise", tuple(known.shape)).to(known) * torch.tensor(strength).exp().item()
+    if strength is None:
+        strength = torch.tensor(float(key.numpy("known-strength").normal(-3.0, 0.5))).exp().item()
+    noise = key.normal("known-noise", tuple(known.shape)).to(known) * strength
     return torch.where(known == MASKED, known, known + noise)
 
 

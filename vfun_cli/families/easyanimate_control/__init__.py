@@ -241,6 +241,8 @@ V5_1 = FamilySpec(
         objective="flow-matching",
         # Training draws the timestep uniformly: the scheduler's shift is applied at inference only.
         objective_options={"shift": 1.0},
+        sampler="flow-shifted-dynamically",
+        sampler_options={"mu": 1.0},
     ),
     plan=PlanSpec(
         vae_stride=(4, 8, 8),
@@ -301,6 +303,8 @@ V5 = replace(
         ),
         objective="ddpm",
         objective_options={"outlier": 50.0},  # betas and prediction type are in the model directory's scheduler/
+        sampler="ddim",
+        sampler_options={},
     ),
     defaults=replace(
         V5_1.defaults,

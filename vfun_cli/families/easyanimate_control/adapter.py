@@ -12,7 +12,18 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.easyanimate_control import V5, V5_1, caption_lengths, complete_config
 from vfun_cli.families.easyanimate_control.transformer import load_transformer
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.adapter import (
+    AdapterOptions,
+    Branches,
+    Conditions,
+    Input,
+    Inputs,
+    SampleRequest,
+    VideoRequest,
+    WholeVideo,
+    both_branches,
+    captions_to_sample,
+)
 from vfun_cli.modeling.clips import clip_of
 from vfun_cli.modeling.encoders.bert_t5 import load_bert, load_t5
 from vfun_cli.modeling.encoders.clip_vae import folder_source, keep, sample_posteriors
@@ -33,7 +44,7 @@ TextEncoders = Mapping[str, tuple[Callable[..., Any], str, str]]
 """By the name of the transformer's argument that reads their output: what loads them, model and tokenizer folder."""
 
 
-class EasyAnimateControl:
+class EasyAnimateControl(WholeVideo):
     """What V5.1 and V5 share; a subclass says how it reads captions."""
 
     spec: ClassVar[FamilySpec]
@@ -111,18 +122,62 @@ class EasyAnimateControl:
 
         The control latents and the reference are each left out of one sample in five, the caption of one in ten.
         """
-        latents = _sampled(outputs, keys, "clip")
-        conditioning = [_drop(_sampled(outputs, keys, "control"), keys, "control-drop", CONTROL_DROP)]
-        if self.train_mode(self.options.train_mode) == "control_ref":
-            conditioning.append(_reference(outputs, keys, like=latents))
+        control = _drop(_sampled(outputs, keys, "control"), keys, "control-drop", CONTROL_DROP)
+        reference = None
+        if self.has_reference:
+            reference = _drop(_sampled(outputs, keys, "reference"), keys, "reference-drop", REFERENCE_DROP)
+        return _sampled(outputs, keys, "clip"), self._conditions(outputs, control, reference)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the transformer reads a reference beside the control clip."""
+        return self.train_mode(self.options.train_mode) == "control_ref"
+
+    def _conditions(
+        self, outputs: Sequence[Mapping[str, Output]], control: Tensor, reference: Tensor | None
+    ) -> Conditions:
+        """What ``predict`` reads, of control latents [B, C, F, H, W] and a reference [B, C, 1, H, W].
+
+        The reference lies at latent frame 0, zeros after it.
+        """
+        conditioning = [control]
+        if reference is not None:
+            at_first = torch.zeros_like(control)
+            at_first[:, :, :1] = reference
+            conditioning.append(at_first)
         text = {argument: torch.stack([output[argument]["states"] for output in outputs]) for argument in self.text}
-        return latents, {"control_latents": torch.cat(conditioning, dim=1), **text}
+        return {"control_latents": torch.cat(conditioning, dim=1), **text}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """[B, C, F, H, W] like ``noisy``; everything enters in the dtype of ``noisy``, timesteps as they are."""
         inputs = {name: value.to(noisy) for name, value in conditions.items()}
         prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return int(self.transformer.config.out_channels), *self.spec.plan.latent_shape(request)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """The prompt for each text encoder, and of ``control`` and ``reference`` what there is."""
+        clips = {"control": request.control, "reference": request.image}
+        inputs = {name: Input(encoder="vae", lazy=clip) for name, clip in clips.items() if clip is not None}
+        return inputs | captions_to_sample(request, *cls.text)
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; zeros for what is not given.
+
+        A picture takes no reference, as released.
+        """
+        nothing = torch.zeros(1, *self.latent_shape(request), device=self.options.device)
+        control = outputs["control"]["mean"].unsqueeze(0) if "control" in outputs else nothing
+        reference = nothing[:, :, :1] if self.has_reference else None
+        if self.has_reference and "reference" in outputs and request.frames > 1:
+            reference = outputs["reference"]["mean"].unsqueeze(0)
+        return both_branches(outputs, request, lambda found: self._conditions([found], control, reference))
 
 
 class EasyAnimateV51(EasyAnimateControl):
@@ -171,13 +226,6 @@ def _check_family(config: Mapping[str, Any], spec: FamilySpec, folder: Path) -> 
 def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], part: str) -> Tensor:
     """Latents [B, C, f, h, w] of one input, each with its own noise."""
     return sample_posteriors([output[part] for output in outputs], keys, f"vae-{part}")
-
-
-def _reference(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], *, like: Tensor) -> Tensor:
-    """The clip's first frame at latent frame 0, zeros after it, [B, C, F, H, W]."""
-    reference = torch.zeros_like(like)
-    reference[:, :, :1] = _drop(_sampled(outputs, keys, "reference"), keys, "reference-drop", REFERENCE_DROP)
-    return reference
 
 
 def _drop(latents: Tensor, keys: Sequence[SampleKey], purpose: str, probability: float) -> Tensor:

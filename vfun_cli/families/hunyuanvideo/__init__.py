@@ -94,6 +94,8 @@ def _spec(
             attention_flops=attention_flops,
             objective="flow-matching",
             objective_options={"shift": SHIFT},
+            sampler="flow-shifted-once",
+            sampler_options={"shift": SHIFT},
         ),
         plan=PlanSpec(
             vae_stride=VAE_STRIDE,

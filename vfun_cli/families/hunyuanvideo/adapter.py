@@ -9,8 +9,22 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
+from vfun_cli.families.hunyuanvideo import T2V
 from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, SHIFT, Condition, check_config
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.adapter import (
+    NEGATIVE,
+    AdapterOptions,
+    Branches,
+    Conditions,
+    Input,
+    Inputs,
+    SampleRequest,
+    Schedule,
+    VideoRequest,
+    WholeVideo,
+    both_branches,
+    captions_to_sample,
+)
 from vfun_cli.modeling.clips import clip_of
 from vfun_cli.modeling.encoders.clip_text import ClipPooledText
 from vfun_cli.modeling.encoders.clip_vae import folder_source, sample_posteriors
@@ -18,7 +32,7 @@ from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
-from vfun_cli.modeling.inputs import ClipInput, TupleInput, Value
+from vfun_cli.modeling.inputs import ClipInput, ConstantFrames, TupleInput, Value
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import load_diffusers, read_json, require_parts
 
@@ -26,6 +40,9 @@ TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
 GUIDANCE_SCALE = 6.0
 """The embedded guidance that these guidance-distilled models are trained and sampled at."""
+IMAGE_IN_NOISE = 0.001
+"""How much of the image the noise holds that a video starts from."""
+BLACK = -1.0
 REQUIRED_FILES = (
     "vae/config.json",
     "text_encoder/config.json",
@@ -36,7 +53,7 @@ REQUIRED_FILES = (
 """What the encoders of both families are loaded from, besides their weights."""
 
 
-class HunyuanVideoAdapter:
+class HunyuanVideoAdapter(WholeVideo):
     """What the two families share: VAE, pooled CLIP text, transformer, guidance."""
 
     condition: ClassVar[Condition]
@@ -120,18 +137,27 @@ class HunyuanVideoAdapter:
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32 and what ``predict`` needs; the clips of a micro-batch have one shape."""
         latents = sample_posteriors([output["clip"] for output in outputs], keys, "posterior")
+        return latents, self._loss_mask(latents) | self._conditions(outputs)
+
+    def _conditions(self, outputs: Sequence[Mapping[str, Output]]) -> Conditions:
+        """What ``predict`` reads."""
         # In bf16 this is 6016, not 6000: the value the released models are sampled with.
-        scale = torch.full((len(keys),), GUIDANCE_SCALE, device=latents.device, dtype=self.options.compute_dtype)
-        return latents, {
-            **self._image_conditions(outputs, latents),
+        device, dtype = self.options.device, self.options.compute_dtype
+        scale = torch.full((len(outputs),), GUIDANCE_SCALE, device=device, dtype=dtype)
+        return {
+            **self._image_conditions(outputs),
             "text": torch.stack([output["prompt"]["states"] for output in outputs]),
             "text_mask": torch.stack([output["prompt"]["mask"] for output in outputs]),
             "pooled": torch.stack([output["pooled"]["pooled"] for output in outputs]),
             "guidance": scale * 1000,
         }
 
-    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]], latents: Tensor) -> Conditions:
-        """Conditions taken from the clip itself."""
+    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]]) -> Conditions:
+        """Conditions taken from a picture."""
+        return {}
+
+    def _loss_mask(self, latents: Tensor) -> Conditions:
+        """Which latents do not count in the loss, where some do not."""
         return {}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -147,6 +173,21 @@ class HunyuanVideoAdapter:
             return_dict=False,
         )[0]
         return prediction
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return int(self.transformer.config.out_channels), *T2V.plan.latent_shape(request)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """``prompt`` and ``pooled``."""
+        return captions_to_sample(request, "prompt", "pooled")
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; both have the embedded guidance."""
+        return both_branches(outputs, request, lambda found: self._conditions([found]))
 
 
 class TextToVideoAdapter(HunyuanVideoAdapter):
@@ -199,16 +240,43 @@ class ImageToVideoAdapter(HunyuanVideoAdapter):
             "image": Input(encoder="vae", lazy=first),
         }
 
-    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]], latents: Tensor) -> Conditions:
-        """The most probable latent of the image, and the mask that leaves it out of the loss."""
+    def _image_conditions(self, outputs: Sequence[Mapping[str, Output]]) -> Conditions:
+        """The most probable latent of the image."""
+        return {"first_latent": torch.stack([output["image"]["mean"] for output in outputs])}
+
+    def _loss_mask(self, latents: Tensor) -> Conditions:
+        """The given latent does not count."""
         mask = latents.new_ones(len(latents), 1, latents.shape[2], 1, 1)
         mask[:, :, :1] = 0
-        return {"first_latent": torch.stack([output["image"]["mean"] for output in outputs]), "loss_mask": mask}
+        return {"loss_mask": mask}
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """As the base class, with the given latent in place of the first noisy frame."""
-        given = torch.cat([conditions["first_latent"].to(noisy), noisy[:, :, 1:]], dim=2)
-        return super().predict(transformer, given, timesteps, conditions)
+        return super().predict(transformer, _with_first(noisy, conditions), timesteps, conditions)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """``prompt`` and ``pooled``, and the image for LLaVA and VAE; the negative prompt is read with a black one."""
+        assert request.image is not None
+        inputs = super().inputs_to_sample(request, options) | {"image": Input(encoder="vae", lazy=request.image)}
+        black = ConstantFrames(BLACK, 1, (request.height, request.width))
+        pictures: dict[str, ClipInput] = {"prompt": request.image, NEGATIVE + "prompt": black}
+        for name in pictures.keys() & inputs.keys():
+            inputs[name] = Input(encoder="prompt", lazy=TupleInput((inputs[name].lazy, pictures[name])))
+        return inputs
+
+    def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
+        """A thousandth of the image in every frame of the noise, as released."""
+        return (1 - IMAGE_IN_NOISE) * noise + IMAGE_IN_NOISE * branches.conditional["first_latent"]
+
+    def pixels(self, latents: Tensor, branches: Branches, request: VideoRequest) -> Tensor:
+        """The frames of the latents, behind the one that was given."""
+        return super().pixels(_with_first(latents, branches.conditional), branches, request)
+
+
+def _with_first(latents: Tensor, conditions: Conditions) -> Tensor:
+    """Latents [B, 16, f, h, w] with the given one in the place of the first."""
+    return torch.cat([conditions["first_latent"].to(latents), latents[:, :, 1:]], dim=2)
 
 
 def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransformer3DModel:

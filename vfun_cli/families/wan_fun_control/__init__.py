@@ -174,6 +174,8 @@ SPEC = FamilySpec(
         attention_flops=attention_flops,
         objective="flow-matching",
         objective_options={"shift": 5.0},
+        sampler="flow-shifted-twice",
+        sampler_options={"shift": 5.0},
     ),
     plan=PlanSpec(
         vae_stride=(4, 8, 8),

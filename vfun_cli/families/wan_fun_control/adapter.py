@@ -9,10 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.checkpoints.released import tensor_shapes
+from vfun_cli.errors import ConfigError
 from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS, read_dims
 from vfun_cli.families.wan_fun_control.names import live_name
 from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.adapter import (
+    AdapterOptions,
+    Branches,
+    Conditions,
+    Input,
+    Inputs,
+    SampleRequest,
+    VideoRequest,
+    WholeVideo,
+    both_branches,
+    captions_to_sample,
+)
 from vfun_cli.modeling.clips import clip_of, reference_frame
 from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
 from vfun_cli.modeling.encoders.clip_vae import FRAMES_PER_LATENT, keep, sample_posteriors
@@ -66,7 +78,7 @@ def has_picture(train_mode: str | None) -> bool:
     return train_mode != "control"
 
 
-class WanFunControlAdapter:
+class WanFunControlAdapter(WholeVideo):
     """Noisy latents beside the latents of a control clip and of a start image, with text, CLIP and a reference."""
 
     def __init__(
@@ -81,6 +93,7 @@ class WanFunControlAdapter:
         self.options = options
         self.has_reference = transformer.has_reference
         self.image_dim = int(transformer.config["image_dim"])
+        self.latent_channels = int(transformer.config["out_channels"])
         if self.has_reference and has_picture(options.train_mode) and options.control_ref_image == "first_frame":
             log.warning(
                 "control_ref_image is first_frame: frame 0 trains as start image, so the reference branch (ref_conv) "
@@ -183,22 +196,84 @@ class WanFunControlAdapter:
             picture = torch.zeros_like(latents[:, :, 0])
             image = latents.new_zeros(len(keys), IMAGE_TOKENS, self.image_dim, dtype=options.compute_dtype)
 
-        control = keep(_sampled(outputs, keys, "control"), [choice.control for choice in choices])
-        start = torch.zeros_like(latents)
-        start[:, :, 0] = keep(picture, [choice.start for choice in choices])
+        return latents, self._conditions(
+            text=[output["text"] for output in outputs],
+            control=keep(_sampled(outputs, keys, "control"), [choice.control for choice in choices]),
+            start=keep(picture, [choice.start for choice in choices]),
+            reference=keep(picture, [choice.reference for choice in choices]),
+            image=keep(image, [choice.image for choice in choices]),
+        )
+
+    def _conditions(
+        self, *, text: Sequence[Output], control: Tensor, start: Tensor, reference: Tensor, image: Tensor
+    ) -> Conditions:
+        """What ``predict`` reads, of control latents [B, 16, F, H, W], pictures [B, 16, H, W], and CLIP's states."""
+        start_frames = torch.zeros_like(control)
+        start_frames[:, :, 0] = start
         conditions = {
-            "control": torch.cat([control, start], dim=1),
-            "text": pad_text([output["text"]["states"] for output in outputs], TEXT_TOKENS),
-            "image": keep(image, [choice.image for choice in choices]),
+            "control": torch.cat([control, start_frames], dim=1),
+            "text": pad_text([each["states"] for each in text], TEXT_TOKENS),
+            "image": image,
         }
         if self.has_reference:
-            conditions["reference"] = keep(picture, [choice.reference for choice in choices])
-        return latents, conditions
+            conditions["reference"] = reference
+        return conditions
 
     def predict(self, transformer: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The velocity, [B, 16, F, H, W], of ``noisy`` at ``timesteps`` [B], 0..1000."""
         latents = torch.cat([noisy, conditions["control"]], dim=1)
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return self.latent_channels, *SPEC.plan.latent_shape(request)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """``text``, and of ``control``, ``start`` and ``reference`` what there is.
+
+        CLIP sees the reference if there is one, else the start image.
+        """
+        clips = {"control": request.control, "start": request.image, "reference": request.reference}
+        inputs = {name: Input(encoder="vae", lazy=clip) for name, clip in clips.items() if clip is not None}
+        picture = request.reference or request.image
+        if picture is not None:
+            inputs["image"] = Input(encoder="clip", lazy=picture)
+        return inputs | captions_to_sample(request, "text")
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; zeros for what is not given.
+
+        A video of one latent frame takes no start image, as released.
+
+        Raises:
+            ConfigError: a reference for a V1.0 model.
+        """
+        if "reference" in outputs and not self.has_reference:
+            raise ConfigError(
+                f"the model in {self.options.model_dir} takes no reference: it is a V1.0 model.",
+                hint="Give the picture as --image, which the video begins with, or use a V1.1 model.",
+            )
+        nothing = torch.zeros(1, *self.latent_shape(request), device=self.options.device)
+        parts = {
+            name: outputs[name]["mean"].unsqueeze(0) if name in outputs else nothing
+            for name in ("control", "start", "reference")
+        }
+        no_image = nothing.new_zeros(1, IMAGE_TOKENS, self.image_dim)
+        image = outputs["image"]["states"].unsqueeze(0) if "image" in outputs else no_image
+        return both_branches(
+            outputs,
+            request,
+            lambda found: self._conditions(
+                text=[found["text"]],
+                control=parts["control"],
+                start=parts["start"][:, :, 0] * (nothing.shape[2] > 1),
+                reference=parts["reference"][:, :, 0],
+                image=image,
+            ),
+        )
 
 
 def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey], part: str) -> Tensor:

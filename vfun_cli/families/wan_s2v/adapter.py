@@ -1,5 +1,6 @@
 """Wan2.2-S2V for the trainer: what is decoded, encoded and given to the transformer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS, read_dims
 from vfun_cli.families.wan_s2v.transformer import load_transformer
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, Input, Inputs, SampleRequest
+from vfun_cli.modeling.adapter import (
+    AdapterOptions,
+    Branches,
+    Conditions,
+    Input,
+    Inputs,
+    SampleRequest,
+    Schedule,
+    VideoRequest,
+    both_branches,
+    captions_to_sample,
+)
 from vfun_cli.modeling.clips import frame_indices, reference_frame
 from vfun_cli.modeling.encoders import umt5, wan_vae, wav2vec2
 from vfun_cli.modeling.encoders.clip_vae import sample_posterior
@@ -29,7 +41,9 @@ from vfun_cli.modeling.inputs import (
     TupleInput,
     Value,
     VideoFrames,
+    load_inputs,
 )
+from vfun_cli.modeling.pixels import constant, float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json, require_parts, require_same
 
@@ -39,6 +53,8 @@ FIRST_FRAME_AS_HISTORY = 0.5
 """Probability that a clip without history, referenced by its first frame, gets that frame as its history."""
 REFERENCE_HISTORY = 6
 """Frames of history that the reference frame takes over: two latents."""
+LEAD_IN = 3
+"""Frames that a segment behind the reference alone loses at its beginning."""
 BLACK = -1.0
 GREY = 0.0
 SAMPLE_RATE = 16000
@@ -123,14 +139,23 @@ def compose(source: TalkingClip, decisions: Decisions) -> Inputs:
     clips = {
         **motion,
         "reference": reference,
-        # 4k frames behind a copy of their first one make 1 + 4k; the copy's latent is cut off in ``assemble``.
-        "control": ConcatenatedClip((control.take([0]), control)),
+        "control": behind_its_first_frame(control),
     }
     return {
         **{name: Input(encoder="vae", lazy=clip) for name, clip in clips.items()},
         "text": Input(encoder="text", lazy=Value("" if decisions.drop_text else source.text)),
         "audio": Input(encoder="speech", lazy=TupleInput((source.audio, Value(source.fps), Value(source.frames)))),
     }
+
+
+def behind_its_first_frame(clip: ClipInput) -> ConcatenatedClip:
+    """4k frames behind a copy of their first one, which make whole latents; the copy's latent is cut off later."""
+    return ConcatenatedClip((clip.take([0]), clip))
+
+
+def segments(request: VideoRequest) -> int:
+    """How many segments are needed to show as long as the sound is heard."""
+    return max(1, math.ceil(request.seconds * request.fps / request.frames))
 
 
 def motion_clips(source: TalkingClip, reference: ClipInput, decisions: Decisions) -> dict[str, LazyInput]:
@@ -218,23 +243,41 @@ class WanS2VAdapter:
         motion_latents [B, 16, 19, h, w]; audio [B, 25, audio_dim, 4 F] float32; drop_motion, B booleans: the
         transformer's sequence length depends on them, and DDP and FSDP would move a tensor to the device.
         """
-        dropped = ["history" in output for output in outputs]
+        dropped = tuple("history" in output for output in outputs)
         drawn = [
             {part: sample_posterior(output[part], key, f"posterior-{part}") for part in LATENTS if part in output}
             for output, key in zip(outputs, keys, strict=True)
         ]
         contexts = [1 if drop else MOTION_LATENTS for drop in dropped]
         motion = [each["history"] if "history" in each else each["clip"][:, :MOTION_LATENTS] for each in drawn]
-        text = [output["text"]["states"] for output in outputs]
-        audio = [self._speech_features(output, key) for output, key in zip(outputs, keys, strict=True)]
         latents = torch.stack([each["clip"][:, context:] for each, context in zip(drawn, contexts, strict=True)])
-        return latents, {
-            "control_latents": torch.stack([each["control"][:, 1:] for each in drawn]),
-            "ref_latents": torch.stack([each["reference"] for each in drawn]),
-            "motion_latents": torch.stack(motion),
-            "drop_motion": tuple(dropped),
-            "text_embeds": pad_text(text, self.text_len),
-            "audio": torch.stack(audio),
+        return latents, self._conditions(
+            text=[output["text"] for output in outputs],
+            audio=[self._speech_features(output, key) for output, key in zip(outputs, keys, strict=True)],
+            control=[each["control"][:, 1:] for each in drawn],
+            reference=[each["reference"] for each in drawn],
+            motion=motion,
+            drop_motion=dropped,
+        )
+
+    def _conditions(
+        self,
+        *,
+        text: Sequence[Output],
+        audio: Sequence[Tensor],
+        control: Sequence[Tensor],
+        reference: Sequence[Tensor],
+        motion: Sequence[Tensor],
+        drop_motion: tuple[bool, ...],
+    ) -> Conditions:
+        """What ``predict`` reads, from the parts of each sample."""
+        return {
+            "control_latents": torch.stack(list(control)),
+            "ref_latents": torch.stack(list(reference)),
+            "motion_latents": torch.stack(list(motion)),
+            "drop_motion": drop_motion,
+            "text_embeds": pad_text([each["states"] for each in text], self.text_len),
+            "audio": torch.stack(list(audio)),
         }
 
     def _speech_features(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
@@ -257,6 +300,101 @@ class WanS2VAdapter:
             drop_motion=conditions["drop_motion"],
         )
         return prediction
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return wan_vae.Z_DIM, *SPEC.plan.latent_shape(request)
+
+    @classmethod
+    def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
+        """``text``; ``reference``; ``audio``, the whole sound; of a control clip ``control 0`` and so on by segment.
+
+        A control clip that is shorter than the sound is black from there on, a longer one is cut.
+        """
+        assert request.image is not None and request.audio is not None
+        count = segments(request)
+        frames = count * request.frames
+        sound = TupleInput((request.audio, Value(request.fps), Value(frames)))
+        inputs = {
+            "reference": Input(encoder="vae", lazy=request.image),
+            "audio": Input(encoder="speech", lazy=sound),
+            **captions_to_sample(request, "text"),
+        }
+        if request.control is not None:
+            shown = request.control.take(range(min(frames, request.control.count)))
+            black = ConstantFrames(BLACK, frames - shown.count, (request.height, request.width))
+            whole = ConcatenatedClip((shown, black) if black.frames else (shown,))
+            for segment in range(count):
+                part = whole.take(range(segment * request.frames, (segment + 1) * request.frames))
+                inputs[f"control {segment}"] = Input(encoder="vae", lazy=behind_its_first_frame(part))
+        return inputs
+
+    def segments(self, request: VideoRequest) -> int:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return segments(request)
+
+    def branches(
+        self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
+    ) -> Branches:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; without guidance's text and sound in the other one.
+
+        The first segment does not see its history, which is grey, unless it ``starts_still``; every later one sees the
+        frames before it. Without a control clip its latents are zeros, as released.
+        """
+        nothing = torch.zeros(self.latent_shape(request), device=self.options.device)
+        reference = outputs["reference"]["mean"]
+        dropped = shown is None and not request.starts_still
+        if dropped:  # the motion is not looked at
+            motion = nothing[:, :1].expand(-1, MOTION_LATENTS, -1, -1)
+        else:
+            motion = self.encoders.run("vae", [self._history(request, shown)])[0]["mean"]
+        first = segment * request.frames
+        features = outputs["audio"]["features"][first : first + request.frames].permute(1, 2, 0)
+        control = outputs.get(f"control {segment}")
+        both = both_branches(
+            outputs,
+            request,
+            lambda found: self._conditions(
+                text=[found["text"]],
+                audio=[features],
+                control=[nothing if control is None else control["mean"][:, 1:]],
+                reference=[reference],
+                motion=[motion],
+                drop_motion=(dropped,),
+            ),
+        )
+        if both.unconditional is not None:
+            both.unconditional["audio"] = torch.zeros_like(both.unconditional["audio"])
+        return both
+
+    def _history(self, request: VideoRequest, shown: Tensor | None) -> Tensor:
+        """The 73 frames before a segment, [73, 3, H, W]: grey, then the image if the video starts still, then those
+        made so far."""
+        size = (request.height, request.width)
+        before = [constant(GREY, MOTION_FRAMES, *size).to(self.options.device)]
+        if request.starts_still:
+            assert request.image is not None
+            still = float_pixels(load_inputs({"image": request.image})["image"], self.options.device)
+            before.append(still.expand(REFERENCE_HISTORY, -1, -1, -1))
+        if shown is not None:
+            before.append(shown.to(self.options.device))
+        return torch.cat(before)[-MOTION_FRAMES:]
+
+    def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return noise
+
+    def pixels(self, latents: Tensor, branches: Branches, request: VideoRequest) -> Tensor:
+        """The frames of a segment, decoded behind its history in one pass: the decoder carries its state along.
+
+        A segment that has not seen its history is decoded behind the reference, and loses ``LEAD_IN`` frames, which
+        come out of that.
+        """
+        seen = branches.conditional
+        (dropped,) = seen["drop_motion"]
+        before = seen["ref_latents" if dropped else "motion_latents"]
+        frames = self.encoders.decode("vae", torch.cat([before.to(latents), latents], dim=2))[0].transpose(0, 1)
+        return frames[-request.frames + LEAD_IN * dropped :]
 
 
 def clip_audio(request: SampleRequest, start: int) -> AudioSegment:
