@@ -100,7 +100,7 @@ CODES: dict[str, Code] = {
         _code(
             "missing-control",
             "warning",
-            "The row has no control clip. It trains with the black clip that stands for 'no control'.",
+            "The row has no control clip. It trains with zeros for its latents, as videos are made without one.",
             "a wan-s2v row without control_file_path",
             "Add control_file_path if the clip should be controlled.",
         ),

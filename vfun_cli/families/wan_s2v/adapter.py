@@ -59,7 +59,8 @@ BLACK = -1.0
 GREY = 0.0
 SAMPLE_RATE = 16000
 LATENTS = ("clip", "reference", "control", "history")
-"""Inputs that the VAE reads; the last one only where motion is dropped."""
+"""Inputs that the VAE reads: control where the row has one, otherwise its latents are zeros, as a video is made without
+one; history only where motion is dropped."""
 REQUIRED_FILES = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, wav2vec2.FOLDER)
 """What a released directory holds beside the transformer's safetensors."""
 
@@ -135,12 +136,9 @@ def compose(source: TalkingClip, decisions: Decisions) -> Inputs:
     """What the encoders read of a clip, as decided."""
     reference = source.pixels.take([decisions.reference])
     motion = motion_clips(source, reference, decisions)
-    control = control_clip(source, decisions)
-    clips = {
-        **motion,
-        "reference": reference,
-        "control": behind_its_first_frame(control),
-    }
+    clips = {**motion, "reference": reference}
+    if source.control is not None:
+        clips["control"] = behind_its_first_frame(control_clip(source.control, decisions, source.size))
     return {
         **{name: Input(encoder="vae", lazy=clip) for name, clip in clips.items()},
         "text": Input(encoder="text", lazy=Value("" if decisions.drop_text else source.text)),
@@ -254,7 +252,10 @@ class WanS2VAdapter:
         return latents, self._conditions(
             text=[output["text"] for output in outputs],
             audio=[self._speech_features(output, key) for output, key in zip(outputs, keys, strict=True)],
-            control=[each["control"][:, 1:] for each in drawn],
+            control=[
+                each["control"][:, 1:] if "control" in each else torch.zeros_like(clip)
+                for each, clip in zip(drawn, latents, strict=True)
+            ],
             reference=[each["reference"] for each in drawn],
             motion=motion,
             drop_motion=dropped,
@@ -415,11 +416,10 @@ def clip_audio(request: SampleRequest, start: int) -> AudioSegment:
     )
 
 
-def control_clip(source: TalkingClip, decisions: Decisions) -> ClipInput:
-    """The control video [F, 3, H, W] that the model sees: black without one, when dropped, or from a cut tail on."""
-    if source.control is None or decisions.drop_control:
-        return ConstantFrames(BLACK, source.frames, source.size)
-    if decisions.silent_from is None:
-        return source.control
-    shown = source.control.take(range(decisions.silent_from))
-    return ConcatenatedClip((shown, ConstantFrames(BLACK, source.frames - decisions.silent_from, source.size)))
+def control_clip(control: ClipInput, decisions: Decisions, size: Size) -> ClipInput:
+    """The control video [F, 3, H, W] that the model sees: black when it is dropped, or from a cut tail on."""
+    seen = 0 if decisions.drop_control else decisions.silent_from
+    if seen is None:
+        return control
+    black = ConstantFrames(BLACK, control.count - seen, size)
+    return ConcatenatedClip((control.take(range(seen)), black)) if seen else black
