@@ -1,4 +1,4 @@
-"""What all video VAEs share: clips of any shape in, posteriors out, in mini-batches."""
+"""What all video VAEs share: clips of any shape in, posteriors out, and latents to clips again, in mini-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -30,6 +30,19 @@ class ClipVAE(nn.Module, ABC):
         Raises:
             ValueError: a number of frames that the VAE would encode as another one.
         """
+
+    @abstractmethod
+    def reconstruction(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of scaled latents [B, z, f, h, w] float32: in the networks' dtype, not clamped."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] float32 in [-1, 1] of scaled latents [B, z, f, h, w]; F = 1 + 4 (f - 1).
+
+        All frames must be given at once: a latent reads what the decoder made of those before it.
+        """
+        with torch.no_grad():
+            parts = [self.reconstruction(part).float() for part in latents.float().split(self.mini_batch)]
+        return torch.cat(parts).clamp_(-1.0, 1.0)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, z, f, h, w] float32 of pixels [B, 3, F, H, W] in [-1, 1].

@@ -1,6 +1,7 @@
 """A family's frozen encoders by name: loaded when first used, run without gradients, identified by their files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,7 +106,19 @@ class Encoders(Mapping[str, Any]):
         if not inputs and not num_dummies:
             return []
         read = [*inputs, *[self.sources[name].dummy_input] * num_dummies]
-        module = self[name]
-        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharding_of(name) is None):
+        with self._on_device(name) as module:
             found: list[Output] = module.outputs(read)
         return found[: len(inputs)]
+
+    def decode(self, name: str, latents: Tensor) -> Tensor:
+        """What :meth:`ClipVAE.decode` of the VAE ``name`` makes of the latents, on its device."""
+        with self._on_device(name) as module:
+            pixels: Tensor = module.decode(latents)
+        return pixels
+
+    @contextmanager
+    def _on_device(self, name: str) -> Iterator[Any]:
+        """The encoder, on its device at least until it is done."""
+        module = self[name]
+        with encoding_on(module, self.device, low_vram=self.low_vram and self._sharding_of(name) is None):
+            yield module

@@ -12,13 +12,13 @@ from vfun_cli.modeling.weights import load_diffusers
 
 
 class HunyuanVAE(ClipVAE):
-    """Pixels to scaled latents, in mini-batches."""
+    """Pixels to scaled latents and back, in mini-batches."""
 
     def __init__(self, model: AutoencoderKLHunyuanVideo, *, mini_batch: int = 1) -> None:
         super().__init__()
         self.model = freeze(model)
         # Off by default in diffusers. The released model was trained with it: the tiles (256 pixels, 192 apart,
-        # 17 frames, 12 apart) change the latents of everything larger by about 1 %.
+        # 17 frames, 12 apart) change the latents of everything larger by about 1 %. Decoding has the same tiles.
         self.model.enable_tiling()
         self.mini_batch = mini_batch
 
@@ -31,6 +31,11 @@ class HunyuanVAE(ClipVAE):
         """
         return cls(load_diffusers(AutoencoderKLHunyuanVideo, folder, dtype=dtype), mini_batch=mini_batch)
 
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied with: 0.476986 in the released VAE."""
+        return float(self.model.config.scaling_factor)
+
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation [B, z, f, h, w] float32, both times scaling_factor; F = 4k + 1, f = k + 1.
 
@@ -40,5 +45,9 @@ class HunyuanVAE(ClipVAE):
         require_whole_latents(pixels)
         with torch.no_grad():
             posterior = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist
-        scale = float(self.model.config.scaling_factor)
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return posterior.mean.float() * self.scale, posterior.std.float() * self.scale
+
+    def reconstruction(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of scaled latents, tile by tile."""
+        pixels: Tensor = self.model.decode((latents / self.scale).to(self.model.device, self.model.dtype)).sample
+        return pixels

@@ -27,7 +27,7 @@ SUPPORTED = {
 
 
 class MagvitVAE(ClipVAE):
-    """Pixels to scaled latents, in mini-batches."""
+    """Pixels to scaled latents and back, in mini-batches."""
 
     def __init__(self, model: AutoencoderKLMagvit, *, mini_batch: int = 1) -> None:
         super().__init__()
@@ -46,6 +46,11 @@ class MagvitVAE(ClipVAE):
         load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
         return cls(model, mini_batch=mini_batch)
 
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied with: 0.7125 in the released VAE."""
+        return float(self.model.config.scaling_factor)
+
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean mu * scaling_factor and deviation exp(logvar / 2) * scaling_factor [B, z, f, h, w] float32.
 
@@ -57,8 +62,12 @@ class MagvitVAE(ClipVAE):
         require_whole_latents(pixels)
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
         mu, logvar = moments.float().chunk(2, dim=1)
-        scale = float(self.model.config.scaling_factor)
-        return mu * scale, torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * scale
+        return mu * self.scale, torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * self.scale
+
+    def reconstruction(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of scaled latents; latent by latent, with the frames before in caches."""
+        pixels: Tensor = self.model.decode((latents / self.scale).to(self.model.device, self.model.dtype)).sample
+        return pixels
 
 
 def latent_channels(folder: Path) -> int:

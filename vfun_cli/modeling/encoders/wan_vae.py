@@ -23,7 +23,7 @@ BLOCKS_PER_STAGE = 3
 
 
 class WanVAE(ClipVAE):
-    """Pixels to normalised latents, in mini-batches."""
+    """Pixels to normalised latents and back, in mini-batches."""
 
     def __init__(self, model: AutoencoderKLWan, *, mini_batch: int = 1) -> None:
         super().__init__()
@@ -58,6 +58,12 @@ class WanVAE(ClipVAE):
         moments = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.parameters
         mu, logvar = moments.float().chunk(2, dim=1)
         return (mu - self.mean) / self.std, torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+
+    def reconstruction(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of normalised latents; latent by latent, with the frames before in caches."""
+        wide = latents.to(self.mean.device) * self.std + self.mean
+        pixels: Tensor = self.model.decode(wide.to(self.model.dtype)).sample
+        return pixels
 
 
 def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
