@@ -11,40 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.fake_cuda import made_up_cuda
+from tests.golden_vaes import GOLDEN, SAME, VAES, WAN, golden_vae
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE
-from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE
 from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource
-from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
-from vfun_cli.modeling.encoders.magvit_vae import MagvitVAE
 from vfun_cli.modeling.encoders.wan_vae import WanVAE, load_wan_vae
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent for path in (GOLDEN / "sampling").glob("*/*/meta.json"))
 ONE_PASS = [case for case in CASES if case.parent.name != "wan_s2v"]
 SEGMENTS = [case for case in CASES if case.parent.name == "wan_s2v"]
-FOLDERS = {
-    "cogvideox_fun/vae": CogVideoXVAE,
-    "easyanimate_v5.1_control/vae": MagvitVAE,
-    "hunyuanvideo/vae": HunyuanVAE,
-}
-WAN = "sampling/wan_vae"
-VAES = (*FOLDERS, WAN)
-SAME = {"easyanimate_v5_control/vae": "easyanimate_v5.1_control/vae"}
-"""To the byte."""
 
 
 @pytest.fixture(scope="module")
-def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ClipVAE]:
-    found: dict[str, ClipVAE] = {}
-    for name, kind in FOLDERS.items():
-        folder = tmp_path_factory.mktemp("vae")
-        (folder / "config.json").symlink_to((GOLDEN / name / "config.json").resolve())
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        weights.symlink_to((GOLDEN / name / "weights.safetensors").resolve())
-        found[name] = kind.from_folder(folder, dtype=torch.float32)
-    state = load_file(GOLDEN / WAN / "weights.safetensors")
-    found[WAN] = WanVAE(load_wan_vae(state, dtype=torch.float32, where=WAN))
-    return found
+def vaes() -> dict[str, ClipVAE]:
+    return {name: golden_vae(name) for name in (*VAES, *SAME)}
 
 
 def golden(case: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,7 +63,7 @@ def test_the_last_latents_become_the_originals_frames(case: Path, vaes: dict[str
         latents = latents.transpose(1, 2)  # the original has frames before channels
     if meta["family"] == "hunyuanvideo-i2v":
         latents = torch.cat([io["image_latents"], latents[:, :, 1:]], dim=2)
-    pixels = vaes[SAME.get(meta["vae"], meta["vae"])].decode(latents)
+    pixels = vaes[meta["vae"]].decode(latents)
     assert pixels.dtype == torch.float32 and not pixels.requires_grad
     require_frames(pixels, io, within=5e-4 if "frames" in io else 2e-4)  # these are float16
 

@@ -343,7 +343,7 @@ def _check_fields(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Probl
                 yield row.problem("missing-field", f"{item.name} is missing.{near}", item.name)
         elif value is None:
             if item.media == "control":
-                yield row.problem("missing-control", "no control clip: trains with the black one", item.name)
+                yield row.problem("missing-control", "no control clip: trains with zeros in its place", item.name)
         elif not isinstance(value, str):
             yield row.problem("wrong-type", f"a path is a text, not {_show(value)}", item.name)
         elif fault := _path_fault(value):

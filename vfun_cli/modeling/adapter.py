@@ -210,6 +210,10 @@ class ModelAdapter(Protocol):
         """The frames of a segment, [F, 3, H, W] in [-1, 1]; fewer than were asked for where some only led to it."""
         ...
 
+    def heard_from(self, request: VideoRequest) -> Fraction:
+        """The second of the sound that is heard with the first frame."""
+        ...
+
 
 class WholeVideo:
     """How most families sample: a video is one segment, made of noise alone and decoded as it is."""
@@ -227,6 +231,10 @@ class WholeVideo:
     def pixels(self, latents: Tensor, branches: Branches, request: VideoRequest) -> Tensor:
         """See :class:`ModelAdapter`."""
         return self.encoders.decode("vae", latents)[0].transpose(0, 1)
+
+    def heard_from(self, request: VideoRequest) -> Fraction:
+        """See :class:`ModelAdapter`."""
+        return Fraction(0)
 
 
 NEGATIVE = "negative "

@@ -397,6 +397,10 @@ class WanS2VAdapter:
         frames = self.encoders.decode("vae", torch.cat([before.to(latents), latents], dim=2))[0].transpose(0, 1)
         return frames[-request.frames + LEAD_IN * dropped :]
 
+    def heard_from(self, request: VideoRequest) -> Fraction:
+        """Frame k of the video belongs to the sound of frame k + ``LEAD_IN``, unless it ``starts_still``."""
+        return Fraction(0) if request.starts_still else LEAD_IN / request.fps
+
 
 def clip_audio(request: SampleRequest, start: int) -> AudioSegment:
     """The clip's sound [samples] at 16 kHz, exactly ``frames * stride / fps`` seconds from source frame ``start``.
