@@ -17,11 +17,11 @@ from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource
-from vfun_cli.modeling.encoders.placement import encoding_on
+from vfun_cli.modeling.encoders.placement import encoder_dtype, encoding_on
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.model import adapter_options
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.precision import encoder_dtype
+from vfun_cli.training.precision import compute_dtype
 
 FAMILIES = tuple(families.FAMILIES)
 
@@ -129,4 +129,4 @@ def test_encoders_compute_in_bf16_only_where_it_is_asked_for_and_fast(
     precision: str, device: str, dtype: torch.dtype
 ) -> None:
     config = RunConfig(pretrained_model_name_or_path=Path("model"), mixed_precision=precision)
-    assert encoder_dtype(config, torch.device(device)) == dtype
+    assert encoder_dtype(compute_dtype(config), torch.device(device)) == dtype

@@ -12,6 +12,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
+from vfun_cli.modeling.encoders.placement import encoder_dtype
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
@@ -19,7 +20,7 @@ from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
-from vfun_cli.training.precision import compute_dtype, encoder_dtype, kept_dtype, use_in
+from vfun_cli.training.precision import compute_dtype, kept_dtype, use_in
 from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
@@ -36,7 +37,7 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
     stated = read_json(config.pretrained_model_name_or_path / spec.model.config_file)
     return AdapterOptions(
         model_dir=config.pretrained_model_name_or_path,
-        compute_dtype=encoder_dtype(config, device),
+        compute_dtype=encoder_dtype(compute_dtype(config), device),
         device=device,
         vae_mini_batch=config.vae_mini_batch,
         low_vram=config.low_vram,

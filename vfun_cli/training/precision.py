@@ -30,15 +30,6 @@ def kept_dtype(config: RunConfig, *, trained: bool) -> torch.dtype:
     return torch.float32 if masters else compute_dtype(config)
 
 
-def encoder_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What frozen encoders compute in.
-
-    On a CPU they stay in float32, in which one without units for bf16 computes 4 to 60 times as fast
-    (``benchmarks/bf16_on_cpu.py``).
-    """
-    return torch.float32 if device.type == "cpu" else compute_dtype(config)
-
-
 def use_in(dtype: torch.dtype, transformer: nn.Module) -> None:
     """Let float32 weights that train be used as copies in ``dtype``; gradients flow back to the float32 ones.
 

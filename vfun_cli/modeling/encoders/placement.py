@@ -12,6 +12,15 @@ from vfun_cli.modeling.transfer import upload
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def encoder_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """What frozen encoders compute in beside a transformer that computes in ``compute``.
+
+    On a CPU they stay in float32, in which one without units for bf16 computes 4 to 60 times as fast
+    (``benchmarks/bf16_on_cpu.py``).
+    """
+    return torch.float32 if device.type == "cpu" else compute
+
+
 def freeze(module: Module) -> Module:
     """Eval mode, no parameter gradients. In place; returns the module."""
     return module.eval().requires_grad_(False)
