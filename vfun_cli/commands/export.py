@@ -9,6 +9,7 @@ from vfun_cli import console
 from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite, typed_name, typed_path
 from vfun_cli.errors import ConfigError
+from vfun_cli.families.trained import find
 
 FORMATS = ("same", "peft", "diffusers", "comfyui", "original")
 
@@ -77,7 +78,12 @@ def export_bf16(
 
     if format not in FORMATS:
         raise ConfigError(f"--format is {format!r}; choose one of: {', '.join(FORMATS)}.")
-    trained = exporting.find(checkpoint, output_dir=defaults.output_dir(demo=demo), model=model)
+    trained = find(
+        checkpoint,
+        output_dir=defaults.output_dir(demo=demo),
+        model=model,
+        default_model=None if model else defaults.model_directory(),
+    )
     form = exporting.Form(
         format=format, dtype=dtype, merge=merge, ema=ema, max_shard_size=max_shard_size, overwrite=overwrite
     )

@@ -94,7 +94,7 @@ def parameter_shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, 
     Raises:
         CheckpointError: there are no weights in the directory, or they are damaged.
     """
-    stored = tensor_shapes(model_dir / Path(spec.model.config_file).parent)
+    stored = tensor_shapes(spec.model.transformer_dir(model_dir))
     return {spec.export.parameter(name): shape for name, shape in stored.items()}
 
 

@@ -133,6 +133,10 @@ class ModelSpec:
     sampler_options: Mapping[str, float] = field(default_factory=dict)
     """The shift of a flow, or what it is made of."""
 
+    def transformer_dir(self, model_dir: Path) -> Path:
+        """Where the transformer's configuration and weights lie in a model directory."""
+        return (model_dir / self.config_file).parent
+
     def settings_beside(self, model_dir: Path) -> dict[str, object]:
         """``other_settings`` of a model directory; what is not stated there is left out.
 
