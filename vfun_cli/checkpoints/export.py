@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,13 +25,21 @@ from vfun_cli.devices import cpu_cores
 from vfun_cli.disks.abilities import fsync, fsync_directory
 from vfun_cli.disks.claims import Taken, claimed
 from vfun_cli.errors import CheckpointError, ConfigError, RunError, did_you_mean
-from vfun_cli.typed_json import Check, file_inside, items, read_object
+from vfun_cli.typed_json import Check, file_inside, file_path, items, optional, read_object, text
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 RECORD = ".vfun-export.json"
-"""Lists the files that an export wrote, so that a later one deletes nothing else."""
-RECORDED: Mapping[str, Check] = {"files": items(file_inside)}
+"""Lists the files that an export wrote, so that a later one deletes nothing else, and says what they were made of."""
+RECORDED: Mapping[str, Check] = {
+    "files": items(file_inside),
+    "family": optional(text()),
+    "model": optional(file_path),
+    "train_mode": optional(text()),
+}
+
+Weights = Literal["trained", "ema"]
+"""Of a checkpoint, its weights or their moving average."""
 
 NAME_MODEL = "Name the model directory of the run with --pretrained-model-name-or-path."
 
@@ -61,7 +69,7 @@ def export(
     output_names: Callable[[str], str] = lambda name: name,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
-    weights: Literal["trained", "ema"] = "trained",
+    weights: Weights = "trained",
     overwrite: bool = False,
     progress: OnProgress | None = None,
     workers: int | None = None,
@@ -78,7 +86,9 @@ def export(
     """
     check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
-    _replace(sources, _trained(checkpoint, weights), names, checkpoint, base_dir)
+    trained = trained_weights(checkpoint, weights)
+    verify_source(checkpoint, trained.values())
+    replace_tensors(sources, trained, names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
     return write_model(
         stem, named, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
@@ -126,9 +136,7 @@ def refuse_taken(output: Path, *, overwrite: bool) -> None:
     hint = f"{ANOTHER[:-1]}, or move what is there away yourself."
     if not output.is_dir():
         raise ConfigError(f"--output {output} is no folder.", hint=hint)
-    own = {RECORD}
-    if (output / RECORD).is_file():
-        own |= set(read_object(output / RECORD, RECORDED)["files"])
+    own = {RECORD, *(read_record(output) or {"files": ()})["files"]}
     foreign = sorted(path.name for path in output.iterdir() if path.name not in own or path.is_dir())
     if foreign:
         raise ConfigError(
@@ -141,6 +149,21 @@ def refuse_taken(output: Path, *, overwrite: bool) -> None:
 def record_files(folder: Path) -> None:
     """Write down what an export consists of."""
     write_json(folder / RECORD, {"schema": 1, "files": sorted(path.name for path in folder.iterdir())})
+
+
+def record_origin(output: Path, *, family: str, model: Path, train_mode: str | None) -> None:
+    """Write down beside an export's files what they belong to, for ``vfun generate`` to find the rest of the model."""
+    origin = {"family": family, "model": str(model.absolute()), "train_mode": train_mode}
+    write_json(output / RECORD, {**read_object(output / RECORD, RECORDED), **origin})
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What an export says of itself; None of a folder that is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return read_object(folder / RECORD, RECORDED) if (folder / RECORD).is_file() else None
 
 
 def verify_source(checkpoint: Path, tensors: Iterable[TensorSource]) -> None:
@@ -216,33 +239,39 @@ def _stem(path: Path) -> str:
     return name.rpartition("-")[0] if name and rest.isdigit() else path.name.removesuffix(".safetensors")
 
 
-def _trained(checkpoint: Path, weights: str) -> Mapping[str, TensorSource]:
-    """The weights, once their bytes are those that were saved."""
+def trained_weights(checkpoint: Path, weights: Weights) -> Mapping[str, TensorSource]:
+    """The weights that a checkpoint holds, or their moving average, by parameter name.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     reader = open_checkpoint(checkpoint)
     found = reader.ema if weights == "ema" else reader.weights
     if not found:
         if weights == "ema":
             raise CheckpointError(f"{checkpoint} holds no moving average of the weights.", hint="Leave out --ema.")
         raise CheckpointError(f"{checkpoint} holds no trained weights.")
-    verify_source(checkpoint, found.values())
     return found
 
 
-def _replace(
+def replace_tensors(
     sources: dict[str, TensorSource],
     trained: Mapping[str, TensorSource],
     names: Callable[[str], str],
     checkpoint: Path,
     base_dir: Path,
 ) -> None:
-    """Put the trained weights in the places of the released ones.
+    """Put trained weights in the places of the base's. In place.
+
+    Args:
+        sources: of the base, by the name that ``names`` gives a trained weight.
 
     Raises:
         CheckpointError: weights without a place, or of another shape; it names them.
     """
     renamed = {names(name): source for name, source in trained.items()}
     if len(renamed) != len(trained):
-        raise CheckpointError(f"{checkpoint}: two trained weights have the same released name.")
+        raise CheckpointError(f"{checkpoint}: two trained weights have the same name in {base_dir}.")
     unknown = sorted(renamed.keys() - sources.keys())
     if unknown:
         raise CheckpointError(

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from vfun_cli.checkpoints.export import (
     DTYPES,
     NAME_MODEL,
     ExportResult,
+    Weights,
     check_output,
     read_base,
     replacing,
@@ -57,7 +58,6 @@ WITHOUT_DORA = ("comfyui", "original")
 """Their loaders compute DoRA's norms otherwise, or stop at its key."""
 
 Matrix = npt.NDArray[np.float32]
-Weights = Literal["trained", "ema"]
 
 
 def export_adapter(
@@ -128,19 +128,40 @@ def merge_adapter(
     check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
-    for layer, pair in adapter.pairs.items():
-        name = f"{released_layer(layer, released)}.weight"
-        if name not in sources or sources[name].shape != (pair.up.shape[0], pair.down.shape[1]):
-            found = f"its shape there is {sources[name].shape}" if name in sources else "it is not there"
-            raise CheckpointError(
-                f"{checkpoint}: {name} of {base_dir} cannot take its adapter: {found}.",
-                hint=NAME_MODEL,
-            )
-        sources[name] = merged(sources[name], pair, _scale(adapter, pair))
+    merge_into(sources, adapter, {layer: released_layer(layer, released) for layer in adapter.pairs}, base_dir)
     return write_model(
         stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
         workers=workers,
     )  # fmt: skip
+
+
+def merge_into(
+    sources: dict[str, TensorSource],
+    adapter: AdapterFile,
+    layers: Mapping[str, str],
+    base_dir: Path,
+    *,
+    strength: float = 1.0,
+) -> None:
+    """Add an adapter to the weights of a base, still unread. In place.
+
+    Args:
+        sources: tensors of the base by name.
+        layers: the base's layer for every layer of the adapter.
+        strength: multiplies the adapter's own.
+
+    Raises:
+        CheckpointError: a layer that the base lacks or has of another shape, or an adapter of unknown strength.
+    """
+    for stored, pair in adapter.pairs.items():
+        name = f"{layers[stored]}.weight"
+        if name not in sources or sources[name].shape != (pair.up.shape[0], pair.down.shape[1]):
+            found = f"its shape there is {sources[name].shape}" if name in sources else "it is not there"
+            raise CheckpointError(
+                f"{adapter.path}: {name} of {base_dir} cannot take its adapter: {found}.",
+                hint=NAME_MODEL,
+            )
+        sources[name] = merged(sources[name], pair, strength * _scale(adapter, pair))
 
 
 def open_adapter(checkpoint: Path, weights: Weights = "trained") -> AdapterFile:

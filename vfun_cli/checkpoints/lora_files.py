@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.checkpoints import safetensors
-from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.checkpoints.naming import LayerLocation
+from vfun_cli.checkpoints.tensors import TensorSource, rows_of
 from vfun_cli.errors import CheckpointError
 from vfun_cli.typed_json import (
     Check,
@@ -124,6 +125,17 @@ class AdapterFile:
 def strength(alpha: float, rank: int, *, rslora: bool) -> float:
     """The factor of B·A: alpha / rank, and alpha / sqrt(rank) for rank-stabilised LoRA (arXiv 2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a file or folder is a LoRA, by the names of its tensors.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    names = (name for file in files for name in safetensors.read_file(file))
+    return any((found := _KEY.fullmatch(name)) and (found["down"] or found["up"]) for name in names)
 
 
 def find_adapter(path: Path) -> Path:
@@ -254,6 +266,36 @@ def match_layers(
             hint="The LoRA belongs to another model.",
         )
     return {name: known[name] for name in stored}
+
+
+def taken_apart(adapter: AdapterFile, locations: Mapping[str, LayerLocation], rows: Mapping[str, int]) -> AdapterFile:
+    """A LoRA of ComfyUI's names by the model's layers, each joint layer as those that it joins.
+
+    Args:
+        locations: of the model's layers in ComfyUI.
+        rows: of the model's layers.
+
+    Raises:
+        CheckpointError: a joint layer of another height.
+    """
+    members: dict[str, list[str]] = {}
+    for layer, location in locations.items():
+        for name in (location.name, location.name.replace(".", "_")):
+            members.setdefault(name, []).append(layer)
+    pairs: dict[str, Pair] = {}
+    for stored, pair in adapter.pairs.items():
+        for layer in members.get(stored, ()):
+            location = locations[layer]
+            if location.rows not in (None, pair.up.shape[0]):
+                raise CheckpointError(
+                    f"{adapter.path}: {stored} has {pair.up.shape[0]} rows, in this model it has {location.rows}.",
+                    hint="The LoRA belongs to another model.",
+                )
+            up = pair.up if location.rows is None else rows_of(pair.up, location.first_row, rows[layer])
+            pairs[layer] = replace(pair, up=up)
+        if stored not in members:
+            pairs[stored] = pair
+    return replace(adapter, pairs=pairs)
 
 
 def released_layer(layer: str, released: Callable[[str], str]) -> str:

@@ -170,6 +170,34 @@ def tensor_at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) ->
     return TensorSource(shape=shape, dtype=dtype, locate=lambda: (segment,))
 
 
+def rows_of(tensor: TensorSource, first: int, count: int) -> TensorSource:
+    """Some rows of a matrix, still unread."""
+    width = tensor.shape[1]
+    start, end = first * width, (first + count) * width
+
+    def locate() -> tuple[Segment, ...]:
+        parts, position = [], 0
+        for segment in tensor.segments:
+            low, high = max(start, position), min(end, position + segment.count)
+            if low < high:
+                offset = segment.offset + (low - position) * STORAGE[tensor.dtype].itemsize
+                parts.append(Segment(path=segment.path, offset=offset, count=high - low))
+            position += segment.count
+        return tuple(parts)
+
+    return TensorSource(shape=(count, width), dtype=tensor.dtype, locate=locate)
+
+
+def read_float32(tensor: TensorSource) -> Array:
+    """The whole tensor in float32; unlike ``TensorSource.read`` also of one that is computed while it is read."""
+    values, buffer = np.empty(tensor.numel, np.float32), np.empty(CHUNK, np.float32)
+    start = 0
+    for chunk in tensor.chunks():
+        values[start : start + len(chunk)] = convert(chunk, tensor.dtype, "F32", buffer)
+        start += len(chunk)
+    return values.reshape(tensor.shape)
+
+
 def bf16_to_fp32(bits: Array) -> Array:
     """Widen raw bfloat16 bits; exact."""
     wide = bits.astype(np.uint32)

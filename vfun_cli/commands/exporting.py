@@ -48,17 +48,25 @@ def check(trained: Trained, form: Form) -> None:
 
 
 def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
-    """Write the weights into the directory ``output``.
+    """Write the weights into the directory ``output``, and what they belong to.
 
     Raises:
         VfunError: the checkpoint, the model's directory or the output is not what it should be.
     """
     from vfun_cli.checkpoints import export as model_export
-    from vfun_cli.checkpoints import lora_export
 
     sources = (trained.path, trained.model, *RunDir(trained.path.absolute().parent).own_files())
     model_export.check_output(output, form.dtype, overwrite=form.overwrite, sources=sources)
-    weights: lora_export.Weights = "ema" if form.ema else "trained"
+    result = _written(trained, output, form)
+    model_export.record_origin(output, family=trained.spec.name, model=trained.model, train_mode=trained.train_mode)
+    return result
+
+
+def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
+    from vfun_cli.checkpoints import export as model_export
+    from vfun_cli.checkpoints import lora_export
+
+    weights: model_export.Weights = "ema" if form.ema else "trained"
     if trained.is_lora and not form.merge:
         return lora_export.export_adapter(
             trained.path,

@@ -35,7 +35,7 @@ def checkpoint(name: str | None, *, output_dir: Path) -> Found:
     """
     if name is None or name == "latest":
         return _newest(RunDir(output_dir))
-    path = _existing(name, output_dir)
+    path = existing(name, output_dir)
     if path is None:
         near = ", ".join(found.name for found in ownership.checkpoints(RunDir(output_dir))[-5:]) or "none"
         raise CheckpointError(
@@ -107,14 +107,14 @@ def original_checkpoint(name: str, *, output_dir: Path) -> Path | None:
 
     Only an incomplete checkpoint of ours may lack the manifest, and what theirs have no checkpoint of ours has.
     """
-    path = _existing(name, output_dir)
+    path = existing(name, output_dir)
     if path is None or any((path / ours).exists() for ours in (STATE_FILE, manifest.MANIFEST)):
         return None
     theirs = (path / "pytorch_model", path / "pytorch_model_fsdp_0" / ".metadata")
     return path if any(each.exists() for each in theirs) else None
 
 
-def _existing(name: str, output_dir: Path) -> Path | None:
+def existing(name: str, output_dir: Path) -> Path | None:
     """What people mean by a path or a bare name."""
     return next((path for path in (Path(name), output_dir / name) if exists(path)), None)
 
