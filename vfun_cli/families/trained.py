@@ -35,13 +35,21 @@ class Trained:
         Raises:
             CheckpointError: the model is not there.
         """
-        if not self.model.is_dir():
-            raise CheckpointError(
-                f"{self.path} was trained from {self.model}, which is not there; "
-                "its configuration and frozen weights are needed.",
-                hint="Name its new place with --pretrained-model-name-or-path.",
-            )
+        require_model(self.path, self.model)
         return self.spec.model.transformer_dir(self.model)
+
+
+def require_model(path: Path, model: Path) -> None:
+    """Refuse weights whose model is not where they say.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{path} was trained from {model}, which is not there; its configuration and frozen weights are needed.",
+            hint="Name its new place with --pretrained-model-name-or-path.",
+        )
 
 
 def find(name: str | None, *, output_dir: Path, model: Path | None, default_model: Path | None = None) -> Trained:
