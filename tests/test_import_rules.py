@@ -84,7 +84,7 @@ ROOMS = (
     ("plan",),
     ("sampling",),
     ("launch", "training"),
-    ("acceptance",),
+    ("acceptance", "report"),
     ("commands",),
     ("main",),
     ("entry",),
@@ -183,6 +183,9 @@ LIGHT = [
     ["checkpoints", "ls", "none"],
     ["checkpoints", "verify", "none"],
     ["checkpoints", "diff", "none", "none"],
+    ["report", "--help"],
+    ["report"],
+    ["report", "none"],
     ["acceptance", "--list"],
     ["acceptance", "--only", "no such row"],
 ]

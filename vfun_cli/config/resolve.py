@@ -82,6 +82,31 @@ def is_default(source: str) -> bool:
     return source.endswith("default")
 
 
+def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:
+    """What a command of a family trains with where nothing is said but the strategy."""
+    config, _ = _merge(_default_layers(command, spec, strategy))
+    return config
+
+
+def _default_layers(command: str, spec: FamilySpec, strategy: str) -> list[Layer]:
+    """What holds where nothing is said, the weakest first."""
+    defaults = spec.defaults
+    layers: list[Layer] = [
+        ("default", _own_defaults()),
+        (f"{spec.name} default", defaults.train),
+    ]
+    if strategy in defaults.by_strategy:
+        layers.append((f"{spec.name} {strategy} default", defaults.by_strategy[strategy]))
+    if command == "lora":
+        layers.append((f"{spec.name} LoRA default", defaults.lora))
+    return layers
+
+
+def _own_defaults() -> dict[str, Any]:
+    """Those of the options themselves, before any family's."""
+    return {name: default_of(name) for name in options()}
+
+
 def _layers(
     command: str,
     spec: FamilySpec,
@@ -93,22 +118,16 @@ def _layers(
     directory: Path,
 ) -> list[Layer]:
     """Where values may come from, the weakest first."""
-    layers: list[Layer] = [("default", {name: default_of(name) for name in options()})]
-    if base is not None:
-        layers.append(("run.json", base))
-    else:
-        layers.append((f"{spec.name} default", spec.defaults.train))
-        if command == "lora":
-            layers.append((f"{spec.name} LoRA default", spec.defaults.lora))
-        layers += _file_layers(directory / SETTINGS_FILE, spec.name)
-        layers += _environment_layers(environ)
+    said: list[Layer] = []
+    if base is None:
+        said += [*_file_layers(directory / SETTINGS_FILE, spec.name), *_environment_layers(environ)]
     if demo is not None:
-        layers.append(("demo", demo))
-    layers.append((OPTION, given))
-    strategy = next((layer["strategy"] for _, layer in reversed(layers) if "strategy" in layer), "auto")
-    if base is None and strategy in spec.defaults.by_strategy:
-        layers.insert(2, (f"{spec.name} {strategy} default", spec.defaults.by_strategy[strategy]))
-    return layers
+        said.append(("demo", demo))
+    said.append((OPTION, given))
+    if base is not None:
+        return [("default", _own_defaults()), ("run.json", base), *said]
+    strategy = next((layer["strategy"] for _, layer in reversed(said) if "strategy" in layer), "auto")
+    return [*_default_layers(command, spec, strategy), *said]
 
 
 def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:

@@ -27,6 +27,21 @@ class Found:
         return self.run.root.resolve() == run.root.resolve()
 
 
+def run_directory(name: str | None, *, output_dir: Path) -> RunDir:
+    """The directory of a run from its path, a checkpoint's path or bare name, or nothing (the output directory).
+
+    Raises:
+        CheckpointError: nothing of that name.
+    """
+    path = output_dir if name is None else _existing(name, output_dir)
+    if path is None:
+        raise CheckpointError(
+            f"there is no {name}, neither here nor in {output_dir}.",
+            hint="Name the output directory of a run, or one of its checkpoints.",
+        )
+    return RunDir(path if manifest.step_of(path.absolute()) is None else path.absolute().parent)
+
+
 def checkpoint(name: str | None, *, output_dir: Path) -> Found:
     """A checkpoint from a run directory, a checkpoint's path, a bare ``checkpoint-500``, or nothing (the newest).
 

@@ -175,7 +175,7 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path
     """Every file that a run may have written beside its checkpoints."""
     counts = {name: min(number, _MOST_RANKS) for name, number in most(described["config"], described).items()}
     others = range(max(1, machines), counts["num_machines"])
-    files = [run.plan_json, run.metrics, run.bad_step]
+    files = [run.plan_json, run.metrics, run.bad_step, run.report_html]
     files += [file for machine in (0, *others) for file in run.files_of_machine(machine)]
     files += [file for rank in range(counts["num_processes"]) for file in run.files_of_rank(rank)]
     # the note is the last to go: a deletion that was stopped goes on by it

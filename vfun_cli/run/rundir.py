@@ -106,6 +106,21 @@ class RunDir:
         """Videos made of the validation rows after so many steps."""
         return self.root / "samples" / f"step-{step}"
 
+    def sampled(self) -> list[tuple[int, Path]]:
+        """The steps of which there are samples, and their folders."""
+        named = [path.name.removeprefix("step-") for path in (self.root / "samples").glob("step-*")]
+        return [(step, self.samples(step)) for step in sorted(int(name) for name in named if name.isdecimal())]
+
+    @property
+    def validation_clips(self) -> Path:
+        """The own clips of the validation rows, to compare samples with."""
+        return self.root / "samples" / "rows"
+
+    @property
+    def report_html(self) -> Path:
+        """The run as a page."""
+        return self.root / "report.html"
+
     def stop_request(self, machine_rank: int = 0) -> Path:
         """Its presence asks the ranks of a machine, and by them all, to save and stop at the next step boundary."""
         return self.logs / ("stop-request" if machine_rank == 0 else f"stop-request-machine-{machine_rank}")
@@ -211,7 +226,7 @@ class RunDir:
     def own_files(self) -> list[Path]:
         """What a run writes here, as far as its names are known beforehand, and its checkpoints."""
         files = [self.run_json, self.plan_json, self.metrics, self.logs, self.sanity_check, self.launch()]
-        return files + [path for _, path in manifest.numbered(self.root)]
+        return [*files, self.report_html, *(path for _, path in manifest.numbered(self.root))]
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
