@@ -22,7 +22,14 @@ STATE = {"strategy": "single", "world_size": 1, "family": "cogvideox-fun", "kind
 def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) -> str | None:
     """All files of a run, and checkpoints of these steps; returns the run's id."""
     described = {**DESCRIBED, "id": ownership.new_id(), **stated}
-    for path in [run.plan_json, run.metrics, run.bad_step, *run.files_of_machine(0), *run.files_of_rank(1)]:
+    for path in [
+        run.plan_json,
+        run.metrics,
+        run.bad_step,
+        run.report_html,
+        *run.files_of_machine(0),
+        *run.files_of_rank(1),
+    ]:
         write(path)
     with ownership.noting(run, run.root):
         write(run.sanity_check / "sample-0-video.mp4")

@@ -40,7 +40,7 @@ def gibibytes(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A step takes 0.081 s, a run 1 day, 2:03:04."""
-    return f"{value:.3g} s" if value < 120 else str(timedelta(seconds=round(value)))
+    return str(timedelta(seconds=round(value))) if 120 <= value < 1e9 else f"{value:.3g} s"
 
 
 Write = Callable[[float], str]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console
+from vfun_cli.config.resolve import OPTION
 from vfun_cli.errors import CheckpointError
 from vfun_cli.report import meter
 from vfun_cli.report.charts import Chart, Curve, Point, draw, smooth
@@ -354,9 +355,14 @@ def _options(told: Told) -> str:
     if not found:
         return _note(f"All options are the defaults of {text(told.spec.name)}.")
     rows = [
-        (f"--{each.name.replace('_', '-')}", _value(each.value), _value(each.default), each.source) for each in found
+        (f"--{each.name.replace('_', '-')}", _value(each.value), _value(each.default), _source(each.source))
+        for each in found
     ]
     return _table(("option", "value", f"default of {told.spec.name}", "from"), rows)
+
+
+def _source(source: str) -> str:
+    return "command line" if source == OPTION else source
 
 
 def _value(value: Any) -> str:
