@@ -33,7 +33,7 @@ def run_directory(name: str | None, *, output_dir: Path) -> RunDir:
     Raises:
         CheckpointError: nothing of that name.
     """
-    path = output_dir if name is None else _existing(name, output_dir)
+    path = output_dir if name is None else existing(name, output_dir)
     if path is None:
         raise CheckpointError(
             f"there is no {name}, neither here nor in {output_dir}.",
