@@ -1,10 +1,14 @@
 """Which source frames a clip consists of."""
 
+from fractions import Fraction
+
 from vfun_cli.metadata.clip_needs import WHOLE, Span, source_frames, usable_frames
 from vfun_cli.modeling.adapter import SampleRequest
-from vfun_cli.modeling.inputs import ClipInput, ImageFrame, MediaFile, VideoFrames
+from vfun_cli.modeling.inputs import AudioSegment, ClipInput, ImageFrame, MediaFile, VideoFrames
 from vfun_cli.modeling.randomness import SampleKey
 
+SAMPLE_RATE = 16000
+"""Of the sound that speech encoders read."""
 FIRST_FRAME = 0.4
 """Probability of frame 0 as a random reference image; the other frames share the rest."""
 
@@ -46,3 +50,16 @@ def clip_of(request: SampleRequest, field: str = "file_path", usable_span: Span 
     if request.kind == "image":
         return ImageFrame(media, size)
     return VideoFrames(media, tuple(frame_indices(request, usable_span)), size)
+
+
+def clip_sound(request: SampleRequest, field: str, start: int) -> AudioSegment:
+    """The clip's sound [samples] at 16 kHz, exactly ``frames * stride / fps`` seconds from source frame ``start``.
+
+    The last clip frame lasts a stride, so the sound may end up to ``stride - 1`` source frames behind the file's last
+    one; that part is silence.
+    """
+    fps = Fraction(*request.fps)
+    wanted = request.frames * request.stride
+    there = min(wanted, request.total_frames - start)
+    samples = round(wanted / fps * SAMPLE_RATE)
+    return AudioSegment(MediaFile(request.record[field]), start / fps, there / fps, SAMPLE_RATE, samples)

@@ -1,9 +1,12 @@
 """From a request to a video: what the encoders read, the frames, and where the sound begins."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,10 @@ from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import outputs_of, prepared
 from vfun_cli.modeling.adapter import ModelAdapter, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.modeling.media.sound import read_sound
+from vfun_cli.modeling.media.writing import write_png, write_video
+from vfun_cli.modeling.transfer import upload
+from vfun_cli.run.rundir import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,50 @@ def film_of(adapter: ModelAdapter, request: VideoRequest, frames: list[Tensor]) 
     return Film(pixels=pixels, fps=request.fps, heard_from=start)
 
 
-def on_host(outputs: Mapping[str, Output]) -> dict[str, Output]:
-    """Encoders' outputs that wait for their turn without the device's memory."""
-    return {name: {part: tensor.cpu() for part, tensor in output.items()} for name, output in outputs.items()}
+def moved(outputs: Mapping[str, Output], device: torch.device) -> dict[str, Output]:
+    """Encoders' outputs on a device; on the host they wait for their turn without its memory."""
+    return {name: {part: upload(tensor, device) for part, tensor in output.items()} for name, output in outputs.items()}
+
+
+def described(request: VideoRequest) -> dict[str, Any]:
+    """What a video was made of, for the file beside it."""
+    return {
+        "schema": 1,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.key.seed,
+        "row": request.key.row,
+        "guidance": request.guidance,
+        "frames": request.frames,
+        "height": request.height,
+        "width": request.width,
+        "fps": str(request.fps),
+    }
+
+
+def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: Path | None = None) -> Path:
+    """A video or, of one frame, a picture, with ``stem``.json beside it, which comes last: what has one is whole.
+
+    Args:
+        sound: the file that is heard.
+
+    Raises:
+        MetadataError: the sound cannot be read.
+        OSError: the disk cannot take it.
+    """
+    path = stem.with_name(stem.name + (".png" if len(film.pixels) == 1 else ".mp4"))
+    partial = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(film.pixels) == 1:
+        write_png(partial, film.pixels)
+    else:
+        heard = None if sound is None else read_sound(sound, film.heard_from, film.seconds)
+        write_video(partial, film.pixels, film.fps, heard)
+    partial.replace(path)
+    write_facts(stem, facts)
+    return path
+
+
+def write_facts(stem: Path, facts: Mapping[str, Any]) -> None:
+    """What is known of a video, beside it."""
+    write_atomically(stem.with_name(stem.name + ".json"), json.dumps(facts, ensure_ascii=False, indent=1) + "\n")

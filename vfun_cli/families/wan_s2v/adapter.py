@@ -24,14 +24,13 @@ from vfun_cli.modeling.adapter import (
     both_branches,
     captions_to_sample,
 )
-from vfun_cli.modeling.clips import frame_indices, reference_frame
+from vfun_cli.modeling.clips import clip_sound, frame_indices, reference_frame
 from vfun_cli.modeling.encoders import umt5, wan_vae, wav2vec2
 from vfun_cli.modeling.encoders.clip_vae import sample_posterior
 from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.umt5 import pad_text
 from vfun_cli.modeling.encoders.wav2vec2 import SpeechEncoder
 from vfun_cli.modeling.inputs import (
-    AudioSegment,
     ClipInput,
     ConcatenatedClip,
     ConstantFrames,
@@ -57,7 +56,6 @@ LEAD_IN = 3
 """Frames that a segment behind the reference alone loses at its beginning."""
 BLACK = -1.0
 GREY = 0.0
-SAMPLE_RATE = 16000
 LATENTS = ("clip", "reference", "control", "history")
 """Inputs that the VAE reads: control where the row has one, otherwise its latents are zeros, as a video is made without
 one; history only where motion is dropped."""
@@ -124,7 +122,7 @@ def talking_clip(request: SampleRequest) -> TalkingClip:
         pixels=VideoFrames(video, tuple(clip), size),
         history=VideoFrames(video, tuple(history), size) if history else None,
         control=VideoFrames(MediaFile(control), tuple(clip), size) if control else None,
-        audio=clip_audio(request, clip[0]),
+        audio=clip_sound(request, "audio_path", clip[0]),
         fps=Fraction(*request.fps) / request.stride,
         text=request.caption,
         frames=request.frames,
@@ -400,24 +398,6 @@ class WanS2VAdapter:
     def heard_from(self, request: VideoRequest) -> Fraction:
         """Frame k of the video belongs to the sound of frame k + ``LEAD_IN``, unless it ``starts_still``."""
         return Fraction(0) if request.starts_still else LEAD_IN / request.fps
-
-
-def clip_audio(request: SampleRequest, start: int) -> AudioSegment:
-    """The clip's sound [samples] at 16 kHz, exactly ``frames * stride / fps`` seconds from source frame ``start``.
-
-    The last clip frame lasts a stride, so the sound may end up to ``stride - 1`` source frames behind the file's last
-    one; that part is silence.
-    """
-    fps = Fraction(*request.fps)
-    wanted = request.frames * request.stride
-    there = min(wanted, request.total_frames - start)
-    return AudioSegment(
-        MediaFile(request.record["audio_path"]),
-        start / fps,
-        there / fps,
-        SAMPLE_RATE,
-        round(wanted / fps * SAMPLE_RATE),
-    )
 
 
 def control_clip(control: ClipInput, decisions: Decisions, size: Size) -> ClipInput:
