@@ -147,6 +147,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "machine_rank": {"num_machines": 2, "main_process_port": 29500},
     "cache_variants": {"cache": "latents"},
     "use_ema": {"strategy": "ddp"},
+    "validation_steps": {"validation_prompts": ["a cat"]},
+    "validation_epochs": {"validation_prompts": ["a cat"]},
     "base_precision": {"strategy": "ddp", "device": "cuda"},
 }
 """What an option needs to have another value: both are given."""

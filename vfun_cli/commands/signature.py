@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from vfun_cli import console
 from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.errors import ConfigError
+from vfun_cli.families import FAMILIES
 
 Command = Callable[..., None]
 
@@ -20,25 +22,46 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
     """``--video_sample_size=640`` pasted from an old script becomes ``--video-sample-size=640``.
 
     An option with a value that is also a switch (``Opt.switch``) gets that value where it stands alone or is negated.
+    A list may be written with spaces, as the original scripts take it: see :func:`_spaced`.
     """
     switches = {_long(name): (opt.switch, opt.choices) for name, (_, _, opt) in options().items() if opt.switch}
+    lists = {_long(name) for name, (_, kind, _) in options().items() if plain_kind(kind) is tuple}
     result: list[str] = []
-    for position, argument in enumerate(arguments):
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
         if argument == "--":
-            return [*result, *arguments[position:]]
+            return [*result, *arguments[position - 1 :]]
         if not argument.startswith("--"):
             result.append(argument)
             continue
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
         negated = name.replace("--no-", "--", 1)
-        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        following = arguments[position] if position < len(arguments) else ""
         if negated != name and negated in switches:
             name, equals, value = negated, "=", switches[negated][0][0]
         elif not equals and name in switches and following not in switches[name][1]:
             equals, value = "=", switches[name][0][1]
+        elif not equals and name in lists and following and not following.startswith("-"):
+            more = _spaced(arguments, position)
+            result += [part for word in (following, *more) for part in (name, word)]
+            position += 1 + len(more)
+            continue
         result.append(name + equals + value)
     return result
+
+
+def _spaced(arguments: Sequence[str], position: int) -> list[str]:
+    """What follows the first value of a list up to the next option: ``--trainable_modules "a" "b"``.
+
+    Only where the command's own argument, such as the family, was there before: it could be one of these words.
+    """
+    own = [word for word in arguments[1:position] if word in FAMILIES] or [*arguments[1:2]]
+    if not own or own[0].startswith("-"):
+        return []
+    return list(takewhile(lambda word: not word.startswith("-"), arguments[position + 1 :]))
 
 
 def with_options(

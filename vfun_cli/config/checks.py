@@ -19,6 +19,7 @@ def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
     _check_processes(config)
     _check_strategy(config)
     _check_conditioning(config, spec)
+    _check_validation(config)
     if lora:
         _check_lora(config, spec)
         _check_quantised_base(config)
@@ -93,6 +94,24 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
     if image != default_of("control_ref_image") and image not in spec.reference_images:
         raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
+
+
+def _check_validation(config: RunConfig) -> None:
+    """One set of held-out rows, and no dates for nothing."""
+    if config.validation_meta is not None and config.validation_rows is not None:
+        raise ConfigError(
+            f"validation_meta {config.validation_meta} and validation_rows {config.validation_rows} are two sets of "
+            "held-out rows.",
+            hint="Keep one of them.",
+        )
+    for name in ("validation_steps", "validation_epochs"):
+        every = getattr(config, name)
+        if every is not None and not config.validates:
+            raise ConfigError(
+                f"{name} is {every}, but there is nothing to validate on.",
+                hint="Add --validation-rows N, --validation-meta FILE or --validation-prompts TEXT, or drop it.",
+                option=f"--{name.replace('_', '-')}",
+            )
 
 
 def _check_lora(config: RunConfig, spec: FamilySpec) -> None:

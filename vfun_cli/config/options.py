@@ -22,6 +22,7 @@ DATA = "Data"
 BUCKETS = "Buckets"
 CONDITIONING = "Conditioning"
 OPTIMISATION = "Optimisation"
+VALIDATION = "Validation"
 MEMORY = "Memory and speed"
 LORA = "LoRA"
 PARALLEL = "Processes and machines"
@@ -53,6 +54,8 @@ class Opt:
     """The most that makes sense: beyond it a slip of the finger would cost minutes, or terabytes."""
     below: float | None = None
     """A number must be less than this."""
+    verbatim: bool = False
+    """The entries of a list are taken as they stand: a comma belongs to them."""
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
     """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise,
@@ -385,6 +388,103 @@ class RunConfig:
         float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0, below=1)
     ] = 0.9999
 
+    validation_meta: Annotated[
+        Path | None,
+        Opt(
+            help="Metadata of rows to validate on; their paths start from train_data_dir too. Before the first step, "
+            "and as often as asked, their loss is computed.",
+            panel=VALIDATION,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    validation_rows: Annotated[
+        int | None,
+        Opt(
+            help="Instead of that: hold so many of the training rows out, chosen by their videos and the seed, "
+            "whatever their order. Rows of one video go together; none of them is trained on.",
+            panel=VALIDATION,
+            minimum=1,
+            maximum=1e6,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    validation_steps: Annotated[
+        int | None,
+        Opt(
+            help="Validate each time after so many steps; with neither this nor validation_epochs, with every "
+            "checkpoint. Before the first step and after the last it is done in any case.",
+            panel=VALIDATION,
+            unit="steps",
+            minimum=1,
+            maximum=1e9,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    validation_epochs: Annotated[
+        int | None,
+        Opt(
+            help="Validate each time so many epochs are over.",
+            panel=VALIDATION,
+            unit="epochs",
+            minimum=1,
+            maximum=100_000,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    validation_samples: Annotated[
+        bool,
+        Opt(
+            help="Make videos of the validation rows, or of the prompts; without, the rows' loss alone is computed.",
+            panel=VALIDATION,
+            on_resume="harmless",
+        ),
+    ] = True
+    validation_prompts: Annotated[
+        tuple[str, ...],
+        Opt(help="Prompts to make videos of.", panel=VALIDATION, verbatim=True, on_resume="harmless"),
+    ] = ()
+    validation_paths: Annotated[
+        tuple[str, ...],
+        Opt(
+            help="Control clips of these prompts, one each, or the videos that they continue.",
+            panel=VALIDATION,
+            verbatim=True,
+            on_resume="harmless",
+        ),
+    ] = ()
+    validation_image_paths: Annotated[
+        tuple[str, ...],
+        Opt(help="Pictures of these prompts, one each.", panel=VALIDATION, verbatim=True, on_resume="harmless"),
+    ] = ()
+    validation_audio_paths: Annotated[
+        tuple[str, ...],
+        Opt(help="Sounds of these prompts, one each.", panel=VALIDATION, verbatim=True, on_resume="harmless"),
+    ] = ()
+    validation_sampling_steps: Annotated[
+        int | None,
+        Opt(
+            help="Denoising steps of each video; by default as many as the family's inference takes.",
+            panel=VALIDATION,
+            unit="steps",
+            minimum=1,
+            maximum=1_000,
+            on_resume="harmless",
+        ),
+    ] = None
+    validation_guidance: Annotated[
+        float | None,
+        Opt(
+            help="Strength of classifier-free guidance; by default the family's.",
+            panel=VALIDATION,
+            minimum=0,
+            maximum=1e3,
+            on_resume="harmless",
+        ),
+    ] = None
+
     gradient_checkpointing: Annotated[
         str,
         Opt(
@@ -627,6 +727,19 @@ class RunConfig:
         """Whether the transformer computes in bf16; else in float32."""
         return self.mixed_precision == "bf16"
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows whose loss is computed and on which nothing is trained."""
+        return self.validation_meta is not None or self.validation_rows is not None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on."""
+        given = (
+            self.validation_prompts, self.validation_paths, self.validation_image_paths, self.validation_audio_paths,
+        )  # fmt: skip
+        return self.holds_out or any(given)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
         return {name: _plain(value) for name, value in asdict(self).items()}
@@ -720,6 +833,8 @@ def parse(name: str, value: Any, where: str) -> Any:
 
 def _parsed(name: str, value: Any, where: str) -> Any:
     _, kind, opt = options()[name]
+    if opt.verbatim:
+        return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
         raise ConfigError(

@@ -310,6 +310,8 @@ def _typed(name: str, value: Any) -> list[str]:
     """An option as it is typed."""
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
+    if isinstance(value, list) and options()[name][2].verbatim:
+        return [word for entry in value for word in (f"--{_hyphened(name)}", entry)]
     return [f"--{_hyphened(name)}", ",".join(value) if isinstance(value, list) else str(value)]
 
 
