@@ -380,6 +380,18 @@ def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str,
     assert given[60:].all()
 
 
+def test_where_nothing_is_left_out_clips_without_known_pixels_have_no_condition_as_in_inference(
+    adapters: dict[str, CogVideoXFunAdapter],
+) -> None:
+    everything = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    part = everything.clone()
+    part[..., :8] = False
+    keys = [SampleKey(0, 0, row, drops=False) for row in range(60)]
+    _, conditions = encoded(adapters["2b"], [clip(everything)] * 60 + [clip(part)] * 60, keys * 2)
+    given = conditions["inpaint"].flatten(1).any(1)
+    assert not given[:60].any() and given[60:].all()
+
+
 def test_one_caption_in_ten_is_left_out(media: Path) -> None:
     normal = replace(PLAIN, train_mode="normal")
     made = [CogVideoXFunAdapter.inputs(request(media, "image", row=row), normal) for row in range(300)]

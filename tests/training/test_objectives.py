@@ -55,3 +55,25 @@ def test_what_is_no_number_stays_none_and_masked_elements_do_not_count() -> None
     assert math.isnan(FlowMatching(shift=1.0).loss(target + math.nan, target, None).item())
     prediction, mask = torch.tensor([3.0, 1.0]).view(1, 1, 2, 1, 1), torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
     assert FlowMatching(shift=1.0).loss(prediction, target, mask).item() == 1.0
+
+
+BOTH: list[Objective] = [FlowMatching(shift=5.0), DDPM(alphas_cumprod=ALPHAS, prediction_type="v_prediction")]
+
+
+@pytest.mark.parametrize("objective", BOTH)
+def test_a_quantile_of_the_timesteps_has_that_share_of_them_below(objective: Objective) -> None:
+    """Timesteps grow with the noise, in either order of the schedule."""
+    every = objective.corrupt_at(LATENTS[:1].expand(1000, -1, -1, -1, -1), [KEYS[0]] * 1000, range(1000)).timesteps
+    for quantile in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        here = objective.corrupt_at(LATENTS[:1], KEYS[:1], [objective.at_quantile(quantile)]).timesteps
+        assert (every <= here).double().mean().item() == pytest.approx(quantile)
+
+
+@pytest.mark.parametrize("objective", BOTH)
+def test_at_the_timesteps_that_the_keys_draw_it_is_the_training(objective: Objective) -> None:
+    drawn = [int(key.numpy("timestep").integers(1000)) for key in KEYS]
+    assert len(set(drawn)) == 3
+    trained, at = objective.corrupt(LATENTS, KEYS), objective.corrupt_at(LATENTS, KEYS, drawn)
+    assert all(torch.equal(value, vars(at)[name]) for name, value in vars(trained).items())
+    elsewhere = objective.corrupt_at(LATENTS, KEYS, [1, 2, 3])
+    assert not torch.equal(elsewhere.noisy, trained.noisy)

@@ -21,6 +21,8 @@ class SampleKey:
     copy: int = 0
     variants: int = 0
     """How many epochs draw what the encoders see anew before it repeats; 0: all of them."""
+    drops: bool = True
+    """Whether conditions are left out now and then, as in training; without, every sample has all of its own."""
 
     @property
     def content(self) -> "SampleKey":
@@ -37,8 +39,8 @@ class SampleKey:
         return np.random.Generator(np.random.PCG64(self.entropy(purpose)))
 
     def chance(self, purpose: str, probability: float) -> bool:
-        """One Bernoulli draw."""
-        return bool(self.numpy(purpose).random() < probability)
+        """One Bernoulli draw: whether a condition is left out. Never where nothing is."""
+        return self.drops and bool(self.numpy(purpose).random() < probability)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal float32 on the CPU, so that every device sees the same numbers."""

@@ -40,6 +40,14 @@ class Objective(Protocol):
         """Noise each sample by its own key; latents [B, C, F, H, W] float32."""
         ...
 
+    def corrupt_at(self, latents: Tensor, keys: Sequence[SampleKey], indices: Sequence[int]) -> Corrupted:
+        """The same at these places of the schedule, one a sample, instead of those that the keys draw."""
+        ...
+
+    def at_quantile(self, quantile: float) -> int:
+        """The place of the schedule at a quantile (above 0, at most 1) of what training draws, least noise first."""
+        ...
+
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """Scalar float32 loss; ``mask`` broadcasts over [B, C, F, H, W], 1 counts."""
         ...
@@ -52,6 +60,11 @@ def _noise(latents: Tensor, keys: Sequence[SampleKey]) -> Tensor:
 def _timestep_indices(keys: Sequence[SampleKey]) -> list[int]:
     """Uniform over the schedule for every sample, whatever its rank."""
     return [int(key.numpy("timestep").integers(NUM_TIMESTEPS)) for key in keys]
+
+
+def _noise_rank(quantile: float) -> int:
+    """How many of the timesteps that training draws, all alike, have less noise than that at the quantile."""
+    return round(quantile * NUM_TIMESTEPS) - 1
 
 
 def _weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,12 +89,20 @@ class FlowMatching:
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""
-        sigma = upload(self.sigmas()[_timestep_indices(keys)], latents.device)
+        return self.corrupt_at(latents, keys, _timestep_indices(keys))
+
+    def corrupt_at(self, latents: Tensor, keys: Sequence[SampleKey], indices: Sequence[int]) -> Corrupted:
+        """See :class:`Objective`."""
+        sigma = upload(self.sigmas()[list(indices)], latents.device)
         noise = _noise(latents, keys)
         wide = sigma.view(-1, 1, 1, 1, 1)
         return Corrupted(
             noisy=(1 - wide) * latents + wide * noise, timesteps=sigma * NUM_TIMESTEPS, target=noise - latents
         )
+
+    def at_quantile(self, quantile: float) -> int:
+        """See :class:`Objective`; the schedule begins at the most noise."""
+        return NUM_TIMESTEPS - 1 - _noise_rank(quantile)
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """Mean squared error over elements; outliers count as zero, NaN and infinity do not vanish."""
@@ -99,18 +120,25 @@ class DDPM:
     outlier: float = math.inf
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
+        """See :class:`Objective`."""
+        return self.corrupt_at(latents, keys, _timestep_indices(keys))
+
+    def corrupt_at(self, latents: Tensor, keys: Sequence[SampleKey], indices: Sequence[int]) -> Corrupted:
         """noisy = sqrt(a) x + sqrt(1 - a) n; target is v = sqrt(a) n - sqrt(1 - a) x, or the noise."""
-        drawn = torch.tensor(_timestep_indices(keys))
-        indices = upload(drawn, latents.device)
+        drawn = torch.tensor(list(indices))
         noise = _noise(latents, keys)
         alpha = upload(self.alphas_cumprod[drawn], latents.device).view(-1, 1, 1, 1, 1)
         signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
         velocity = self.prediction_type == "v_prediction"
         return Corrupted(
             noisy=signal * latents + amount * noise,
-            timesteps=indices,
+            timesteps=upload(drawn, latents.device),
             target=signal * noise - amount * latents if velocity else noise,
         )
+
+    def at_quantile(self, quantile: float) -> int:
+        """See :class:`Objective`; the schedule begins at the least noise."""
+        return _noise_rank(quantile)
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         """Mean squared error over elements; outliers, where the family has them, count as zero."""

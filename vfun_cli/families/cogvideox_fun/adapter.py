@@ -189,7 +189,9 @@ class CogVideoXFunAdapter(WholeVideo):
         known = sample_posteriors([output["known"] for output in outputs], keys, "vae-known")
         inpaint = join(known, torch.stack(masks).transpose(1, 2), self.scale)
         # Decided on the device: reading on the host whether a mask leaves anything known would wait for it.
-        dropped = upload(torch.tensor([key.chance("empty-drop", EMPTY_DROP) for key in keys]), inpaint.device)
+        # Where nothing is left out, zeros always stand for a clip of which nothing is known, as when a video is made.
+        zeros = [not key.drops or key.chance("empty-drop", EMPTY_DROP) for key in keys]
+        dropped = upload(torch.tensor(zeros), inpaint.device)
         empty = torch.stack([mask.all() for mask in masks])
         return inpaint * ~(empty & dropped).view(-1, 1, 1, 1, 1)
 
