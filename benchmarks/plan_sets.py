@@ -29,4 +29,5 @@ def mixed_set(num_rows: int, *, images: float, seed: int = 0) -> ClipTable:
         frames=rng.integers(3, 400, num_rows),
         fps_num=rates[:, 0],
         fps_den=rates[:, 1],
+        held_out=np.zeros(num_rows, np.bool_),
     )

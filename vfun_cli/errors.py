@@ -12,6 +12,7 @@
 Every error says what was found, where, why it cannot go on, and (``hint``) the next command.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -60,9 +61,9 @@ class MetadataError(VfunError):
     usual_hint = "Every problem of the metadata at once: vfun validate-meta"
 
     def with_command(self, command: str) -> "MetadataError":
-        """The same where the metadata are known: the hint names them to ``vfun validate-meta``."""
-        hint = self.hint or ""
-        return MetadataError(self.message, hint=hint.replace("vfun validate-meta", command))
+        """The same where the metadata are known: the hint names them to ``vfun validate-meta`` if it names none yet."""
+        hint = re.sub("vfun validate-meta(?! [^-])", lambda _: command, self.hint or "")
+        return MetadataError(self.message, hint=hint)
 
 
 class FitError(VfunError):

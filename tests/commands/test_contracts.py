@@ -79,6 +79,87 @@ def test_hyphens_and_underscores_name_the_same_options() -> None:
     assert main.hyphenate(given) == ["train", "--video-sample-size=6_4", "--output-dir", "my_run", "--", "--as_it_is"]
 
 
+PROMPTS = ["--validation-prompts", "a cat, red", "--validation-prompts", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (
+            ["train", "wan-s2v", "--trainable_modules", "attn1", "attn2", "--fsdp"],
+            ["train", "wan-s2v", "--trainable-modules", "attn1", "--trainable-modules", "attn2", "--fsdp"],
+        ),
+        (
+            ["train", "wan-s2v", "--validation_prompts", "a cat, red", "a dog", "--seed=1"],
+            ["train", "wan-s2v", *PROMPTS, "--seed=1"],
+        ),
+        (
+            ["lora", "--fsdp", "wan-s2v", "--validation_prompts", "a cat, red", "a dog"],
+            ["lora", "--fsdp", "wan-s2v", *PROMPTS],
+        ),
+        # Where no family was named yet, the next word may be it.
+        (["train", "--trainable_modules", "attn1", "wan-s2v"], ["train", "--trainable-modules", "attn1", "wan-s2v"]),
+        (["resume", "--trainable-modules", "a", "run"], ["resume", "--trainable-modules", "a", "run"]),
+        (["train", "wan-s2v", "--trainable-modules=a", "b"], ["train", "wan-s2v", "--trainable-modules=a", "b"]),
+        (["train", "wan-s2v", "--trainable-modules"], ["train", "wan-s2v", "--trainable-modules"]),
+        (["train", "wan-s2v", "--seed", "1", "2"], ["train", "wan-s2v", "--seed", "1", "2"]),
+    ],
+)
+def test_lists_are_taken_with_spaces_as_the_original_scripts_write_them(typed: list[str], meant: list[str]) -> None:
+    assert main.hyphenate(typed) == meant
+
+
+def test_the_validation_of_an_old_script_works_as_pasted(place: Path, vfun: Vfun) -> None:
+    pasted = shlex.split(
+        "--validation_prompts 'a cat, red' 'a dog' --validation_image_paths 'one, two.png' b.png --validation_steps=10 "
+        "--validation_epochs=5 --trainable_modules self_attn ffn"
+    )
+    said = vfun("train", "wan-s2v", *DRY, "--json", *pasted)
+    assert said.code == 0, said.err
+    config = json.loads(said.out)["config"]
+    assert config["validation_prompts"] == ["a cat, red", "a dog"]
+    assert config["validation_image_paths"] == ["one, two.png", "b.png"]
+    assert (config["validation_steps"], config["validation_epochs"]) == (10, 5)
+    assert config["trainable_modules"] == ["self_attn", "ffn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        (["--validation-steps", "5"], "validation_steps is 5, but there is nothing to validate on"),
+        (["--validation-epochs", "1"], "validation_epochs is 1, but there is nothing to validate on"),
+        (["--validation-rows", "2", "--validation-meta", "x.json"], "are two sets of held-out rows"),
+        (["--validation-rows", "6"], "would leave nothing to train on"),
+    ],
+)
+def test_a_validation_that_cannot_be_is_refused_with_the_way_out(
+    options: list[str], meant: str, place: Path, vfun: Vfun
+) -> None:
+    said = vfun("train", "wan-s2v", *DRY, *options)
+    assert said.code == 2 and meant in " ".join(said.err.split()) and "next: " in said.err
+
+
+def test_rows_to_validate_on_are_checked_like_those_to_train_on(place: Path, vfun: Vfun) -> None:
+    rows = json.loads((place / "vfun-demo/wan-s2v/data/metadata.json").read_text(encoding="utf-8"))[:2]
+    rows[1]["file_path"] = "train/none.mp4"
+    (place / "validation.json").write_text(json.dumps(rows), encoding="utf-8")
+    said = vfun("train", "wan-s2v", *DRY, "--validation-meta", "validation.json")
+    words = " ".join(said.err.split())
+    assert said.code == 3 and "row 1, file_path: missing-file" in words
+    assert "vfun validate-meta validation.json" in words
+
+
+def test_the_plan_says_what_the_held_out_loss_costs(place: Path, vfun: Vfun) -> None:
+    given = ("wan-s2v", "--demo", "--validation-rows", "2", "--validation-steps", "3")
+    planned = json.loads(vfun("plan-buckets", *given, "--json").out)
+    assert planned["held_out"]["rows"] == 2 and planned["held_out"]["passes"] == 18
+    assert planned["ledger"]["dropped"] == {"held-out": 2}
+    trained = json.loads(vfun("train", *given, "--dry-run", "--json").out)
+    assert trained["plan"]["held_out"] | {"share_of_training": 0} == planned["held_out"] | {"share_of_training": 0}
+    said = " ".join(vfun("plan-buckets", *given).out.split())
+    assert "Held-out loss 2 rows at 9 timesteps" in said and "in 18 forward passes every 3 steps" in said
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

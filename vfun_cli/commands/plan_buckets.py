@@ -126,14 +126,17 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
 
 def _plan(spec: FamilySpec, config: RunConfig, ranks: int, epochs: int) -> "tuple[RunPlan, list[EpochPlan]]":
     """The plan and its first epochs, from rows that state everything, or else from checked files."""
-    from vfun_cli.plan.rows import checked_rows, stated_table, validate_command
+    from vfun_cli.plan.rows import checked_rows, stated_table, validate_command, validation_table
 
     try:
         table = stated_table(config, spec) or checked_rows(config, spec).table()
-        from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for rows that are refused
+        from vfun_cli.plan.held_out import hold_out  # with numpy: not for rows that are refused
+        from vfun_cli.plan.run_plan import RunPlan
 
         dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
-        plan = RunPlan.of(config, spec, dims, table, world_size=ranks)
+        table = hold_out(config, spec, dims, table)
+        validation = validation_table(config, spec, trust_stated=True)
+        plan = RunPlan.of(config, spec, dims, table, world_size=ranks, validation_table=validation)
         plan = replace(plan, num_epochs=max(plan.num_epochs, epochs))
         return plan, list(islice(plan.epochs(), epochs))
     except MetadataError as error:

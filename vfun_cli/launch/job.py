@@ -29,6 +29,7 @@ from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
 
 if TYPE_CHECKING:
+    from vfun_cli.metadata.table import ClipTable
     from vfun_cli.plan.run_plan import RunPlan
 
 
@@ -56,6 +57,8 @@ class Job:
     """The folder in memory in which a checkpoint waits while training goes on, of this launch alone."""
     metadata_sha256: str
     """Of the metadata that were checked."""
+    validation_sha256: str | None
+    """Of those of the rows to validate on, if they have their own."""
     deadline: float | None
     """When --max-hours is over, in seconds since 1970; of a dry run, which may be started by hand at any time, None."""
     contents: Mapping[str, Contents]
@@ -86,6 +89,8 @@ class Job:
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
             "metadata_sha256": self.metadata_sha256,
+            "validation_clips": self._validation_clips(),
+            "validation_sha256": self.validation_sha256,
             "contents": {name: each.digest for name, each in self.contents.items()},
             "allowed": list(self.allowed),
             "plan_digest": self.plan.first_epoch.digest(),
@@ -94,6 +99,11 @@ class Job:
             "deadline": self.deadline,
             "prune": self.prune,
         }
+
+    def _validation_clips(self) -> str | None:
+        if self.plan.validation_table is None:
+            return None
+        return str(self.run.validation_clips(self.config.machine_rank).absolute())
 
     def files(self) -> dict[Path, str]:
         """What the launcher and the training processes read; ``run.json``, which makes a run of them, is the last."""
@@ -135,10 +145,11 @@ def decide(
     try:
         with keeping():
             report = rows.checked_rows(config, spec)
-        plan = _plan(config, spec, found, report)
+            validation = rows.validation_table(config, spec)
+        plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
-    check_batch(config, len(plan.table))
+    check_batch(config, len(plan.table) - int(plan.table.held_out.sum()))
     if not dry_run:
         from vfun_cli.plan.queue import check_shared_memory  # with numpy, as the plan
 
@@ -170,6 +181,7 @@ def decide(
         most=ownership.most(config.to_json(), earlier),
         staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
         metadata_sha256=metadata_digest(config.train_data_meta),
+        validation_sha256=None if config.validation_meta is None else metadata_digest(config.validation_meta),
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
 
@@ -195,7 +207,9 @@ def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan")
     return count
 
 
-def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Report) -> "RunPlan":
+def _plan(
+    config: RunConfig, spec: FamilySpec, found: Found | None, report: Report, validation: "ClipTable | None"
+) -> "RunPlan":
     """The plan of the checked rows, whose first epoch can be planned.
 
     Raises:
@@ -203,10 +217,12 @@ def _plan(config: RunConfig, spec: FamilySpec, found: Found | None, report: Repo
         CheckpointError: no such model directory.
     """
     dims = read_dims(spec, config.pretrained_model_name_or_path)
-    from vfun_cli.plan.run_plan import RunPlan  # with numpy: not for what is refused until here
+    from vfun_cli.plan.held_out import hold_out  # with numpy: not for what is refused until here
+    from vfun_cli.plan.run_plan import RunPlan
     from vfun_cli.plan.schedule import earlier_segments
 
-    plan = RunPlan.of(config, spec, dims, report.table())
+    table = hold_out(config, spec, dims, report.table())
+    plan = RunPlan.of(config, spec, dims, table, validation_table=validation)
     if found is not None:
         plan = replace(plan, earlier=earlier_segments(read_state(found.checkpoint), plan.options.slots))
     _ = plan.first_epoch  # raises where no row can be used

@@ -115,6 +115,8 @@ def write_plan(job: Job) -> None:
     run, machine = job.run, job.config.machine_rank
     run.launch(machine).mkdir(parents=True, exist_ok=True)
     job.plan.table.save(run.clips(machine))
+    if job.plan.validation_table is not None:
+        job.plan.validation_table.save(run.validation_clips(machine))
     write_atomically(
         run.plan_json, json.dumps({"digest": job.plan.first_epoch.digest(), **job.plan_summary()}, indent=1)
     )

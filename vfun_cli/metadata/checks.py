@@ -584,6 +584,7 @@ def _table(clips: Sequence[RowFacts]) -> "ClipTable":
         frames=column(clip.frames for clip in clips),
         fps_num=column(rate.numerator for rate in rates),
         fps_den=column(rate.denominator for rate in rates),
+        held_out=np.zeros(len(clips), np.bool_),
     )
 
 

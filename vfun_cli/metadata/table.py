@@ -29,10 +29,12 @@ class ClipTable:
     fps_num: IntArray
     """Frame rate as a fraction; ignored for images."""
     fps_den: IntArray
+    held_out: BoolArray
+    """Rows that are validated on and never trained."""
 
     def __post_init__(self) -> None:
         for column in fields(self):
-            kind = np.bool_ if column.name == "is_image" else np.int64
+            kind = np.bool_ if column.name in ("is_image", "held_out") else np.int64
             values: NDArray[Any] = np.ascontiguousarray(getattr(self, column.name), dtype=kind)
             if values.shape != (len(self.row),):
                 raise ValueError(f"column {column.name} has shape {values.shape}, the table has {len(self.row)} rows")
@@ -63,6 +65,7 @@ class ClipTable:
             frames=np.asarray(frames, dtype=np.int64),
             fps_num=rates[:, 0],
             fps_den=rates[:, 1],
+            held_out=np.zeros(num_rows, dtype=np.bool_),
         )
 
     @classmethod

@@ -21,6 +21,7 @@ from vfun_cli.plan.sizes import (
 KINDS = ("video", "image")
 
 REASONS: dict[str, str] = {
+    "held-out": "kept for validation",
     "unsupported-type": "the family does not train on rows of this type",
     "unknown-size": "width or height is unknown",
     "unknown-length": "the number of frames is unknown",
@@ -92,6 +93,7 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
             allowed[rows] = _allowed_sizes(sizes, aspect[rows], table.height[rows], table.width[rows])
     video = ~table.is_image
     faults = {
+        "held-out": table.held_out,
         "unsupported-type": ~supported,
         "unknown-size": ~known_size,
         "unknown-length": video & (table.frames <= 0),

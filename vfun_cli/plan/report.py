@@ -132,6 +132,37 @@ def totals(plan: RunPlan, epoch: EpochPlan) -> Totals:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutCost:
+    """What one look at the held-out rows costs."""
+
+    rows: int
+    passes: int
+    """Forward passes: one for each row and quantile, for the trained weights and their moving average."""
+    flops: float
+    every_steps: int | None
+    """Steps from one look to the next; None where the first epoch has none."""
+    share_of_training: float | None
+    """Its FLOPs over those of these steps, of which a forward and backward pass counts as three forward passes: a
+    little too low for a LoRA, whose backward pass is cheaper."""
+
+
+def held_out_cost(plan: RunPlan) -> HeldOutCost | None:
+    """Of the held-out loss of a run; None where no row is held out."""
+    held_out, epoch, every = plan.held_out, plan.first_epoch, plan.steps_between_validations()
+    if held_out is None:
+        return None
+    weights = 2 if plan.averages else 1
+    training = 3 * float(epoch.flops.sum()) / epoch.num_steps * every if epoch.num_steps and every else None
+    return HeldOutCost(
+        rows=len(held_out.clips),
+        passes=held_out.passes * weights,
+        flops=held_out.flops * weights,
+        every_steps=every,
+        share_of_training=None if training is None else float(f"{held_out.flops * weights / training:.4g}"),
+    )
+
+
 def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bool = False) -> dict[str, Any]:
     """What ``plan-buckets --json`` prints, without ``schema``; ``epochs`` are consecutive ones of the plan.
 
@@ -171,6 +202,9 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
     }
     result["steps_per_epoch"] = first.num_steps
     result["totals"] = _totals_json(totals(plan, first))
+    cost = held_out_cost(plan)
+    if cost is not None:
+        result["held_out"] = vars(cost)
     result["epochs"] = [
         {
             "epoch": each.epoch,

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from vfun_cli import console
 from vfun_cli.config.options import RunConfig
+from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.checks import (
     MEDIA_TYPES,
@@ -161,6 +162,29 @@ def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
         console.hint(f"The rows, counted from 0: {validate_command(config, spec)}")
     report.require_ok()
     return report
+
+
+def of_validation(config: RunConfig) -> RunConfig:
+    """The configuration with the rows to validate on in the place of those to train on."""
+    return replace(config, train_data_meta=config.validation_meta)
+
+
+def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool = False) -> "ClipTable | None":
+    """The clips of ``validation_meta``, whose rows are all good; None where there is none.
+
+    Args:
+        trust_stated: rows that state everything are believed, as for a plan of a cluster run.
+
+    Raises:
+        MetadataError: rows that cannot be looked at; the message names them, the hint how to see all.
+    """
+    if config.validation_meta is None:
+        return None
+    own = of_validation(config)
+    try:
+        return (stated_table(own, spec) if trust_stated else None) or checked_rows(own, spec).table()
+    except MetadataError as error:
+        raise error.with_command(validate_command(own, spec)) from None
 
 
 def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":

@@ -44,6 +44,8 @@ DESCRIBES: Mapping[str, Check] = {
     "allowed": optional(items(record({"option": text()}))),
     "run_dir": optional(file_path),
     "clips": optional(file_path),
+    "validation_clips": optional(file_path),
+    "validation_sha256": optional(text()),
     "resume": optional(file_path),
     "layouts": optional(LAYOUTS),
     "deadline": optional(number()),
@@ -149,6 +151,10 @@ class RunDir:
         """The checked clip table that the plan is made from."""
         return self.launch(machine_rank) / "clips.npz"
 
+    def validation_clips(self, machine_rank: int = 0) -> Path:
+        """The checked clips to validate on, where they have metadata of their own."""
+        return self.launch(machine_rank) / "validation-clips.npz"
+
     def contents(self, machine_rank: int = 0) -> Path:
         """The digest of every file and row that the run reads."""
         return self.launch(machine_rank) / "contents.json"
@@ -191,7 +197,7 @@ class RunDir:
         """All that a launch writes for one machine."""
         folder = self.launch(machine_rank)
         generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
-        read = [self.clips(machine_rank), self.contents(machine_rank)]
+        read = [self.clips(machine_rank), self.validation_clips(machine_rank), self.contents(machine_rank)]
         said = [each(machine_rank) for each in (self.stop_request, self.listening, self.outcome, self.machine_report)]
         return [*generated, *read, *said, self.launcher_log(machine_rank)]
 

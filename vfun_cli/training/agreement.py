@@ -37,6 +37,7 @@ OF_A_MACHINE = frozenset(
         "pretrained_model_name_or_path",
         "train_data_dir",
         "train_data_meta",
+        "validation_meta",
     }
 )
 """Options whose values may differ: what is known by its contents, or is where this machine keeps or reaches a thing."""
@@ -168,6 +169,7 @@ def statement(described: Mapping[str, Any]) -> dict[str, Any]:
         **options,
         "the checkpoint": None if resume is None else f"{resume.name} ({manifest.fingerprint(resume)})",
         **{f"what {_option(name)} holds": digest for name, digest in (described.get("contents") or {}).items()},
+        "the rows to validate on": described.get("validation_sha256"),
         "the plan": described.get("plan_digest"),
         "vfun": __version__,
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
