@@ -103,12 +103,20 @@ def records(run: RunDir) -> list[dict[str, Any]]:
 
 def losses(run: RunDir) -> list[float]:
     """Loss of each step."""
-    return [record["loss"] for record in records(run) if "loss" in record]
+    return [record["loss"] for record in records(run) if "event" not in record]
+
+
+def held_out(run: RunDir) -> dict[tuple[int, str], list[float]]:
+    """The loss at each quantile, and at last their mean, by step and weights."""
+    found = [record for record in records(run) if record.get("event") == "held-out"]
+    keys = [(record["step"], record["weights"]) for record in found]
+    assert len(keys) == len(set(keys)), "each is recorded once"
+    return {key: [*record["by_quantile"], record["loss"]] for key, record in zip(keys, found, strict=True)}
 
 
 def last_step(run: RunDir) -> int:
     """The newest step that the run recorded, 0 before the first."""
-    return max((record["step"] for record in records(run) if "loss" in record), default=0)
+    return max((record["step"] for record in records(run) if "event" not in record), default=0)
 
 
 def environment_of(pid: int) -> dict[str, str]:

@@ -69,6 +69,10 @@ BROKEN = "broken"
 # Rounding grows where AdamW divides by little: adapters are compared while their gradients have a size.
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
 
+HELD_OUT = "held-out"
+"""A run of the matrix that validates, too."""
+_HELD_OUT = {"validation_meta": "vfun-demo/wan-s2v/data/held-out.json", "validation_steps": STEPS["train"] // 2}
+
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
     "subset": _SUBSET,
@@ -77,24 +81,25 @@ _EVERYWHERE = {
     "untrained": _UNTRAINED,
     BROKEN: _BROKEN,
 }
+_IN_MATRIX = {**_EVERYWHERE, HELD_OUT: _HELD_OUT}
 
 # Beside the matrix, one family under the options that a strategy could get wrong on its own; `lora-` trains adapters.
 # Offload keeps elsewhere what ZeRO-3 has: it is outside of the matrix, and has no runs but these.
 EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
         **_IN_FLOAT32,
-        **_EVERYWHERE,
-        "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3},
+        **_IN_MATRIX,
+        "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3, **_HELD_OUT},
     },
-    "ddp": {**_IN_FLOAT32, **_EVERYWHERE},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX},
     "fsdp": {
         **_IN_FLOAT32,
-        **_EVERYWHERE,
+        **_IN_MATRIX,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
-    "zero2": _EVERYWHERE,
-    "zero3": _EVERYWHERE,
+    "zero2": _IN_MATRIX,
+    "zero3": _IN_MATRIX,
     "zero3-offload": _EVERYWHERE,
 }
 
@@ -133,7 +138,8 @@ def all_runs(strategy: str) -> list[Run]:
     runs += [resumed(run) for run in runs if resumed_too(run)]
     if strategy == "single":
         runs += [unlearning(family) for family in families.FAMILIES]
-    return runs + [extra(name, strategy) for name in EXTRAS[strategy]]
+    extras = [extra(name, strategy) for name in EXTRAS[strategy]]
+    return runs + extras + [resumed(run) for run in extras if run.name == HELD_OUT]
 
 
 def memorised(family: str, command: str = "train") -> dict[str, Any]:
@@ -163,12 +169,16 @@ def together(strategy: str) -> dict[str, Any]:
 
 
 def prepare_demo() -> None:
-    """The demo of every family in the working directory, with a one-clip metadata file beside each."""
+    """The demo of every family in the working directory, with a one-clip metadata file and another one beside each:
+    three rows to validate on, which two ranks cannot share evenly.
+    """
     for spec in families.FAMILIES.values():
         layer = demo_default.make(spec)
         rows = json.loads(Path(layer["train_data_meta"]).read_text(encoding="utf-8"))
         videos = [row for row in rows if row["type"] == "video"]
         Path(layer["train_data_dir"], "one-clip.json").write_text(json.dumps(videos[:1]), encoding="utf-8")
+        held_out = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(3)]
+        Path(layer["train_data_dir"], "held-out.json").write_text(json.dumps(held_out), encoding="utf-8")
 
 
 def write_run(run: Run) -> Path:

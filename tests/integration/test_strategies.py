@@ -51,7 +51,7 @@ def first_moment(run: Run) -> float:
 
 def norms(run: Run) -> list[float | None]:
     """The gradient norm of each step."""
-    return [line["grad_norm"] for line in jobs.records(RunDir(run.folder)) if "loss" in line]
+    return [line["grad_norm"] for line in jobs.records(RunDir(run.folder)) if "event" not in line]
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

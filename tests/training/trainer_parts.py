@@ -24,6 +24,7 @@ from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
+from vfun_cli.training.validation import Validation
 
 
 def batch(step: int, shape: ClipShape) -> LoadedBatch:
@@ -84,7 +85,7 @@ class Parts:
             config=self.config, accelerator=accelerator, adapter=adapter,
             state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average),
             objective=objective, checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6,
-            description={},
+            description={}, validation=Validation(iter(()), []),
             metrics=Metrics(
                 run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=0,
                 total_steps=6,

@@ -206,4 +206,4 @@ def _records(run: RunDir) -> list[dict[str, Any]]:
     if not run.metrics.exists():
         return []
     records = [metrics_file.parse(line) for line in run.metrics.read_bytes().splitlines()]
-    return [record for record in records if record is not None and "loss" in record]
+    return [record for record in records if record is not None and "event" not in record]

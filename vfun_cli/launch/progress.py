@@ -44,6 +44,8 @@ class NewSteps:
     def __init__(self, path: Path, first_step: int, *, before: "Stamp | None" = None) -> None:
         self.path, self.seen, self.offset = path, first_step, 0
         self.before = before
+        self.held_out: float | None = None
+        """The newest held-out loss; every step shows it."""
 
     def read(self) -> list[dict[str, Any]]:
         """Those that came since the last call."""
@@ -57,9 +59,13 @@ class NewSteps:
         records = []
         for line in whole.split(b"\n"):
             record = metrics_file.parse(line)
-            if record is not None and "event" not in record and record["step"] > self.seen:
+            if record is None:
+                continue
+            if record.get("event") == "held-out" and record["weights"] == "trained":
+                self.held_out = record["loss"]
+            if "event" not in record and record["step"] > self.seen:
                 self.seen = record["step"]
-                records.append(record)
+                records.append(record if self.held_out is None else record | {"held_out": self.held_out})
         return records
 
 
@@ -155,6 +161,7 @@ def _facts(record: dict[str, Any]) -> str:
         return f"{record['step']} clips encoded"
     facts = [
         "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}",
+        *([f"held-out {record['held_out']:.4f}"] if "held_out" in record else []),
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]

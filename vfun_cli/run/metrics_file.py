@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -25,6 +25,12 @@ def parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """What a file holds, in order; none where it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        yield from (record for line in file if (record := parse(line)) is not None)
 
 
 class MetricsFile:

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -129,15 +129,15 @@ class Metrics:
             "seconds_left": self._seconds_left(step, first.share, whole),
         }
         self.file.write(record)
-        self._track(record)
+        self._track(step, lambda tracker: tracker.log(record))
         self._say(record)
 
-    def _track(self, record: dict[str, Any]) -> None:
+    def _track(self, step: int, log: Callable[[Tracker], None]) -> None:
         """One failure is enough: a service that is gone may take its time to say so."""
         if self.tracker is None:
             return
-        with only_reports(f"{self.config.report_to} took no record of step {record['step']}") as failed:
-            self.tracker.log(record)
+        with only_reports(f"{self.config.report_to} took no record of step {step}") as failed:
+            log(self.tracker)
         if failed:
             self.tracker = None
 
@@ -150,6 +150,28 @@ class Metrics:
         print(
             f"step {record['step']}/{self.total_steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
             f"{record['tokens_per_second']:.0f} tokens/s{mfu}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """A validation, whose time is no step's."""
+        yield
+        self.free_since = self.clock.mark()
+
+    def held_out(self, record: dict[str, Any]) -> None:
+        """Record a held-out loss, as a curve for each quantile too, and say it."""
+        if self.file is None:
+            return
+        self.file.write(record)
+        step, loss, weights = record["step"], record["loss"], record["weights"]
+        name = "held-out" if weights == "trained" else f"held-out-{weights}"
+        by_quantile = zip(record["quantiles"], record["by_quantile"], strict=True)
+        values = {f"{name}/loss": loss, **{f"{name}/q{quantile}": value for quantile, value in by_quantile}}
+        self._track(step, lambda tracker: tracker.log_values(values, step))
+        print(
+            f"step {step}/{self.total_steps}  {name} loss {loss:.4f} of {record['rows']} rows",
             file=sys.stderr,
             flush=True,
         )

@@ -1,6 +1,7 @@
 """Assembles one rank of a run from its ``run.json`` and trains it to its end."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
-from vfun_cli.training.data.loader import load_ahead
-from vfun_cli.training.data.stream import micro_batches, record_reader
+from vfun_cli.training.data.loader import load_ahead, load_held_out
+from vfun_cli.training.data.stream import held_out_requests, micro_batches, record_reader
+from vfun_cli.training.heldout import HeldOutLoss
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
 from vfun_cli.training.meter import Costs, peak_flops, trained_share
@@ -32,10 +34,12 @@ from vfun_cli.training.model import (
     share_encoders,
 )
 from vfun_cli.training.objectives import make_objective
+from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import Trainer
+from vfun_cli.training.validation import Validation, held_out_look
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -75,8 +79,20 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         )
         objective = make_objective(spec.model.objective, spec.model.objective_options, options.model_dir)
         read_record = record_reader(config, spec)
+        held_out = HeldOutLoss(
+            accelerator=accelerator,
+            adapter=adapter,
+            state=state,
+            objective=objective,
+            dtype=compute_dtype(config),
+            requests=held_out_requests(plan, config),
+            load=partial(load_held_out, adapter_of(spec), options=options, cache=cache),
+            cache=cache,
+            stop=stop,
+        )
     stop.announce()
     ledger = EpochLedger(accelerator, first_step)
+    looks = [held_out_look(held_out, metrics, run, first_step)] if held_out.requests else []
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
@@ -90,6 +106,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         stop=stop,
         total_steps=plan.steps(),
         description=_state_of(config, described, accelerator),
+        validation=Validation(plan.validations(), looks),
     )
     loaded = load_ahead(
         adapter_of(spec),

@@ -1,6 +1,6 @@
 """Where the curves of a run go beside metrics.jsonl: TensorBoard or Weights & Biases."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from vfun_cli.config.options import RunConfig
@@ -12,6 +12,9 @@ class Tracker(Protocol):
 
     def log(self, record: dict[str, Any]) -> None:
         """Note one step."""
+
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
+        """Note other numbers of a step, by their full names."""
 
     def close(self) -> None:
         """Write what is still held back."""
@@ -44,6 +47,11 @@ class TensorBoard:
             if record[name] is not None:
                 self.writer.add_scalar(f"train/{name}", record[name], record["step"])
 
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
+        """A curve each."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
     def close(self) -> None:
         """Flush the event file."""
         self.writer.close()
@@ -60,6 +68,10 @@ class WeightsAndBiases:
     def log(self, record: dict[str, Any]) -> None:
         """Everything."""
         self.session.log({f"train/{name}": value for name, value in record.items()}, step=record["step"])
+
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
+        """A curve each."""
+        self.session.log(dict(values), step=step)
 
     def close(self) -> None:
         """End the session."""

@@ -15,13 +15,14 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import Add, encode
 from vfun_cli.errors import RunError
-from vfun_cli.modeling.adapter import ModelAdapter, cast
+from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.transfer import Download, SideStream, upload
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.metrics_file import only_reports
 from vfun_cli.run.rundir import write_atomically
 from vfun_cli.training.data.loader import LoadedBatch, batch_keys
+from vfun_cli.training.forward import error_of
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.metrics import Measured, Metrics
 from vfun_cli.training.objectives import Objective
@@ -32,6 +33,7 @@ from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState, fingerprint
 from vfun_cli.training.turns import begin_step
+from vfun_cli.training.validation import Validation
 from vfun_cli.training.waiting import gather_all
 
 VISIBLE_RATE = 1e-6
@@ -78,6 +80,7 @@ class Trainer:
         stop: StopFlag,
         total_steps: int,
         description: Mapping[str, Any],
+        validation: Validation,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -91,6 +94,7 @@ class Trainer:
         self.stop = stop
         self.total_steps = total_steps
         self.description = description
+        self.validation = validation
         self.dtype = compute_dtype(config)
         self.own_gradient = OwnGradient(accelerator.device)
         if not config.compile:  # no hook can be inside of a compiled block: then it stays unknown whose gradient it was
@@ -108,9 +112,10 @@ class Trainer:
         Args:
             batches: None stands for one that is not there yet.
         """
-        step, epoch, reason = first_step, 0, CONTINUE
+        step, epoch = first_step, 0
         self.checkpointer.require_space(self.state)
-        while step < self.total_steps:
+        reason = self.validate(step)
+        while reason == CONTINUE and step < self.total_steps:
             reason, micro_batches = begin_step(
                 lambda: self.next_micro_batch(batches), self.config.gradient_accumulation_steps, self.stop,
                 self.adapter.encoders,
@@ -136,12 +141,21 @@ class Trainer:
                 self.metrics.event(epoch_record)
             if saves:
                 self.save(step, epoch, background=self.config.async_checkpoint and step < self.total_steps)
+            reason = self.validate(step)
         self.read()
         self.metrics.event(self.ledger.close())
         if self.saved_step != step:
             self.save(step, epoch)
         self.checkpointer.wait()
         return reason
+
+    def validate(self, step: int) -> int:
+        """Look at the run from outside, if that is due after ``step``; returns why to stop, or ``CONTINUE``."""
+        if not self.validation.due(step):
+            return CONTINUE
+        self.read()  # nothing is said of a state that a bad step has spoilt
+        with self.metrics.looking():
+            return self.validation.run(step)
 
     def next_micro_batch(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:
         """The next one of this rank, None if it is not there yet.
@@ -286,10 +300,7 @@ class Trainer:
         )
 
     def loss(self, model: nn.Module, loaded: LoadedBatch, add: Add | None = None) -> tuple[Tensor, Tensor | int]:
-        """The loss of one micro-batch, and how many of its tokens are masked.
-
-        Encoding, noise and error are float32; the model sees the compute dtype. ``add``: see ``encode``.
-        """
+        """The loss of one micro-batch, and how many of its tokens are masked. ``add``: see ``encode``."""
         keys = batch_keys(loaded.batch.requests)
         with torch.no_grad(), self.side_stream.context():
             latents, conditions = encode(self.adapter, loaded.samples, keys, add, loaded.shared_calls)
@@ -297,15 +308,9 @@ class Trainer:
         self.side_stream.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)
-        mask = conditions.pop("loss_mask", None)
-        prediction = self.adapter.predict(
-            model, corrupted.noisy.to(self.dtype), corrupted.timesteps, cast(conditions, self.dtype)
-        )
+        error = error_of(self.adapter, self.objective, model, corrupted, conditions, self.dtype)
         seen = conditions.get("text_mask")
-        return (
-            self.objective.loss(prediction, corrupted.target, mask) * loaded.weight,
-            0 if seen is None else (seen == 0).sum(),
-        )
+        return error * loaded.weight, 0 if seen is None else (seen == 0).sum()
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters of the model, as accelerate's FSDP clipping expects them; frozen ones have no gradient."""

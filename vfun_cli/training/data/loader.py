@@ -151,6 +151,22 @@ def _named(error: Exception, request: SampleRequest) -> VfunError:
     raise error
 
 
+def load_held_out(
+    adapter: type[ModelAdapter], request: SampleRequest, *, options: AdapterOptions, cache: Cache | None
+) -> Sample:
+    """A clip to validate on, decoded here.
+
+    Raises:
+        MetadataError: it cannot be decoded, which ``--on-bad-sample skip`` does not forgive: without the row, the
+            held-out loss would be another number.
+    """
+    try:
+        return load(adapter, request, options, cache)
+    except MetadataError as error:
+        message = f"row {request.key.row} of those to validate on: {error.message}"
+        raise MetadataError(message, hint="Encode the file again, or leave its row out.") from None
+
+
 def _handed_over(loaded: LoadedBatch) -> HandedOver:
     """The micro-batch as torch would send it. What fails here fails where it can still be told: in the thread that
     feeds a queue it would only be printed, and the rank would wait for ever.

@@ -13,6 +13,7 @@ from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.rows import of_validation
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
 from vfun_cli.training.data.loader import MicroBatch
@@ -67,6 +68,28 @@ def micro_batches(
                 )
                 yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
             step += 1
+
+
+def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
+    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own."""
+    if plan.held_out is None:
+        return []
+    own_meta = config.validation_meta is not None
+    read_record = record_reader(of_validation(config) if own_meta else config, plan.spec)
+    return [
+        SampleRequest(
+            key=SampleKey(seed=plan.options.seed, epoch=0, row=clip.row, drops=False),
+            record=read_record(clip.row),
+            kind=clip.kind,
+            frames=clip.shape.frames,
+            height=clip.shape.height,
+            width=clip.shape.width,
+            stride=clip.stride,
+            total_frames=clip.total_frames,
+            fps=clip.fps,
+        )
+        for clip in plan.held_out.clips
+    ]
 
 
 def _shares(plan: EpochPlan) -> list[float]:

@@ -1,6 +1,7 @@
 """An exponential moving average of the trainable weights, kept in float32."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
         for name, parameter in _trained(transformer):
             self.shadow[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @contextmanager
+    def in_place(self, transformer: nn.Module) -> Iterator[None]:
+        """The shadow weights in the place of the trained ones, which come back as they were; nothing is copied."""
+        trained = [(parameter, parameter.data) for _, parameter in _trained(transformer)]
+        try:
+            for name, parameter in _trained(transformer):
+                parameter.data = self.shadow[name].to(parameter.dtype)
+            yield
+        finally:
+            for parameter, data in trained:
+                parameter.data = data
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the shadow weights of a checkpoint."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vfun_cli.errors import CheckpointError
@@ -48,6 +49,18 @@ def fingerprint(state: TrainedState) -> Tensor:
     device = state.accelerator.device
     sums = [weight.sum(dtype=torch.float64).to(device) for weight in master_weights(state)]
     return torch.stack(sums) if sums else torch.zeros(0, device=device)
+
+
+def let_go(state: TrainedState) -> None:
+    """Give back what forward passes without a backward pass have gathered of sharded weights.
+
+    FSDP keeps its root whole for the backward pass, ZeRO-3 what it fetched ahead.
+    """
+    model: Any = state.model
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    elif hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
+        model.empty_partition_cache()
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

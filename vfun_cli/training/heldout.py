@@ -1,0 +1,155 @@
+"""The loss of rows that are never trained on, at fixed timesteps with fixed noise.
+
+Every number in it is a function of the weights and the row alone. The ranks share the rows, and what they find is added
+up in the order of the rows: any number of ranks comes to the same bits. Nothing of the training is touched: no random
+state, no gradient, no weight, and no memory beside what the encoders gave of the rows, which stays on the host.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vfun_cli.encoding.cache import Cache
+from vfun_cli.encoding.encode import Sample, encode, outputs_of, shared_call_counts
+from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
+from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.plan.held_out import QUANTILES
+from vfun_cli.training.agreement import all_or_none
+from vfun_cli.training.forward import error_of
+from vfun_cli.training.objectives import Objective
+from vfun_cli.training.signals import CONTINUE, StopFlag
+from vfun_cli.training.state.live import TrainedState, let_go
+from vfun_cli.training.waiting import gather_all, most_of_all
+
+
+class Stopped(Exception):
+    """The run was asked to stop in the middle."""
+
+    def __init__(self, reason: int) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class HeldOutLoss:
+    """Computes it; all ranks together."""
+
+    accelerator: Accelerator
+    adapter: ModelAdapter
+    state: TrainedState
+    objective: Objective
+    dtype: torch.dtype
+    """What the model computes in."""
+    requests: Sequence[SampleRequest]
+    """Of all held-out rows, in their order; no condition of them is left out."""
+    load: Callable[[SampleRequest], Sample]
+    """Decodes a clip. Raises MetadataError where it cannot."""
+    cache: Cache | None
+    stop: StopFlag
+    encoded: list[Sample] = field(default_factory=list)
+    """What the encoders gave of this rank's clips, on the host."""
+
+    @property
+    def places(self) -> range:
+        """This rank's passes. With sharded weights each is one of all ranks, so that all make equally many: those past
+        the last row compute one of the first again, which counts for nothing.
+        """
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return range(rank, -(-len(self.requests) // ranks) * ranks, ranks)
+
+    def compute(self) -> dict[str, list[list[float]]]:
+        """The loss of each row at each of QUANTILES, for the trained weights and, where there is one, their average.
+
+        Raises:
+            MetadataError: a row cannot be decoded; on all ranks.
+            Stopped: the run was asked to stop; at most one forward pass came after that.
+        """
+        self._encode()
+        transformer = self.accelerator.unwrap_model(self.state.model)
+        found = {"trained": self._losses(transformer)}
+        if self.state.average is not None:
+            with self.state.average.in_place(transformer):
+                found["ema"] = self._losses(transformer)
+        return found
+
+    def _encode(self) -> None:
+        """Once a launch: the encoders are frozen. docs/numerics.md says how much stays on the host."""
+        names = self.adapter.encoders.shared
+        for place in self.places[len(self.encoded) :]:
+            with all_or_none():
+                sample = self.load(self.requests[place % len(self.requests)])
+            calls = self._most(shared_call_counts(self.adapter.encoders, [sample]))
+            add = None if self.cache is None else self.cache.write
+            [outputs] = outputs_of(self.adapter.encoders, [sample], add, dict(zip(names, calls, strict=True)))
+            found: dict[str, Output] = {
+                name: {part: tensor.cpu() for part, tensor in output.items()} for name, output in outputs.items()
+            }
+            self.encoded.append(Sample(inputs=sample.inputs, values={}, found=found))
+
+    def _losses(self, transformer: nn.Module) -> list[list[float]]:
+        mine: dict[int, list[float]] = {}
+        indices = [self.objective.at_quantile(quantile) for quantile in QUANTILES]
+        with _evaluating(transformer):
+            for place, sample in zip(self.places, self.encoded, strict=True):
+                keys = [self.requests[place % len(self.requests)].key]
+                latents, conditions = encode(self.adapter, [sample], keys)
+                losses = []
+                for index in indices:
+                    self._most(())
+                    corrupted = self.objective.corrupt_at(latents, keys, [index])
+                    error = error_of(self.adapter, self.objective, transformer, corrupted, conditions, self.dtype)
+                    losses.append(error.item())  # waits for the device, so that a request to stop is heard in time
+                if place < len(self.requests):
+                    mine[place] = losses
+        let_go(self.state)
+        of_all: dict[int, list[float]] = {}
+        for part in gather_all(mine):
+            of_all |= part
+        return [losses for _, losses in sorted(of_all.items())]
+
+    def _most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all ranks.
+
+        Raises:
+            Stopped: a rank was asked to stop; on all of them.
+        """
+        reason, *most = most_of_all([self.stop.reason(), *numbers])
+        if reason != CONTINUE:
+            raise Stopped(reason)
+        return most
+
+
+@contextmanager
+def _evaluating(transformer: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout. Compiled blocks run as they were written: nothing is compiled for it."""
+    transformer.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        transformer.train()
+
+
+def records(step: int, losses: Mapping[str, Sequence[Sequence[float]]], seconds: float) -> list[dict[str, Any]]:
+    """What ``metrics.jsonl`` says of the losses of a step, by weights; means are added up in row order, in float64."""
+    found = []
+    for weights, rows in losses.items():
+        by_quantile = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        found.append(
+            {
+                "event": "held-out",
+                "step": step,
+                "weights": weights,
+                "loss": sum(by_quantile) / len(by_quantile),
+                "by_quantile": by_quantile,
+                "quantiles": list(QUANTILES),
+                "rows": len(rows),
+                "seconds": round(seconds, 3),
+            }
+        )
+    return found
