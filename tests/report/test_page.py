@@ -79,8 +79,8 @@ def run(tmp_path: Path) -> RunDir:
         write_sample(found, number, 0)
         write_sample(found, number, 0, ema=True)
         write_sample(found, number, 3)
-    found.validation_clips.mkdir()
-    (found.validation_clips / "row-0.mp4").write_bytes(b"the row's own")
+    found.sampled_clips.mkdir()
+    (found.sampled_clips / "row-0.mp4").write_bytes(b"the row's own")
     return found
 
 

@@ -99,7 +99,7 @@ def gather(run: RunDir) -> Told:
         steps=[steps[step] for step in sorted(steps)],
         events=events,
         samples=_samples(run),
-        clips={row: path for row, _, path in _of_rows(run.validation_clips) if path.suffix in MEDIA},
+        clips={row: path for row, _, path in _of_rows(run.sampled_clips) if path.suffix in MEDIA},
         plan=_read(run.plan_json) or None,
         outcome=Outcome.read(run),
         errors=RankError.read_all(run),

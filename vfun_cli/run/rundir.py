@@ -114,7 +114,7 @@ class RunDir:
         return [(step, self.samples(step)) for step in sorted(int(name) for name in named if name.isdecimal())]
 
     @property
-    def validation_clips(self) -> Path:
+    def sampled_clips(self) -> Path:
         """The own clips of the validation rows, to compare samples with."""
         return self.root / "samples" / "rows"
 
