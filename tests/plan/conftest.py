@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec, SamplingSpec
 from vfun_cli.metadata.table import ClipTable
 
 TEXT_TOKENS = 10
@@ -41,6 +41,7 @@ PLAIN = FamilySpec(
         sampler_options={"shift": 1.0},
     ),
     plan=PlanSpec(vae_stride=(4, 8, 8), patch_size=(1, 2, 2)),
+    sampling=SamplingSpec(steps=4, guidance=1.0, negative_prompt="", frames=9, size=(64, 64), fps=8),
 )
 
 SPEECH = replace(

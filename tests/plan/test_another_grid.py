@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims, ModelSpec, PlanSpec, SamplingSpec
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.balance import independent_balance, mean_over_max
@@ -57,6 +57,7 @@ SPEC = FamilySpec(
         sampler_options={"shift": 1.0},
     ),
     plan=PlanSpec(vae_stride=(8, 32, 32), patch_size=(1, 1, 1)),
+    sampling=SamplingSpec(steps=4, guidance=1.0, negative_prompt="", frames=17, size=(64, 64), fps=8),
 )
 OPTIONS = PlanOptions(
     video_sample_size=256, image_sample_size=1024, token_sample_size=512, video_sample_n_frames=97,

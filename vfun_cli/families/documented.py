@@ -44,3 +44,19 @@ DEMO: Mapping[str, object] = {
     "low_vram": False,
 }
 """Four steps of a tiny model on tiny clips, in seconds on a CPU."""
+
+DEMO_VIDEO: Mapping[str, object] = {"steps": 4, "frames": 9, "size": (64, 64)}
+"""The same of ``vfun generate``."""
+
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+"""Of the predict scripts of Wan2.2-S2V and Wan2.1-Fun; a setting of the released models, as its words stand there."""
+
+ENGLISH_NEGATIVE_PROMPT = (
+    "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The background is "
+    "solid. Strange body and strange trajectory. Distortion. "
+)
+"""Of the predict scripts of CogVideoX-Fun and HunyuanVideo; the blank at its end is theirs."""

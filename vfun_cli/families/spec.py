@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.metadata.clip_needs import WHOLE, ClipNeeds, Span
@@ -232,6 +232,34 @@ class DefaultOptions:
     """Of ``--demo``: a tiny model on tiny media."""
 
 
+SamplingInput = Literal["image", "end_image", "reference", "control", "audio"]
+"""What a video can be made from besides text; ``modeling.adapter.VideoRequest`` says what each is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSpec:
+    """How a video is made where nothing else is said: the settings of the released model's predict script."""
+
+    steps: int
+    guidance: float
+    """Scale of classifier-free guidance; at 1 or less the negative prompt is not read."""
+    negative_prompt: str
+    frames: int
+    """Of the video or, where it is made in segments, of one of them."""
+    size: tuple[int, int]
+    """(height, width) in pixels."""
+    fps: int
+    required: tuple[SamplingInput, ...] = ()
+    optional: tuple[SamplingInput, ...] = ()
+    without: Callable[[ModelDims], Mapping[SamplingInput, str]] = lambda dims: {}
+    """Of what is optional, that which a model of these dimensions cannot be given, each with why."""
+    by_sound: bool = False
+    """The video is as long as its sound: it is made in segments, and a control clip that ends earlier is followed by
+    black."""
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    """Values of ``--demo``, by the names of these fields."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
     """What other programs call the trained weights."""
@@ -272,5 +300,6 @@ class FamilySpec:
     """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
     model: ModelSpec
     plan: PlanSpec
+    sampling: SamplingSpec
     defaults: DefaultOptions = field(default_factory=DefaultOptions)
     export: ExportSpec = field(default_factory=ExportSpec)

@@ -9,7 +9,7 @@ from typing import cast
 
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import COMMON, DEMO
+from vfun_cli.families.documented import COMMON, DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -20,6 +20,8 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    SamplingInput,
+    SamplingSpec,
 )
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
@@ -128,6 +130,12 @@ def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
     return 4.0 * dims.num_layers * dims.dim * sequence_tokens(shape, dims) ** 2
 
 
+def _without_images(dims: ModelDims) -> Mapping[SamplingInput, str]:
+    if dims.extra["in_channels"] > dims.extra["out_channels"]:
+        return {}
+    return dict.fromkeys(("image", "end_image"), "this model is no InP model: it reads text alone")
+
+
 DEFAULTS: Mapping[str, object] = {
     **COMMON,
     "pretrained_model_name_or_path": "models/Diffusion_Transformer/CogVideoX-Fun-2b-InP",
@@ -185,6 +193,17 @@ SPEC = FamilySpec(
         adjust_frames=adjust_frames,
         # To inpaint, beside the clip what is known of it in float32, and a mask without colours.
         decoded_frames=lambda frames: 6 * frames,
+    ),
+    sampling=SamplingSpec(  # examples/cogvideox_fun/predict_i2v.py
+        steps=50,
+        guidance=6.0,
+        negative_prompt=ENGLISH_NEGATIVE_PROMPT,
+        frames=49,
+        size=(384, 672),
+        fps=8,
+        optional=("image", "end_image"),
+        without=_without_images,
+        demo=DEMO_VIDEO,
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import cast
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FULL_FINE_TUNE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import (
     LAYERS,
@@ -19,6 +19,8 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    SamplingInput,
+    SamplingSpec,
 )
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
@@ -204,6 +206,13 @@ DEFAULTS: Mapping[str, object] = {
 }
 """What the published command lines of both families say."""
 
+
+def _without_image(dims: ModelDims) -> Mapping[SamplingInput, str]:
+    """Noisy and control latents alone: no channels for a reference."""
+    has_room = dims.extra["in_channels"] > 2 * dims.extra["out_channels"]
+    return {} if has_room else {"image": "this model has no channels for a reference image"}
+
+
 V5_1 = FamilySpec(
     name="easyanimate-v5.1-control",
     summary="EasyAnimate V5.1 Control (12B): a control clip and a reference image; flow matching",
@@ -249,6 +258,17 @@ V5_1 = FamilySpec(
         patch_size=(1, 2, 2),
         usable_span=(Fraction(1, 10), Fraction(9, 10)),
         decoded_frames=lambda frames: 2 * frames + 1,  # clip, control, reference
+    ),
+    sampling=SamplingSpec(  # predict_v2v_control.py
+        steps=50,
+        guidance=6.0,
+        negative_prompt="扭曲的身体，肢体残缺，文本字幕，漫画，静止，丑陋，错误，乱码。",
+        frames=49,
+        size=(672, 384),
+        fps=8,
+        optional=("image", "control"),
+        without=_without_image,
+        demo=DEMO_VIDEO,
     ),
     defaults=DefaultOptions(
         train={

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FULL_FINE_TUNE
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
@@ -20,7 +20,15 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     released_dims,
     sequence_tokens,
 )
-from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec
+from vfun_cli.families.spec import (
+    DefaultOptions,
+    ExportSpec,
+    FamilySpec,
+    ModelSpec,
+    PlanSpec,
+    SamplingInput,
+    SamplingSpec,
+)
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
 
@@ -73,6 +81,8 @@ def _spec(
     train_mode: str,
     block_classes: tuple[str, ...],
     model_dir: str,
+    video_size: tuple[int, int],
+    required: tuple[SamplingInput, ...] = (),
 ) -> FamilySpec:
     cut = {"t2v": 0, "i2v": ASSISTANT_TOKENS}[condition]  # of a caption that is too long, the last four go beside
     return FamilySpec(
@@ -102,6 +112,16 @@ def _spec(
             patch_size=PATCH_SIZE,
             decoded_frames=lambda frames: frames + 2,  # the first one for two encoders
         ),
+        sampling=SamplingSpec(  # examples/hunyuanvideo/predict_t2v.py and predict_i2v.py
+            steps=40,
+            guidance=1.0,  # off: what guides these models is an input of theirs
+            negative_prompt=ENGLISH_NEGATIVE_PROMPT,
+            frames=81,
+            size=video_size,
+            fps=16,
+            required=required,
+            demo=DEMO_VIDEO,
+        ),
         defaults=DefaultOptions(
             train={
                 **_DEFAULTS,
@@ -127,6 +147,7 @@ T2V = _spec(
     train_mode="normal",
     block_classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
     model_dir="HunyuanVideo",
+    video_size=(832, 480),
 )
 
 I2V = _spec(
@@ -138,4 +159,6 @@ I2V = _spec(
     train_mode="i2v",
     block_classes=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
     model_dir="HunyuanVideo-I2V",
+    video_size=(480, 832),
+    required=("image",),
 )

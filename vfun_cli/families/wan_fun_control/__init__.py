@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.documented import DEMO, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -26,6 +26,8 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    SamplingInput,
+    SamplingSpec,
 )
 from vfun_cli.families.wan_fun_control.names import live_name, released_name
 from vfun_cli.metadata.fields import MetadataField
@@ -132,6 +134,10 @@ def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
     return 4.0 * dims.num_layers * dims.dim * tokens * (tokens + TEXT_TOKENS + IMAGE_TOKENS)
 
 
+def _without_reference(dims: ModelDims) -> Mapping[SamplingInput, str]:
+    return {} if dims.extra["reference"] else {"reference": "only V1.1 models read a reference image"}
+
+
 DEFAULTS: dict[str, object] = {
     **FULL_FINE_TUNE,
     "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.1-Fun-14B-Control",
@@ -183,6 +189,17 @@ SPEC = FamilySpec(
         token_size_share=0.5,
         full_size_share=0.9,
         decoded_frames=lambda frames: 2 * frames + 2,  # clip, control, one frame for two encoders
+    ),
+    sampling=SamplingSpec(  # examples/wan2.1_fun/predict_v2v_control.py and _control_ref.py
+        steps=50,
+        guidance=6.0,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        frames=49,
+        size=(832, 480),
+        fps=16,
+        optional=("image", "reference", "control"),
+        without=_without_reference,
+        demo=DEMO_VIDEO,
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,

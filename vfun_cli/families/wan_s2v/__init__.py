@@ -1,7 +1,7 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
-from vfun_cli.families.documented import FULL_FINE_TUNE
-from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec
+from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec, SamplingSpec
 from vfun_cli.families.wan_s2v.sizes import (
     MOTION_FRAMES,
     RELEASED,
@@ -64,6 +64,18 @@ SPEC = FamilySpec(
         full_size_share=0.9,
         # Clip and control, the history, the reference and the first frame again; at most a few frames' worth of sound.
         decoded_frames=lambda frames: 2 * frames + MOTION_FRAMES + 7,
+    ),
+    sampling=SamplingSpec(  # examples/wan2.2/predict_s2v.py
+        steps=40,
+        guidance=4.5,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        frames=80,
+        size=(832, 480),
+        fps=16,
+        required=("image", "audio"),
+        optional=("control",),
+        by_sound=True,
+        demo={**DEMO_VIDEO, "frames": 16},
     ),
     defaults=DefaultOptions(
         train=DEFAULTS,
