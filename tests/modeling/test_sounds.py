@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.click_sounds import KINDS, Kind, measure, write_kind
+from vfun_cli.errors import MetadataError
 from vfun_cli.metadata.probe import probe_audio
 from vfun_cli.metadata.sounds import time_zero
-from vfun_cli.modeling.media.sound import read_audio
+from vfun_cli.modeling.media.sound import read_audio, read_sound
 from vfun_cli.modeling.media.writing import write_wav
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -133,3 +134,66 @@ def test_second_0_is_the_first_picture_that_is_shown(name: str, tmp_path: Path) 
     with av.open(str(write_kind(tmp_path, BY_NAME[name]))) as container:
         shown = next(container.decode(video=0))
         assert time_zero(container) == shown.pts * shown.time_base
+
+
+# To be listened to
+
+
+def write_channels(path: Path, values: np.ndarray, layout: str, rate: int = 48000) -> None:
+    """int16 [channels, samples]"""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(values.T.reshape(1, -1).copy(), format="s16", layout=layout)
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+
+
+@pytest.mark.parametrize("rate", [44100, 48000, 22050])
+def test_sound_to_be_listened_to_is_exactly_that_of_the_file(rate: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).integers(-20000, 20000, (2, 2 * rate)).astype(np.int16)
+    write_channels(tmp_path / "stereo.wav", values, "stereo", rate)
+    write_channels(tmp_path / "mono.wav", values[:1], "mono", rate)
+    start, duration = Fraction(1001, 3000), Fraction(48 * 1001, 48000)
+    first = round(start * rate)
+    wanted = values[:, first : first + round(duration * rate)] / 32768
+    for name, expected in (("stereo.wav", wanted), ("mono.wav", wanted[:1])):
+        samples, found = read_sound(tmp_path / name, start, duration)
+        assert found == rate and samples.dtype == np.float32
+        np.testing.assert_array_equal(samples, expected.astype(np.float32))
+
+
+FRONT, SIDE = 1 / (1 + 2**0.5), 0.5**0.5 / (1 + 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "left", "right"),
+    [
+        ("2.1", [1, 0, 0], [0, 1, 0]),
+        ("quad", [1 / (1 + 0.5**0.5), 0, 1 / (1 + 2**0.5), 0], [0, 1 / (1 + 0.5**0.5), 0, 1 / (1 + 2**0.5)]),
+        ("5.1", [FRONT, 0, SIDE, 0, SIDE, 0], [0, FRONT, SIDE, 0, 0, SIDE]),
+    ],
+)
+def test_surround_sound_becomes_left_and_right(
+    layout: str, left: list[float], right: list[float], tmp_path: Path
+) -> None:
+    """Every channel sounds for a tenth of a second, alone."""
+    values = np.repeat(np.eye(len(left), dtype=np.int16) * 16384, 4800, axis=1)
+    write_channels(tmp_path / "a.wav", values, layout)
+    samples, _ = read_sound(tmp_path / "a.wav", Fraction(0), Fraction(len(left), 10))
+    expected = np.repeat(np.array([left, right]) / 2, 4800, axis=1)
+    np.testing.assert_allclose(samples, expected, atol=1e-6)
+
+
+def test_the_rate_to_listen_at_is_that_of_the_decoded_sound(tmp_path: Path) -> None:
+    samples, rate = read_sound(write_kind(tmp_path, BY_NAME["he.m4a"]), Fraction(1, 4), Fraction(1))
+    assert rate == 48000 and samples.shape[1] == 48000
+
+
+def test_sound_that_is_not_there_cannot_be_listened_to(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", noise(16000), 16000)
+    with pytest.raises(MetadataError, match=r"a\.wav.*ends at 1\.000 s"):
+        read_sound(tmp_path / "a.wav", Fraction(0), Fraction(2))
+    (tmp_path / "x.wav").write_bytes(b"no sound" * 50)
+    for name in ("x.wav", "none.wav"):
+        with pytest.raises(MetadataError, match=name):
+            read_sound(tmp_path / name, Fraction(0), Fraction(1))
