@@ -15,9 +15,12 @@ from vfun_cli.demo.media import CLIPS, build_media
 from vfun_cli.errors import MetadataError
 from vfun_cli.metadata.checks import validate
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.metadata.probe import probe_audio
 from vfun_cli.metadata.records import read_metadata
+from vfun_cli.modeling.media.frames import read_frames
+from vfun_cli.modeling.media.montage import beside, contact_sheet
 from vfun_cli.modeling.media.pictures import read_image
-from vfun_cli.modeling.media.sound import read_audio
+from vfun_cli.modeling.media.sound import read_audio, read_sound
 from vfun_cli.modeling.media.writing import write_png, write_video, write_wav
 from vfun_cli.modeling.pixels import float_pixels
 
@@ -31,10 +34,59 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_written_frame_rate_is_exact(film: Path) -> None:
-    with av.open(str(film)) as container:
-        assert container.streams.video[0].average_rate == NTSC
-        assert container.streams.video[0].frames == 100
+@pytest.mark.parametrize("fps", [NTSC, Fraction(24000, 1001), Fraction(25, 2), Fraction(16)])
+def test_every_written_frame_has_its_exact_time(fps: Fraction, tmp_path: Path) -> None:
+    write_video(tmp_path / "film.mp4", torch.zeros(50, 3, 32, 64), fps)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        assert container.streams.video[0].average_rate == fps
+        assert [frame.pts * frame.time_base * fps for frame in container.decode(video=0)] == list(range(50))
+
+
+def boxes(path: Path) -> list[bytes]:
+    """The kinds of an mp4's outer boxes, in order."""
+    content, at, found = path.read_bytes(), 0, []
+    while at < len(content):
+        found.append(content[at + 4 : at + 8])
+        at += int.from_bytes(content[at : at + 4], "big")
+    return found
+
+
+def test_a_written_video_is_what_browsers_play_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    write_video(path, torch.zeros(20, 3, 32, 64), Fraction(16), (tone(2, 48000), 48000))
+    with av.open(str(path)) as container:
+        video, sound = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, video.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (sound.codec_context.name, sound.codec_context.sample_rate) == ("aac", 48000)
+    kinds = boxes(path)
+    assert kinds.index(b"moov") < kinds.index(b"mdat"), "the index comes first"
+
+
+def test_a_written_video_keeps_its_colours_and_names_their_matrix(tmp_path: Path) -> None:
+    colours = torch.tensor([[1, -1, -1], [-0.5, 0.8, 0.1], [-1, -0.2, 1]])  # [F, 3]
+    pixels = colours[:, :, None, None].expand(3, 3, 720, 64)
+    write_video(tmp_path / "film.mp4", pixels, Fraction(8))
+    found = float_pixels(read_frames(tmp_path / "film.mp4", range(3), 720, 64))
+    torch.testing.assert_close(found, pixels.contiguous(), atol=4 / 127.5, rtol=0)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (int(context.colorspace), int(context.color_range)) == (5, 1)  # BT.601, 16 to 235
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 64), (32, 63)])
+def test_a_video_with_an_odd_side_keeps_it(height: int, width: int, tmp_path: Path) -> None:
+    write_video(tmp_path / "odd.mp4", torch.zeros(3, 3, height, width), Fraction(8))
+    with av.open(str(tmp_path / "odd.mp4")) as container:
+        assert {(frame.height, frame.width) for frame in container.decode(video=0)} == {(height, width)}
+
+
+def test_clips_are_joined_side_by_side_and_sheets_show_evenly_spaced_frames() -> None:
+    clip = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 2, 4)
+    joined = beside(clip, -clip[..., :3])
+    assert joined.shape == (9, 3, 2, 7) and joined[5, 0, 0].tolist() == [5] * 4 + [-5] * 3
+    assert contact_sheet(clip, 3)[1, 1].tolist() == [0] * 4 + [4] * 4 + [8] * 4
+    assert contact_sheet(clip, 1).shape == (3, 2, 4)
+    assert contact_sheet(clip[:2], 5)[0, 0].tolist() == [0] * 4 + [1] * 4
 
 
 # Sound
@@ -93,6 +145,74 @@ def test_a_late_sound_track_is_heard_late(tmp_path: Path) -> None:
     assert np.abs(found[:2000]).max() < 1e-3  # aac smears a few milliseconds before the attack
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(12800) / 16000)
     assert np.abs(found[3200:] - expected)[500:].max() < 0.05
+
+
+CLICKS = (0.25, 1.0, 1.9)
+"""Seconds"""
+
+
+def clicks(seconds: float, rate: int) -> np.ndarray:
+    time = np.arange(round(seconds * rate)) / rate
+    return sum(
+        0.5 * np.exp(-0.5 * ((time - at) / 0.002) ** 2) * np.cos(2 * np.pi * 500 * (time - at)) for at in CLICKS
+    ).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2])
+@pytest.mark.parametrize("rate", [48000, 44100, 16000, 192000, 11127])
+def test_a_click_is_heard_where_it_was_written(rate: int, channels: int, tmp_path: Path) -> None:
+    fps = Fraction(24000, 1001)
+    samples = clicks(2.5, rate)
+    sound = np.stack([samples] * channels) if channels else samples
+    write_video(tmp_path / "film.mp4", torch.zeros(48, 3, 32, 32), fps, (sound, rate))
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        assert [stream.start_time for stream in container.streams] == [0, 0]
+    heard = read_audio(tmp_path / "film.mp4", Fraction(0), Fraction(2), 48000)
+    for at in CLICKS:
+        low = round((at - 0.1) * 48000)
+        near = heard[low : low + 9600]
+        assert abs((low + near.argmax()) / 48000 - at) < 5e-4
+        assert near.max() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "heard"), [(5, Fraction(88288, 44100)), (1, Fraction(1)), (0.01, Fraction(1, 100))]
+)
+def test_sound_ends_with_the_last_picture_or_before(seconds: float, heard: Fraction, tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    write_video(path, torch.zeros(48, 3, 32, 32), Fraction(24000, 1001), (tone(seconds, 44100), 44100))
+    facts = probe_audio(path)
+    assert (facts.duration, facts.offset) == (heard, 0)
+    with av.open(str(path)) as container:
+        video = container.streams.video[0]
+        assert video.duration * video.time_base == Fraction(48 * 1001, 24000)
+
+
+def test_sound_and_picture_of_one_second_are_beside_each_other_in_the_file(tmp_path: Path) -> None:
+    """A player that must look for one of them far from the other stutters."""
+    path = tmp_path / "film.mp4"
+    write_video(path, torch.zeros(960, 3, 32, 32), Fraction(16), (tone(60, 16000), 16000))
+    at: dict[str, list[tuple[int, Fraction]]] = {"video": [], "audio": []}
+    with av.open(str(path)) as container:
+        for packet in container.demux():
+            if packet.size:
+                at[packet.stream.type].append((packet.pos, packet.dts * packet.time_base))
+    assert len(at["video"]) == 960 and len(at["audio"]) > 900
+    for place, second in at["video"]:
+        before = [heard for other, heard in at["audio"] if other < place]
+        assert not before or abs(before[-1] - second) < 1
+
+
+def test_sound_of_a_source_goes_into_a_video_as_it_is(tmp_path: Path) -> None:
+    """Left and right apart, and what 16 kHz has no place for: 440 Hz on one side and 12 kHz on the other."""
+    both = np.stack([tone(3, 48000), tone(3, 48000, 12000.0)])
+    write_video(tmp_path / "source.mp4", torch.zeros(75, 3, 32, 32), Fraction(25), (both, 48000))
+    samples, rate = read_sound(tmp_path / "source.mp4", Fraction(1, 2), Fraction(2))
+    assert samples.shape == (2, 96000) and rate == 48000
+    write_video(tmp_path / "copy.mp4", torch.zeros(50, 3, 32, 32), Fraction(25), (samples, rate))
+    found, _ = read_sound(tmp_path / "copy.mp4", Fraction(1, 2), Fraction(1))
+    error = np.sqrt(np.square(found - both[:, 48000:96000]).mean(1))
+    assert error.max() < 0.04, "of 0.35; AAC twice leaves 0.02"
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import wave
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,23 +11,64 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from av.packet import Packet
 
-def write_video(path: str | Path, pixels: Tensor, fps: Fraction) -> None:
-    """[F, 3, H, W] in [-1, 1] to an H.264 mp4 (MPEG-4 where this build of PyAV has no x264)."""
+Sound = tuple[NDArray[np.float32], int]
+"""Samples in [-1, 1], mono [samples] or [1 or 2, samples], and their sampling rate."""
+X264 = {"crf": "12", "preset": "veryfast"}
+"""Differences that 12 leaves are not seen: what looks wrong in a sample is the model's."""
+PLAYED_AT_ONCE = {"movflags": "+faststart", "max_interleave_delta": "0"}
+"""The index comes before what it lists, and picture and sound of one second beside each other, as far apart as they
+are given to the container: FFmpeg alone puts them in order over 10 s."""
+AAC_RATE = 48000
+"""What sound of a sampling rate that AAC does not have is written at."""
+
+
+def write_video(path: str | Path, pixels: Tensor, fps: Fraction, sound: Sound | None = None) -> None:
+    """[F, 3, H, W] in [-1, 1] to an mp4 that browsers play: H.264 (MPEG-4 where this build of PyAV has no x264).
+
+    Sound begins with the first picture, ends with the last one at the latest, and is AAC.
+    """
     import av
 
-    frames = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    with av.open(str(path), "w", format="mp4", options=PLAYED_AT_ONCE) as container:
+        video = _video_stream(container, height=pixels.shape[2], width=pixels.shape[3], fps=fps)
+        if sound is not None:  # first: all streams must be there before a packet is given to the container
+            samples, rate = np.atleast_2d(sound[0]), sound[1]
+            container.mux(_encoded_sound(container, samples[:, : round(len(pixels) / fps * rate)], rate))
+        for picture in pixels:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(_picture_bytes(picture), format="rgb24")))
+        container.mux(video.encode())
+
+
+def _video_stream(container: Any, *, height: int, width: int, fps: Fraction) -> Any:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     with_x264 = "libx264" in av.codecs_available
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264" if with_x264 else "mpeg4", rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        # Subsampled chroma is what every player shows, but it needs even sides.
-        even = stream.height % 2 == 0 and stream.width % 2 == 0
-        stream.pix_fmt = "yuv420p" if even or not with_x264 else "yuv444p"
-        stream.options = {"crf": "12", "preset": "veryfast"} if with_x264 else {"qscale": "2"}
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
-        container.mux(stream.encode())
+    stream = container.add_stream("libx264" if with_x264 else "mpeg4", rate=fps)
+    stream.height, stream.width = height, width
+    # Subsampled chroma is what every player shows, but it needs even sides.
+    even = height % 2 == 0 and width % 2 == 0
+    stream.pix_fmt = "yuv420p" if even or not with_x264 else "yuv444p"
+    # What FFmpeg converts to. Players that are told nothing take BT.709 from 720 lines on, and colours shift.
+    stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
+    stream.options = X264 if with_x264 else {"qscale": "2"}
+    return stream
+
+
+def _encoded_sound(container: Any, samples: NDArray[np.float32], rate: int) -> "list[Packet[Any]]":
+    """Packets of samples [1 or 2, samples]; the encoder's 1024 samples of delay come before second 0."""
+    import av
+
+    layout = {1: "mono", 2: "stereo"}[len(samples)]
+    rates = av.Codec("aac", "w").audio_rates or []
+    stream = container.add_stream("aac", rate=rate if rate in rates else AAC_RATE, layout=layout)
+    stream.bit_rate = len(samples) * min(96_000, 4 * stream.rate)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples, np.float32), format="fltp", layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    return [*stream.encode(frame), *stream.encode()]
 
 
 def write_wav(path: str | Path, samples: NDArray[np.float32], rate: int) -> None:
@@ -40,6 +82,11 @@ def write_wav(path: str | Path, samples: NDArray[np.float32], rate: int) -> None
 
 def write_png(path: str | Path, pixels: Tensor) -> None:
     """[3, H, W] (or one frame, [1, 3, H, W]) in [-1, 1] to a PNG."""
-    image = pixels[0] if pixels.ndim == 4 else pixels
-    array = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array).save(path)
+    Image.fromarray(_picture_bytes(pixels[0] if pixels.ndim == 4 else pixels)).save(path)
+
+
+def _picture_bytes(picture: Tensor) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] of one picture [3, H, W] in [-1, 1]."""
+    scaled = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array: NDArray[np.uint8] = scaled.permute(1, 2, 0).contiguous().cpu().numpy()
+    return array
