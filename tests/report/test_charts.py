@@ -53,5 +53,6 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     found = ticks(low, high, 4)
     assert 2 <= len(found) <= 6
     assert all(low <= value <= high for value in found)
+    assert float(f"{found[1] - found[0]:e}".partition("e")[0]) in (1, 2, 5)
     steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in pairwise(found)}
     assert steps == {1.0}

@@ -187,8 +187,8 @@ def test_a_row_that_failed_says_why(run: RunDir) -> None:
 def test_a_run_that_has_only_begun_says_how_to_get_the_rest(tmp_path: Path) -> None:
     found = read(write_run(tmp_path / "run"))
     assert "No step was recorded yet" in found.section("Loss")
-    assert "--validation-rows" in found.section("Samples")
-    assert "running, or ended without a word" in found.words
+    assert "No samples: give --validation-prompts" in found.section("Samples")
+    assert "running, or killed" in found.words
 
 
 def test_without_held_out_losses_it_says_how_to_get_them(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_a_plan_that_cannot_be_drawn_is_told_in_numbers_and_why(run: RunDir) -> 
 
 
 def test_options_that_follow_from_others_or_from_the_machine_are_no_differences(tmp_path: Path) -> None:
-    told = gather.gather(write_run(tmp_path / "run", video_sample_size=256, seed=42))
+    told = gather.gather(write_run(tmp_path / "run", video_sample_size=256, seed=42, train_data_meta="/rows.csv"))
     found = {each.name: (each.value, each.default) for each in gather.differences(told)}
     assert found["video_sample_size"] == (256, 512) and found["strategy"] == ("single", "auto")
-    assert not {"image_sample_size", "num_processes", "seed", "rank"} & set(found)
+    assert not {"train_data_dir", "num_processes", "seed", "rank"} & set(found)
 
 
 def test_a_strategy_s_own_defaults_are_no_differences(tmp_path: Path) -> None:

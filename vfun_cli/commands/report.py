@@ -40,14 +40,13 @@ def report(
 
     Examples: [bold]vfun report[/bold] · [bold]vfun report output_dir --output first-run.html[/bold]
     """
-    from vfun_cli.files import require_place, write_output
+    from vfun_cli.files import write_output
     from vfun_cli.report import gather, page
     from vfun_cli.report.media import Media
     from vfun_cli.run import locate
 
     told = gather.gather(locate.run_directory(run, output_dir=defaults.output_dir(demo=demo)))
     target = output or told.run.report_html
-    require_place(target, "--output", ours=page.OURS)  # now: drawing the plan of many clips takes a while
     media = Media(target, page.shown_first(told))
     content = page.render(told, media).encode()
     write_output(target, content, "--output", ours=page.OURS)

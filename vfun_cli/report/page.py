@@ -106,7 +106,7 @@ def ending(told: Told) -> tuple[str, str]:
         return "failed", "failed"
     if told.outcome is not None:
         return told.outcome.ending, told.outcome.ending
-    return "open", "running, or ended without a word"
+    return "open", "running, or killed"
 
 
 def _facts(told: Told) -> str:
@@ -169,7 +169,7 @@ WEIGHTS = {"trained": "trained", "ema": "moving average"}
 
 def _by_quantile(by_weights: Mapping[str, Sequence[Record]]) -> list[Chart]:
     """How the loss lies over the noise levels now and at first, and how it went at each."""
-    at, over = [], []
+    at, over, newest = [], [], 0
     for weights, words in WEIGHTS.items():
         whole = [record for record in by_weights[weights] if _profile(record)]
         if not whole:
@@ -177,7 +177,8 @@ def _by_quantile(by_weights: Mapping[str, Sequence[Record]]) -> list[Chart]:
         first, last = whole[0], whole[-1]
         if first is not last and weights == "trained":
             at.append(Curve(name=f"step {first['step']:,}", points=_profile(first), role="first"))
-        at.append(Curve(name=f"{words}, step {last['step']:,}", points=_profile(last), role=weights))
+        at.append(Curve(name=words, points=_profile(last), role=weights))
+        newest = last["step"]
         levels = [level for level, _ in _profile(last)]
         for index, level in enumerate(levels):
             points = [
@@ -188,7 +189,11 @@ def _by_quantile(by_weights: Mapping[str, Sequence[Record]]) -> list[Chart]:
             if weights == "trained":
                 over.append(Curve(name=f"{level:g}", points=points, role=f"level-{index * 9 // len(levels)}"))
     now = Chart(
-        title="By noise level", curves=at, write=meter.compact, x_name="quantile of the noise level", newest=False
+        title=f"By noise level, step {newest:,}",
+        curves=at,
+        write=meter.compact,
+        x_name="quantile of the noise level",
+        newest=False,
     )
     each = Chart(title="At each noise level", curves=over, write=meter.compact, newest=False)
     return [chart for chart in (now, each) if chart.drawn]
