@@ -121,11 +121,14 @@ def test_torn_lines_and_losses_that_are_no_numbers_are_passed_over(run: RunDir) 
     assert "1 steps had a loss that is no finite number" in found.section("Loss")
 
 
-@pytest.mark.parametrize("value", ["much", [1], {"a": 2}, True, -1, 0, 1e308])
+@pytest.mark.parametrize("value", ["much", [1], {"a": 2}, True, -1, 0, 1e308, 10**400])
 def test_no_value_in_a_record_breaks_the_page(value: object, run: RunDir) -> None:
     spoilt = {name: value for name in step(2) if name != "step"}
     wrong = {name: value for name in held_out(2) if name not in ("event", "step")}
-    write_metrics(run, step(1), {**spoilt, "step": 2}, {**wrong, "event": "held-out", "step": 2})
+    spoilt_steps = [{**spoilt, "step": number} for number in (2, 3, 4, 10**400)]
+    write_metrics(
+        run, step(1), *spoilt_steps, *({**wrong, "event": "held-out", "step": number} for number in (2, 3, 10**400))
+    )
     run.plan_json.write_text(json.dumps({"ledger": value, "balance": value, "totals": {"tokens": value}, "buckets": 1}))
     assert "lora" in read(run).words
 
@@ -202,11 +205,12 @@ def test_it_says_how_a_run_ended_and_whose_fault_it_was(run: RunDir) -> None:
     Outcome(ending="preempted", step=30).write(run)
     assert "preempted" in read(run).words
     error = {"time": 1.0, "hint": "Free some.", "exit_code": 6, "crash": False, "traceback": "no"}
-    for rank in range(10):
+    for rank in (0, 10, 9):
         RankError(rank=rank, message="the disk is full.", **error).write(run)
+    RankError(rank=1, message="rank 0 is gone.", **{**error, "time": 2.0}).write(run)
     words = read(run).words
-    assert "failed" in words and "rank 0: the disk is full." in words and "Free some." in words
-    assert "and 2 more ranks" in words and "rank 9" not in words
+    assert "failed" in words and "Free some." in words
+    assert words.index("rank 0, 9, 10: the disk is full.") < words.index("rank 1: rank 0 is gone.")
 
 
 def test_the_plan_is_drawn_as_plan_buckets_draws_it(run: RunDir) -> None:

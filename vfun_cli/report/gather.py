@@ -1,6 +1,5 @@
 """What the files of a run tell, whether it runs, has stopped or has failed; what is missing or damaged is left out."""
 
-import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -106,12 +105,16 @@ def gather(run: RunDir) -> Told:
     )
 
 
+LARGEST = 1e100
+"""What is larger is a fault, and sums of it are no numbers."""
+
+
 def number(record: Record, name: str) -> float | None:
     """A finite number of a record; None where it states none, as after an infinite loss."""
     value = record.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < LARGEST else None
 
 
 def numbers(record: Record, name: str) -> list[float | None]:
@@ -125,7 +128,7 @@ def differences(told: Told) -> list[Difference]:
 
     What only follows from another option or from this machine is no choice of anybody's.
     """
-    config, sources = told.described["config"], told.described.get("sources", {})
+    config, sources = told.described["config"], told.described.get("sources") or {}
     strategy = "auto" if sources.get("strategy", "").startswith(HERE) else str(config.get("strategy"))
     defaults = family_defaults(told.described["command"], told.spec, strategy).to_json()
     followed = {words for _, words in FOLLOWS.values()}
@@ -178,9 +181,10 @@ def _records(metrics: Path) -> list[Record]:
     """Lines of metrics.jsonl; those that a crash tore are passed over."""
     try:
         with metrics.open("rb") as file:
-            return [record for line in file if (record := parse(line)) is not None]
+            found = [record for line in file if (record := parse(line)) is not None]
     except OSError:
         return []
+    return [record for record in found if number(record, "step") is not None]
 
 
 def _samples(run: RunDir) -> list[Sample]:

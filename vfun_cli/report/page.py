@@ -84,20 +84,18 @@ def _beside(name: str) -> str:
 
 
 def _ending(told: Told) -> str:
-    """How the run ended, and whose fault it was."""
+    """How the run ended, and what each rank said that failed, the first first."""
     way, words = ending(told)
     steps = f"step {told.last_step:,}" + (f" of {told.total_steps:,}" if told.total_steps else "")
     badge = f'<p class="ending {way}"><b>{words}</b> <span>{steps}</span></p>'
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for error in told.errors:
+        ranks.setdefault((error.message, error.hint or ""), []).append(error.rank)
     errors = "".join(
-        f"<li>rank {error.rank}: {text(error.message)}{f' <span>{text(error.hint)}</span>' if error.hint else ''}</li>"
-        for error in told.errors[:MOST_ERRORS]
+        f"<li>rank {', '.join(map(str, sorted(who)))}: {text(message)} <span>{text(hint)}</span></li>"
+        for (message, hint), who in ranks.items()
     )
-    more = len(told.errors) - MOST_ERRORS
-    errors += f"<li>and {more} more ranks</li>" if more > 0 else ""
     return badge + (f'<ul class="errors">{errors}</ul>' if errors else "")
-
-
-MOST_ERRORS = 8
 
 
 def ending(told: Told) -> tuple[str, str]:
@@ -320,12 +318,12 @@ def _numbers(told: Told) -> str:
 
 
 def _plan(told: Told) -> str:
-    numbers_ = _plan_numbers(told.plan) if told.plan else ""
+    words = _plan_numbers(told.plan) if told.plan else ""
     try:
         drawn = base64.b64encode(picture(told).encode()).decode()
     except CheckpointError as error:
-        return numbers_ + _note(f"The plan cannot be drawn: {text(error.message)}")
-    return f'{numbers_}<img class="plan" src="data:image/svg+xml;base64,{drawn}" alt="The bucket plan">'
+        return words + _note(f"The plan cannot be drawn: {text(error.message)}")
+    return f'{words}<img class="plan" src="data:image/svg+xml;base64,{drawn}" alt="The bucket plan">'
 
 
 def _plan_numbers(plan: Record) -> str:
