@@ -25,7 +25,7 @@ from vfun_cli.families.wan_s2v.transformer import load_transformer as load_s2v
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.wav2vec2 import align_to_frames
-from vfun_cli.modeling.inputs import ClipInput, Decoded, Value, load_inputs
+from vfun_cli.modeling.inputs import AudioSegment, ClipInput, Decoded, MediaFile, load_inputs
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.sampling.loop import Sampler
 from vfun_cli.sampling.schedules import make_schedule
@@ -169,6 +169,10 @@ def request_of(made: Golden, **given: Any) -> VideoRequest:
     )
 
 
+SOUND = AudioSegment(MediaFile("sound.wav"), Fraction(0), Fraction(1), 16000, 16000)
+"""Never read: its features are given."""
+
+
 def states(tensor: Tensor) -> Output:
     return {"states": tensor}
 
@@ -179,7 +183,7 @@ def parts_of(made: Golden, folder: Path) -> tuple[ModelAdapter, VideoRequest, di
     if made.family == "wan-s2v":
         seconds = Fraction(io["features_30hz"].shape[1], 30)
         request = request_of(
-            made, image=made.blocks("ref_blocks"), control=made.blocks("pose_blocks"), audio=Value("sound"),
+            made, image=made.blocks("ref_blocks"), control=made.blocks("pose_blocks"), audio=SOUND,
             seconds=seconds, starts_still=meta["init_first_frame"],
         )  # fmt: skip
         frames = meta["segment_frame_length"] * meta["num_segments"]

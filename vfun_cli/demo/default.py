@@ -35,6 +35,7 @@ def make(spec: FamilySpec, folder: Path = FOLDER) -> dict[str, Any]:
         _build_atomically(data, lambda partial: _media(spec, partial))
     return {
         **spec.defaults.demo,
+        "validation_sampling_steps": spec.sampling.demo["steps"],
         "pretrained_model_name_or_path": model,
         "train_data_dir": data,
         "train_data_meta": data / "metadata.json",

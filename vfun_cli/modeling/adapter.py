@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
-from vfun_cli.modeling.inputs import ClipInput, LazyInput, Value
+from vfun_cli.modeling.inputs import AudioSegment, ClipInput, LazyInput, Value
 from vfun_cli.modeling.randomness import SampleKey
 
 
@@ -79,7 +79,7 @@ class VideoRequest:
     """Whom the video shows, where a family has such a picture beside ``image``."""
     control: ClipInput | None = None
     """The clip [F, 3, H, W] that it follows."""
-    audio: LazyInput | None = None
+    audio: AudioSegment | None = None
     """Mono samples at 16 kHz, the whole sound."""
     seconds: Fraction = Fraction(0)
     """Of ``audio``."""

@@ -106,17 +106,22 @@ class RunDir:
 
     def samples(self, step: int) -> Path:
         """Videos made of the validation rows after so many steps."""
-        return self.root / "samples" / f"step-{step}"
+        return self.samples_folder / f"step-{step}"
+
+    @property
+    def samples_folder(self) -> Path:
+        """All videos that a run makes."""
+        return self.root / "samples"
 
     def sampled(self) -> list[tuple[int, Path]]:
         """The steps of which there are samples, and their folders."""
-        named = [path.name.removeprefix("step-") for path in (self.root / "samples").glob("step-*")]
+        named = [path.name.removeprefix("step-") for path in self.samples_folder.glob("step-*")]
         return [(step, self.samples(step)) for step in sorted(int(name) for name in named if name.isdecimal())]
 
     @property
     def sampled_clips(self) -> Path:
         """The own clips of the validation rows, to compare samples with."""
-        return self.root / "samples" / "rows"
+        return self.samples_folder / "rows"
 
     @property
     def report_html(self) -> Path:

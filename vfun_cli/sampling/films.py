@@ -15,8 +15,9 @@ from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import outputs_of, prepared
 from vfun_cli.modeling.adapter import ModelAdapter, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Output
+from vfun_cli.modeling.inputs import AudioSegment
 from vfun_cli.modeling.media.sound import read_sound
-from vfun_cli.modeling.media.writing import write_png, write_video
+from vfun_cli.modeling.media.writing import Sound, write_png, write_video
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.run.rundir import write_atomically
 
@@ -76,11 +77,11 @@ def described(request: VideoRequest) -> dict[str, Any]:
     }
 
 
-def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: Path | None = None) -> Path:
+def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: AudioSegment | None = None) -> Path:
     """A video or, of one frame, a picture, with ``stem``.json beside it, which comes last: what has one is whole.
 
     Args:
-        sound: the file that is heard.
+        sound: what is heard, as the request has it.
 
     Raises:
         MetadataError: the sound cannot be read.
@@ -92,11 +93,20 @@ def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: Path | N
     if len(film.pixels) == 1:
         write_png(partial, film.pixels)
     else:
-        heard = None if sound is None else read_sound(sound, film.heard_from, film.seconds)
-        write_video(partial, film.pixels, film.fps, heard)
+        write_video(partial, film.pixels, film.fps, None if sound is None else heard(film, sound))
     partial.replace(path)
     write_facts(stem, facts)
     return path
+
+
+def heard(film: Film, sound: AudioSegment) -> Sound:
+    """The sound of a film, which ends with it at the latest.
+
+    Raises:
+        MetadataError: it cannot be read.
+    """
+    seconds = min(film.seconds, sound.available - film.heard_from)
+    return read_sound(sound.media.path, sound.start + film.heard_from, seconds)
 
 
 def write_facts(stem: Path, facts: Mapping[str, Any]) -> None:

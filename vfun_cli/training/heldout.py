@@ -5,8 +5,7 @@ up in the order of the rows: any number of ranks comes to the same bits. Nothing
 state, no gradient, no weight, and no memory beside what the encoders gave of the rows, which stays on the host.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +16,15 @@ from torch import nn
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import Sample, encode, outputs_of, shared_call_counts
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest
-from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.plan.held_out import QUANTILES
+from vfun_cli.sampling.films import moved
 from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.forward import error_of
+from vfun_cli.training.looking import evaluating, go_on
 from vfun_cli.training.objectives import Objective
-from vfun_cli.training.signals import CONTINUE, StopFlag
+from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state.live import TrainedState, let_go
-from vfun_cli.training.waiting import gather_all, most_of_all
-
-
-class Stopped(Exception):
-    """The run was asked to stop in the middle."""
-
-    def __init__(self, reason: int) -> None:
-        super().__init__()
-        self.reason = reason
+from vfun_cli.training.waiting import gather_all
 
 
 @dataclass(kw_only=True)
@@ -83,24 +75,22 @@ class HeldOutLoss:
         for place in self.places[len(self.encoded) :]:
             with all_or_none():
                 sample = self.load(self.requests[place % len(self.requests)])
-            calls = self._most(shared_call_counts(self.adapter.encoders, [sample]))
+            calls = go_on(self.stop, shared_call_counts(self.adapter.encoders, [sample]))
             add = None if self.cache is None else self.cache.write
             [outputs] = outputs_of(self.adapter.encoders, [sample], add, dict(zip(names, calls, strict=True)))
-            found: dict[str, Output] = {
-                name: {part: tensor.cpu() for part, tensor in output.items()} for name, output in outputs.items()
-            }
+            found = moved(outputs, torch.device("cpu"))
             self.encoded.append(Sample(inputs=sample.inputs, values={}, found=found))
 
     def _losses(self, transformer: nn.Module) -> list[list[float]]:
         mine: dict[int, list[float]] = {}
         indices = [self.objective.at_quantile(quantile) for quantile in QUANTILES]
-        with _evaluating(transformer):
+        with evaluating(transformer):
             for place, sample in zip(self.places, self.encoded, strict=True):
                 keys = [self.requests[place % len(self.requests)].key]
                 latents, conditions = encode(self.adapter, [sample], keys)
                 losses = []
                 for index in indices:
-                    self._most(())
+                    go_on(self.stop)
                     corrupted = self.objective.corrupt_at(latents, keys, [index])
                     error = error_of(self.adapter, self.objective, transformer, corrupted, conditions, self.dtype)
                     losses.append(error.item())  # waits for the device, so that a request to stop is heard in time
@@ -111,28 +101,6 @@ class HeldOutLoss:
         for part in gather_all(mine):
             of_all |= part
         return [losses for _, losses in sorted(of_all.items())]
-
-    def _most(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of each number over all ranks.
-
-        Raises:
-            Stopped: a rank was asked to stop; on all of them.
-        """
-        reason, *most = most_of_all([self.stop.reason(), *numbers])
-        if reason != CONTINUE:
-            raise Stopped(reason)
-        return most
-
-
-@contextmanager
-def _evaluating(transformer: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout. Compiled blocks run as they were written: nothing is compiled for it."""
-    transformer.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        transformer.train()
 
 
 def records(step: int, losses: Mapping[str, Sequence[Sequence[float]]], seconds: float) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import ModelAdapter
@@ -17,6 +18,7 @@ from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.loader import load_ahead, load_held_out
 from vfun_cli.training.data.stream import held_out_requests, micro_batches, record_reader
@@ -35,11 +37,12 @@ from vfun_cli.training.model import (
 )
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.precision import compute_dtype
+from vfun_cli.training.samples import Samples, rows_to_sample
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import Trainer
-from vfun_cli.training.validation import Validation, held_out_look
+from vfun_cli.training.validation import Validation, held_out_look, samples_look
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -93,6 +96,21 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     stop.announce()
     ledger = EpochLedger(accelerator, first_step)
     looks = [held_out_look(held_out, metrics, run, first_step)] if held_out.requests else []
+    samples = Samples(
+        accelerator=accelerator,
+        adapter=adapter,
+        state=state,
+        schedule=partial(
+            make_schedule, spec, options.model_dir, config.validation_sampling_steps or spec.sampling.steps
+        ),
+        dtype=compute_dtype(config),
+        rows=rows_to_sample(config, spec, held_out.requests),
+        in_step=STRATEGIES[config.strategy].gathers is not None,
+        cache=cache,
+        stop=stop,
+    )
+    if samples.rows:
+        looks.append(samples_look(samples, metrics, run, first_step))
     trainer = Trainer(
         config=config,
         accelerator=accelerator,

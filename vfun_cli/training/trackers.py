@@ -1,6 +1,8 @@
 """Where the curves of a run go beside metrics.jsonl: TensorBoard or Weights & Biases."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Protocol
 
 from vfun_cli.config.options import RunConfig
@@ -15,6 +17,9 @@ class Tracker(Protocol):
 
     def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Note other numbers of a step, by their full names."""
+
+    def log_videos(self, files: Sequence[Path], step: int) -> None:
+        """Show videos and pictures of a step."""
 
     def close(self) -> None:
         """Write what is still held back."""
@@ -52,6 +57,16 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def log_videos(self, files: Sequence[Path], step: int) -> None:
+        """An image each, which moves: TensorBoard has no other videos."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for file in files:
+            width, height, content = animation(file)
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            value = Summary.Value(tag=f"samples/{file.stem}", image=image)
+            self.writer._get_file_writer().add_summary(Summary(value=[value]), step)
+
     def close(self) -> None:
         """Flush the event file."""
         self.writer.close()
@@ -73,9 +88,34 @@ class WeightsAndBiases:
         """A curve each."""
         self.session.log(dict(values), step=step)
 
+    def log_videos(self, files: Sequence[Path], step: int) -> None:
+        """Videos, which play, and pictures."""
+        import wandb
+
+        kinds = {".mp4": lambda file: wandb.Video(str(file), format="mp4"), ".png": lambda file: wandb.Image(str(file))}
+        self.session.log({f"samples/{file.stem}": kinds[file.suffix](file) for file in files}, step=step)
+
     def close(self) -> None:
         """End the session."""
         self.session.finish()
+
+
+def animation(file: Path) -> tuple[int, int, bytes]:
+    """Width, height and bytes of a video as a GIF, of a picture as it is."""
+    import av
+    from PIL import Image
+
+    if file.suffix == ".png":
+        with Image.open(file) as picture:
+            return *picture.size, file.read_bytes()
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_image() for frame in container.decode(stream)]
+        rate = stream.average_rate
+    content = BytesIO()
+    milliseconds = 1000 / float(rate or 8)
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    return *frames[0].size, content.getvalue()
 
 
 TRACKERS: dict[str, Callable[[RunDir, RunConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

@@ -2,13 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 from vfun_cli.run.metrics_file import read_records
+from vfun_cli.run.ownership import noting
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training.heldout import HeldOutLoss, Stopped, records
+from vfun_cli.training.heldout import HeldOutLoss, records
+from vfun_cli.training.looking import Stopped
 from vfun_cli.training.metrics import Metrics
+from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import CONTINUE
-from vfun_cli.training.waiting import gather_all
+from vfun_cli.training.waiting import gather_all, wait_for_all
 
 Look = Callable[[int], int]
 """Looks at the run after a step; returns why to stop, or ``CONTINUE``. All ranks call it together."""
@@ -57,7 +62,33 @@ def held_out_look(held_out: HeldOutLoss, metrics: Metrics, run: RunDir, first_st
     return look
 
 
+def samples_look(samples: Samples, metrics: Metrics, run: RunDir, first_step: int) -> Look:
+    """Makes the videos of a step, unless the launch before has made them; all ranks call it together."""
+    is_main = samples.accelerator.is_main_process
+    known = gather_all(bool(_records(run, "samples", first_step)) if is_main else None)[0]
+
+    def look(step: int) -> int:
+        if known and step == first_step:
+            return CONTINUE
+        began, folder = time.perf_counter(), run.samples(step)
+        with noting(run, run.samples_folder) if is_main else nullcontext():
+            try:
+                samples.write_clips(run.sampled_clips)
+                failed = samples.make(folder)
+            except Stopped as stopped:
+                return stopped.reason
+            wait_for_all()
+        metrics.samples(step, folder, failed, time.perf_counter() - began)
+        return CONTINUE
+
+    return look
+
+
 def _is_recorded(held_out: HeldOutLoss, run: RunDir, step: int) -> bool:
-    found = [record for record in read_records(run.metrics) if record.get("event") == "held-out"]
-    weights = {record.get("weights") for record in found if record["step"] == step}
+    weights = {record.get("weights") for record in _records(run, "held-out", step)}
     return weights >= ({"trained"} if held_out.state.average is None else {"trained", "ema"})
+
+
+def _records(run: RunDir, event: str, step: int) -> list[dict[str, Any]]:
+    """What ``metrics.jsonl`` says of such an event of a step."""
+    return [record for record in read_records(run.metrics) if record.get("event") == event and record["step"] == step]
