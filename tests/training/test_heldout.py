@@ -24,7 +24,8 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import heldout
-from vfun_cli.training.heldout import HeldOutLoss, Stopped, records
+from vfun_cli.training.heldout import HeldOutLoss, records
+from vfun_cli.training.looking import Stopped
 from vfun_cli.training.model import adapter_options
 from vfun_cli.training.objectives import FlowMatching
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
