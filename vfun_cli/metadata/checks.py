@@ -252,7 +252,7 @@ class _Row:
         """Fields that are left to another field's file."""
         self.facts: dict[str, Facts] = {}
         for name, value in stated_media(record.fields, fields).items():
-            if isinstance(value, str) and _path_fault(value) is None:
+            if isinstance(value, str) and path_fault(value) is None:
                 self.paths[name] = absolute(root / value)
 
     @property
@@ -313,7 +313,8 @@ def _is_count(value: Any) -> bool:
     return 1 <= value <= LARGEST_NUMBER and value == int(value)
 
 
-def _path_fault(value: str) -> str | None:
+def path_fault(value: str) -> str | None:
+    """Why a text cannot name a file; None if it can."""
     if not value.strip():
         return "the path is empty"
     if "\0" in value:
@@ -346,7 +347,7 @@ def _check_fields(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Probl
                 yield row.problem("missing-control", "no control clip: trains with zeros in its place", item.name)
         elif not isinstance(value, str):
             yield row.problem("wrong-type", f"a path is a text, not {_show(value)}", item.name)
-        elif fault := _path_fault(value):
+        elif fault := path_fault(value):
             yield row.problem("invalid-path", fault, item.name)
 
 

@@ -421,6 +421,22 @@ CODES: dict[str, Code] = {
             "11025 Hz",
             "Nothing; a higher-quality source if there is one.",
         ),
+        # Rows of vfun generate
+        _code(
+            "unusable-setting",
+            "error",
+            "A row of vfun generate asks for what no video of this model can have: a size off its grid, a length that "
+            "it cannot make, a number of steps that is none.",
+            '"frames": 50 for wan-fun-control, which makes 49 or 53',
+            "Use the value that the message names.",
+        ),
+        _code(
+            "not-taken",
+            "error",
+            "A row of vfun generate names an input that the model is not given.",
+            '"reference": "face.png" for cogvideox-fun',
+            "Leave it out, or choose another family.",
+        ),
         # Found by decoding everything (--deep)
         _code(
             "decode-error",

@@ -210,13 +210,15 @@ def _read_json(path: Path, text: str) -> Metadata:
 
 
 def _read_value(path: Path, data: Any) -> Metadata:
-    """The list of records, or the one list of records in an object around it."""
+    """The list of records, the one list of records in an object around it, or a record alone."""
     key = _key_of_list(data)
     if key is not None:
         message = f"the list of records lies in an object, under {key!r}: --fix OUT writes the list alone"
         problem = Problem(row=None, code="foreign-layout", message=message, path=str(path))
         inside = _read_value(path, data[key])
         return replace(inside, problems=(problem, *inside.problems))
+    if isinstance(data, dict) and own_keys(data).keys() & OTHER_KEYS.keys():
+        data = [data]  # one record alone
     if not isinstance(data, list):
         return _failed(
             path, "json", "unparsable-metadata", f"{path}: line 1: a list of records is needed, not {_kind(data)}"
@@ -287,12 +289,12 @@ def _cells(row: int, columns: tuple[str, ...], number: int, cells: list[str]) ->
         return Problem(row=row, code="malformed-row", message=message)
     raw = dict(zip(columns, cells, strict=True))
     # An empty caption is a caption; any other empty cell is an absent value.
-    values = {key: _number(value) if key in NUMBERS else value for key, value in own_keys(raw).items()}
+    values = {key: cell_value(value) if key in NUMBERS else value for key, value in own_keys(raw).items()}
     return Record(row=row, fields={k: v for k, v in values.items() if v != "" or k == "text"}, raw=raw)
 
 
-def _number(cell: str) -> Any:
-    """The number in a CSV cell; what is none stays text, and validation says so."""
+def cell_value(cell: str) -> Any:
+    """The number in a CSV cell; what is none stays text, for a check to say so."""
     for kind in (int, float):
         try:
             return kind(cell)
