@@ -1,0 +1,49 @@
+"""A wanted video as the adapters take it: its inputs unread, of its size and at its frame rate."""
+
+from fractions import Fraction
+
+from vfun_cli.families.spec import SamplingInput
+from vfun_cli.metadata.facts import AudioFacts, VisualFacts
+from vfun_cli.modeling.adapter import VideoRequest
+from vfun_cli.modeling.inputs import AudioSegment, ClipInput, ImageFrame, MediaFile, VideoFrames
+from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.sampling.rows import Media, Video
+
+SAMPLE_RATE = 16_000
+"""Hz, as ``VideoRequest`` has it."""
+
+
+def request_of(video: Video) -> VideoRequest:
+    """Nothing is decoded; the noise is of the video's seed and row."""
+    return VideoRequest(
+        key=SampleKey(seed=video.seed, epoch=0, row=video.row),
+        prompt=video.prompt,
+        negative_prompt=video.negative_prompt,
+        frames=video.frames,
+        height=video.height,
+        width=video.width,
+        fps=video.fps,
+        image=_pixels(video, "image"),
+        end_image=_pixels(video, "end_image"),
+        reference=_pixels(video, "reference"),
+        control=_pixels(video, "control", video.control_indices),
+        audio=_sound(video.media["audio"]) if "audio" in video.media else None,
+        seconds=video.seconds,
+    )
+
+
+def _pixels(video: Video, name: SamplingInput, indices: tuple[int, ...] = (0,)) -> ClipInput | None:
+    """Frames of a file, by default the first; None where the video has no such file."""
+    media = video.media.get(name)
+    if media is None:
+        return None
+    file, size = MediaFile(media.path), (video.height, video.width)
+    is_picture = isinstance(media.facts, VisualFacts) and media.facts.kind == "image"
+    return ImageFrame(file, size) if is_picture else VideoFrames(file, indices, size)
+
+
+def _sound(media: Media) -> AudioSegment:
+    """All of it, from the first picture on where the file has pictures."""
+    assert isinstance(media.facts, AudioFacts)
+    end = media.facts.end
+    return AudioSegment(MediaFile(media.path), Fraction(0), end, SAMPLE_RATE, round(end * SAMPLE_RATE))
