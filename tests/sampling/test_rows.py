@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.jobs import vfun_here
 from tests.metadata.small_media import encode_video, write_sound
 from vfun_cli import families
 from vfun_cli.errors import ConfigError, MetadataError
@@ -243,7 +244,9 @@ def test_all_that_is_wrong_with_rows_is_told_at_once(data: Path) -> None:
     with pytest.raises(MetadataError, match="6 of 7 videos cannot be made") as error:
         found.require_ok()
     assert "row 0, image: missing-file: no such file" in error.value.message
-    assert error.value.hint == "What to do about missing-file: vfun validate-meta --explain missing-file"
+    assert error.value.hint == "What to do: vfun validate-meta --explain missing-file"
+    told = vfun_here("validate-meta", "--explain", "missing-file")
+    assert told.code == 0 and "Correct the path" in told.out
 
 
 def test_a_clip_that_is_not_there_is_told_whether_it_is_needed_or_not(data: Path) -> None:

@@ -107,7 +107,7 @@ class Videos:
         )
         raise MetadataError(
             f"{self.where}: {what}:\n" + "\n".join(lines),
-            hint=f"What to do about {self.problems[0].code}: vfun validate-meta --explain {self.problems[0].code}",
+            hint=f"What to do: vfun validate-meta --explain {self.problems[0].code}",
         )
 
 
