@@ -9,7 +9,18 @@ import typer
 import typer.main
 
 from vfun_cli import __version__, console
-from vfun_cli.commands import acceptance, cache, checkpoints, export, plan_buckets, report, resume, train, validate_meta
+from vfun_cli.commands import (
+    acceptance,
+    cache,
+    checkpoints,
+    export,
+    generate,
+    plan_buckets,
+    report,
+    resume,
+    train,
+    validate_meta,
+)
 from vfun_cli.commands.help import ASKING, Command, Group, names_of
 from vfun_cli.commands.signature import hyphenate
 from vfun_cli.disks.abilities import fault
@@ -48,6 +59,7 @@ app.command("lora", cls=Command, rich_help_panel="Run")(train.lora)
 app.command("resume", cls=Command, rich_help_panel="Run")(resume.resume)
 app.command("export-bf16", cls=Command, rich_help_panel="Out")(export.export_bf16)
 app.command("report", cls=Command, rich_help_panel="Out")(report.report)
+app.command("generate", cls=Command, rich_help_panel="Out")(generate.generate)
 app.command("acceptance", cls=Command, rich_help_panel="Out")(acceptance.acceptance)
 app.add_typer(checkpoints.app, name="checkpoints", rich_help_panel="Out")
 

@@ -23,6 +23,7 @@ def request_of(video: Video) -> VideoRequest:
         height=video.height,
         width=video.width,
         fps=video.fps,
+        guidance=video.guidance,
         image=_pixels(video, "image"),
         end_image=_pixels(video, "end_image"),
         reference=_pixels(video, "reference"),

@@ -1,0 +1,155 @@
+"""``vfun generate``: videos from a model, a checkpoint, an export or a LoRA."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfun_cli import console
+from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite, typed_name, typed_path
+
+
+def _many(name: str, text: str, letter: str | None = None) -> typer.models.OptionInfo:
+    """An option that may be given once for all videos, or once for each."""
+    names = (name,) if letter is None else (name, letter)
+    return typer.Option(*names, parser=typed_path, metavar="PATH", help=text, show_default=False)
+
+
+def generate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            parser=typed_name,
+            metavar="[RUN | CHECKPOINT | EXPORT | MODEL_DIR]",
+            help="Whose weights make the videos. [default: the newest checkpoint of the output directory]",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to show; may be repeated.")
+    ] = None,
+    image: Annotated[list[Path] | None, _many("--image", "The first frame, or whom the video shows.")] = None,
+    end_image: Annotated[list[Path] | None, _many("--end-image", "The last frame (CogVideoX-Fun InP).")] = None,
+    reference: Annotated[list[Path] | None, _many("--reference", "Whom it shows (Wan2.1-Fun V1.1).")] = None,
+    control: Annotated[list[Path] | None, _many("--control", "The clip whose movement it follows.")] = None,
+    audio: Annotated[list[Path] | None, _many("--audio", "What is said in it (Wan2.2-S2V).")] = None,
+    meta: Annotated[
+        Path | None,
+        typer.Option(
+            "--meta",
+            parser=typed_path,
+            metavar="FILE",
+            help="Rows to make videos of: metadata as for training, or the .json beside a video.",
+            show_default=False,
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-root", parser=typed_path, metavar="PATH", help="Where paths in --meta start.", show_default=False
+        ),
+    ] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora",
+            parser=typed_path,
+            metavar="FILE",
+            help="A LoRA over the weights: of peft, diffusers, ComfyUI, kohya or the original scripts.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_strength: Annotated[
+        float | None,
+        typer.Option("--lora-strength", metavar="NUMBER", help="Multiplies its own strength.", show_default=False),
+    ] = None,
+    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Length; of Wan2.2-S2V, of a segment.")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=1, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="In pixels.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="NUMBER", help="Scale of classifier-free guidance; 1: none.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Decides the noise, with the video's row.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            parser=typed_path,
+            metavar="PATH",
+            help="A folder or, for one video, a file. [default: CHECKPOINT-videos beside a checkpoint, else videos]",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            parser=typed_name,
+            metavar="BASE",
+            help="Show the videos of these weights beside, from the same noise: what training has changed.",
+            show_default=False,
+        ),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (--use-ema).")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained-model-name-or-path",
+            parser=typed_path,
+            metavar="PATH",
+            help="Model directory, if it has moved, or of weights that do not say theirs.",
+            show_default=False,
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int, typer.Option("--num-processes", min=1, metavar="N", help="Processes that share the videos, a GPU each.")
+    ] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="WORD", help="cuda or cpu. [default: cuda where there is one]"),
+    ] = None,
+    low_vram: Annotated[
+        bool, typer.Option("--low-vram", help="Encoders are on the GPU only while they encode.")
+    ] = False,
+    overwrite: Overwrite = False,
+    demo: Demo = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make videos in bf16 from trained weights, without exporting them first, or from a model as it was released.
+
+    Each video is an mp4 (a png of one frame) with its sound, and a .json beside it, which as --meta makes it again.
+    What is there is not made twice, so a command that was stopped goes on where it was.
+
+    Examples: [bold]vfun generate checkpoint-500 --prompt "a red kite"[/bold] ·
+    [bold]vfun generate output_dir --meta rows.json --compare models/Wan2.2-S2V-14B[/bold] ·
+    [bold]vfun generate models/HunyuanVideo --lora style.safetensors --prompt "a red kite"[/bold]
+    """
+    from vfun_cli.commands import generating
+
+    job = generating.decide(
+        generating.Named(
+            name=source, lora=lora, strength=lora_strength, model=model, ema=ema, base=compare, demo=demo
+        ),
+        {"image": image, "end_image": end_image, "reference": reference, "control": control, "audio": audio},
+        prompts=prompt or [],
+        meta=meta,
+        root=data_root,
+        settings={
+            "frames": frames, "height": height, "width": width, "steps": steps, "guidance": guidance,
+            "negative_prompt": negative_prompt, "seed": seed,
+        },
+        output=output,
+    )  # fmt: skip
+    made = generating.make(job, device=device, num_processes=num_processes, low_vram=low_vram, overwrite=overwrite)
+    if made is None:
+        return
+    if json:
+        console.print_json({"videos": [str(path) for path in made]})
+    else:
+        for path in made:
+            console.out.print(str(path), soft_wrap=True)
