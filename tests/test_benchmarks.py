@@ -37,6 +37,7 @@ MARKS = {
     "startup": pytest.mark.long,
     "step_breakdown": pytest.mark.long,
     "validate_throughput": pytest.mark.slow,
+    "validation": pytest.mark.long,
 }
 """By how long the smallest run takes: under 3 s, up to 20 s, longer."""
 NUMBERS = {
@@ -68,6 +69,7 @@ NUMBERS = {
         "single/checkpoint of the larger transformer/plain write and fsync/seconds",
     ],
     "step_breakdown": ["runs/wan-s2v single/step time cached ~1 encoded"],
+    "validation": ["rows/0/held-out/over_floor", "rows/0/samples/over_floor"],
     "validate_throughput": ["files_per_second/both/ratio"],
 }
 """What must be in the record, as JSON pointers (a slash of a key is ~1), each of them a number above zero."""
