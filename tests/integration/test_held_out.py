@@ -89,3 +89,25 @@ def test_one_process_finds_the_bits_that_two_ranks_found(result: dict[str, Found
 @pytest.mark.ahead.with_args(look_alone, "zero3", ["zero3"], needs=["zero3"])
 def test_one_rank_of_zero3_finds_the_bits_that_two_found(result: dict[str, Found]) -> None:
     assert result["zero3"] == {(HALF, "trained"): found(extra(HELD_OUT, "zero3"))[HALF, "trained"]}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_is_equal_to_the_bit_after_kill_9_and_a_resume(strategy: str, workplace: Path, tmp_path: Path) -> None:
+    """Looks before the kill that the run takes again are recorded once."""
+
+    def train(run: RunDir) -> jobs.Job:
+        return jobs.start(
+            "train", "wan-s2v", "--demo", "--strategy", strategy, "--output-dir", run.root, "--max-train-steps", 6,
+            "--checkpointing-steps", 2, "--validation-rows", 2, "--validation-steps", 1, cwd=workplace,
+        )  # fmt: skip
+
+    whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")
+    jobs.finish(train(whole))
+    job = train(killed)
+    jobs.wait_for(lambda: (3, "trained") in jobs.held_out(killed), job)
+    jobs.kill_all(job)
+    assert 3 <= jobs.last_step(killed) < 6
+    jobs.finish(jobs.start("resume", killed.root, cwd=workplace))
+    assert list(jobs.held_out(whole)) == [(step, "trained") for step in range(7)]
+    assert jobs.held_out(killed) == jobs.held_out(whole) and jobs.losses(killed) == jobs.losses(whole)

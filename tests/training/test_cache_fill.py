@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import Job, finish, kill_all, records, start, wait_for
+from tests.jobs import Job, finish, held_out, kill_all, records, start, wait_for
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 from vfun_cli.encoding.cache import read_entry
@@ -77,6 +77,27 @@ def encoded(said: str) -> int:
     found = re.search(r"done: (\d+) clips encoded", said)
     assert found, said
     return int(found[1])
+
+
+@pytest.mark.long
+def test_the_clips_of_the_validation_are_encoded_too(workplace: Path, alone: Alone, tmp_path: Path) -> None:
+    """And kept by --prune: the run finds all that it looks at, and adds nothing."""
+    folder, count = alone(S2V)
+    shutil.copytree(folder, tmp_path / "cache")
+    rows = json.loads(Path(f"vfun-demo/{S2V}/data/metadata.json").read_text(encoding="utf-8"))
+    own = [rows[0] | {"text": "a caption that no row of the training has"}]
+    Path(f"vfun-demo/{S2V}/data/validation.json").write_text(json.dumps(own), encoding="utf-8")
+    given = ("--validation-meta", f"vfun-demo/{S2V}/data/validation.json")
+    assert encoded(whole(fill(tmp_path / "cache", S2V, *given))) == 1
+    filled = contents(tmp_path / "cache")
+    assert encoded(whole(fill(tmp_path / "cache", S2V, *given, "--prune"))) == 0
+    finish(start(
+        "train", S2V, "--demo", "--cache", tmp_path / "cache", "--cache-variants", 1, "--max-train-steps", 0,
+        "--num-processes", 1, "--video-sample-size", 64, "--token-sample-size", 64, "--no-enable-bucket",
+        "--mixed-precision", "no", "--dataloader-num-workers", 0, "--output-dir", tmp_path / "run", *given,
+    ))  # fmt: skip
+    assert list(held_out(RunDir(tmp_path / "run"))) == [(0, "trained")]
+    assert contents(tmp_path / "cache") == filled and count > 0
 
 
 def contents(folder: Path) -> dict[str, dict[str, list[float]]]:
