@@ -90,6 +90,10 @@ ENDING_SCHEDULERS = ("linear", "cosine")
 """Those that fall to zero at the end of the run, so that each rate depends on its length."""
 
 
+LISTS_OF_PATHS = ("validation_paths", "validation_image_paths", "validation_audio_paths")
+"""Options that are typed as texts, one after another."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The resolved options of one run; ``run.json`` holds exactly these."""
@@ -747,6 +751,8 @@ class RunConfig:
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
         paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
+        for name in LISTS_OF_PATHS:
+            paths[name] = tuple(str(at_home(path).absolute()) for path in getattr(self, name))
         return replace(self, **paths)
 
     def moved(self, before: Path, after: Path) -> "RunConfig":

@@ -27,6 +27,7 @@ from vfun_cli.run import ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.sampling.prompts import videos_of_prompts
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
@@ -149,6 +150,9 @@ def decide(
         plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
+    prompts = videos_of_prompts(config, spec, plan.dims)
+    if prompts is not None:
+        prompts.require_ok()
     check_batch(config, len(plan.table) - int(plan.table.held_out.sum()))
     if not dry_run:
         from vfun_cli.plan.queue import check_shared_memory  # with numpy, as the plan
