@@ -1,5 +1,6 @@
 """The held-out loss is a function of the weights alone, under every strategy, and the training does not notice it."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_the_moving_average_has_a_loss_of_its_own(trained: Trained) -> None:
     assert list(average) == [(step, weights) for step in (0, 3) for weights in ("trained", "ema")]
     assert average[0, "ema"] == average[0, "trained"] == found(extra(HELD_OUT, "single"))[0, "trained"]
     assert average[3, "ema"] != average[3, "trained"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_it_leaves_no_sharded_weight_gathered(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    noted = RunDir(extra(HELD_OUT, strategy).folder).logs.glob("noted-rank-*.json")
+    assert [json.loads(rank.read_text())["left"] for rank in noted] == [[0, 0, 0], [0, 0, 0]]
 
 
 @dataclass(frozen=True, kw_only=True)

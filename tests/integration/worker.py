@@ -70,12 +70,14 @@ def training_noted(run: RunDir) -> Iterator[None]:
             gathers_counted([] if compiled else sharded) as gathers,
             reductions_counted() as reductions,
             accumulation_noted(self.state.model) as accumulated,
+            left_by_looks() as left,
         ):
             reason = train(self, *given)
         content = {"before": before, "after": frozen_weights(self.state.model), "gathers": gathers}
         content |= {
             "reductions": reductions,
             "accumulated": sorted(accumulated),
+            "left": left,
             "kept": kept_bytes(self.state.model),
             "read": vars(read),
             "types": {name: [sorted(map(str, each)) for each in calls[0]] for name, calls in types.items()},
@@ -251,6 +253,31 @@ def accumulation_noted(model: Any) -> Iterator[set[str]]:
         yield types
     finally:
         del optimizer.step
+
+
+@contextmanager
+def left_by_looks() -> Iterator[list[int]]:
+    """How many elements of sharded weights a rank has whole after each computation of the held-out loss."""
+    from vfun_cli.training.heldout import HeldOutLoss
+
+    compute, left = HeldOutLoss.compute, list[int]()
+
+    def noted(self: HeldOutLoss) -> Any:
+        found = compute(self)
+        whole = [
+            parameter.numel()  # of what ZeRO-3 has let go there is none
+            for parameter in self.state.model.parameters()
+            if hasattr(parameter, "ds_tensor")
+            or (isinstance(self.state.model, FSDPModule) and not isinstance(parameter, DTensor))
+        ]
+        left.append(sum(whole))
+        return found
+
+    HeldOutLoss.compute = noted  # type: ignore[method-assign]
+    try:
+        yield left
+    finally:
+        HeldOutLoss.compute = compute  # type: ignore[method-assign]
 
 
 @dataclass

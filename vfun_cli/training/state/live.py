@@ -54,7 +54,8 @@ def fingerprint(state: TrainedState) -> Tensor:
 def let_go(state: TrainedState) -> None:
     """Give back what forward passes without a backward pass have gathered of sharded weights.
 
-    FSDP keeps its root whole for the backward pass, ZeRO-3 what it fetched ahead.
+    FSDP keeps its root whole for the backward pass, ZeRO-3 what it fetched ahead; the small weights that ZeRO-3 always
+    keeps whole go with it, and come back with the next forward pass.
     """
     model: Any = state.model
     if isinstance(model, FSDPModule):
