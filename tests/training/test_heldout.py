@@ -219,7 +219,7 @@ def test_a_wish_to_stop_is_heard_within_a_forward_pass_and_leaves_no_record(
 def test_a_continuation_records_what_was_not_recorded_and_nothing_twice(live_model: LIVE, tmp_path: Path) -> None:
     rows = Rows()
     for first_step in (0, 2, 2):
-        parts = parts_of(live_model("cogvideox-fun"), tmp_path, rows, **TWICE)
+        parts = parts_of(live_model("cogvideox-fun"), tmp_path, rows, first_step=first_step, **TWICE)
         look_at(parts, rows, [0, 2], first_step)
         if first_step == 0:
             parts.stop.reason = lambda: PREEMPTED if len(rows.passes) > 50 else CONTINUE

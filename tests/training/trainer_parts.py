@@ -61,7 +61,7 @@ class Parts:
 
     def __init__(
         self, folder: Path, model: nn.Module, live: Any, adapter: Any, objective: Any, *, cache: Cache | None = None,
-        mixed_precision: str = "no", **options: Any,
+        mixed_precision: str = "no", first_step: int = 0, **options: Any,
     ) -> None:  # fmt: skip
         device = next(model.parameters()).device
         self.config = RunConfig(
@@ -87,7 +87,7 @@ class Parts:
             objective=objective, checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6,
             description={}, validation=Validation(iter(()), []),
             metrics=Metrics(
-                run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=0,
+                run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=first_step,
                 total_steps=6,
             ),
         )  # fmt: skip
