@@ -83,16 +83,6 @@ class HeldOut:
     forward_flops: float
     """Of one forward pass over each of them."""
 
-    @property
-    def passes(self) -> int:
-        """Forward passes for one set of weights."""
-        return len(self.clips) * len(QUANTILES)
-
-    @property
-    def flops(self) -> float:
-        """Of all these passes."""
-        return self.forward_flops * len(QUANTILES)
-
 
 def held_out_clips(spec: FamilySpec, dims: ModelDims, options: PlanOptions, table: ClipTable) -> HeldOut:
     """Each usable row of a table as what the plan would draw of it in the first epoch."""

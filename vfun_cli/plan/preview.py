@@ -16,7 +16,7 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.plan.balance import in_words, independent_balance, mean_over_max
 from vfun_cli.plan.clips import KINDS, REASONS
 from vfun_cli.plan.held_out import QUANTILES
-from vfun_cli.plan.report import HeldOutCost, Totals, held_out_cost, size_of_bucket, size_table, totals
+from vfun_cli.plan.report import LookCost, Totals, held_out_cost, samples_cost, size_of_bucket, size_table, totals
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, Ledger
 
@@ -76,9 +76,12 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
     parts += [_sizes_used(plan, first), _buckets(first)]
     parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, first)))]
     parts += [_heading("Rows", f"{first.ledger.rows:,} in the metadata"), _facts(_ledger_facts(first.ledger))]
-    cost = held_out_cost(plan)
-    if cost is not None:
-        parts += [_heading("Held-out loss", f"{cost.rows:,} rows at {len(QUANTILES)} timesteps"), _held_out(cost)]
+    loss, videos = held_out_cost(plan), samples_cost(plan)
+    if loss is not None:
+        parts += [_heading("Held-out loss", f"{loss.rows:,} rows at {len(QUANTILES)} timesteps"), _look(loss)]
+    if videos is not None and plan.samples is not None:
+        note = f"a video of each of {videos.rows:,} rows in {plan.samples.steps:,} denoising steps"
+        parts += [_heading("Samples", note), _look(videos)]
     note = f"mean over max FLOPs of {first.world_size} ranks: the share of time spent computing"
     parts += [_heading("Balance", note), _balance(first)]
     if first.num_steps == 0:
@@ -222,7 +225,7 @@ def _ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
     return facts
 
 
-def _held_out(cost: HeldOutCost) -> Table:
+def _look(cost: LookCost) -> Table:
     facts = [("one look", f"{_flops(cost.flops)} in {cost.passes:,} forward passes")]
     if cost.every_steps is not None and cost.share_of_training is not None:
         percent = 100 * cost.share_of_training

@@ -13,6 +13,7 @@ from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max, rounded
 from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
+from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import Buckets, EpochPlan
@@ -133,12 +134,13 @@ def totals(plan: RunPlan, epoch: EpochPlan) -> Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutCost:
-    """What one look at the held-out rows costs."""
+class LookCost:
+    """What one look at the held-out rows costs: their loss, or videos of them."""
 
     rows: int
     passes: int
-    """Forward passes: one for each row and quantile, for the trained weights and their moving average."""
+    """Forward passes, for the trained weights and their moving average: of a loss, one for each row and quantile; of
+    videos, one for each row and denoising step, or two with guidance."""
     flops: float
     every_steps: int | None
     """Steps from one look to the next; None where the first epoch has none."""
@@ -147,19 +149,33 @@ class HeldOutCost:
     little too low for a LoRA, whose backward pass is cheaper."""
 
 
-def held_out_cost(plan: RunPlan) -> HeldOutCost | None:
+def held_out_cost(plan: RunPlan) -> LookCost | None:
     """Of the held-out loss of a run; None where no row is held out."""
+    return _look_cost(plan, len(QUANTILES))
+
+
+def samples_cost(plan: RunPlan) -> LookCost | None:
+    """Of the videos that a run makes of its held-out rows; None where it makes none.
+
+    Encoders and decoders are left out. Where a video sees no history (Wan-S2V), a pass is a little cheaper than that.
+    """
+    return None if plan.samples is None else _look_cost(plan, plan.samples.passes)
+
+
+def _look_cost(plan: RunPlan, passes: int) -> LookCost | None:
+    """Of so many forward passes over each held-out row, by each set of weights."""
     held_out, epoch, every = plan.held_out, plan.first_epoch, plan.steps_between_validations()
     if held_out is None:
         return None
-    weights = 2 if plan.averages else 1
+    passes *= 2 if plan.averages else 1
+    flops = held_out.forward_flops * passes
     training = 3 * float(epoch.flops.sum()) / epoch.num_steps * every if epoch.num_steps and every else None
-    return HeldOutCost(
+    return LookCost(
         rows=len(held_out.clips),
-        passes=held_out.passes * weights,
-        flops=held_out.flops * weights,
+        passes=len(held_out.clips) * passes,
+        flops=flops,
         every_steps=every,
-        share_of_training=None if training is None else float(f"{held_out.flops * weights / training:.4g}"),
+        share_of_training=None if training is None else float(f"{flops / training:.4g}"),
     )
 
 
@@ -202,9 +218,8 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
     }
     result["steps_per_epoch"] = first.num_steps
     result["totals"] = _totals_json(totals(plan, first))
-    cost = held_out_cost(plan)
-    if cost is not None:
-        result["held_out"] = vars(cost)
+    costs = {"held_out": held_out_cost(plan), "samples": samples_cost(plan)}
+    result |= {name: vars(cost) for name, cost in costs.items() if cost is not None}
     result["epochs"] = [
         {
             "epoch": each.epoch,

@@ -20,6 +20,7 @@ from vfun_cli.plan.held_out import Dates, HeldOut, held_out_clips, hold_out
 from vfun_cli.plan.options import PlanOptions, plan_options
 from vfun_cli.plan.rows import check_rows
 from vfun_cli.plan.rows import validation_table as checked_validation_table
+from vfun_cli.plan.samples import SampleSettings
 from vfun_cli.plan.schedule import EpochPlan, RunSegment, count_steps, plan_epoch, plan_run
 
 ENDLESS_EPOCHS = 1_000_000
@@ -46,6 +47,8 @@ class RunPlan:
     """When the run validates; None: never."""
     averages: bool = False
     """Whether it does so with the moving average of the weights too."""
+    samples: SampleSettings | None = None
+    """How it makes videos then of the rows that are validated on; None: not at all."""
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class RunPlan:
             validation_table=validation_table,
             dates=Dates.of(config),
             averages=config.use_ema,
+            samples=SampleSettings.of(config, spec),
         )
 
     def epochs(self) -> Iterator[EpochPlan]:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -138,15 +138,23 @@ def clear(run: RunDir, machines: int) -> None:
         for _, path in manifest.numbered(run.root):
             if may_go(path, described.get("id")):
                 delete(path)
-        files = _written(run, described, machines)
-        folders = {file.parent for file in files} | {run.sanity_check, run.tensorboard}
-        for file in files:
-            if file.is_file() and not _leads_away(run, file):
-                file.unlink()
-        for folder in sorted(folders - {run.root}, reverse=True):
-            if folder.is_dir() and not _leads_away(run, folder) and not any(folder.iterdir()):
-                folder.rmdir()
+        _delete(run, _written(run, described, machines), {run.sanity_check, run.tensorboard, run.samples_folder})
     run.deleted_json.unlink(missing_ok=True)
+
+
+def delete_samples(run: RunDir, *, after: int) -> None:
+    """Delete the samples of later steps, which the run takes again."""
+    _delete(run, run.sample_files(after=after))
+
+
+def _delete(run: RunDir, files: list[Path], folders: Collection[Path] = ()) -> None:
+    """Delete files of a run and, where nothing is left in them, their folders and other ones."""
+    for file in files:
+        if file.is_file() and not _leads_away(run, file):
+            file.unlink()
+    for folder in sorted(({file.parent for file in files} | {*folders}) - {run.root}, reverse=True):
+        if folder.is_dir() and not _leads_away(run, folder) and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def make_private(folder: Path) -> None:
@@ -175,7 +183,7 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path
     """Every file that a run may have written beside its checkpoints."""
     counts = {name: min(number, _MOST_RANKS) for name, number in most(described["config"], described).items()}
     others = range(max(1, machines), counts["num_machines"])
-    files = [run.plan_json, run.metrics, run.bad_step, run.report_html]
+    files = [run.plan_json, run.metrics, run.bad_step, run.report_html, *run.sample_files()]
     files += [file for machine in (0, *others) for file in run.files_of_machine(machine)]
     files += [file for rank in range(counts["num_processes"]) for file in run.files_of_rank(rank)]
     # the note is the last to go: a deletion that was stopped goes on by it

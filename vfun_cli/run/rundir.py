@@ -1,6 +1,7 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from vfun_cli.typed_json import (
     text,
     whole,
 )
+
+_SAMPLE = re.compile(r"row-\d+(-ema)?\.(json|mp4|png)|\.row-\d+(-ema)?\.(json\.[0-9a-f]{16}|mp4|png)")
 
 DESCRIBES: Mapping[str, Check] = {
     "command": one_of("train", "lora", "cache"),
@@ -117,6 +120,17 @@ class RunDir:
         """The steps of which there are samples, and their folders."""
         named = [path.name.removeprefix("step-") for path in self.samples_folder.glob("step-*")]
         return [(step, self.samples(step)) for step in sorted(int(name) for name in named if name.isdecimal())]
+
+    def sample_files(self, *, after: int | None = None) -> list[Path]:
+        """What has the names that a run gives to samples, or to what a kill left of them half written.
+
+        Args:
+            after: of later steps alone.
+        """
+        folders = [folder for step, folder in self.sampled() if after is None or step > after]
+        folders += [self.sampled_clips] if after is None else []
+        inside = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+        return [path for path in inside if _SAMPLE.fullmatch(path.name)]
 
     @property
     def sampled_clips(self) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,9 @@ from vfun_cli.modeling.media.sound import read_sound
 from vfun_cli.modeling.media.writing import Sound, write_png, write_video
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.run.rundir import write_atomically
+
+PICTURE, VIDEO = ".png", ".mp4"
+"""How the files of films end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +91,42 @@ def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: AudioSeg
         MetadataError: the sound cannot be read.
         OSError: the disk cannot take it.
     """
-    path = stem.with_name(stem.name + (".png" if len(film.pixels) == 1 else ".mp4"))
+    return write_shown(film, stem, facts, None if sound is None else heard(film, sound))
+
+
+def write_shown(film: Film, stem: Path, facts: Mapping[str, Any], sound: Sound | None) -> Path:
+    """The same with a sound that was read: it begins with the film, and ends with it at the latest.
+
+    Raises:
+        OSError: the disk cannot take it.
+    """
+    still = len(film.pixels) == 1
+    path = stem.with_name(stem.name + (PICTURE if still else VIDEO))
     partial = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if len(film.pixels) == 1:
-        write_png(partial, film.pixels)
-    else:
-        write_video(partial, film.pixels, film.fps, None if sound is None else heard(film, sound))
-    partial.replace(path)
+    try:
+        if still:
+            write_png(partial, film.pixels)
+        else:
+            write_video(partial, film.pixels, film.fps, sound)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     write_facts(stem, facts)
     return path
+
+
+def write_failure(stem: Path, facts: Mapping[str, Any], reason: str) -> None:
+    """Where a video would be, why there is none; an earlier one goes.
+
+    Raises:
+        OSError: the disk cannot take it.
+    """
+    for kind in (PICTURE, VIDEO):
+        stem.with_name(stem.name + kind).unlink(missing_ok=True)
+    write_facts(stem, {**facts, "error": reason})
 
 
 def heard(film: Film, sound: AudioSegment) -> Sound:

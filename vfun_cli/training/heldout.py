@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import Sample, encode, outputs_of, shared_call_counts
@@ -20,10 +19,10 @@ from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.sampling.films import moved
 from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.forward import error_of
-from vfun_cli.training.looking import evaluating, go_on
+from vfun_cli.training.looking import evaluating, go_on, weights_of
 from vfun_cli.training.objectives import Objective
 from vfun_cli.training.signals import StopFlag
-from vfun_cli.training.state.live import TrainedState, let_go
+from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.waiting import gather_all
 
 
@@ -62,12 +61,7 @@ class HeldOutLoss:
             Stopped: the run was asked to stop; at most one forward pass came after that.
         """
         self._encode()
-        transformer = self.accelerator.unwrap_model(self.state.model)
-        found = {"trained": self._losses(transformer)}
-        if self.state.average is not None:
-            with self.state.average.in_place(transformer):
-                found["ema"] = self._losses(transformer)
-        return found
+        return {weights: self._losses(weights) for weights in weights_of(self.state)}
 
     def _encode(self) -> None:
         """Once a launch: the encoders are frozen. docs/numerics.md says how much stays on the host."""
@@ -81,10 +75,10 @@ class HeldOutLoss:
             found = moved(outputs, torch.device("cpu"))
             self.encoded.append(Sample(inputs=sample.inputs, values={}, found=found))
 
-    def _losses(self, transformer: nn.Module) -> list[list[float]]:
+    def _losses(self, weights: str) -> list[list[float]]:
         mine: dict[int, list[float]] = {}
         indices = [self.objective.at_quantile(quantile) for quantile in QUANTILES]
-        with evaluating(transformer):
+        with evaluating(self.state, weights) as transformer:
             for place, sample in zip(self.places, self.encoded, strict=True):
                 keys = [self.requests[place % len(self.requests)].key]
                 latents, conditions = encode(self.adapter, [sample], keys)
@@ -96,7 +90,6 @@ class HeldOutLoss:
                     losses.append(error.item())  # waits for the device, so that a request to stop is heard in time
                 if place < len(self.requests):
                     mine[place] = losses
-        let_go(self.state)
         of_all: dict[int, list[float]] = {}
         for part in gather_all(mine):
             of_all |= part

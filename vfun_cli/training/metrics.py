@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,15 +177,24 @@ class Metrics:
             flush=True,
         )
 
-    def samples(self, step: int, folder: Path, failed: Mapping[str, str], seconds: float) -> None:
+    def tell(self, text: str) -> None:
+        """A line for the log about what takes long, every few seconds."""
+        if self.file is not None and time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def samples(self, step: int, videos: Sequence[Path], failed: Mapping[str, str], seconds: float) -> None:
         """Record that videos were made, show them, and say which were not and why."""
         if self.file is None:
             return
-        videos = sorted(path for path in folder.iterdir() if path.suffix in (".mp4", ".png") and path.name[0] != ".")
         record = {"event": "samples", "step": step, "made": len(videos), "failed": dict(failed)}
         self.file.write({**record, "seconds": round(seconds, 3)})
         self._track(step, lambda tracker: tracker.log_videos(videos, step))
-        print(f"step {step}/{self.total_steps}  {len(videos)} samples in {folder}", file=sys.stderr, flush=True)
+        print(
+            f"step {step}/{self.total_steps}  {len(videos)} samples in {self.run.samples(step)}",
+            file=sys.stderr,
+            flush=True,
+        )
         for name, reason in failed.items():
             print(f"warning: no sample {name}: {reason}.", file=sys.stderr, flush=True)
 

@@ -17,6 +17,8 @@ from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
+from vfun_cli.run.metrics_file import only_reports
+from vfun_cli.run.ownership import delete_samples
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
@@ -37,7 +39,8 @@ from vfun_cli.training.model import (
 )
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.precision import compute_dtype
-from vfun_cli.training.samples import Samples, rows_to_sample
+from vfun_cli.training.sampled_rows import RowReader, rows_to_sample
+from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
@@ -69,6 +72,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     checkpointer = _checkpointer(run, config, described, options.model_dir / spec.model.config_file)
     first_step = 0 if resume is None else int(checkpointer.load(state, Path(resume))["step"])
 
+    if resume is not None and accelerator.is_main_process:
+        with only_reports(f"samples after step {first_step} cannot be deleted"):
+            delete_samples(run, after=first_step)
     with all_or_none():
         metrics = Metrics(
             run,
@@ -96,20 +102,18 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     stop.announce()
     ledger = EpochLedger(accelerator, first_step)
     looks = [held_out_look(held_out, metrics, run, first_step)] if held_out.requests else []
-    samples = Samples(
-        accelerator=accelerator,
-        adapter=adapter,
-        state=state,
-        schedule=partial(
-            make_schedule, spec, options.model_dir, config.validation_sampling_steps or spec.sampling.steps
-        ),
-        dtype=compute_dtype(config),
-        rows=rows_to_sample(config, spec, held_out.requests),
-        in_step=STRATEGIES[config.strategy].gathers is not None,
-        cache=cache,
-        stop=stop,
-    )
-    if samples.rows:
+    if plan.samples is not None and held_out.requests:
+        samples = Samples(
+            accelerator=accelerator,
+            adapter=adapter,
+            state=state,
+            schedule=partial(make_schedule, spec, options.model_dir, plan.samples.steps),
+            dtype=compute_dtype(config),
+            rows=rows_to_sample(plan.samples, spec, held_out.requests),
+            reader=RowReader(adapter=adapter, cache=cache, stop=stop, clips=run.sampled_clips),
+            in_step=STRATEGIES[config.strategy].gathers is not None,
+            tell=metrics.tell,
+        )
         looks.append(samples_look(samples, metrics, run, first_step))
     trainer = Trainer(
         config=config,

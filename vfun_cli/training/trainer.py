@@ -154,7 +154,7 @@ class Trainer:
         if not self.validation.due(step):
             return CONTINUE
         self.read()  # nothing is said of a state that a bad step has spoilt
-        with self.metrics.looking():
+        with self.metrics.looking(), self.adapter.encoders.for_now():
             return self.validation.run(step)
 
     def next_micro_batch(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:

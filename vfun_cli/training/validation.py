@@ -2,18 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from vfun_cli.run.metrics_file import read_records
-from vfun_cli.run.ownership import noting
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.heldout import HeldOutLoss, records
-from vfun_cli.training.looking import Stopped
+from vfun_cli.training.looking import Stopped, weights_of
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import CONTINUE
-from vfun_cli.training.waiting import gather_all, wait_for_all
+from vfun_cli.training.waiting import gather_all
 
 Look = Callable[[int], int]
 """Looks at the run after a step; returns why to stop, or ``CONTINUE``. All ranks call it together."""
@@ -70,15 +68,12 @@ def samples_look(samples: Samples, metrics: Metrics, run: RunDir, first_step: in
     def look(step: int) -> int:
         if known and step == first_step:
             return CONTINUE
-        began, folder = time.perf_counter(), run.samples(step)
-        with noting(run, run.samples_folder) if is_main else nullcontext():
-            try:
-                samples.write_clips(run.sampled_clips)
-                failed = samples.make(folder)
-            except Stopped as stopped:
-                return stopped.reason
-            wait_for_all()
-        metrics.samples(step, folder, failed, time.perf_counter() - began)
+        began = time.perf_counter()
+        try:
+            made = samples.make(run.samples(step))
+        except Stopped as stopped:
+            return stopped.reason
+        metrics.samples(step, made.videos, made.failed, time.perf_counter() - began)
         return CONTINUE
 
     return look
@@ -86,7 +81,7 @@ def samples_look(samples: Samples, metrics: Metrics, run: RunDir, first_step: in
 
 def _is_recorded(held_out: HeldOutLoss, run: RunDir, step: int) -> bool:
     weights = {record.get("weights") for record in _records(run, "held-out", step)}
-    return weights >= ({"trained"} if held_out.state.average is None else {"trained", "ema"})
+    return weights >= set(weights_of(held_out.state))
 
 
 def _records(run: RunDir, event: str, step: int) -> list[dict[str, Any]]:

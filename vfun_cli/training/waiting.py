@@ -52,6 +52,16 @@ def gather_all(value: T) -> list[T]:
     return gathered
 
 
+def of_rank(rank: int, value: T) -> T:
+    """What this rank hands in, on all of them."""
+    group = patient_group()
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=rank, group=group)
+    return values[0]
+
+
 def most_of_all(numbers: Sequence[int]) -> list[int]:
     """The largest of each number over all ranks, within the time of a training step; all of them call it together."""
     if not dist.is_initialized():

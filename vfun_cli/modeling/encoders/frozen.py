@@ -96,6 +96,15 @@ class Encoders(Mapping[str, Any]):
         for name in self.sources:
             self[name]
 
+    @contextmanager
+    def for_now(self) -> Iterator[None]:
+        """What is loaded in the block goes after it: a run that reads a cache has no room for encoders."""
+        before = set(self.loaded)
+        try:
+            yield
+        finally:
+            self.loaded = {name: encoder for name, encoder in self.loaded.items() if name in before}
+
     def run(self, name: str, inputs: Sequence[Any], shared_calls: int = 0) -> list[Output]:
         """What the encoder makes of the inputs, on its device.
 

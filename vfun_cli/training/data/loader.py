@@ -313,11 +313,11 @@ def _substitute(loaded: LoadedBatch, good: LoadedBatch) -> LoadedBatch:
 def _from_a_thread(decoder: Decoder, batches: Iterator[MicroBatch]) -> Generator[LoadedBatch | None, None, None]:
     """Micro-batches decoded in this process, each when it is asked for."""
     for batch in batches:
-        loaded = yield from _patiently(partial(decoder.decoded, batch), limit=LOAD_TIMEOUT)
+        loaded = yield from patiently(partial(decoder.decoded, batch), limit=LOAD_TIMEOUT)
         yield loaded or decoder.decoded(replace(batch, fault=_too_slow()))
 
 
-def _patiently(work: Callable[[], T], *, limit: float = math.inf) -> Generator[None, None, T | None]:
+def patiently(work: Callable[[], T], *, limit: float = math.inf) -> Generator[None, None, T | None]:
     """What some work gives that may hang, None after ``limit`` seconds; yields whenever it is not done for PATIENCE.
 
     It is done in a thread, which nothing can end: one that hangs is left behind.
@@ -373,7 +373,7 @@ def _from_processes(
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 lost = "DataLoader worker" in str(error) or (
-                    _lost_contact(error) and (yield from _patiently(partial(ended.one_within, END_TIMEOUT)))
+                    _lost_contact(error) and (yield from patiently(partial(ended.one_within, END_TIMEOUT)))
                 )
                 if not lost:
                     raise
@@ -400,7 +400,7 @@ def _arriving(decoded: Iterator[HandedOver]) -> Arriving:
                 raise
             yield None
         else:
-            yield (yield from _patiently(partial(ForkingPickler.loads, found)))
+            yield (yield from patiently(partial(ForkingPickler.loads, found)))
 
 
 def _lost(batch: MicroBatch) -> RunError:
