@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.commands.conftest import Vfun, digest
 from tests.jobs import losses, vfun_process
@@ -18,6 +20,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.launch import show
 from vfun_cli.launch.job import decide, warn_of_memory
+from vfun_cli.modeling.media.writing import write_png, write_wav
 from vfun_cli.run.rundir import RunDir
 
 COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "acceptance")
@@ -112,8 +115,11 @@ def test_lists_are_taken_with_spaces_as_the_original_scripts_write_them(typed: l
 def test_the_validation_of_an_old_script_works_as_pasted(place: Path, vfun: Vfun) -> None:
     pasted = shlex.split(
         "--validation_prompts 'a cat, red' 'a dog' --validation_image_paths 'one, two.png' b.png --validation_steps=10 "
-        "--validation_epochs=5 --trainable_modules self_attn ffn"
+        "--validation_epochs=5 --trainable_modules self_attn ffn --validation_audio_paths a.wav"
     )
+    for name in ("one, two.png", "b.png"):
+        write_png(place / name, torch.zeros(3, 64, 64))
+    write_wav(place / "a.wav", np.ones(16000, np.float32), 16000)
     said = vfun("train", "wan-s2v", *DRY, "--json", *pasted)
     assert said.code == 0, said.err
     config = json.loads(said.out)["config"]

@@ -27,7 +27,6 @@ from vfun_cli.run import ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.sampling.prompts import videos_of_prompts
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
@@ -150,6 +149,8 @@ def decide(
         plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
+    from vfun_cli.sampling.prompts import videos_of_prompts  # with numpy
+
     prompts = videos_of_prompts(config, spec, plan.dims)
     if prompts is not None:
         prompts.require_ok()

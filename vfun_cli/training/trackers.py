@@ -1,11 +1,11 @@
 """Where the curves of a run go beside metrics.jsonl: TensorBoard or Weights & Biases."""
 
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.modeling.media.animation import animation
 from vfun_cli.run.rundir import RunDir
 
 
@@ -98,24 +98,6 @@ class WeightsAndBiases:
     def close(self) -> None:
         """End the session."""
         self.session.finish()
-
-
-def animation(file: Path) -> tuple[int, int, bytes]:
-    """Width, height and bytes of a video as a GIF, of a picture as it is."""
-    import av
-    from PIL import Image
-
-    if file.suffix == ".png":
-        with Image.open(file) as picture:
-            return *picture.size, file.read_bytes()
-    with av.open(str(file)) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_image() for frame in container.decode(stream)]
-        rate = stream.average_rate
-    content = BytesIO()
-    milliseconds = 1000 / float(rate or 8)
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    return *frames[0].size, content.getvalue()
 
 
 TRACKERS: dict[str, Callable[[RunDir, RunConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

@@ -142,8 +142,8 @@ class HunyuanVideoAdapter(WholeVideo):
     def _conditions(self, outputs: Sequence[Mapping[str, Output]]) -> Conditions:
         """What ``predict`` reads."""
         # In bf16 this is 6016, not 6000: the value the released models are sampled with.
-        device, dtype = self.options.device, self.options.compute_dtype
-        scale = torch.full((len(outputs),), GUIDANCE_SCALE, device=device, dtype=dtype)
+        device = outputs[0]["pooled"]["pooled"].device
+        scale = torch.full((len(outputs),), GUIDANCE_SCALE, device=device, dtype=self.options.compute_dtype)
         return {
             **self._image_conditions(outputs),
             "text": torch.stack([output["prompt"]["states"] for output in outputs]),
