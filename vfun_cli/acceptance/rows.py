@@ -93,11 +93,13 @@ def all_rows(device: str) -> list[Row]:
         *(_strategies(name, device) for name in FIRST),
         *(_bases(name, device) for name in FIRST),
         *(_resumed(FIRST[0], strategy, device) for strategy in ("single", "fsdp", "zero3")),
+        *([_looked_at(name, device), _looked_at(name, device, "fsdp")] for name in FIRST),
         *(_options(name, device) for name in FIRST),
         *(_steps(name, device) for name in rest),
         [_fsdp(name, device) for name in rest],
         *(_without_waits(name, device) for name in FIRST),
         [_lora(name, device) for name in rest],
+        [_looked_at(name, device) for name in rest],
         [_in_turn(name, device) for name in names],
         [_out_of_memory(FIRST[0], device)],
     ]
@@ -270,6 +272,20 @@ def _options(family: str, device: str) -> list[Row]:
         ),
         row("compile", "compiled blocks", "--compile", needs=("compiler",), **like),
     ]  # fmt: skip
+
+
+def _looked_at(family: str, device: str, strategy: str = "single") -> Row:
+    """The rows that it trains on are those that it looks at too, so that the steps stay the same."""
+    suffix = "" if strategy == "single" else f"-{strategy}"
+    meta = f"vfun-demo/{family}/data/metadata.json"
+    row = _trained(
+        f"{family}/looked-at{suffix}", "held-out losses and videos before the steps change none; a video afterwards",
+        family, device, *BF16_OPTION, "--strategy", strategy, "--validation-meta", meta, "--validation-steps", "100",
+        "--validation-sampling-steps", "2", reference=f"{family}/{'bf16' if strategy == 'single' else strategy}",
+        bound=REPEATED[device],
+    )  # fmt: skip
+    generate = (VFUN, "generate", f"{RUNS}/{row.name}", "--demo", "--device", device, "--output", f"videos/{row.name}")
+    return replace(row, commands=(*row.commands, generate), says=("video-0",))
 
 
 def _made_up(family: str, name: str, device: str, proves: str, command: str = "train", **fields: Any) -> Row:
