@@ -36,12 +36,12 @@ FACTS = (
 )
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
+def seen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, record: dict[str, Any] = RECORD) -> str:
     shown = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal, width=80, color_system=None))
     display = progress.Bar(0) if terminal else progress.Lines()
     with display:
-        display.show(RECORD)
+        display.show(record)
     return shown.getvalue()
 
 
@@ -71,6 +71,22 @@ def test_a_continuation_from_an_older_checkpoint_shows_its_own_steps(tmp_path: P
     with metrics.open("a") as file:
         file.write(line(5, 6)[9:])
     assert [each["step"] for each in steps.read()] == [5]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(("loss", "said"), [("0.25", "held-out loss 0.2500"), ("null", "held-out loss nan")])
+def test_the_newest_held_out_loss_stays_in_sight(
+    terminal: bool, loss: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    looks = [
+        f'{{"event": "held-out", "step": 2, "weights": "{name}", "loss": {loss}}}\n' for name in ("trained", "ema")
+    ]
+    metrics.write_text(line(1, 2) + looks[0] + looks[1].replace(loss, "9.0") + line(2, 2))
+    first, second = progress.NewSteps(metrics, 0).read()
+    texts = [seen(monkeypatch, terminal=terminal, record=each) for each in (first, second)]
+    assert "held-out" not in texts[0] and said in texts[1]
+    assert all(fact in texts[1] for fact in FACTS[:-1]) and "…" not in texts[1]
 
 
 def test_a_first_launch_shows_every_step_and_what_cannot_be_read_ends_nothing(tmp_path: Path) -> None:

@@ -255,6 +255,23 @@ def test_what_was_encoded_is_not_asked_for_again(live_model: LIVE, tmp_path: Pat
     assert asked == [0, 10, 20, 30, 40] and once == again
 
 
+def test_trackers_get_a_curve_for_each_quantile(live_model: LIVE, tmp_path: Path) -> None:
+    rows = Rows()
+    parts = parts_of(live_model("cogvideox-fun"), tmp_path, rows, use_ema=True)
+    noted: dict[str, tuple[float, int]] = {}
+    tracker = SimpleNamespace(
+        log=lambda record: None, log_values=lambda values, step: noted.update({n: (v, step) for n, v in values.items()})
+    )
+    parts.trainer.metrics.tracker = tracker  # type: ignore[assignment]
+    look_at(parts, rows, [3])
+    trained(parts)
+    found = [json.loads(line) for line in parts.metrics_file.read_text().splitlines() if "held-out" in line]
+    assert len(found) == 2 and len(noted) == 20
+    for name, record in zip(("held-out", "held-out-ema"), found, strict=True):
+        assert noted[f"{name}/loss"] == (record["loss"], 3)
+        assert [noted[f"{name}/q{quantile}"][0] for quantile in QUANTILES] == record["by_quantile"]
+
+
 def test_stopped_in_the_middle_it_can_be_asked_again(live_model: LIVE, tmp_path: Path) -> None:
     rows = Rows()
     parts = parts_of(live_model("cogvideox-fun"), tmp_path, rows)

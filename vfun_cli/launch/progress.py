@@ -44,8 +44,8 @@ class NewSteps:
     def __init__(self, path: Path, first_step: int, *, before: "Stamp | None" = None) -> None:
         self.path, self.seen, self.offset = path, first_step, 0
         self.before = before
-        self.held_out: float | None = None
-        """The newest held-out loss; every step shows it."""
+        self.held_out: dict[str, float | None] = {}
+        """The newest held-out loss, if there is one; every step shows it."""
 
     def read(self) -> list[dict[str, Any]]:
         """Those that came since the last call."""
@@ -62,10 +62,10 @@ class NewSteps:
             if record is None:
                 continue
             if record.get("event") == "held-out" and record["weights"] == "trained":
-                self.held_out = record["loss"]
+                self.held_out = {"held_out": record["loss"]}
             if "event" not in record and record["step"] > self.seen:
                 self.seen = record["step"]
-                records.append(record if self.held_out is None else record | {"held_out": self.held_out})
+                records.append(record | self.held_out)
         return records
 
 
@@ -82,7 +82,9 @@ def stamp(path: Path) -> Stamp | None:
 
 
 class _TwoLines(Progress):
-    """A bar, and under it the facts of the last step: together they are too long for 80 columns."""
+    """A bar, and under it the facts of the last step: together they are too long for 80 columns. The held-out loss of
+    a run that has one comes below.
+    """
 
     facts = "loading the model"
 
@@ -119,7 +121,7 @@ class Bar:
 
     def show(self, record: dict[str, Any]) -> None:
         """The last step, as ``metrics.jsonl`` has it."""
-        self.progress.facts = _facts(record)
+        self.progress.facts = "\n".join(filter(None, (_facts(record), _held_out(record))))
         self.progress.update(
             self.task,
             completed=record["step"],
@@ -151,6 +153,7 @@ class Lines:
             f"step {record['step']}/{record['total_steps']}",
             _pace(record),
             _facts(record),
+            _held_out(record),
             f"left {_left(record)}",
         ]
         console.err.print("  ".join(filter(None, said)), soft_wrap=True)
@@ -160,8 +163,7 @@ def _facts(record: dict[str, Any]) -> str:
     if "loss" not in record:
         return f"{record['step']} clips encoded"
     facts = [
-        "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}",
-        *([f"held-out {record['held_out']:.4f}"] if "held_out" in record else []),
+        f"loss {_loss(record['loss'])}",
         f"lr {record['learning_rate']:.1e}",
         f"{record['tokens_per_second']:.0f} tok/s",
     ]
@@ -172,6 +174,15 @@ def _facts(record: dict[str, Any]) -> str:
     if record["memory_bytes"]:
         facts.append(f"mem {record['memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join(facts)
+
+
+def _held_out(record: dict[str, Any]) -> str:
+    """The newest held-out loss, on a line of its own where a line has an end."""
+    return f"held-out loss {_loss(record['held_out'])}" if "held_out" in record else ""
+
+
+def _loss(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
 
 
 def _seconds(record: dict[str, Any]) -> float:

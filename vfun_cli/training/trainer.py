@@ -135,7 +135,8 @@ class Trainer:
                 self.look_for_change(before, micro_batches)
             epoch_record = self.ledger.step(micro_batches)
             step += 1
-            saves = step % self.config.checkpointing_steps == 0
+            # At the end, too, before it is looked at: that may take minutes, in which a kill should cost no step.
+            saves = step % self.config.checkpointing_steps == 0 or step == self.total_steps
             if saves or epoch_record is not None:
                 self.read()  # no checkpoint of a state that a bad step has spoilt
                 self.metrics.event(epoch_record)
