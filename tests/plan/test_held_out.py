@@ -141,10 +141,29 @@ def test_the_cost_of_a_look_is_that_of_its_forward_passes(table_of: Callable[...
     assert plan_json(averaged, [averaged.first_epoch])["held_out"]["passes"] == 108
 
 
+def test_the_cost_of_samples_is_that_of_their_denoising_steps(table_of: Callable[..., Any]) -> None:
+    options = {"validation_rows": 6, "validation_steps": 120, "max_train_steps": 1000}
+    config, table = table_of([row(video) for video in VIDEOS], **options)
+    one = SPEC.model.forward_flops(held_out_of(plan_of(config, table)).clips[0].shape, DIMS)
+    for changed, passes in (
+        ({}, 6 * SPEC.sampling.steps * 2),
+        ({"validation_sampling_steps": 8}, 6 * 8 * 2),
+        ({"validation_sampling_steps": 8, "use_ema": True}, 2 * 6 * 8 * 2),
+        ({"validation_sampling_steps": 8, "validation_guidance": 1.0}, 6 * 8),
+    ):
+        plan = plan_of(RunConfig(**{**vars(config), **changed}), table)
+        found = plan_json(plan, [plan.first_epoch])["samples"]
+        assert (found["rows"], found["passes"], found["every_steps"]) == (6, passes, 120)
+        assert found["flops"] == pytest.approx(passes * one)
+        assert found["share_of_training"] == pytest.approx(passes / (120 * 3), rel=1e-3)
+    without = plan_of(RunConfig(**{**vars(config), "validation_samples": False}), table)
+    assert "samples" not in plan_json(without, [without.first_epoch])
+
+
 def test_a_plan_without_held_out_rows_says_nothing_of_them(table_of: Callable[..., Any]) -> None:
     config, table = table_of([row(video) for video in VIDEOS])
     plan = plan_of(config, table)
-    assert plan.held_out is None and "held_out" not in plan_json(plan, [plan.first_epoch])
+    assert plan.held_out is None and not {"held_out", "samples"} & plan_json(plan, [plan.first_epoch]).keys()
     assert list(plan.validations()) == []
 
 

@@ -29,6 +29,9 @@ def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) ->
         run.report_html,
         *run.files_of_machine(0),
         *run.files_of_rank(1),
+        run.sampled_clips / "row-3.mp4",
+        *(run.samples(step) / f"row-3{end}" for step in (2, 4) for end in (".json", ".mp4", "-ema.png")),
+        run.samples(4) / ".row-5.mp4",
     ]:
         write(path)
     with ownership.noting(run, run.root):

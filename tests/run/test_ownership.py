@@ -26,6 +26,8 @@ FOREIGN = (
     "logs/launcher.log.1",
     "logs/tensorboard/events.out.tfevents.1700000001.host.2.0",
     "sanity_check/sample-1-video.mp4",
+    "samples/step-2/notes.txt",
+    "samples/best/row-3.mp4",
     "metrics.jsonl.bak",
 )
 """What people keep beside a run; the run had two ranks."""
@@ -46,6 +48,16 @@ def test_a_run_is_deleted_and_nothing_else(stated: dict[str, object], tmp_path: 
     others = names(run.checkpoint(6))
     ownership.clear(run, 1)
     assert names(tmp_path) == {*FOREIGN, *(f"checkpoint-6/{name}" for name in others)}
+
+
+def test_the_samples_of_later_steps_are_deleted_alone(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_run(run)
+    kept = names(tmp_path) - {str(path.relative_to(tmp_path)) for path in run.sample_files(after=2)}
+    write(run.samples(8) / "notes.txt")
+    ownership.delete_samples(run, after=2)
+    assert names(tmp_path) == {*kept, "samples/step-8/notes.txt"}
+    assert [step for step, _ in run.sampled()] == [2, 8] and "samples/step-2/row-3.mp4" in kept
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

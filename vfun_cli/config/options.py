@@ -444,6 +444,7 @@ class RunConfig:
             help="Make videos of the validation rows, or of the prompts; without, the rows' loss alone is computed.",
             panel=VALIDATION,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = True
     validation_prompts: Annotated[
@@ -476,6 +477,7 @@ class RunConfig:
             minimum=1,
             maximum=1_000,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
     validation_guidance: Annotated[
@@ -486,6 +488,7 @@ class RunConfig:
             minimum=0,
             maximum=1e3,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
 

@@ -138,16 +138,18 @@ def clear(run: RunDir, machines: int) -> None:
         for _, path in manifest.numbered(run.root):
             if may_go(path, described.get("id")):
                 delete(path)
-        _delete(run, _written(run, described, machines), {run.sanity_check, run.tensorboard, run.samples_folder})
+        folders = [run.sanity_check, run.tensorboard, run.samples_folder, run.sampled_clips]
+        folders += [folder for _, folder in run.sampled()]
+        _delete(run, _written(run, described, machines), folders)
     run.deleted_json.unlink(missing_ok=True)
 
 
 def delete_samples(run: RunDir, *, after: int) -> None:
     """Delete the samples of later steps, which the run takes again."""
-    _delete(run, run.sample_files(after=after))
+    _delete(run, run.sample_files(after=after), [folder for step, folder in run.sampled() if step > after])
 
 
-def _delete(run: RunDir, files: list[Path], folders: Collection[Path] = ()) -> None:
+def _delete(run: RunDir, files: Collection[Path], folders: Collection[Path]) -> None:
     """Delete files of a run and, where nothing is left in them, their folders and other ones."""
     for file in files:
         if file.is_file() and not _leads_away(run, file):
