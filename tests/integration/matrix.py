@@ -70,8 +70,17 @@ BROKEN = "broken"
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
 
 HELD_OUT = "held-out"
-"""A run of the matrix that validates, too."""
-_HELD_OUT = {"validation_meta": "vfun-demo/wan-s2v/data/held-out.json", "validation_steps": STEPS["train"] // 2}
+"""A run of the matrix that validates, too, and cannot make a sample of one of its rows."""
+_HELD_OUT = {
+    "validation_meta": "vfun-demo/wan-s2v/data/held-out.json",
+    "validation_steps": STEPS["train"] // 2,
+    "validation_sampling_steps": 2,
+}
+HELD_OUT_ROWS = 5
+"""Which two ranks cannot share evenly."""
+BROKEN_ROW = 1
+"""Of them, the one that is followed by the control clip CUT_OFF where a video of it is to be made."""
+CUT_OFF = Path("vfun-demo/wan-s2v/data/cut-off.mp4")
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
@@ -169,16 +178,17 @@ def together(strategy: str) -> dict[str, Any]:
 
 
 def prepare_demo() -> None:
-    """The demo of every family in the working directory, with a one-clip metadata file and another one beside each:
-    three rows to validate on, which two ranks cannot share evenly.
+    """The demo of every family in the working directory, with a one-clip metadata file and another one of rows to
+    validate on beside each.
     """
     for spec in families.FAMILIES.values():
         layer = demo_default.make(spec)
         rows = json.loads(Path(layer["train_data_meta"]).read_text(encoding="utf-8"))
         videos = [row for row in rows if row["type"] == "video"]
         Path(layer["train_data_dir"], "one-clip.json").write_text(json.dumps(videos[:1]), encoding="utf-8")
-        held_out = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(3)]
+        held_out = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(HELD_OUT_ROWS)]
         Path(layer["train_data_dir"], "held-out.json").write_text(json.dumps(held_out), encoding="utf-8")
+    CUT_OFF.write_bytes((CUT_OFF.parent / "control/00000001.mp4").read_bytes()[:2000])
 
 
 def write_run(run: Run) -> Path:

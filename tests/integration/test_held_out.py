@@ -1,4 +1,4 @@
-"""The held-out loss is a function of the weights alone, under every strategy, and the training does not notice it."""
+"""The held-out loss and samples: functions of the weights alone, under every strategy; the training notices nothing."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,24 +7,54 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import jobs
-from tests.integration.matrix import HELD_OUT, STEPS, STRATEGIES, Run, extra, launch, losses, resumed, straight
+from tests.integration.matrix import (
+    BROKEN_ROW,
+    CUT_OFF,
+    HELD_OUT,
+    HELD_OUT_ROWS,
+    STEPS,
+    STRATEGIES,
+    Run,
+    extra,
+    launch,
+    losses,
+    resumed,
+    straight,
+)
 from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
 
 Trained = Callable[[str], None]
 Found = dict[tuple[int, str], list[float]]
-HALF, LAST = STEPS["train"] // 2, 6
+HALF, LAST = STEPS["train"] // 2, STEPS["train"]
+GOOD = [f"row-{row}" for row in range(HELD_OUT_ROWS) if row != BROKEN_ROW]
 
 
 def found(run: Run) -> Found:
     return jobs.held_out(RunDir(run.folder))
 
 
+def samples(run: Run, step: int) -> list[dict[str, str]]:
+    """A digest of the pixels of each video of a step by its name, rank by rank."""
+    folder, ranks = f"samples/step-{step}/", []
+    for file in sorted(RunDir(run.folder).logs.glob("samples-rank-*.json")):
+        digests = json.loads(file.read_text())
+        ranks.append({name.removeprefix(folder): digests[name] for name in digests if name.startswith(folder)})
+    return ranks
+
+
+def merged(ranks: Sequence[dict[str, str]]) -> dict[str, str]:
+    whole = {name: digest for rank in ranks for name, digest in rank.items()}
+    assert len(whole) == sum(map(len, ranks)), "each is made once"
+    return whole
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_training_does_not_notice_it(strategy: str, trained: Trained) -> None:
+def test_the_training_does_not_notice_them(strategy: str, trained: Trained) -> None:
     trained(strategy)
     run = extra(HELD_OUT, strategy)
     assert list(found(run)) == [(0, "trained"), (HALF, "trained"), (LAST, "trained")]
@@ -33,11 +63,14 @@ def test_the_training_does_not_notice_it(strategy: str, trained: Trained) -> Non
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_is_equal_to_the_bit_after_a_resume(strategy: str, trained: Trained) -> None:
+def test_they_are_equal_to_the_bit_after_a_resume(strategy: str, trained: Trained) -> None:
     trained(strategy)
     whole = found(extra(HELD_OUT, strategy))
     del whole[0, "trained"]
-    assert found(resumed(extra(HELD_OUT, strategy))) == whole
+    run, again = extra(HELD_OUT, strategy), resumed(extra(HELD_OUT, strategy))
+    assert found(again) == whole
+    assert [samples(again, step) for step in (HALF, LAST)] == [samples(run, step) for step in (HALF, LAST)]
+    assert merged(samples(again, HALF)) and not merged(samples(again, 0))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
@@ -47,14 +80,40 @@ def test_two_ranks_begin_with_the_bits_of_one(strategy: str, trained: Trained) -
     trained(strategy)
     one, two = (found(extra(HELD_OUT, name))[0, "trained"] for name in ("single", strategy))
     assert one == two and len(one) == 10
+    shared, alone = (merged(samples(extra(HELD_OUT, name), 0)) for name in (strategy, "single"))
+    assert shared == alone and len(shared) == len(GOOD)
 
 
-def test_the_moving_average_has_a_loss_of_its_own(trained: Trained) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_row_that_cannot_be_read_says_why_and_the_ranks_share_the_others(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    run, broken = RunDir(extra(HELD_OUT, strategy).folder), f"row-{BROKEN_ROW}"
+    recorded = [record for record in jobs.records(run) if record.get("event") == "samples"]
+    assert [(each["step"], each["made"], list(each["failed"])) for each in recorded] == [
+        (step, len(GOOD), [broken]) for step in (0, HALF, LAST)
+    ]
+    for step, record in zip((0, HALF, LAST), recorded, strict=True):
+        said = json.loads((run.samples(step) / f"{broken}.json").read_text())["error"]
+        assert CUT_OFF.name in said and said == record["failed"][broken]
+        assert {path.stem for path in run.samples(step).glob("*.mp4")} == set(GOOD)
+        made = [list(rank) for rank in samples(extra(HELD_OUT, strategy), step)]
+        assert made == ([GOOD] if strategy == "single" else [["row-0", "row-2", "row-4"], ["row-3"]])
+    images = EventAccumulator(str(run.tensorboard))
+    images.Reload()
+    shown = images.Images("samples/row-0")
+    assert [image.step for image in shown] == [0, HALF, LAST] and shown[0].encoded_image_string[:6] == b"GIF89a"
+
+
+def test_the_moving_average_has_a_loss_and_samples_of_its_own(trained: Trained) -> None:
     trained("single")
     average = found(extra("average", "single"))
     assert list(average) == [(step, weights) for step in (0, 3) for weights in ("trained", "ema")]
     assert average[0, "ema"] == average[0, "trained"] == found(extra(HELD_OUT, "single"))[0, "trained"]
     assert average[3, "ema"] != average[3, "trained"]
+    first, last = (merged(samples(extra("average", "single"), step)) for step in (0, 3))
+    assert len(first) == len(last) == 2 * len(GOOD)
+    for name in GOOD:
+        assert first[name] == first[f"{name}-ema"] and last[name] != last[f"{name}-ema"]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
@@ -74,8 +133,8 @@ class OnOneRank(Run):
         return RunDir(self.source.folder).checkpoint(HALF)
 
 
-def look_alone(under: str, strategies: Sequence[str]) -> dict[str, Found]:
-    """The held-out loss that one process finds of each strategy's checkpoint."""
+def look_alone(under: str, strategies: Sequence[str]) -> dict[str, tuple[Found, dict[str, str]]]:
+    """The held-out loss that one process finds of each strategy's checkpoint, and the samples that it makes."""
     runs = []
     for strategy in strategies:
         source = extra(HELD_OUT, strategy)
@@ -84,20 +143,27 @@ def look_alone(under: str, strategies: Sequence[str]) -> dict[str, Found]:
             OnOneRank(name=f"alone-{strategy}", family=source.family, strategy=under, options=options, source=source)
         )
     launch(runs)
-    return {strategy: found(run) for strategy, run in zip(strategies, runs, strict=True)}
+    return {strategy: (found(run), merged(samples(run, HALF))) for strategy, run in zip(strategies, runs, strict=True)}
 
 
 @pytest.mark.long
 @pytest.mark.ahead.with_args(look_alone, "single", ["ddp", "fsdp", "zero2"], needs=["ddp", "fsdp", "zero2"])
-def test_one_process_finds_the_bits_that_two_ranks_found(result: dict[str, Found]) -> None:
+def test_one_process_finds_the_bits_that_two_ranks_found(result: dict[str, tuple[Found, dict[str, str]]]) -> None:
     assert len(result) == 3
     for strategy, alone in result.items():
-        assert alone == {(HALF, "trained"): found(extra(HELD_OUT, strategy))[HALF, "trained"]}
+        assert alone == of_two_ranks(strategy)
+
+
+def of_two_ranks(strategy: str) -> tuple[Found, dict[str, str]]:
+    run = extra(HELD_OUT, strategy)
+    made = merged(samples(run, HALF))
+    assert len(made) == len(GOOD)
+    return {(HALF, "trained"): found(run)[HALF, "trained"]}, made
 
 
 @pytest.mark.ahead.with_args(look_alone, "zero3", ["zero3"], needs=["zero3"])
-def test_one_rank_of_zero3_finds_the_bits_that_two_found(result: dict[str, Found]) -> None:
-    assert result["zero3"] == {(HALF, "trained"): found(extra(HELD_OUT, "zero3"))[HALF, "trained"]}
+def test_one_rank_of_zero3_finds_the_bits_that_two_found(result: dict[str, tuple[Found, dict[str, str]]]) -> None:
+    assert result["zero3"] == of_two_ranks("zero3")
 
 
 @pytest.mark.long
@@ -108,7 +174,8 @@ def test_it_is_equal_to_the_bit_after_kill_9_and_a_resume(strategy: str, workpla
     def train(run: RunDir) -> jobs.Job:
         return jobs.start(
             "train", "wan-s2v", "--demo", "--strategy", strategy, "--output-dir", run.root, "--max-train-steps", 6,
-            "--checkpointing-steps", 2, "--validation-rows", 2, "--validation-steps", 1, cwd=workplace,
+            "--checkpointing-steps", 2, "--validation-rows", 2, "--validation-steps", 1,
+            "--no-validation-samples", cwd=workplace,
         )  # fmt: skip
 
     whole, killed = RunDir(tmp_path / "whole"), RunDir(tmp_path / "killed")

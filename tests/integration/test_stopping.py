@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 from tests.disks import fill, starts_with_memory_of
-from tests.jobs import Job, children_of, finish, last_step, start, training_processes, wait_for, wait_for_step
+from tests.jobs import (
+    Job,
+    children_of,
+    finish,
+    held_out,
+    last_step,
+    losses,
+    records,
+    start,
+    training_processes,
+    wait_for,
+    wait_for_step,
+)
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, FitError
 from vfun_cli.run.rundir import RunDir
 
@@ -54,6 +66,38 @@ def test_ranks_that_wait_for_a_clip_that_hangs_its_decoder_save_and_stop(workpla
     os.kill(job.pid, signal.SIGTERM)
     finish(job, EXIT_PREEMPTED, within=WITHIN)
     assert run.checkpoint(last_step(run)).is_dir()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "number", "code"), [("fsdp", signal.SIGINT, EXIT_INTERRUPTED), ("ddp", signal.SIGTERM, EXIT_PREEMPTED)]
+)
+def test_ranks_that_make_samples_save_and_stop_and_the_rest_is_what_it_would_have_been(
+    strategy: str, number: signal.Signals, code: int, workplace: Path
+) -> None:
+    """The command asks by a file when it is interrupted; preempted are, as by a cluster, the ranks themselves."""
+    short = ("--max-train-steps", 4, "--validation-rows", 2, "--validation-steps", 2, "--dataloader-num-workers", 0)
+    whole, run = RunDir(workplace / f"whole-{strategy}"), RunDir(workplace / f"samples-{strategy}")
+    finish(train(whole, strategy, *short, "--no-validation-samples"))
+    job = train(run, strategy, *short, "--validation-sampling-steps", 1000)
+    wait_for(lambda: "samples by the trained weights" in read(run.launcher_log()), job)
+    if number == signal.SIGINT:
+        os.kill(job.pid, number)
+    else:
+        for rank in training_processes(run)[1]:
+            os.kill(rank, number)
+    finish(job, code, within=WITHIN)
+    assert run.checkpoint(0).is_dir() and last_step(run) == 0
+    assert [path.name for path in run.samples_folder.iterdir()] == ["rows"], "no half a video"
+    finish(start("resume", run.root, "--validation-sampling-steps", 1))
+    assert losses(run) == losses(whole) and len(losses(run)) == 4
+    made = [(record["step"], record["made"]) for record in records(run) if record.get("event") == "samples"]
+    assert made == [(0, 2), (2, 2), (4, 2)]
+    assert held_out(run) == held_out(whole)
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def test_ranks_that_are_starting_are_ended_and_leave_no_run(workplace: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.computed_types import noted
-from tests.integration.matrix import BROKEN
+from tests.integration.matrix import BROKEN, BROKEN_ROW, CUT_OFF
+from vfun_cli.modeling.inputs import MediaFile
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
@@ -42,7 +43,7 @@ def main(list_file: str) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         run = RunDir(Path(described["run_dir"]))
-        with training_noted(run), saving_noted(run):
+        with training_noted(run), saving_noted(run), samples_noted(run):
             failed = run_rank(Path(run_json))
         if bool(failed) != (run.root.name == BROKEN):
             print(f"FAILED {run_json}" if failed else f"{run_json} should have failed", file=sys.stderr)
@@ -91,6 +92,34 @@ def training_noted(run: RunDir) -> Iterator[None]:
             yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
+
+
+@contextmanager
+def samples_noted(run: RunDir) -> Iterator[None]:
+    """Leave in the run's logs, of this rank: a digest of the pixels of each video that it makes, by its path in the
+    run. One row is followed by a file that is cut off.
+    """
+    from vfun_cli.training import samples, session
+
+    rows_to_sample, write_shown, digests = session.rows_to_sample, samples.write_shown, dict[str, str]()
+
+    def with_a_broken_row(*given: Any) -> list[Any]:
+        rows = rows_to_sample(*given)
+        request: Any = rows[BROKEN_ROW].request
+        cut_off = replace(request.control, media=MediaFile(str(CUT_OFF)))
+        rows[BROKEN_ROW] = replace(rows[BROKEN_ROW], request=replace(request, control=cut_off))
+        return rows
+
+    def noted(film: Any, stem: Path, *given: Any) -> Path:
+        digests[str(stem.relative_to(run.root))] = hashlib.sha256(film.pixels.numpy().tobytes()).hexdigest()
+        (run.logs / f"samples-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(digests))
+        return write_shown(film, stem, *given)
+
+    session.rows_to_sample, samples.write_shown = with_a_broken_row, noted  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        session.rows_to_sample, samples.write_shown = rows_to_sample, write_shown  # type: ignore[attr-defined]
 
 
 def break_gradients(trainer: Any) -> None:

@@ -21,6 +21,7 @@ from trainer_parts import Parts, loaded
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import SampleRequest, VideoRequest
+from vfun_cli.modeling.media.animation import GIF_SIDE, animation
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.samples import SampleSettings
 from vfun_cli.run.rundir import RunDir
@@ -33,7 +34,7 @@ from vfun_cli.training.looking import Stopped, heeding
 from vfun_cli.training.sampled_rows import RowReader, rows_to_sample
 from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
-from vfun_cli.training.trackers import GIF_SIDE, TensorBoard, animation
+from vfun_cli.training.trackers import TensorBoard
 from vfun_cli.training.validation import Validation, samples_look
 
 LIVE = Callable[[str], LiveModel]
