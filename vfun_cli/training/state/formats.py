@@ -168,10 +168,15 @@ _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 def _sharded(state: TrainedState) -> dict[str, Any]:
     model, optimizer = state.model, inner_optimizer(state.optimizer)
-    return {
+    untrained = not optimizer.state
+    content = {
         "model": get_model_state_dict(model, options=_TRAINED_ONLY),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
     }
+    if untrained:  # torch made the moments by a step that changes nothing, but that AdamW has counted
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
+    return content
 
 
 _TAG = "state"
