@@ -11,7 +11,6 @@ from torch import Tensor
 from vfun_cli import families
 from vfun_cli.demo.default import make_model
 from vfun_cli.demo.media import CLIPS, DemoClip, draw
-from vfun_cli.demo.mosaic import show_blocks
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import AdapterOptions
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE
@@ -48,8 +47,6 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 def test_what_a_mosaic_vae_decodes_is_what_it_encoded(family: str, folder: Path) -> None:
     vae = vae_of(family, folder)
     clips = [pixels(clip, number, frames=9) for number, clip in enumerate(CLIPS, 1)]
-    assert all(psnr(vae.decode(vae.encode(clip)), clip) < RECOGNISABLE for clip in clips)  # random weights: noise
-    show_blocks(vae)
     latents = [vae.encode(clip) for clip in clips]
     found = [psnr(vae.decode(each), clip) for each, clip in zip(latents, clips, strict=True)]
     assert min(found) > RECOGNISABLE and len(found) == len(CLIPS), found
@@ -63,7 +60,6 @@ def test_what_a_mosaic_vae_decodes_is_what_it_encoded(family: str, folder: Path)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_latents_of_a_mosaic_vae_are_the_mean_colours_of_their_block(family: str, folder: Path) -> None:
     vae = vae_of(family, folder)
-    show_blocks(vae)
     flat = torch.zeros(1, 3, 9, 32, 48) + torch.tensor([0.5, -0.25, -1.0]).view(1, 3, 1, 1, 1)
     other = flat.clone()
     other[:, :, 5:, 8:16, 16:24] = 1.0

@@ -9,9 +9,10 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
 from torch import nn
 
+from vfun_cli.demo.mosaic import show_blocks
 from vfun_cli.demo.t5_parts import write_t5
-from vfun_cli.demo.vae import lower_posterior_variance
 from vfun_cli.families.cogvideox_fun.transformer import build_transformer
+from vfun_cli.modeling.encoders.cogvideox_vae import CogVideoXVAE
 
 LATENT_CHANNELS = 16
 TEXT_DIM = 32
@@ -81,7 +82,7 @@ def build_model(folder: Path, seed: int = 0, **changes: object) -> None:
         torch.manual_seed(seed)
         _write_model(folder / "transformer", config, build_transformer(config))
         vae = AutoencoderKLCogVideoX.from_config(dict(VAE))
-        lower_posterior_variance(vae, LATENT_CHANNELS)
+        show_blocks(CogVideoXVAE(vae))
         _write_model(folder / "vae", VAE, vae)
         write_t5(folder / "text_encoder", folder / "tokenizer", dim=TEXT_DIM)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)

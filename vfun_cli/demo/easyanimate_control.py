@@ -17,11 +17,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from vfun_cli.demo.mosaic import show_blocks
 from vfun_cli.demo.t5_parts import write_t5
-from vfun_cli.demo.vae import lower_posterior_variance
 from vfun_cli.families.easyanimate_control.names import released_name
 from vfun_cli.families.easyanimate_control.transformer import build_transformer
-from vfun_cli.modeling.encoders.magvit_vae import SUPPORTED, vae_arguments
+from vfun_cli.modeling.encoders.magvit_vae import SUPPORTED, MagvitVAE, vae_arguments
 
 LATENT_CHANNELS = 16
 QWEN_DIM, BERT_DIM, T5_DIM = 32, 16, 24
@@ -171,7 +171,7 @@ def _write_vae(folder: Path) -> None:
     }
     _write_json(folder / "config.json", {"_class_name": "AutoencoderKLMagvit", **config})
     vae = AutoencoderKLMagvit(**vae_arguments(config, "the tiny VAE"))
-    lower_posterior_variance(vae, vae.config.latent_channels)
+    show_blocks(MagvitVAE(vae))
     _write_weights(folder, vae)
 
 

@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vfun_cli.demo.vae import lower_posterior_variance
+from vfun_cli.demo.mosaic import show_blocks
 from vfun_cli.modeling.encoders import llama_prompt, llava_prompt
+from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 
 LATENT_CHANNELS = 16
 TEXT_DIM = 32
@@ -101,7 +102,7 @@ def _common(folder: Path, image_condition: str | None) -> PreTrainedTokenizerFas
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
     )
-    lower_posterior_variance(vae, LATENT_CHANNELS)
+    show_blocks(HunyuanVAE(vae))
     vae.save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(folder / "scheduler")
     vocabulary = _write_clip_tokenizer(folder / "tokenizer_2")

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vfun_cli.demo.vae import lower_posterior_variance
+from vfun_cli.demo.mosaic import show_blocks
 from vfun_cli.modeling.encoders import clip_vision, umt5, wan_vae
+from vfun_cli.modeling.encoders.wan_vae import WanVAE
 
 TEXT_DIM = 32
 """Width of the tiny text encoder."""
@@ -44,7 +45,7 @@ def write_clip(folder: Path, *, tokens: int = CLIP_TOKENS) -> None:
 def vae_state(base_dim: int = 4) -> dict[str, Tensor]:
     """A small Wan2.1 VAE under its original names: diffusers' random module with its conversion run backwards."""
     vae = AutoencoderKLWan(base_dim=base_dim)
-    lower_posterior_variance(vae, vae.config.z_dim)
+    show_blocks(WanVAE(vae))
     module = vae.state_dict()
     names = {
         new: original
