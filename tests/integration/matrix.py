@@ -81,6 +81,15 @@ HELD_OUT_ROWS = 5
 BROKEN_ROW = 1
 """Of them, the one that is followed by the control clip CUT_OFF where a video of it is to be made."""
 CUT_OFF = Path("vfun-demo/wan-s2v/data/cut-off.mp4")
+PAIR = "pair"
+"""A run that makes samples of two rows, so that the second rank can read none, and encodes what they need with encoders
+that the ranks share."""
+_PAIR = {
+    "validation_meta": "vfun-demo/wan-s2v/data/pair.json",
+    "validation_sampling_steps": 2,
+    "max_train_steps": 0,
+    "cache": None,
+}
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
@@ -104,11 +113,12 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
+        PAIR: _PAIR,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
     "zero2": _IN_MATRIX,
-    "zero3": _IN_MATRIX,
+    "zero3": {**_IN_MATRIX, PAIR: _PAIR},
     "zero3-offload": _EVERYWHERE,
 }
 
@@ -188,6 +198,7 @@ def prepare_demo() -> None:
         Path(layer["train_data_dir"], "one-clip.json").write_text(json.dumps(videos[:1]), encoding="utf-8")
         held_out = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(HELD_OUT_ROWS)]
         Path(layer["train_data_dir"], "held-out.json").write_text(json.dumps(held_out), encoding="utf-8")
+        Path(layer["train_data_dir"], "pair.json").write_text(json.dumps(held_out[:2]), encoding="utf-8")
     CUT_OFF.write_bytes((CUT_OFF.parent / "control/00000001.mp4").read_bytes()[:2000])
 
 

@@ -15,6 +15,7 @@ from tests.integration.matrix import (
     CUT_OFF,
     HELD_OUT,
     HELD_OUT_ROWS,
+    PAIR,
     STEPS,
     STRATEGIES,
     Run,
@@ -102,6 +103,16 @@ def test_a_row_that_cannot_be_read_says_why_and_the_ranks_share_the_others(strat
     images.Reload()
     shown = images.Images("samples/row-0")
     assert [image.step for image in shown] == [0, HALF, LAST] and shown[0].encoded_image_string[:6] == b"GIF89a"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_a_rank_without_a_row_that_can_be_read_takes_part_in_what_the_ranks_share(
+    strategy: str, trained: Trained
+) -> None:
+    trained(strategy)
+    first, second = samples(extra(PAIR, strategy), 0)
+    whole = merged(samples(extra(HELD_OUT, strategy), 0))
+    assert first == {"row-0": whole["row-0"]} and second == {}
 
 
 def test_the_moving_average_has_a_loss_and_samples_of_its_own(trained: Trained) -> None:

@@ -112,12 +112,12 @@ def samples_noted(run: RunDir) -> Iterator[None]:
 
     def noted(film: Any, stem: Path, *given: Any) -> Path:
         digests[str(stem.relative_to(run.root))] = hashlib.sha256(film.pixels.numpy().tobytes()).hexdigest()
-        (run.logs / f"samples-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(digests))
         return write_shown(film, stem, *given)
 
     session.rows_to_sample, samples.write_shown = with_a_broken_row, noted  # type: ignore[attr-defined]
     try:
         yield
+        (run.logs / f"samples-rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(digests))
     finally:
         session.rows_to_sample, samples.write_shown = rows_to_sample, write_shown  # type: ignore[attr-defined]
 
