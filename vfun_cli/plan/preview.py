@@ -80,8 +80,7 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
     if loss is not None:
         parts += [_heading("Held-out loss", f"{loss.rows:,} rows at {len(QUANTILES)} timesteps"), _look(loss)]
     if videos is not None and plan.samples is not None:
-        note = f"a video of each of {videos.rows:,} rows in {plan.samples.steps:,} denoising steps"
-        parts += [_heading("Samples", note), _look(videos)]
+        parts += [_heading("Samples", f"{videos.rows:,} rows in {plan.samples.steps:,} denoising steps"), _look(videos)]
     note = f"mean over max FLOPs of {first.world_size} ranks: the share of time spent computing"
     parts += [_heading("Balance", note), _balance(first)]
     if first.num_steps == 0:

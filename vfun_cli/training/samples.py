@@ -54,7 +54,7 @@ class Samples:
     in_step: bool
     """Whether a pass of the transformer is one of all ranks."""
     tell: Callable[[str], None] = lambda text: None
-    """Is told how far it is, at every step of every video."""
+    """Is told which video is begun."""
     mine: RankRows | None = None
     """This rank's rows; encoded once a launch, because the encoders are frozen."""
 

@@ -156,7 +156,12 @@ class Trainer:
             return CONTINUE
         self.read()  # nothing is said of a state that a bad step has spoilt
         with self.metrics.looking(), self.adapter.encoders.for_now():
-            return self.validation.run(step)
+            reason = self.validation.run(step)
+        if (
+            self.accelerator.device.type == "cuda"
+        ):  # a video takes more than a step, and what torch keeps NCCL cannot have
+            torch.cuda.empty_cache()
+        return reason
 
     def next_micro_batch(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:
         """The next one of this rank, None if it is not there yet.
