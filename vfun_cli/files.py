@@ -79,6 +79,11 @@ def require_place(
         raise ConfigError(f"{path} exists already{what}.", hint=f"{another} Or move this one away.")
 
 
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is whole; the ending may say in which format it is written."""
+    return path.with_name(f".{path.name}")
+
+
 def _begin(path: Path) -> bytes:
     with suppress(OSError), path.open("rb") as file:
         return file.read(1 << 12)

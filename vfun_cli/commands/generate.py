@@ -131,25 +131,37 @@ def generate(
     """
     from vfun_cli.commands import generating
 
+    media = {"image": image, "end_image": end_image, "reference": reference, "control": control, "audio": audio}
+    settings = {
+        "frames": frames, "height": height, "width": width, "steps": steps, "guidance": guidance,
+        "negative_prompt": negative_prompt, "seed": seed,
+    }  # fmt: skip
     job = generating.decide(
-        generating.Named(
-            name=source, lora=lora, strength=lora_strength, model=model, ema=ema, base=compare, demo=demo
+        generating.Named(name=source, lora=lora, strength=lora_strength, model=model, ema=ema, base=compare, demo=demo),
+        generating.Wishes(
+            prompts=prompt or [],
+            media={name: paths for name, paths in media.items() if paths},
+            meta=meta,
+            root=data_root,
+            settings=settings,
+            output=output,
+            overwrite=overwrite,
         ),
-        {"image": image, "end_image": end_image, "reference": reference, "control": control, "audio": audio},
-        prompts=prompt or [],
-        meta=meta,
-        root=data_root,
-        settings={
-            "frames": frames, "height": height, "width": width, "steps": steps, "guidance": guidance,
-            "negative_prompt": negative_prompt, "seed": seed,
-        },
-        output=output,
-    )  # fmt: skip
-    made = generating.make(job, device=device, num_processes=num_processes, low_vram=low_vram, overwrite=overwrite)
-    if made is None:
+    )
+    say = console.err if json else console.out
+
+    def tell(path: Path) -> None:
+        say.print(str(path), soft_wrap=True)
+
+    failed = generating.make(job, device=device, num_processes=num_processes, low_vram=low_vram, tell=tell)
+    if failed is None:
         return
     if json:
-        console.print_json({"videos": [str(path) for path in made]})
-    else:
-        for path in made:
-            console.out.print(str(path), soft_wrap=True)
+        missing = {event.video for event in failed}
+        console.print_json(
+            {
+                "videos": [str(order.path) for order in job.orders if order.name not in missing],
+                "failed": [{"video": event.video, "message": event.message} for event in failed],
+            }
+        )
+    generating.require_all(job, failed)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vfun_cli.disks.abilities import naming
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import outputs_of, prepared
+from vfun_cli.files import partial_of
 from vfun_cli.modeling.adapter import ModelAdapter, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.inputs import AudioSegment
@@ -102,18 +103,17 @@ def write_shown(film: Film, stem: Path, facts: Mapping[str, Any], sound: Sound |
     """
     still = len(film.pixels) == 1
     path = stem.with_name(stem.name + (PICTURE if still else VIDEO))
-    partial = path.with_name(f".{path.name}")
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if still:
-            write_png(partial, film.pixels)
-        else:
-            write_video(partial, film.pixels, film.fps, sound)
+        with naming(path):
+            if still:
+                write_png(partial, film.pixels)
+            else:
+                write_video(partial, film.pixels, film.fps, sound)
         partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     write_facts(stem, facts)
     return path
 

@@ -1,78 +1,109 @@
 """Videos into files, one after another: what ``vfun generate`` does in each of its processes.
 
-    for path in make(orders, source, None, options, tell): ...
+    for event in make(orders, source, None, options): ...
 
-Everything is read before the first model is, and what the encoders gave is kept for the second one, so that a
-comparison shows the same noise under the same conditions.
+What a video is made from is read and encoded before the transformer is: so what cannot be decoded is told first, the
+encoders never share the device with the transformer, and but for the VAE they are gone when it comes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
+from vfun_cli.disks.abilities import fault
+from vfun_cli.errors import FitError, MetadataError, VfunError
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.media.montage import beside
+from vfun_cli.run.memory_errors import memory_error
+from vfun_cli.sampling.events import MADE, SMALLER, Event
 from vfun_cli.sampling.films import Film, encoded, film_of, moved, write_film
 from vfun_cli.sampling.loop import Sampler
-from vfun_cli.sampling.orders import Order, Tell
+from vfun_cli.sampling.orders import Order
 from vfun_cli.sampling.requests import request_of
 from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.sampling.source import Source
-from vfun_cli.sampling.weights import LoadOptions, load_model
+from vfun_cli.sampling.weights import LoadOptions, open_model
 
-Encoded = dict[str, dict[str, Output]]
-"""What the encoders gave of each video, on the host, by the video's name."""
+COMPARED_AT_ONCE = 8
+"""Videos whose base is kept while the tuned weights are loaded: 0.2 GB each, of 81 frames at 720p."""
+HOST = torch.device("cpu")
 
 
-def make(
-    orders: Sequence[Order], source: Source, base: Source | None, options: LoadOptions, tell: Tell
-) -> Iterator[Path]:
-    """Make the videos and write them; yields each file when it is whole.
+def make(orders: Sequence[Order], source: Source, base: Source | None, options: LoadOptions) -> Iterator[Event]:
+    """Make the videos and write them; what cannot be made is told and keeps no other from being made.
 
     Args:
         base: what the videos are compared with: they then show its on the left and the source's on the right.
 
     Raises:
         CheckpointError: weights that do not fit.
-        MetadataError: media that cannot be decoded.
+        FitError: the model alone is more than the memory.
     """
-    kept: Encoded = {}
-    shown = {}
-    if base is not None:
-        shown = {order.name: _bytes(film) for order, film in _films(orders, base, options, kept, tell, "base")}
-    for order, film in _films(orders, source, options, kept, tell, ""):
-        left = shown.pop(order.name, None)
-        both = film if left is None else replace(film, pixels=beside(_pixels(left), film.pixels))
-        yield write_film(both, order.stem, order.facts, request_of(order.video).audio)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    with _fitting():
+        if base is None:
+            yield from _films(orders, source, options, _write)
+            return
+        for first in range(0, len(orders), COMPARED_AT_ONCE):
+            yield from _compared(orders[first : first + COMPARED_AT_ONCE], source, base, options)
+
+
+def _compared(orders: Sequence[Order], source: Source, base: Source, options: LoadOptions) -> Iterator[Event]:
+    kept: dict[str, Tensor] = {}  # uint8, a quarter of the memory
+
+    def keep(order: Order, film: Film) -> None:
+        kept[order.name] = ((film.pixels + 1) * 127.5).round().to(torch.uint8)
+
+    def write(order: Order, film: Film) -> None:
+        left = kept.pop(order.name).float() / 127.5 - 1
+        _write(order, replace(film, pixels=beside(left, film.pixels)))
+
+    for event in _films(orders, base, options, keep):
+        if event.exit_code != MADE:
+            yield replace(event, of_base=True)
+    yield from _films([order for order in orders if order.name in kept], source, options, write)
 
 
 def _films(
-    orders: Sequence[Order], source: Source, options: LoadOptions, kept: Encoded, tell: Tell, whose: str
-) -> Iterator[tuple[Order, Film]]:
-    """The videos by the weights of a source, which are loaded for it."""
-    tell(whose or "weights", 0, 0)
-    adapter = load_model(source, options)
+    orders: Sequence[Order], source: Source, options: LoadOptions, take: Callable[[Order, Film], None]
+) -> Iterator[Event]:
+    """Make the videos by the weights of one source."""
+    adapter, place = open_model(source, options)
+    inputs: dict[str, dict[str, Output]] = {}
+    for number, order in enumerate(orders):
+        yield Event(doing="reading what they are made from", done=number, total=len(orders))
+        try:
+            inputs[order.name] = moved(encoded(adapter, request_of(order.video)), HOST)
+        except Exception as error:
+            yield _unmade(order, error)
+    adapter.encoders.unload()
+    if not inputs:
+        return
+    yield Event(doing="loading the weights")
+    place()
     for order in orders:
-        yield order, _film(order, source, adapter, options, kept, partial(tell, f"{order.name} {whose}".strip()))
+        if order.name not in inputs:
+            continue
+        try:
+            film = yield from _film(order, source, adapter, moved(inputs.pop(order.name), options.device), options)
+            take(order, film)
+        except Exception as error:
+            yield _unmade(order, error)
+        else:
+            yield Event(video=order.name, exit_code=MADE)
 
 
 def _film(
-    order: Order,
-    source: Source,
-    adapter: ModelAdapter,
-    options: LoadOptions,
-    kept: Encoded,
-    tell: Callable[[int, int], None],
-) -> Film:
-    request = request_of(order.video)
-    if order.name not in kept:
-        kept[order.name] = moved(encoded(adapter, request), torch.device("cpu"))
-    frames: list[Tensor] = []
+    order: Order, source: Source, adapter: ModelAdapter, inputs: dict[str, Output], options: LoadOptions
+) -> Generator[Event, None, Film]:
+    request, frames = request_of(order.video), list[Tensor]()
     sampler = Sampler(
         adapter=adapter,
         transformer=adapter.transformer,
@@ -80,16 +111,43 @@ def _film(
         dtype=options.compute_dtype,
     )
     total = adapter.segments(request) * order.video.steps
-    tell(0, total)
-    for after in sampler.steps(moved(kept[order.name], options.device), request, frames):
-        tell(after.segment * after.steps + after.step + 1, total)
+    yield Event(video=order.name, total=total)
+    for after in sampler.steps(inputs, request, frames):
+        yield Event(video=order.name, done=after.segment * after.steps + after.step + 1, total=total)
     return film_of(adapter, request, frames)
 
 
-def _bytes(film: Film) -> Tensor:
-    """Its pixels at a quarter of their memory, uint8 [F, 3, H, W]."""
-    return ((film.pixels + 1) * 127.5).round().to(torch.uint8)
+def _write(order: Order, film: Film) -> None:
+    write_film(film, order.stem, order.facts, request_of(order.video).audio)
 
 
-def _pixels(stored: Tensor) -> Tensor:
-    return stored.float() / 127.5 - 1
+def _unmade(order: Order, error: Exception) -> Event:
+    """The video cannot be made, but others may.
+
+    Raises:
+        Exception: it is of all of them.
+    """
+    known = _of_one_video(error)
+    if known is None:
+        raise error
+    return Event(video=order.name, exit_code=known.exit_code, message=known.message, hint=known.hint)
+
+
+def _of_one_video(error: Exception) -> VfunError | None:
+    """What it was made from, its size, or the disk that it goes to."""
+    if isinstance(error, MetadataError):
+        return error
+    if (too_large := memory_error(error)) is not None:
+        return FitError(too_large.message, hint=SMALLER)
+    return fault(error) if isinstance(error, OSError) else None
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Memory that runs out inside is told with what helps."""
+    try:
+        yield
+    except Exception as error:
+        if (too_large := memory_error(error)) is not None:
+            raise FitError(too_large.message, hint=SMALLER) from error
+        raise

@@ -1,8 +1,9 @@
 """What ``vfun generate`` is to write: which video into which file, and what of it is there already."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.sampling.rows import Video, settings_json
 from vfun_cli.sampling.source import Source
 
-Tell = Callable[[str, int, int], None]
-"""Hears of every denoising step: of which video, how many are done, and of how many; of none before the first."""
-
 KINDS = (".mp4", ".png")
+WEIGHTS = (".safetensors", ".distcp", ".pt", ".pth", ".bin")
+"""Endings of files with weights, in a folder that may hold the videos too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,12 @@ class Order:
     """Of its files, without an ending."""
     facts: Mapping[str, Any]
     """What stands in the file beside it: a row that makes it again."""
+    since: float
+    """When what it is made from was last written, in seconds since 1970."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For people; no two of a command have the same."""
         return self.stem.name
 
     @property
@@ -42,51 +44,72 @@ class Order:
         return self.stem.with_name(f"{self.name}.json")
 
     def is_made(self) -> bool:
-        """Whether this very video is there."""
+        """Whether this very video is there, newer than all that it is made from."""
         try:
-            return bool(json.loads(self.facts_path.read_text(encoding="utf-8")) == self.facts) and self.path.is_file()
+            stated = json.loads(self.facts_path.read_text(encoding="utf-8"))
+            return bool(stated == self.facts) and self.path.stat().st_mtime >= self.since
         except (OSError, ValueError):
             return False
 
+    def is_taken(self) -> bool:
+        """Whether another video has its name."""
+        there = self.path.exists() or self.facts_path.exists()
+        return there and not self.is_made()
 
-def orders_of(videos: Sequence[Video], source: Source, base: Source | None, output: Path) -> list[Order]:
-    """Where each video goes: a folder or, of one video, a file of that name.
+
+def orders_of(
+    videos: Sequence[Video], source: Source, base: Source | None, output: Path, *, overwrite: bool
+) -> list[Order]:
+    """Where each video goes: into a folder or, of one video, a file of that name.
+
+    In a folder it is named after its row; a name that another video has, there or in this command, is followed by a
+    number. So nothing is lost, and the same command again finds what it has made.
 
     Raises:
-        ConfigError: a file for several videos, or of another kind.
+        ConfigError: a file for several videos, of another kind, or that is there already.
     """
-    stems = [output / f"video-{video.row}" for video in videos]
+    weights = max(map(_written, [file for each in (source, base) if each is not None for file in _files(each)]))
+
+    def order(video: Video, stem: Path) -> Order:
+        facts = settings_json(video, source)
+        if base is not None:
+            facts["compare"] = settings_json(video, base)["source"]
+        media = [_written(Path(each.path)) for each in video.media.values()]
+        return Order(video=video, stem=stem, facts=facts, since=max(weights, *media, 0.0))
+
     if output.suffix in KINDS:
-        if len(videos) > 1:
+        if len(videos) != 1:
             raise ConfigError(f"--output {output} is one file, for {len(videos)} videos.", hint="Name a folder.")
-        stems = [output.with_suffix("")]
-    orders = [
-        Order(video=video, stem=stem, facts=_facts(video, source, base))
-        for video, stem in zip(videos, stems, strict=True)
-    ]
-    if output.suffix in KINDS and orders[0].path != output:
-        raise ConfigError(f"--output {output}: this video becomes {orders[0].path.name}.", hint="Name it so.")
-    return orders
+        return [_in_file(order(videos[0], output.with_suffix("")), output, overwrite=overwrite)]
+    orders: dict[str, Order] = {}
+    for video in videos:
+        names = (f"video-{video.row}{f'-{number}' * (number > 1)}" for number in count(1))
+        free = (order(video, output / name) for name in names if name not in orders)
+        found = next(each for each in free if overwrite or not each.is_taken())
+        orders[found.name] = found
+    return list(orders.values())
 
 
-def _facts(video: Video, source: Source, base: Source | None) -> dict[str, Any]:
-    facts = settings_json(video, source)
-    if base is not None:
-        facts["compare"] = settings_json(video, base)["source"]
-    return facts
-
-
-def left_to_make(orders: Sequence[Order], *, overwrite: bool) -> list[Order]:
-    """Those that are not there yet.
-
-    Raises:
-        ConfigError: another file has the name of one.
-    """
-    left = [order for order in orders if overwrite or not order.is_made()]
-    taken = [order.path for order in left if order.path.exists() and not overwrite]
-    if taken:
+def _in_file(order: Order, output: Path, *, overwrite: bool) -> Order:
+    if order.path != output:
+        raise ConfigError(f"--output {output}: this video becomes {order.path.name}.", hint="Name it so.")
+    if order.is_taken() and not overwrite:
         raise ConfigError(
-            f"{taken[0]} is there already, and another video than this.",
-            hint="Name another --output, or let it be replaced with --overwrite.",
+            f"--output {output} is there already, and another video than this.",
+            hint="Name another file, or let it be replaced with --overwrite.",
         )
-    return left
+    return order
+
+
+def _files(source: Source) -> Iterator[Path]:
+    """The files with the weights of a source."""
+    for path in (source.path, source.model, *(lora.path for lora in source.loras)):
+        yield from (file for file in path.rglob("*") if file.suffix in WEIGHTS) if path.is_dir() else [path]
+
+
+def _written(file: Path) -> float:
+    """When a file was last written; 0 where it is gone."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -3,7 +3,7 @@
 Every weight goes from its file to the device before the next one is read, so that the host never holds the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -45,13 +45,30 @@ def load_model(source: Source, options: LoadOptions) -> ModelAdapter:
         CheckpointError: weights that are damaged or do not fit the model; names them.
         ConfigError: the model is another family's, or of another train mode.
     """
+    adapter, place = open_model(source, options)
+    place()
+    return adapter
+
+
+def open_model(source: Source, options: LoadOptions) -> tuple[ModelAdapter, Callable[[], None]]:
+    """The same with the transformer's weights still in their files, and what brings them to the device.
+
+    Until then the encoders have the device to themselves.
+
+    Raises:
+        CheckpointError: as ``load_model``, of headers; what is found only when the weights are read comes later.
+        ConfigError: as ``load_model``.
+    """
     changed = changed_weights(source)  # first: it reads headers alone, and says what does not fit
     lazy = LazyWeights()
     with lazy.transformer():
         adapter = adapter_of(source.spec).from_pretrained(adapter_options(source, options))
-    _place(adapter.transformer, lazy, changed, options)
-    freeze(adapter.transformer)
-    return adapter
+
+    def place() -> None:
+        _place(adapter.transformer, lazy, changed, options)
+        freeze(adapter.transformer)
+
+    return adapter, place
 
 
 def adapter_options(source: Source, options: LoadOptions) -> AdapterOptions:

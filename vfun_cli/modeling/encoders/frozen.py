@@ -105,6 +105,10 @@ class Encoders(Mapping[str, Any]):
         finally:
             self.loaded = {name: encoder for name, encoder in self.loaded.items() if name in before}
 
+    def unload(self) -> None:
+        """Let go of all; one that is used again is loaded again."""
+        self.loaded.clear()
+
     def run(self, name: str, inputs: Sequence[Any], shared_calls: int = 0) -> list[Output]:
         """What the encoder makes of the inputs, on its device.
 
