@@ -62,6 +62,18 @@ def test_a_written_video_is_what_browsers_play_at_once(tmp_path: Path) -> None:
     assert kinds.index(b"moov") < kinds.index(b"mdat"), "the index comes first"
 
 
+def test_the_same_pictures_are_the_same_file(tmp_path: Path) -> None:
+    """Whatever lay in the memory that the encoder gets."""
+    draw = np.random.default_rng(0)
+    pixels = torch.from_numpy(draw.uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)).repeat_interleave(8, 2)
+    pixels, written, rubbish = pixels.repeat_interleave(8, 3), set[bytes](), list[bytes]()
+    for number in range(20):
+        rubbish = [*rubbish[-5:], draw.bytes(draw.integers(1, 200_000))]
+        write_video(tmp_path / f"{number}.mp4", pixels, Fraction(8))
+        written.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(written) == 1
+
+
 def test_a_written_video_keeps_its_colours_and_names_their_matrix(tmp_path: Path) -> None:
     colours = torch.tensor([[1, -1, -1], [-0.5, 0.8, 0.1], [-1, -0.2, 1]])  # [F, 3]
     pixels = colours[:, :, None, None].expand(3, 3, 720, 64)

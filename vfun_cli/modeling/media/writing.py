@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 Sound = tuple[NDArray[np.float32], int]
 """Samples in [-1, 1], mono [samples] or [1 or 2, samples], and their sampling rate."""
-X264 = {"crf": "12", "preset": "veryfast"}
-"""Differences that 12 leaves are not seen: what looks wrong in a sample is the model's."""
+X264 = {"crf": "12", "preset": "veryfast", "mbtree": "0"}
+"""Differences that 12 leaves are not seen: what looks wrong in a sample is the model's.
+
+Without its macroblock tree, which with AVX-512 reads memory that nothing has written: of the same small pictures, one
+call in two made another file.
+"""
 PLAYED_AT_ONCE = {"movflags": "+faststart", "max_interleave_delta": "0"}
 """The index comes before what it lists, and picture and sound of one second beside each other, as far apart as they
 are given to the container: FFmpeg alone puts them in order over 10 s."""
