@@ -148,7 +148,8 @@ def generate(
             overwrite=overwrite,
         ),
     )
-    say = console.err if json else console.out
+    beside_a_bar = console.err.is_terminal and console.out.is_terminal  # it lets only stderr print above it
+    say = console.err if json or beside_a_bar else console.out
 
     def tell(path: Path) -> None:
         say.print(str(path), soft_wrap=True)

@@ -162,6 +162,7 @@ def make(job: Job, *, device: str | None, num_processes: int, low_vram: bool, te
         raise ConfigError(f"--device is {device!r}; choose one of: {', '.join(DEVICES)}.", option="--device")
     device = device or ("cuda" if gpu_count() else "cpu")
     if (share := processes.own_share()) is not None:
+        processes.leave_signals()
         for event in _made(job, share, device, low_vram):
             processes.tell(event)
         return None
@@ -174,7 +175,7 @@ def make(job: Job, *, device: str | None, num_processes: int, low_vram: bool, te
     if not left:
         return []
     count = min(num_processes, len(left))
-    with nothing_to_save(), _no_half_files(job, left):
+    with nothing_to_save("preempted: the videos that were whole are there."), _no_half_files(job, left):
         if count > 1:
             return _followed(job, left, processes.run_shares(left, count, gpus=device == "cuda"), tell)
         return _followed(job, left, ((0, event) for event in _made(job, left, device, low_vram)), tell)
@@ -196,11 +197,11 @@ def _followed(job: Job, left: Sequence[int], events: Iterable[tuple[int, Event]]
     paths = {job.orders[place].name: job.orders[place].path for place in left}
     failed: list[Event] = []
     with Bars(list(paths)) as bars:
+        bars.show(0, Event(doing="starting"))
         for process, event in events:
             bars.show(process, event)
             if event.exit_code == MADE:
-                with bars.away():
-                    tell(paths[str(event.video)])
+                tell(paths[str(event.video)])
             elif event.exit_code is not None:
                 failed.append(event)
                 console.warn(f"{event.video} is not made: {event.message}")

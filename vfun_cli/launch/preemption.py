@@ -24,7 +24,9 @@ class _Preempted(KeyboardInterrupt):
 
 
 @contextmanager
-def nothing_to_save() -> Iterator[None]:
+def nothing_to_save(
+    message: str = "preempted while no training process was running: there was nothing to save.",
+) -> Iterator[None]:
     """End the block at a preemption signal; inside, ``supervise.stop_requests`` may take the signals over.
 
     Raises:
@@ -34,7 +36,7 @@ def nothing_to_save() -> Iterator[None]:
     try:
         yield
     except _Preempted:
-        raise NothingToSave("preempted while no training process was running: there was nothing to save.") from None
+        raise NothingToSave(message) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,6 +19,7 @@ from typing import IO
 from vfun_cli import children, console
 from vfun_cli.errors import FitError, RunError, VfunError
 from vfun_cli.run.memory_errors import memory_line
+from vfun_cli.run.messages import preemption_signals
 from vfun_cli.sampling.events import SMALLER, Event
 
 SHARE = "_VFUN_SHARE"
@@ -33,6 +34,12 @@ def own_share() -> list[int] | None:
     """The videos of this process; None for the command itself."""
     stated = os.environ.get(SHARE)
     return None if stated is None else [int(place) for place in stated.split(",")]
+
+
+def leave_signals() -> None:
+    """To the command, which ends its processes: a terminal and a scheduler send them to all of a job at once."""
+    for number in (signal.SIGINT, *preemption_signals()):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def tell(event: Event) -> None:

@@ -1,7 +1,6 @@
 """How far the videos are: on a terminal a bar for each process, and under them how many are made and what is next."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -40,15 +39,6 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Inside, stdout has the terminal to itself."""
-        self.progress.stop()
-        try:
-            yield
-        finally:
-            self.progress.start()
-
     def show(self, process: int, event: Event) -> None:
         """What a process tells."""
         self.total.hear(event)
@@ -80,7 +70,7 @@ class _Total:
 
     def hear(self, event: Event) -> None:
         """Count it."""
-        if event.video in self.waiting and not event.of_base:
+        if event.video in self.waiting:
             self.waiting.remove(event.video)
         if event.exit_code is not None:
             self.made += event.exit_code == MADE
