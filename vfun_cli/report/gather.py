@@ -22,12 +22,16 @@ Record = Mapping[str, Any]
 """A line of metrics.jsonl, or what lies beside a sample; anybody may have edited it."""
 
 
+Place = tuple[str, int]
+"""Which row, or which prompt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """What became of one validation row after so many steps."""
 
     step: int
-    row: int
+    place: "Place"
     ema: bool
     """Made with the moving average of the weights."""
     said: Record
@@ -58,7 +62,7 @@ class Told:
     events: Mapping[str, Sequence[Record]]
     """Records that are no steps, by their event."""
     samples: Sequence[Sample]
-    clips: Mapping[int, Path]
+    clips: Mapping[Place, Path]
     """The own clip of a validation row: what a sample of it could look like."""
     plan: Record | None
     """``plan.json``."""
@@ -98,7 +102,7 @@ def gather(run: RunDir) -> Told:
         steps=[steps[step] for step in sorted(steps)],
         events=events,
         samples=_samples(run),
-        clips={row: path for row, _, path in _of_rows(run.sampled_clips) if path.suffix in MEDIA},
+        clips={place: path for place, _, path in _of_rows(run.sampled_clips) if path.suffix in MEDIA},
         plan=_read(run.plan_json) or None,
         outcome=Outcome.read(run),
         errors=RankError.read_all(run),
@@ -174,7 +178,7 @@ def picture(told: Told) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 MEDIA = (".mp4", ".png")
-_OF_ROW = re.compile(r"row-(\d{1,9})(-ema)?\.(json|mp4|png)")
+_OF_ROW = re.compile(r"(row|prompt)-(\d{1,9})(-ema)?\.(json|mp4|png)")
 
 
 def _records(metrics: Path) -> list[Record]:
@@ -192,20 +196,20 @@ def _samples(run: RunDir) -> list[Sample]:
     found = []
     for step, folder in run.sampled():
         files = _of_rows(folder)
-        media = {(row, ema): path for row, ema, path in files if path.suffix in MEDIA}
-        said = {(row, ema): _read(path) for row, ema, path in files if path.suffix == ".json"}
-        for row, ema in sorted({*media, *said}):
-            about = said.get((row, ema)) or said.get((row, False)) or {}
-            found.append(Sample(step=step, row=row, ema=ema, said=about, file=media.get((row, ema))))
+        media = {(place, ema): path for place, ema, path in files if path.suffix in MEDIA}
+        said = {(place, ema): _read(path) for place, ema, path in files if path.suffix == ".json"}
+        for place, ema in sorted({*media, *said}):
+            about = said.get((place, ema)) or said.get((place, False)) or {}
+            found.append(Sample(step=step, place=place, ema=ema, said=about, file=media.get((place, ema))))
     return found
 
 
-def _of_rows(folder: Path) -> list[tuple[int, bool, Path]]:
-    """Files named after a validation row: the row, whether it is of the moving average, the file."""
+def _of_rows(folder: Path) -> list[tuple[Place, bool, Path]]:
+    """Files named after a validation row or prompt: which, whether it is of the moving average, the file."""
     if not folder.is_dir():
         return []
     named = [(_OF_ROW.fullmatch(path.name), path) for path in sorted(folder.iterdir()) if path.is_file()]
-    return [(int(match[1]), match[2] is not None, path) for match, path in named if match]
+    return [((match[1], int(match[2])), match[3] is not None, path) for match, path in named if match]
 
 
 def _read(path: Path) -> dict[str, Any]:

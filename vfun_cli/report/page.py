@@ -15,7 +15,7 @@ from vfun_cli.config.resolve import OPTION
 from vfun_cli.errors import CheckpointError
 from vfun_cli.report import meter
 from vfun_cli.report.charts import Chart, Curve, Point, draw, smooth
-from vfun_cli.report.gather import Record, Sample, Told, differences, number, numbers, picture
+from vfun_cli.report.gather import Place, Record, Sample, Told, differences, number, numbers, picture
 from vfun_cli.report.media import Media
 
 MADE_BY = "<!doctype html>\n<!-- made by vfun report -->"
@@ -238,7 +238,7 @@ def _grid(charts: Iterable[Chart]) -> str:
 
 def shown_first(told: Told) -> list[Path]:
     """Files that belong into the page, the most important first: own clips, then the newest samples."""
-    newest = sorted((each for each in told.samples if each.file), key=lambda each: (-each.step, each.row, each.ema))
+    newest = sorted((each for each in told.samples if each.file), key=lambda each: (-each.step, each.place, each.ema))
     return [*told.clips.values(), *(each.file for each in newest if each.file)]
 
 
@@ -247,17 +247,17 @@ def _samples(told: Told, media: Media) -> str:
     if not told.samples:
         return _note("No samples: give --validation-prompts FILE or --validation-rows 8, and --validation-steps N.")
     steps = sorted({sample.step for sample in told.samples})
-    by_line: dict[tuple[int, bool], dict[int, Sample]] = {}
+    by_line: dict[tuple[Place, bool], dict[int, Sample]] = {}
     for sample in told.samples:
-        by_line.setdefault((sample.row, sample.ema), {})[sample.step] = sample
+        by_line.setdefault((sample.place, sample.ema), {})[sample.step] = sample
     own = bool(told.clips)
     head = '<th scope="col">prompt</th>' + ('<th scope="col">its own clip</th>' if own else "")
     head += "".join(f'<th scope="col">step {step:,}</th>' for step in steps)
     lines = []
-    for (row, _), by_step in sorted(by_line.items()):
+    for (place, _), by_step in sorted(by_line.items()):
         newest = by_step[max(by_step)]
-        clip = told.clips.get(row)
-        cells = [_shown(clip, media, f"own clip of row {row}") if clip else "<td></td>"] if own else []
+        clip = told.clips.get(place)
+        cells = [_shown(clip, media, f"own clip of {place[0]} {place[1]}") if clip else "<td></td>"] if own else []
         cells += [_sample(by_step[step], media) if step in by_step else "<td></td>" for step in steps]
         lines.append(f"<tr>{_prompt(newest)}{''.join(cells)}</tr>")
     links = ""
@@ -272,7 +272,9 @@ def _samples(told: Told, media: Media) -> str:
 
 def _prompt(sample: Sample) -> str:
     said = sample.said
-    facts = [words for pattern in SAID if (words := _of({"row": sample.row, **said}, pattern))]
+    facts = [
+        words for pattern in SAID if (words := _of({"place": f"{sample.place[0]} {sample.place[1]}", **said}, pattern))
+    ]
     facts += [f"{name} {text(Path(str(said[name])).name)}" for name in ("image", "control", "audio") if said.get(name)]
     avoids = f"without: {text(said['negative_prompt'])}" if said.get("negative_prompt") else ""
     weights = f"<b>{WEIGHTS['ema']}</b>" if sample.ema else ""
@@ -281,7 +283,7 @@ def _prompt(sample: Sample) -> str:
 
 
 SAID = (
-    "row {row}",
+    "{place}",
     "seed {seed}",
     "{steps} steps",
     "guidance {guidance}",
@@ -296,7 +298,7 @@ def _sample(sample: Sample, media: Media) -> str:
         return f'<td><p class="error">{text(sample.said["error"])}</p></td>'
     if sample.file is None:
         return "<td></td>"
-    return _shown(sample.file, media, f"row {sample.row} at step {sample.step:,}")
+    return _shown(sample.file, media, f"{sample.place[0]} {sample.place[1]} at step {sample.step:,}")
 
 
 def _shown(file: Path, media: Media, name: str) -> str:

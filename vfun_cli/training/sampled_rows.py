@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from vfun_cli.config.options import RunConfig
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import Sample, outputs_of, prepared, shared_call_counts
 from vfun_cli.errors import first_line
-from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.inputs import ClipInput, load_inputs
@@ -22,6 +23,8 @@ from vfun_cli.plan.samples import SampleSettings
 from vfun_cli.run.metrics_file import only_reports
 from vfun_cli.sampling.clips import pixels_of, video_of
 from vfun_cli.sampling.films import Film, described, moved, write_film
+from vfun_cli.sampling.prompts import videos_of_prompts
+from vfun_cli.sampling.requests import request_of
 from vfun_cli.training.data.loader import LOAD_TIMEOUT
 from vfun_cli.training.looking import Stopped, go_on, heeding
 from vfun_cli.training.signals import StopFlag
@@ -40,11 +43,13 @@ class SampledRow:
     """What stands beside its videos, apart from what the request says."""
     clip: ClipInput | None = None
     """What the row shows itself, to compare with."""
+    kind: str = "row"
+    """``row`` of the metadata, or ``prompt``."""
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"row-{self.request.key.row}"
+        return f"{self.kind}-{self.request.key.row}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -59,6 +64,16 @@ def rows_to_sample(settings: SampleSettings, spec: FamilySpec, requests: Sequenc
         request = video_of(spec, each, guidance=settings.guidance, negative_prompt=settings.negative_prompt)
         media = {name: each.record.get(field) for name, field in MEDIA_IN_FACTS.items()}
         found.append(SampledRow(request=request, media=media, clip=pixels_of(spec, each)))
+    return found
+
+
+def prompts_to_sample(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> list[SampledRow]:
+    """The prompts of a run as videos to be made, which the launch has checked."""
+    videos = videos_of_prompts(config, spec, dims)
+    found = []
+    for video in videos.videos if videos is not None else ():
+        media: dict[str, Any] = {name: each.path for name, each in video.media.items()}
+        found.append(SampledRow(request=request_of(video), media=media, kind="prompt"))
     return found
 
 

@@ -39,7 +39,7 @@ from vfun_cli.training.model import (
 )
 from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.precision import compute_dtype
-from vfun_cli.training.sampled_rows import RowReader, rows_to_sample
+from vfun_cli.training.sampled_rows import RowReader, prompts_to_sample, rows_to_sample
 from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
@@ -102,14 +102,15 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     stop.announce()
     ledger = EpochLedger(accelerator, first_step)
     looks = [held_out_look(held_out, metrics, run, first_step)] if held_out.requests else []
-    if plan.samples is not None and held_out.requests:
+    prompts = prompts_to_sample(config, spec, plan.dims)
+    if plan.samples is not None and (held_out.requests or prompts):
         samples = Samples(
             accelerator=accelerator,
             adapter=adapter,
             state=state,
             schedule=partial(make_schedule, spec, options.model_dir, plan.samples.steps),
             dtype=compute_dtype(config),
-            rows=rows_to_sample(plan.samples, spec, held_out.requests),
+            rows=[*rows_to_sample(plan.samples, spec, held_out.requests), *prompts],
             reader=RowReader(adapter=adapter, cache=cache, stop=stop, clips=run.sampled_clips),
             in_step=STRATEGIES[config.strategy].gathers is not None,
             tell=metrics.tell,
