@@ -134,7 +134,7 @@ def test_a_row_becomes_a_video_with_its_sound_beside_its_own_clip(live_model: LI
     assert (about["prompt"], about["row"], about["steps"], about["weights"], about["guidance"]) == (
         "a red circle moves", 3, STEPS, "trained", 4.0,
     )  # fmt: skip
-    assert about["audio"].endswith("wav/00000001.wav") and "error" not in about
+    assert about["audio"].endswith("wav/00000001.wav") and about["negative_prompt"] == "nothing"
     for file in (made.videos[0], look.run.sampled_clips / "row-3.mp4"):
         with av.open(str(file)) as container:
             assert [stream.type for stream in container.streams] == ["video", "audio"]

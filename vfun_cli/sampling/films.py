@@ -71,7 +71,7 @@ def described(request: VideoRequest) -> dict[str, Any]:
     return {
         "schema": 1,
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        "negative_prompt": request.negative_prompt if request.is_guided else "",
         "seed": request.key.seed,
         "row": request.key.row,
         "guidance": request.guidance,
