@@ -70,7 +70,12 @@ def test_ranks_that_wait_for_a_clip_that_hangs_its_decoder_save_and_stop(workpla
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("strategy", "number", "code"), [("fsdp", signal.SIGINT, EXIT_INTERRUPTED), ("ddp", signal.SIGTERM, EXIT_PREEMPTED)]
+    ("strategy", "number", "code"),
+    [
+        ("fsdp", signal.SIGINT, EXIT_INTERRUPTED),
+        ("ddp", signal.SIGTERM, EXIT_PREEMPTED),
+        ("zero3", signal.SIGTERM, EXIT_PREEMPTED),
+    ],
 )
 def test_ranks_that_make_samples_save_and_stop_and_the_rest_is_what_it_would_have_been(
     strategy: str, number: signal.Signals, code: int, workplace: Path

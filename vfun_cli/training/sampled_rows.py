@@ -123,7 +123,7 @@ class RowReader:
                 encoded.append(found)
             elif row is not None:
                 failed.append((row, found))
-        having = [rank for rank, number in enumerate(gather_all(len(encoded))) if number]
+        having = [each for each, number in enumerate(gather_all(len(encoded))) if number]
         along = of_rank(having[0], encoded[0] if rank == having[0] else None) if having else None
         return RankRows(encoded=encoded, failed=failed, along=along)
 
