@@ -186,6 +186,11 @@ LIGHT = [
     ["report", "--help"],
     ["report"],
     ["report", "none"],
+    ["generate", "--help"],
+    ["generate"],
+    ["generate", "none", "--prompt", "a kite"],
+    ["generate", "--meta", "rows.json", "--prompt", "a kite"],
+    ["generate", "--steps", "many"],
     ["acceptance", "--list"],
     ["acceptance", "--only", "no such row"],
 ]

@@ -23,7 +23,7 @@ from vfun_cli.launch.job import decide, warn_of_memory
 from vfun_cli.modeling.media.writing import write_png, write_wav
 from vfun_cli.run.rundir import RunDir
 
-COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "acceptance")
+COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "generate", "acceptance")
 DRY = ("--demo", "--dry-run")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vfun_cli import console
-from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite, typed_name, typed_path
+from vfun_cli.commands.flags import Debug, Demo, Json, typed_name, typed_path
 
 
 def _many(name: str, text: str, letter: str | None = None) -> typer.models.OptionInfo:
@@ -21,7 +21,8 @@ def generate(
         typer.Argument(
             parser=typed_name,
             metavar="[RUN | CHECKPOINT | EXPORT | MODEL_DIR]",
-            help="Whose weights make the videos. [default: the newest checkpoint of the output directory]",
+            help="Whose weights make the videos; with --demo also a family, for its untrained tiny model. "
+            "[default: the newest checkpoint of the output directory]",
             show_default=False,
         ),
     ] = None,
@@ -113,9 +114,11 @@ def generate(
         typer.Option("--device", metavar="WORD", help="cuda or cpu. [default: cuda where there is one]"),
     ] = None,
     low_vram: Annotated[
-        bool, typer.Option("--low-vram", help="Encoders are on the GPU only while they encode.")
+        bool, typer.Option("--low-vram", help="Encoders and the VAE are on the GPU only while they work.")
     ] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make again what is there, in its place.", show_default=False)
+    ] = False,
     demo: Demo = False,
     json: Json = False,
     debug: Debug = False,
@@ -123,7 +126,8 @@ def generate(
     """Make videos in bf16 from trained weights, without exporting them first, or from a model as it was released.
 
     Each video is an mp4 (a png of one frame) with its sound, and a .json beside it, which as --meta makes it again.
-    What is there is not made twice, so a command that was stopped goes on where it was.
+    What is there is not made twice, so a command that was stopped goes on where it was; a video of the same name is
+    kept, and the new one numbered.
 
     Examples: [bold]vfun generate checkpoint-500 --prompt "a red kite"[/bold] ·
     [bold]vfun generate output_dir --meta rows.json --compare models/Wan2.2-S2V-14B[/bold] ·
