@@ -23,7 +23,7 @@ def blocks() -> list[list[str]]:
 
 
 def starts_training(line: str) -> bool:
-    return re.match(r"vfun (train|lora|resume|export-bf16) ", line) is not None and "--dry-run" not in line
+    return re.match(r"vfun (train|lora|resume|export-bf16|generate) ", line) is not None and "--dry-run" not in line
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,25 @@ def test_links_lead_somewhere(page: str) -> None:
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     for link in links:
         assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_families_page_says_what_each_makes_videos_from_and_how() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page[page.index("\n## Videos\n") :]
+    for name, spec in families.FAMILIES.items():
+        made = spec.sampling
+        needed, more = ([f"`--{each.replace('_', '-')}`" for each in given] for given in (made.required, made.optional))
+        cells = (
+            f"`{name}`",
+            ", ".join(["`--prompt`", *needed]),
+            ", ".join(more),
+            f"{made.frames}{' a segment' * made.by_sound}",
+            f"{made.size[0]} x {made.size[1]}",
+            f"{made.fps}",
+            f"{made.steps}",
+            f"{made.guidance:g}",
+        )
+        assert f"\n| {' | '.join(cells)} |\n".replace("  ", " ") in table, cells
 
 
 def test_the_families_page_has_a_row_for_every_family_in_each_table() -> None:
