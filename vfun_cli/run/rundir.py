@@ -31,7 +31,7 @@ from vfun_cli.typed_json import (
     whole,
 )
 
-_SAMPLE = re.compile(r"row-\d+(-ema)?\.(json|mp4|png)|\.row-\d+(-ema)?\.(json\.[0-9a-f]{16}|mp4|png)")
+_SAMPLE = re.compile(r"(row|prompt)-\d+(-ema)?\.(json|mp4|png)|\.(row|prompt)-\d+(-ema)?\.(json\.[0-9a-f]{16}|mp4|png)")
 
 DESCRIBES: Mapping[str, Check] = {
     "command": one_of("train", "lora", "cache"),
