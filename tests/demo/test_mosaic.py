@@ -51,7 +51,7 @@ def test_what_a_mosaic_vae_decodes_is_what_it_encoded(family: str, folder: Path)
     found = [psnr(vae.decode(each), clip) for each, clip in zip(latents, clips, strict=True)]
     assert min(found) > RECOGNISABLE and len(found) == len(CLIPS), found
     deviation = float(torch.cat([each.flatten() for each in latents]).std())
-    assert 0.7 < deviation < 1.5
+    assert 1.5 < deviation < 3  # far above the posterior's 0.02
     noise = [torch.randn(each.shape, generator=torch.Generator().manual_seed(0)) for each in latents]
     sampled = [vae.decode(vae.encode(clip, each)) for clip, each in zip(clips, noise, strict=True)]
     assert min(map(psnr, sampled, clips)) > RECOGNISABLE
