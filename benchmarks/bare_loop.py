@@ -38,6 +38,7 @@ from vfun_cli.training.objectives import FlowMatching
 from vfun_cli.training.optim import make_optimizer
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
+from vfun_cli.training.validation import Validation
 
 REPEATS, WARM_UP = 24, 3
 SHAPE = {"frames": 9, "height": 128, "width": 128}
@@ -115,7 +116,7 @@ def make_trainer(
     return Trainer(
         config=config, accelerator=accelerator, adapter=adapter, objective=FlowMatching(shift=5.0), checkpointer=idle,
         state=TrainedState(accelerator=accelerator, model=prepared, optimizer=optimizer), ledger=idle, cache=None,
-        stop=idle, total_steps=total_steps, description={},
+        stop=idle, total_steps=total_steps, description={}, validation=Validation(iter(()), ()),
         metrics=Metrics(
             RunDir(folder), config, costs=costs, peak_flops=None, device=CPU, writes=True, first_step=0,
             total_steps=total_steps,
