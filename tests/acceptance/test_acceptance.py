@@ -301,7 +301,7 @@ importlib.machinery.PathFinder.find_spec = classmethod(find)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_pyav_and_deepspeed_a_family_is_still_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDES)
     monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *(path for path in sys.path if path)]))

@@ -335,7 +335,7 @@ def test_the_demo_is_made_without_a_word_from_the_libraries(tmp_path: Path, monk
     assert Path(config["pretrained_model_name_or_path"]) == demo_default.FOLDER / "hunyuanvideo-i2v" / "model"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_by_hand_amid_planted_files_is_that_of_vfun_in_a_shell_full_of_another_launch(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

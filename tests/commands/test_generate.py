@@ -29,6 +29,8 @@ from vfun_cli.sampling import films, make, processes, progress
 from vfun_cli.sampling.events import MADE, Event
 from vfun_cli.sampling.loop import Sampler
 
+pytestmark = pytest.mark.slow
+
 DATA = Path("vfun-demo/wan-s2v/data")
 COG = ("generate", "cogvideox-fun", "--demo", "--output", "out")
 """The quickest of the demos."""

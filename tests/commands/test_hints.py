@@ -170,7 +170,7 @@ def test_the_command_of_a_hint_works_after_a_run(
     check(situation, vfun)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun: Vfun) -> None:
     command = (*TRAIN, *QUICK, "--max-train-steps", "3", "--learning-rate", NAN)
     said = vfun(*command)
@@ -182,7 +182,7 @@ def test_a_run_that_saved_nothing_begins_anew_as_its_hint_says(place: Path, vfun
     assert again.code == 0, again.err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_a_second_ctrl_c_stops_goes_on_as_its_hint_says(place: Path, vfun: Vfun) -> None:
     job = start(*ENDLESS)
     wait_for_step(RUN, 3, job)
@@ -198,7 +198,7 @@ def test_a_run_that_a_second_ctrl_c_stops_goes_on_as_its_hint_says(place: Path, 
     assert vfun(*command, DRY).code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_disk_is_full_goes_on_as_its_hint_says(place: Path, vfun: Vfun) -> None:
     with file_system(place / "disk", "size=12M"):  # a checkpoint takes 8
         said = vfun(*ENDLESS, "--output-dir", "disk/run")

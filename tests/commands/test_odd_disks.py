@@ -21,7 +21,7 @@ from vfun_cli.run.rundir import RunDir
 NOTICE = "no locks"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_trains_resumes_and_exports_on_a_disk_that_lacks_all_that_can_be_lacked(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

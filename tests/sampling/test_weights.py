@@ -25,6 +25,8 @@ from vfun_cli.sampling import weights
 from vfun_cli.sampling.source import find_source
 from vfun_cli.sampling.weights import LoadOptions, load_model
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("wan-s2v", "wan-fun-control", "hunyuanvideo-t2v", "easyanimate-v5.1-control", "cogvideox-fun")
 FULL = [(name, form) for name in FAMILIES for form in families.find(name).export.names]
 LORAS = [(name, form) for name in FAMILIES for form in families.find(name).export.lora_formats]

@@ -117,6 +117,7 @@ def clips_done(folder: Path) -> int:
     return max((line["step"] for run in folder.glob("fill/*") for line in records(RunDir(run))), default=0)
 
 
+@pytest.mark.long
 def test_a_killed_fill_loses_nothing_but_the_entry_in_hand(alone: Alone, tmp_path: Path) -> None:
     job = fill(tmp_path, S2V)
     wait_for(lambda: clips_done(tmp_path) >= 2, job)
@@ -142,6 +143,7 @@ def test_a_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
     assert re.search(r"stopped: \d+ clips encoded", finish(job, EXIT_PREEMPTED, within=WITHIN).out)
 
 
+@pytest.mark.long
 def test_two_fills_at_once_leave_a_whole_cache(alone: Alone, tmp_path: Path) -> None:
     one, two = fill(tmp_path, S2V), fill(tmp_path, S2V)
     whole(one)
@@ -183,6 +185,7 @@ def change_a_caption(metadata: Path) -> None:
     metadata.write_text(json.dumps(records), encoding="utf-8")
 
 
+@pytest.mark.long
 def test_prune_deletes_what_the_run_does_not_need_and_nothing_else(alone: Alone, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(alone(I2V)[0], cache)

@@ -31,6 +31,8 @@ from vfun_cli.training.objectives import FlowMatching
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
 from vfun_cli.training.validation import Validation, held_out_look
 
+pytestmark = pytest.mark.slow
+
 LIVE = Callable[[str], LiveModel]
 SHAPE = ClipShape(frames=9, height=64, width=64)
 TWICE = {"checkpointing_steps": 2}

@@ -37,6 +37,8 @@ from vfun_cli.training.signals import CONTINUE, PREEMPTED
 from vfun_cli.training.trackers import TensorBoard
 from vfun_cli.training.validation import Validation, samples_look
 
+pytestmark = pytest.mark.slow
+
 LIVE = Callable[[str], LiveModel]
 STEPS = 2
 SETTINGS = SampleSettings(steps=STEPS, guidance=4.0, negative_prompt="nothing")
