@@ -36,7 +36,7 @@ STEPS = {
     "wan-s2v": 500, "wan-fun-control": 800, "hunyuanvideo-t2v": 800, "hunyuanvideo-i2v": 800,
     "easyanimate-v5.1-control": 3000, "easyanimate-v5-control": 3000, "cogvideox-fun": 3000,
 }  # fmt: skip
-"""Of some more than in the benchmark: bf16 and the mp4 take a little of what was gained. EasyAnimate V5 comes 9.7 dB nearer in 1600."""
+"""Of some more than in the benchmark: bf16 and the mp4 take a little of what was gained."""
 WITHOUT_IMAGE = ("hunyuanvideo-t2v", "easyanimate-v5-control")
 LEAD_IN = {"wan-s2v": 3}
 """Frames that are made and not shown."""
