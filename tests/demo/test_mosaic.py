@@ -15,6 +15,8 @@ from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import AdapterOptions
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE
 
+pytestmark = pytest.mark.slow
+
 RECOGNISABLE = 20.0
 """dB; the mean colour of a clip is at 16 to 19, its mosaic at 21 to 24."""
 

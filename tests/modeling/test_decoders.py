@@ -16,6 +16,8 @@ from vfun_cli.modeling.encoders.clip_vae import ClipVAE
 from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource
 from vfun_cli.modeling.encoders.wan_vae import WanVAE, load_wan_vae
 
+pytestmark = pytest.mark.slow
+
 CASES = sorted(path.parent for path in (GOLDEN / "sampling").glob("*/*/meta.json"))
 ONE_PASS = [case for case in CASES if case.parent.name != "wan_s2v"]
 SEGMENTS = [case for case in CASES if case.parent.name == "wan_s2v"]

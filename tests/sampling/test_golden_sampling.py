@@ -30,6 +30,8 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.sampling.loop import Sampler
 from vfun_cli.sampling.schedules import make_schedule
 
+pytestmark = pytest.mark.slow
+
 CASES = sorted(path.parent for path in (GOLDEN / "sampling").glob("*/*/meta.json"))
 CASES = [case for case in CASES if case.name != "v10_unipc"]  # another sampler; the released default is Euler
 PREDICTIONS, LATENTS, CONDITIONS, HISTORY = 5e-5, 1e-4, 1e-5, 1e-4

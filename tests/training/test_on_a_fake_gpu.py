@@ -26,6 +26,8 @@ from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import adapter_options, prepare_blocks
 from vfun_cli.training.quantised import quantise_layers
 
+pytestmark = pytest.mark.slow
+
 LIVE = Callable[[str], LiveModel]
 BF16 = {torch.bfloat16}
 
