@@ -79,6 +79,10 @@ def require_place(
         raise ConfigError(f"{path} exists already{what}.", hint=f"{another} Or move this one away.")
 
 
+PICTURE, VIDEO = ".png", ".mp4"
+"""How files end that show what a model has made."""
+
+
 def partial_of(path: Path) -> Path:
     """What a file is called until it is whole; the ending may say in which format it is written."""
     return path.with_name(f".{path.name}")

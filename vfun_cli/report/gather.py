@@ -13,6 +13,7 @@ from vfun_cli.config.resolve import FOLLOWS, HERE, family_defaults, is_default
 from vfun_cli.errors import CheckpointError, VfunError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.files import PICTURE, VIDEO
 from vfun_cli.run.messages import Outcome, RankError
 from vfun_cli.run.metrics_file import parse
 from vfun_cli.run.rundir import RunDir
@@ -177,7 +178,7 @@ def picture(told: Told) -> str:
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
-MEDIA = (".mp4", ".png")
+MEDIA = (VIDEO, PICTURE)
 _OF_ROW = re.compile(r"(row|prompt)-(\d{1,9})(-ema)?\.(json|mp4|png)")
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from vfun_cli.disks.abilities import naming
-from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import outputs_of, prepared
-from vfun_cli.files import partial_of
+from vfun_cli.files import PICTURE, VIDEO, partial_of
 from vfun_cli.modeling.adapter import ModelAdapter, VideoRequest
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.inputs import AudioSegment
@@ -22,9 +21,6 @@ from vfun_cli.modeling.media.sound import read_sound
 from vfun_cli.modeling.media.writing import Sound, write_png, write_video
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.run.rundir import write_atomically
-
-PICTURE, VIDEO = ".png", ".mp4"
-"""How the files of films end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +39,13 @@ class Film:
         return len(self.pixels) / self.fps
 
 
-def encoded(adapter: ModelAdapter, request: VideoRequest, cache: Cache | None = None) -> dict[str, Output]:
-    """What the encoders make of a request; from the cache as far as that has it, into which the rest goes.
+def encoded(adapter: ModelAdapter, request: VideoRequest) -> dict[str, Output]:
+    """What the encoders make of a request.
 
     Raises:
         MetadataError: media that cannot be decoded.
     """
-    sample = prepared(adapter.inputs_to_sample(request, adapter.options), cache)
-    return outputs_of(adapter.encoders, [sample], None if cache is None else cache.write)[0]
+    return outputs_of(adapter.encoders, [prepared(adapter.inputs_to_sample(request, adapter.options))])[0]
 
 
 def film_of(adapter: ModelAdapter, request: VideoRequest, frames: list[Tensor]) -> Film:

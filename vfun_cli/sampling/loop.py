@@ -22,7 +22,6 @@ class Denoised:
     """From 0."""
     steps: int
     """Of the segment."""
-    segments: int
     latents: Tensor
     """[1, C, f, h, w] float32."""
 
@@ -46,8 +45,7 @@ class Sampler:
             outputs: what the encoders made of ``inputs_to_sample``.
             frames: gets the pixels [F, 3, H, W] in [-1, 1] of each segment, on the host, when it is decoded.
         """
-        segments = self.adapter.segments(request)
-        for segment in range(segments):
+        for segment in range(self.adapter.segments(request)):
             with torch.no_grad():
                 shown = torch.cat(frames) if frames else None
                 branches = self.adapter.branches(outputs, request, segment, shown)
@@ -59,7 +57,7 @@ class Sampler:
                     velocity = self.predict(latents, timestep, branches, request.guidance)
                     latents = schedule.step(velocity, timestep, latents)
                 steps = len(schedule.timesteps)
-                yield Denoised(segment=segment, step=step, steps=steps, segments=segments, latents=latents)
+                yield Denoised(segment=segment, step=step, steps=steps, latents=latents)
             with torch.no_grad():
                 frames.append(self.adapter.pixels(latents, branches, request).cpu())
 

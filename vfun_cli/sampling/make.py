@@ -20,6 +20,8 @@ from vfun_cli.errors import FitError, MetadataError, VfunError
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.media.montage import beside
+from vfun_cli.modeling.media.writing import byte_pixels
+from vfun_cli.modeling.pixels import float_pixels
 from vfun_cli.run.memory_errors import memory_error
 from vfun_cli.sampling.events import MADE, SMALLER, Event
 from vfun_cli.sampling.films import Film, encoded, film_of, moved, write_film
@@ -59,10 +61,10 @@ def _compared(orders: Sequence[Order], source: Source, base: Source, options: Lo
     kept: dict[str, Tensor] = {}  # uint8, a quarter of the memory
 
     def keep(order: Order, film: Film) -> None:
-        kept[order.name] = ((film.pixels + 1) * 127.5).round().to(torch.uint8)
+        kept[order.name] = byte_pixels(film.pixels)
 
     def write(order: Order, film: Film) -> None:
-        left = kept.pop(order.name).float() / 127.5 - 1
+        left = float_pixels(kept.pop(order.name))
         _write(order, replace(film, pixels=beside(left, film.pixels)))
 
     for event in _films(orders, base, options, keep):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.errors import ConfigError
+from vfun_cli.files import PICTURE, VIDEO
 from vfun_cli.sampling.rows import Video, settings_json
 from vfun_cli.sampling.source import Source
 
-KINDS = (".mp4", ".png")
+KINDS = (VIDEO, PICTURE)
 WEIGHTS = (".safetensors", ".distcp", ".pt", ".pth", ".bin")
 """Endings of files with weights, in a folder that may hold the videos too."""
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec, ModelDims, SamplingInput
 from vfun_cli.plan.sizes import round_frames
 from vfun_cli.sampling.rows import Videos, videos_of_options
-from vfun_cli.sampling.settings import Wanted
+from vfun_cli.sampling.settings import Wanted, on_grid
 
 
 def videos_of_prompts(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> Videos | None:
@@ -31,8 +32,9 @@ def videos_of_prompts(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> V
     if config.validation_image_paths:
         given["image"] = config.validation_image_paths
     media: Mapping[SamplingInput, Sequence[Path]] = {name: list(map(Path, paths)) for name, paths in given.items()}
-    side = max(round(config.video_sample_size / step) * step for step in spec.plan.grid)
+    side = Fraction(config.video_sample_size)
+    size = (on_grid(side, 0, spec), on_grid(side, 1, spec))
     frames = round_frames(config.video_sample_n_frames, spec, dims)
-    ours = replace(spec, sampling=replace(spec.sampling, frames=frames, size=(side, side)))
+    ours = replace(spec, sampling=replace(spec.sampling, frames=frames, size=size))
     wanted = Wanted(steps=config.validation_sampling_steps, guidance=config.validation_guidance, seed=config.seed)
     return videos_of_options(config.validation_prompts, media, ours, dims, wanted)

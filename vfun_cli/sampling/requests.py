@@ -5,12 +5,10 @@ from fractions import Fraction
 from vfun_cli.families.spec import SamplingInput
 from vfun_cli.metadata.facts import AudioFacts, VisualFacts
 from vfun_cli.modeling.adapter import VideoRequest
+from vfun_cli.modeling.clips import SAMPLE_RATE
 from vfun_cli.modeling.inputs import AudioSegment, ClipInput, ImageFrame, MediaFile, VideoFrames
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.sampling.rows import Media, Video
-
-SAMPLE_RATE = 16_000
-"""Hz, as ``VideoRequest`` has it."""
 
 
 def request_of(video: Video) -> VideoRequest:

@@ -88,13 +88,13 @@ def size_of(stated: Mapping[str, Any], like: VisualFacts | None, spec: FamilySpe
     width: int | None = stated.get("width")
     aspect = Fraction(*usual) if like is None else Fraction(like.height, like.width)
     if height is not None:
-        return height, _on_grid(height / aspect, 1, spec) if width is None else width
+        return height, on_grid(height / aspect, 1, spec) if width is None else width
     if width is not None:
-        return _on_grid(width * aspect, 0, spec), width
+        return on_grid(width * aspect, 0, spec), width
     if like is None:
         return usual
     scaled = Fraction(math.sqrt(usual[0] * usual[1] * aspect))
-    return _on_grid(scaled, 0, spec), _on_grid(scaled / aspect, 1, spec)
+    return on_grid(scaled, 0, spec), on_grid(scaled / aspect, 1, spec)
 
 
 def usual_frames(spec: FamilySpec, dims: ModelDims) -> int:
@@ -129,7 +129,7 @@ def _can_have(frames: int, spec: FamilySpec, dims: ModelDims) -> bool:
 def _check_side(axis: int) -> Callable[[int, FamilySpec, ModelDims], None]:
     def check(side: int, spec: FamilySpec, dims: ModelDims) -> None:
         step, least = spec.plan.grid[axis], spec.plan.smallest_side
-        near = _on_grid(Fraction(side), axis, spec)
+        near = on_grid(Fraction(side), axis, spec)
         if side != near:
             floor = f", at least {least}" if least > step else ""
             raise ValueError(f"{spec.name} makes multiples of {step} pixels{floor}, not {side}; the nearest is {near}")
@@ -137,7 +137,7 @@ def _check_side(axis: int) -> Callable[[int, FamilySpec, ModelDims], None]:
     return check
 
 
-def _on_grid(side: Fraction, axis: int, spec: FamilySpec) -> int:
+def on_grid(side: Fraction, axis: int, spec: FamilySpec) -> int:
     """The nearest side that the family can make."""
     step = spec.plan.grid[axis]
     return max(-(-spec.plan.smallest_side // step), round(side / step)) * step

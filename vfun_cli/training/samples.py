@@ -144,8 +144,9 @@ class Samples:
         request, device = encoded.row.request, self.accelerator.device
         noise = torch.zeros(1, *self.adapter.latent_shape(request), device=device)
         branches = self.adapter.branches(moved(encoded.outputs, device), request, 0, None)
+        first = self.schedule().timesteps[0]
         while True:
-            sampler.predict(noise, self.schedule().timesteps[0], branches, request.guidance)
+            sampler.predict(noise, first, branches, request.guidance)
             yield
 
 

@@ -376,7 +376,7 @@ class WanS2VAdapter:
             still = float_pixels(load_inputs({"image": request.image})["image"], self.options.device)
             before.append(still.expand(REFERENCE_HISTORY, -1, -1, -1))
         if shown is not None:
-            before.append(shown.to(self.options.device))
+            before.append(shown[-MOTION_FRAMES:].to(self.options.device))
         return torch.cat(before)[-MOTION_FRAMES:]
 
     def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:

@@ -89,8 +89,12 @@ def write_png(path: str | Path, pixels: Tensor) -> None:
     Image.fromarray(_picture_bytes(pixels[0] if pixels.ndim == 4 else pixels)).save(path)
 
 
+def byte_pixels(pixels: Tensor) -> Tensor:
+    """uint8 of values in [-1, 1], of any shape: what ``pixels.float_pixels`` turns back."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def _picture_bytes(picture: Tensor) -> NDArray[np.uint8]:
     """uint8 [H, W, 3] of one picture [3, H, W] in [-1, 1]."""
-    scaled = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    array: NDArray[np.uint8] = scaled.permute(1, 2, 0).contiguous().cpu().numpy()
+    array: NDArray[np.uint8] = byte_pixels(picture).permute(1, 2, 0).contiguous().cpu().numpy()
     return array
