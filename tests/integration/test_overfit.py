@@ -1,9 +1,14 @@
-"""Every family learns one clip by the command line, and what it learnt is in whichever of its files makes the video."""
+"""Every family learns one clip by the command line, and what it learnt is in whichever of its files makes the video.
+
+The model that it begins with has learnt another clip before, and knows nothing of this one. A random one would do for
+full tuning; a LoRA trains the linear layers alone, and gets no further than the random convolutions and norms let it.
+"""
 
 import json
+import shutil
 import wave
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +35,32 @@ pytestmark = pytest.mark.long
 
 CLIP, SIZE, FRAMES = 4, 128, 9
 """Of ``benchmarks/overfit.py``; one frame less where the family counts so."""
+OTHER_CLIP = 2
+"""The one that is least like it: 12.6 dB."""
 USABLE_OF = {"easyanimate-v5.1-control": 10}
 """Frames of the file: all but the tenth of it that the family does not read."""
-STEPS = {
-    "wan-s2v": 500, "wan-fun-control": 800, "hunyuanvideo-t2v": 800, "hunyuanvideo-i2v": 800,
-    "easyanimate-v5.1-control": 3000, "easyanimate-v5-control": 3000, "cogvideox-fun": 3000,
+BASE_STEPS = {
+    "wan-s2v": 500, "wan-fun-control": 800, "hunyuanvideo-t2v": 500, "hunyuanvideo-i2v": 500,
+    "easyanimate-v5.1-control": 1500, "easyanimate-v5-control": 1500, "cogvideox-fun": 2000,
 }  # fmt: skip
-"""Of some more than in the benchmark: bf16 and the mp4 take a little of what was gained."""
+"""On the other clip."""
+STEPS = {
+    "wan-s2v": 800, "wan-fun-control": 800, "hunyuanvideo-t2v": 800, "hunyuanvideo-i2v": 800,
+    "easyanimate-v5.1-control": 1500, "easyanimate-v5-control": 1500, "cogvideox-fun": 2000,
+}  # fmt: skip
+"""On the clip, of full tuning and of a LoRA."""
 WITHOUT_IMAGE = ("hunyuanvideo-t2v", "easyanimate-v5-control")
 LEAD_IN = {"wan-s2v": 3}
 """Frames that are made and not shown."""
 GAIN = 10.0
-"""dB that the tuned model's video must be nearer to the clip than the base model's."""
-LORA_GAIN = 6.0
-"""The same of a LoRA of all linear layers: 9.0 were measured of Wan-S2V, 9.6 of HunyuanVideo, 7.8 of CogVideoX."""
+"""dB that a tuned model's video must be nearer to the clip than the base model's."""
 NARROW_STEPS = 50
 """Of a LoRA of the layers that ComfyUI knows, for a family of which it knows some alone; it learns little."""
 ALIKE = 40.0
 """dB between the video of a LoRA's checkpoint and that of its files, whose A and B are in bf16 each before they are
 multiplied; a checkpoint's are in float32. 47 to 64 dB were measured, 10 of 255 at most."""
-ALPHA = {"cogvideox-fun": 256}
-"""Strength of a LoRA of rank 64, where it is not 64."""
+RANK = 64
+"""Of a LoRA, and its strength; as many as the tiny models' layers have themselves."""
 WITHIN = 1800
 """Seconds for a command."""
 
@@ -60,6 +70,8 @@ class Task:
     """One clip of the demo, alone."""
 
     spec: FamilySpec
+    model: Path
+    """What it is learnt over."""
     rows: Path
     """Metadata to train on."""
     wish: Path
@@ -69,10 +81,6 @@ class Task:
     @property
     def frames(self) -> int:
         return FRAMES - (not self.spec.plan.frame_rule.first_alone)
-
-    @property
-    def model(self) -> Path:
-        return Path("vfun-demo") / self.spec.name / "model"
 
 
 def decoded(path: Path) -> NDArray[np.uint8]:
@@ -86,49 +94,52 @@ def signed(frames: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def prepare(family: str) -> Task:
-    """The demo of a family in the working directory, and its fourth clip cut to the frames that are learnt."""
+def prepare(family: str, clip: int) -> Task:
+    """The demo of a family in the working directory, and one of its clips cut to the frames that are learnt."""
     spec = families.find(family)
-    data, name, demo = Path(demo_default.make(spec)["train_data_dir"]), f"{CLIP:08d}", CLIPS[CLIP - 1]
+    made = demo_default.make(spec)
+    data, name, demo, cut = Path(made["train_data_dir"]), f"{clip:08d}", CLIPS[clip - 1], f"cut-{clip}"
     known = {field.name for field in spec.fields}
     frames = FRAMES - (not spec.plan.frame_rule.first_alone)
-    (data / "cut").mkdir(exist_ok=True)
+    (data / cut).mkdir(exist_ok=True)
     total = USABLE_OF.get(family, frames)
     row: dict[str, Any] = {"text": demo.text, "type": "video"}
     wish: dict[str, Any] = {"prompt": demo.text, "fps": str(demo.fps), "frames": frames}
     for field, folder in (("file_path", "train"), ("control_file_path", "control")):
         if field in known:
-            write_video(data / f"cut/{folder}.mp4", signed(decoded(data / folder / f"{name}.mp4")[:total]), demo.fps)
-            row[field] = f"cut/{folder}.mp4"
+            write_video(data / f"{cut}/{folder}.mp4", signed(decoded(data / folder / f"{name}.mp4")[:total]), demo.fps)
+            row[field] = f"{cut}/{folder}.mp4"
     if "control_file_path" in row:
         wish["control"] = row["control_file_path"]
     if "audio_path" in known:
-        row["audio_path"] = wish["audio"] = "cut/sound.wav"
-        with wave.open(str(data / f"wav/{name}.wav")) as source, wave.open(str(data / "cut/sound.wav"), "wb") as cut:
-            cut.setparams(source.getparams())
-            cut.writeframes(source.readframes(int(frames / demo.fps * source.getframerate())))
-    clip = decoded(data / "cut/train.mp4")[:frames]
+        row["audio_path"] = wish["audio"] = f"{cut}/sound.wav"
+        sounds = (str(data / f"wav/{name}.wav"), str(data / f"{cut}/sound.wav"))
+        with wave.open(sounds[0]) as source, wave.open(sounds[1], "wb") as target:
+            target.setparams(source.getparams())
+            target.writeframes(source.readframes(int(frames / demo.fps * source.getframerate())))
+    pixels = decoded(data / f"{cut}/train.mp4")[:frames]
     if family not in WITHOUT_IMAGE:
-        Image.fromarray(clip[0]).save(data / "cut/first.png")
-        wish["image"] = "cut/first.png"
-    rows, wishes = data / "one-cut.json", data / "wish.json"
+        Image.fromarray(pixels[0]).save(data / f"{cut}/first.png")
+        wish["image"] = f"{cut}/first.png"
+    rows, wishes = data / f"{cut}.json", data / f"wish-{clip}.json"
     rows.write_text(json.dumps([row]), encoding="utf-8")
     wishes.write_text(json.dumps([wish]), encoding="utf-8")
-    small = [np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for frame in clip]
-    return Task(spec, rows, wishes, np.stack(small)[LEAD_IN.get(family, 0) :])
+    small = [np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for frame in pixels]
+    model, shown = made["pretrained_model_name_or_path"], np.stack(small)[LEAD_IN.get(family, 0) :]
+    return Task(spec, model, rows, wishes, shown)
 
 
-def train(command: str, task: Task, folder: Path, *more: object, steps: int | None = None) -> Path:
+def train(command: str, task: Task, folder: Path, steps: int, *more: object, rate: float = 4e-3) -> Path:
     """The checkpoint at the end of a run in one process, which draws conditions and noise as any run does."""
-    steps = steps or STEPS[task.spec.name]
     finish(
         start(
-            command, task.spec.name, "--demo", "--device", "cpu", "--strategy", "single", "--num-processes", 1,
+            command, task.spec.name, "--demo", "--pretrained-model-name-or-path", task.model,
+            "--device", "cpu", "--strategy", "single", "--num-processes", 1,
             "--train-data-meta", task.rows, "--output-dir", folder, "--cache", folder.with_name("cache"),
             "--cache-variants", 8, "--video-repeat", 2, "--train-batch-size", 2, "--video-sample-size", SIZE,
             "--image-sample-size", SIZE, "--token-sample-size", SIZE, "--video-sample-n-frames", task.frames,
             "--video-sample-stride", 1, "--dataloader-num-workers", 0, "--max-train-steps", steps,
-            "--checkpointing-steps", steps, "--learning-rate", 4e-3, "--lr-scheduler", "cosine",
+            "--checkpointing-steps", steps, "--learning-rate", rate, "--lr-scheduler", "cosine",
             "--lr-warmup-steps", steps // 20, "--adam-weight-decay", 0, "--max-grad-norm", 1,
             "--gradient-checkpointing", "none", "--mixed-precision", "no", "--report-to", "none", *more,
         ),
@@ -170,14 +181,28 @@ def linear_layers(task: Task, *, in_comfyui: bool = False) -> str:
     return ",".join(found)
 
 
-def adapters(task: Task, layers: str) -> tuple[object, ...]:
-    """Options of a LoRA in these layers."""
-    return ("--rank", 64, "--network-alpha", ALPHA.get(task.spec.name, 64), "--target-name", layers)
+def train_lora(task: Task, folder: Path, steps: int, layers: str) -> Path:
+    options = ("--rank", RANK, "--network-alpha", RANK, "--target-name", layers)
+    return train("lora", task, folder, steps, *options, rate=2e-3)
 
 
 def export(checkpoint: Path, folder: Path, *more: object) -> Path:
     finish(start("export-bf16", checkpoint, "--output", folder, *more))
     return folder
+
+
+def experienced(task: Task) -> Path:
+    """The directory of a model that has learnt the task's clip: the released files, and of the transformer what was
+    exported.
+    """
+    checkpoint = train("train", task, Path("before"), BASE_STEPS[task.spec.name])
+    model = Path(shutil.copytree(task.model, "base"))
+    transformer = task.spec.model.transformer_dir(model)
+    for old in transformer.glob("diffusion_pytorch_model*"):
+        old.unlink()
+    for new in export(checkpoint, Path("before-exported")).glob("diffusion_pytorch_model*"):
+        shutil.copy(new, transformer)
+    return model
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -186,26 +211,24 @@ def test_what_a_family_learnt_of_a_clip_is_in_every_file_made_of_it(
 ) -> None:
     """The clip comes of noise again: byte for byte of a checkpoint and of its export, nearly of a LoRA in every format.
 
-    A LoRA of the same steps comes less near: what is no linear layer (convolutions, biases, norms) stays random. Where
-    ComfyUI adds LoRAs to some layers alone (HunyuanVideo), its file is of another one of these, trained briefly.
+    Where ComfyUI adds LoRAs to some layers alone (HunyuanVideo), its file is of another one of these, trained briefly.
     """
     monkeypatch.chdir(tmp_path)
-    task = prepare(family)
+    task = replace(prepare(family, CLIP), model=experienced(prepare(family, OTHER_CLIP)))
     base = psnr(video(task, Path("base.mp4"), task.model), task.clip)
 
-    checkpoint = train("train", task, Path("full"))
-    tuned = video(task, Path("tuned.mp4"), checkpoint)
-    np.testing.assert_array_equal(video(task, Path("exported.mp4"), export(checkpoint, Path("export"))), tuned)
+    full = train("train", task, Path("full"), STEPS[family])
+    tuned = video(task, Path("tuned.mp4"), full)
+    np.testing.assert_array_equal(video(task, Path("exported.mp4"), export(full, Path("export"))), tuned)
 
-    wide = train("lora", task, Path("lora"), *adapters(task, linear_layers(task)))
+    wide = train_lora(task, Path("lora"), STEPS[family], linear_layers(task))
     adapted = video(task, Path("adapted.mp4"), wide)
     merged = export(wide, Path("merged"), "--merge")
     np.testing.assert_array_equal(video(task, Path("merged.mp4"), merged), adapted)
     alike = {}
     for form in task.spec.export.lora_formats:
         if form == "comfyui" and task.spec.export.comfyui_location is not None:
-            layers = linear_layers(task, in_comfyui=True)
-            checkpoint = train("lora", task, Path("narrow"), *adapters(task, layers), steps=NARROW_STEPS)
+            checkpoint = train_lora(task, Path("narrow"), NARROW_STEPS, linear_layers(task, in_comfyui=True))
             adapted_so = video(task, Path("narrow.mp4"), checkpoint)
         else:
             checkpoint, adapted_so = wide, adapted
@@ -213,5 +236,5 @@ def test_what_a_family_learnt_of_a_clip_is_in_every_file_made_of_it(
         alike[form] = psnr(video(task, Path(f"{form}.mp4"), task.model, "--lora", file), adapted_so)
     gains = {"full": psnr(tuned, task.clip) - base, "LoRA": psnr(adapted, task.clip) - base}
     print(family, f"base {base:.2f} dB, gains {gains}, LoRA files against its checkpoint {alike}")
-    assert gains["full"] >= GAIN and gains["LoRA"] >= LORA_GAIN, gains
+    assert min(gains.values()) >= GAIN, gains
     assert min(alike.values()) >= ALIKE, alike
