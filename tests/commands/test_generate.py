@@ -121,6 +121,33 @@ def test_the_file_beside_a_video_makes_it_again_to_the_bit(there: Path, vfun: Vf
     assert files("again") == {name: content for name, content in files().items() if name.startswith("video-1")}
 
 
+def test_a_clip_is_edited_as_much_as_is_asked_for(there: Path, vfun: Vfun) -> None:
+    clip = str((DATA / "train/00000001.mp4").absolute())
+    size = ("--height", "64", "--width", "64", "--frames", "9", "--steps", "10", "--guidance", "1")
+    edits = {0.1: "a-little", 0.5: "half", 1: "whole"}
+    for strength, folder in edits.items():
+        said = vfun(*COG[:3], "--prompt", "a", "--edit", clip, *size, "--strength", str(strength), "--output", folder)
+        assert said.code == 0, said.err
+    shown = {folder: pictures(Path(folder, "video-0.mp4")).astype(float) for folder in edits.values()}
+    changed = [np.abs(shown[folder] - shown["a-little"]).mean() for folder in edits.values()]
+    assert changed == sorted(changed) and changed[1] > 5
+    assert json.loads(Path("half/video-0.json").read_text())["strength"] == 0.5
+    assert vfun(*COG[:3], "--meta", "half/video-0.json", "--output", "again").code == 0
+    assert files("again") == files("half")
+
+
+def test_a_video_continues_its_image_if_it_starts_from_it(there: Path, vfun: Vfun) -> None:
+    (row,) = rows_of_the_demo(1, seconds=0.5)
+    command = ("generate", "wan-s2v", "--demo", "--meta", write_rows(row), "--steps", "1", "--frames", "8")
+    assert vfun(*command, "--start-from-ref", "--output", "still").code == 0
+    assert vfun(*command, "--output", "shown").code == 0
+    still, shown = (pictures(Path(folder, "video-0.mp4")) for folder in ("still", "shown"))
+    assert (len(still), len(shown)) == (8, 5)  # without, the first three are before what is shown
+    assert json.loads(Path("still/video-0.json").read_text())["start_from_ref"] is True
+    assert vfun(*command[:3], "--meta", "still/video-0.json", "--output", "again").code == 0
+    assert files("again") == files("still")
+
+
 def test_what_is_there_is_not_made_twice_and_never_written_over(there: Path, vfun: Vfun) -> None:
     kite = (*COG, "--steps", "1", "--prompt", "a kite")
     assert vfun(*kite).out == "out/video-0.mp4\n"

@@ -186,7 +186,7 @@ def parts_of(made: Golden, folder: Path) -> tuple[ModelAdapter, VideoRequest, di
         seconds = Fraction(io["features_30hz"].shape[1], 30)
         request = request_of(
             made, image=made.blocks("ref_blocks"), control=made.blocks("pose_blocks"), audio=SOUND,
-            seconds=seconds, starts_still=meta["init_first_frame"],
+            seconds=seconds, start_from_ref=meta["init_first_frame"],
         )  # fmt: skip
         frames = meta["segment_frame_length"] * meta["num_segments"]
         audio = align_to_frames(io["features_30hz"], fps=Fraction(meta["fps"]), frames=frames)
@@ -228,10 +228,10 @@ def parts_of(made: Golden, folder: Path) -> tuple[ModelAdapter, VideoRequest, di
     first, last = (made.pixels(f"known_{end}") or made.blocks(f"{end}_blocks") for end in ("first", "last"))
     mask = Decoded(io["mask"].bool().unsqueeze(1)) if "mask" in io else None
     request = request_of(
-        made, image=first, end_image=last, control=made.blocks("video_blocks"), mask=mask, strength=meta["strength"]
+        made, image=first, end_image=last, edit=made.blocks("video_blocks"), edit_mask=mask, strength=meta["strength"]
     )
-    if request.control is not None:
-        request = replace(request, key=edited_key(made, request.control))
+    if request.edit is not None:
+        request = replace(request, key=edited_key(made, request.edit))
     text = {"text": states(io["text"][0]), "negative text": states(io["negative_text"][0])}
     scale = float(json.loads((GOLDEN / meta["vae"] / "config.json").read_text())["scaling_factor"])
     return adapter_for(made, folder, cogvideox, scale=scale), request, text
@@ -243,7 +243,7 @@ def edited_key(made: Golden, video: ClipInput) -> GoldenKey:
     clean = golden_vae(made.meta["vae"]).encode(pixels)
     alpha = made.io["alphas_cumprod"][made.io["timesteps"][-made.meta["steps_run"]].long()]
     noise = (made.latents("initial_latents") - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-    draws = {"video 0": noise[0], "video posterior": torch.zeros_like(clean[0])}
+    draws = {"video 0": noise[0], "edit posterior": torch.zeros_like(clean[0])}
     return GoldenKey(seed=0, epoch=0, row=0, noise=draws)
 
 

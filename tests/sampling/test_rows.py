@@ -27,6 +27,8 @@ S2V, FUN, T2V, I2V, V5_1, V5, COG = families.FAMILIES.values()
 V1_1 = replace(FUN.model.dims, extra={**FUN.model.dims.extra, "reference": 1})
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 33, "num_layers": 1}
 
+TEXT_ALONE = cogvideox_dims({**CONFIG, "in_channels": 16})
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -158,9 +160,9 @@ def test_lengths_of_cogvideox_follow_the_model(data: Path) -> None:
 def test_the_control_clip_is_read_by_time(data: Path) -> None:
     wanted = {"frames": 17, "height": 64, "width": 64}
     video = only(options(data, V5_1, None, wanted | {"frames": 13}, control=["control.mp4"]))
-    assert video.control_indices == tuple(range(0, 39, 3))  # 24 fps shown at 8
+    assert video.indices == tuple(range(0, 39, 3))  # 24 fps shown at 8
     video = only(options(data, FUN, None, wanted, control=["control.mp4"]))
-    assert video.control_indices[:6] == (0, 1, 3, 4, 6, 7)  # 24 fps shown at 16
+    assert video.indices[:6] == (0, 1, 3, 4, 6, 7)  # 24 fps shown at 16
     pixels = load_inputs({"control": request_of(video).control})["control"]
     assert pixels.shape == (17, 3, 64, 64)
 
@@ -169,22 +171,70 @@ def test_a_control_clip_that_ends_too_early_is_refused_unless_black_follows_it(d
     found = options(data, FUN, None, {"frames": 49}, control=["control.mp4"])
     assert codes(found) == [(0, "control-too-short", "control")]
     assert "it lasts 2.00 s, 49 frames at 16 fps last 3.06 s; it is enough for 29 frames" in found.problems[0].message
-    assert len(only(options(data, FUN, None, {"frames": 29}, control=["control.mp4"])).control_indices) == 29
+    assert len(only(options(data, FUN, None, {"frames": 29}, control=["control.mp4"])).indices) == 29
     given = {"image": ["square.png"], "audio": ["sound.wav"], "control": ["control.mp4"]}
-    assert len(only(options(data, S2V, **given)).control_indices) == 32  # all of its 2 s
-    assert len(only(options(data, S2V, None, {"frames": 4}, **given)).control_indices) == 32  # the sound's 2 s
-    indices = only(options(data, S2V, **given | {"control": ["short.mp4"]})).control_indices
+    assert len(only(options(data, S2V, **given)).indices) == 32  # all of its 2 s
+    assert len(only(options(data, S2V, None, {"frames": 4}, **given)).indices) == 32  # the sound's 2 s
+    indices = only(options(data, S2V, **given | {"control": ["short.mp4"]})).indices
     assert len(indices) == 32 and indices[-1] == 46  # its last one is still shown at 31 / 16 s
 
 
 def test_one_frame_is_a_picture_with_a_picture_to_control_it(data: Path) -> None:
     one = only(options(data, FUN, None, {"frames": 1}, control=["square.png"]))
-    assert one.control_indices == (0,)
+    assert one.indices == (0,)
     assert codes(options(data, FUN, control=["square.png"])) == [(0, "control-type", "control")]
     row = {"file_path": "square.png", "control_file_path": "square.png", "text": "", "type": "image"}
     still = only(rows(data, FUN, row))
     assert still.frames == 1 and set(still.media) == {"control"}  # of a video it would be the first frame
     assert set(only(rows(data, FUN, {"prompt": "", "image": "square.png"})).media) == {"image"}
+
+
+def test_an_edited_clip_gives_frames_aspect_and_the_mask_white_where_it_changes(data: Path) -> None:
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[:, :32] = (255, 239, 255)
+    Image.fromarray(picture).save(data / "mask.png")
+    wanted = {"frames": 13, "steps": 10, "width": 64}
+    video = only(options(data, COG, None, wanted, edit=["clip.mp4"], edit_mask=["mask.png"]))
+    assert (video.indices, video.height) == (tuple(range(0, 39, 3)), 32)
+    assert (video.strength, video.steps_made) == (0.7, 7)
+    request = request_of(video)
+    pixels = load_inputs({"edit": request.edit, "mask": request.edit_mask})
+    assert pixels["edit"].shape == (13, 3, 32, 64) and pixels["mask"].shape == (13, 1, 32, 64)
+    assert not pixels["mask"][..., :30].any() and pixels["mask"][..., 34:].all()
+    whole = only(options(data, COG, None, wanted | {"strength": 1}, edit=["clip.mp4"]))
+    assert (whole.steps_made, request_of(whole).edit_mask) == (10, None)
+    row = {"file_path": "clip.mp4", "text": "", "type": "video", "edit": "clip.mp4"}
+    assert set(only(rows(data, COG, row, frames=13)).media) == {"edit"}  # not the clip's first frame
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"edit_mask": "square.png"}, ("missing-field", "edit")),
+        ({"edit": "clip.mp4", "image": "square.png"}, ("not-taken", "image")),
+        ({"edit": "clip.mp4", "end_image": "square.png"}, ("not-taken", "end_image")),
+        ({"edit": "clip.mp4", "edit_mask": "clip.mp4"}, ("wrong-type", "edit_mask")),
+        ({"edit": "square.png"}, ("control-type", "edit")),
+        ({"edit": "clip.mp4", "frames": 17}, ("control-too-short", "edit")),
+        ({"edit": "clip.mp4", "strength": 0.01}, ("unusable-setting", "strength")),
+        ({"edit": "clip.mp4", "strength": 1.5}, ("unusable-setting", "strength")),
+        ({"start_from_ref": True}, ("unusable-setting", "start_from_ref")),
+    ],
+)
+def test_an_edit_that_would_not_be_one_is_refused(given: dict[str, Any], found: tuple[str, str], data: Path) -> None:
+    assert codes(rows(data, COG, {"prompt": "", "frames": 13, **given})) == [(0, *found)]
+
+
+def test_a_start_from_the_reference_is_read_from_a_table_too(data: Path) -> None:
+    table = data / "rows.csv"
+    table.write_text("prompt,image,audio,start_from_ref\na,square.png,sound.wav,true\nb,square.png,sound.wav,false\n")
+    found = videos_of_rows(table, None, S2V, S2V.model.dims, Wanted())
+    found.require_ok()
+    assert [request_of(video).start_from_ref for video in found.videos] == [True, False]
+    with pytest.raises(ConfigError, match="--start-from-ref: hunyuanvideo-i2v always starts from an image"):
+        options(data, I2V, None, {"start_from_ref": True}, image=["square.png"])
+    with pytest.raises(ConfigError, match="--strength: hunyuanvideo-i2v edits no clip"):
+        options(data, I2V, None, {"strength": 0.5}, image=["square.png"])
 
 
 def test_options_are_given_once_for_all_or_once_for_each(data: Path) -> None:
@@ -204,7 +254,8 @@ def test_options_are_given_once_for_all_or_once_for_each(data: Path) -> None:
         (S2V, None, {"audio": ["sound.wav"]}, "no --image is given", "--control"),
         (FUN, None, {"reference": ["square.png"]}, "--reference: only V1.1 models", "--image, --control"),
         (V5, None, {"image": ["square.png"]}, "--image: this model has no channels", "--control"),
-        (COG, cogvideox_dims({**CONFIG, "in_channels": 16}), {"image": ["square.png"]}, "is no InP model", "--prompt"),
+        (COG, TEXT_ALONE, {"image": ["square.png"]}, "is no InP model", "--prompt"),
+        (COG, TEXT_ALONE, {"edit": ["clip.mp4"], "edit_mask": ["square.png"]}, "--edit-mask: this model", "--edit"),
         (I2V, None, {"prompt": [], "image": ["square.png"]}, "no --prompt is given", "--image"),
     ],
 )

@@ -33,6 +33,10 @@ def generate(
     end_image: Annotated[list[Path] | None, _many("--end-image", "The last frame (CogVideoX-Fun InP).")] = None,
     reference: Annotated[list[Path] | None, _many("--reference", "Whom it shows (Wan2.1-Fun V1.1).")] = None,
     control: Annotated[list[Path] | None, _many("--control", "The clip whose movement it follows.")] = None,
+    edit: Annotated[list[Path] | None, _many("--edit", "The clip that is changed (CogVideoX-Fun).")] = None,
+    edit_mask: Annotated[
+        list[Path] | None, _many("--edit-mask", "A picture, white where --edit changes (CogVideoX-Fun InP).")
+    ] = None,
     audio: Annotated[list[Path] | None, _many("--audio", "What is said in it (Wan2.2-S2V).")] = None,
     meta: Annotated[
         Path | None,
@@ -71,6 +75,16 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option("--guidance", metavar="NUMBER", help="Scale of classifier-free guidance; 1: none.")
     ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength", metavar="NUMBER", help="How much of --edit is replaced, 0 to 1.", show_default=False
+        ),
+    ] = None,
+    start_from_ref: Annotated[
+        bool,
+        typer.Option("--start-from-ref", help="The video continues --image, not only shows who is in it (Wan2.2-S2V)."),
+    ] = False,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.")
     ] = None,
@@ -135,10 +149,14 @@ def generate(
     """
     from vfun_cli.commands import generating
 
-    media = {"image": image, "end_image": end_image, "reference": reference, "control": control, "audio": audio}
+    media = {
+        "image": image, "end_image": end_image, "reference": reference, "control": control, "edit": edit,
+        "edit_mask": edit_mask, "audio": audio,
+    }  # fmt: skip
     settings = {
         "frames": frames, "height": height, "width": width, "steps": steps, "guidance": guidance,
-        "negative_prompt": negative_prompt, "seed": seed,
+        "strength": strength, "start_from_ref": start_from_ref or None, "negative_prompt": negative_prompt,
+        "seed": seed,
     }  # fmt: skip
     job = generating.decide(
         generating.Named(name=source, lora=lora, strength=lora_strength, model=model, ema=ema, base=compare, demo=demo),

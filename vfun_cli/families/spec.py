@@ -232,7 +232,7 @@ class DefaultOptions:
     """Of ``--demo``: a tiny model on tiny media."""
 
 
-SamplingInput = Literal["image", "end_image", "reference", "control", "audio"]
+SamplingInput = Literal["image", "end_image", "reference", "control", "edit", "edit_mask", "audio"]
 """What a video can be made from besides text; ``modeling.adapter.VideoRequest`` says what each is."""
 
 
@@ -256,6 +256,8 @@ class SamplingSpec:
     by_sound: bool = False
     """The video is as long as its sound: it is made in segments, and a control clip that ends earlier is followed by
     black."""
+    strength: float | None = None
+    """How much of a clip is replaced that is edited; None: the family edits none."""
     demo: Mapping[str, Any] = field(default_factory=dict)
     """Values of ``--demo``, by the names of these fields."""
 

@@ -83,11 +83,13 @@ class VideoRequest:
     """Mono samples at 16 kHz, the whole sound."""
     seconds: Fraction = Fraction(0)
     """Of ``audio``."""
-    mask: LazyInput | None = None
-    """Where ``control`` is replaced, bool [F, 1, H, W], of a family that edits videos; None: everywhere."""
+    edit: ClipInput | None = None
+    """The clip [F, 3, H, W] that the video is a changed one of."""
+    edit_mask: LazyInput | None = None
+    """Where that is made anew, bool [F, 1, H, W]; None: everywhere."""
     strength: float = 1.0
-    """How much of ``control`` such a family replaces by noise: this share of the steps is made."""
-    starts_still: bool = False
+    """How much of it is replaced by noise: this share of the steps is made."""
+    start_from_ref: bool = False
     """Of a family that makes segments: the first one continues ``image``, as if it had stood still."""
 
     @property

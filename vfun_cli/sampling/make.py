@@ -112,7 +112,7 @@ def _film(
         schedule=lambda: make_schedule(source.spec, source.model, order.video.steps),
         dtype=options.compute_dtype,
     )
-    total = adapter.segments(request) * order.video.steps
+    total = adapter.segments(request) * order.video.steps_made
     yield Event(video=order.name, total=total)
     for after in sampler.steps(inputs, request, frames):
         yield Event(video=order.name, done=after.segment * after.steps + after.step + 1, total=total)

@@ -6,9 +6,9 @@
     request_of(found.videos[0])          # in sampling/requests.py, with torch
 
 A row has a prompt (``prompt`` or ``text``) and what the family can be given: ``image``, ``end_image``, ``reference``,
-``control``, ``audio``, and its own settings under the names of :class:`Wanted`. A row of a data set is one too: its
-control clip and its sound are given, and the first frame of its clip is the image. What such a row states as frames,
-width, height and fps is of its clip; in a row without ``file_path`` it is of the video to be made.
+``control``, ``edit``, ``edit_mask``, ``audio``, and its own settings under the names of :class:`Wanted`. A row of a
+data set is one too: its control clip and its sound are given, and the first frame of its clip is the image. What such
+a row states as frames, width, height and fps is of its clip; without ``file_path`` it is of the video to be made.
 """
 
 import math
@@ -31,7 +31,7 @@ from vfun_cli.plan.sizes import round_frames
 from vfun_cli.sampling.settings import CHECKS, SEED, Wanted, check_setting, check_wanted, option, size_of, usual_frames
 from vfun_cli.sampling.source import Source
 
-INPUTS: tuple[SamplingInput, ...] = ("image", "end_image", "reference", "control", "audio")
+INPUTS: tuple[SamplingInput, ...] = ("image", "end_image", "reference", "control", "edit", "edit_mask", "audio")
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": ("text",),
     "image": ("image_path",),
@@ -40,8 +40,9 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """What rows may call these as well."""
 
-NUMBERS = ("seed", "steps", "guidance", "frames", "height", "width", "row")
+NUMBERS = ("seed", "steps", "guidance", "strength", "frames", "height", "width", "row")
 """Settings that are text in a CSV."""
+BOOLEANS = {"true": True, "false": False}
 OF_THE_CLIP = ("frames", "height", "width", "fps")
 """What a row states of its clip, if it has one."""
 
@@ -69,8 +70,17 @@ class Video:
     width: int
     fps: Fraction
     media: Mapping[SamplingInput, Media] = field(default_factory=dict)
-    control_indices: tuple[int, ...] = ()
-    """Frames of the control file, one for each of the video."""
+    strength: float = 1.0
+    """How much of a clip is replaced that is edited."""
+    start_from_ref: bool = False
+    """Of a video in segments: it continues its image."""
+    indices: tuple[int, ...] = ()
+    """Frames of the clip that it follows or edits, one for each of its own."""
+
+    @property
+    def steps_made(self) -> int:
+        """Of ``steps``: all, or of a clip that is edited the last ones."""
+        return int(self.steps * self.strength) if "edit" in self.media else self.steps
 
     @property
     def seconds(self) -> Fraction:
@@ -120,6 +130,8 @@ def settings_json(video: Video, source: Source) -> dict[str, Any]:
         "seed": video.seed,
         "steps": video.steps,
         "guidance": video.guidance,
+        **({"strength": video.strength} if "edit" in video.media else {}),
+        **({"start_from_ref": True} if video.start_from_ref else {}),
         "frames": video.frames,
         "height": video.height,
         "width": video.width,
@@ -216,6 +228,13 @@ class _Row:
         of_the_set = {item.media: self.stated.get(item.key(self.stated)) for item in spec.fields}
         implied = {"image": of_the_set.get("visual"), **{name: of_the_set.get(name) for name in ("control", "audio")}}
         found: dict[SamplingInput, str] = {}
+        if "edit" in self.stated and "edit" in taken:
+            del implied["image"]
+            for name in ("image", "end_image"):
+                if name in self.stated:
+                    self.say("not-taken", "a video is made from pictures, or it is a changed clip: not both", name)
+        elif "edit_mask" in self.stated and "edit_mask" in taken:
+            self.say("missing-field", "there is a mask, and no clip that it is of", "edit")
         for name in INPUTS:
             value = self.stated.get(name)
             if value is not None and name not in taken:
@@ -266,6 +285,8 @@ def _stated(record: Record, is_csv: bool) -> dict[str, Any]:
                 there.setdefault(name, there.pop(other))
     if is_csv:
         there |= {name: cell_value(there[name]) for name in NUMBERS if name in there}
+        if (start := there.get("start_from_ref")) in BOOLEANS:
+            there["start_from_ref"] = BOOLEANS[start]
     return there
 
 
@@ -348,13 +369,15 @@ def _video(
         negative_prompt=stated.get("negative_prompt", spec.sampling.negative_prompt),
         steps=stated.get("steps", spec.sampling.steps),
         guidance=float(stated.get("guidance", spec.sampling.guidance)),
+        strength=float(stated.get("strength", spec.sampling.strength or 1)),
+        start_from_ref=stated.get("start_from_ref", False),
         frames=frames,
         height=height,
         width=width,
         fps=stated.get("fps", Fraction(spec.sampling.fps)),
         media={name: found[name] for name in files if name in given},
     )
-    return _with_control(row, video, spec, dims)
+    return _with_clip(row, video, spec, dims)
 
 
 def _usable(
@@ -375,30 +398,48 @@ def _usable(
             yield name, Media(path=path, facts=found)
 
 
-def _with_control(row: _Row, video: Video, spec: FamilySpec, dims: ModelDims) -> Video | None:
-    """The video with the frames of its control clip: those shown when its own are; None where there are too few."""
-    control = video.media.get("control")
-    if control is None:
+def _with_clip(row: _Row, video: Video, spec: FamilySpec, dims: ModelDims) -> Video | None:
+    """The video with the frames of the clip that it follows or edits: those shown when its own are.
+
+    None where there are too few, or nothing would be edited.
+    """
+    name: SamplingInput | None = next((name for name in ("control", "edit") if name in video.media), None)
+    if name is None:
         return video
-    assert isinstance(control.facts, VisualFacts)
+    if name == "edit" and not _is_edited(row, video):
+        return None
+    clip = video.media[name]
+    assert isinstance(clip.facts, VisualFacts)
     total = video.frames
     if spec.sampling.by_sound:
         total *= math.ceil(video.seconds * video.fps / video.frames)
-    if control.facts.kind == "image":
+    if clip.facts.kind == "image":
         if total > 1:
-            row.say("control-type", f"a picture as the control of {total} frames", "control", control.path)
+            row.say("control-type", f"a picture as the clip of {total} frames", name, clip.path)
             return None
-        return replace(video, control_indices=(0,))
-    step = control.facts.fps / video.fps  # frames of the file for each of the video
-    there = math.ceil(control.facts.frames / step)
+        return replace(video, indices=(0,))
+    step = clip.facts.fps / video.fps  # frames of the file for each of the video
+    there = math.ceil(clip.facts.frames / step)
     if there < total and not spec.sampling.by_sound:
         longest = round_frames(there, spec, dims)
         row.say(
             "control-too-short",
-            f"it lasts {float(control.facts.duration):.2f} s, {total} frames at {video.fps} fps last "
+            f"it lasts {float(clip.facts.duration):.2f} s, {total} frames at {video.fps} fps last "
             f"{float(total / video.fps):.2f} s; it is enough for {longest} frames",
-            "control",
-            control.path,
+            name,
+            clip.path,
         )
         return None
-    return replace(video, control_indices=tuple(int(frame * step) for frame in range(min(there, total))))
+    return replace(video, indices=tuple(int(frame * step) for frame in range(min(there, total))))
+
+
+def _is_edited(row: _Row, video: Video) -> bool:
+    """Whether anything changes; notes why not."""
+    mask = video.media.get("edit_mask")
+    if mask is not None and isinstance(mask.facts, VisualFacts) and mask.facts.kind != "image":
+        row.say("wrong-type", "a mask is one picture, white where the clip changes in all its frames", "edit_mask")
+    if not video.steps_made:
+        row.say(
+            "unusable-setting", f"{video.strength:g} of {video.steps} steps is none: the clip would stay", "strength"
+        )
+    return not row.problems

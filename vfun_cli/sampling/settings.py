@@ -11,7 +11,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.facts import VisualFacts
 from vfun_cli.plan.sizes import round_frames
-from vfun_cli.typed_json import Check, number, text, whole
+from vfun_cli.typed_json import Check, flag, number, text, whole
 
 SEED = 43
 """Of all predict scripts of the originals."""
@@ -25,6 +25,8 @@ CHECKS: Mapping[str, Check] = {
     "seed": whole(),
     "steps": whole(1, MOST_STEPS),
     "guidance": number(0, 1000),
+    "strength": number(0, 1),
+    "start_from_ref": flag,
     "frames": whole(1, 10_000),
     "height": whole(1, 1 << 20),
     "width": whole(1, 1 << 20),
@@ -39,6 +41,8 @@ class Wanted:
 
     steps: int | None = None
     guidance: float | None = None
+    strength: float | None = None
+    start_from_ref: bool | None = None
     negative_prompt: str | None = None
     frames: int | None = None
     height: int | None = None
@@ -143,7 +147,19 @@ def on_grid(side: Fraction, axis: int, spec: FamilySpec) -> int:
     return max(-(-spec.plan.smallest_side // step), round(side / step)) * step
 
 
-_OF_THE_FAMILY: Mapping[str, Callable[[int, FamilySpec, ModelDims], None]] = {
+def _check_strength(strength: float, spec: FamilySpec, dims: ModelDims) -> None:
+    if spec.sampling.strength is None:
+        raise ValueError(f"{spec.name} edits no clip")
+
+
+def _check_start(start: bool, spec: FamilySpec, dims: ModelDims) -> None:
+    if start and not spec.sampling.by_sound:
+        raise ValueError(f"{spec.name} always starts from an image that it is given")
+
+
+_OF_THE_FAMILY: Mapping[str, Callable[[Any, FamilySpec, ModelDims], None]] = {
+    "strength": _check_strength,
+    "start_from_ref": _check_start,
     "frames": _check_frames,
     "height": _check_side(0),
     "width": _check_side(1),

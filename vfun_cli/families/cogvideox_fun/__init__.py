@@ -133,7 +133,7 @@ def attention_flops(shape: ClipShape, dims: ModelDims) -> float:
 def _without_images(dims: ModelDims) -> Mapping[SamplingInput, str]:
     if dims.extra["in_channels"] > dims.extra["out_channels"]:
         return {}
-    return dict.fromkeys(("image", "end_image"), "this model is no InP model: it reads text alone")
+    return dict.fromkeys(("image", "end_image", "edit_mask"), "this model is no InP model: it has no mask channels")
 
 
 DEFAULTS: Mapping[str, object] = {
@@ -201,8 +201,9 @@ SPEC = FamilySpec(
         frames=49,
         size=(384, 672),
         fps=8,
-        optional=("image", "end_image"),
+        optional=("image", "end_image", "edit", "edit_mask"),
         without=_without_images,
+        strength=0.7,  # examples/cogvideox_fun/predict_v2v.py
         demo=DEMO_VIDEO,
     ),
     defaults=DefaultOptions(

@@ -201,10 +201,10 @@ class CogVideoXFunAdapter(WholeVideo):
 
     @classmethod
     def inputs_to_sample(cls, request: VideoRequest, options: AdapterOptions) -> Inputs:
-        """``text``; ``mask`` and ``known`` where pixels are given; ``video``, if one is edited."""
+        """``text``; ``mask`` and ``known`` where pixels are given; ``edit``, if a clip is edited."""
         inputs = captions_to_sample(request, "text")
-        if request.control is not None:
-            inputs["video"] = Input(encoder="vae", lazy=request.control)
+        if request.edit is not None:
+            inputs["edit"] = Input(encoder="vae", lazy=request.edit)
         known = known_pixels(request)
         if known is None:
             return inputs
@@ -234,17 +234,17 @@ class CogVideoXFunAdapter(WholeVideo):
                 mask = outputs["mask"]["value"].transpose(0, 1).unsqueeze(0)
                 inpaint = join(outputs["known"]["mean"].unsqueeze(0), mask, self.scale)
         both = both_branches(outputs, request, lambda found: self._conditions([found], inpaint))
-        if "video" in outputs:
+        if "edit" in outputs:
             # Sampled as released: the mean of a posterior is smoother than what the model was trained on.
-            both.conditional["video"] = sample_posteriors([outputs["video"]], [request.key], "video posterior")
+            both.conditional["edit"] = sample_posteriors([outputs["edit"]], [request.key], "edit posterior")
         return both
 
     def begin(self, noise: Tensor, branches: Branches, request: VideoRequest, schedule: Schedule) -> Tensor:
-        """Noise; or of a video that is edited, its latents as noisy as the step they enter at."""
-        if "video" not in branches.conditional or request.strength >= 1:
+        """Noise; or of a clip that is edited, its latents as noisy as the step they enter at."""
+        if "edit" not in branches.conditional or request.strength >= 1:
             return noise
         schedule.last(int(len(schedule.timesteps) * request.strength))
-        return schedule.noised(branches.conditional["video"], noise)
+        return schedule.noised(branches.conditional["edit"], noise)
 
     def _check_channels(self) -> None:
         """Refuse a train mode that gives the transformer other channels than it reads."""
@@ -266,8 +266,8 @@ class CogVideoXFunAdapter(WholeVideo):
 def known_pixels(request: VideoRequest) -> tuple[ClipInput, LazyInput] | None:
     """The clip that a video's known pixels come from, and where it is generated; None: everywhere."""
     size = (request.height, request.width)
-    if request.control is not None:
-        return None if request.mask is None else (request.control, request.mask)
+    if request.edit is not None:
+        return None if request.edit_mask is None else (request.edit, request.edit_mask)
     if request.image is None and request.end_image is None:
         return None
     first = request.image or ConstantFrames(MASKED, 1, size)

@@ -337,12 +337,12 @@ class WanS2VAdapter:
     ) -> Branches:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; without guidance's text and sound in the other one.
 
-        The first segment does not see its history, which is grey, unless it ``starts_still``; every later one sees the
-        frames before it. Without a control clip its latents are zeros, as released.
+        The first segment does not see its history, which is grey, unless it starts from the reference; every later one
+        sees the frames before it. Without a control clip its latents are zeros, as released.
         """
         nothing = torch.zeros(self.latent_shape(request), device=self.options.device)
         reference = outputs["reference"]["mean"]
-        dropped = shown is None and not request.starts_still
+        dropped = shown is None and not request.start_from_ref
         if dropped:  # the motion is not looked at
             motion = nothing[:, :1].expand(-1, MOTION_LATENTS, -1, -1)
         else:
@@ -367,11 +367,11 @@ class WanS2VAdapter:
         return both
 
     def _history(self, request: VideoRequest, shown: Tensor | None) -> Tensor:
-        """The 73 frames before a segment, [73, 3, H, W]: grey, then the image if the video starts still, then those
+        """The 73 frames before a segment, [73, 3, H, W]: grey, then the image if the video starts from it, then those
         made so far."""
         size = (request.height, request.width)
         before = [constant(GREY, MOTION_FRAMES, *size).to(self.options.device)]
-        if request.starts_still:
+        if request.start_from_ref:
             assert request.image is not None
             still = float_pixels(load_inputs({"image": request.image})["image"], self.options.device)
             before.append(still.expand(REFERENCE_HISTORY, -1, -1, -1))
@@ -396,8 +396,8 @@ class WanS2VAdapter:
         return frames[-request.frames + LEAD_IN * dropped :]
 
     def heard_from(self, request: VideoRequest) -> Fraction:
-        """Frame k of the video belongs to the sound of frame k + ``LEAD_IN``, unless it ``starts_still``."""
-        return Fraction(0) if request.starts_still else LEAD_IN / request.fps
+        """Frame k of the video belongs to the sound of frame k + ``LEAD_IN``, unless it starts from the reference."""
+        return Fraction(0) if request.start_from_ref else LEAD_IN / request.fps
 
 
 def control_clip(control: ClipInput, decisions: Decisions, size: Size) -> ClipInput:
