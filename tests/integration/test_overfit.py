@@ -1,7 +1,7 @@
 """Every family learns one clip by the command line, and what it learnt is in whichever of its files makes the video.
 
-The model that it begins with has learnt another clip before, and knows nothing of this one. A random one would do for
-full tuning; a LoRA trains the linear layers alone, and gets no further than the random convolutions and norms let it.
+The model that it begins with has learnt another clip before, and knows nothing of this one. A random one does for full
+tuning; a LoRA trains the linear layers alone, and gets no further than random convolutions and norms let it.
 """
 
 import json
@@ -40,15 +40,19 @@ OTHER_CLIP = 2
 USABLE_OF = {"easyanimate-v5.1-control": 10}
 """Frames of the file: all but the tenth of it that the family does not read."""
 BASE_STEPS = {
-    "wan-s2v": 500, "wan-fun-control": 800, "hunyuanvideo-t2v": 500, "hunyuanvideo-i2v": 150,
-    "easyanimate-v5.1-control": 1500, "easyanimate-v5-control": 1500, "cogvideox-fun": 2000,
+    "wan-s2v": 500, "wan-fun-control": 800, "hunyuanvideo-t2v": 500, "easyanimate-v5.1-control": 1500,
+    "easyanimate-v5-control": 1500, "cogvideox-fun": 2000,
 }  # fmt: skip
-"""On the other clip. HunyuanVideo's I2V soon makes of any first frame a video that is like it: 14.5 dB after 500."""
+"""On the other clip. HunyuanVideo's I2V stays random: it would learn to make of any first frame a video that is like
+it, and come within 14.5 dB of a clip it never saw. Its linear layers alone reach 10 dB."""
 STEPS = {
-    "wan-s2v": 800, "wan-fun-control": 1000, "hunyuanvideo-t2v": 1200, "hunyuanvideo-i2v": 1200,
+    "wan-s2v": 800, "wan-fun-control": 800, "hunyuanvideo-t2v": 800, "hunyuanvideo-i2v": 1200,
     "easyanimate-v5.1-control": 1500, "easyanimate-v5-control": 2500, "cogvideox-fun": 3000,
 }  # fmt: skip
 """On the clip, of full tuning and of a LoRA."""
+RATE = 4e-3
+LORA_RATES = {"hunyuanvideo-t2v": 6e-3, "hunyuanvideo-i2v": 6e-3, "easyanimate-v5-control": 4e-3}
+"""Where 2e-3 is not the best of 2e-3, 4e-3 and 6e-3: by 0.2 to 0.6 dB."""
 WITHOUT_IMAGE = ("hunyuanvideo-t2v", "easyanimate-v5-control")
 LEAD_IN = {"wan-s2v": 3}
 """Frames that are made and not shown."""
@@ -129,7 +133,7 @@ def prepare(family: str, clip: int) -> Task:
     return Task(spec, model, rows, wishes, shown)
 
 
-def train(command: str, task: Task, folder: Path, steps: int, *more: object, rate: float = 4e-3) -> Path:
+def train(command: str, task: Task, folder: Path, steps: int, *more: object, rate: float = RATE) -> Path:
     """The checkpoint at the end of a run in one process, which draws conditions and noise as any run does."""
     finish(
         start(
@@ -183,7 +187,7 @@ def linear_layers(task: Task, *, in_comfyui: bool = False) -> str:
 
 def train_lora(task: Task, folder: Path, steps: int, layers: str) -> Path:
     options = ("--rank", RANK, "--network-alpha", RANK, "--target-name", layers)
-    return train("lora", task, folder, steps, *options, rate=2e-3)
+    return train("lora", task, folder, steps, *options, rate=LORA_RATES.get(task.spec.name, 2e-3))
 
 
 def export(checkpoint: Path, folder: Path, *more: object) -> Path:
@@ -191,11 +195,12 @@ def export(checkpoint: Path, folder: Path, *more: object) -> Path:
     return folder
 
 
-def experienced(task: Task) -> Path:
-    """The directory of a model that has learnt the task's clip: the released files, and of the transformer what was
+def experienced(family: str) -> Path:
+    """The directory of a model that has learnt the other clip: the released files, but of the transformer what was
     exported.
     """
-    checkpoint = train("train", task, Path("before"), BASE_STEPS[task.spec.name])
+    task = prepare(family, OTHER_CLIP)
+    checkpoint = train("train", task, Path("before"), BASE_STEPS[family])
     model = Path(shutil.copytree(task.model, "base"))
     transformer = task.spec.model.transformer_dir(model)
     for old in transformer.glob("diffusion_pytorch_model*"):
@@ -214,7 +219,9 @@ def test_what_a_family_learnt_of_a_clip_is_in_every_file_made_of_it(
     Where ComfyUI adds LoRAs to some layers alone (HunyuanVideo), its file is of another one of these, trained briefly.
     """
     monkeypatch.chdir(tmp_path)
-    task = replace(prepare(family, CLIP), model=experienced(prepare(family, OTHER_CLIP)))
+    task = prepare(family, CLIP)
+    if family in BASE_STEPS:
+        task = replace(task, model=experienced(family))
     base = psnr(video(task, Path("base.mp4"), task.model), task.clip)
 
     full = train("train", task, Path("full"), STEPS[family])
