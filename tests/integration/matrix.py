@@ -74,22 +74,19 @@ HELD_OUT = "held-out"
 _HELD_OUT = {
     "validation_meta": "vfun-demo/wan-s2v/data/held-out.json",
     "validation_steps": STEPS["train"] // 2,
-    "validation_sampling_steps": 2,
+    "validation_sampling_steps": 1,
 }
-HELD_OUT_ROWS = 5
+HELD_OUT_ROWS = 3
 """Which two ranks cannot share evenly."""
 BROKEN_ROW = 1
-"""Of them, the one that is followed by the control clip CUT_OFF where a video of it is to be made."""
+"""It is followed by the control clip CUT_OFF where a video of it is to be made; the second rank has no other."""
 CUT_OFF = Path("vfun-demo/wan-s2v/data/cut-off.mp4")
-PAIR = "pair"
-"""A run that makes samples of two rows, so that the second rank can read none, and encodes what they need with encoders
-that the ranks share."""
-_PAIR = {
-    "validation_meta": "vfun-demo/wan-s2v/data/pair.json",
-    "validation_sampling_steps": 2,
-    "max_train_steps": 0,
-    "cache": None,
-}
+UNCACHED = "uncached"
+"""A run that makes samples alone, and encodes what they need with encoders that the ranks share."""
+_UNCACHED = {**_HELD_OUT, "max_train_steps": 0, "cache": None}
+FIVE = "five"
+"""A run that makes samples of five rows alone."""
+_FIVE = {**_HELD_OUT, "validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0}
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
@@ -109,16 +106,16 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         **_IN_MATRIX,
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3, **_HELD_OUT},
     },
-    "ddp": {**_IN_FLOAT32, **_IN_MATRIX},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
-        PAIR: _PAIR,
+        UNCACHED: _UNCACHED,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
     "zero2": _IN_MATRIX,
-    "zero3": {**_IN_MATRIX, PAIR: _PAIR},
+    "zero3": {**_IN_MATRIX, UNCACHED: _UNCACHED},
     "zero3-offload": _EVERYWHERE,
 }
 
@@ -196,9 +193,9 @@ def prepare_demo() -> None:
         rows = json.loads(Path(layer["train_data_meta"]).read_text(encoding="utf-8"))
         videos = [row for row in rows if row["type"] == "video"]
         Path(layer["train_data_dir"], "one-clip.json").write_text(json.dumps(videos[:1]), encoding="utf-8")
-        held_out = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(HELD_OUT_ROWS)]
-        Path(layer["train_data_dir"], "held-out.json").write_text(json.dumps(held_out), encoding="utf-8")
-        Path(layer["train_data_dir"], "pair.json").write_text(json.dumps(held_out[:2]), encoding="utf-8")
+        five = [videos[0] | {"text": f"{videos[0]['text']} {number}"} for number in range(5)]
+        for name, count in (("held-out", HELD_OUT_ROWS), ("five", 5)):
+            Path(layer["train_data_dir"], f"{name}.json").write_text(json.dumps(five[:count]), encoding="utf-8")
     CUT_OFF.write_bytes((CUT_OFF.parent / "control/00000001.mp4").read_bytes()[:2000])
 
 

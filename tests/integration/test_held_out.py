@@ -13,11 +13,12 @@ from tests import jobs
 from tests.integration.matrix import (
     BROKEN_ROW,
     CUT_OFF,
+    FIVE,
     HELD_OUT,
     HELD_OUT_ROWS,
-    PAIR,
     STEPS,
     STRATEGIES,
+    UNCACHED,
     Run,
     extra,
     launch,
@@ -98,7 +99,7 @@ def test_a_row_that_cannot_be_read_says_why_and_the_ranks_share_the_others(strat
         assert CUT_OFF.name in said and said == record["failed"][broken]
         assert {path.stem for path in run.samples(step).glob("*.mp4")} == set(GOOD)
         made = [list(rank) for rank in samples(extra(HELD_OUT, strategy), step)]
-        assert made == ([GOOD] if strategy == "single" else [["row-0", "row-2", "row-4"], ["row-3"]])
+        assert made == ([GOOD] if strategy == "single" else [GOOD, []])
     images = EventAccumulator(str(run.tensorboard))
     images.Reload()
     shown = images.Images("samples/row-0")
@@ -106,13 +107,18 @@ def test_a_row_that_cannot_be_read_says_why_and_the_ranks_share_the_others(strat
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_a_rank_without_a_row_that_can_be_read_takes_part_in_what_the_ranks_share(
-    strategy: str, trained: Trained
-) -> None:
+def test_encoders_that_the_ranks_share_make_of_rows_what_the_cache_has(strategy: str, trained: Trained) -> None:
+    """One rank has no row that can be read, and takes part."""
     trained(strategy)
-    first, second = samples(extra(PAIR, strategy), 0)
-    whole = merged(samples(extra(HELD_OUT, strategy), 0))
-    assert first == {"row-0": whole["row-0"]} and second == {}
+    first, second = samples(extra(UNCACHED, strategy), 0)
+    assert first == merged(samples(extra(HELD_OUT, strategy), 0)) and second == {}
+
+
+def test_two_ranks_share_five_rows_of_which_one_is_broken(trained: Trained) -> None:
+    trained("ddp")
+    first, second = samples(extra(FIVE, "ddp"), 0)
+    assert (list(first), list(second)) == (["row-0", "row-2", "row-4"], ["row-3"])
+    assert first["row-2"] == merged(samples(extra(HELD_OUT, "ddp"), 0))["row-2"]
 
 
 def test_the_moving_average_has_a_loss_and_samples_of_its_own(trained: Trained) -> None:
