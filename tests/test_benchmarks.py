@@ -13,13 +13,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NOT_SCRIPTS = {"plan_sets", "record"}
 """Modules that the benchmarks share."""
 MARKS = {
-    "bare_loop": pytest.mark.slow,
+    "bare_loop": pytest.mark.long,
     "bf16_on_cpu": pytest.mark.slow,
     "data_wait": pytest.mark.long,
     "decode": pytest.mark.long,
     "decoding_start": pytest.mark.long,
     "export": pytest.mark.long,
-    "frame_matrix": pytest.mark.slow,
+    "frame_matrix": pytest.mark.long,
     "loading_memory": pytest.mark.long,
     "fuzz_files": pytest.mark.long,
     "fuzz_metadata": pytest.mark.slow,
@@ -27,12 +27,12 @@ MARKS = {
     "help_startup": pytest.mark.slow,
     "kill_fuzz": pytest.mark.long,
     "lora_merge": pytest.mark.slow,
-    "meter": pytest.mark.slow,
+    "meter": pytest.mark.long,
     "openmp_waiting": pytest.mark.long,
-    "overfit": pytest.mark.slow,
+    "overfit": pytest.mark.long,
     "plan_balance": (),
     "plan_million": (),
-    "scaling": pytest.mark.slow,
+    "scaling": pytest.mark.long,
     "sigterm": pytest.mark.long,
     "sound_matrix": (),
     "startup": pytest.mark.long,
@@ -40,7 +40,7 @@ MARKS = {
     "validate_throughput": pytest.mark.slow,
     "validation": pytest.mark.long,
 }
-"""By how long the smallest run takes: under 3 s, up to 20 s, longer."""
+"""By how long the smallest run takes: under 3 s, up to 5 s, longer."""
 NUMBERS = {
     "bare_loop": ["cpu/ratio_of_medians", "wall/ratio_of_medians"],
     "bf16_on_cpu": ["AVX2 alone/linear layer/bfloat16 over float32", "as it is/3D convolution/float32"],

@@ -108,6 +108,7 @@ def test_the_first_noisy_frame_of_image_to_video_is_never_seen(tmp_path: Path) -
         assert torch.equal(predict(adapter, io), predict(adapter, other))
 
 
+@pytest.mark.slow
 def test_the_vae_tiles_as_the_original(tmp_path: Path) -> None:
     golden = load_file(GOLDEN / "vae/io.safetensors")
     shutil.copy(GOLDEN / "vae/config.json", tmp_path)

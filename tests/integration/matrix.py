@@ -76,17 +76,13 @@ _HELD_OUT = {
     "validation_steps": STEPS["train"] // 2,
     "validation_sampling_steps": 1,
 }
-HELD_OUT_ROWS = 3
-"""Which two ranks cannot share evenly."""
+HELD_OUT_ROWS = 2
 BROKEN_ROW = 1
 """It is followed by the control clip CUT_OFF where a video of it is to be made; the second rank has no other."""
 CUT_OFF = Path("vfun-demo/wan-s2v/data/cut-off.mp4")
-UNCACHED = "uncached"
-"""A run that makes samples alone, and encodes what they need with encoders that the ranks share."""
-_UNCACHED = {**_HELD_OUT, "max_train_steps": 0, "cache": None}
 FIVE = "five"
-"""A run that makes samples of five rows alone."""
-_FIVE = {**_HELD_OUT, "validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0}
+"""A run that looks at five rows, which two ranks cannot share evenly, and encodes what it needs for that."""
+_FIVE = {"validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0, "cache": None}
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
@@ -106,16 +102,16 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         **_IN_MATRIX,
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3, **_HELD_OUT},
     },
-    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: {**_HELD_OUT, **_FIVE}},
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
-        UNCACHED: _UNCACHED,
+        FIVE: {**_HELD_OUT, **_FIVE},
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
     "zero2": _IN_MATRIX,
-    "zero3": {**_IN_MATRIX, UNCACHED: _UNCACHED},
+    "zero3": {**_IN_MATRIX, FIVE: {**_HELD_OUT, **_FIVE}},
     "zero3-offload": _EVERYWHERE,
 }
 

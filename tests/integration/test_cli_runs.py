@@ -66,10 +66,13 @@ def killed_and_resumed(strategy: str) -> tuple[RunDir, int]:
     return run, json.loads(vfun_process("resume", run.root, "--json", code=0).out)["step"]
 
 
-# One process, and the engine that gathers and shards most.
+# The engine that gathers and shards most, and one process.
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(name, marks=pytest.mark.ahead.with_args(killed_and_resumed, name)) for name in ("single", "zero3")],
+    [
+        pytest.param("zero3", marks=pytest.mark.ahead.with_args(killed_and_resumed, "zero3")),
+        pytest.param("single", marks=[pytest.mark.long, pytest.mark.ahead.with_args(killed_and_resumed, "single")]),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_weights(
     strategy: str, result: tuple[RunDir, int], workplace: Path, trained: Trained
@@ -127,6 +130,7 @@ def told_otherwise() -> list[Said]:
     return [finish(job, 2) for job in jobs]
 
 
+@pytest.mark.long
 @pytest.mark.ahead.with_args(told_otherwise)
 def test_machines_that_are_told_otherwise_both_refuse(result: list[Said]) -> None:
     for said in result:
@@ -143,6 +147,7 @@ def left_alone() -> Said:
     return finish(survivor, 1)
 
 
+@pytest.mark.long
 @pytest.mark.ahead.with_args(left_alone)
 def test_a_machine_that_is_killed_ends_the_other_which_names_it(result: Said) -> None:
     assert "error: machine 1 has gone without a word" in result.err, result.err

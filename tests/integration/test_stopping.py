@@ -54,6 +54,7 @@ def processor_seconds(process: int) -> float:
     return sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_a_clip_that_hangs_its_decoder_save_and_stop(workplace: Path) -> None:
     run = RunDir(workplace / "hangs")
     job = train(run, "ddp", "--dataloader-num-workers", 1)

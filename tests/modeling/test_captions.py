@@ -86,6 +86,7 @@ def with_another_end(caption: str) -> str:
     return caption[:-1] + ("k" if caption[-1] != "k" else "j")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_caption_is_called_cut_exactly_when_its_encoder_does_not_read_its_end(
     family: str, model_of: Callable[[str], Path]

@@ -20,6 +20,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import agreement
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
+from vfun_cli.training.ending import end_with
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
@@ -117,16 +118,21 @@ def refuse(*_: object) -> None:
     raise FitError("no memory.")
 
 
-noted("nobody fails", lambda: fails_on(error=FitError("x.")))
-noted("one fails", lambda: fails_on(1, error=FitError("no memory.")))
-noted("both fail", lambda: fails_on(0, 1, error=FitError(f"of {rank}.")))
-noted("a foreign error", lambda: fails_on(1, error=ZeroDivisionError("by zero")))
-noted("one directory", lambda: require_one_directory(one(folder / "run")))
-noted("two directories", lambda: require_one_directory(one(folder / f"run-{rank}")))
-noted("one job", lambda: require_one_job(job()))
-noted("two plans", lambda: require_one_job(job(plan_digest=f"plan {rank}")))
-noted("full memory", full_memory)
-noted("a bad clip", lambda: begun(late=False))
-noted("a bad clip while others wait", lambda: begun(late=True))
-noted("a lost checkpoint", lost_checkpoint)
-(folder / f"said-{rank}.json").write_text(json.dumps(said))
+def main() -> int:
+    noted("nobody fails", lambda: fails_on(error=FitError("x.")))
+    noted("one fails", lambda: fails_on(1, error=FitError("no memory.")))
+    noted("both fail", lambda: fails_on(0, 1, error=FitError(f"of {rank}.")))
+    noted("a foreign error", lambda: fails_on(1, error=ZeroDivisionError("by zero")))
+    noted("one directory", lambda: require_one_directory(one(folder / "run")))
+    noted("two directories", lambda: require_one_directory(one(folder / f"run-{rank}")))
+    noted("one job", lambda: require_one_job(job()))
+    noted("two plans", lambda: require_one_job(job(plan_digest=f"plan {rank}")))
+    noted("full memory", full_memory)
+    noted("a bad clip", lambda: begun(late=False))
+    noted("a bad clip while others wait", lambda: begun(late=True))
+    noted("a lost checkpoint", lost_checkpoint)
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    return 0
+
+
+end_with(main)  # a thread still waits for a clip that never comes

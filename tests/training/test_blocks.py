@@ -40,6 +40,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_neither_loss_nor_gradients(family: str, live_model: LIVE) -> None:
     live = live_model(family)
@@ -220,7 +221,7 @@ def test_selective_blocks_of_a_bf16_run_compile_with_the_same_gradients(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
+@pytest.mark.parametrize("family", ["wan-s2v", pytest.param("cogvideox-fun", marks=pytest.mark.long)])
 def test_a_compiled_run_tells_its_graphs_and_compiles_nothing_after_the_first_step(
     family: str, live_model: LIVE, nothing_compiled: None, tmp_path: Path
 ) -> None:

@@ -162,7 +162,10 @@ def test_two_ranks_share_the_clips_and_make_the_same_entries(alone: Alone, tmp_p
     assert done == share and 0 < int(share) < clips  # rank 0's own
 
 
-@pytest.mark.parametrize(("family", "new"), [(S2V, 1), (I2V, 2)], ids=[S2V, I2V])  # HunyuanVideo has two text encoders
+@pytest.mark.parametrize(
+    ("family", "new"),  # HunyuanVideo has two text encoders
+    [pytest.param(S2V, 1, marks=pytest.mark.long, id=S2V), pytest.param(I2V, 2, id=I2V)],
+)
 def test_another_caption_makes_its_own_entries_and_leaves_all_others(
     family: str, new: int, alone: Alone, workplace: Path, tmp_path: Path
 ) -> None:

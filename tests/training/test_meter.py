@@ -48,7 +48,10 @@ def counted(live: LiveModel, model: nn.Module, inputs: Inputs) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "high", "wide"), [(SMALL, 1, 1), (SMALL, 2, 4), (TALL, 1, 2)])
+@pytest.mark.parametrize(
+    ("shape", "high", "wide"),
+    [(TALL, 1, 2), *(pytest.param(SMALL, *times, marks=pytest.mark.long) for times in [(1, 1), (2, 4)])],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_of_training_are_those_of_the_live_model(
     family: str, shape: tuple[int, int, int], high: int, wide: int, live_model: LIVE
