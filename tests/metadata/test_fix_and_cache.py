@@ -102,6 +102,7 @@ def test_a_damaged_cache_is_made_again(data: Path, check: Callable[..., Report])
     assert cache.read_bytes().startswith(b"SQLite")
 
 
+@pytest.mark.slow
 def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) -> None:
     cache = data / "cache 100%?#.sqlite"
     check([ROW], cache=cache)

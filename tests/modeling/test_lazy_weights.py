@@ -61,6 +61,7 @@ def bytes_of(model: nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", families.FAMILIES.values(), ids=lambda spec: spec.name)
 def test_a_rank_holds_no_weights_before_they_are_sharded(
     spec: FamilySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,7 @@ def products_of_backward(live: LiveModel, how: str) -> int:
     return products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
 def test_selective_checkpointing_repeats_no_product(family: str, live_model: LIVE) -> None:
     live = live_model(family)
@@ -185,6 +186,7 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["none", "block", "selective"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_compiled_is_one_function_for_all_blocks_of_a_kind(

@@ -213,6 +213,7 @@ def cache(tmp_path: Path) -> Cache:
     return Cache.for_encoders(tmp_path / "cache", encoders_from(S2V))
 
 
+@pytest.mark.slow
 def test_the_tables_name_every_family_and_every_input_that_is_encoded() -> None:
     assert {*MADE_OF} == {*ENCODER_FILES} == {*FAMILIES}
     for family in FAMILIES:
@@ -240,6 +241,7 @@ def with_change(change: str, request: SampleRequest, spec: FamilySpec) -> Sample
     return replace(request, **changes[change])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_clip_changes_exactly_what_depends_on_it(family: str, change: str, tmp_path: Path) -> None:
@@ -251,6 +253,7 @@ def test_a_change_of_the_clip_changes_exactly_what_depends_on_it(family: str, ch
     assert changed(before, keys_of(again, with_change(change, request, spec), spec)) == affected(family, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "media"),
     [

@@ -136,6 +136,7 @@ def test_a_bad_sample_stops_the_run_with_its_row(workers: int) -> None:
     assert multiprocessing.active_children() == []  # a rank that fails must not wait for them for ever
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipping_keeps_every_pass_and_counts_nothing_for_what_is_missing(workers: int) -> None:
     found = loaded(stream((0,), (1,), (2, 3, 4, 5), (6,)), workers, "skip", broken=(1, 3, 6))
@@ -177,6 +178,7 @@ def test_a_file_that_hangs_its_decoder_is_named_or_skipped(
     assert outcome(found) == [([0], 1.0, []), ([1], 1.0, []), ([1], 0.0, [2]), ([3], 1.0, []), ([4], 1.0, [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on_bad", "row"), [("stop", 0), ("skip", 0), ("skip", 3)])
 def test_a_file_that_crashes_its_decoder_is_named_or_skipped(on_bad: str, row: int) -> None:
     batches = stream(*((n,) for n in range(6)))

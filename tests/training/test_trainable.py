@@ -25,6 +25,7 @@ def released(live: LiveModel, *parts: str) -> set[str]:
     return set(map(live.spec.export.names["same"], before_launch(live, *parts).names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_point_is_everything_that_can_learn_and_is_known_before_the_launch(
     family: str, live_model: LiveModels
