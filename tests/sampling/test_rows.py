@@ -196,13 +196,14 @@ def test_an_edited_clip_gives_frames_aspect_and_the_mask_white_where_it_changes(
     wanted = {"frames": 13, "steps": 10, "width": 64}
     video = only(options(data, COG, None, wanted, edit=["clip.mp4"], edit_mask=["mask.png"]))
     assert (video.indices, video.height) == (tuple(range(0, 39, 3)), 32)
-    assert (video.strength, video.steps_made) == (0.7, 7)
+    assert (video.strength, video.steps_made) == (1.0, 10)
     request = request_of(video)
     pixels = load_inputs({"edit": request.edit, "mask": request.edit_mask})
     assert pixels["edit"].shape == (13, 3, 32, 64) and pixels["mask"].shape == (13, 1, 32, 64)
     assert not pixels["mask"][..., :30].any() and pixels["mask"][..., 34:].all()
-    whole = only(options(data, COG, None, wanted | {"strength": 1}, edit=["clip.mp4"]))
-    assert (whole.steps_made, request_of(whole).edit_mask) == (10, None)
+    whole = only(options(data, COG, None, wanted, edit=["clip.mp4"]))
+    assert (whole.strength, whole.steps_made, request_of(whole).edit_mask) == (0.7, 7, None)
+    assert only(options(data, COG, None, wanted | {"strength": 1}, edit=["clip.mp4"])).steps_made == 10
     row = {"file_path": "clip.mp4", "text": "", "type": "video", "edit": "clip.mp4"}
     assert set(only(rows(data, COG, row, frames=13)).media) == {"edit"}  # not the clip's first frame
 

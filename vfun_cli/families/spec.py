@@ -257,7 +257,7 @@ class SamplingSpec:
     """The video is as long as its sound: it is made in segments, and a control clip that ends earlier is followed by
     black."""
     strength: float | None = None
-    """How much of a clip is replaced that is edited; None: the family edits none."""
+    """How much of a clip is replaced that is edited without a mask; None: the family edits none."""
     demo: Mapping[str, Any] = field(default_factory=dict)
     """Values of ``--demo``, by the names of these fields."""
 

@@ -369,7 +369,7 @@ def _video(
         negative_prompt=stated.get("negative_prompt", spec.sampling.negative_prompt),
         steps=stated.get("steps", spec.sampling.steps),
         guidance=float(stated.get("guidance", spec.sampling.guidance)),
-        strength=float(stated.get("strength", spec.sampling.strength or 1)),
+        strength=float(stated.get("strength", _usual_strength(files, spec))),
         start_from_ref=stated.get("start_from_ref", False),
         frames=frames,
         height=height,
@@ -378,6 +378,11 @@ def _video(
         media={name: found[name] for name in files if name in given},
     )
     return _with_clip(row, video, spec, dims)
+
+
+def _usual_strength(files: Mapping[SamplingInput, str], spec: FamilySpec) -> float:
+    """All of what a mask shows is made anew, as the released scripts advise; otherwise a part of the whole clip."""
+    return 1.0 if spec.sampling.strength is None or "edit_mask" in files else spec.sampling.strength
 
 
 def _usable(
