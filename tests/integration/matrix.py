@@ -82,7 +82,7 @@ BROKEN_ROW = 1
 CUT_OFF = Path("vfun-demo/wan-s2v/data/cut-off.mp4")
 FIVE = "five"
 """A run that looks at five rows, which two ranks cannot share evenly, and encodes what it needs for that."""
-_FIVE = {"validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0, "cache": None}
+_FIVE = {**_HELD_OUT, "validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0, "cache": None}
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
@@ -102,16 +102,16 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         **_IN_MATRIX,
         "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3, **_HELD_OUT},
     },
-    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: {**_HELD_OUT, **_FIVE}},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
-        FIVE: {**_HELD_OUT, **_FIVE},
+        FIVE: _FIVE,
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
     "zero2": _IN_MATRIX,
-    "zero3": {**_IN_MATRIX, FIVE: {**_HELD_OUT, **_FIVE}},
+    "zero3": {**_IN_MATRIX, FIVE: _FIVE},
     "zero3-offload": _EVERYWHERE,
 }
 

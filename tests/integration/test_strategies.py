@@ -179,8 +179,7 @@ def test_weights_are_read_once_in_the_type_that_is_kept_and_zero3_lets_each_go_b
     read = rank["read"]
     assert read["whole"] == rank["kept"] > 2 * read["largest"] > 0
     if strategy in ("zero3", "zero3-offload"):
-        # small ones that DeepSpeed is done with may wait for the garbage collector: an eighth of the largest was seen
-        assert read["most_at_once"] < 1.5 * read["largest"]
+        assert read["most_at_once"] < 1.1 * read["largest"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

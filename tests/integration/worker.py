@@ -6,6 +6,7 @@ group; only what accelerate takes from the environment of a launch (the launch f
 file) is set per run.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ def main(list_file: str) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         run = RunDir(Path(described["run_dir"]))
-        with training_noted(run), saving_noted(run), samples_noted(run):
+        with training_noted(run, described["config"]["strategy"]), saving_noted(run), samples_noted(run):
             failed = run_rank(Path(run_json))
         if bool(failed) != (run.root.name == BROKEN):
             print(f"FAILED {run_json}" if failed else f"{run_json} should have failed", file=sys.stderr)
@@ -52,7 +53,7 @@ def main(list_file: str) -> int:
 
 
 @contextmanager
-def training_noted(run: RunDir) -> Iterator[None]:
+def training_noted(run: RunDir, strategy: str) -> Iterator[None]:
     """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers;
     the types that its modules compute in; what it read of the transformer's files and what it keeps of that.
     """
@@ -88,7 +89,7 @@ def training_noted(run: RunDir) -> Iterator[None]:
 
     Trainer.train = noted_train  # type: ignore[method-assign]
     try:
-        with reads_noted(read):
+        with reads_noted(read, lets_go=strategy.startswith("zero3")):
             yield
     finally:
         Trainer.train = train  # type: ignore[method-assign]
@@ -320,17 +321,23 @@ class Read:
 
 
 @contextmanager
-def reads_noted(read: Read) -> Iterator[None]:
+def reads_noted(read: Read, *, lets_go: bool) -> Iterator[None]:
+    """Note what is read of the transformer's files, by an engine that ``lets_go`` of each weight before the next."""
     from vfun_cli.modeling import lazy_weights
 
     reader, in_memory = lazy_weights._read, list[tuple[StorageWeakRef, int]]()
+
+    def held() -> int:
+        return sum(size for alive, size in in_memory if not alive.expired())
 
     def noted(*given: Any) -> torch.Tensor:
         values = reader(*given)
         in_memory.append((StorageWeakRef(values.untyped_storage()), values.nbytes))
         read.whole += values.nbytes
         read.largest = max(read.largest, values.nbytes)
-        read.most_at_once = max(read.most_at_once, sum(size for alive, size in in_memory if not alive.expired()))
+        if lets_go and held() > max(read.largest, read.most_at_once):
+            gc.collect()  # small ones that DeepSpeed is done with may wait for it
+        read.most_at_once = max(read.most_at_once, held())
         return values
 
     lazy_weights._read = noted

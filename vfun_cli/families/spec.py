@@ -236,6 +236,11 @@ SamplingInput = Literal["image", "end_image", "reference", "control", "edit", "e
 """What a video can be made from besides text; ``modeling.adapter.VideoRequest`` says what each is."""
 
 
+def steps_of_edit(steps: int, strength: float) -> int:
+    """How many of a schedule's steps, its last ones, are made of a clip that is edited."""
+    return int(steps * strength)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSpec:
     """How a video is made where nothing else is said: the settings of the released model's predict script."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.errors import ConfigError, MetadataError
-from vfun_cli.families.spec import FamilySpec, ModelDims, SamplingInput
+from vfun_cli.families.spec import FamilySpec, ModelDims, SamplingInput, steps_of_edit
 from vfun_cli.metadata.checks import describe, exact_rate, path_fault
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
@@ -80,7 +80,7 @@ class Video:
     @property
     def steps_made(self) -> int:
         """Of ``steps``: all, or of a clip that is edited the last ones."""
-        return int(self.steps * self.strength) if "edit" in self.media else self.steps
+        return steps_of_edit(self.steps, self.strength) if "edit" in self.media else self.steps
 
     @property
     def seconds(self) -> Fraction:

@@ -11,6 +11,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.masks import draw_mask
 from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
+from vfun_cli.families.spec import steps_of_edit
 from vfun_cli.modeling.adapter import (
     AdapterOptions,
     Branches,
@@ -243,7 +244,7 @@ class CogVideoXFunAdapter(WholeVideo):
         """Noise; or of a clip that is edited, its latents as noisy as the step they enter at."""
         if "edit" not in branches.conditional or request.strength >= 1:
             return noise
-        schedule.last(int(len(schedule.timesteps) * request.strength))
+        schedule.last(steps_of_edit(len(schedule.timesteps), request.strength))
         return schedule.noised(branches.conditional["edit"], noise)
 
     def _check_channels(self) -> None:
