@@ -305,6 +305,8 @@ def test_a_video_is_made_as_the_original_makes_it(case: Path, tmp_path: Path) ->
     for after in sampler.steps(encoded(adapter, request, given), request, frames):
         prefix = f"segment{after.segment}." if "segment0.noise" in made.io else ""
         if after.step == 0:
+            continue
+        if after.step == 1:
             branches = seen[count:]
             assert len(branches) == 1 + request.is_guided
             for (conditions, velocity), branch in zip(branches, ("cond", "uncond"), strict=False):
@@ -315,12 +317,12 @@ def test_a_video_is_made_as_the_original_makes_it(case: Path, tmp_path: Path) ->
                     if name in conditions and wanted in made.io and not (name == "audio" and branch == "uncond"):
                         require_close(conditions[name], made.latents(wanted), within, wanted)
         count = len(seen)
-        name = f"{prefix}latents{after.step + 1}"
+        name = f"{prefix}latents{after.step}"
         wanted_latents, found_latents = made.latents(name), after.latents
         if made.family == "hunyuanvideo-i2v":  # the given frame never matters
             wanted_latents, found_latents = wanted_latents[:, :, 1:], found_latents[:, :, 1:]
         require_close(found_latents, wanted_latents, LATENTS, name)
-    assert after.step + 1 == made.meta.get("steps_run", made.meta["num_inference_steps"])
+    assert after.step == made.meta.get("steps_run", made.meta["num_inference_steps"])
     assert after.segment + 1 == made.meta.get("num_segments", 1)
     video = (torch.cat(frames).transpose(0, 1).unsqueeze(0) + 1) / 2
     assert video.shape[2] == made.meta["num_frames"]

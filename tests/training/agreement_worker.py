@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +17,19 @@ from vfun_cli.modeling.adapter import Inputs, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.run.rundir import RunDir
-from vfun_cli.training import agreement
+from vfun_cli.training import agreement, looking
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
 from vfun_cli.training.ending import end_with
-from vfun_cli.training.signals import CONTINUE
+from vfun_cli.training.looking import Stopped, asking, heeding
+from vfun_cli.training.signals import CONTINUE, PREEMPTED
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.turns import begin_step
 
 folder = Path(sys.argv[1])
-agreement.SEEN_WITHIN = 0.3
+agreement.SEEN_WITHIN, looking.ASKED_EVERY = 0.3, 0
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 said: dict[str, Any] = {}
@@ -43,6 +44,8 @@ def noted(name: str, work: Callable[[], object]) -> None:
         said[name] = [type(error).__name__, error.message, error.rank]
     except ZeroDivisionError:
         said[name] = "its own"
+    except Stopped as stopped:
+        said[name] = ["stopped", stopped.reason]
 
 
 def fails_on(*ranks: int, error: Exception) -> None:
@@ -110,6 +113,20 @@ def lost_checkpoint() -> object:
     return begin_step(lambda: Trainer.next_micro_batch(trainer, repeat(None)), 1, GOES_ON, NO_ENCODERS)
 
 
+def at_work(*, wished_at: int) -> object:
+    """The second rank works for as long as a hundred questions; the first one, which waits for it, is asked to stop."""
+    questions = count()
+    wish: Any = SimpleNamespace(reason=lambda: PREEMPTED if rank == 0 and next(questions) >= wished_at else CONTINUE)
+    ask = asking(wish, torch.device("cpu"))
+
+    def work() -> str:
+        for _ in range(100 * rank):
+            ask()
+        return "done"
+
+    return heeding(wish, work)
+
+
 def no_room() -> None:
     raise RunError("no room.")
 
@@ -131,6 +148,9 @@ def main() -> int:
     noted("a bad clip", lambda: begun(late=False))
     noted("a bad clip while others wait", lambda: begun(late=True))
     noted("a lost checkpoint", lost_checkpoint)
+    noted("work of one rank", lambda: at_work(wished_at=1000))
+    noted("work of one rank, stopped", lambda: at_work(wished_at=50))
+    noted("work that fails", lambda: heeding(GOES_ON, lambda: 1 // (1 - rank)))
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
     return 0
 

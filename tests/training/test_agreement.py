@@ -11,6 +11,7 @@ from tests.two_ranks import run_on_two_ranks
 from vfun_cli import devices
 from vfun_cli.errors import CheckpointError
 from vfun_cli.training.agreement import statement
+from vfun_cli.training.signals import PREEMPTED
 
 BAD_CLIP = ["MetadataError", "row 7: the file ends."]
 
@@ -22,6 +23,7 @@ def test_two_ranks_end_in_the_same_words(tmp_path: Path) -> None:
     assert second.pop("a foreign error") == "its own"
     assert first.pop("a foreign error") == ["Unforeseen", "ZeroDivisionError: by zero.", 1]
     assert second.pop("both fail") == ["FitError", "of 0.", 0] and first.pop("both fail")[:2] == ["FitError", "of 0."]
+    assert second.pop("work that fails") == "its own" and first.pop("work that fails") == 1
     # what a rank raises itself goes as it came
     # rank 0 has its clips, or waits for them
     assert first.pop("a bad clip") == first.pop("a bad clip while others wait") == [*BAD_CLIP, 1]
@@ -31,6 +33,7 @@ def test_two_ranks_end_in_the_same_words(tmp_path: Path) -> None:
     assert second.pop("one fails") == second.pop("full memory") == ["FitError", "no memory.", None]
     assert first.pop("one fails") == first.pop("full memory") == ["FitError", "no memory.", 1]
     assert first == second
+    assert first.pop("work of one rank") == "done" and first.pop("work of one rank, stopped") == ["stopped", PREEMPTED]
     assert [first.pop(name) for name in ("nobody fails", "one directory", "one job")] == [None] * 3
     (kind, message, rank), plans = first.pop("two directories"), first.pop("two plans")
     assert (kind, rank) == ("ConfigError", 1) and f"{tmp_path}/run-1 is not the one that rank 0" in message

@@ -15,12 +15,13 @@ import av
 import pytest
 import torch
 from live_models import LiveModel
-from torch import Tensor
+from torch import Tensor, nn
 from trainer_parts import Parts, loaded
 
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import SampleRequest, VideoRequest
+from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.media.animation import GIF_SIDE, animation
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.plan.samples import SampleSettings
@@ -30,7 +31,7 @@ from vfun_cli.sampling.films import Film, write_film
 from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.training import looking
 from vfun_cli.training.data import loader
-from vfun_cli.training.looking import Stopped, heeding
+from vfun_cli.training.looking import Stopped, asking, heeding, patiently
 from vfun_cli.training.sampled_rows import RowReader, rows_to_sample
 from vfun_cli.training.samples import Samples
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
@@ -44,6 +45,7 @@ STEPS = 2
 SETTINGS = SampleSettings(steps=STEPS, guidance=4.0, negative_prompt="nothing")
 PASSES = 2 * STEPS
 """Of a video, with guidance."""
+CPU = torch.device("cpu")
 
 
 class Look:
@@ -283,6 +285,57 @@ def test_a_wish_to_stop_is_heard_within_a_step_and_the_continuation_makes_all_on
     assert names(look.run.samples(0)) == ["row-0.json", "row-0.mp4", "row-1.json", "row-1.mp4"]
 
 
+@pytest.mark.parametrize(
+    "moment", ["a row is encoded", "history is encoded", "frames are decoded", "a file is written"]
+)
+def test_a_wish_to_stop_is_heard_between_the_parts_of_what_comes_before_and_after_the_steps(
+    moment: str, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looking, "ASKED_EVERY", 0)
+    live = live_model("wan-s2v")
+    whole, look = (Look(live, tmp_path / name, [row(live, 0)], dates=[0]) for name in ("whole", "stopped"))
+    for each in (whole, look):
+        [given] = each.samples.rows
+        each.samples.rows = [replace(given, request=replace(given.request, start_from_ref=True))]
+    assert whole.train(0) == CONTINUE
+    parts = parts_done(look, monkeypatch)
+    look.parts.stop.reason = lambda: PREEMPTED if parts[moment] >= 2 else CONTINUE
+    assert look.train(0) == PREEMPTED
+    assert parts[moment] == 2 and look.records() == []
+    assert not list(look.run.samples(0).glob("*")), "no half a video"
+    look.parts.stop.reason = lambda: CONTINUE
+    assert look.samples.make(look.run.samples(0)).failed == {}
+    assert torch.equal(look.pixels[0][-1], whole.pixels[0][0])
+
+
+def parts_done(look: Look, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the convolutions of the VAE's networks, and the pictures of a file."""
+    done, vae, branches = defaultdict(int), look.adapter.encoders["vae"], look.adapter.branches
+    encodes = "a row is encoded"
+
+    def in_branches(*given: Any) -> Any:
+        nonlocal encodes
+        encodes = "history is encoded"
+        return branches(*given)
+
+    def count(moment: Callable[[], str]) -> None:
+        done[moment()] += 1
+
+    look.adapter.branches = in_branches
+    for network, moment in ((vae.model.encoder, lambda: encodes), (vae.model.decoder, lambda: "frames are decoded")):
+        for module in network.modules():
+            if isinstance(module, nn.Conv3d):
+                module.register_forward_hook(lambda *given, moment=moment: count(moment))
+    picture_bytes = writing._picture_bytes
+
+    def counted(picture: Tensor) -> Any:
+        done["a file is written"] += look.passes == PASSES
+        return picture_bytes(picture)
+
+    monkeypatch.setattr(writing, "_picture_bytes", counted)
+    return done
+
+
 def test_with_a_full_cache_only_the_vae_is_loaded_and_it_goes_again(live_model: LIVE, tmp_path: Path) -> None:
     live = live_model("wan-s2v")
     cache = Cache.for_encoders(tmp_path / "cache", live.adapter.encoders)
@@ -302,15 +355,16 @@ def test_what_hangs_is_given_up_and_a_wish_to_stop_is_heard_meanwhile(monkeypatc
     monkeypatch.setattr(looking.loader, "LOAD_TIMEOUT", 0.05)
     never = Event()
     quiet: Any = type("Quiet", (), {"reason": staticmethod(lambda: CONTINUE)})
-    assert heeding(quiet, lambda: 3) == 3
-    assert heeding(quiet, never.wait) is None
+    ask = asking(quiet, CPU)
+    assert heeding(quiet, lambda: patiently(ask, lambda: 3)) == 3
+    assert heeding(quiet, lambda: patiently(ask, never.wait)) is None
     with pytest.raises(ValueError, match="broken"):
-        heeding(quiet, fail)
+        heeding(quiet, lambda: patiently(ask, fail))
     monkeypatch.setattr(looking.loader, "LOAD_TIMEOUT", 100)
     asked = iter([CONTINUE, CONTINUE, PREEMPTED])
     wishes: Any = type("Wishes", (), {"reason": staticmethod(lambda: next(asked))})
     with pytest.raises(Stopped):
-        heeding(wishes, never.wait)
+        heeding(wishes, lambda: patiently(asking(wishes, CPU), never.wait))
     never.set()
 
 

@@ -1,6 +1,6 @@
 """From requests to the transformer's inputs: decode what the cache lacks, encode it, assemble."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -88,21 +88,41 @@ def outputs_of(
         add: gets what the cache lacks that the samples were loaded with.
         shared_calls: how often each encoder that the ranks share computes on all of them.
     """
-    outputs: list[dict[str, Output]] = [
-        {name: _moved(output, encoders) for name, output in sample.found.items()} for sample in samples
-    ]
-    jobs: dict[str, list[tuple[int, str]]] = {name: [] for name in encoders}
-    for index, sample in enumerate(samples):
-        for name, value in sample.values.items():
-            encoder = sample.inputs[name].encoder
-            if encoder is None:
-                outputs[index][name] = _moved({"value": value}, encoders)
-            else:
-                jobs[encoder].append((index, name))
     # Those that the ranks share come last: they wait for collectives, and nothing should wait behind them.
-    shared = encoders.shared
-    for encoder in sorted(jobs, key=lambda name: name in shared):
-        places = jobs[encoder]
+    names = sorted(encoders, key=lambda name: name in encoders.shared)
+    made = outputs_by(encoders, names, samples, add, shared_calls)
+    return [given | by_encoders for given, by_encoders in zip(given_outputs(encoders, samples), made, strict=True)]
+
+
+def given_outputs(encoders: Encoders, samples: Sequence[Sample]) -> list[dict[str, Output]]:
+    """For each sample the outputs that no encoder has to make: those found in a cache, and plain values."""
+    return [
+        {name: _moved(output, encoders) for name, output in sample.found.items()}
+        | {
+            name: _moved({"value": value}, encoders)
+            for name, value in sample.values.items()
+            if sample.inputs[name].encoder is None
+        }
+        for sample in samples
+    ]
+
+
+def outputs_by(
+    encoders: Encoders,
+    names: Iterable[str],
+    samples: Sequence[Sample],
+    add: Add | None = None,
+    shared_calls: Mapping[str, int] = NO_SHARED_CALLS,
+) -> list[dict[str, Output]]:
+    """The part of ``outputs_of`` that these encoders make, one after the other."""
+    outputs: list[dict[str, Output]] = [{} for _ in samples]
+    for encoder in names:
+        places = [
+            (index, name)
+            for index, sample in enumerate(samples)
+            for name in sample.values
+            if sample.inputs[name].encoder == encoder
+        ]
         made = encoders.run(
             encoder, [samples[index].values[name] for index, name in places], shared_calls.get(encoder, 0)
         )

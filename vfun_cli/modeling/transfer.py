@@ -19,6 +19,12 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
 
 
+def catch_up(device: torch.device) -> None:
+    """Wait until the device has computed all that it was given: its host may be a thousand kernels ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Download:
     """Values of the device on their way to the host: an asynchronous copy in the stream."""
 

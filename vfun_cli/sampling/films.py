@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -90,8 +90,12 @@ def write_film(film: Film, stem: Path, facts: Mapping[str, Any], sound: AudioSeg
     return write_shown(film, stem, facts, None if sound is None else heard(film, sound))
 
 
-def write_shown(film: Film, stem: Path, facts: Mapping[str, Any], sound: Sound | None) -> Path:
+def write_shown(
+    film: Film, stem: Path, facts: Mapping[str, Any], sound: Sound | None, pause: Callable[[], None] = lambda: None
+) -> Path:
     """The same with a sound that was read: it begins with the film, and ends with it at the latest.
+
+    ``pause`` is called before each picture; what it raises leaves no half a video.
 
     Raises:
         OSError: the disk cannot take it.
@@ -105,7 +109,7 @@ def write_shown(film: Film, stem: Path, facts: Mapping[str, Any], sound: Sound |
             if still:
                 write_png(partial, film.pixels)
             else:
-                write_video(partial, film.pixels, film.fps, sound)
+                write_video(partial, film.pixels, film.fps, sound, pause)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

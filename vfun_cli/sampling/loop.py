@@ -14,12 +14,12 @@ from vfun_cli.sampling.schedules import Schedule, guided
 
 @dataclass(frozen=True, kw_only=True)
 class Denoised:
-    """The latents of a segment after a step."""
+    """The latents of a segment on their way."""
 
     segment: int
     """From 0."""
     step: int
-    """From 0."""
+    """How many steps are made; none yet of what the segment starts from."""
     steps: int
     """Of the segment."""
     latents: Tensor
@@ -39,7 +39,8 @@ class Sampler:
     """What the transformer reads; latents stay float32."""
 
     def steps(self, outputs: Mapping[str, Output], request: VideoRequest, frames: list[Tensor]) -> Iterator[Denoised]:
-        """Make a video, and stop after each step, so that whoever asked can count, or leave.
+        """Make a video, and stop before the first step of each segment and after each step, so that whoever asked can
+        count, or leave. Between a stop and the next one is at most one step; all else comes before a segment's first.
 
         Args:
             outputs: what the encoders made of ``inputs_to_sample``.
@@ -52,11 +53,12 @@ class Sampler:
                 noise = self._noise(request, segment)
                 schedule = self.schedule()
                 latents = self.adapter.begin(noise, branches, request, schedule)
-            for step, timestep in enumerate(schedule.timesteps):
+            steps = len(schedule.timesteps)
+            yield Denoised(segment=segment, step=0, steps=steps, latents=latents)
+            for step, timestep in enumerate(schedule.timesteps, start=1):
                 with torch.no_grad():
                     velocity = self.predict(latents, timestep, branches, request.guidance)
                     latents = schedule.step(velocity, timestep, latents)
-                steps = len(schedule.timesteps)
                 yield Denoised(segment=segment, step=step, steps=steps, latents=latents)
             with torch.no_grad():
                 frames.append(self.adapter.pixels(latents, branches, request).cpu())

@@ -115,7 +115,7 @@ def _film(
     total = adapter.segments(request) * order.video.steps_made
     yield Event(video=order.name, total=total)
     for after in sampler.steps(inputs, request, frames):
-        yield Event(video=order.name, done=after.segment * after.steps + after.step + 1, total=total)
+        yield Event(video=order.name, done=after.segment * after.steps + after.step, total=total)
     return film_of(adapter, request, frames)
 
 

@@ -1,5 +1,7 @@
 """What all that looks at a run from outside of its training shares: it can be stopped, and leaves nothing behind."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
@@ -7,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vfun_cli.modeling.transfer import catch_up
 from vfun_cli.training.data import loader
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.live import TrainedState, let_go
@@ -14,9 +17,12 @@ from vfun_cli.training.waiting import most_of_all
 
 T = TypeVar("T")
 
+ASKED_EVERY = 0.1
+"""Seconds; every question reads a file of the run's disk, which may be a network's."""
 
-class Stopped(Exception):
-    """The run was asked to stop in the middle."""
+
+class Stopped(BaseException):
+    """The run was asked to stop in the middle. No ``Exception``: none of those who go on after a failure catch it."""
 
     def __init__(self, reason: int) -> None:
         super().__init__()
@@ -35,32 +41,54 @@ def go_on(stop: StopFlag, numbers: Sequence[int] = ()) -> list[int]:
     return most
 
 
-def heeding(stop: StopFlag, work: Callable[[], T]) -> T | None:
-    """What some work of this rank gives that may hang, as soon as every rank is done; all of them call it together.
+def heeding(stop: StopFlag, work: Callable[[], T]) -> T:
+    """What some work of this rank gives, as soon as every rank is done; all of them call it together.
 
-    Returns:
-        None if it took longer than a clip may take that is trained on.
+    While it lasts it asks, by ``asking``, whether to go on.
 
     Raises:
         Exception: what the work raised on this rank; the others are done too.
         Stopped: a rank was asked to stop meanwhile; on all of them.
     """
-    waiting = loader.patiently(work, limit=loader.LOAD_TIMEOUT)
-    found, failed, is_done = None, None, False
-    while True:
-        try:
-            if not is_done:
-                next(waiting)
-        except StopIteration as done:
-            found, is_done = done.value, True
-        except Exception as error:
-            failed, is_done = error, True
-        (some_work,) = go_on(stop, [not is_done])
-        if not some_work:
-            break
+    failed = None
+    try:
+        found = work()
+    except Exception as error:
+        failed = error
+    while go_on(stop, [False])[0]:  # another rank is at work
+        pass
     if failed is not None:
         raise failed
     return found
+
+
+def asking(stop: StopFlag, device: torch.device) -> Callable[[], None]:
+    """What work in ``heeding`` calls as often as it can: now and then it asks all ranks, and raises as ``go_on`` does.
+
+    The device has done by then what it was given, so that nothing is left to wait for.
+    """
+    asked = -math.inf
+
+    def ask() -> None:
+        nonlocal asked
+        catch_up(device)
+        if time.monotonic() - asked >= ASKED_EVERY:
+            go_on(stop, [True])
+            asked = time.monotonic()
+
+    return ask
+
+
+def patiently(ask: Callable[[], None], work: Callable[[], T]) -> T | None:
+    """What some work gives that may hang and cannot ask; None if it took longer than a clip may that is trained on."""
+    waiting = loader.patiently(work, limit=loader.LOAD_TIMEOUT)
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as done:
+            found: T | None = done.value
+            return found
+        ask()
 
 
 def weights_of(state: TrainedState) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.encoding.cache import Cache
-from vfun_cli.encoding.encode import Sample, outputs_of, prepared, shared_call_counts
+from vfun_cli.encoding.encode import Add, Sample, given_outputs, outputs_by, prepared, shared_call_counts
 from vfun_cli.errors import first_line
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.adapter import ModelAdapter, SampleRequest, VideoRequest
@@ -26,7 +26,7 @@ from vfun_cli.sampling.films import Film, described, moved, write_film
 from vfun_cli.sampling.prompts import videos_of_prompts
 from vfun_cli.sampling.requests import request_of
 from vfun_cli.training.data.loader import LOAD_TIMEOUT
-from vfun_cli.training.looking import Stopped, go_on, heeding
+from vfun_cli.training.looking import asking, go_on, heeding, patiently
 from vfun_cli.training.signals import StopFlag
 from vfun_cli.training.waiting import gather_all, of_rank
 
@@ -131,22 +131,34 @@ class RowReader:
         """A row, or why it is not there; without one, this rank takes part in the encoders that the ranks share."""
         read, reason = None, f"reading it took longer than {LOAD_TIMEOUT} s"
         try:
-            read = heeding(self.stop, lambda: None if row is None else self._read(row))
-        except Stopped:
-            raise
+            read = heeding(self.stop, lambda: None if row is None else self._encoded_alone(row))
         except Exception as error:
             reason = first_line(error)
         encoders, samples = self.adapter.encoders, [] if read is None else [read[0]]
         calls = dict(zip(encoders.shared, go_on(self.stop, shared_call_counts(encoders, samples)), strict=True))
-        try:
-            outputs = outputs_of(encoders, samples, None if self.cache is None else self.cache.write, calls)
-        except Exception as error:
-            if encoders.shared:
-                raise
-            return first_line(error)
+        made = outputs_by(encoders, encoders.shared, samples, self._add, calls)
         if row is None or read is None:
             return reason
-        return EncodedRow(row=row, outputs=moved(outputs[0], torch.device("cpu")), sound=read[1])
+        _, sound, outputs = read
+        return EncodedRow(row=row, outputs=moved(outputs | made[0], torch.device("cpu")), sound=sound)
+
+    def _encoded_alone(self, row: SampledRow) -> tuple[Sample, Sound | None, dict[str, Output]] | None:
+        """What is read of a row, and what those encoders make of it that each rank has; None if it hangs."""
+        encoders = self.adapter.encoders
+        ask = asking(self.stop, encoders.device)
+        read = patiently(ask, lambda: self._read(row))
+        if read is None:
+            return None
+        sample, sound = read
+        own = [name for name in encoders if name not in encoders.shared]
+        with encoders["vae"].paused(ask):
+            [made] = outputs_by(encoders, own, [sample], self._add)
+        [given] = given_outputs(encoders, [sample])
+        return sample, sound, given | made
+
+    @property
+    def _add(self) -> Add | None:
+        return None if self.cache is None else self.cache.write
 
     def _read(self, row: SampledRow) -> tuple[Sample, Sound | None]:
         """What the encoders read of a row, and what is heard; its own clip is put where people look for it."""

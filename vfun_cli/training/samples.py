@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import first_line
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.transfer import catch_up
 from vfun_cli.run.metrics_file import only_reports
 from vfun_cli.sampling.films import film_of, moved, write_failure, write_shown
 from vfun_cli.sampling.loop import Sampler
 from vfun_cli.sampling.schedules import Schedule
-from vfun_cli.training.looking import evaluating, go_on, weights_of
+from vfun_cli.training.looking import asking, evaluating, go_on, heeding, weights_of
 from vfun_cli.training.sampled_rows import EncodedRow, RankRows, RowReader, SampledRow
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.waiting import gather_all
@@ -63,7 +64,7 @@ class Samples:
 
         Raises:
             Exception: in a pass that is one of all ranks.
-            Stopped: the run was asked to stop; at most a denoising step, or the decoding of a segment, came after that.
+            Stopped: the run was asked to stop; at most a denoising step, or a convolution of the VAE, came after that.
         """
         if self.mine is None:
             rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -81,9 +82,10 @@ class Samples:
     def _make(self, mine: RankRows, transformer: "Counted", folder: Path, weights: str, made: Made) -> None:
         """This rank's videos by the weights that the transformer has."""
         sampler = Sampler(adapter=self.adapter, transformer=transformer, schedule=self.schedule, dtype=self.dtype)
-        steps, failed = len(self.schedule().timesteps), list(mine.failed)
-        facts = {"steps": steps, "weights": weights}
-        along = self._along(sampler, mine.along) if self.in_step else None
+        failed, facts = list(mine.failed), {"steps": len(self.schedule().timesteps), "weights": weights}
+        along = self._along(sampler, mine.along) if self.in_step and mine.along is not None else None
+        if along is not None:
+            heeding(self.reader.stop, lambda: next(along))
         (turns,) = go_on(self.reader.stop, [len(mine.encoded)])
         for turn in range(turns):
             self.tell(f"samples by the {weights} weights: video {turn + 1} of {turns}")
@@ -93,7 +95,7 @@ class Samples:
             encoded = mine.encoded[turn]
             row = encoded.row
             making = self._steps(sampler, encoded, folder / STEMS[weights].format(row.name), facts, made)
-            reason = self._go_through(making, steps * self.adapter.segments(row.request), transformer, along)
+            reason = self._go_through(making, self.adapter.segments(row.request), transformer, along)
             failed += [] if reason is None else [(row, reason)]
         for row, reason in failed:
             stem = folder / STEMS[weights].format(row.name)
@@ -102,49 +104,56 @@ class Samples:
                 write_failure(stem, {**row.facts, **facts}, reason)
 
     def _go_through(
-        self, making: Iterator[None], steps: int, transformer: "Counted", along: Iterator[None] | None
+        self, making: Iterator[None], segments: int, transformer: "Counted", along: Iterator[None] | None
     ) -> str | None:
         """Make a video, or none, while the other ranks make theirs; returns what kept it from being made.
+
+        All ranks are at the same step of the same segment. What comes before its first step and after its last, such
+        as to decode the one before, each rank does alone.
 
         Raises:
             Exception: after a pass of the same step, where passes are those of all ranks: they would be out of step.
         """
-        reason = None
-        (most,) = go_on(self.reader.stop, [steps])
-        for _ in range(most):
-            go_on(self.reader.stop)
-            before, is_made = transformer.passes, False
+        stop, reason, steps = self.reader.stop, None, len(self.schedule().timesteps)
+        (most,) = go_on(stop, [segments])
+        for segment in range(most + 1):
             try:
-                is_made = next(making, ENDED) is not ENDED
+                heeding(stop, lambda: next(making, ENDED))
             except Exception as error:
-                if along is not None and transformer.passes > before:
-                    raise
                 reason = first_line(error)
-            if along is not None and not is_made:
-                next(along)
-        try:
-            next(making, None)
-        except Exception as error:
-            reason = first_line(error)
+            for _ in range(steps if segment < most else 0):
+                catch_up(self.accelerator.device)
+                go_on(stop)
+                before, is_made = transformer.passes, False
+                try:
+                    is_made = next(making, ENDED) is not ENDED
+                except Exception as error:
+                    if along is not None and transformer.passes > before:
+                        raise
+                    reason = first_line(error)
+                if along is not None and not is_made:
+                    next(along)
         return reason
 
     def _steps(
         self, sampler: Sampler, encoded: EncodedRow, stem: Path, facts: Mapping[str, Any], made: Made
     ) -> Iterator[None]:
-        """Make a video of a row and write it, and stop after each step."""
-        row, frames = encoded.row, list[Tensor]()
-        for _ in sampler.steps(moved(encoded.outputs, self.accelerator.device), row.request, frames):
-            yield
+        """Make a video of a row and write it, and stop before the first step of each segment and after each step."""
+        row, frames, device = encoded.row, list[Tensor](), self.accelerator.device
+        ask = asking(self.reader.stop, device)
+        with self.adapter.encoders["vae"].paused(ask):
+            for _ in sampler.steps(moved(encoded.outputs, device), row.request, frames):
+                yield
         film = film_of(self.adapter, row.request, frames)
-        made.videos.append(write_shown(film, stem, {**row.facts, **facts}, encoded.sound))
+        made.videos.append(write_shown(film, stem, {**row.facts, **facts}, encoded.sound, ask))
 
-    def _along(self, sampler: Sampler, encoded: EncodedRow | None) -> Iterator[None]:
-        """Steps without end, whose outcome counts for nothing."""
-        assert encoded is not None
+    def _along(self, sampler: Sampler, encoded: EncodedRow) -> Iterator[None]:
+        """Steps without end, whose outcome counts for nothing; stops before the first one too."""
         request, device = encoded.row.request, self.accelerator.device
         noise = torch.zeros(1, *self.adapter.latent_shape(request), device=device)
         branches = self.adapter.branches(moved(encoded.outputs, device), request, 0, None)
         first = self.schedule().timesteps[0]
+        yield
         while True:
             sampler.predict(noise, first, branches, request.guidance)
             yield

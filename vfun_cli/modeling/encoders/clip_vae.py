@@ -1,7 +1,8 @@
 """What all video VAEs share: clips of any shape in, posteriors out, and latents to clips again, in mini-batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,6 +72,23 @@ class ClipVAE(nn.Module, ABC):
                 for index, mean, deviation in zip(batch, means, deviations, strict=True):
                     found[index] = {"mean": mean, "std": deviation}
         return [found[index] for index in range(len(inputs))]
+
+    @contextmanager
+    def paused(self, pause: Callable[[], None]) -> Iterator[None]:
+        """Inside, ``pause`` is called before each 3D convolution, of which a clip of any length takes many.
+
+        What it raises ends the encoding or decoding; the VAE is as before.
+        """
+        hooks = [
+            module.register_forward_pre_hook(lambda *given: pause())
+            for module in self.modules()
+            if isinstance(module, nn.Conv3d)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def require_whole_latents(pixels: Tensor) -> None:

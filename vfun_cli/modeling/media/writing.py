@@ -1,6 +1,7 @@
 """Pixels and samples into files that people look at and listen to."""
 
 import wave
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,17 @@ AAC_RATE = 48000
 """What sound of a sampling rate that AAC does not have is written at."""
 
 
-def write_video(path: str | Path, pixels: Tensor, fps: Fraction, sound: Sound | None = None) -> None:
+def write_video(
+    path: str | Path,
+    pixels: Tensor,
+    fps: Fraction,
+    sound: Sound | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> None:
     """[F, 3, H, W] in [-1, 1] to an mp4 that browsers play: H.264 (MPEG-4 where this build of PyAV has no x264).
 
-    Sound begins with the first picture, ends with the last one at the latest, and is AAC.
+    Sound begins with the first picture, ends with the last one at the latest, and is AAC. ``pause`` is called before
+    each picture.
     """
     import av
 
@@ -42,6 +50,7 @@ def write_video(path: str | Path, pixels: Tensor, fps: Fraction, sound: Sound | 
             samples, rate = np.atleast_2d(sound[0]), sound[1]
             container.mux(_encoded_sound(container, samples[:, : round(len(pixels) / fps * rate)], rate))
         for picture in pixels:
+            pause()
             container.mux(video.encode(av.VideoFrame.from_ndarray(_picture_bytes(picture), format="rgb24")))
         container.mux(video.encode())
 
