@@ -40,7 +40,7 @@ class Sampler:
 
     def steps(self, outputs: Mapping[str, Output], request: VideoRequest, frames: list[Tensor]) -> Iterator[Denoised]:
         """Make a video, and stop before the first step of each segment and after each step, so that whoever asked can
-        count, or leave. Between a stop and the next one is at most one step; all else comes before a segment's first.
+        count, or leave. A segment is decoded when its last stop is over.
 
         Args:
             outputs: what the encoders made of ``inputs_to_sample``.
