@@ -1,7 +1,9 @@
 """Videos of the validation rows: one each, whatever becomes of the others, and nothing of the training touched."""
 
 import errno
+import gc
 import json
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +11,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -366,6 +369,23 @@ def test_what_hangs_is_given_up_and_a_wish_to_stop_is_heard_meanwhile(monkeypatc
     with pytest.raises(Stopped):
         heeding(wishes, lambda: patiently(asking(wishes, CPU), never.wait))
     never.set()
+
+
+def test_what_work_held_goes_with_its_failure() -> None:
+    held: list[Any] = []
+
+    def work() -> None:
+        large = torch.ones(3)
+        held.append(weakref.ref(large))
+        raise ValueError
+
+    gc.disable()
+    try:
+        with pytest.raises(ValueError):
+            heeding(SimpleNamespace(reason=lambda: CONTINUE), work)  # type: ignore[arg-type]
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_tensorboard_holds_the_videos_and_pictures(tmp_path: Path, live_model: LIVE) -> None:

@@ -58,7 +58,10 @@ def heeding(stop: StopFlag, work: Callable[[], T]) -> T:
     while go_on(stop, [False])[0]:  # another rank is at work
         pass
     if failed is not None:
-        raise failed
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback holds this frame: with it, the work's tensors would wait for a garbage collector
     return found
 
 
