@@ -25,6 +25,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 LAUNCHES = ("single", "zero3", "fsdp", "zero2", "ddp", "zero3-offload")
 """The one that fills the cache, since on another number of threads the encoders round otherwise; then longest first."""
+ENDS = ("single", "fsdp", "zero2", "zero3", "ddp", "zero3-offload")
+"""The same as they end."""
 
 
 @pytest.fixture(scope="session")
@@ -87,9 +89,21 @@ def result(results: dict[pytest.Item, "Future[Any]"], request: pytest.FixtureReq
     return results[request.node].result()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _begun(request: pytest.FixtureRequest) -> None:
+    """Begins what is ahead before the first test that does not wait for it."""
+    if any(item.get_closest_marker("ahead") is not None for item in request.session.items):
+        request.getfixturevalue("results")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those whose commands begin last come last: others have their results by then."""
-    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
+    """In the order in which what they wait for is there: launches as they end, then commands that are ahead."""
+
+    def comes(item: pytest.Item) -> tuple[bool, int]:
+        strategy = strategy_of(item)
+        return item.get_closest_marker("ahead") is not None, ENDS.index(strategy) if strategy else len(ENDS)
+
+    items.sort(key=comes)
 
 
 def needs_of(item: pytest.Item) -> Sequence[str]:
@@ -99,8 +113,10 @@ def needs_of(item: pytest.Item) -> Sequence[str]:
 
 
 def strategy_of(item: pytest.Item) -> str | None:
-    """The strategy that a test's parameters name."""
-    given = parameters(item)
+    """The strategy that a test's parameters or mark name."""
+    given, mark = parameters(item), item.get_closest_marker("strategy")
+    if mark is not None:
+        return str(mark.args[0])
     return given["cell"].strategy if "cell" in given else given.get("strategy")
 
 

@@ -37,7 +37,7 @@ from vfun_cli.training.data.loader import batch_keys
 from vfun_cli.training.data.stream import micro_batches, record_reader
 from vfun_cli.training.model import adapter_options
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.strategy("single")]
 
 FAMILIES = tuple(families.FAMILIES)
 DIFFUSERS_CLASSES = {

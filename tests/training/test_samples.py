@@ -288,54 +288,60 @@ def test_a_wish_to_stop_is_heard_within_a_step_and_the_continuation_makes_all_on
     assert names(look.run.samples(0)) == ["row-0.json", "row-0.mp4", "row-1.json", "row-1.mp4"]
 
 
-@pytest.mark.parametrize(
-    "moment", ["a row is encoded", "history is encoded", "frames are decoded", "a file is written"]
-)
 def test_a_wish_to_stop_is_heard_between_the_parts_of_what_comes_before_and_after_the_steps(
-    moment: str, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(looking, "ASKED_EVERY", 0)
     live = live_model("wan-s2v")
-    whole, look = (Look(live, tmp_path / name, [row(live, 0)], dates=[0]) for name in ("whole", "stopped"))
-    for each in (whole, look):
-        [given] = each.samples.rows
-        each.samples.rows = [replace(given, request=replace(given.request, start_from_ref=True))]
-    assert whole.train(0) == CONTINUE
-    parts = parts_done(look, monkeypatch)
-    look.parts.stop.reason = lambda: PREEMPTED if parts[moment] >= 2 else CONTINUE
-    assert look.train(0) == PREEMPTED
-    assert parts[moment] == 2 and look.records() == []
-    assert not list(look.run.samples(0).glob("*")), "no half a video"
-    look.parts.stop.reason = lambda: CONTINUE
-    assert look.samples.make(look.run.samples(0)).failed == {}
-    assert torch.equal(look.pixels[0][-1], whole.pixels[0][0])
+    look = Look(live, tmp_path, [row(live, 0)])
+    [given] = look.samples.rows
+    look.samples.rows = [replace(given, request=replace(given.request, start_from_ref=True))]
+    look.samples.make(look.run.samples(0))
+    look.samples.mine = None
+    done = parts_done(look, monkeypatch)
+    for moment in ("a row is encoded", "history is encoded", "frames are decoded", "a file is written"):
+        done.clear()
+        monkeypatch.setattr(
+            look.parts.stop, "reason", lambda moment=moment: PREEMPTED if done[moment] > 1 else CONTINUE
+        )
+        with pytest.raises(Stopped):
+            look.samples.make(look.run.samples(1))
+        assert done[moment] == 2
+        assert not look.run.samples(1).exists() or names(look.run.samples(1)) == [], "no half a video"
+    monkeypatch.setattr(look.parts.stop, "reason", lambda: CONTINUE)
+    assert look.samples.make(look.run.samples(1)).failed == {}
+    assert torch.equal(look.pixels[0][-1], look.pixels[0][0])
 
 
 def parts_done(look: Look, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the convolutions of the VAE's networks, and the pictures of a file."""
-    done, vae, branches = defaultdict(int), look.adapter.encoders["vae"], look.adapter.branches
-    encodes = "a row is encoded"
+    done, vae, branches = defaultdict[str, int](int), look.adapter.encoders["vae"], look.adapter.branches
+    encodes, picture_bytes = ["a row is encoded"], writing._picture_bytes
+
+    def counted(work: Callable[..., Any], moment: Callable[[], str]) -> Callable[..., Any]:
+        def count(*given: Any) -> Any:
+            found = work(*given)
+            done[moment()] += 1
+            return found
+
+        return count
 
     def in_branches(*given: Any) -> Any:
-        nonlocal encodes
-        encodes = "history is encoded"
-        return branches(*given)
+        encodes.append("history is encoded")
+        try:
+            return branches(*given)
+        finally:
+            encodes.pop()
 
-    def count(moment: Callable[[], str]) -> None:
-        done[moment()] += 1
-
-    look.adapter.branches = in_branches
-    for network, moment in ((vae.model.encoder, lambda: encodes), (vae.model.decoder, lambda: "frames are decoded")):
+    monkeypatch.setattr(look.adapter, "branches", in_branches)
+    monkeypatch.setattr(writing, "_picture_bytes", counted(picture_bytes, lambda: "a file is written"))
+    for network, moment in (
+        (vae.model.encoder, lambda: encodes[-1]),
+        (vae.model.decoder, lambda: "frames are decoded"),
+    ):
         for module in network.modules():
             if isinstance(module, nn.Conv3d):
-                module.register_forward_hook(lambda *given, moment=moment: count(moment))
-    picture_bytes = writing._picture_bytes
-
-    def counted(picture: Tensor) -> Any:
-        done["a file is written"] += look.passes == PASSES
-        return picture_bytes(picture)
-
-    monkeypatch.setattr(writing, "_picture_bytes", counted)
+                module.register_forward_hook(counted(lambda *given: None, moment))
     return done
 
 
