@@ -1,11 +1,14 @@
-"""The order of the test files, and the signals that tests send."""
+"""The order of the test files, the signals that tests send, and the garbage collector."""
 
+import gc
 import signal
 
 import pytest
 
 LONGEST = ("test_readme.py", "test_blocks.py", "test_cache_fill.py")
 """Files whose slow tests take longest: begun last, one process would work on them alone."""
+
+gc.disable()  # until the tests are collected: nothing of what they import is garbage
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 
@@ -15,6 +18,12 @@ def pytest_configure() -> None:
     for number, handler in USUAL.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is not looked at again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

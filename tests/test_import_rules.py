@@ -73,6 +73,7 @@ ROOMS = (
     ("devices",),
     ("disks",),
     ("files",),
+    ("imports",),
     ("lfs",),
     ("typed_json",),
     ("metadata", "checkpoints"),

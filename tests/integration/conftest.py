@@ -97,9 +97,14 @@ def _begun(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In the order in which what they wait for is there: launches as they end, then commands that are ahead."""
+    """In the order in which what they wait for is there: launches as they end, then commands that are ahead.
+
+    Of a session with other tests, the items are all of it.
+    """
 
     def comes(item: pytest.Item) -> tuple[bool, int]:
+        if item.path.parent != Path(__file__).parent:
+            return False, 0
         strategy = strategy_of(item)
         return item.get_closest_marker("ahead") is not None, ENDS.index(strategy) if strategy else len(ENDS)
 

@@ -14,6 +14,7 @@ from vfun_cli.errors import ConfigError, RunError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import partial_of
+from vfun_cli.imports import uncollected
 from vfun_cli.launch.preemption import nothing_to_save
 from vfun_cli.run import locate
 from vfun_cli.run.rundir import RunDir
@@ -183,10 +184,11 @@ def make(job: Job, *, device: str | None, num_processes: int, low_vram: bool, te
 
 def _made(job: Job, places: Sequence[int], device: str, low_vram: bool) -> Iterator[Event]:
     """In this process."""
-    import torch
+    with uncollected():
+        import torch
 
-    from vfun_cli.sampling.make import make as make_videos
-    from vfun_cli.sampling.weights import LoadOptions
+        from vfun_cli.sampling.make import make as make_videos
+        from vfun_cli.sampling.weights import LoadOptions
 
     options = LoadOptions(device=torch.device(device), low_vram=low_vram)
     return make_videos([job.orders[place] for place in places], job.source, job.base, options)

@@ -11,6 +11,7 @@ from typing import Any
 from vfun_cli import console
 from vfun_cli.disks.abilities import make_usual
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.imports import uncollected
 
 FOLDER = Path("vfun-demo")
 OUTPUT_DIR = FOLDER / "output_dir"
@@ -65,7 +66,8 @@ def _places(spec: FamilySpec, folder: Path) -> tuple[Path, Path]:
 def builder(spec: FamilySpec) -> Callable[[Path], None]:
     """What writes the tiny model of a family into a folder, in the released layout."""
     module, name = BUILDERS[spec.name].split(":")
-    build: Callable[[Path], None] = getattr(importlib.import_module(module), name)
+    with uncollected():
+        build: Callable[[Path], None] = getattr(importlib.import_module(module), name)
     return build
 
 

@@ -13,6 +13,7 @@ from vfun_cli.families.hunyuanvideo import T2V as HUNYUANVIDEO_T2V
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.families.wan_fun_control import SPEC as WAN_FUN_CONTROL
 from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
+from vfun_cli.imports import uncollected
 
 if TYPE_CHECKING:
     from vfun_cli.modeling.adapter import ModelAdapter
@@ -59,5 +60,6 @@ def stated_in(file: Path, name: str) -> FamilySpec:
 def adapter_of(spec: FamilySpec) -> "type[ModelAdapter]":
     """The family's adapter class; this loads torch."""
     module, name = spec.adapter.split(":")
-    found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
+    with uncollected():
+        found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
     return found

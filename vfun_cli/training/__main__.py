@@ -11,6 +11,7 @@ from typing import Any
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError, Unforeseen
+from vfun_cli.imports import uncollected
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
 from vfun_cli.run.known import known
@@ -49,11 +50,11 @@ def run_rank(run_json: Path) -> int:
             forkserver.start_early(families.find(described["family"]).adapter.partition(":")[0])
         lock.take_part(run, machine_rank)
         RankError.reserve(run, rank)
-        if described["command"] == "cache":
-            from vfun_cli.training.data.fill import fill_cache as work
-        else:
-            from vfun_cli.training.session import train as work
-
+        with uncollected():
+            if described["command"] == "cache":
+                from vfun_cli.training.data.fill import fill_cache as work
+            else:
+                from vfun_cli.training.session import train as work
         work(run, described, stop)
     except BaseException as error:
         _leave_error(run, rank, error, described)

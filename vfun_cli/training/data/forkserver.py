@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 from vfun_cli.disks.abilities import permissions_optional
+from vfun_cli.imports import uncollected
 from vfun_cli.training.signals import leave_signals_to_the_rank
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -31,8 +32,9 @@ DECODING = "vfun_cli.training.data.loader"
 
 def start_early(adapter_module: str) -> None:
     """Start the server as a fork of this process, which may use no device and no thread of torch yet."""
-    for module in (DECODING, adapter_module):
-        importlib.import_module(module)
+    with uncollected():
+        for module in (DECODING, adapter_module):
+            importlib.import_module(module)
     if threading.active_count() > 1:  # a profiler's, or a lock that is a lease: the server can still be started
         return
     multiprocessing.resource_tracker.ensure_running()
