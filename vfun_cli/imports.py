@@ -1,8 +1,10 @@
 """Imports of large packages."""
 
 import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -19,3 +21,10 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def named(place: str) -> Any:
+    """What ``module:name`` says, its module imported now."""
+    module, _, name = place.partition(":")
+    with uncollected():
+        return getattr(importlib.import_module(module), name)

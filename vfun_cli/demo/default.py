@@ -1,6 +1,5 @@
 """``--demo``: option values that point a command at a tiny model and data set, made on first use."""
 
-import importlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 from vfun_cli import console
 from vfun_cli.disks.abilities import make_usual
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.imports import uncollected
+from vfun_cli.imports import named
 
 FOLDER = Path("vfun-demo")
 OUTPUT_DIR = FOLDER / "output_dir"
@@ -65,9 +64,7 @@ def _places(spec: FamilySpec, folder: Path) -> tuple[Path, Path]:
 
 def builder(spec: FamilySpec) -> Callable[[Path], None]:
     """What writes the tiny model of a family into a folder, in the released layout."""
-    module, name = BUILDERS[spec.name].split(":")
-    with uncollected():
-        build: Callable[[Path], None] = getattr(importlib.import_module(module), name)
+    build: Callable[[Path], None] = named(BUILDERS[spec.name])
     return build
 
 

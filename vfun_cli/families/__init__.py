@@ -1,6 +1,5 @@
 """The families vfun trains, in one explicit list."""
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from vfun_cli.families.hunyuanvideo import T2V as HUNYUANVIDEO_T2V
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.families.wan_fun_control import SPEC as WAN_FUN_CONTROL
 from vfun_cli.families.wan_s2v import SPEC as WAN_S2V
-from vfun_cli.imports import uncollected
+from vfun_cli.imports import named
 
 if TYPE_CHECKING:
     from vfun_cli.modeling.adapter import ModelAdapter
@@ -59,7 +58,5 @@ def stated_in(file: Path, name: str) -> FamilySpec:
 
 def adapter_of(spec: FamilySpec) -> "type[ModelAdapter]":
     """The family's adapter class; this loads torch."""
-    module, name = spec.adapter.split(":")
-    with uncollected():
-        found: type[ModelAdapter] = getattr(importlib.import_module(module), name)
+    found: type[ModelAdapter] = named(spec.adapter)
     return found

@@ -7,6 +7,7 @@ where its video would be, and the run goes on.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class Samples:
     mine: RankRows | None = None
     """This rank's rows; encoded once a launch, because the encoders are frozen."""
 
+    @cached_property
+    def steps(self) -> int:
+        """Of each segment."""
+        return len(self.schedule().timesteps)
+
     def make(self, folder: Path) -> Made:
         """A video of each row into ``folder``, by each of ``weights_of``; returns what came of the rows of all ranks.
 
@@ -82,7 +88,7 @@ class Samples:
     def _make(self, mine: RankRows, transformer: "Counted", folder: Path, weights: str, made: Made) -> None:
         """This rank's videos by the weights that the transformer has."""
         sampler = Sampler(adapter=self.adapter, transformer=transformer, schedule=self.schedule, dtype=self.dtype)
-        failed, facts = list(mine.failed), {"steps": len(self.schedule().timesteps), "weights": weights}
+        failed, facts = list(mine.failed), {"steps": self.steps, "weights": weights}
         along = self._along(sampler, mine.along) if self.in_step and mine.along is not None else None
         if along is not None:
             heeding(self.reader.stop, lambda: next(along))
@@ -114,25 +120,34 @@ class Samples:
         Raises:
             Exception: after a pass of the same step, where passes are those of all ranks: they would be out of step.
         """
-        stop, reason, steps = self.reader.stop, None, len(self.schedule().timesteps)
+        stop, reason = self.reader.stop, None
         (most,) = go_on(stop, [segments])
         for segment in range(most + 1):
             try:
                 heeding(stop, lambda: next(making, ENDED))
             except Exception as error:
                 reason = first_line(error)
-            for _ in range(steps if segment < most else 0):
+            for _ in range(self.steps if segment < most else 0):
                 catch_up(self.accelerator.device)
                 go_on(stop)
-                before, is_made = transformer.passes, False
-                try:
-                    is_made = next(making, ENDED) is not ENDED
-                except Exception as error:
-                    if along is not None and transformer.passes > before:
-                        raise
-                    reason = first_line(error)
-                if along is not None and not is_made:
-                    next(along)
+                reason = self._step(making, transformer, along) or reason
+        return reason
+
+    def _step(self, making: Iterator[None], transformer: "Counted", along: Iterator[None] | None) -> str | None:
+        """One step of a video, or of what counts for nothing; returns what ended the video in it.
+
+        Raises:
+            Exception: see ``_go_through``.
+        """
+        before, is_made, reason = transformer.passes, False, None
+        try:
+            is_made = next(making, ENDED) is not ENDED
+        except Exception as error:
+            if along is not None and transformer.passes > before:
+                raise
+            reason = first_line(error)
+        if along is not None and not is_made:
+            next(along)
         return reason
 
     def _steps(
