@@ -101,8 +101,11 @@ class ConditioningOptions(Protocol):
 class ModelSpec:
     """The transformer: its dimensions, its cost, and what its loss is."""
 
-    dims: ModelDims
-    """Dimensions of the largest released model, used when no model directory is given."""
+    released: Mapping[str, object]
+    """The transformer's ``config.json`` of the largest released model, of what decides its sizes."""
+    layers: Mapping[str, Callable[[int], object]] = field(default_factory=lambda: {"num_layers": int})
+    """Keys of that configuration that count the layers of one kind each, with the value that stands for a number.
+    Without its layers of a kind the model is the same model: their weights and what they keep of a pass add up."""
     read_dims: Callable[[Mapping[str, object]], ModelDims]
     """Dimensions from the transformer's ``config.json``; a CheckpointError where it states others than a model has."""
     recognises: Callable[[Mapping[str, object]], bool]
@@ -132,6 +135,11 @@ class ModelSpec:
     """The noise levels that a video is made through, as the family is released (docs/numerics.md, Sampling)."""
     sampler_options: Mapping[str, float] = field(default_factory=dict)
     """The shift of a flow, or what it is made of."""
+
+    @property
+    def dims(self) -> ModelDims:
+        """Dimensions of the largest released model, used when no model directory is given."""
+        return self.read_dims(self.released)
 
     def transformer_dir(self, model_dir: Path) -> Path:
         """Where the transformer's configuration and weights lie in a model directory."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,21 @@ class ModelAdapter(Protocol):
 
         The encoders are loaded when they are first used, or by ``encoders.load()``.
         The transformer comes back in float32 on the CPU; the trainer casts and moves it.
+        """
+        ...
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> Self:
+        """A model as its ``config.json`` describes it, of no files: parameters on meta, no encoders.
+
+        Raises:
+            CheckpointError: no model can be made of the configuration.
+        """
+        ...
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """Conditions without values for latents [B, C, F, H, W] float32, on their device, as ``assemble`` gives them
+        of clips of which nothing is dropped.
         """
         ...
 

@@ -166,15 +166,13 @@ SPEC = FamilySpec(
     train_modes=("inpaint", "normal"),
     model=ModelSpec(
         # V1.1-5b: the published 49 frames at 512, as for the 2b models, and no end of positions.
-        dims=read_dims(
-            {
-                "num_attention_heads": 48,
-                "attention_head_dim": 64,
-                "in_channels": 33,
-                "num_layers": 42,
-                "use_rotary_positional_embeddings": True,
-            }
-        ),
+        released={
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 33,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
         read_dims=read_dims,
         recognises=lambda config: config.get("_class_name") == "CogVideoXTransformer3DModel",
         config_file="transformer/config.json",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.cogvideox_fun import SPEC, read_dims
 from vfun_cli.families.cogvideox_fun.masks import draw_mask
-from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, load_transformer
+from vfun_cli.families.cogvideox_fun.transformer import CogVideoXFunTransformer, build_transformer, load_transformer
 from vfun_cli.families.spec import steps_of_edit
 from vfun_cli.modeling.adapter import (
     AdapterOptions,
@@ -35,7 +36,7 @@ from vfun_cli.modeling.inputs import ClipInput, ConcatenatedClip, ConstantFrames
 from vfun_cli.modeling.pixels import float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
-from vfun_cli.modeling.weights import read_json
+from vfun_cli.modeling.weights import empty_model, read_json
 
 SAMPLED_STRENGTH = 0.0563
 """Of the noise on known pixels when a video is made: the mean of what training draws."""
@@ -132,6 +133,19 @@ class CogVideoXFunAdapter(WholeVideo):
             transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.model.config_file)),
             options=options,
         )
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "CogVideoXFunAdapter":
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        transformer = empty_model(lambda: build_transformer(config))
+        return cls(transformer=transformer, encoders=Encoders({}, options.device), scale=1.0, options=options)
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        config = self.transformer.config
+        states = latents.new_empty(config.max_text_seq_length, config.text_embed_dim, dtype=self.options.compute_dtype)
+        inpaint = torch.cat([latents[:, :1], latents], dim=1) if self.inpaint else None
+        return self._conditions([{"text": {"states": states}}] * len(latents), inpaint)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

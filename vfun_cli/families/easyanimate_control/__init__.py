@@ -226,18 +226,19 @@ V5_1 = FamilySpec(
     reference_images=("first_frame",),
     check_options=_check("easyanimate-v5.1-control"),
     model=ModelSpec(
-        dims=read_dims(
-            {
-                "num_attention_heads": 48,
-                "attention_head_dim": 64,
-                "in_channels": 48,
-                "out_channels": 16,
-                "patch_size": 2,
-                "num_layers": 48,
-                "text_embed_dim": 3584,
-                "text_embed_dim_t5": None,
-            }
-        ),
+        released={
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 48,
+            "out_channels": 16,
+            "patch_size": 2,
+            "num_layers": 48,
+            "mmdit_layers": 48,
+            "text_embed_dim": 3584,
+            "text_embed_dim_t5": None,
+            "add_norm_text_encoder": True,
+        },
+        layers={"num_layers": int, "mmdit_layers": int},
         read_dims=read_dims,
         recognises=lambda config: _is_easyanimate(config, t5=False),
         config_file="transformer/config.json",
@@ -303,18 +304,18 @@ V5 = replace(
     check_options=_check("easyanimate-v5-control"),
     model=replace(
         V5_1.model,
-        dims=read_dims(
-            {
-                "num_attention_heads": 48,
-                "attention_head_dim": 64,
-                "in_channels": 32,
-                "out_channels": 16,
-                "patch_size": 2,
-                "num_layers": 48,
-                "text_embed_dim": 1024,
-                "text_embed_dim_t5": 2048,
-            }
-        ),
+        released={
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "in_channels": 32,
+            "out_channels": 16,
+            "patch_size": 2,
+            "num_layers": 48,
+            "mmdit_layers": 48,
+            "text_embed_dim": 1024,
+            "text_embed_dim_t5": 2048,
+            "add_norm_text_encoder": False,
+        },
         recognises=lambda config: _is_easyanimate(config, t5=True),
         other_settings=TOKENIZER_LIMITS,
         captions=lambda dims: (

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.easyanimate_control import V5, V5_1, caption_lengths, complete_config
-from vfun_cli.families.easyanimate_control.transformer import load_transformer
+from vfun_cli.families.easyanimate_control import CAPTION_TOKENS, V5, V5_1, caption_lengths, complete_config
+from vfun_cli.families.easyanimate_control.transformer import build_transformer, load_transformer
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import (
     AdapterOptions,
@@ -33,7 +33,7 @@ from vfun_cli.modeling.encoders.pretrained import text_source
 from vfun_cli.modeling.encoders.qwen2_vl import Qwen2VLText
 from vfun_cli.modeling.inputs import ClipInput, Value
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.modeling.weights import read_json
+from vfun_cli.modeling.weights import empty_model, read_json
 
 TEXT_DROP = 0.10
 CONTROL_DROP = 0.20
@@ -69,6 +69,22 @@ class EasyAnimateControl(WholeVideo):
         encoders = cls.encoders_of(options)
         _check_channels(config, latent_channels(folder / "vae"), cls.train_mode(options.train_mode), folder)
         return cls(load_transformer(folder / "transformer", config), encoders, options)
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> Self:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        transformer = empty_model(lambda: build_transformer(complete_config(config)))
+        return cls(transformer, Encoders({}, options.device), options)
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        config = self.transformer.config
+        output = {
+            argument: {"states": latents.new_empty(CAPTION_TOKENS, width, dtype=self.options.compute_dtype)}
+            for argument, width in zip(self.text, (config.text_embed_dim, config.text_embed_dim_t5), strict=False)
+        }
+        reference = latents[:, :, :1] if self.has_reference else None
+        return self._conditions([output] * len(latents), torch.empty_like(latents), reference)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

@@ -17,7 +17,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     dims_reader,
     fits,
     forward_flops,
-    released_dims,
+    released,
     sequence_tokens,
 )
 from vfun_cli.families.spec import (
@@ -93,7 +93,8 @@ def _spec(
         media_types=media_types,
         train_modes=(train_mode,),
         model=ModelSpec(
-            dims=released_dims(condition),
+            released=released(condition),
+            layers={"num_layers": int, "num_single_layers": int},
             read_dims=dims_reader(condition),
             recognises=lambda config: fits(config, condition),
             config_file="transformer/config.json",

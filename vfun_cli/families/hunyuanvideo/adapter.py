@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.hunyuanvideo import T2V
-from vfun_cli.families.hunyuanvideo.sizes import IMAGE_INTERLEAVE, PROMPT_TOKENS, SHIFT, Condition, check_config
+from vfun_cli.families.hunyuanvideo.sizes import (
+    IMAGE_INTERLEAVE,
+    PROMPT_TOKENS,
+    SHIFT,
+    TEXT_TOKENS,
+    Condition,
+    check_config,
+)
 from vfun_cli.modeling.adapter import (
     NEGATIVE,
     AdapterOptions,
@@ -34,7 +41,7 @@ from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
 from vfun_cli.modeling.inputs import ClipInput, ConstantFrames, TupleInput, Value
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.modeling.weights import load_diffusers, read_json, require_parts
+from vfun_cli.modeling.weights import empty_model, load_diffusers, read_json, require_parts
 
 TEXT_DROP = 0.1
 """How often a caption is left out, for classifier-free guidance."""
@@ -86,6 +93,26 @@ class HunyuanVideoAdapter(WholeVideo):
         encoders = cls.encoders_of(options)
         transformer = load_transformer(folder / "transformer", cls.condition)
         return cls(transformer=transformer, encoders=encoders, options=options)
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> Self:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        check_config(config, cls.condition)
+        transformer = empty_model(lambda: HunyuanVideoTransformer3DModel.from_config(config))
+        return cls(transformer=transformer, encoders=Encoders({}, options.device), options=options)
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        config, dtype, tokens = self.transformer.config, self.options.compute_dtype, TEXT_TOKENS[self.condition]
+        output = {
+            "prompt": {
+                "states": latents.new_empty(tokens, config.text_embed_dim, dtype=dtype),
+                "mask": latents.new_empty(tokens, dtype=torch.int64),
+            },
+            "pooled": {"pooled": latents.new_empty(config.pooled_projection_dim, dtype=dtype)},
+            "image": {"mean": latents[0, :, :1]},
+        }
+        return self._loss_mask(latents) | self._conditions([output] * len(latents))
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

@@ -130,9 +130,9 @@ CONFIG: Mapping[str, Check] = {
 }
 
 
-def released_dims(condition: Condition) -> ModelDims:
-    """Dimensions of the released 13B models."""
-    return _dims({}, condition)
+def released(condition: Condition) -> Mapping[str, object]:
+    """The configuration of the released 13B models."""
+    return {**_RELEASED, "image_condition_type": _IMAGE_CONDITION[condition]}
 
 
 def video_tokens(shape: ClipShape) -> int:

@@ -170,7 +170,7 @@ SPEC = FamilySpec(
     reference_images=("first_frame", "random"),
     model=ModelSpec(
         # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
-        dims=read_dims({"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_layers": 40}),
+        released={"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
         read_dims=read_dims,
         recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
         captions=lambda dims: (captions.umt5(TEXT_TOKENS),),

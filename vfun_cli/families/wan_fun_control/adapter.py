@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from vfun_cli.checkpoints.released import tensor_shapes
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.wan_fun_control import IMAGE_TOKENS, SPEC, TEXT_TOKENS, read_dims
 from vfun_cli.families.wan_fun_control.names import live_name
-from vfun_cli.families.wan_fun_control.transformer import WanFunControlTransformer, transformer_config
+from vfun_cli.families.wan_fun_control.transformer import (
+    WanFunControlTransformer,
+    blank_transformer,
+    transformer_config,
+)
 from vfun_cli.modeling.adapter import (
     AdapterOptions,
     Branches,
@@ -93,6 +98,7 @@ class WanFunControlAdapter(WholeVideo):
         self.options = options
         self.has_reference = transformer.has_reference
         self.image_dim = int(transformer.config["image_dim"])
+        self.text_dim = int(transformer.config["text_dim"])
         self.latent_channels = int(transformer.config["out_channels"])
         if self.has_reference and has_picture(options.train_mode) and options.control_ref_image == "first_frame":
             log.warning(
@@ -109,6 +115,22 @@ class WanFunControlAdapter(WholeVideo):
         """
         encoders = cls.encoders_of(options)
         return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanFunControlAdapter":
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return cls(transformer=blank_transformer(config), encoders=Encoders({}, options.device), options=options)
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        dtype, pictures = self.options.compute_dtype, latents[:, :, 0]
+        return self._conditions(
+            text=[{"states": latents.new_empty(TEXT_TOKENS, self.text_dim, dtype=dtype)} for _ in latents],
+            control=torch.empty_like(latents),
+            start=pictures,
+            reference=pictures,
+            image=latents.new_empty(len(latents), IMAGE_TOKENS, self.image_dim, dtype=dtype),
+        )
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

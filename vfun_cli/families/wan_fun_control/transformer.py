@@ -1,6 +1,6 @@
 """The transformer of Wan2.1-Fun Control: diffusers' Wan transformer plus the reference image of V1.1."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.wan_fun_control import HINT, LATENT_CHANNELS, check_variant
+from vfun_cli.families.wan_fun_control import HINT, LATENT_CHANNELS, SPEC, check_variant, read_dims
+from vfun_cli.modeling.weights import empty_model
 
 
 class RotaryTables(nn.Module):
@@ -138,20 +139,34 @@ def transformer_config(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, A
     heads = config.get("num_heads")
     if not isinstance(heads, int) or heads < 1 or dim % heads:
         raise CheckpointError(f"config.json: num_heads is {heads!r}; it must divide dim {dim}.")
+    return _arguments({**config, **found}, patch_size)
+
+
+def blank_transformer(config: Mapping[str, Any]) -> WanFunControlTransformer:
+    """The transformer of a released ``config.json`` alone, its parameters on meta.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    dims = read_dims(config)
+    stated = {"out_dim": LATENT_CHANNELS, **config, **dims.extra, "add_ref_conv": bool(dims.extra["reference"])}
+    return empty_model(lambda: WanFunControlTransformer(**_arguments(stated, (1, *SPEC.plan.patch_size[1:]))))
+
+
+def _arguments(stated: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
+    """Arguments of ``WanFunControlTransformer`` from the released keys."""
+    dim, heads = stated["dim"], stated["num_heads"]
+    same = ("text_dim", "freq_dim", "ffn_dim", "num_layers", "image_dim")
     return {
-        "has_reference": found["add_ref_conv"],
-        "patch_size": patch_size,
+        "has_reference": stated["add_ref_conv"],
+        "patch_size": tuple(patch_size),
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "in_channels": in_dim,
-        "out_channels": found["out_dim"],
-        "text_dim": found["text_dim"],
-        "freq_dim": found["freq_dim"],
-        "ffn_dim": found["ffn_dim"],
-        "num_layers": found["num_layers"],
-        "eps": config.get("eps", 1e-6),
-        "image_dim": found["image_dim"],
+        "in_channels": stated["in_dim"],
+        "out_channels": stated["out_dim"],
+        "eps": stated.get("eps", 1e-6),
         "added_kv_proj_dim": dim,
+        **{name: stated[name] for name in same},
     }
 
 

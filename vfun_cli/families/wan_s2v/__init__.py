@@ -4,7 +4,7 @@ from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIV
 from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec, SamplingSpec
 from vfun_cli.families.wan_s2v.sizes import (
     MOTION_FRAMES,
-    RELEASED,
+    RELEASED_CONFIG,
     attention_flops,
     forward_flops,
     read_dims,
@@ -40,7 +40,8 @@ SPEC = FamilySpec(
     media_types=("video",),
     reference_images=("first_frame", "random"),
     model=ModelSpec(
-        dims=RELEASED,
+        released=RELEASED_CONFIG,
+        layers={"num_layers": int, "audio_inject_layers": lambda count: list(range(count))},
         read_dims=read_dims,
         recognises=lambda config: config.get("model_type") == "s2v",
         captions=lambda dims: (captions.umt5(dims.extra["text_len"]),),

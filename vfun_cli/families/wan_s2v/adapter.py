@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.families.wan_s2v.sizes import MOTION_FRAMES, MOTION_LATENTS, NUM_AUDIO_LAYERS, read_dims
-from vfun_cli.families.wan_s2v.transformer import load_transformer
+from vfun_cli.families.wan_s2v.transformer import empty_transformer, load_transformer
 from vfun_cli.modeling.adapter import (
     AdapterOptions,
     Branches,
@@ -196,6 +196,27 @@ class WanS2VAdapter:
         """
         encoders = cls.encoders_of(options)
         return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanS2VAdapter":
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        encoders = Encoders({}, options.device)
+        return cls(transformer=empty_transformer(config), encoders=encoders, options=options)
+
+    def blank_conditions(self, latents: Tensor) -> Conditions:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        clips, channels, frames, *size = latents.shape
+        config = cast(Any, self.transformer).config
+        return {
+            "control_latents": torch.empty_like(latents),
+            "ref_latents": latents.new_empty(clips, channels, 1, *size),
+            "motion_latents": latents.new_empty(clips, channels, MOTION_LATENTS, *size),
+            "drop_motion": (False,) * clips,
+            "text_embeds": latents.new_empty(
+                clips, self.text_len, config["text_dim"], dtype=self.options.compute_dtype
+            ),
+            "audio": latents.new_empty(clips, NUM_AUDIO_LAYERS, config["audio_dim"], 4 * frames),
+        }
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

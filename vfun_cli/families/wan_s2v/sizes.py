@@ -33,6 +33,12 @@ RELEASED = ModelDims(
 )
 """Wan2.2-S2V-14B."""
 
+RELEASED_CONFIG: Mapping[str, object] = {
+    "num_layers": RELEASED.num_layers,
+    "audio_inject_layers": (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+}
+"""All else of its configuration is as the transformer's class has it."""
+
 _READ = ("num_heads", "text_len", "text_dim", "freq_dim", "audio_dim", "num_audio_token", "in_dim", "out_dim")
 
 CONFIG: Mapping[str, Check] = {

@@ -11,7 +11,7 @@ Rules that keep one forward correct under FSDP2, ZeRO-3 and LoRA:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -565,14 +565,23 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
             )
 
 
+def empty_transformer(config: Mapping[str, Any], *, where: str = "the configuration") -> WanS2VTransformer3DModel:
+    """The transformer of a released ``config.json``, its parameters on meta.
+
+    Raises:
+        CheckpointError: a key is unknown, or no model can be made of it.
+    """
+    known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
+    settings = model_settings(config, known, model="Wan2.2-S2V")
+    return empty_model(lambda: WanS2VTransformer3DModel(**settings), where=where)
+
+
 def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
     """The transformer of a released model directory, float32 on the CPU; every tensor must fit.
 
     Raises:
         CheckpointError: files are missing, damaged or do not fit, or a key is unknown.
     """
-    known = WanS2VTransformer3DModel._get_init_keys(WanS2VTransformer3DModel)
-    config = model_settings(read_json(model_dir / SPEC.model.config_file), known, model="Wan2.2-S2V")
-    model = empty_model(lambda: WanS2VTransformer3DModel(**config), where=str(model_dir))
+    model = empty_transformer(read_json(model_dir / SPEC.model.config_file), where=str(model_dir))
     load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
     return model
