@@ -9,6 +9,7 @@ from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.metadata.clip_needs import WHOLE, ClipNeeds, Span
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders.captions import CaptionReader
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.typed_json import read_object, whole
 
 SIZE = whole(1, 1 << 20)
@@ -25,22 +26,6 @@ class ClipShape:
     frames: int
     height: int
     width: int
-
-
-class Shaped(Protocol):
-    """Anything with a clip's shape."""
-
-    @property
-    def frames(self) -> int:
-        """Of pixels."""
-
-    @property
-    def height(self) -> int:
-        """In pixels."""
-
-    @property
-    def width(self) -> int:
-        """In pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +88,11 @@ class ModelSpec:
 
     released: Mapping[str, object]
     """The transformer's ``config.json`` of the largest released model, of what decides its sizes."""
-    layers: Mapping[str, Callable[[int], object]] = field(default_factory=lambda: {"num_layers": int})
-    """Keys of that configuration that count the layers of one kind each, with the value that stands for a number.
-    Without its layers of a kind the model is the same model: their weights and what they keep of a pass add up."""
+    layers: tuple[str, ...] = ("num_layers",)
+    """Keys of that configuration that count the layers of one kind each, or list them. What layers of a kind weigh and
+    keep of a pass is the same for each."""
+    with_layers: Callable[[Mapping[str, int]], Mapping[str, object]] = dict
+    """Values of these keys for a model with so many layers of each kind."""
     read_dims: Callable[[Mapping[str, object]], ModelDims]
     """Dimensions from the transformer's ``config.json``; a CheckpointError where it states others than a model has."""
     recognises: Callable[[Mapping[str, object]], bool]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import AudioSegment, ClipInput, LazyInput, Value
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ class ModelAdapter(Protocol):
         """The transformer's prediction, [B, C, F, H, W] like ``noisy``. ``timesteps`` is [B], 0..1000."""
         ...
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """[C, f, h, w] of the latents of a segment."""
         ...
 

@@ -35,6 +35,7 @@ from vfun_cli.modeling.encoders.pretrained import text_source
 from vfun_cli.modeling.inputs import ClipInput, ConcatenatedClip, ConstantFrames, Decoder, LazyInput, Size, Value
 from vfun_cli.modeling.pixels import float_pixels
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.transfer import upload
 from vfun_cli.modeling.weights import empty_model, read_json
 
@@ -210,7 +211,7 @@ class CogVideoXFunAdapter(WholeVideo):
         empty = torch.stack([mask.all() for mask in masks])
         return inpaint * ~(empty & dropped).view(-1, 1, 1, 1, 1)
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return int(self.transformer.config.out_channels), *SPEC.plan.latent_shape(request)
 

@@ -238,7 +238,7 @@ V5_1 = FamilySpec(
             "text_embed_dim_t5": None,
             "add_norm_text_encoder": True,
         },
-        layers={"num_layers": int, "mmdit_layers": int},
+        layers=("num_layers", "mmdit_layers"),
         read_dims=read_dims,
         recognises=lambda config: _is_easyanimate(config, t5=False),
         config_file="transformer/config.json",

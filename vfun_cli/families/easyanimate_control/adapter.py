@@ -33,6 +33,7 @@ from vfun_cli.modeling.encoders.pretrained import text_source
 from vfun_cli.modeling.encoders.qwen2_vl import Qwen2VLText
 from vfun_cli.modeling.inputs import ClipInput, Value
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, read_json
 
 TEXT_DROP = 0.10
@@ -170,7 +171,7 @@ class EasyAnimateControl(WholeVideo):
         prediction: Tensor = transformer(noisy, timesteps, return_dict=False, **inputs)[0]
         return prediction
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return int(self.transformer.config.out_channels), *self.spec.plan.latent_shape(request)
 

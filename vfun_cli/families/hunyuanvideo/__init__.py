@@ -94,7 +94,7 @@ def _spec(
         train_modes=(train_mode,),
         model=ModelSpec(
             released=released(condition),
-            layers={"num_layers": int, "num_single_layers": int},
+            layers=("num_layers", "num_single_layers"),
             read_dims=dims_reader(condition),
             recognises=lambda config: fits(config, condition),
             config_file="transformer/config.json",

@@ -41,6 +41,7 @@ from vfun_cli.modeling.encoders.llama_prompt import LlamaPrompt
 from vfun_cli.modeling.encoders.llava_prompt import LlavaPrompt
 from vfun_cli.modeling.inputs import ClipInput, ConstantFrames, TupleInput, Value
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_diffusers, read_json, require_parts
 
 TEXT_DROP = 0.1
@@ -201,7 +202,7 @@ class HunyuanVideoAdapter(WholeVideo):
         )[0]
         return prediction
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return int(self.transformer.config.out_channels), *T2V.plan.latent_shape(request)
 

@@ -38,6 +38,7 @@ from vfun_cli.modeling.encoders.frozen import Encoders, EncoderSource, Output
 from vfun_cli.modeling.encoders.umt5 import pad_text
 from vfun_cli.modeling.inputs import ClipInput, ConstantFrames, Value
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_weights, read_json, require_parts, safetensors_files
 
 DROP = 0.1
@@ -246,7 +247,7 @@ class WanFunControlAdapter(WholeVideo):
         latents = torch.cat([noisy, conditions["control"]], dim=1)
         return transformer(latents, timesteps, conditions["text"], conditions["image"], conditions.get("reference"))
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return self.latent_channels, *SPEC.plan.latent_shape(request)
 

@@ -9,6 +9,7 @@ from vfun_cli.families.wan_s2v.sizes import (
     forward_flops,
     read_dims,
     sequence_tokens,
+    with_layers,
 )
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.modeling.encoders import captions
@@ -41,7 +42,8 @@ SPEC = FamilySpec(
     reference_images=("first_frame", "random"),
     model=ModelSpec(
         released=RELEASED_CONFIG,
-        layers={"num_layers": int, "audio_inject_layers": lambda count: list(range(count))},
+        layers=("num_layers", "audio_inject_layers"),
+        with_layers=with_layers,
         read_dims=read_dims,
         recognises=lambda config: config.get("model_type") == "s2v",
         captions=lambda dims: (captions.umt5(dims.extra["text_len"]),),

@@ -44,6 +44,7 @@ from vfun_cli.modeling.inputs import (
 )
 from vfun_cli.modeling.pixels import constant, float_pixels
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import read_json, require_parts, require_same
 
 DROP = 0.1
@@ -321,7 +322,7 @@ class WanS2VAdapter:
         )
         return prediction
 
-    def latent_shape(self, request: VideoRequest) -> tuple[int, int, int, int]:
+    def latent_shape(self, request: Shaped) -> tuple[int, int, int, int]:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return wan_vae.Z_DIM, *SPEC.plan.latent_shape(request)
 

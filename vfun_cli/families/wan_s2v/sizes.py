@@ -35,9 +35,16 @@ RELEASED = ModelDims(
 
 RELEASED_CONFIG: Mapping[str, object] = {
     "num_layers": RELEASED.num_layers,
-    "audio_inject_layers": (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+    "audio_inject_layers": [0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39],
 }
 """All else of its configuration is as the transformer's class has it."""
+
+
+def with_layers(counts: Mapping[str, int]) -> Mapping[str, object]:
+    """Layers of which the last ones inject audio, as the very last one does when released."""
+    layers, audio = counts["num_layers"], counts["audio_inject_layers"]
+    return {"num_layers": layers, "audio_inject_layers": list(range(layers - audio, layers))}
+
 
 _READ = ("num_heads", "text_len", "text_dim", "freq_dim", "audio_dim", "num_audio_token", "in_dim", "out_dim")
 

@@ -1,0 +1,1 @@
+"""What a training step holds of a device, measured by running it on tensors without values."""

@@ -1,0 +1,97 @@
+"""What a forward and a backward pass of a model hold, beside its weights and their gradients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from vfun_cli.config.options import RunConfig
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.forecast.measuring.gpu import made_up_gpu
+from vfun_cli.forecast.measuring.layers import directions
+from vfun_cli.forecast.measuring.model import blank_model
+from vfun_cli.forecast.measuring.tracker import Tracker
+from vfun_cli.forecast.request import Batch
+from vfun_cli.imports import uncollected
+from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.training.forward import error_of
+from vfun_cli.training.objectives import Corrupted, FlowMatching
+from vfun_cli.training.precision import compute_dtype
+
+OBJECTIVE = FlowMatching(shift=1.0)
+"""For its loss, which all objectives have alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that a pass holds of a device; weights, their gradients and what the strategy gathers are not counted."""
+
+    saved: int
+    """Between the passes: what the forward pass keeps for the backward pass."""
+    forward: int
+    """The most in the forward pass, with what it keeps."""
+    backward: int
+    """The most in the backward pass, with what is kept."""
+    last: int
+    """The most in the backward pass where its last layers are left, and with them what is kept for these alone."""
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+
+    def __sub__(self, other: "Held") -> "Held":
+        return Held(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(self)})
+
+    def __mul__(self, times: int) -> "Held":
+        return Held(**{each.name: getattr(self, each.name) * times for each in fields(self)})
+
+
+def measure(
+    spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], batch: Batch, *, lora: bool, alike: bool = True
+) -> Held:
+    """A step of one micro-batch, of the model that ``stated`` (its ``config.json``) describes.
+
+    A model of a few layers of each kind is run, and one with a layer more of each: what a layer adds counts as often as
+    the model has it.
+
+    Args:
+        alike: ``layers_alike``; where they are not, the whole model is run.
+    """
+
+    def held(settings: Mapping[str, Any]) -> Held:
+        return run(blank_model(spec, config, settings, lora=lora), batch, compute_dtype(config))
+
+    found = directions(spec, stated) if alike else None
+    if found is None:
+        return held(stated)
+    total = few = held(found.few)
+    for more, times in found.more:
+        total = total + (held(more) - few) * times
+    return replace(total, last=few.backward)
+
+
+def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype) -> Held:
+    """One pass there and back, all layers one after another.
+
+    What cycles of references hold is let go at any time, here at none.
+    """
+    weights = [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(_forget)
+    with made_up_gpu() as device, uncollected():
+        latents = torch.empty(batch.clips, *adapter.latent_shape(batch), device=device)
+        corrupted = Corrupted(
+            noisy=latents, timesteps=torch.empty(batch.clips, device=device), target=torch.empty_like(latents)
+        )
+        conditions = adapter.blank_conditions(latents)
+        with Tracker() as tracker:
+            error = error_of(adapter, OBJECTIVE, adapter.transformer, corrupted, conditions, dtype)
+            saved, forward = tracker.bytes, tracker.mark()
+            torch.autograd.backward(error)
+            backward = tracker.mark()
+    return Held(saved=saved, forward=forward, backward=backward, last=backward)
+
+
+def _forget(weight: torch.Tensor) -> None:
+    """Gradients are counted by the strategy, which decides how many of them a rank keeps."""
+    weight.grad = None
