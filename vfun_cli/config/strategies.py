@@ -19,6 +19,8 @@ class Strategy:
     """Where weights are sharded, what of them is whole while it computes: a transformer block, or one layer."""
     checkpoint_format: Literal["plain", "dcp", "deepspeed"] = "plain"
     """In what form weights and optimizer are written; see ``training/state/formats.py``."""
+    offloads: bool = False
+    """Whether masters, moments, gradients and the parts of weights lie in the host's memory."""
     several_processes: bool = True
     """Whether it makes sense on more than one process."""
 
@@ -83,6 +85,7 @@ STRATEGIES: dict[str, Strategy] = {
             sharded=_EVERYTHING,
             gathers="layers",
             checkpoint_format="deepspeed",
+            offloads=True,
         ),
     )
 }

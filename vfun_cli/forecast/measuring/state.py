@@ -1,0 +1,135 @@
+"""What a rank keeps of the weights from step to step under each strategy, to the byte.
+
+A rank's part is that of rank 0, which is never smaller than another's.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.forecast.measuring.gpu import DEVICE
+from vfun_cli.forecast.measuring.model import Weight
+from vfun_cli.training.optim import make_optimizer
+
+WHOLE_BELOW = 100_000
+"""ZeRO-3 keeps parameters of at most so many numbers whole (DeepSpeed's ``stage3_param_persistence_threshold``)."""
+ALIGNED = 2
+"""ZeRO-2 cuts its flat weights into parts of a multiple of so many numbers (DeepSpeed's, for NCCL)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes of one rank."""
+
+    weights: int
+    """Of those that the model has: float32 masters of what trains but under DeepSpeed, the compute type else."""
+    masters: int
+    """DeepSpeed's float32 masters, which lie beside."""
+    gradients: int
+    """After the backward pass."""
+    moments: int
+    """The optimizer's state after its first step."""
+    average: int
+    """The moving average of the weights."""
+
+
+def kept(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
+    """What a rank of so many keeps."""
+    return _KEPT[STRATEGIES[config.strategy].wrapper, "weights" in STRATEGIES[config.strategy].sharded](
+        config, weights, ranks
+    )
+
+
+def _whole(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
+    trained = [weight for weight in weights if weight.trained]
+    count = sum(weight.numel for weight in trained)
+    return Kept(
+        weights=4 * count + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
+        masters=0,
+        gradients=4 * count,
+        moments=moments(config, (weight.shape for weight in trained)),
+        average=4 * count * config.use_ema,
+    )
+
+
+def _sharded(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
+    """FSDP cuts each weight along its first dimension into equal parts, the last ones shorter."""
+
+    def part(weight: Weight) -> tuple[int, ...]:
+        return (-(-weight.shape[0] // ranks), *weight.shape[1:])
+
+    shards = [
+        Weight(name=weight.name, shape=part(weight), trained=weight.trained, itemsize=weight.itemsize)
+        for weight in weights
+    ]
+    return _whole(config, shards, 1)
+
+
+def _flat(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
+    """ZeRO-2: weights whole in the compute type; of masters, gradients and moments a part of one flat tensor."""
+    trained = [weight for weight in weights if weight.trained]
+    align = ALIGNED * ranks
+    flat = -(-sum(weight.numel for weight in trained) // align) * align
+    part = flat // ranks
+    return Kept(
+        weights=_compute_size(config) * flat
+        + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
+        masters=4 * part,
+        gradients=4 * part,
+        moments=moments(config, [(part,)]),
+        average=4 * part * config.use_ema,
+    )
+
+
+def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
+    """ZeRO-3: each weight is cut into equal parts, filled up to a multiple; small ones lie there whole, too."""
+    parts = {weight.name: -(-weight.numel // ranks) for weight in weights}
+    whole = sum(weight.numel for weight in weights if weight.numel <= WHOLE_BELOW)
+    part = sum(parts[weight.name] for weight in weights if weight.trained)
+    return Kept(
+        weights=_compute_size(config) * (sum(parts.values()) + whole),
+        masters=4 * part,
+        gradients=4 * part,
+        moments=moments(config, [(part,)]),
+        average=4 * part * config.use_ema,
+    )
+
+
+_KEPT = {
+    ("none", False): _whole,
+    ("ddp", False): _whole,
+    ("fsdp", True): _sharded,
+    ("deepspeed", False): _flat,
+    ("deepspeed", True): _partitioned,
+}
+"""By what accelerate wraps the model in, and whether the weights themselves are in parts."""
+
+
+def moments(config: RunConfig, shapes: Iterable[tuple[int, ...]]) -> int:
+    """Bytes of the optimizer's state for float32 weights of these shapes."""
+    return sum(count * _moments_of(config, shape) for shape, count in Counter(shapes).items())
+
+
+@cache
+def _moments_of(config: RunConfig, shape: tuple[int, ...]) -> int:
+    """Of one, as the optimizer makes it."""
+    weight = nn.Parameter(torch.empty(shape, device=DEVICE))
+    optimizer = make_optimizer(nn.ParameterList([weight]), config, DEVICE)
+    weight.grad = torch.empty_like(weight)
+    optimizer.step()
+    return sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+
+
+def _itemsize(config: RunConfig, weight: Weight) -> int:
+    """Bytes of a number of a frozen weight."""
+    return weight.itemsize or _compute_size(config)
+
+
+def _compute_size(config: RunConfig) -> int:
+    return 2 if config.bf16 else 4
