@@ -83,6 +83,18 @@ class ConditioningOptions(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderSize:
+    """A released encoder."""
+
+    weights: float
+    """How many, in billions."""
+    shared: bool = False
+    """Whether ranks that shard the transformer keep it between them."""
+    float32: bool = False
+    """Whether it computes in float32 always."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The transformer: its dimensions, its cost, and what its loss is."""
 
@@ -103,6 +115,8 @@ class ModelSpec:
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     input_settings: tuple[str, ...] = ()
     """Keys of ``config_file`` that decide what the encoders must read: the adapter's ``inputs`` gets their values."""
+    encoders: Mapping[str, EncoderSize]
+    """Those of the released models, by the adapter's names; ``vae`` is one."""
     captions: Callable[[ModelDims], tuple[CaptionReader, ...]]
     """What each text encoder reads of a caption, in the order in which the adapter loads them."""
     block_classes: tuple[str, ...]
@@ -174,6 +188,8 @@ class PlanSpec:
     token_size_share: float | None = None
     """In token-length mode, the probability of the video size nearest to ``token_sample_size`` (Wan-Fun: 0.5);
     None draws all sizes alike."""
+    encoded_frames: Callable[[int], int] = lambda frames: frames
+    """Of a clip of so many frames, the most that the VAE encodes at a time, with what comes before the clip."""
     decoded_frames: Callable[[int], int] = lambda frames: frames
     """Of a clip of so many frames, all that is decoded for its encoders, counted in its frames of bytes."""
     full_size_share: float = 0.75

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from vfun_cli.modeling.encoders.clip_vae import ClipVAE
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import AudioSegment, ClipInput, LazyInput, Value
 from vfun_cli.modeling.randomness import SampleKey
@@ -171,6 +172,11 @@ class ModelAdapter(Protocol):
         """Conditions without values for latents [B, C, F, H, W] float32, on their device, as ``assemble`` gives them
         of clips of which nothing is dropped.
         """
+        ...
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> ClipVAE:
+        """The released VAE of no files, its parameters on meta."""
         ...
 
     @classmethod

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,6 +148,11 @@ class CogVideoXFunAdapter(WholeVideo):
         states = latents.new_empty(config.max_text_seq_length, config.text_embed_dim, dtype=self.options.compute_dtype)
         inpaint = torch.cat([latents[:, :1], latents], dim=1) if self.inpaint else None
         return self._conditions([{"text": {"states": states}}] * len(latents), inpaint)
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> CogVideoXVAE:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return CogVideoXVAE(empty_model(AutoencoderKLCogVideoX), mini_batch=options.vae_mini_batch)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

@@ -14,6 +14,7 @@ from vfun_cli.families.spec import (
     ClipShape,
     ConditioningOptions,
     DefaultOptions,
+    EncoderSize,
     ExportSpec,
     FamilySpec,
     ModelDims,
@@ -242,6 +243,10 @@ V5_1 = FamilySpec(
         read_dims=read_dims,
         recognises=lambda config: _is_easyanimate(config, t5=False),
         config_file="transformer/config.json",
+        encoders={
+            "vae": EncoderSize(weights=0.24),
+            "encoder_hidden_states": EncoderSize(weights=7.071, shared=True),
+        },
         captions=lambda dims: (captions.chat("tokenizer", dims.extra["caption_limit"]),),
         block_classes=("EasyAnimateTransformerBlock",),
         sequence_tokens=sequence_tokens,
@@ -318,6 +323,11 @@ V5 = replace(
         },
         recognises=lambda config: _is_easyanimate(config, t5=True),
         other_settings=TOKENIZER_LIMITS,
+        encoders={
+            "vae": EncoderSize(weights=0.24),
+            "encoder_hidden_states": EncoderSize(weights=0.326, shared=True),
+            "encoder_hidden_states_t5": EncoderSize(weights=1.67, shared=True),
+        },
         captions=lambda dims: (
             captions.bert("tokenizer", dims.extra["caption_limit"]),
             captions.t5("tokenizer_2", dims.extra["caption_limit_t5"]),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import EasyAnimateTransformer3DModel
+from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import ConfigError
@@ -86,6 +86,11 @@ class EasyAnimateControl(WholeVideo):
         }
         reference = latents[:, :, :1] if self.has_reference else None
         return self._conditions([output] * len(latents), torch.empty_like(latents), reference)
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> MagvitVAE:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return MagvitVAE(empty_model(AutoencoderKLMagvit), mini_batch=options.vae_mini_batch)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

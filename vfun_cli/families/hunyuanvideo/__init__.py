@@ -22,6 +22,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
 )
 from vfun_cli.families.spec import (
     DefaultOptions,
+    EncoderSize,
     ExportSpec,
     FamilySpec,
     ModelSpec,
@@ -98,6 +99,11 @@ def _spec(
             read_dims=dims_reader(condition),
             recognises=lambda config: fits(config, condition),
             config_file="transformer/config.json",
+            encoders={
+                "vae": EncoderSize(weights=0.246),
+                "prompt": EncoderSize(weights={"t2v": 7.505, "i2v": 7.812}[condition], shared=True),
+                "pooled": EncoderSize(weights=0.123),
+            },
             captions=lambda dims: (captions.instructed("tokenizer", PROMPT_TOKENS, cut), captions.clip("tokenizer_2")),
             block_classes=block_classes,
             sequence_tokens=sequence_tokens,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
@@ -114,6 +114,11 @@ class HunyuanVideoAdapter(WholeVideo):
             "image": {"mean": latents[0, :, :1]},
         }
         return self._loss_mask(latents) | self._conditions([output] * len(latents))
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> HunyuanVAE:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return HunyuanVAE(empty_model(AutoencoderKLHunyuanVideo), mini_batch=options.vae_mini_batch)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from vfun_cli.checkpoints.released import tensor_shapes
@@ -132,6 +133,11 @@ class WanFunControlAdapter(WholeVideo):
             reference=pictures,
             image=latents.new_empty(len(latents), IMAGE_TOKENS, self.image_dim, dtype=dtype),
         )
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> wan_vae.WanVAE:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return wan_vae.WanVAE(empty_model(AutoencoderKLWan), mini_batch=options.vae_mini_batch)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

@@ -1,7 +1,15 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
 from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
-from vfun_cli.families.spec import DefaultOptions, ExportSpec, FamilySpec, ModelSpec, PlanSpec, SamplingSpec
+from vfun_cli.families.spec import (
+    DefaultOptions,
+    EncoderSize,
+    ExportSpec,
+    FamilySpec,
+    ModelSpec,
+    PlanSpec,
+    SamplingSpec,
+)
 from vfun_cli.families.wan_s2v.sizes import (
     MOTION_FRAMES,
     RELEASED_CONFIG,
@@ -46,6 +54,11 @@ SPEC = FamilySpec(
         with_layers=with_layers,
         read_dims=read_dims,
         recognises=lambda config: config.get("model_type") == "s2v",
+        encoders={
+            "vae": EncoderSize(weights=0.127),
+            "text": EncoderSize(weights=5.681, shared=True),
+            "speech": EncoderSize(weights=0.315, float32=True),
+        },
         captions=lambda dims: (captions.umt5(dims.extra["text_len"]),),
         block_classes=("WanS2VBlock",),
         sequence_tokens=sequence_tokens,
@@ -65,6 +78,7 @@ SPEC = FamilySpec(
         smallest_side=64,
         lowest_video_size=256,
         full_size_share=0.9,
+        encoded_frames=lambda frames: MOTION_FRAMES + frames,
         # Clip and control, the history, the reference and the first frame again; at most a few frames' worth of sound.
         decoded_frames=lambda frames: 2 * frames + MOTION_FRAMES + 7,
     ),

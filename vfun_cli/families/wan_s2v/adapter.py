@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from vfun_cli.families.wan_s2v import SPEC
@@ -45,7 +46,7 @@ from vfun_cli.modeling.inputs import (
 from vfun_cli.modeling.pixels import constant, float_pixels
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.shaped import Shaped
-from vfun_cli.modeling.weights import read_json, require_parts, require_same
+from vfun_cli.modeling.weights import empty_model, read_json, require_parts, require_same
 
 DROP = 0.1
 """Probability of leaving out the text, the control, the sound, the end of both, or the history."""
@@ -218,6 +219,11 @@ class WanS2VAdapter:
             ),
             "audio": latents.new_empty(clips, NUM_AUDIO_LAYERS, config["audio_dim"], 4 * frames),
         }
+
+    @staticmethod
+    def blank_vae(options: AdapterOptions) -> wan_vae.WanVAE:
+        """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
+        return wan_vae.WanVAE(empty_model(AutoencoderKLWan), mini_batch=options.vae_mini_batch)
 
     @classmethod
     def encoders_of(cls, options: AdapterOptions) -> Encoders:

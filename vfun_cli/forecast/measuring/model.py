@@ -111,16 +111,27 @@ def blank_model(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], 
     return adapter
 
 
-def _blank_adapter(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> ModelAdapter:
-    options = AdapterOptions(
+def block_names(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> list[str]:
+    """Names of the transformer's blocks."""
+    named = _blank_adapter(spec, config, stated).transformer.named_modules()
+    return [name for name, module in named if type(module).__name__ in spec.model.block_classes]
+
+
+def blank_options(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> AdapterOptions:
+    """What an adapter on the made-up GPU is told, of no model directory."""
+    return AdapterOptions(
         model_dir=Path(),
         compute_dtype=compute_dtype(config),
         device=DEVICE,
         train_mode=config.train_mode,
         control_ref_image=config.control_ref_image,
+        vae_mini_batch=config.vae_mini_batch,
         model_settings={name: stated.get(name) for name in spec.model.input_settings},
     )
-    adapter = adapter_of(spec).blank(stated, options)
+
+
+def _blank_adapter(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> ModelAdapter:
+    adapter = adapter_of(spec).blank(stated, blank_options(spec, config, stated))
     adapter.transformer.to(DEVICE)
     return adapter
 
