@@ -14,7 +14,15 @@ from vfun_cli.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
-TRAINING_PLANE = ("training/", "sampling/", "encoding/", "modeling/", "demo/", "acceptance/rank.py")
+TRAINING_PLANE = (
+    "training/",
+    "sampling/",
+    "encoding/",
+    "modeling/",
+    "demo/",
+    "acceptance/rank.py",
+    "forecast/measuring/",
+)
 SHARED_BY_FAMILIES = ("vfun_cli.families.spec", "vfun_cli.families.documented")
 FAMILY_TORCH_MODULES = {"adapter.py", "transformer.py"}
 
@@ -85,6 +93,7 @@ ROOMS = (
     ("plan",),
     ("sampling",),
     ("launch", "training"),
+    ("forecast",),
     ("acceptance", "report"),
     ("commands",),
     ("main",),

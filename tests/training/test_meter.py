@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.families.spec import ModelDims
+from vfun_cli.plan.flops import Costs, peak_of
 from vfun_cli.training.lora import add_adapters
-from vfun_cli.training.meter import Costs, peak_flops, peak_of, trained_share
+from vfun_cli.training.meter import peak_flops, trained_share
 
 LIVE = Callable[[str], LiveModel]
 LAYERS = {"train": 16, "lora": 40}

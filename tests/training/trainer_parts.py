@@ -15,9 +15,10 @@ from vfun_cli.encoding.encode import Sample
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.flops import Costs
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
-from vfun_cli.training.meter import Costs, trained_share
+from vfun_cli.training.meter import trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.optim import make_optimizer
 from vfun_cli.training.signals import CONTINUE

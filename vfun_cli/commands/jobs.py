@@ -1,23 +1,53 @@
-"""What train, lora and resume do with a job that is decided: show it, or start it and say how it went."""
+"""What train, lora and resume do with a job that is decided: show it, or start it and say how it went.
+
+On GPUs its forecast comes first: it settles what was left open, and refuses what will not fit.
+"""
+
+from typing import TYPE_CHECKING
 
 import typer
 
+from vfun_cli import console
 from vfun_cli.launch import show
 from vfun_cli.launch.job import Job
 from vfun_cli.launch.start import start
+
+if TYPE_CHECKING:
+    from vfun_cli.forecast.fit import Outlook
 
 
 def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> None:
     """One or the other.
 
     Raises:
+        FitError: it will not fit.
         VfunError: the run failed.
         typer.Exit: it was interrupted or preempted; its state is saved.
     """
+    job, found = _forecast(job, dry_run=dry_run)
     if dry_run:
-        show.dry_run(job, as_json=as_json)
+        show.dry_run(job, forecast=None if found is None else found.to_json(), as_json=as_json)
+    if found is not None:
+        from vfun_cli.forecast.fit import refuse
+        from vfun_cli.forecast.show import shown
+
+        if not as_json:
+            (console.out if dry_run else console.err).print(shown(found), soft_wrap=True)
+        refuse(found, job.config)
+    if dry_run:
         return
     outcome = start(job, overwrite=overwrite)
     show.result(job, outcome, as_json=as_json)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def _forecast(job: Job, *, dry_run: bool) -> "tuple[Job, Outlook | None]":
+    """The job as its forecast settles it, and the forecast; none of a run on processors, or where nobody wants one."""
+    if job.config.device != "cuda" or not job.config.fit_check:
+        return job, None
+    from vfun_cli.forecast.ask import measuring
+    from vfun_cli.forecast.fit import settled
+
+    with measuring(keeps=not dry_run) as measurer, console.err.status("forecasting the memory of a step"):
+        return settled(job, measurer)

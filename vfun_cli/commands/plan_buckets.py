@@ -19,11 +19,12 @@ from vfun_cli.families.detect import read_dims_if_there
 from vfun_cli.families.spec import FamilySpec
 
 if TYPE_CHECKING:
+    from vfun_cli.forecast.fit import Outlook
     from vfun_cli.plan.run_plan import RunPlan
     from vfun_cli.plan.schedule import EpochPlan
 
 
-@with_options("plan-buckets")
+@with_options("plan-buckets", strategies=True)
 def plan_buckets(
     given: dict[str, Any],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
@@ -68,16 +69,21 @@ def plan_buckets(
         bool,
         typer.Option("--assignment", help="With --json: what each rank trains in each step.", show_default=False),
     ] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Plan for vfun lora instead of vfun train.", show_default=False)
+    ] = False,
     demo: Demo = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show which clip trains at which size and length on which rank, and what each step costs.
+    """Show which clip trains at which size and length on which rank, what each step costs, and whether it fits.
 
-    Without metadata: the size table alone. The training core executes this very plan.
+    Without metadata: the size table alone. The training core executes this very plan. Memory and time are forecast for
+    the GPUs here, or for those that --memory and --gpu state.
 
     Examples: [bold]vfun plan-buckets wan-s2v[/bold] · [bold]vfun plan-buckets wan-s2v --meta metadata.json
-    --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
+    --world-size 64[/bold] · [bold]vfun plan-buckets wan-s2v --fsdp --world-size 8 --memory 80GiB --gpu H100[/bold] ·
+    [bold]vfun plan-buckets wan-s2v --demo --plot plan.svg[/bold]
     """
     spec = families.find(family)
     if plot_to is not None:
@@ -86,7 +92,10 @@ def plan_buckets(
         require_picture(plot_to)
     if meta is not None:
         given["train_data_meta"] = meta
-    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if demo else None)
+    command = "lora" if lora else "train"
+    if {"memory", "gpu"} & given.keys():  # of GPUs that need not be here
+        given = {"device": "cuda", "num_processes": world_size or 1, **given}
+    resolved = resolve(command, spec, given, demo=demo_default.make(spec) if demo else None)
     config, ranks = resolved.config, world_size or resolved.config.num_processes or 1
     check_step(config, ranks)
     model = config.pretrained_model_name_or_path
@@ -95,7 +104,7 @@ def plan_buckets(
     if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
         if why_clip is not None or plot_to is not None:
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
-        _show_sizes(spec, config, ranks, as_json=json)
+        _show_sizes(command, spec, config, ranks, as_json=json)
         return
     plan, planned = _plan(spec, config, ranks, epochs)
     if plot_to is not None:
@@ -103,10 +112,10 @@ def plan_buckets(
     if why_clip is not None:
         _explain(config, plan, planned, why_clip, as_json=json)
     else:
-        _show_plan(plan, planned, assignment=assignment, as_json=json)
+        _show_plan(command, config, plan, planned, assignment=assignment, as_json=json)
 
 
-def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: bool) -> None:
+def _show_sizes(command: str, spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: bool) -> None:
     """The size table alone."""
     from vfun_cli.metadata.table import ClipTable
     from vfun_cli.plan.preview import preview
@@ -117,10 +126,12 @@ def _show_sizes(spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: boo
     dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
     plan = RunPlan.of(config, spec, dims, ClipTable.empty(), world_size=ranks)
     check_options(plan.options, spec, dims)  # as a plan of clips would be
+    found = _outlook(command, config, plan, None)
     if as_json:
-        console.print_json(plan_json(plan))
+        console.print_json(plan_json(plan) | _forecast_json(found))
     else:
         console.out.print(preview(plan))
+        _show_outlook(found)
         console.hint("Name the metadata with --meta for the plan of its clips.")
 
 
@@ -166,11 +177,45 @@ def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", cli
         console.out.print("\n".join(why_lines(story)), soft_wrap=True)
 
 
-def _show_plan(plan: "RunPlan", planned: "list[EpochPlan]", *, assignment: bool, as_json: bool) -> None:
+def _show_plan(
+    command: str,
+    config: RunConfig,
+    plan: "RunPlan",
+    planned: "list[EpochPlan]",
+    *,
+    assignment: bool,
+    as_json: bool,
+) -> None:
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json
 
+    found = _outlook(command, config, plan, planned[0])
     if as_json:
-        console.print_json(plan_json(plan, planned, assignment=assignment))
+        console.print_json(plan_json(plan, planned, assignment=assignment) | _forecast_json(found))
     else:
         console.out.print(preview(plan, planned))
+        _show_outlook(found)
+
+
+def _outlook(command: str, config: RunConfig, plan: "RunPlan", epoch: "EpochPlan | None") -> "Outlook | None":
+    """Memory and time of the plan on GPUs; None for processors."""
+    if config.device != "cuda":
+        return None
+    from vfun_cli.forecast.ask import measuring
+    from vfun_cli.forecast.fit import outlook
+
+    with measuring() as measurer, console.err.status("forecasting the memory of a step"):
+        return outlook(command, config, plan.spec, plan, epoch, measurer)
+
+
+def _forecast_json(found: "Outlook | None") -> dict[str, Any]:
+    return {"forecast": None if found is None else found.to_json()}
+
+
+def _show_outlook(found: "Outlook | None") -> None:
+    if found is None:
+        console.hint("With --memory 80GiB --world-size 8: whether it fits into such GPUs.")
+        return
+    from vfun_cli.forecast.show import shown
+
+    console.out.print(shown(found), soft_wrap=True)

@@ -27,10 +27,12 @@ MEMORY = "Memory and speed"
 LORA = "LoRA"
 PARALLEL = "Processes and machines"
 OUTPUT = "Output and checkpoints"
+FORECAST = "Forecast"
 
 TRAIN = ("train", "lora")
 DATA_COMMANDS = ("train", "lora", "plan-buckets", "validate-meta")
 PLAN_COMMANDS = ("train", "lora", "plan-buckets")
+LORA_COMMANDS = ("lora", "plan-buckets")
 
 ResumeEffect = Literal["trajectory", "harmless", "sharding", "length", "contents"]
 
@@ -146,6 +148,7 @@ class RunConfig:
             minimum=0,
             maximum=1_024,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = 8
 
@@ -167,6 +170,7 @@ class RunConfig:
             "vfun cache fills it ahead.",
             panel=DATA,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
     cache_variants: Annotated[
@@ -281,11 +285,21 @@ class RunConfig:
     ] = None
 
     train_mode: Annotated[
-        str | None, Opt(help="What the model is conditioned on, where the family has a choice.", panel=CONDITIONING)
+        str | None,
+        Opt(
+            help="What the model is conditioned on, where the family has a choice.",
+            panel=CONDITIONING,
+            commands=PLAN_COMMANDS,
+        ),
     ] = None
     control_ref_image: Annotated[
         str,
-        Opt(help="Which frame serves as the reference image.", panel=CONDITIONING, choices=("first_frame", "random")),
+        Opt(
+            help="Which frame serves as the reference image.",
+            panel=CONDITIONING,
+            choices=("first_frame", "random"),
+            commands=PLAN_COMMANDS,
+        ),
     ] = "first_frame"
     loss_type: Annotated[
         str | None,
@@ -317,7 +331,15 @@ class RunConfig:
         ),
     ] = 1
     num_train_epochs: Annotated[
-        int, Opt(help="Epochs to train.", panel=OPTIMISATION, minimum=1, maximum=100_000, on_resume="length")
+        int,
+        Opt(
+            help="Epochs to train.",
+            panel=OPTIMISATION,
+            minimum=1,
+            maximum=100_000,
+            on_resume="length",
+            commands=PLAN_COMMANDS,
+        ),
     ] = 100
     max_train_steps: Annotated[
         int | None,
@@ -327,6 +349,7 @@ class RunConfig:
             minimum=0,
             maximum=1e9,
             on_resume="length",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
     learning_rate: Annotated[
@@ -374,6 +397,7 @@ class RunConfig:
             "float32. Left open, it is no on a CPU without units for bf16.",
             panel=OPTIMISATION,
             choices=("no", "bf16"),
+            commands=PLAN_COMMANDS,
         ),
     ] = "bf16"
     trainable_modules: Annotated[
@@ -382,11 +406,16 @@ class RunConfig:
             help="Parts of parameter names to train, comma-separated or repeated: of the released ones, or of those "
             "here; '.' is everything.",
             panel=OPTIMISATION,
+            commands=PLAN_COMMANDS,
         ),
     ] = (".",)
     use_ema: Annotated[
         bool,
-        Opt(help="Keep an exponential moving average of the weights (single process and DDP).", panel=OPTIMISATION),
+        Opt(
+            help="Keep an exponential moving average of the weights (single process and DDP).",
+            panel=OPTIMISATION,
+            commands=PLAN_COMMANDS,
+        ),
     ] = False
     ema_decay: Annotated[
         float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0, below=1)
@@ -501,6 +530,7 @@ class RunConfig:
             choices=("none", "block", "selective"),
             switch=("none", "block"),
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = "block"
     compile: Annotated[
@@ -508,6 +538,7 @@ class RunConfig:
         Opt(
             help="Compile the transformer's blocks, once for all shapes, in the first steps; not for ZeRO-3.",
             panel=MEMORY,
+            commands=PLAN_COMMANDS,
         ),
     ] = False
     fsdp_prefetch: Annotated[
@@ -519,6 +550,7 @@ class RunConfig:
             minimum=0,
             maximum=1_000,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = 0
     fsdp_reduce_dtype: Annotated[
@@ -527,10 +559,19 @@ class RunConfig:
             help="Type in which FSDP sums gradients over ranks: bf16 halves the traffic and rounds every gradient.",
             panel=MEMORY,
             choices=("fp32", "bf16"),
+            commands=PLAN_COMMANDS,
         ),
     ] = "fp32"
     vae_mini_batch: Annotated[
-        int, Opt(help="Clips the VAE encodes at a time.", panel=MEMORY, minimum=1, maximum=10_000, on_resume="harmless")
+        int,
+        Opt(
+            help="Clips the VAE encodes at a time.",
+            panel=MEMORY,
+            minimum=1,
+            maximum=10_000,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
     ] = 1
     low_vram: Annotated[
         bool,
@@ -540,6 +581,7 @@ class RunConfig:
             "ZeRO-3) stays.",
             panel=MEMORY,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = False
 
@@ -553,6 +595,7 @@ class RunConfig:
             minimum=0.001,
             maximum=1e6,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
 
@@ -564,6 +607,7 @@ class RunConfig:
             panel=PARALLEL,
             choices=tuple(STRATEGIES),
             on_resume="sharding",
+            commands=PLAN_COMMANDS,
         ),
     ] = "auto"
     device: Annotated[
@@ -593,6 +637,7 @@ class RunConfig:
             minimum=1,
             maximum=MOST_RANKS,
             on_resume="sharding",
+            commands=PLAN_COMMANDS,
         ),
     ] = 1
     machine_rank: Annotated[
@@ -614,12 +659,24 @@ class RunConfig:
     ] = None
 
     output_dir: Annotated[
-        Path, Opt(help="Run directory: options, plan, metrics, checkpoints.", panel=OUTPUT, on_resume="harmless")
+        Path,
+        Opt(
+            help="Run directory: options, plan, metrics, checkpoints.",
+            panel=OUTPUT,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
     ] = Path("output_dir")
     checkpointing_steps: Annotated[
         int,
         Opt(
-            help="Steps between checkpoints.", panel=OUTPUT, unit="steps", minimum=1, maximum=1e9, on_resume="harmless"
+            help="Steps between checkpoints.",
+            panel=OUTPUT,
+            unit="steps",
+            minimum=1,
+            maximum=1e9,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = 50
     checkpoints_total_limit: Annotated[
@@ -630,6 +687,7 @@ class RunConfig:
             minimum=1,
             maximum=1e6,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = None
     async_checkpoint: Annotated[
@@ -638,6 +696,7 @@ class RunConfig:
             help="Train on while a checkpoint is written; it waits in this machine's memory (/dev/shm) meanwhile.",
             panel=OUTPUT,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = False
     max_hours: Annotated[
@@ -680,8 +739,59 @@ class RunConfig:
         ),
     ] = "tensorboard"
 
+    memory: Annotated[
+        str | None,
+        Opt(
+            help="Memory of each GPU, such as 80GiB or 24GB, that a run has to fit into; by default what nvidia-smi "
+            "says of the smallest one here.",
+            panel=FORECAST,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    fit_check: Annotated[
+        bool,
+        Opt(
+            help="Refuse a run that will not fit into the GPUs before it is launched.",
+            panel=FORECAST,
+            on_resume="harmless",
+        ),
+    ] = True
+    gpu: Annotated[
+        str | None,
+        Opt(
+            help="Name of the GPUs that a run is planned for, such as H100 or 'RTX 4090'; by default those here.",
+            panel=FORECAST,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    mfu: Annotated[
+        float | None,
+        Opt(
+            help="Share of the GPUs' peak that a run uses, to tell how long it takes; by default what earlier steps in "
+            "output_dir reached, else 0.3.",
+            panel=FORECAST,
+            above=0,
+            maximum=1,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    price: Annotated[
+        float | None,
+        Opt(
+            help="Price of an hour of one GPU, to tell what the run costs.",
+            panel=FORECAST,
+            minimum=0,
+            maximum=1e6,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+
     rank: Annotated[
-        int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, maximum=65_536, commands=("lora",))
+        int, Opt(help="Rank of the LoRA matrices.", panel=LORA, minimum=1, maximum=65_536, commands=LORA_COMMANDS)
     ] = 64
     network_alpha: Annotated[
         float,
@@ -690,7 +800,7 @@ class RunConfig:
             panel=LORA,
             above=0,
             maximum=1e6,
-            commands=("lora",),
+            commands=LORA_COMMANDS,
         ),
     ] = 32
     target_name: Annotated[
@@ -698,7 +808,7 @@ class RunConfig:
         Opt(
             help="Endings of layer names that get adapters, comma-separated; the model's names or the released ones.",
             panel=LORA,
-            commands=("lora",),
+            commands=LORA_COMMANDS,
         ),
     ] = ()
     network_path: Annotated[
@@ -706,18 +816,19 @@ class RunConfig:
         Opt(
             help="Start from this LoRA: a checkpoint, or a file of peft, diffusers, ComfyUI or the original scripts.",
             panel=LORA,
-            commands=("lora",),
+            commands=LORA_COMMANDS,
         ),
     ] = None
     lora_dropout: Annotated[
-        float, Opt(help="Chance to drop an input of the adapters.", panel=LORA, minimum=0, below=1, commands=("lora",))
+        float,
+        Opt(help="Chance to drop an input of the adapters.", panel=LORA, minimum=0, below=1, commands=LORA_COMMANDS),
     ] = 0.0
     use_dora: Annotated[
         bool,
-        Opt(help="DoRA: train the length of each weight row beside its direction.", panel=LORA, commands=("lora",)),
+        Opt(help="DoRA: train the length of each weight row beside its direction.", panel=LORA, commands=LORA_COMMANDS),
     ] = False
     use_rslora: Annotated[
-        bool, Opt(help="Scale by network_alpha / sqrt(rank) instead.", panel=LORA, commands=("lora",))
+        bool, Opt(help="Scale by network_alpha / sqrt(rank) instead.", panel=LORA, commands=LORA_COMMANDS)
     ] = False
     base_precision: Annotated[
         str,
@@ -725,7 +836,7 @@ class RunConfig:
             help="How frozen blocks and their like are kept; fp8 and nf4 need a GPU and the single or ddp strategy.",
             panel=LORA,
             choices=BASE_PRECISIONS,
-            commands=("lora",),
+            commands=LORA_COMMANDS,
         ),
     ] = "bf16"
 

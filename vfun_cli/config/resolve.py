@@ -9,7 +9,6 @@ from typing import Any
 
 from vfun_cli import devices
 from vfun_cli.config.checks import check
-from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
@@ -69,7 +68,7 @@ def resolve(
     """
     layers = _layers(command, spec, given, demo=demo, base=base, environ=environ, directory=directory)
     config, sources = _merge(layers)
-    config = _settle_placement(config, sources, spec, command)
+    config = _settle_placement(config, sources)
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
@@ -220,7 +219,7 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
             yield f"${variable}", {name: value}
 
 
-def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySpec, command: str) -> RunConfig:
+def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Device, strategy and number of processes where they were left to us; notes their sources."""
     gpus = devices.gpu_count()
     for name, value, open_value in (
@@ -234,13 +233,7 @@ def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySp
     strategy = config.strategy
     if strategy == "auto":
         several = config.num_processes or config.num_machines * (gpus if device == "cuda" else 1)
-        strategy = "ddp" if several > 1 else "single"
-        # Filling a cache loads no transformer; a moving average and a quantised base cannot be sharded.
-        may_shard = command != "cache" and config.base_precision == "bf16" and not config.use_ema
-        if several > 1 and device == "cuda" and may_shard:
-            state = whole_state(config, spec, lora=command == "lora")
-            if state is not None and not state.fits:
-                strategy, sources["strategy"] = "fsdp", f"{HERE}: {state}"
+        strategy = "ddp" if several > 1 else "single"  # where that does not fit, its forecast chooses another
     processes = config.num_processes
     if processes is None:
         each = (gpus if device == "cuda" else 2) if STRATEGIES[strategy].several_processes else 1

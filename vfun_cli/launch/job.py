@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
-from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
-from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
@@ -163,8 +161,6 @@ def decide(
 
     check_weights(config.pretrained_model_name_or_path)
     trained = _trained(command, config, spec, plan)
-    if command != "cache":
-        warn_of_memory(config, spec, lora=command == "lora")
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None
@@ -252,18 +248,6 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
         )
 
 
-def warn_of_memory(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
-    """Say it where a strategy that shards nothing was chosen, or is the only one, and no GPU can hold the model."""
-    if config.device != "cuda" or STRATEGIES[config.strategy].sharded:
-        return
-    state = whole_state(config, spec, lora=lora)
-    if state is not None and not state.fits:
-        ways = "--fsdp shards them" if config.num_processes != 1 else "--zero3-offload keeps most of it on the host"
-        console.warn(
-            f"{state}: expect an out-of-memory error. {ways}; LoRA needs less, least with --base-precision nf4."
-        )
-
-
 def check_trackers(config: RunConfig) -> None:
     """Refuse a tracker whose package is missing, before anything is started.
 
@@ -284,6 +268,13 @@ def check_batch(config: RunConfig, clips: int) -> None:
             f"train_batch_size {config.train_batch_size} cannot be filled: the data set has {clips} clips.",
             hint=f"Use a --train-batch-size of at most {clips}; clips of one micro-batch also share a size.",
         )
+
+
+def changed(job: Job, options: Mapping[str, Any], why: str) -> Job:
+    """The same job with other values of options that were left open. ``why``: their source from now on."""
+    config, sources = replace(job.config, **options), {**job.resolved.sources, **dict.fromkeys(options, why)}
+    launch = plan_launch(config, job.spec, job.run, job.run_json)
+    return replace(job, resolved=Resolved(config=config, sources=sources), launch=launch)
 
 
 def continued(job: Job, step: int | None) -> Job:

@@ -1,6 +1,7 @@
 """What people see of a job: the preview of its plan, a dry run, and how it went."""
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -42,11 +43,11 @@ def _warn(need: DiskNeed, job: Job) -> None:
         console.warn(warning)
 
 
-def dry_run(job: Job, *, as_json: bool) -> None:
-    """All that the job would write and start, on stdout."""
+def dry_run(job: Job, *, forecast: Mapping[str, Any] | None, as_json: bool) -> None:
+    """All that the job would write and start, on stdout. ``forecast``: of its memory, for programs."""
     _warn(disk_need(job), job)
     if as_json:
-        console.print_json(_dry_run_json(job))
+        console.print_json({**_dry_run_json(job), "forecast": forecast})
     else:
         _print_dry_run(job)
 

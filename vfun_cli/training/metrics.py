@@ -12,11 +12,11 @@ import torch
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.modeling.transfer import Clock
+from vfun_cli.plan.flops import Costs
 from vfun_cli.run.metrics_file import MetricsFile, only_reports
 from vfun_cli.run.ownership import noting
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch
-from vfun_cli.training.meter import Costs
 from vfun_cli.training.sanity_check import write_first_batch
 from vfun_cli.training.trackers import TRACKERS, Tracker
 

@@ -14,6 +14,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.flops import Costs
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.messages import ENDINGS, Outcome
@@ -27,7 +28,7 @@ from vfun_cli.training.data.stream import held_out_requests, micro_batches, reco
 from vfun_cli.training.heldout import HeldOutLoss
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
-from vfun_cli.training.meter import Costs, peak_flops, trained_share
+from vfun_cli.training.meter import peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import (
     adapter_options,

@@ -6,6 +6,7 @@ In: the JSON of a ``Question``. Out: ``{"measured": …}``, or ``{"error": …, 
 import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from vfun_cli.errors import VfunError
 from vfun_cli.forecast.request import Question
@@ -20,7 +21,7 @@ def main() -> None:
         from vfun_cli.forecast.measuring.answer import answer
     for line in sys.stdin:
         try:
-            found = {"measured": asdict(answer(Question.from_json(json.loads(line))))}
+            found: dict[str, Any] = {"measured": asdict(answer(Question.from_json(json.loads(line))))}
         except VfunError as error:
             found = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
         print(json.dumps(found), file=out, flush=True)

@@ -10,7 +10,6 @@ from vfun_cli.forecast.request import Batch
 from vfun_cli.imports import uncollected
 from vfun_cli.modeling.adapter import AdapterOptions
 
-
 SHORT, LONGER = 17, 33
 """Frames. VAEs encode a few at a time, and keep of those before what grows with their number alone: what a longer clip
 holds is told by clips of these lengths, in a third of the time."""

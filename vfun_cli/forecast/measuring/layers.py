@@ -36,7 +36,7 @@ def directions(spec: FamilySpec, stated: Mapping[str, Any]) -> Directions | None
 
 def layer_counts(spec: FamilySpec, stated: Mapping[str, Any]) -> dict[str, int]:
     """How many layers of each kind a configuration states, by its keys; as released where it states none."""
-    values = {
+    values: dict[str, Any] = {
         key: stated[key] if stated.get(key) is not None else spec.model.released[key] for key in spec.model.layers
     }
     return {key: value if isinstance(value, int) else len(value) for key, value in values.items()}

@@ -71,7 +71,7 @@ def _adapters(config: RunConfig, transformer: nn.Module, released: Any, idle: Se
     found = []
     for name in choose_layers(list(linear), config.target_name, released, idle):
         rows, columns = linear[name].out_features, linear[name].in_features
-        shapes = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
         if config.use_dora:
             shapes["lora_magnitude_vector"] = (rows,)
         found += [Weight(name=f"{name}.{part}", shape=shape, trained=True) for part, shape in shapes.items()]

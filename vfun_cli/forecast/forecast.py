@@ -1,0 +1,158 @@
+"""A run's memory before it is launched: per phase and rank, whether it fits, and what would make it fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vfun_cli.config.checks import check
+from vfun_cli.config.options import RunConfig
+from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.forecast.ask import Measurer
+from vfun_cli.forecast.batches import Batches
+from vfun_cli.forecast.memory import GIB, Memory, memory
+from vfun_cli.forecast.request import Batch, Question
+from vfun_cli.forecast.ways import Way, ways
+
+ENOUGH_WAYS = 3
+"""Ways that are tried out and named, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a forecast is of."""
+
+    spec: FamilySpec
+    config: RunConfig
+    stated: Mapping[str, Any]
+    """The transformer's ``config.json``."""
+    ranks: int
+    lora: bool
+    batches: Batches
+    memory: int | None
+    """Bytes of each rank's device; None: unknown."""
+
+    def needs(self, measurer: Measurer, batch: Batch, config: RunConfig | None = None) -> Memory:
+        """What a rank needs for a micro-batch, under these options or others.
+
+        Raises:
+            VfunError: it cannot be measured.
+        """
+        config = config or self.config
+        question = Question.of(self.spec.name, config, self.stated, self.ranks, batch, lora=self.lora)
+        return memory(config, self.spec, measurer.ask(question), self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A way to make a run smaller, and what it then needs."""
+
+    ways: tuple[Way, ...]
+    peak: int
+    """Bytes."""
+
+    @property
+    def typed(self) -> str:
+        """As it is typed behind a command."""
+        return " ".join(way.typed for way in self.ways)
+
+    def __str__(self) -> str:
+        return f"{self.typed}: {size(self.peak)} ({'; '.join(way.costs for way in self.ways)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        options = {name: value for way in self.ways for name, value in way.options.items()}
+        return {"options": options, "typed": self.typed, "peak_bytes": self.peak}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What was found."""
+
+    subject: Subject
+    heaviest: Memory
+    typical: Memory
+    tried: Sequence[Tried] = ()
+    """What would make it fit, if it does not."""
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the device's memory is unknown."""
+        known = self.subject.memory
+        return None if known is None else self.heaviest.peak <= known
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        known, peak = self.subject.memory, size(self.heaviest.peak)
+        what = f"{self.subject.batches.heaviest} under {self.subject.config.strategy}"
+        if known is None:
+            return f"the heaviest micro-batch ({what}) needs {peak} of each GPU, in the {self.heaviest.binding} phase"
+        if self.fits:
+            return f"fits: {peak} of {size(known)} for the heaviest micro-batch ({what})"
+        most = max(self.heaviest.parts[self.heaviest.binding].items(), key=lambda part: part[1])
+        return (
+            f"does not fit: the heaviest micro-batch ({what}) needs {peak} of each GPU, which has {size(known)}; the "
+            f"{self.heaviest.binding} phase decides, most of it {most[0]} ({size(most[1])})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        subject = self.subject
+        return {
+            "strategy": subject.config.strategy,
+            "ranks": subject.ranks,
+            "memory_bytes": subject.memory,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "heaviest": {"batch": vars(subject.batches.heaviest), **self.heaviest.to_json()},
+            "typical": {"batch": vars(subject.batches.typical), **self.typical.to_json()},
+            "ways": [each.to_json() for each in self.tried],
+        }
+
+
+def forecast(subject: Subject, measurer: Measurer) -> Forecast:
+    """What the run needs and, where that is too much, the nearest options that fit.
+
+    Raises:
+        VfunError: it cannot be measured.
+    """
+    heavy, light = subject.batches.heaviest, subject.batches.typical
+    found = Forecast(subject=subject, heaviest=subject.needs(measurer, heavy), typical=subject.needs(measurer, light))
+    return found if found.fits is not False else replace(found, tried=_fitting(subject, measurer))
+
+
+def _fitting(subject: Subject, measurer: Measurer) -> list[Tried]:
+    """Single changes that suffice; where none does, the first few together that do."""
+    found, together, config = list[Tried](), list[Way](), subject.config
+    assert subject.memory is not None
+    candidates = [way for way in ways(subject.config, subject.ranks, lora=subject.lora) if _allowed(subject, way)]
+    for way in candidates:
+        peak = subject.needs(measurer, subject.batches.heaviest, way.applied(subject.config)).peak
+        if peak <= subject.memory:
+            found.append(Tried(ways=(way,), peak=peak))
+            if len(found) == ENOUGH_WAYS:
+                return found
+    if found:
+        return found
+    for way in candidates:
+        together = [each for each in together if not each.options.keys() & way.options.keys()] + [way]
+        config = way.applied(config)
+        peak = subject.needs(measurer, subject.batches.heaviest, config).peak
+        if peak <= subject.memory:
+            return [Tried(ways=tuple(together), peak=peak)]
+    return []
+
+
+def _allowed(subject: Subject, way: Way) -> bool:
+    """Whether the options may be combined so, on a machine that has the devices."""
+    try:
+        check(replace(way.applied(subject.config), device="cuda"), subject.spec, lora=subject.lora)
+    except (ConfigError, EnvironmentFault):
+        return False
+    return True
+
+
+def size(value: float) -> str:
+    """In the unit in which GPUs are sold."""
+    return f"{value / GIB:.1f} GiB"

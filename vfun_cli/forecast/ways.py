@@ -1,0 +1,82 @@
+"""What makes a run fit: other values of its options, the cheapest first."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.strategies import STRATEGIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A change of options."""
+
+    options: Mapping[str, Any]
+    costs: str
+    """What it costs, in a few words."""
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The configuration with it."""
+        return replace(config, **self.options)
+
+    @property
+    def typed(self) -> str:
+        """As it is typed behind a command."""
+        return " ".join(_typed(name, value) for name, value in self.options.items())
+
+
+def _typed(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"--{value}" if name == "strategy" and value != "single" else f"{flag} {value}"
+
+
+def ways(config: RunConfig, ranks: int, *, lora: bool) -> Iterator[Way]:
+    """All single changes that may make a run smaller, the cheapest first; each has to be tried."""
+    for possible, way in _WAYS:
+        if possible(config, ranks, lora) and way.applied(config) != config:
+            yield way
+
+
+Possible = Callable[[RunConfig, int, bool], bool]
+
+
+def _keeps_more_than(*modes: str) -> Possible:
+    return lambda config, ranks, lora: config.gradient_checkpointing in modes
+
+
+def _shards_less_than(name: str) -> Possible:
+    """Where the strategy shards less than this one; a quantised base cannot be sharded."""
+
+    def possible(config: RunConfig, ranks: int, lora: bool) -> bool:
+        now, then = STRATEGIES[config.strategy], STRATEGIES[name]
+        more = len(then.sharded) > len(now.sharded) or (then.offloads and not now.offloads)
+        return more and config.base_precision == "bf16" and (ranks > 1 or then.offloads)
+
+    return possible
+
+
+def _on_a_frozen_base(config: RunConfig, ranks: int, lora: bool) -> bool:
+    return lora and STRATEGIES[config.strategy].whole_weights
+
+
+_WAYS: tuple[tuple[Possible, Way], ...] = (
+    (
+        lambda config, ranks, lora: not config.low_vram and config.cache is None,
+        Way(options={"low_vram": True}, costs="encoders are copied to the GPU before each step"),
+    ),
+    (
+        _keeps_more_than("none", "selective"),
+        Way(options={"gradient_checkpointing": "block"}, costs="each block is computed twice"),
+    ),
+    (_shards_less_than("fsdp"), Way(options={"strategy": "fsdp"}, costs="weights are gathered block by block")),
+    (_on_a_frozen_base, Way(options={"base_precision": "fp8"}, costs="the frozen base is rounded to 8 bits")),
+    (_on_a_frozen_base, Way(options={"base_precision": "nf4"}, costs="the frozen base is rounded to 4 bits")),
+    (
+        _shards_less_than("zero3-offload"),
+        Way(options={"strategy": "zero3-offload"}, costs="AdamW works on the processor, weights come from the host"),
+    ),
+)
+"""With where each is possible."""
