@@ -28,9 +28,10 @@ PLAIN = FamilySpec(
     fields=(),
     media_types=("video", "image"),
     model=ModelSpec(
-        dims=ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
+        released={},
         read_dims=lambda config: ModelDims(dim=2048, ffn_dim=8192, num_layers=30),
         recognises=lambda config: False,
+        encoders={},
         captions=lambda dims: (),
         block_classes=(),
         sequence_tokens=_tokens,

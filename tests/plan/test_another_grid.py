@@ -44,9 +44,10 @@ SPEC = FamilySpec(
     fields=(MetadataField(name="file_path", media="visual"),),
     media_types=("video", "image"),
     model=ModelSpec(
-        dims=read_dims({}),
+        released={},
         read_dims=read_dims,
         recognises=lambda config: config.get("_class_name") == "DeepLatents",
+        encoders={},
         captions=lambda dims: (),
         block_classes=("Block",),
         sequence_tokens=sequence_tokens,

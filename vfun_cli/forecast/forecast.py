@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from vfun_cli.config.checks import check
@@ -15,7 +16,11 @@ from vfun_cli.forecast.request import Batch, Question
 from vfun_cli.forecast.ways import Way, ways
 
 ENOUGH_WAYS = 3
-"""Ways that are tried out and named, at most."""
+"""Ways that are named, at most; with smaller clips one more."""
+SIZE_STEP = 32
+"""Pixels of a side, between sizes that are tried."""
+SMALLEST = 4
+"""Clips become at most so many times smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,25 +128,55 @@ def forecast(subject: Subject, measurer: Measurer) -> Forecast:
 
 
 def _fitting(subject: Subject, measurer: Measurer) -> list[Tried]:
-    """Single changes that suffice; where none does, the first few together that do."""
-    found, together, config = list[Tried](), list[Way](), subject.config
-    assert subject.memory is not None
+    """Single changes that suffice; where none does, the first few together that do, with smaller clips if need be."""
     candidates = [way for way in ways(subject.config, subject.ranks, lora=subject.lora) if _allowed(subject, way)]
-    for way in candidates:
-        peak = subject.needs(measurer, subject.batches.heaviest, way.applied(subject.config)).peak
-        if peak <= subject.memory:
-            found.append(Tried(ways=(way,), peak=peak))
-            if len(found) == ENOUGH_WAYS:
-                return found
-    if found:
-        return found
-    for way in candidates:
-        together = [each for each in together if not each.options.keys() & way.options.keys()] + [way]
-        config = way.applied(config)
-        peak = subject.needs(measurer, subject.batches.heaviest, config).peak
-        if peak <= subject.memory:
-            return [Tried(ways=tuple(together), peak=peak)]
-    return []
+    found = [tried for way in candidates if (tried := _tried(subject, measurer, (way,))) is not None][:ENOUGH_WAYS]
+    together: tuple[Way, ...] = ()
+    for way in candidates if not found else ():
+        together = (*(each for each in together if not each.options.keys() & way.options.keys()), way)
+        tried = _tried(subject, measurer, together)
+        if tried is not None:
+            return [tried]
+    smaller = _smaller(subject, measurer, () if found else together)
+    return found + ([] if smaller is None else [smaller])
+
+
+def _tried(subject: Subject, measurer: Measurer, together: tuple[Way, ...], batch: Batch | None = None) -> Tried | None:
+    """These changes, if the run then fits."""
+    config = reduce(lambda changed, way: way.applied(changed), together, subject.config)
+    peak = subject.needs(measurer, batch or subject.batches.heaviest, config).peak
+    assert subject.memory is not None
+    return Tried(ways=together, peak=peak) if peak <= subject.memory else None
+
+
+def _smaller(subject: Subject, measurer: Measurer, together: tuple[Way, ...]) -> Tried | None:
+    """The same with the largest clips that fit, of as many frames."""
+    side, least = subject.config.video_sample_size, subject.spec.plan.smallest_side
+    sizes = [size for size in range(SIZE_STEP, side, SIZE_STEP) if size >= max(least, side // SMALLEST)]
+    found = None
+    while sizes:  # halved, as memory grows with size
+        middle = sizes[len(sizes) // 2]
+        tried = _tried(subject, measurer, (*together, _sized(subject.config, middle)), _scaled(subject, middle / side))
+        found = tried or found
+        sizes = [size for size in sizes if (size > middle if tried is not None else size < middle)]
+    return found
+
+
+def _sized(config: RunConfig, side: int) -> Way:
+    options = {"video_sample_size": side}
+    if config.training_with_video_token_length:
+        options["token_sample_size"] = min(side, config.token_sample_size)
+    return Way(options=options, costs="smaller clips")
+
+
+def _scaled(subject: Subject, factor: float) -> Batch:
+    """The heaviest micro-batch at another size."""
+    batch = subject.batches.heaviest
+    high, wide = subject.spec.plan.grid
+    height, width = (
+        max(step, int(side * factor) // step * step) for side, step in ((batch.height, high), (batch.width, wide))
+    )
+    return replace(batch, height=height, width=width)
 
 
 def _allowed(subject: Subject, way: Way) -> bool:

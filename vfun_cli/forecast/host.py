@@ -31,7 +31,7 @@ def host_memory(
     strategy = STRATEGIES[config.strategy]
     state = measured.weights + measured.masters + measured.gradients + measured.moments + measured.average
     shared = {name for name, each in spec.model.encoders.items() if each.shared and strategy.shares_encoders}
-    pinned = sum(size for name, size in encoder_bytes(config, spec, 1).items() if name not in shared)
+    pinned = sum(size for name, size in encoder_bytes(config, spec, measured, 1).items() if name not in shared)
     parts = {
         "processes": here * (PROCESS + config.dataloader_num_workers * WORKER),
         "offloaded state": here * state * strategy.offloads,

@@ -34,6 +34,8 @@ class Question:
     lora: bool
     stated: Mapping[str, Any]
     """The transformer's ``config.json``."""
+    model_dir: str | None
+    """Where the encoders' files are; None: those of the released model count."""
     config: Mapping[str, Any]
     """Of the options, by name, those that matter."""
     ranks: int
@@ -44,9 +46,11 @@ class Question:
         cls, family: str, config: RunConfig, stated: Mapping[str, Any], ranks: int, batch: Batch, *, lora: bool
     ) -> Self:
         """About a run of these options."""
+        folder = config.pretrained_model_name_or_path
+        model_dir = str(folder.absolute()) if folder is not None and folder.is_dir() else None
         told = config.to_json()
         asked = {name: told[name] for name, (_, _, opt) in options().items() if opt.panel in PANELS or name in OTHERS}
-        return cls(family=family, lora=lora, stated=stated, config=asked, ranks=ranks, batch=batch)
+        return cls(family=family, lora=lora, stated=stated, model_dir=model_dir, config=asked, ranks=ranks, batch=batch)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -89,8 +93,11 @@ class Measured:
     outside: int
     """Numbers: of what lies outside of blocks."""
     trained_outside: int
+    encoders: Mapping[str, int]
+    """Numbers of each encoder, by its name."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """From the other process."""
-        return cls(**{each.name: int(values[each.name]) for each in fields(cls)})
+        numbers = {each.name: int(values[each.name]) for each in fields(cls) if each.name != "encoders"}
+        return cls(**numbers, encoders={name: int(count) for name, count in values["encoders"].items()})

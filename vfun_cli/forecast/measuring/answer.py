@@ -7,7 +7,7 @@ from typing import Any
 
 from vfun_cli import families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.forecast.measuring.encoders import encode_peak
+from vfun_cli.forecast.measuring.encoders import encode_peak, encoder_weights
 from vfun_cli.forecast.measuring.model import Weight, blank_options, block_names, layers_alike, weights_of
 from vfun_cli.forecast.measuring.passes import measure
 from vfun_cli.forecast.measuring.state import kept
@@ -23,13 +23,15 @@ def answer(question: Question) -> Measured:
     """
     spec, config = families.find(question.family), RunConfig.from_json(question.config)
     weights = weights_of(spec, config, question.stated, lora=question.lora)
+    options = blank_options(spec, config, question.stated)
     alike = layers_alike(spec, question.stated, weights)
     held = measure(spec, config, question.stated, question.batch, lora=question.lora, alike=alike)
     return Measured(
         **asdict(kept(config, weights, question.ranks)),
         **asdict(held),
         **_units(weights, block_names(spec, config, question.stated)),
-        encode=encode_peak(spec, blank_options(spec, config, question.stated), question.batch),
+        encode=encode_peak(spec, options, question.batch),
+        encoders=encoder_weights(spec, options, question.model_dir),
         parameters=sum(weight.numel for weight in weights),
         trained=sum(weight.numel for weight in weights if weight.trained),
     )

@@ -1,7 +1,13 @@
-"""What a VAE holds while it encodes."""
+"""What encoders weigh, and what a VAE holds while it encodes."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from vfun_cli.checkpoints.safetensors import read_file
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.measuring.gpu import made_up_gpu
@@ -9,7 +15,10 @@ from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.forecast.request import Batch
 from vfun_cli.imports import uncollected
 from vfun_cli.modeling.adapter import AdapterOptions
+from vfun_cli.modeling.weights import load_pth
 
+WEIGHTS = (".safetensors", ".pth", ".bin")
+"""How files with weights end."""
 SHORT, LONGER = 17, 33
 """Frames. VAEs encode a few at a time, and keep of those before what grows with their number alone: what a longer clip
 holds is told by clips of these lengths, in a third of the time."""
@@ -33,3 +42,27 @@ def encode_peak(spec: FamilySpec, options: AdapterOptions, batch: Batch) -> int:
         return peak(frames)
     longer = peak(LONGER)
     return longer + (longer - peak(SHORT)) * (frames - LONGER) // (LONGER - SHORT)
+
+
+def encoder_weights(spec: FamilySpec, options: AdapterOptions, model_dir: str | None) -> dict[str, int]:
+    """How many numbers each encoder has: in its files or, where these are not whole, as released."""
+    released = {name: int(each.weights * 1e9) for name, each in spec.model.encoders.items()}
+    if model_dir is None:
+        return released
+    try:
+        encoders = adapter_of(spec).encoders_of(replace(options, model_dir=Path(model_dir)))
+        return {name: sum(map(_numbers, source.files)) for name, source in encoders.sources.items()}
+    except (CheckpointError, OSError):  # whoever loads them says what is missing
+        return released
+
+
+def _numbers(path: Path) -> int:
+    """Of a file, or of the files of a folder: of the first kind that is there, as each may hold all."""
+    if path.is_dir():
+        kinds = ([file for file in sorted(path.iterdir()) if file.suffix == suffix] for suffix in WEIGHTS)
+        return sum(map(_numbers, next((files for files in kinds if files), [])))
+    if path.suffix == ".safetensors":
+        return sum(math.prod(tensor.shape) for tensor in read_file(path).values())
+    if path.suffix in WEIGHTS:
+        return sum(tensor.numel() for tensor in load_pth(path).values())
+    return 0
