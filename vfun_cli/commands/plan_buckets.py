@@ -205,7 +205,7 @@ def _outlook(command: str, config: RunConfig, plan: "RunPlan", epoch: "EpochPlan
     from vfun_cli.forecast.fit import outlook
 
     with measuring() as measurer, console.err.status("forecasting the memory of a step"):
-        return outlook(command, config, plan.spec, plan, epoch, measurer)
+        return outlook(command, config, plan.spec, plan, epoch, measurer, typical=True)
 
 
 def _forecast_json(found: "Outlook | None") -> dict[str, Any]:

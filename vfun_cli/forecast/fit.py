@@ -53,17 +53,20 @@ def outlook(
     plan: RunPlan,
     epoch: EpochPlan | None,
     measurer: Measurer,
+    *,
+    typical: bool = False,
 ) -> Outlook:
     """Of a run that is planned.
 
     Args:
         epoch: its first one; None where no clips are known.
+        typical: see ``forecast``.
 
     Raises:
         VfunError: it cannot be measured.
     """
     subject = subject_of(command, config, spec, plan, epoch)
-    found = forecast(subject, measurer)
+    found = forecast(subject, measurer, typical=typical)
     question = Question.of(
         spec.name, config, subject.stated, subject.ranks, subject.batches.heaviest, lora=subject.lora
     )

@@ -76,7 +76,8 @@ class Forecast:
 
     subject: Subject
     heaviest: Memory
-    typical: Memory
+    typical: Memory | None = None
+    """Of the median micro-batch, where that was asked for."""
     tried: Sequence[Tried] = ()
     """What would make it fit, if it does not."""
 
@@ -111,19 +112,28 @@ class Forecast:
             "fits": self.fits,
             "verdict": self.verdict,
             "heaviest": {"batch": vars(subject.batches.heaviest), **self.heaviest.to_json()},
-            "typical": {"batch": vars(subject.batches.typical), **self.typical.to_json()},
+            "typical": None
+            if self.typical is None
+            else {"batch": vars(subject.batches.typical), **self.typical.to_json()},
             "ways": [each.to_json() for each in self.tried],
         }
 
 
-def forecast(subject: Subject, measurer: Measurer) -> Forecast:
+def forecast(subject: Subject, measurer: Measurer, *, typical: bool = False) -> Forecast:
     """What the run needs and, where that is too much, the nearest options that fit.
+
+    Args:
+        typical: also what its median micro-batch needs.
 
     Raises:
         VfunError: it cannot be measured.
     """
-    heavy, light = subject.batches.heaviest, subject.batches.typical
-    found = Forecast(subject=subject, heaviest=subject.needs(measurer, heavy), typical=subject.needs(measurer, light))
+    batches = subject.batches
+    found = Forecast(
+        subject=subject,
+        heaviest=subject.needs(measurer, batches.heaviest),
+        typical=subject.needs(measurer, batches.typical) if typical else None,
+    )
     return found if found.fits is not False else replace(found, tried=_fitting(subject, measurer))
 
 

@@ -17,12 +17,17 @@ def shown(found: Outlook) -> RenderableType:
     return Group(
         Text.assemble(("Memory", "bold"), ("  of each GPU, heaviest micro-batch, in GiB", "dim")),
         _table(found.forecast),
-        Text(f"  {found.forecast.subject.batches.typical}, the median: {size(found.forecast.typical.peak)}", "dim"),
+        *_typical(found.forecast),
         _verdict(found.forecast),
         *(Text(f"  {tried}") for tried in found.forecast.tried),
         Text(f"  each machine: {_host(found)}"),
         *([] if found.schedule is None else [Text.assemble(("Time", "bold")), *_time(found.schedule)]),
     )
+
+
+def _typical(found: Forecast) -> Iterator[Text]:
+    if found.typical is not None:
+        yield Text(f"  {found.subject.batches.typical}, the median: {size(found.typical.peak)}", "dim")
 
 
 def _table(found: Forecast) -> Table:

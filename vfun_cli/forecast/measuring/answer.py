@@ -1,17 +1,21 @@
 """A question about a step, answered."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from vfun_cli import families
-from vfun_cli.config.options import RunConfig
+from vfun_cli.config.options import RunConfig, default_of
+from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.measuring.encoders import encode_peak, encoder_weights
 from vfun_cli.forecast.measuring.model import Weight, blank_options, block_names, layers_alike, weights_of
-from vfun_cli.forecast.measuring.passes import measure
+from vfun_cli.forecast.measuring.passes import Held, measure
 from vfun_cli.forecast.measuring.state import kept
-from vfun_cli.forecast.request import Measured, Question
+from vfun_cli.forecast.request import Batch, Measured, Question
 
 
 def answer(question: Question) -> Measured:
@@ -21,20 +25,70 @@ def answer(question: Question) -> Measured:
         ConfigError: options that choose nothing.
         CheckpointError: no model can be made of the configuration.
     """
-    spec, config = families.find(question.family), RunConfig.from_json(question.config)
-    weights = weights_of(spec, config, question.stated, lora=question.lora)
-    options = blank_options(spec, config, question.stated)
-    alike = layers_alike(spec, question.stated, weights)
-    held = measure(spec, config, question.stated, question.batch, lora=question.lora, alike=alike)
+    config, stated = RunConfig.from_json(question.config), json.dumps(question.stated)
+    model = Model(family=question.family, stated=stated, lora=question.lora)
+    weights, blocks = _weights(model, _unplaced(config))
     return Measured(
         **asdict(kept(config, weights, question.ranks)),
-        **asdict(held),
-        **_units(weights, block_names(spec, config, question.stated)),
-        encode=encode_peak(spec, options, question.batch),
-        encoders=encoder_weights(spec, options, question.model_dir),
+        **asdict(_held(model, _alike_placed(config), question.batch)),
+        **_units(weights, blocks),
+        encode=_encode(question.family, config.bf16, config.vae_mini_batch, question.batch),
+        encoders=_encoders(model, question.model_dir),
         parameters=sum(weight.numel for weight in weights),
         trained=sum(weight.numel for weight in weights if weight.trained),
     )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as a key: settings are compared that differ in little, and most of the answer stays."""
+
+    family: str
+    stated: str
+    """The JSON of its ``config.json``."""
+    lora: bool
+
+    @property
+    def parts(self) -> tuple[FamilySpec, dict[str, Any]]:
+        """The family, and the configuration."""
+        return families.find(self.family), json.loads(self.stated)
+
+
+def _unplaced(config: RunConfig) -> RunConfig:
+    """What decides which weights there are, whatever the strategy."""
+    return replace(config, strategy="single", gradient_checkpointing=default_of("gradient_checkpointing"))
+
+
+def _alike_placed(config: RunConfig) -> RunConfig:
+    """What decides what a pass holds: of the strategy, whether each rank has all masters."""
+    return replace(config, strategy="single" if STRATEGIES[config.strategy].whole_weights else "fsdp")
+
+
+@cache
+def _weights(model: Model, config: RunConfig) -> tuple[list[Weight], list[str]]:
+    """All weights, and the names of the blocks."""
+    spec, stated = model.parts
+    return weights_of(spec, config, stated, lora=model.lora), block_names(spec, config, stated)
+
+
+@cache
+def _held(model: Model, config: RunConfig, batch: Batch) -> Held:
+    spec, stated = model.parts
+    alike = layers_alike(spec, stated, _weights(model, _unplaced(config))[0])
+    return measure(spec, config, stated, batch, lora=model.lora, alike=alike)
+
+
+@cache
+def _encode(family: str, bf16: bool, mini_batch: int, batch: Batch) -> int:
+    config = RunConfig(mixed_precision="bf16" if bf16 else "no", vae_mini_batch=mini_batch)
+    spec = families.find(family)
+    return encode_peak(spec, blank_options(spec, config, spec.model.released), batch)
+
+
+@cache
+def _encoders(model: Model, model_dir: str | None) -> dict[str, int]:
+    spec, stated = model.parts
+    return encoder_weights(spec, blank_options(spec, RunConfig(), stated), model_dir)
 
 
 def _units(weights: Sequence[Weight], blocks: Sequence[str]) -> Mapping[str, Any]:
