@@ -19,7 +19,7 @@ from vfun_cli import devices, families, main
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.launch import show
-from vfun_cli.launch.job import decide, warn_of_memory
+from vfun_cli.launch.job import decide
 from vfun_cli.modeling.media.writing import write_png, write_wav
 from vfun_cli.run.rundir import RunDir
 
@@ -232,7 +232,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
 
 def test_a_dry_run_may_be_for_another_machine(place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "gpu_count", lambda: 0)
-    node = ("train", "wan-s2v", "--fsdp", *DRY, "--device", "cuda")
+    node = ("train", "wan-s2v", "--fsdp", *DRY, "--device", "cuda", "--no-fit-check")
     said = vfun(*node, "--num-processes", "8")
     assert said.code == 0 and re.search(r"num_processes = 8 +option", said.out), said.err
     assert "mean over max FLOPs of 8 ranks" in said.out and "num_processes: 8" in said.out
@@ -242,21 +242,10 @@ def test_a_dry_run_may_be_for_another_machine(place: Path, vfun: Vfun, monkeypat
 
 
 def test_what_the_machine_decides_is_told_with_the_reason(
-    place: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "smallest_gpu", lambda: 1_000)
-    node = ("train", "cogvideox-fun", *DRY, "--device", "cuda", "--num-processes", "8")
-    said = vfun(*node)
-    assert re.search(r"strategy = 'fsdp' +this machine: unsharded, .* the smallest GPU has 1e-06 GB", said.out), (
-        said.err
-    )
-    assert "out-of-memory" not in said.err
-    spec, demo = families.find("cogvideox-fun"), demo_default.make(families.find("cogvideox-fun"))
-    for given, way in (({"strategy": "ddp"}, "--fsdp shards"), ({"num_processes": 1}, "--zero3-offload")):
-        config = resolve("train", spec, {"device": "cuda", "num_processes": 8, **given}, demo=demo).config
-        warn_of_memory(config, spec, lora=False)
-        warning = " ".join(capfd.readouterr().err.split())
-        assert "expect an out-of-memory error" in warning and way in warning
+    spec = families.find("cogvideox-fun")
+    demo = demo_default.make(spec)
     monkeypatch.setattr(devices, "multiplies_bf16", lambda: False)
     show.preview(decide("train", spec, resolve("train", spec, {"device": "cpu"}, demo=demo)))
     assert "mixed_precision no: its processor has no units for bf16" in capfd.readouterr().err

@@ -1,8 +1,6 @@
 """Options: the published command lines' defaults, every way to set one, who wins, and what is said of a wrong one."""
 
-import json
 import os
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -202,51 +200,6 @@ def test_a_processor_that_multiplies_bf16_slowly_trains_in_float32_unless_told(
     monkeypatch.setattr(devices, "multiplies_bf16", lambda: units)
     resolved = settle(given={"device": "cpu", **given}, environ=environ)
     assert (resolved.config.mixed_precision, resolved.sources["mixed_precision"]) == (precision, source)
-
-
-def write_model(folder: Path, **millions: int) -> Path:
-    """A model directory whose one file has holes for bytes: a tensor of so many million bf16 numbers for each name."""
-    ends = list(accumulate((count * 2_000_000 for count in millions.values()), initial=0))
-    header = {
-        f"{name}.weight": {"dtype": "BF16", "shape": [count, 1_000_000], "data_offsets": [begin, end]}
-        for (name, count), begin, end in zip(millions.items(), ends, ends[1:], strict=False)
-    }
-    text = json.dumps(header).encode()
-    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + ends[-1])
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("command", "gpus", "gigabytes", "more", "strategy", "needed"),
-    [
-        ("train", 8, 80, {}, "fsdp", "224 GB"),  # 14 billion weights of 16 bytes
-        ("train", 8, 80, {"trainable_modules": ("head",)}, "fsdp", "84 GB"),  # 4 billion, beside 10 of 2
-        ("train", 8, 94, {"trainable_modules": ("head",)}, "ddp", None),
-        ("train", 8, None, {}, "fsdp", "80 GB are assumed"),
-        ("train", 8, 80, {"use_ema": True}, "ddp", None),
-        ("train", 8, 80, {"strategy": "ddp"}, "ddp", None),
-        ("train", 8, 80, {"device": "cpu", "num_processes": 2}, "ddp", None),
-        ("train", 1, 80, {}, "single", None),
-        ("lora", 8, 80, {}, "ddp", None),
-        ("lora", 8, 24, {}, "fsdp", "28 GB"),
-        ("lora", 8, 80, {"mixed_precision": "no"}, "ddp", None),
-        ("lora", 8, 24, {"base_precision": "nf4"}, "ddp", None),
-        ("cache", 8, 24, {}, "ddp", None),
-    ],
-)
-def test_left_to_itself_a_model_that_no_gpu_holds_is_sharded(
-    command: str, gpus: int, gigabytes: int | None, more: dict[str, Any], strategy: str, needed: str | None,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    write_model(tmp_path, blocks=10_000, head=4_000)
-    monkeypatch.setattr(devices, "gpu_count", lambda: gpus)
-    monkeypatch.setattr(devices, "smallest_gpu", lambda: gigabytes and gigabytes * 10**9)
-    resolved = settle(command, given={"pretrained_model_name_or_path": tmp_path, **more})
-    assert resolved.config.strategy == strategy
-    source = resolved.sources["strategy"]
-    assert (needed is None and ":" not in source) or (needed is not None and needed in source), source
 
 
 def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:

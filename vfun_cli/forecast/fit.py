@@ -21,6 +21,8 @@ from vfun_cli.launch.job import Job, changed
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan
 
+ASSUMED_MEMORY = 80 * 10**9
+"""Bytes of a GPU that is not here and of which nothing is said, where a strategy has to be chosen."""
 SHARDING = ("ddp", "fsdp", "zero3-offload")
 """What is tried where nobody chose a strategy, the cheapest first."""
 
@@ -115,14 +117,20 @@ def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
         VfunError: it cannot be measured.
     """
     found = _outlook(job, measurer)
-    open_strategy = job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING
-    if open_strategy and found.forecast.fits is False and job.config.base_precision == "bf16":
-        for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
-            other = changed(job, {"strategy": name}, f"{HERE}: {found.forecast.verdict}")
-            then = _outlook(other, measurer)
-            if then.forecast.fits:
-                return other, then
+    is_open = job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING
+    if not is_open or _may_fit(found) or job.config.base_precision != "bf16":
+        return job, found
+    for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
+        other = changed(job, {"strategy": name}, f"{HERE}: under {job.config.strategy} it {found.forecast.verdict}")
+        then = _outlook(other, measurer)
+        if _may_fit(then):
+            return other, then
     return job, found
+
+
+def _may_fit(found: Outlook) -> bool:
+    known = found.forecast.subject.memory
+    return found.forecast.heaviest.peak <= (ASSUMED_MEMORY if known is None else known)
 
 
 def _outlook(job: Job, measurer: Measurer) -> Outlook:

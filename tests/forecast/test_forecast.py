@@ -1,0 +1,235 @@
+"""Whether a run fits is known before it is launched, and what would make it fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forecast.released_folder import write_released
+from tests.jobs import vfun_here as vfun
+from vfun_cli import children, families
+from vfun_cli.config.memory import memory_bytes
+from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import family_defaults
+from vfun_cli.demo import default as demo_default
+from vfun_cli.errors import CheckpointError, ConfigError, FitError, RunError
+from vfun_cli.forecast import ask
+from vfun_cli.forecast.batches import Batches
+from vfun_cli.forecast.fit import Outlook, refuse
+from vfun_cli.forecast.forecast import Subject, forecast
+from vfun_cli.forecast.memory import GIB, memory
+from vfun_cli.forecast.request import Batch, Measured, Question
+
+SPEC = families.find("wan-s2v")
+HEAVY = Batch(frames=80, height=640, width=640)
+MEASURED = Measured(
+    weights=8 * GIB, masters=0, gradients=8 * GIB, moments=16 * GIB, average=0, saved=14 * GIB, forward=17 * GIB,
+    backward=24 * GIB, last=10 * GIB, encode=4 * GIB, parameters=16_000_000_000, trained=16_000_000_000,
+    largest_block=350_000_000, trained_in_block=350_000_000, outside=2_240_000_000, trained_outside=2_240_000_000,
+    encoders={"vae": 127_000_000, "text": 5_681_000_000, "speech": 315_000_000},
+)  # fmt: skip
+"""About Wan2.2-S2V on eight ranks."""
+
+
+class Known:
+    """Answers without measuring: as ``MEASURED``, activations by tokens, state by the ranks that share it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+
+    def ask(self, question: Question) -> Measured:
+        self.asked.append(question)
+        batch, sharded = question.batch, question.config["strategy"] in ("fsdp", "zero3-offload")
+        share = batch.frames * batch.height * batch.width / (HEAVY.frames * HEAVY.height * HEAVY.width)
+        kept = 14 if question.config["gradient_checkpointing"] == "none" else 1
+        times = 1 if sharded else 8
+        return replace(
+            MEASURED, weights=MEASURED.weights * times, gradients=MEASURED.gradients * times,
+            moments=MEASURED.moments * times, forward=int(MEASURED.forward * share * kept),
+            backward=int(MEASURED.backward * share * kept), last=int(MEASURED.last * share),
+        )  # fmt: skip
+
+
+def subject(gib: float | None, *, lora: bool = False, ranks: int = 8, **options: Any) -> Subject:
+    config = replace(
+        family_defaults("lora" if lora else "train", SPEC, "fsdp"), device="cuda", num_processes=ranks, **options
+    )
+    return Subject(
+        spec=SPEC, config=config, stated=SPEC.model.released, ranks=ranks, lora=lora,
+        batches=Batches(heaviest=HEAVY, typical=replace(HEAVY, height=512, width=512)),
+        memory=None if gib is None else int(gib * GIB),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_answers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Answers are remembered in a folder of the tests."""
+    folder = tmp_path_factory.getbasetemp() / "forecasts"
+    monkeypatch.setattr(ask, "FOLDER", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 << 30), ("24 GB", 24 * 10**9), ("80", 80 << 30), ("40g", 40 << 30), ("81559MiB", 81559 << 20)],
+)
+def test_memory_is_written_as_people_write_it(text: str, size: int) -> None:
+    assert memory_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "80 apples", "-3GB", "0", "1e3GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory"):
+        memory_bytes(text)
+
+
+def test_a_run_that_fits_says_by_how_much_and_one_that_does_not_names_what_decides() -> None:
+    fits = forecast(subject(80, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    assert fits.fits and not fits.tried and "of 80.0 GiB" in fits.verdict and "80 frames of 640x640" in fits.verdict
+    found = forecast(subject(40, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    assert found.fits is False
+    assert (
+        found.verdict.startswith("does not fit") and "backward phase decides, most of it activations" in found.verdict
+    )
+
+
+def test_without_a_known_memory_there_is_a_number_and_no_verdict() -> None:
+    found = forecast(subject(None, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    assert found.fits is None and "needs" in found.verdict and not found.tried
+
+
+def test_every_way_that_is_named_fits_and_the_cheapest_is_first() -> None:
+    found = forecast(subject(80, strategy="ddp", gradient_checkpointing="block"), Known())  # type: ignore[arg-type]
+    assert [each.typed for each in found.tried][:2] == ["--fsdp", "--zero3-offload"]
+    for tried in found.tried:
+        config = found.subject.config
+        for way in tried.ways:
+            config = way.applied(config)
+        if "video_sample_size" not in tried.to_json()["options"]:
+            again = forecast(replace(found.subject, config=config), Known())  # type: ignore[arg-type]
+            assert again.fits and again.heaviest.peak == tried.peak
+
+
+def test_changes_are_put_together_where_none_suffices_alone() -> None:
+    found = forecast(subject(60, strategy="ddp", gradient_checkpointing="none"), Known())  # type: ignore[arg-type]
+    first = found.tried[0]
+    assert "--gradient-checkpointing block" in first.typed and "--fsdp" in first.typed and first.peak <= 60 * GIB
+
+
+def test_smaller_clips_are_named_by_the_largest_size_that_fits() -> None:
+    found = forecast(subject(56, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    options = found.tried[-1].to_json()["options"]
+    side = options["video_sample_size"]
+    assert options["token_sample_size"] == side and side % 32 == 0
+    larger = replace(HEAVY, height=side + 32, width=side + 32)
+    assert found.subject.needs(Known(), larger).peak > 56 * GIB  # type: ignore[arg-type]
+
+
+def test_phases_hold_what_lies_there_then() -> None:
+    config = replace(family_defaults("train", SPEC, "fsdp"), strategy="fsdp", device="cuda")
+    found = memory(config, SPEC, MEASURED, 8)
+    assert found.parts["encode"]["encoding"] == 4 * GIB and "encoding" not in found.parts["forward"]
+    assert found.parts["encode"]["encoders"] == max(5_681_000_000 * 2 // 8, 315_000_000 * 4)  # one at a time: low_vram
+    resident = memory(replace(config, low_vram=False), SPEC, MEASURED, 8).parts
+    assert all(
+        parts["encoders"] == 127_000_000 * 2 + 315_000_000 * 4 + 5_681_000_000 * 2 // 8 for parts in resident.values()
+    )
+    cached = memory(replace(config, cache=Path("cache")), SPEC, MEASURED, 8)
+    assert not any({"encoders", "encoding"} & parts.keys() for parts in cached.parts.values())
+    summed = memory(replace(config, gradient_accumulation_steps=2), SPEC, MEASURED, 8)
+    assert summed.parts["backward"]["gradients"] == 8 * GIB
+    offloaded = memory(replace(config, strategy="zero3-offload"), SPEC, MEASURED, 8)
+    assert not {"weights", "masters", "moments", "gradients"} & offloaded.parts["backward"].keys()
+
+
+def outlook(found: Any, host: int = 0, machine: int | None = None) -> Outlook:
+    return Outlook(forecast=found, host={"processes": host}, machine=machine, schedule=None)
+
+
+def test_what_will_not_fit_is_refused_unless_that_is_switched_off() -> None:
+    found = forecast(subject(40, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    with pytest.raises(FitError, match="the run does not fit") as error:
+        refuse(outlook(found), RunConfig())
+    assert "--zero3-offload" in str(error.value.hint) and "--no-fit-check" in str(error.value.hint)
+    refuse(outlook(found), RunConfig(fit_check=False))
+    fits = forecast(subject(80, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    refuse(outlook(fits, host=10 * GIB, machine=None), RunConfig())
+    with pytest.raises(FitError, match="of this machine's memory"):
+        refuse(outlook(fits, host=10 * GIB, machine=9 * GIB), RunConfig())
+
+
+def test_an_answer_is_remembered_until_its_file_is_damaged(own_answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = Question.of("wan-s2v", family_defaults("train", SPEC, "fsdp"), SPEC.model.released, 8, HEAVY, lora=False)
+    measurer, counted = ask.Measurer(), list[Question]()
+
+    def measure(asked: Question) -> Measured:
+        counted.append(asked)
+        return MEASURED
+
+    monkeypatch.setattr(measurer, "_measure", measure)
+    assert measurer.ask(question) == measurer.ask(question) == MEASURED and len(counted) == 1
+    for file in own_answers.iterdir():
+        file.write_text("{")
+    assert measurer.ask(question) == MEASURED and len(counted) == 2
+    measurer.ask(replace(question, ranks=16))
+    assert len(counted) == 3
+    dry = ask.Measurer(keeps=False)
+    monkeypatch.setattr(dry, "_measure", measure)
+    dry.ask(replace(question, ranks=4))
+    before = len(list(own_answers.iterdir()))
+    assert before == 2 and len(counted) == 4
+
+
+def test_a_process_that_dies_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "command", lambda *given, **named: ["sh", "-c", "echo no torch here >&2; exit 1"])
+    question = Question.of("wan-s2v", RunConfig(seed=1), {}, 1, HEAVY, lora=False)
+    with ask.measuring() as measurer, pytest.raises(RunError, match="no torch here"):
+        measurer.ask(question)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_made_is_the_errors_own() -> None:
+    question = Question.of("wan-s2v", RunConfig(), {"dim": "wide"}, 1, HEAVY, lora=False)
+    with ask.measuring() as measurer, pytest.raises(CheckpointError, match="cannot be loaded"):
+        measurer.ask(question)
+
+
+@pytest.mark.slow
+def test_a_14b_run_on_40_gib_is_refused_and_fits_with_what_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo_default.make(SPEC)
+    model = write_released("wan-s2v", tmp_path / "model", model_type="s2v")
+    run = (
+        "train", "wan-s2v", "--dry-run", "--device", "cuda", "--num-processes", "8", "--memory", "40GiB",
+        "--pretrained-model-name-or-path", str(model), "--output-dir", str(tmp_path / "out"),
+        "--train-data-meta", "vfun-demo/wan-s2v/data/metadata.json",
+    )  # fmt: skip
+    said = vfun(*run, "--fsdp")
+    assert said.code == 4 and "does not fit" in said.err and "57." in said.out, said.err
+    named = said.err.split("What fits: ")[1].split(":")[0]
+    assert named.startswith("--")
+    then = vfun(*run, *named.split())
+    assert then.code == 0 and "fits: " in then.out, then.err
+    chosen = vfun(*run)
+    assert chosen.code == 0 and "strategy = 'zero3-offload'  this machine: under ddp it does not fit" in chosen.out
+    assert vfun(*run, "--fsdp", "--no-fit-check").code == 0
+    found = json.loads(vfun(*run, "--fsdp", "--json").out)["forecast"]
+    assert found["fits"] is False and found["heaviest"]["phases"]["backward"]["activations"] > 20 * GIB
+
+
+REVIEW = {"fsdp": 58, "zero3": 62, "zero2": 86, "zero3-offload": 33}
+"""GiB of a GPU for a full fine-tune of Wan2.2-S2V on eight, 36,000 tokens, counted by hand."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", REVIEW)
+def test_the_forecast_of_the_documented_run_is_what_was_counted_by_hand(strategy: str) -> None:
+    config = replace(family_defaults("train", SPEC, "fsdp"), strategy=strategy, device="cuda", num_processes=8)
+    with ask.measuring() as measurer:
+        question = Question.of("wan-s2v", config, SPEC.model.released, 8, HEAVY, lora=False)
+        peak = memory(config, SPEC, measurer.ask(question), 8).peak / GIB
+    assert abs(peak - REVIEW[strategy]) < 0.06 * REVIEW[strategy]
