@@ -17,6 +17,8 @@ ASSUMED_MEMORY = 80 * 10**9
 """Bytes of a GPU that is not here."""
 TRAINED_BYTES = 16
 """Of a trained weight: its float32 master, the gradient, and the two moments of AdamW."""
+AVERAGE_BYTES = 4
+"""Of a trained weight, where its moving average is kept."""
 FROZEN_BYTES: Mapping[str, float] = {"bf16": 2, "fp8": 1, "nf4": 0.5}
 """Of a frozen weight, by ``base_precision``; without bf16 it is float32."""
 
@@ -64,5 +66,5 @@ def whole_state(config: RunConfig, spec: FamilySpec, *, lora: bool) -> WholeStat
     chosen = [] if lora else choose(config.trainable_modules, sizes, spec.export.names["same"]).names
     weights, trained = sum(sizes.values()), sum(sizes[name] for name in chosen)
     frozen = FROZEN_BYTES[config.base_precision] if config.bf16 else 4
-    needed = int(trained * TRAINED_BYTES + (weights - trained) * frozen)
+    needed = int(trained * (TRAINED_BYTES + config.use_ema * AVERAGE_BYTES) + (weights - trained) * frozen)
     return WholeState(weights=weights, needed=needed, memory=devices.smallest_gpu())

@@ -386,7 +386,7 @@ class RunConfig:
     ] = (".",)
     use_ema: Annotated[
         bool,
-        Opt(help="Keep an exponential moving average of the weights (single process and DDP).", panel=OPTIMISATION),
+        Opt(help="Keep an exponential moving average of the weights.", panel=OPTIMISATION),
     ] = False
     ema_decay: Annotated[
         float, Opt(help="Decay of the moving average per step.", panel=OPTIMISATION, minimum=0, below=1)

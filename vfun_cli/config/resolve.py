@@ -235,8 +235,8 @@ def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySp
     if strategy == "auto":
         several = config.num_processes or config.num_machines * (gpus if device == "cuda" else 1)
         strategy = "ddp" if several > 1 else "single"
-        # Filling a cache loads no transformer; a moving average and a quantised base cannot be sharded.
-        may_shard = command != "cache" and config.base_precision == "bf16" and not config.use_ema
+        # Filling a cache loads no transformer; a quantised base cannot be sharded.
+        may_shard = command != "cache" and config.base_precision == "bf16"
         if several > 1 and device == "cuda" and may_shard:
             state = whole_state(config, spec, lora=command == "lora")
             if state is not None and not state.fits:

@@ -34,9 +34,17 @@ def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
+def is_partitioned(state: TrainedState) -> bool:
+    """Whether DeepSpeed trains it: it cuts the masters into parts by rules of its own."""
+    return hasattr(state.model, "zero_optimization_stage")
+
+
 def master_weights(state: TrainedState) -> list[Tensor]:
-    """The float32 weights that the optimizer changes, as far as they lie on this rank."""
-    if hasattr(state.model, "zero_optimization_stage"):
+    """The float32 weights that the optimizer changes, as far as they lie on this rank.
+
+    DeepSpeed's are flat tensors of many parameters; others are one a parameter, in the order of ``trained_parameters``.
+    """
+    if is_partitioned(state):
         zero = cast(Any, state.model).optimizer
         third = hasattr(zero, "fp32_partitioned_groups_flat")
         return list(zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups)
@@ -60,7 +68,7 @@ def let_go(state: TrainedState) -> None:
     model: Any = state.model
     if isinstance(model, FSDPModule):
         model.reshard()
-    elif hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
+    elif is_partitioned(state) and model.zero_optimization_stage() == 3:
         model.empty_partition_cache()
 
 
