@@ -21,12 +21,13 @@ def average_in_place(state: TrainedState) -> Iterator[None]:
     """The average in the place of the weights that a forward pass uses; then they are again what they were, to the bit.
 
     Average and masters change places, so that no rank needs memory for another model, nor for the whole of this one.
-    All ranks enter and leave together, except that an ``Exception`` may be this rank's own. Its run ends with that:
-    what the masters and the average hold is put back, but ZeRO-2's copies are not, which takes all ranks.
+    All ranks enter and leave together, with nothing gathered of sharded weights (``let_go``), except that an
+    ``Exception`` may be this rank's own. Its run ends with that: masters and average are put back, but not the copies of
+    ZeRO-2, which takes all ranks.
     """
-    average, alone = _of(state), False
     let_go(state)
-    average.exchange(master_weights(state))
+    average, masters, alone = _of(state), master_weights(state), False
+    average.exchange(masters)
     try:
         refresh_compute_copies(state)
         yield
@@ -34,8 +35,7 @@ def average_in_place(state: TrainedState) -> Iterator[None]:
         alone = True
         raise
     finally:
-        let_go(state)
-        average.exchange(master_weights(state))
+        average.exchange(masters)
         refresh_compute_copies(state, alone=alone)
 
 

@@ -33,6 +33,7 @@ from vfun_cli.errors import CheckpointError, VfunError, first_line
 from vfun_cli.modeling.pickled import load_pickled
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
+from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.state.averaged import average_by_parameter, average_of_rank
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
 from vfun_cli.training.waiting import patient_group, wait_for_all
@@ -200,7 +201,8 @@ def _save_engine(state: TrainedState, folder: Path) -> None:
         engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
     if state.average is not None:
         file = f"zero_pp_rank_{state.accelerator.process_index}_mp_rank_00_ema.safetensors"  # as DeepSpeed's own
-        save_tensors(average_of_rank(state), folder / _TAG / file)
+        with all_or_none():  # which waits, too: nobody may list the folder while a rank still writes
+            save_tensors(average_of_rank(state), folder / _TAG / file)
 
 
 @contextmanager

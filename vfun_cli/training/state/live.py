@@ -62,12 +62,14 @@ def fingerprint(state: TrainedState) -> Tensor:
 def let_go(state: TrainedState) -> None:
     """Give back what forward passes without a backward pass have gathered of sharded weights.
 
-    FSDP keeps its root whole for the backward pass, ZeRO-3 what it fetched ahead; the small weights that ZeRO-3 always
-    keeps whole go with it, and come back with the next forward pass.
+    FSDP keeps its root whole for the backward pass, and what accelerate wraps of a model's end, ZeRO-3 what it fetched
+    ahead; the small weights that ZeRO-3 always keeps whole go with it, and come back with the next forward pass.
     """
     model: Any = state.model
     if isinstance(model, FSDPModule):
-        model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     elif is_partitioned(state) and model.zero_optimization_stage() == 3:
         model.empty_partition_cache()
 
