@@ -34,15 +34,18 @@ from vfun_cli.training.lora import add_adapters, load_adapter, save_adapter
 from vfun_cli.training.signals import PREEMPTED
 from vfun_cli.training.state.averaged import load_average
 from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.gather import collect
 from vfun_cli.training.state.live import TrainedState, is_partitioned, master_weights, trained_parameters
 from vfun_cli.training.strategy import make_accelerator
 
 STRATEGIES = ("fsdp", "zero3", "zero2")
-WHOLE = (*STRATEGIES, "zero3-offload")
-"""Those that train whole models."""
+WHOLE = ("fsdp", "zero2", "zero3", "zero3-offload")
+"""Those that train whole models. From its first ZeRO-3 on, DeepSpeed has linear layers of its own for a process."""
+ROUNDS_ALIKE = ("fsdp", "zero2")
+"""Those that come before, and compute the bits of one process."""
 STEPS = 3
 """Before a checkpoint is restored."""
-AVERAGED = {"use_ema": True, "ema_decay": 0.5}
+AVERAGED: dict[str, Any] = {"use_ema": True, "ema_decay": 0.5}
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -66,6 +69,8 @@ def accelerator(strategy: str, folder: Path) -> Accelerator:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "bf16": {"enabled": True},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": STRATEGY[strategy].zero_stage},
@@ -100,13 +105,20 @@ def load(state: TrainedState, folder: Path) -> None:
     load_average(state, open_checkpoint(folder))
 
 
-def learn(state: TrainedState, first: int, last: int) -> list[float]:
-    """Steps from ``first`` to before ``last``, as the trainer takes them; their losses."""
+def learn(state: TrainedState, first: int, last: int, noted: dict[str, torch.Tensor] | None = None) -> list[float]:
+    """Steps from ``first`` to before ``last``, as the trainer takes them; their losses.
+
+    Args:
+        noted: takes on rank 0, by name, the average that is computed here of gathered weights.
+    """
     losses = []
     for step in range(first, last):
         losses += train(state, 1, torch.bfloat16)
         assert state.average is not None
         state.average.update(master_weights(state), step)
+        decay = min(AVERAGED["ema_decay"], (1 + step) / (10 + step)) if step else 0
+        for name, weight in collect(state)[0].items() if noted is not None else ():
+            noted[name] = weight if name not in noted else decay * noted[name] + (1 - decay) * weight
     return losses
 
 
@@ -217,7 +229,10 @@ def whole_models(folder: Path) -> None:
         if before == WHOLE[-1]:
             break
         state = start_whole(strategy, folder)
-        learn(state, 0, STEPS)
+        noted = dict[str, torch.Tensor]()
+        learn(state, 0, STEPS, noted)
+        if state.accelerator.is_main_process:
+            save_file(noted, folder / "whole" / strategy / "noted.safetensors")
         save_whole(state, strategy, folder, "trained")
         told: dict[str, Any] = {"unchanged": looked_at(state, folder / "whole" / strategy / "looks.safetensors")}
         told["stopped"] = left_by(state, Stopped(PREEMPTED))
@@ -236,8 +251,8 @@ def whole_models(folder: Path) -> None:
 
 def main(folder: Path) -> int:
     torch.set_num_threads(1)
-    adapters(folder)
     whole_models(folder)
+    adapters(folder)
     return 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_sample import predict
 from safetensors.torch import load_file
-from sharded_worker import STEPS, WHOLE, load_whole, start_whole
+from sharded_worker import ROUNDS_ALIKE, STEPS, WHOLE, load_whole, start_whole
 
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.export import export
@@ -64,8 +64,15 @@ def test_the_average_is_that_of_one_process(strategy: str, sharded: Path) -> Non
     one, two = average(alone), average(shared)
     weights = {name: tensor.read() for name, tensor in alone.weights.items()}
     other_weights = {name: tensor.read() for name, tensor in shared.weights.items()}
-    assert distance(one, two) <= max(distance(weights, other_weights), 1e-3 * distance(one, weights))
-    assert distance(two, other_weights) > 10 * distance(one, two), "it is another than the weights"
+    assert 0 < distance(one, two) <= distance(weights, other_weights)
+    assert distance(two, other_weights) > 1.5 * distance(one, two), "it is another than the weights"
+
+
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_it_averages_the_float32_masters_of_every_step(strategy: str, sharded: Path) -> None:
+    noted = load_file(sharded / "whole" / strategy / "noted.safetensors")
+    found = average(open_checkpoint(path(sharded, strategy)))
+    assert distance({name: values.numpy() for name, values in noted.items()}, found) < 1e-5
 
 
 @pytest.mark.parametrize("strategy", WHOLE)
@@ -93,8 +100,9 @@ def test_one_process_restores_it_and_predicts_with_it_as_the_ranks_did(strategy:
     for weights, made in looks.items():
         with evaluating(state, weights) as transformer:
             alone = predict(transformer, torch.bfloat16).float()
-        assert (alone - made).norm() <= 2e-3 * alone.norm(), weights
-    assert (looks["ema"] - looks["trained"]).norm() > 2e-2 * looks["trained"].norm()
+        bound = 0 if strategy in ROUNDS_ALIKE else 1e-2
+        assert (alone - made).norm() <= bound * alone.norm(), weights
+    assert (looks["ema"] - looks["trained"]).norm() > 5e-2 * looks["trained"].norm()
 
 
 @pytest.mark.parametrize("strategy", WHOLE)
