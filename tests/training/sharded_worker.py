@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=2 sharded_worker.py FOLDER
 
 ``FOLDER/<strategy>/trained`` is what was saved of adapters, ``continued`` the same after one more step, ``resumed``
-after being restored and one more step, ``restored`` what the next strategy saves after restoring it. The same of a whole
-model, as checkpoints, is below ``FOLDER/whole``: ``FOLDER/whole/<strategy>/trained/checkpoint-3``. There is that of one
-process already, which the first strategy restores.
+after being restored and one more step, ``restored`` what the next strategy saves after restoring it. Of whole models
+the same is below ``FOLDER/whole``, as checkpoints, e.g. ``FOLDER/whole/<strategy>/trained/checkpoint-3``. That of one
+process is there already, and the first strategy restores it.
 """
 
 import json

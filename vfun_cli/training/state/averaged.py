@@ -21,9 +21,9 @@ def average_in_place(state: TrainedState) -> Iterator[None]:
     """The average in the place of the weights that a forward pass uses; then they are again what they were, to the bit.
 
     Average and masters change places, so that no rank needs memory for another model, nor for the whole of this one.
-    All ranks enter and leave together, with nothing gathered of sharded weights (``let_go``), except that an
-    ``Exception`` may be this rank's own. Its run ends with that: masters and average are put back, but not the copies of
-    ZeRO-2, which takes all ranks.
+    All ranks enter and leave together, with nothing gathered of sharded weights (``let_go``). Only an ``Exception`` may
+    be this rank's own, with which its run ends: masters and average are put back then, but not the copies of ZeRO-2,
+    which takes all ranks.
     """
     let_go(state)
     average, masters, alone = _of(state), master_weights(state), False
