@@ -41,7 +41,7 @@ def average_in_place(state: TrainedState) -> Iterator[None]:
 
 def average_by_parameter(state: TrainedState) -> dict[str, Tensor]:
     """The average as each parameter is: whole, or FSDP's shards; not of DeepSpeed, whose masters are of many."""
-    found = {}
+    found = dict[str, Tensor]()
     for (name, parameter), shadow in zip(trained_parameters(state).items(), _of(state).shadow, strict=True):
         if isinstance(parameter, DTensor):
             found[name] = DTensor.from_local(

@@ -67,7 +67,7 @@ def let_go(state: TrainedState) -> None:
     """
     model: Any = state.model
     if isinstance(model, FSDPModule):
-        for module in model.modules():
+        for module in state.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
     elif is_partitioned(state) and model.zero_optimization_stage() == 3:
