@@ -18,6 +18,7 @@ from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
 from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.typed_json import shown
 
 Layout = Literal["safetensors", "dcp", "zero1", "zero2", "zero3"]
 
@@ -349,7 +350,7 @@ def _zero_ema(folder: Path, shapes: Mapping[str, tuple[int, ...]], ranks: int) -
     for file in files:
         for name, part in safetensors.read_file(file).items():
             if name not in parts or part.dtype != "F32":
-                raise CheckpointError(f"{file}: {name} is not of the float32 weights that are trained.")
+                raise CheckpointError(f"{file}: {shown(name)} is not of the float32 weights that are trained.")
             parts[name].append(part)
 
     def source(name: str) -> TensorSource:
