@@ -30,9 +30,9 @@ from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.flops import Costs
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
-from vfun_cli.plan.flops import Costs
 from vfun_cli.training.meter import trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import FlowMatching

@@ -40,9 +40,9 @@ from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.media import writing
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.weights import read_json
+from vfun_cli.plan.flops import Costs
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
-from vfun_cli.plan.flops import Costs
 from vfun_cli.training.meter import peak_flops, trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.model import adapter_options, prepare_blocks, prepare_state

@@ -176,7 +176,7 @@ LIGHT = [
     ["train", "wan-s2v", "--no-option"],
     ["train", "wan-s2v", "--learning-rate", "x"],
     ["train", "wan-s2v", "--fsdp", "--zero2"],
-    ["train", "wan-s2v", "--fsdp", "--use-ema"],
+    ["train", "wan-s2v", "--zero3", "--compile"],
     ["lora", "wan-s2v", "--zero3", "--use-dora"],
     ["train", "wan-s2v", "--num-processes", "9999"],
     ["train", "wan-s2v", "--resume-from-checkpoint", "latest"],

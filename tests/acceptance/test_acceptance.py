@@ -54,6 +54,13 @@ def test_every_strategy_base_and_way_to_save_memory_has_a_row(family: str) -> No
         assert any(option in line for line in lines), option
 
 
+def test_every_strategy_that_shards_has_a_row_with_a_moving_average_that_is_looked_at() -> None:
+    averaged = [script(row) for name, row in CUDA.items() if "/averaged-" in name]
+    assert len(averaged) == sum(bool(strategy.sharded) for strategy in STRATEGIES.values()) > 3
+    for line in averaged:
+        assert "--use-ema" in line and "--validation-steps 1 " in line
+
+
 def test_rows_build_on_rows_before_them_and_the_one_that_takes_the_memory_is_last_and_alone() -> None:
     names = list(CUDA)
     assert len(names) == len(all_rows("cuda")) == len(set(names))

@@ -59,7 +59,8 @@ class Run:
 CLIP_NORM = 1e-3
 
 _FP32 = {"mixed_precision": "no", "max_train_steps": 6}
-_SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3}
+_AVERAGED = {"use_ema": True, "ema_decay": 0.5}
+_SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3, **_AVERAGED}
 _CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1, "gradient_accumulation_steps": 2}
 _UNCLIPPED = {"max_grad_norm": 0, "max_train_steps": 1}
 _UNTRAINED = {"max_train_steps": 0}
@@ -70,7 +71,7 @@ BROKEN = "broken"
 _LORA_FP32 = {"mixed_precision": "no", "max_train_steps": 6, "adam_epsilon": 1e-4}
 
 HELD_OUT = "held-out"
-"""A run of the matrix that validates, too, and cannot make a sample of one of its rows."""
+"""A run of the matrix that validates, too, also by the moving average, and cannot make a sample of one of its rows."""
 _HELD_OUT = {
     "validation_meta": "vfun-demo/wan-s2v/data/held-out.json",
     "validation_steps": STEPS["train"] // 2,
@@ -92,7 +93,7 @@ _EVERYWHERE = {
     "untrained": _UNTRAINED,
     BROKEN: _BROKEN,
 }
-_IN_MATRIX = {**_EVERYWHERE, HELD_OUT: {**_HELD_OUT, "max_train_steps": 6}}
+_IN_MATRIX = {**_EVERYWHERE, HELD_OUT: {**_HELD_OUT, **_AVERAGED, "max_train_steps": 6}}
 
 # Beside the matrix, one family under the options that a strategy could get wrong on its own; `lora-` trains adapters.
 # Offload keeps elsewhere what ZeRO-3 has: it is outside of the matrix, and has no runs but these.
@@ -100,7 +101,6 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
-        "average": {"use_ema": True, "ema_decay": 0.5, "max_train_steps": 3, **_HELD_OUT},
     },
     "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
     "fsdp": {

@@ -1,4 +1,6 @@
-"""Five strategies into five: weights, moments and step counts carried over bit for bit, and the run goes on."""
+"""Five strategies into five: weights, their average, moments and step counts carried over bit for bit, and the run
+goes on.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -45,6 +47,7 @@ def options(strategy: str, **more: Any) -> Mapping[str, Any]:
         "gradient_accumulation_steps": 2 // processes,
         "max_train_steps": LAST,
         "checkpointing_steps": CHANGED,
+        "use_ema": True,
         **more,
     }
 
@@ -94,6 +97,7 @@ def taken_over(begun: Callable[[str], None]) -> Callable[[str], None]:
 
 def arrays(checkpoint: CheckpointReader) -> dict[str, np.ndarray[Any, Any]]:
     found = {name: source.read() for name, source in checkpoint.weights.items()}
+    found |= {f"{name}.average": source.read() for name, source in checkpoint.ema.items()}
     for name, moments in checkpoint.moments.items():
         found |= {f"{name}.exp_avg": moments.exp_avg.read(), f"{name}.exp_avg_sq": moments.exp_avg_sq.read()}
         found[f"{name}.step"] = np.array(moments.step)
@@ -102,14 +106,14 @@ def arrays(checkpoint: CheckpointReader) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("target", STRATEGIES)
 @pytest.mark.parametrize("source", STRATEGIES)
-def test_weights_moments_and_step_counts_arrive_bit_for_bit(
+def test_weights_average_moments_and_step_counts_arrive_bit_for_bit(
     source: str, target: str, taken_over: Callable[[str], None]
 ) -> None:
     taken_over(target)
     before = arrays(open_checkpoint(RunDir(straight(source).folder).checkpoint(CHANGED)))
     after = arrays(open_checkpoint(RunDir(copied(source, target).folder).checkpoint(CHANGED)))
     assert before.keys() == after.keys()
-    assert len(before) > 300
+    assert len(before) > 400
     different = [name for name in before if before[name].tobytes() != after[name].tobytes()]
     assert not different, different[:5]
 

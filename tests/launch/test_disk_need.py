@@ -50,6 +50,7 @@ def test_the_checkpoints_to_come_are_counted_as_they_are_saved(
         ("train", {"strategy": "zero2"}, 14),
         ("train", {"strategy": "zero2", "mixed_precision": "no"}, 16),
         ("train", {"strategy": "ddp", "use_ema": True}, 16),
+        ("train", {"strategy": "zero3", "use_ema": True}, 16),
         ("lora", {"strategy": "zero2"}, 12),
     ],
 )

@@ -146,7 +146,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "num_machines": {"main_process_port": 29500},
     "machine_rank": {"num_machines": 2, "main_process_port": 29500},
     "cache_variants": {"cache": "latents"},
-    "use_ema": {"strategy": "ddp"},
     "validation_steps": {"validation_prompts": ["a cat"]},
     "validation_epochs": {"validation_prompts": ["a cat"]},
     "base_precision": {"strategy": "ddp", "device": "cuda"},

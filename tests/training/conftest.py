@@ -8,6 +8,10 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from live_models import LiveModel
+from lora_sample import model_directory
+from sharded_worker import STEPS, learn, save_whole, start_whole
+
+from tests.two_ranks import run_on_two_ranks
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +28,18 @@ def live_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Live
         return made[family]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what ``sharded_worker.py`` writes, and what one process has trained before."""
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    model_directory(folder / "model")
+    alone = start_whole("single", folder)
+    learn(alone, 0, STEPS)
+    save_whole(alone, "single", folder, "trained")
+    run_on_two_ranks(Path(__file__).with_name("sharded_worker.py"), folder)
+    return folder
 
 
 @pytest.fixture

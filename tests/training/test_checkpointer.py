@@ -351,6 +351,7 @@ def test_the_first_machine_takes_what_the_others_have_copied_as_they_say(shared:
                 [
                     "state/zero_pp_rank_1_mp_rank_00_model_states.pt",
                     "state/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+                    "state/zero_pp_rank_1_mp_rank_00_ema.safetensors",
                 ],
                 *[[]] * 9,
                 ["state/zero_pp_rank_11_mp_rank_00_model_states.pt"],

@@ -5,27 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_sample import model_directory
-from lora_worker import STRATEGIES
 from safetensors.torch import load_file
+from sharded_worker import STRATEGIES
 
-from tests.two_ranks import run_on_two_ranks
+from vfun_cli.checkpoints.lora_files import peft_key
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("lora_worker.py")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    model_directory(folder / "model")
-    run_on_two_ranks(WORKER, folder)
-    return folder
+@pytest.fixture
+def folder(sharded: Path) -> Path:
+    return sharded
 
 
 def same(one: Path, other: Path) -> None:
-    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors"):
         expected, found = load_file(one / file), load_file(other / file)
         assert expected.keys() == found.keys()
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -44,6 +38,12 @@ def test_the_saved_adapter_is_whole(strategy: str, folder: Path) -> None:
     moments = load_file(folder / strategy / "trained/optimizer.safetensors")
     assert len(moments) == 60
     assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {3.0}
+    average = load_file(folder / strategy / "trained/ema.safetensors")
+    assert {peft_key(name): value.shape for name, value in average.items()} == {
+        name: value.shape for name, value in adapter.items()
+    }
+    for name, value in average.items():
+        assert (value != 0).all(dim=1).float().mean() > 0.9 and not torch.equal(value, adapter[peft_key(name)]), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -23,7 +23,7 @@ from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.optim import make_optimizer
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.ema import WeightAverage
-from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.state.live import TrainedState, master_weights
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation
 
@@ -78,14 +78,16 @@ class Parts:
         model, optimizer = accelerator.prepare(model, optimizer)
         accelerator.state.device = device
         checkpointer: Any = self.saves
-        average = WeightAverage(model, self.config.ema_decay) if self.config.use_ema else None
+        state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
+        if self.config.use_ema:
+            state.average = WeightAverage(master_weights(state), self.config.ema_decay)
         ledger: Any = SimpleNamespace(step=lambda batches: None, close=lambda: None)
         stop: Any = self.stop
         self.accelerator = accelerator
         self.trainer = Trainer(
             config=self.config, accelerator=accelerator, adapter=adapter,
-            state=TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average),
-            objective=objective, checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop, total_steps=6,
+            state=state, objective=objective, checkpointer=checkpointer, ledger=ledger, cache=cache, stop=stop,
+            total_steps=6,
             description={}, validation=Validation(iter(()), []),
             metrics=Metrics(
                 run, self.config, costs=costs, peak_flops=None, device=device, writes=True, first_step=first_step,

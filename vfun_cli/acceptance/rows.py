@@ -93,6 +93,7 @@ def all_rows(device: str) -> list[Row]:
         *(_strategies(name, device) for name in FIRST),
         *(_bases(name, device) for name in FIRST),
         *(_resumed(FIRST[0], strategy, device) for strategy in ("single", "fsdp", "zero3")),
+        [_averaged(FIRST[0], name, device) for name, strategy in STRATEGIES.items() if strategy.sharded],
         *([_looked_at(name, device), _looked_at(name, device, "fsdp")] for name in FIRST),
         *(_options(name, device) for name in FIRST),
         *(_steps(name, device) for name in rest),
@@ -180,11 +181,15 @@ def _strategies(family: str, device: str) -> list[Row]:
     return [
         _trained(
             f"{family}/{name}", f"{name} of one process", family, device, "--strategy", name, *BF16_OPTION,
-            needs=("deepspeed",) if strategy.wrapper == "deepspeed" else (), **_like_bf16(family),
+            needs=_packages(name), **_like_bf16(family),
         )
-        for name, strategy in STRATEGIES.items()
+        for name in STRATEGIES
         if name != "single"
     ]  # fmt: skip
+
+
+def _packages(strategy: str) -> tuple[str, ...]:
+    return ("deepspeed",) if STRATEGIES[strategy].wrapper == "deepspeed" else ()
 
 
 def _fsdp(family: str, device: str) -> Row:
@@ -225,7 +230,7 @@ def _bases(family: str, device: str) -> list[Row]:
 def _resumed(family: str, strategy: str, device: str) -> list[Row]:
     """Four steps with a checkpoint in their middle; from there the same again, elsewhere; the last of both exported."""
     whole, resumed = f"{family}/whole-{strategy}", f"{family}/resume-{strategy}"
-    needs = ("deepspeed",) if strategy.startswith("zero") else ()
+    needs = _packages(strategy)
     weights = ("checkpoint-4", "checkpoint-4-outputs")
 
     def exported(row: Row) -> Row:
@@ -286,6 +291,16 @@ def _looked_at(family: str, device: str, strategy: str = "single") -> Row:
     )  # fmt: skip
     generate = (VFUN, "generate", f"{RUNS}/{row.name}", "--demo", "--device", device, "--output", f"videos/{row.name}")
     return replace(row, commands=(*row.commands, generate), says=("video-0",))
+
+
+def _averaged(family: str, strategy: str, device: str) -> Row:
+    """It takes the weights' place before and after every step."""
+    return _trained(
+        f"{family}/averaged-{strategy}", f"a moving average under {strategy} and looks by it change no step",
+        family, device, *BF16_OPTION, "--strategy", strategy, "--use-ema", "--ema-decay", "0.5", "--validation-meta",
+        f"vfun-demo/{family}/data/metadata.json", "--validation-steps", "1", "--no-validation-samples",
+        needs=_packages(strategy), reference=f"{family}/{strategy}", bound=REPEATED[device],
+    )  # fmt: skip
 
 
 def _made_up(family: str, name: str, device: str, proves: str, command: str = "train", **fields: Any) -> Row:

@@ -18,6 +18,7 @@ from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
 from vfun_cli.errors import CheckpointError, first_line
+from vfun_cli.typed_json import shown
 
 Layout = Literal["safetensors", "dcp", "zero1", "zero2", "zero3"]
 
@@ -108,11 +109,6 @@ def _clean(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _ema(folder: Path) -> dict[str, TensorSource]:
-    file = folder / "ema.safetensors"
-    return safetensors.read_file(file) if file.is_file() else {}
-
-
 # plain -------------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +117,8 @@ def _plain(
 ) -> CheckpointReader:
     """``key`` makes the weights' names of those that the moments are stored under."""
     weights = {_clean(name): tensor for name, tensor in safetensors.read_files(files).items()}
+    average = folder / "ema.safetensors"
+    ema = safetensors.read_file(average) if average.is_file() else {}
 
     def moments() -> dict[str, Moments]:
         file = folder / "optimizer.safetensors"
@@ -141,7 +139,7 @@ def _plain(
             raise CheckpointError(f"{file}: {missing.args[0]} is missing.") from None
 
     return CheckpointReader(
-        path=path, layout="safetensors", weights=weights, ema=_ema(folder), state=state, load_moments=moments
+        path=path, layout="safetensors", weights=weights, ema=ema, state=state, load_moments=moments
     )
 
 
@@ -150,7 +148,10 @@ def _plain(
 
 def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> CheckpointReader:
     tensors = _dcp_tensors(folder)
-    weights = {_clean(".".join(key[1:])): source for key, source in tensors.items() if key[0] == "model"}
+    weights, ema = (
+        {_clean(".".join(key[1:])): source for key, source in tensors.items() if key[0] == entry}
+        for entry in ("model", "ema")
+    )
     if not weights:
         raise CheckpointError(f"{folder} is a DCP directory without an entry 'model'.")
 
@@ -162,9 +163,7 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
             found = _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
         return _dcp_moments(found)
 
-    return CheckpointReader(
-        path=path, layout="dcp", weights=weights, ema=_ema(folder), state=state, load_moments=moments
-    )
+    return CheckpointReader(path=path, layout="dcp", weights=weights, ema=ema, state=state, load_moments=moments)
 
 
 def _dcp_moments(tensors: Mapping[tuple[str, ...], TensorSource]) -> dict[str, Moments]:
@@ -263,7 +262,9 @@ def _dcp_runs(
 
 # DeepSpeed ---------------------------------------------------------------------------------------------------------
 
-_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_")
+_OPTIMIZER, _EMA = "_optim_states.pt", "_ema.safetensors"
+"""How the names of a rank's files end: DeepSpeed's own, and what vfun puts beside it."""
 
 
 def _zero_folder(folder: Path) -> Path | None:
@@ -281,7 +282,7 @@ def _zero_folder(folder: Path) -> Path | None:
 
 
 def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
-    ranks = _zero_ranks(folder)
+    ranks = _zero_ranks(folder, _OPTIMIZER)
     archives = [TorchArchive(file) for file in ranks]
     states = [_field(archive.value, "optimizer_state_dict", archive.path) for archive in archives]
     stage = states[0].get("zero_stage", 0)
@@ -332,20 +333,43 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         path=path,
         layout=f"zero{stage}",  # type: ignore[arg-type]
         weights={_clean(name): source(name, flats) for name in places},
-        ema=_ema(folder.parent),
+        ema=_zero_ema(folder, {name: shape for name, (shape, _) in places.items()}, len(ranks)),
         state=state,
         load_moments=lambda: {_clean(name): found for name, found in moments().items()},
     )
 
 
-def _zero_ranks(folder: Path) -> list[Path]:
-    """The optimizer files in the order of their ranks (by number: rank 10 comes after rank 9)."""
-    matches = [(match, file) for file in folder.glob("*_optim_states.pt") if (match := _RANK.search(file.name))]
+def _zero_ema(folder: Path, shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, TensorSource]:
+    """The average, whose flattened parts follow each other in the order of the ranks."""
+    if not any(folder.glob(f"*{_EMA}")):
+        return {}
+    files = _zero_ranks(folder, _EMA)
+    if len(files) != ranks:
+        raise CheckpointError(f"{folder} was written by {ranks} ranks, and holds {len(files)} *{_EMA}.")
+    parts: dict[str, list[TensorSource]] = {name: [] for name in shapes}
+    for file in files:
+        for name, part in safetensors.read_file(file).items():
+            if name not in parts or part.dtype != "F32":
+                raise CheckpointError(f"{file}: {shown(name)} is not of the float32 weights that are trained.")
+            parts[name].append(part)
+
+    def source(name: str) -> TensorSource:
+        def locate() -> tuple[Segment, ...]:
+            return tuple(segment for part in parts[name] for segment in part.segments)
+
+        return TensorSource(shape=shapes[name], dtype="F32", locate=locate)
+
+    return {_clean(name): source(name) for name in shapes}
+
+
+def _zero_ranks(folder: Path, ending: str) -> list[Path]:
+    """The files of all ranks in their order (by number: rank 10 comes after rank 9)."""
+    matches = [(match, file) for file in folder.glob(f"*{ending}") if (match := _RANK.search(file.name))]
     if any(int(match.group(2)) for match, _ in matches):
         raise CheckpointError(f"{folder} was written with tensor parallelism, which is not supported.")
     ranked = sorted((int(match.group(1)), file) for match, file in matches)
     if [rank for rank, _ in ranked] != list(range(len(ranked))) or not ranked:
-        raise CheckpointError(f"{folder}: the *_optim_states.pt of some ranks are missing.")
+        raise CheckpointError(f"{folder}: the *{ending} of some ranks are missing.")
     return [file for _, file in ranked]
 
 

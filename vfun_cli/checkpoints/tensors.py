@@ -7,7 +7,7 @@ of a checkpoint makes the peak memory grow with the checkpoint.
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -173,7 +173,12 @@ def tensor_at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) ->
 def rows_of(tensor: TensorSource, first: int, count: int) -> TensorSource:
     """Some rows of a matrix, still unread."""
     width = tensor.shape[1]
-    start, end = first * width, (first + count) * width
+    return replace(elements_of(tensor, first * width, count * width), shape=(count, width))
+
+
+def elements_of(tensor: TensorSource, start: int, count: int) -> TensorSource:
+    """Some elements of the flattened tensor, [count], still unread."""
+    end = start + count
 
     def locate() -> tuple[Segment, ...]:
         parts, position = [], 0
@@ -185,7 +190,7 @@ def rows_of(tensor: TensorSource, first: int, count: int) -> TensorSource:
             position += segment.count
         return tuple(parts)
 
-    return TensorSource(shape=(count, width), dtype=tensor.dtype, locate=locate)
+    return TensorSource(shape=(count,), dtype=tensor.dtype, locate=locate)
 
 
 def read_float32(tensor: TensorSource) -> Array:

@@ -64,11 +64,6 @@ def _check_processes(config: RunConfig) -> None:
 def _check_strategy(config: RunConfig) -> None:
     """Options that only some strategies can follow."""
     strategy = STRATEGIES[config.strategy]
-    if config.use_ema and not strategy.whole_weights:
-        raise ConfigError(
-            f"use_ema needs whole weights on a rank; strategy {strategy.name} shards them.",
-            hint="Drop --use-ema, or choose --ddp.",
-        )
     for name, value in (("fsdp_prefetch", config.fsdp_prefetch), ("fsdp_reduce_dtype", config.fsdp_reduce_dtype)):
         if strategy.wrapper != "fsdp" and value != default_of(name):
             raise ConfigError(f"{name} is about FSDP; the strategy is {strategy.name}.", hint="Drop it, or add --fsdp.")

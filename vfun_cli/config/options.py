@@ -412,7 +412,7 @@ class RunConfig:
     use_ema: Annotated[
         bool,
         Opt(
-            help="Keep an exponential moving average of the weights (single process and DDP).",
+            help="Keep an exponential moving average of the weights.",
             panel=OPTIMISATION,
             commands=PLAN_COMMANDS,
         ),

@@ -36,7 +36,7 @@ class Strategy:
 
     @property
     def whole_weights(self) -> bool:
-        """Whether each rank has all float32 masters: a moving average and a quantised base need them."""
+        """Whether each rank has all float32 masters: a quantised base needs them."""
         return not self.sharded
 
     @property

@@ -12,6 +12,7 @@ from torch import nn
 from vfun_cli.modeling.transfer import catch_up
 from vfun_cli.training.data import loader
 from vfun_cli.training.signals import CONTINUE, StopFlag
+from vfun_cli.training.state.averaged import average_in_place
 from vfun_cli.training.state.live import TrainedState, let_go
 from vfun_cli.training.waiting import most_of_all
 
@@ -106,8 +107,7 @@ def evaluating(state: TrainedState, weights: str) -> Iterator[nn.Module]:
     Compiled blocks run as they were written: nothing is compiled for it.
     """
     transformer = state.accelerator.unwrap_model(state.model)
-    average = state.average if weights == "ema" else None
-    with nullcontext() if average is None else average.in_place(transformer):
+    with average_in_place(state) if weights == "ema" else nullcontext():
         transformer.eval()
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):

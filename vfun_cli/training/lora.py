@@ -31,8 +31,8 @@ from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
-from vfun_cli.training.state.formats import OPTIMIZER_FILE, CheckpointFormat
-from vfun_cli.training.state.gather import collect, restore
+from vfun_cli.training.state.formats import EMA_FILE, OPTIMIZER_FILE, CheckpointFormat
+from vfun_cli.training.state.gather import collect, collect_average, restore
 from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 
@@ -146,13 +146,18 @@ def _set_weight(parameter: nn.Parameter, source: TensorSource, name: str, factor
 
 
 def save_adapter(state: TrainedState, folder: Path) -> None:
-    """The gathered adapter as peft stores it, in float32, and the moments; the same files for every strategy."""
+    """The gathered adapter as peft stores it, in float32, the moments and the average; the same files for every
+    strategy.
+    """
     weights, moments = collect(state)
+    average = None if state.average is None else collect_average(state)
     if not state.accelerator.is_main_process:
         return
     setting = state.accelerator.unwrap_model(state.model).peft_config[ADAPTER].to_dict()
     save_tensors({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
     save_tensors(moments, folder / OPTIMIZER_FILE)
+    if average is not None:
+        save_tensors(average, folder / EMA_FILE)
     content = {name: setting[name] for name in _KEPT_SETTINGS} | {"inference_mode": True}
     text = json.dumps(content, indent=2, default=sorted)  # peft keeps names in sets
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")

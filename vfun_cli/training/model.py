@@ -23,7 +23,7 @@ from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.precision import compute_dtype, kept_dtype, use_in
 from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
-from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.state.live import TrainedState, master_weights
 from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
 
 
@@ -123,8 +123,10 @@ def prepare_state(
     assert_accumulation(config, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)
-    average = WeightAverage(accelerator.unwrap_model(model), config.ema_decay) if config.use_ema else None
-    return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
+    state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
+    if config.use_ema:
+        state.average = WeightAverage(master_weights(state), config.ema_decay)
+    return state
 
 
 def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:

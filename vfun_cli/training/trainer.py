@@ -31,7 +31,7 @@ from vfun_cli.training.own_gradient import OwnGradient
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
-from vfun_cli.training.state.live import TrainedState, fingerprint
+from vfun_cli.training.state.live import TrainedState, fingerprint, master_weights
 from vfun_cli.training.turns import begin_step
 from vfun_cli.training.validation import Validation
 from vfun_cli.training.waiting import gather_all
@@ -201,7 +201,7 @@ class Trainer:
                 hint="This is a fault of vfun or of accelerate; please report it.",
             )
         if self.state.average is not None:
-            self.state.average.update(accelerator.unwrap_model(model), step)
+            self.state.average.update(master_weights(self.state), step)
         ranks = self.gather(
             (total / len(micro_batches), _on_device(norm, accelerator.device), masked, self.own_gradient.take()),
             (

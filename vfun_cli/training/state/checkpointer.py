@@ -17,22 +17,21 @@ from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
-from vfun_cli.errors import CheckpointError, FitError, RunError, first_line
-from vfun_cli.modeling.tensor_files import save_tensors
-from vfun_cli.modeling.weights import read_safetensors
+from vfun_cli.errors import FitError, RunError, first_line
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.background import Background
+from vfun_cli.training.state.averaged import load_average
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
-from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
+from vfun_cli.training.state.live import TrainedState, is_partitioned, trained_parameters
+from vfun_cli.training.state.parts import numel_of
 from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group
 
 MODEL_DIR = "model"
 CONFIG_DIR = "config"
-EMA_FILE = "ema.safetensors"
 
 
 class Checkpointer:
@@ -156,7 +155,7 @@ class Checkpointer:
             )
 
     def _collect(self, state: TrainedState, folder: Path, makes_folder: bool, step: int) -> None:
-        """The strategy's files and the average, from all ranks together."""
+        """The strategy's files, from all ranks together."""
         with all_or_none(), self._failure_named(step):
             if makes_folder:
                 shutil.rmtree(folder.parent, ignore_errors=True)
@@ -164,9 +163,6 @@ class Checkpointer:
                 folder.mkdir()
         with self._failure_named(step):  # with collectives of the strategy's own in it
             self.format.save(state, folder)
-        with all_or_none(), self._failure_named(step):
-            if state.average is not None and state.accelerator.is_main_process:
-                save_tensors(state.average.shadow, folder / EMA_FILE)
 
     def _copy_to_disk(self, state: TrainedState, waiting: Path, run_state: dict[str, Any]) -> None:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
@@ -229,14 +225,7 @@ class Checkpointer:
             load_converted(state, open_checkpoint(checkpoint))
         if state.average is not None:
             with all_or_none():
-                path = checkpoint / MODEL_DIR / EMA_FILE
-                if not path.is_file():
-                    raise CheckpointError(
-                        f"{checkpoint} holds no moving average of the weights.", hint="Resume without --use-ema."
-                    )
-                averages = dict(read_safetensors([path]))
-                require_names(set(state.average.shadow), set(averages), path)
-                state.average.load(averages)
+                load_average(state, open_checkpoint(checkpoint))
         return run_state
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
@@ -259,10 +248,10 @@ class Checkpointer:
 def checkpoint_bytes(state: TrainedState) -> int:
     """What a checkpoint takes at most."""
     trained = trained_parameters(state)
-    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
+    count = sum(numel_of(parameter) for parameter in trained.values())
     copies = max((parameter.element_size() for parameter in trained.values()), default=0)
-    engine = hasattr(state.model, "zero_optimization_stage")
-    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=copies if engine else 0)
+    kept = copies if is_partitioned(state) else 0
+    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=kept)
 
 
 _POLL_SECONDS = 0.05

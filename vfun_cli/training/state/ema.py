@@ -1,10 +1,12 @@
-"""An exponential moving average of the trainable weights, kept in float32."""
+"""An exponential moving average of the trained weights, kept in float32 beside the masters."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+EXCHANGED = 1 << 22
+"""Elements that change places at a time: a buffer of 16 MB."""
 
 
 class WeightAverage:
@@ -12,36 +14,32 @@ class WeightAverage:
 
     d rises towards ``decay`` as diffusers' EMAModel has it: 0 at the first step, then (1 + n) / (10 + n). Held at
     0.9999 from the start, the average of 1000 steps would still be nine tenths the untrained weights.
+
+    Each rank averages the masters that lie on it (``live.master_weights``), on their device: 4 bytes for each of them.
     """
 
-    def __init__(self, transformer: nn.Module, decay: float) -> None:
+    def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: parameter.detach().float().clone() for name, parameter in _trained(transformer)}
+        self.shadow = [master.detach().clone(memory_format=torch.contiguous_format) for master in masters]
+        """Of each master, in its shape."""
 
     @torch.no_grad()
-    def update(self, transformer: nn.Module, step: int) -> None:
+    def update(self, masters: Sequence[Tensor], step: int) -> None:
         """Average in the weights after ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step)) if step else 0.0
-        for name, parameter in _trained(transformer):
-            self.shadow[name].lerp_(parameter.detach().float(), 1 - decay)
+        for shadow, master in zip(self.shadow, masters, strict=True):
+            shadow.lerp_(master, 1 - decay)
 
-    @contextmanager
-    def in_place(self, transformer: nn.Module) -> Iterator[None]:
-        """The shadow weights in the place of the trained ones, which come back as they were; nothing is copied."""
-        trained = [(parameter, parameter.data) for _, parameter in _trained(transformer)]
-        try:
-            for name, parameter in _trained(transformer):
-                parameter.data = self.shadow[name].to(parameter.dtype)
-            yield
-        finally:
-            for parameter, data in trained:
-                parameter.data = data
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the shadow weights of a checkpoint."""
-        for name, shadow in self.shadow.items():
-            shadow.copy_(tensors[name])
+    @torch.no_grad()
+    def exchange(self, masters: Sequence[Tensor]) -> None:
+        """Let average and masters change places, to the bit; a second time puts them back."""
+        for shadow, master in zip(self.shadow, masters, strict=True):
+            for here, there in zip(_pieces(shadow), _pieces(master), strict=True):
+                kept = there.clone()
+                there.copy_(here)
+                here.copy_(kept)
 
 
-def _trained(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of all elements, each of at most ``EXCHANGED``."""
+    return iter(tensor.detach().view(-1).split(EXCHANGED))

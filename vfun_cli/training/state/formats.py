@@ -1,4 +1,7 @@
-"""How each strategy writes its weights and optimizer, and reads them back."""
+"""How each strategy writes its weights, their moving average and the optimizer, and reads weights and optimizer back.
+
+The average is read by ``load_average``, for which it does not matter who wrote it.
+"""
 
 import io
 from collections.abc import Callable, Iterator
@@ -30,17 +33,20 @@ from vfun_cli.errors import CheckpointError, VfunError, first_line
 from vfun_cli.modeling.pickled import load_pickled
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
+from vfun_cli.training.agreement import all_or_none
+from vfun_cli.training.state.averaged import average_by_parameter, average_of_rank
 from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
 from vfun_cli.training.waiting import patient_group, wait_for_all
 from vfun_cli.typed_json import stays_inside
 
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """How one kind of strategy writes its weights and optimizer."""
+    """How one kind of strategy writes its state."""
 
     save: Callable[[TrainedState, Path], None]
     load: Callable[[TrainedState, Path], None]
@@ -70,6 +76,8 @@ def _save_plain(state: TrainedState, folder: Path) -> None:
         for moment, value in inner_optimizer(state.optimizer).state[parameter].items():
             moments[f"{name}.{moment}"] = value.detach().contiguous()
     save_tensors(moments, folder / OPTIMIZER_FILE)
+    if state.average is not None:
+        save_tensors(average_by_parameter(state), folder / EMA_FILE)
 
 
 def _load_plain(state: TrainedState, folder: Path) -> None:
@@ -92,7 +100,10 @@ def _load_plain(state: TrainedState, folder: Path) -> None:
 
 def _save_sharded(state: TrainedState, folder: Path) -> None:
     """torch.distributed.checkpoint, every rank its own shards."""
-    save_distributed(_sharded(state), checkpoint_id=folder, process_group=patient_group())
+    content = _sharded(state)
+    if state.average is not None:
+        content["ema"] = average_by_parameter(state)
+    save_distributed(content, checkpoint_id=folder, process_group=patient_group())
 
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
@@ -183,11 +194,15 @@ _TAG = "state"
 
 
 def _save_engine(state: TrainedState, folder: Path) -> None:
-    """DeepSpeed's own checkpoint; the frozen base is not in it."""
+    """DeepSpeed's own checkpoint, and a file of each rank's part of the average; the frozen base is not in it."""
     engine: Any = state.model
     engine._change_recovery_script_permissions = lambda script: None  # to run it; not every disk can
     with _patient_waits(engine.optimizer):
         engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True, save_latest=False)
+    if state.average is not None:
+        file = f"zero_pp_rank_{state.accelerator.process_index}_mp_rank_00_ema.safetensors"  # as DeepSpeed's own
+        with all_or_none():  # which waits, too: nobody may list the folder while a rank still writes
+            save_tensors(average_of_rank(state), folder / _TAG / file)
 
 
 @contextmanager

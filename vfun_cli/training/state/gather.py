@@ -1,11 +1,10 @@
-"""Trained weights and optimizer moments as full tensors, gathered from and put back into any strategy.
+"""Trained weights, their average and optimizer moments as full tensors, gathered from and put back into any strategy.
 
 LoRA checkpoints use it: adapters are small, so one file holds full tensors, whatever sharded them in training.
 Every function here is collective: all ranks call it, in the same order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, trained_parameters
+from vfun_cli.training.state.live import (
+    MOMENTS,
+    TrainedState,
+    inner_optimizer,
+    is_partitioned,
+    master_weights,
+    trained_parameters,
+)
+from vfun_cli.training.state.parts import Part, numel_of, partition_of, parts_of, shape_of
 
 STEP = "step"
 
@@ -25,7 +32,7 @@ def collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     keep = state.accelerator.is_main_process
     weights, moments = {}, {}
-    read = _read_partitioned if _engine(state) else _read
+    read = _read_partitioned if is_partitioned(state) else _read
     for name, parameter in trained_parameters(state).items():
         for key in (None, *MOMENTS):
             value = read(state, parameter, key)
@@ -41,14 +48,34 @@ def collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def restore(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
     """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors."""
     with torch.no_grad():
-        if _engine(state):
+        if is_partitioned(state):
             _write_partitioned(state, weights, moments)
         else:
             _write(state, weights, moments)
 
 
-def _engine(state: TrainedState) -> bool:
-    return hasattr(state.model, "zero_optimization_stage")
+def collect_average(state: TrainedState) -> dict[str, Tensor]:
+    """The moving average by name, on the CPU of rank 0; empty elsewhere."""
+    assert state.average is not None
+    parts, found = parts_of(state), {}
+    for name, parameter in trained_parameters(state).items():
+        part = parts.get(name)
+        values = None if part is None else part.inside(state.average.shadow[part.master])
+        whole = _whole(state, parameter, part, values)
+        if state.accelerator.is_main_process:
+            found[name] = whole.cpu()
+    return found
+
+
+def _whole(state: TrainedState, parameter: nn.Parameter, part: Part | None, values: Tensor | None) -> Tensor:
+    """A tensor of the parameter's shape, of which each rank has the values of its part."""
+    # Not on DeepSpeed's device: with offload that is the CPU, where NCCL sums nothing.
+    full = torch.zeros(numel_of(parameter), device=state.accelerator.device)
+    if part is not None and values is not None:
+        full.narrow(0, part.offset, part.count).copy_(values)
+    if is_partitioned(state) or isinstance(parameter, DTensor):
+        dist.all_reduce(full)
+    return full.reshape(shape_of(parameter))
 
 
 def moments_of(name: str, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,84 +119,58 @@ def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
 # DeepSpeed ZeRO ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """The part of a parameter that lies on this rank: elements of the flat parameter, inside a flat master tensor."""
-
-    master: Tensor
-    """This rank's flat float32 weights of one group; the key of its moments in the optimizer."""
-    start: int
-    """First element within the master."""
-    count: int
-    offset: int
-    """First element within the parameter."""
-
-    def inside(self, flat: Tensor) -> Tensor:
-        return flat.narrow(0, self.start, self.count)
-
-
-def _piece(zero: Any, parameter: Any) -> _Piece | None:
-    """Where this rank keeps its part of a parameter. None if it has none."""
-    if hasattr(parameter, "ds_id"):  # stage 3: every parameter is cut into one equal, padded part a rank
-        group, start, count = zero.grad_position[zero.get_param_id(parameter)]
-        offset = count * dist.get_rank(zero.dp_process_group)
-        count = min(count, parameter.ds_numel - offset)
-        if count <= 0:
-            return None
-        return _Piece(master=zero.fp32_partitioned_groups_flat[group], start=start, count=count, offset=offset)
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    master = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    return _Piece(master=master, start=here.start, count=here.numel, offset=there.start)
-
-
 def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor | None:
     zero = cast(Any, state.model).optimizer
     moments = zero.optimizer.state
     if key is not None and not any(key in kept for kept in moments.values()):
         return None
-    piece = _piece(zero, parameter)
-    device = state.accelerator.device  # not DeepSpeed's: with offload that is the CPU, where NCCL sums nothing
+    part = partition_of(zero, parameter)
+    master = None if part is None else master_weights(state)[part.master]
     if key == STEP:
-        count = torch.zeros((), device=device)
-        if piece is not None:
-            count += moments[piece.master][key].to(count.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX, group=zero.dp_process_group)
+        count = torch.zeros((), device=state.accelerator.device)
+        if master is not None:
+            count += moments[master][key].to(count.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
         return count
-    full = torch.zeros(_numel(parameter), device=device)
-    if piece is not None:
-        source = piece.master if key is None else moments[piece.master][key]
-        full.narrow(0, piece.offset, piece.count).copy_(piece.inside(source.detach()))
-    dist.all_reduce(full, group=zero.dp_process_group)
-    return full.reshape(_shape(parameter))
+    if part is None or master is None:
+        return _whole(state, parameter, None, None)
+    source = master if key is None else moments[master][key]
+    return _whole(state, parameter, part, part.inside(source.detach()))
 
 
 def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    zero = cast(Any, state.model).optimizer
+    zero, masters = cast(Any, state.model).optimizer, master_weights(state)
     kept = zero.optimizer.state
     for name, parameter in trained_parameters(state).items():
-        piece = _piece(zero, parameter)
-        if piece is None:
+        part = partition_of(zero, parameter)
+        if part is None:
             continue
-        part = slice(piece.offset, piece.offset + piece.count)
-        piece.inside(piece.master.data).copy_(weights[name].flatten()[part])
+        master, mine = masters[part.master], slice(part.offset, part.offset + part.count)
+        part.inside(master.data).copy_(weights[name].flatten()[mine])
         for key, value in moments_of(name, moments).items():
             if key == STEP:
                 # Where the master is, as fused AdamW needs it; each master its own, for the optimizer counts in place.
-                kept[piece.master][key] = value.clone().to(piece.master.device)
+                kept[master][key] = value.clone().to(master.device)
                 continue
-            if kept[piece.master].get(key) is None:
-                kept[piece.master][key] = torch.zeros_like(piece.master.data)
-            piece.inside(kept[piece.master][key]).copy_(value.flatten()[part])
-    _refresh_compute_copies(zero)
+            if kept[master].get(key) is None:
+                kept[master][key] = torch.zeros_like(master.data)
+            part.inside(kept[master][key]).copy_(value.flatten()[mine])
+    refresh_compute_copies(state)
 
 
-def _refresh_compute_copies(zero: Any) -> None:
-    """DeepSpeed computes with copies of the masters, in bf16 or in another buffer."""
+def refresh_compute_copies(state: TrainedState, *, alone: bool = False) -> None:
+    """Make anew the copies of the masters that DeepSpeed computes with, in bf16 or in another buffer.
+
+    Args:
+        alone: other ranks may not call it. Then ZeRO-2's stay as they are: each rank has the whole model's, made of the
+            parts of all ranks.
+    """
+    if not is_partitioned(state):
+        return
+    zero = cast(Any, state.model).optimizer
     if hasattr(zero, "update_lp_params"):  # stages 1 and 2
-        zero.update_lp_params()
+        if not alone:
+            zero.update_lp_params()
         return
     for master, flat, group in zip(
         zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True
@@ -177,11 +178,3 @@ def _refresh_compute_copies(zero: Any) -> None:
         flat.data.copy_(master.data)
         for part, value in zip(group, zero.unflatten(flat, group), strict=True):
             part.data = value.data
-
-
-def _numel(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
-
-
-def _shape(parameter: Any) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

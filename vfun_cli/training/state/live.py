@@ -34,9 +34,17 @@ def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
+def is_partitioned(state: TrainedState) -> bool:
+    """Whether DeepSpeed trains it: it cuts the masters into parts by rules of its own."""
+    return hasattr(state.model, "zero_optimization_stage")
+
+
 def master_weights(state: TrainedState) -> list[Tensor]:
-    """The float32 weights that the optimizer changes, as far as they lie on this rank."""
-    if hasattr(state.model, "zero_optimization_stage"):
+    """The float32 weights that the optimizer changes, as far as they lie on this rank.
+
+    DeepSpeed's are flat tensors of many parameters; others are one a parameter, in the order of ``trained_parameters``.
+    """
+    if is_partitioned(state):
         zero = cast(Any, state.model).optimizer
         third = hasattr(zero, "fp32_partitioned_groups_flat")
         return list(zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups)
@@ -54,13 +62,15 @@ def fingerprint(state: TrainedState) -> Tensor:
 def let_go(state: TrainedState) -> None:
     """Give back what forward passes without a backward pass have gathered of sharded weights.
 
-    FSDP keeps its root whole for the backward pass, ZeRO-3 what it fetched ahead; the small weights that ZeRO-3 always
-    keeps whole go with it, and come back with the next forward pass.
+    FSDP keeps its root whole for the backward pass, and what accelerate wraps of a model's end, ZeRO-3 what it fetched
+    ahead; the small weights that ZeRO-3 always keeps whole go with it, and come back with the next forward pass.
     """
     model: Any = state.model
     if isinstance(model, FSDPModule):
-        model.reshard()
-    elif hasattr(model, "zero_optimization_stage") and model.zero_optimization_stage() == 3:
+        for module in state.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    elif is_partitioned(state) and model.zero_optimization_stage() == 3:
         model.empty_partition_cache()
 
 
