@@ -73,7 +73,7 @@ def resolve(
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
-    check(config, spec, lora=command == "lora")
+    check(config, spec, command=command)
     return Resolved(config=config, sources=sources)
 
 
@@ -235,8 +235,9 @@ def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySp
     if strategy == "auto":
         several = config.num_processes or config.num_machines * (gpus if device == "cuda" else 1)
         strategy = "ddp" if several > 1 else "single"
-        # Filling a cache loads no transformer; a moving average and a quantised base cannot be sharded.
-        may_shard = command != "cache" and config.base_precision == "bf16" and not config.use_ema
+        # Filling a cache loads no transformer; a moving average, a quantised and a streamed base cannot be sharded.
+        whole = config.base_precision != "bf16" or config.use_ema or config.stream_blocks is not None
+        may_shard = command != "cache" and not whole
         if several > 1 and device == "cuda" and may_shard:
             state = whole_state(config, spec, lora=command == "lora")
             if state is not None and not state.fits:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
+from vfun_cli.config.checks import check_streamed_blocks
 from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
@@ -149,6 +150,7 @@ def decide(
         plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
+    check_streamed_blocks(config, spec, plan.dims)
     from vfun_cli.sampling.prompts import videos_of_prompts  # with numpy
 
     prompts = videos_of_prompts(config, spec, plan.dims)
@@ -254,13 +256,14 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
 
 def warn_of_memory(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
     """Say it where a strategy that shards nothing was chosen, or is the only one, and no GPU can hold the model."""
-    if config.device != "cuda" or STRATEGIES[config.strategy].sharded:
+    if config.device != "cuda" or STRATEGIES[config.strategy].sharded or config.stream_blocks is not None:
         return
     state = whole_state(config, spec, lora=lora)
     if state is not None and not state.fits:
         ways = "--fsdp shards them" if config.num_processes != 1 else "--zero3-offload keeps most of it on the host"
         console.warn(
-            f"{state}: expect an out-of-memory error. {ways}; LoRA needs less, least with --base-precision nf4."
+            f"{state}: expect an out-of-memory error. {ways}; LoRA needs less, least with --base-precision nf4 "
+            "and --stream-blocks 0."
         )
 
 
