@@ -68,7 +68,7 @@ class _Block:
         return sum(len(piece) for piece in self.pieces)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Slot:
     """Memory of the device for one block at a time."""
 
