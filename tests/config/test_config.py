@@ -10,6 +10,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import devices, families
+from vfun_cli.config.checks import check_streamed_blocks
 from vfun_cli.config.options import RunConfig, default_of, options, parse, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
@@ -233,6 +234,7 @@ def write_model(folder: Path, **millions: int) -> Path:
         ("lora", 8, 24, {}, "fsdp", "28 GB"),
         ("lora", 8, 80, {"mixed_precision": "no"}, "ddp", None),
         ("lora", 8, 24, {"base_precision": "nf4"}, "ddp", None),
+        ("lora", 8, 24, {"stream_blocks": 0}, "ddp", None),
         ("cache", 8, 24, {}, "ddp", None),
     ],
 )
@@ -247,6 +249,19 @@ def test_left_to_itself_a_model_that_no_gpu_holds_is_sharded(
     assert resolved.config.strategy == strategy
     source = resolved.sources["strategy"]
     assert (needed is None and ":" not in source) or (needed is not None and needed in source), source
+
+
+def test_only_frozen_blocks_that_are_there_can_be_streamed(tmp_path: Path) -> None:
+    in_file: dict[str, Any] = {"toml": "stream_blocks = 2\n", "folder": tmp_path}
+    with pytest.raises(ConfigError, match="a full fine-tune changes them"):
+        settle("train", **in_file)
+    assert settle("cache", **in_file).config.stream_blocks == 2, "it has no say where nothing trains"
+    for spec in families.FAMILIES.values():
+        blocks = spec.model.blocks(spec.model.dims)
+        assert blocks >= 30
+        check_streamed_blocks(RunConfig(stream_blocks=blocks - 1), spec, spec.model.dims)
+        with pytest.raises(ConfigError, match=f"the model has {blocks} blocks"):
+            check_streamed_blocks(RunConfig(stream_blocks=blocks), spec, spec.model.dims)
 
 
 def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:
