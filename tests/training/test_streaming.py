@@ -100,7 +100,9 @@ def test_quantised_blocks_are_streamed_as_codes_and_scales(family: str, precisio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_dora": True, "lora_dropout": 0.2}, {"lora_dropout": 0.2}])
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"use_dora": True, "lora_dropout": 0.2}, {"lora_dropout": 0.2}]
+)
 @pytest.mark.parametrize("how", ["none", "block"])
 def test_dora_and_dropout_see_the_weights_of_their_block(how: str, options: dict[str, Any], live_model: LIVE) -> None:
     live = live_model("cogvideox-fun")

@@ -741,6 +741,7 @@ class RunConfig:
             commands=("lora",),
         ),
     ] = "bf16"
+
     @property
     def bf16(self) -> bool:
         """Whether the transformer computes in bf16; else in float32."""

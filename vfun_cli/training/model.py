@@ -132,9 +132,7 @@ def prepare_state(
     return TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, average=average)
 
 
-def _stream(
-    config: RunConfig, spec: FamilySpec, transformer: nn.Module, accelerator: Any, lazy: LazyWeights
-) -> None:
+def _stream(config: RunConfig, spec: FamilySpec, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> None:
     """Send all blocks but ``stream_blocks`` to the host, and say what is where."""
     assert config.stream_blocks is not None
     blocks = find_layers(transformer, spec.model.block_classes)
