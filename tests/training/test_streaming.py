@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
+from vfun_cli.errors import FitError
 from vfun_cli.training.blocks import find_blocks, find_layers
 from vfun_cli.training.frozen import FrozenLinear, WholeLinear
 from vfun_cli.training.lora import add_adapters
@@ -239,6 +240,19 @@ def test_a_pass_that_ended_in_its_middle_leaves_nothing_wrong() -> None:
         model[:3](x)
         (found,) = torch.autograd.grad(model(x).sum(), x)
         assert torch.equal(found, whole)
+
+
+def test_host_memory_that_cannot_be_pinned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, empty = layers(3), torch.empty
+
+    def short(size: int, *given: Any, **options: Any) -> Tensor:
+        if "pin_memory" in options:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, *given, **options)
+
+    monkeypatch.setattr(torch, "empty", short)
+    with pytest.raises(FitError, match=r"no more host memory can be pinned after 0\.0 GB: CUDA error"):
+        stream_blocks(made, 0, "bf16", CPU)
 
 
 def test_blocks_that_stay_are_spread_evenly() -> None:
