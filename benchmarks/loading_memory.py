@@ -100,7 +100,7 @@ def write_model(folder: Path, blocks: int, shard: int) -> int:
 
 
 class Peaks(threading.Thread):
-    """The most memory of this process since it was started: anonymous, mapped, and without the weights in their places."""
+    """The most memory of this process since it was started: anonymous, mapped, and both beside the weights' places."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vfun_cli.errors import FitError
+from vfun_cli.errors import FitError, first_line
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.transfer import SideStream
 from vfun_cli.training.frozen import FrozenLinear, WholeLinear, replace_linears
@@ -137,7 +137,8 @@ class BlockStream:
             held = torch.empty(len(piece), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         except RuntimeError as error:
             raise FitError(
-                f"--stream-blocks: no more host memory can be pinned after {self.host_bytes / 1e9:.1f} GB: {error}.",
+                f"--stream-blocks: no more host memory can be pinned after {self.host_bytes / 1e9:.1f} GB: "
+                f"{first_line(error)}.",
                 hint="Each process keeps the blocks that it streams: use a larger --stream-blocks, a smaller "
                 "--base-precision, or fewer processes; in a container, ask for more memory.",
             ) from error
@@ -153,13 +154,14 @@ class BlockStream:
         return self.slots[-1].tensors[which]
 
     def _turn_to(self, block: int) -> None:
-        self.next_after[self.before, self.now] = block
-        self.before, self.now = self.now, block
+        before, self.now = self.now, None  # whatever is interrupted here, no block is taken for another afterwards
+        self.next_after[self.before, before] = block
         slot = next((slot for slot in self.slots if slot.block == block), None) or self._fetch(block)
         self.slots.remove(slot)
         self.slots.append(slot)
         self.side.hand_over()  # with one copy under way it is this block's
-        ahead = self.next_after.get((self.before, block))
+        self.before, self.now = before, block
+        ahead = self.next_after.get((before, block))
         if ahead is not None and all(slot.block != ahead for slot in self.slots):
             self._fetch(ahead)
 
