@@ -1,22 +1,27 @@
 """Host memory that the ranks of a run take to load the model, under each strategy, as multiples of the model's files.
 
-    python benchmarks/loading_memory.py [--blocks 28] [--blocks-at-once 5] [--only NAME] [--scratch DIR]
+    python benchmarks/loading_memory.py [--blocks 28] [--blocks-at-once 5] [--shard BYTES] [--only NAME] [--scratch DIR]
 
-Writes a synthetic Wan2.2-S2V directory (bfloat16, as released, in shards of about a gigabyte; all values zero, so the
+Writes a synthetic Wan2.2-S2V directory (bfloat16, as released, in files of about a gigabyte; all values zero, so the
 files are sparse) of 67 million parameters a block, and lets processes of a gloo group load its transformer, put in
 adapters or choose what trains, and prepare it as a run does. A ``copy`` is the size of the files. ``in-files`` is how
 vfun loads. ``at-once`` is the usual way, for comparison and on fewer blocks: every rank has the whole transformer in
 float32 before it is cast, quantised, sharded or partitioned.
 
 Counted is anonymous memory (RssAnon), which no two processes share, above what the process has before it loads. The
-mapped files are in the page cache once beside it, and may leave it at any time. On this benchmark's device, the CPU,
-what lives on the device is anonymous memory too, so each sample (every two milliseconds) is taken together with the
-bytes of the weights in their places: parameters, ranks' shards and parts. What is beyond them is host memory on
-any device. The ranks' largest differences are summed, though they need not fall into one moment.
+mapped files are in the page cache once beside it, and may leave it at any time; but what a process has read of them
+counts as its own (RssFile) until it gives the pages back, and is counted here by itself. On this benchmark's device,
+the CPU, what lives on the device is anonymous memory too, so each sample (every two milliseconds) is taken together
+with the bytes of the weights in their places: parameters, ranks' shards and parts. What is beyond them is host memory
+on any device. The ranks' largest differences are summed, though they need not fall into one moment.
 
     host copies while read   the largest difference until all weights are in their places
+    mapped copies            the most of the files that counted as memory of the ranks
+    host bytes               of one rank until all weights are in their places: both together, weights left out
     kept copies              weights in their places at the end, of all ranks: on the device, offloaded ones on the host
     copies at the peak       all anonymous memory of all ranks, DeepSpeed's and the optimizer's own included
+
+``stream`` lets all blocks but one wait on the host (``--stream-blocks``), where they count as being in their places.
 
 DeepSpeed copies the weights that train once more when it flattens them; they are in the last number.
 
@@ -41,7 +46,6 @@ from typing import Any
 import record
 
 DIM, FFN = 2048, 8192
-SHARD = 1 << 30
 LORA = {"target_name": ("q", "k", "v", "o"), "rank": 64, "network_alpha": 64.0}
 PART = {"trainable_modules": ("blocks.0",)}
 """A full fine-tune keeps 16 bytes a weight and more, which do not fit this machine; what is frozen loads as it does."""
@@ -49,6 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
     "single lora": {"strategy": "single", **LORA},
     "single lora fp8": {"strategy": "single", **LORA, "base_precision": "fp8"},
     "single lora nf4": {"strategy": "single", **LORA, "base_precision": "nf4"},
+    "single lora stream": {"strategy": "single", **LORA, "stream_blocks": 1},
+    "single lora nf4 stream": {"strategy": "single", **LORA, "base_precision": "nf4", "stream_blocks": 1},
     "ddp lora": {"strategy": "ddp", **LORA},
     "ddp lora nf4": {"strategy": "ddp", **LORA, "base_precision": "nf4"},
     "fsdp lora": {"strategy": "fsdp", **LORA},
@@ -64,8 +70,8 @@ AT_ONCE = ("single lora nf4", "ddp lora", "fsdp part", "zero2 part", "zero3 lora
 SMOKE = ("single lora nf4", "zero3 lora")
 
 
-def write_model(folder: Path, blocks: int) -> int:
-    """A released directory's transformer; returns its number of parameters."""
+def write_model(folder: Path, blocks: int, shard: int) -> int:
+    """A released directory's transformer in files of about so many bytes; returns its number of parameters."""
     import torch
 
     from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel
@@ -82,7 +88,7 @@ def write_model(folder: Path, blocks: int) -> int:
         end = size + 2 * tensor.numel()
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [size, end]}
         weight_map[name], size = f"part-{number}.safetensors", end
-        if size > SHARD or name == tensors[-1][0]:
+        if size > shard or name == tensors[-1][0]:
             text = json.dumps(header).encode()
             with (folder / weight_map[name]).open("wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
@@ -94,21 +100,23 @@ def write_model(folder: Path, blocks: int) -> int:
 
 
 class Peaks(threading.Thread):
-    """The most anonymous memory of this process since it was started, with and without the weights in their places."""
+    """The most memory of this process since it was started: anonymous, mapped, and both beside the weights' places."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.first = anonymous()
-        self.most = self.beyond_weights = 0
+        self.first = resident()
+        self.most = self.mapped = self.beyond_weights = self.host = 0
         self.model: Any = None
+        self.streams: list[Any] = []
         self.reading = True
 
     def run(self) -> None:
         while True:
-            taken = anonymous() - self.first
-            self.most = max(self.most, taken)
+            anonymous, mapped = (now - first for now, first in zip(resident(), self.first, strict=True))
+            self.most, self.mapped = max(self.most, anonymous), max(self.mapped, mapped)
             if self.reading:
-                self.beyond_weights = max(self.beyond_weights, taken - self.placed())
+                beyond = anonymous - self.placed()
+                self.beyond_weights, self.host = max(self.beyond_weights, beyond), max(self.host, beyond + mapped)
             time.sleep(0.002)
 
     def placed(self) -> int:
@@ -124,14 +132,15 @@ class Peaks(threading.Thread):
                 if tensor is not None and not tensor.is_meta:
                     storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return sum(storages.values()) + sum(stream.host_bytes + stream.ring_bytes for stream in self.streams)
 
 
-def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
+def resident() -> tuple[int, int]:
+    """RssAnon and RssFile of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    found = [re.search(rf"{name}:\s+(\d+) kB", status) for name in ("RssAnon", "RssFile")]
+    assert all(found)
+    return tuple(1024 * int(each[1]) for each in found)
 
 
 def rank(folder: Path, name: str, way: str) -> None:
@@ -146,7 +155,7 @@ def rank(folder: Path, name: str, way: str) -> None:
     from vfun_cli.launch.templates import templates_dir
     from vfun_cli.modeling.lazy_weights import LazyWeights
     from vfun_cli.modeling.weights import read_json
-    from vfun_cli.training import model
+    from vfun_cli.training import model, streaming
     from vfun_cli.training.lora import add_adapters
     from vfun_cli.training.optim import choose_trainable
     from vfun_cli.training.strategy import make_accelerator
@@ -186,12 +195,19 @@ def rank(folder: Path, name: str, way: str) -> None:
         return make_optimizer(*given)
 
     model.make_optimizer = all_read
+    take = streaming.BlockStream.take
+
+    def noted(stream: Any, *given: Any) -> None:
+        peaks.streams = [stream]
+        take(stream, *given)
+
+    streaming.BlockStream.take = noted
     adapter: Any = SimpleNamespace(transformer=transformer)
     state = model.prepare_state(config, SPEC, adapter, accelerator, lazy)
     accelerator.wait_for_everyone()
     peaks.model = state.accelerator.unwrap_model(state.model)
-    print(json.dumps({"peak": peaks.most, "beyond": peaks.beyond_weights, "kept": peaks.placed(),
-                      "seconds": time.monotonic() - began}), flush=True)  # fmt: skip
+    print(json.dumps({"peak": peaks.most, "mapped": peaks.mapped, "beyond": peaks.beyond_weights, "host": peaks.host,
+                      "kept": peaks.placed(), "seconds": time.monotonic() - began}), flush=True)  # fmt: skip
     accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -216,13 +232,16 @@ def measure(folder: Path, name: str, way: str, parameters: int) -> dict[str, Any
     if any(process.returncode for process in group):
         raise SystemExit("a rank failed")
     found = [json.loads(lines[-1]) for lines in said]
-    copies = {key: round(sum(each[key] for each in found) / (2 * parameters), 3) for key in ("beyond", "kept", "peak")}
+    counted = ("beyond", "mapped", "kept", "peak")
+    copies = {key: round(sum(each[key] for each in found) / (2 * parameters), 3) for key in counted}
     row = {
         "run": name,
         "way": way,
         "parameters": parameters,
         "ranks": ranks,
         "host_copies_while_read": copies["beyond"],
+        "mapped_copies": copies["mapped"],
+        "host_bytes_of_a_rank": max(each["host"] for each in found),
         "kept_copies": copies["kept"],
         "copies_at_the_peak": copies["peak"],
         "seconds": round(max(each["seconds"] for each in found), 1),
@@ -234,7 +253,8 @@ def measure(folder: Path, name: str, way: str, parameters: int) -> dict[str, Any
 def main() -> None:
     parser = record.parser("loading_memory", __doc__)
     parser.add_argument("--blocks", type=int, default=28, help="of the model that is loaded in files")
-    parser.add_argument("--blocks-at-once", type=int, default=5, help="of the one that is loaded both ways")
+    parser.add_argument("--blocks-at-once", type=int, default=5, help="of the one that is loaded both ways; 0: none is")
+    parser.add_argument("--shard", type=int, default=1 << 30, help="bytes of a file")
     parser.add_argument("--only", choices=CASES, action="append", help="this run; several times for several")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rank-of", nargs=3, help=argparse.SUPPRESS)
@@ -245,13 +265,15 @@ def main() -> None:
         return
     names = arguments.only or (SMOKE if arguments.smoke else list(CASES))
     both = [(name, way) for name in names if name in AT_ONCE for way in ("at-once", "in-files")]
-    groups = [(arguments.blocks_at_once, both), (arguments.blocks, [(name, "in-files") for name in names])]
+    groups = [(arguments.blocks, [(name, "in-files") for name in names])]
+    if arguments.blocks_at_once:
+        groups.insert(0, (arguments.blocks_at_once, both))
     if arguments.smoke:
         groups = [(1, [(name, "in-files") for name in names])]
     rows: list[dict[str, Any]] = []
     for blocks, runs in groups:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            parameters = write_model(Path(scratch) / "model", blocks)
+            parameters = write_model(Path(scratch) / "model", blocks, arguments.shard)
             for name, way in runs:
                 rows.append(measure(Path(scratch) / "model", name, way, parameters))
                 record.write_result(arguments, {"rows": rows})

@@ -123,6 +123,8 @@ class _Labels(TorchFunctionMode):
             raise HostTraffic(f"{func.__name__} copies to the device from pageable memory")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and first.is_meta and _has_list(args[1]):
             raise HostTraffic("a list as an index is copied to the device from pageable memory")
+        if func is Tensor.copy_:  # seen here where it hides from what torch really does
+            refuse_waiting_copy(args[1], args[0].device.type, args[0], kwargs.get("non_blocking"), self.pinned)
         pins = kwargs.pop("pin_memory", False)
         result = func(*args, **kwargs)
         return self.pinned.add(result) if pins else result
@@ -153,11 +155,11 @@ class _Traffic(TorchDispatchMode):
             host = [each for each in tensors if not each.is_meta]
             if func is aten._to_copy.default:
                 target = kwargs.get("device") or tensors[0].device
-                self._copy(tensors[0], target.type, None, kwargs.get("non_blocking"))
+                refuse_waiting_copy(tensors[0], target.type, None, kwargs.get("non_blocking"), self.pinned)
             elif func is aten.copy_.default:
                 into, source = tensors
                 non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-                self._copy(source, into.device.type, into, non_blocking)
+                refuse_waiting_copy(source, into.device.type, into, non_blocking, self.pinned)
                 if source.is_meta and not into.is_meta:
                     return into
             elif device and _depends_on_values(func, args, kwargs):
@@ -166,11 +168,12 @@ class _Traffic(TorchDispatchMode):
                 raise HostTraffic(f"{func} is given {[tuple(each.shape) for each in host]} of the host")
             return func(*args, **kwargs)
 
-    def _copy(self, source: Tensor, target: str, into: Tensor | None, non_blocking: bool | None) -> None:
-        if source.is_meta and target != "meta" and not (non_blocking and into is not None and into in self.pinned):
-            raise HostTraffic("a copy to the host waits; copy into pinned memory, non_blocking")
-        if not source.is_meta and target == "meta" and not (non_blocking and source in self.pinned):
-            raise HostTraffic("a copy to the device from pageable memory, or one that is not non_blocking, waits")
+
+def refuse_waiting_copy(source: Tensor, target: str, into: Tensor | None, non_blocking: Any, pinned: _Pinned) -> None:
+    if source.is_meta and target != "meta" and not (non_blocking and into is not None and into in pinned):
+        raise HostTraffic("a copy to the host waits; copy into pinned memory, non_blocking")
+    if not source.is_meta and target == "meta" and not (non_blocking and source in pinned):
+        raise HostTraffic("a copy to the device from pageable memory, or one that is not non_blocking, waits")
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

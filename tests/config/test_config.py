@@ -8,6 +8,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import devices, families
+from vfun_cli.config.checks import check_streamed_blocks
 from vfun_cli.config.options import RunConfig, default_of, options, parse, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
@@ -199,6 +200,19 @@ def test_a_processor_that_multiplies_bf16_slowly_trains_in_float32_unless_told(
     monkeypatch.setattr(devices, "multiplies_bf16", lambda: units)
     resolved = settle(given={"device": "cpu", **given}, environ=environ)
     assert (resolved.config.mixed_precision, resolved.sources["mixed_precision"]) == (precision, source)
+
+
+def test_only_frozen_blocks_that_are_there_can_be_streamed(tmp_path: Path) -> None:
+    in_file: dict[str, Any] = {"toml": "stream_blocks = 2\n", "folder": tmp_path}
+    with pytest.raises(ConfigError, match="a full fine-tune changes them"):
+        settle("train", **in_file)
+    assert settle("cache", **in_file).config.stream_blocks == 2, "it has no say where nothing trains"
+    for spec in families.FAMILIES.values():
+        blocks = spec.model.blocks(spec.model.dims)
+        assert blocks >= 30
+        check_streamed_blocks(RunConfig(stream_blocks=blocks - 1), spec, spec.model.dims)
+        with pytest.raises(ConfigError, match=f"the model has {blocks} blocks"):
+            check_streamed_blocks(RunConfig(stream_blocks=blocks), spec, spec.model.dims)
 
 
 def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:

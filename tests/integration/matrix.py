@@ -85,6 +85,10 @@ FIVE = "five"
 """A run that looks at five rows, which two ranks cannot share evenly, and encodes what it needs for that."""
 _FIVE = {**_HELD_OUT, "validation_meta": "vfun-demo/wan-s2v/data/five.json", "max_train_steps": 0, "cache": None}
 
+STREAMED = "lora-streamed"
+"""Adapters on blocks of which one stays on the device; the losses of the matrix, looked at from outside, too."""
+_STREAMED = {STREAMED: {**_HELD_OUT, "stream_blocks": 1}}
+
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _EVERYWHERE = {
     "subset": _SUBSET,
@@ -101,8 +105,9 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
         **_IN_FLOAT32,
         **_IN_MATRIX,
+        **_STREAMED,
     },
-    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, **_STREAMED, FIVE: _FIVE},
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,

@@ -19,6 +19,7 @@ from tests.integration.matrix import (
     EXTRAS,
     STEPS,
     STRATEGIES,
+    STREAMED,
     Run,
     extra,
     launch,
@@ -96,6 +97,12 @@ def test_blocks_gathered_early_are_under_way_when_the_block_before_starts(traine
     *before, last = zip(plain[1:], early[1:], strict=True)  # without the first, which is the model around the blocks
     assert all(ahead > begun for begun, ahead in before), (plain, early)
     assert last[0] == last[1], "none is gathered twice"
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_streaming_blocks_from_the_host_changes_no_loss(strategy: str, trained: Trained) -> None:
+    trained(strategy)
+    assert losses(extra(STREAMED, strategy)) == losses(straight("wan-s2v", strategy, "lora"))
 
 
 def noted(name: str, strategy: str) -> dict[str, Any]:

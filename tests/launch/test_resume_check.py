@@ -149,6 +149,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "validation_steps": {"validation_prompts": ["a cat"]},
     "validation_epochs": {"validation_prompts": ["a cat"]},
     "base_precision": {"strategy": "ddp", "device": "cuda"},
+    "stream_blocks": {"strategy": "ddp"},
 }
 """What an option needs to have another value: both are given."""
 

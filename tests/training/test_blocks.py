@@ -282,4 +282,5 @@ def test_without_a_compiler_compile_says_so(live_model: LIVE, monkeypatch: pytes
 def test_blocks_are_found_under_every_family_by_their_class(live_model: LIVE) -> None:
     for family in FAMILIES:
         live = live_model(family)
-        assert len(find_blocks(live.adapter.transformer, live.spec.model.block_classes)) >= live.dims.num_layers
+        found = find_blocks(live.adapter.transformer, live.spec.model.block_classes)
+        assert len(found) == live.spec.model.blocks(live.dims) >= live.dims.num_layers

@@ -187,6 +187,11 @@ def test_what_lora_cannot_do_is_refused_before_the_launch() -> None:
         settings("wan-s2v", network_alpha=0)
     with pytest.raises(ConfigError, match="must be less than 1"):
         settings("wan-s2v", lora_dropout=1.0)
+    for strategy in ("fsdp", "zero2", "zero3", "zero3-offload"):
+        with pytest.raises(ConfigError, match=f"stream_blocks with strategy {strategy}"):
+            settings("wan-s2v", stream_blocks=0, strategy=strategy)
+    with pytest.raises(ConfigError, match="compile and stream_blocks cannot be combined"):
+        settings("wan-s2v", stream_blocks=0, compile=True)
     assert parse("base_precision", "bf16", "") == "bf16"
     for precision in BASE_PRECISIONS[1:]:
         with pytest.raises(EnvironmentFault, match=f"base_precision {precision} needs a GPU"):

@@ -21,10 +21,11 @@ from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import load
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.encoders.frozen import Encoders
-from vfun_cli.training.blocks import find_blocks
+from vfun_cli.training.blocks import find_blocks, find_layers
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import adapter_options, prepare_blocks
 from vfun_cli.training.quantised import quantise_layers
+from vfun_cli.training.streaming import stream_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,8 @@ def moved_by_the_wrapper(model: nn.Module, device: torch.device) -> None:
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("cogvideox-fun", "lora", {"base_precision": "fp8"}),
     ("cogvideox-fun", "lora", {"base_precision": "nf4"}),
+    ("cogvideox-fun", "lora", {"base_precision": "nf4", "stream_blocks": 0}),
+    ("wan-s2v", "lora", {"stream_blocks": 1, "gradient_checkpointing": "selective"}),
     (
         "cogvideox-fun",
         "train",
@@ -92,6 +95,8 @@ def test_a_step_never_waits_for_the_device_and_computes_in_the_types_of_fsdp_and
     with made_up_cuda() as device:
         adapter: Any = copy.copy(live.adapter)
         adapter.encoders = Encoders({}, device)
+        if config.stream_blocks is not None:  # what is quantised is so already
+            stream_blocks(find_layers(model, live.spec.model.block_classes), config.stream_blocks, "bf16", device)
         moved_by_the_wrapper(model, device)
         given = list[Any]()
         model.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)

@@ -208,22 +208,29 @@ def _lora(family: str, device: str) -> Row:
 
 
 def _bases(family: str, device: str) -> list[Row]:
-    """LoRA on each base, and under FSDP."""
+    """LoRA on each base, streamed from the host, and under FSDP."""
     lora = _lora(family, device)
-    rows = [lora]
+
+    def row(name: str, proves: str, *options: str, **fields: Any) -> Row:
+        return _trained(name, proves, family, device, *BF16_OPTION, *options, command="lora", **fields)
+
+    def streamed(of: str, what: str, *options: str, **fields: Any) -> Row:
+        """Kernels and their order are the same, and so are the losses."""
+        proves = f"all blocks of {what} come from host memory"
+        return row(
+            f"{of}-stream", proves, *options, "--stream-blocks", "0", reference=of, bound=REPEATED[device], **fields
+        )
+
+    rows = [lora, streamed(lora.name, "a base in bf16")]
     for precision in BASE_PRECISIONS[1:]:
         rows.append(
-            _trained(
-                f"{lora.name}-{precision}", f"LoRA on a base in {precision}", family, device, *BF16_OPTION,
-                "--base-precision", precision, command="lora", reference=lora.name, bound=QUANTISED, needs=("cuda",),
+            row(
+                f"{lora.name}-{precision}", f"LoRA on a base in {precision}", "--base-precision", precision,
+                reference=lora.name, bound=QUANTISED, needs=("cuda",),
             )
         )  # fmt: skip
-    rows.append(
-        _trained(
-            f"{lora.name}-fsdp", "LoRA under FSDP", family, device, *BF16_OPTION, "--fsdp", command="lora",
-            reference=lora.name, bound=STRATEGY,
-        )
-    )  # fmt: skip
+    rows.append(streamed(f"{lora.name}-nf4", "a base in nf4", "--base-precision", "nf4", needs=("cuda",)))
+    rows.append(row(f"{lora.name}-fsdp", "LoRA under FSDP", "--fsdp", reference=lora.name, bound=STRATEGY))
     return rows
 
 
@@ -354,6 +361,15 @@ def _without_waits(family: str, device: str) -> list[Row]:
             reference=f"{family}/made-up-bf16", bound=QUANTISED, needs=("cuda",), **lora,
         ),
         row("lora", "under LoRA", **lora, **like),
+        row(
+            "lora-stream", "under LoRA in bf16 while blocks come from host memory",
+            options={**bf16, "stream_blocks": 0}, reference=f"{family}/made-up-bf16", bound=STRATEGY, **lora,
+        ),
+        row(
+            "lora-nf4-stream", "while blocks in nf4 come from host memory", command="lora", needs=("cuda",),
+            options={**bf16, "base_precision": "nf4", "stream_blocks": 0}, reference=f"{family}/made-up-lora-nf4",
+            bound=REPEATED[device],
+        ),
         *(row(strategy, f"under {strategy}", options={"strategy": strategy}, **like) for strategy in ("ddp", "fsdp")),
     ]  # fmt: skip
 

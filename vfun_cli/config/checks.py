@@ -3,13 +3,13 @@
 from vfun_cli.config.options import RunConfig, default_of, parse
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
-from vfun_cli.families.spec import FamilySpec
+from vfun_cli.families.spec import FamilySpec, ModelDims
 
 MOST_CLIPS_OF_A_STEP = 10_000_000
 """A plan of such steps takes seconds; of a thousand times as many, all memory."""
 
 
-def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
+def check(config: RunConfig, spec: FamilySpec, *, command: str) -> None:
     """Refuse combinations that no single option can refuse.
 
     Raises:
@@ -20,11 +20,17 @@ def check(config: RunConfig, spec: FamilySpec, *, lora: bool) -> None:
     _check_strategy(config)
     _check_conditioning(config, spec)
     _check_validation(config)
-    if lora:
+    if command == "lora":
         _check_lora(config, spec)
         _check_quantised_base(config)
+        _check_streaming(config)
     elif not config.trainable_modules:
         raise ConfigError("trainable_modules is empty: nothing would be trained.", hint='Use "." for everything.')
+    elif command == "train" and config.stream_blocks is not None:
+        raise ConfigError(
+            "stream_blocks is about weights that never change, and a full fine-tune changes them.",
+            hint="Drop it and choose --zero3-offload, or use vfun lora.",
+        )
 
 
 def check_step(config: RunConfig, ranks: int) -> None:
@@ -125,6 +131,37 @@ def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(
             "use_dora needs a layer's whole weight in the forward pass, which ZeRO-3 keeps in parts.",
             hint="Choose --fsdp, --zero2 or --ddp.",
+        )
+
+
+def check_streamed_blocks(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> None:
+    """Refuse to stream no block of this model.
+
+    Raises:
+        ConfigError: as many stay as there are, or more.
+    """
+    resident, blocks = config.stream_blocks, spec.model.blocks(dims)
+    if resident is not None and resident >= blocks:
+        raise ConfigError(
+            f"stream_blocks {resident}: the model has {blocks} blocks, so that none of them would be streamed.",
+            hint=f"Use --stream-blocks 0 to {blocks - 1}, or drop it.",
+            option="--stream-blocks",
+        )
+
+
+def _check_streaming(config: RunConfig) -> None:
+    """Only what is whole on each rank and multiplied outside of a compiled block can be streamed."""
+    if config.stream_blocks is None:
+        return
+    if not STRATEGIES[config.strategy].whole_weights:
+        raise ConfigError(
+            f"stream_blocks with strategy {config.strategy}, which moves weights between host and devices by itself.",
+            hint="Use --ddp or --strategy single, or drop --stream-blocks.",
+        )
+    if config.compile:
+        raise ConfigError(
+            "compile and stream_blocks cannot be combined: a compiled block does not ask for its weights.",
+            hint="Drop one of them.",
         )
 
 

@@ -541,6 +541,19 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = False
+    stream_blocks: Annotated[
+        int | None,
+        Opt(
+            help="Keep only this many blocks on the device; the others' frozen weights wait in host memory and come "
+            "ahead of their block. For the strategies single and ddp.",
+            panel=MEMORY,
+            unit="blocks",
+            minimum=0,
+            maximum=10_000,
+            on_resume="harmless",
+            commands=("lora",),
+        ),
+    ] = None
     fsdp_prefetch: Annotated[
         int,
         Opt(

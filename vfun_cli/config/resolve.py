@@ -72,7 +72,7 @@ def resolve(
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
-    check(config, spec, lora=command == "lora")
+    check(config, spec, command=command)
     return Resolved(config=config, sources=sources)
 
 

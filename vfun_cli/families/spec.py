@@ -121,6 +121,8 @@ class ModelSpec:
     """What each text encoder reads of a caption, in the order in which the adapter loads them."""
     block_classes: tuple[str, ...]
     """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
+    blocks: Callable[[ModelDims], int] = lambda dims: dims.num_layers
+    """How many of them there are, of all classes."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]

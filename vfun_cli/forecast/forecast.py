@@ -192,7 +192,11 @@ def _scaled(subject: Subject, factor: float) -> Batch:
 def _allowed(subject: Subject, way: Way) -> bool:
     """Whether the options may be combined so, on a machine that has the devices."""
     try:
-        check(replace(way.applied(subject.config), device="cuda"), subject.spec, lora=subject.lora)
+        check(
+            replace(way.applied(subject.config), device="cuda"),
+            subject.spec,
+            command="lora" if subject.lora else "train",
+        )
     except (ConfigError, EnvironmentFault):
         return False
     return True

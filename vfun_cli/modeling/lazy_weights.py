@@ -10,8 +10,9 @@ Then whole weights come one parameter at a time, or each rank reads its own rows
     for parameter in lazy.placed(transformer, device): ...
     load_shards(fully_shard(transformer), files, device)
 
-A mapped file is in the page cache once for all ranks of a machine, so that together they hold one copy of the model.
-Loading first and placing afterwards takes a whole float32 copy for each rank.
+A mapped file is in the page cache once for all ranks of a machine, so that together they hold one copy of the model,
+and a rank gives back the pages of each tensor that it has read. Loading first and placing afterwards takes a whole
+float32 copy for each rank.
 """
 
 from collections import deque
@@ -22,6 +23,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from vfun_cli.modeling.mapped import give_back
 
 
 class LazyWeights:
@@ -147,7 +150,9 @@ def _replaced(
 def _read(stored: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A copy of a mapped tensor. It moves as it is stored and is cast there, so that the host holds no copy of it."""
     moved = stored.to(device)
-    return moved.to(dtype, copy=moved is stored)
+    read = moved.to(dtype, copy=moved is stored)
+    give_back(stored)
+    return read
 
 
 _LAZY: ContextVar[LazyWeights | None] = ContextVar("lazy weights", default=None)

@@ -61,6 +61,12 @@ def find_blocks(transformer: nn.Module, block_classes: Collection[str]) -> list[
     return [module for module in transformer.modules() if type(module).__name__ in block_classes]
 
 
+def find_layers(transformer: nn.Module, block_classes: Collection[str]) -> list[tuple[nn.Module, ...]]:
+    """The blocks in order, each with what the model runs behind it as a part of its layer (``behind_block``)."""
+    behind = getattr(transformer, "behind_block", lambda index: ())
+    return [(block, *behind(index)) for index, block in enumerate(find_blocks(transformer, block_classes))]
+
+
 def checkpoint_blocks(transformer: nn.Module, block_classes: Collection[str], how: str) -> None:
     """``block``: keep what enters a block and compute it again; ``selective``: keep its products; ``none``: all."""
     if how == "block":

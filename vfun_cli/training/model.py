@@ -1,5 +1,6 @@
 """From a configuration to the model that is trained: loaded, made trainable, wrapped by the strategy."""
 
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import RunPlan
-from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks, find_layers
 from vfun_cli.training.lora import add_adapters, load_network
 from vfun_cli.training.optim import choose_trainable, make_optimizer
 from vfun_cli.training.precision import compute_dtype, kept_dtype, use_in
@@ -25,6 +26,7 @@ from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState, master_weights
 from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
+from vfun_cli.training.streaming import stream_blocks
 
 
 def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:
@@ -114,6 +116,8 @@ def prepare_state(
     lazy.to_meta(transformer)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(kept_dtype(config, trained=parameter.requires_grad))
+    if config.stream_blocks is not None:
+        _stream(config, spec, transformer, accelerator, lazy)
     if config.base_precision != "bf16":
         quantise_layers(transformer, config.base_precision, accelerator.device, lazy)
     transformer.train()
@@ -123,10 +127,26 @@ def prepare_state(
     assert_accumulation(config, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)
+    lazy.stored.clear()  # all is read: the files need not be mapped any more
     state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
     if config.use_ema:
         state.average = WeightAverage(master_weights(state), config.ema_decay)
     return state
+
+
+def _stream(config: RunConfig, spec: FamilySpec, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> None:
+    """Send all blocks but ``stream_blocks`` to the host, and say what is where."""
+    assert config.stream_blocks is not None
+    blocks = find_layers(transformer, spec.model.block_classes)
+    stream = stream_blocks(blocks, config.stream_blocks, config.base_precision, accelerator.device, lazy)
+    if accelerator.is_main_process:
+        each = " of each process" if accelerator.num_processes > 1 else ""
+        print(
+            f"{len(stream.blocks)} of {len(blocks)} blocks, {stream.host_bytes / 1e9:.2f} GB, are streamed from host "
+            f"memory{each} through {stream.ring_bytes / 1e9:.2f} GB of the device",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:

@@ -5,13 +5,13 @@ for 64 weights. The weight is dequantised when it is used, forward and backward,
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
+from vfun_cli.training.frozen import FrozenLinear, replace_linears
 
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -28,7 +28,7 @@ FP8_LARGEST = 448.0
 """Largest e4m3 number."""
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(FrozenLinear):
     """A frozen linear layer: ``codes`` are bytes, ``scales`` float32; parameters, so that they move and count.
 
     Args:
@@ -36,42 +36,23 @@ class QuantisedLinear(nn.Module):
             to the device that the host waits for, in each layer's every pass.
     """
 
+    kept = ("codes", "scales")
     levels: Tensor | None
 
     def __init__(self, linear: nn.Linear, precision: str, levels: Tensor | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear)
         self.precision = precision
         self.register_buffer("levels", levels, persistent=False)
         codes, scales = _QUANTISE[precision](linear.weight.detach().float(), levels)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = linear.bias
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in], dequantised."""
-        dequantised: Tensor = _DEQUANTISE[self.precision](
-            self.codes, self.scales, self.levels, (self.out_features, self.in_features)
-        )
+        codes, scales = self.parts()
+        shape = (self.out_features, self.in_features)
+        dequantised: Tensor = _DEQUANTISE[self.precision](codes, scales, self.levels, shape)
         return dequantised.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in the dtype of the input."""
-        product: Tensor = _Product.apply(x, self)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """x·Wᵀ that dequantises W again for the gradient instead of keeping it: autograd would keep every layer's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.weight_as(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.weight_as(gradient.dtype), None
 
 
 def quantise_layers(transformer: nn.Module, precision: str, device: torch.device, lazy: LazyWeights = NOT_LAZY) -> int:
@@ -82,15 +63,19 @@ def quantise_layers(transformer: nn.Module, precision: str, device: torch.device
     output layer) is small and stays as it is: 0.26 B weights of Wan-S2V's linear layers, all that its modulation and
     conditions pass through.
     """
+    make = quantiser(precision, device, lazy)
+    return sum(replace_linears(stack, make) for stack in list(_stacks(transformer)))
+
+
+def quantiser(precision: str, device: torch.device, lazy: LazyWeights) -> Callable[[nn.Linear], QuantisedLinear]:
+    """What makes a quantised layer on ``device`` of one whose weights may still be in their file."""
     levels = levels_of(precision, device)
-    count = 0
-    for parent in {module: None for stack in _stacks(transformer) for module in stack.modules()}:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not child.weight.requires_grad:
-                with lazy.materialized(child, device):
-                    setattr(parent, name, QuantisedLinear(child, precision, levels))
-                count += 1
-    return count
+
+    def make(linear: nn.Linear) -> QuantisedLinear:
+        with lazy.materialized(linear, device):
+            return QuantisedLinear(linear, precision, levels)
+
+    return make
 
 
 def levels_of(precision: str, device: torch.device) -> Tensor | None:

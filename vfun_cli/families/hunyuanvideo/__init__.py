@@ -106,6 +106,7 @@ def _spec(
             },
             captions=lambda dims: (captions.instructed("tokenizer", PROMPT_TOKENS, cut), captions.clip("tokenizer_2")),
             block_classes=block_classes,
+            blocks=lambda dims: dims.num_layers + dims.extra["num_single_layers"],
             sequence_tokens=sequence_tokens,
             forward_flops=forward_flops,
             attention_flops=attention_flops,

@@ -514,6 +514,13 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         video, rest = x.tensor_split((num_video_tokens,), dim=1)
         return torch.cat((video + self.audio_injector(index, video, local, overall), rest), dim=1)
 
+    def behind_block(self, layer: int) -> tuple[nn.Module, ...]:
+        """The audio injection of a layer, where it has one."""
+        index = self.injector_of_layer.get(layer)
+        if index is None:
+            return ()
+        return self.audio_injector.injector[index], self.audio_injector.injector_adain_layers[index]
+
     def _sequence(
         self, video: Tensor, reference: Tensor, motion: Tensor, drops: Sequence[bool]
     ) -> tuple[Tensor, Tensor | None]:
