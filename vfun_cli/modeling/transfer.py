@@ -58,14 +58,18 @@ class SideStream:
     def __init__(self, device: torch.device, *, used: bool) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if used and device.type == "cuda" else None
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+        self.follow()  # weights may still be on their way
 
     def context(self) -> AbstractContextManager[Any]:
         """Run what follows on this stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def hand_over(self, made: Iterable[Any]) -> None:
+    def follow(self) -> None:
+        """Let this stream go on only when the main one has come to where it is now."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def hand_over(self, made: Iterable[Any] = ()) -> None:
         """Let the main stream go on only when this one is done, and own the tensors from then on."""
         if self.stream is None:
             return
