@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from vfun_cli.errors import EnvironmentFault, first_line
-from vfun_cli.training.offload import Offload
+from vfun_cli.training.offload import Offload, alias, unchanged
 
 aten = torch.ops.aten
 
@@ -76,7 +76,7 @@ def checkpoint_blocks(
         offload: let what stays go to the host's memory and come back (``Offload``).
     """
     keeps, blocks = KEPT.get(how), find_blocks(transformer, block_classes)
-    moved = Offload(transformer, len(blocks)) if offload else None
+    moved = Offload(transformer, blocks) if offload else None
     run: Callable[..., Any] | None = None
     if compiled and keeps is not None:
         for module in [*blocks, *find_blocks(transformer, injections)]:
@@ -137,7 +137,7 @@ def _keeping(
         def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
             result = operation(*arguments, **(named or {}))
             if keeps(operation, arguments):
-                results.append((operation, tree_map_only(Tensor, lambda each: _Packed(pack(each.detach())), result)))
+                results.append((operation, tree_map_only(Tensor, lambda each: _Packed(pack(alias(each))), result)))
             return result
 
     class Give(TorchDispatchMode):
@@ -163,10 +163,7 @@ def _hold(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _held(held: tuple[Tensor, int]) -> Tensor:
-    tensor, version = held
-    if tensor._version != version:
-        raise RuntimeError("what a layer keeps for its backward pass was changed in place")
-    return tensor
+    return unchanged(*held)
 
 
 @cache

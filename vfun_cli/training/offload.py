@@ -16,7 +16,7 @@ A CPU has no streams; there the same copies are made in the order of the program
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,11 +43,11 @@ class Offload:
     """Runs the layers of a transformer, one pass after another.
 
     Args:
-        layers: how many there are in a pass.
+        blocks: one of each layer, in order.
     """
 
-    def __init__(self, transformer: nn.Module, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
         self.host: _Host | None = None
         self.side: SideStream | None = None
         self.newest: _Layer | None = None
@@ -73,7 +73,7 @@ class Offload:
         with saved_tensors_hooks(self.pack, self.unpack):
             result = compute(*arguments)
         self._meet()
-        if layer.number < self.layers - RESIDENT:
+        if layer.number < len(self.blocks) - RESIDENT:
             self._send(layer)
         return result
 
@@ -82,7 +82,7 @@ class Offload:
         assert self.side is not None and self.newest is not None
         elsewhere = tensor.device.type == "cpu" != self.side.device.type
         storage = tensor.untyped_storage()
-        if elsewhere or storage.nbytes() < SMALLEST or is_weight(tensor):
+        if elsewhere or storage.nbytes() < SMALLEST or is_weight(tensor) or self._is_hidden_weight(tensor):
             # A leaf as it is: ZeRO-3 and FSDP give its weights back later. Others without their graph, lest it be kept.
             return tensor if tensor.is_leaf else tensor.detach()
         # A storage is known as long as somebody refers to what is stored of it, so no other has its address.
@@ -92,6 +92,14 @@ class Offload:
             stored = self.known[key] = _Stored(tensor)
         self.newest.stored[stored] = None
         return _Saved(self.newest, stored, tensor)
+
+    def _is_hidden_weight(self, tensor: Tensor) -> bool:
+        """Compiled blocks save their weights without saying that they are any."""
+        if tensor.grad_fn is not None:
+            return False
+        assert self.newest is not None
+        weights = self.blocks[self.newest.number].parameters()
+        return tensor.untyped_storage()._cdata in {weight.untyped_storage()._cdata for weight in weights}
 
     def unpack(self, saved: Any) -> Tensor:
         """The tensor again."""
@@ -159,18 +167,14 @@ class _Stored:
     def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self.alive = StorageWeakRef(storage)
-        self.size, self.version = storage.nbytes() // tensor.itemsize * tensor.itemsize, tensor._version
-        flat = tensor.detach().as_strided((self.size // tensor.itemsize,), (1,), 0)
-        self.there: Tensor | None = flat.view(torch.uint8)
-        self.like = self.there.new_empty(0)
+        self.version = tensor._version
+        self.there: Tensor | None = alias(tensor, whole=True)
+        self.size, self.like = len(self.there), self.there.new_empty(0)
         self.pieces: list[Tensor] = []
 
     def send(self, host: "_Host") -> None:
-        assert self.there is not None
-        if self.there._version != self.version:
-            raise RuntimeError("what a layer saved for its backward pass was changed in place")
         self.pieces = host.take(self.size)
-        for piece, part in zip(self.pieces, self.there.split(PIECE), strict=True):
+        for piece, part in zip(self.pieces, self.bytes().split(PIECE), strict=True):
             piece[: len(part)].copy_(part, non_blocking=True)
 
     def fetch(self, host: "_Host") -> None:
@@ -178,7 +182,12 @@ class _Stored:
         for piece, part in zip(self.pieces, self.there.split(PIECE), strict=True):
             part.copy_(piece[: len(part)], non_blocking=True)
         host.give(self.pieces)
-        self.pieces = []
+        self.pieces, self.version = [], self.there._version
+
+    def bytes(self) -> Tensor:
+        """All of them, on the device."""
+        assert self.there is not None
+        return unchanged(self.there, self.version)
 
 
 class _Saved:
@@ -189,8 +198,31 @@ class _Saved:
         self.dtype, self.place = tensor.dtype, (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def tensor(self) -> Tensor:
-        assert self.stored.there is not None
-        return self.stored.there.view(self.dtype).as_strided(*self.place)
+        return self.stored.bytes().view(self.dtype).as_strided(*self.place)
+
+
+def alias(tensor: Tensor, *, whole: bool = False) -> Tensor:
+    """The same memory without a graph, or the bytes of the whole storage; changes in place are counted for both alike.
+
+    Under a dispatch mode, which works below where they are counted, that has to be asked for.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        same = tensor.detach()
+        if not whole:
+            return same
+        elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+        return same.as_strided((elements,), (1,), 0).view(torch.uint8)
+
+
+def unchanged(tensor: Tensor, version: int) -> Tensor:
+    """The tensor, if it was not changed in place since it had this version.
+
+    Raises:
+        RuntimeError: it was.
+    """
+    if tensor._version != version:
+        raise RuntimeError("what a layer keeps for its backward pass was changed in place")
+    return tensor
 
 
 class _Host:
