@@ -39,7 +39,9 @@ class Operations(TorchDispatchMode):
         result = operation(*arguments, **(named or {}))
         with torch._C.DisableTorchFunction():
             tensors = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+            given = {each.untyped_storage()._cdata for each in tree_leaves(arguments) if isinstance(each, Tensor)}
             storages = [each.untyped_storage() for each in tensors if each.device == self.device]
+            storages = [storage for storage in storages if storage._cdata not in given]  # views take none
             self.made |= {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages}
             if is_attention(operation):
                 itself = arguments[0].shape == arguments[1].shape

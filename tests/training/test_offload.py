@@ -104,9 +104,7 @@ def test_a_second_step_takes_no_memory_of_the_host(live_model: LIVE) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_weights_stay_where_they_are(
-    backend: str | None, live_model: LIVE, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_stay_where_they_are(backend: str | None, live_model: LIVE, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a frozen base, too, which a compiled block saves without saying what they are."""
     torch._dynamo.reset()
     live, saved = live_model("cogvideox-fun"), set[int]()
@@ -213,9 +211,8 @@ def test_two_layers_at_most_are_on_the_device_at_a_time() -> None:
         forward = operations.left() / x.nbytes
         result.sum().backward()
     pieces = LAYERS - 1  # on a CPU the host's memory counts too
-    assert forward - pieces == 3  # the input, what the last layer saved, the result
-    print(looks)
-    assert len(looks) == LAYERS and max(looks) - pieces <= 6  # also two layers', and two gradients on their way
+    assert forward - pieces == 2  # what the last layer saved, and the result
+    assert len(looks) == LAYERS and max(looks) - pieces <= 3  # also two layers', and two gradients on their way
 
 
 def test_views_of_one_storage_go_once_and_come_back_as_they_were() -> None:
@@ -247,10 +244,10 @@ def test_views_of_one_storage_go_once_and_come_back_as_they_were() -> None:
 @pytest.mark.slow
 def test_every_family_gets_its_layers_in_the_order_of_its_blocks(live_model: LIVE) -> None:
     for family in FAMILIES:
-        live, order = live_model(family), list[Any]()
+        live, order = live_model(family), list[nn.Module]()
         model = live.transformer()
         blocks = find_blocks(model, live.spec.model.block_classes)
         for block in blocks:
-            block.register_forward_pre_hook(lambda block, _: order.append(block))
+            block.register_forward_pre_hook(lambda block, _, order=order: order.append(block))
         live.loss(model, live.inputs(*SMALL))
         assert [id(block) for block in order] == [id(block) for block in blocks], family

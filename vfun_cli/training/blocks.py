@@ -1,9 +1,9 @@
 """What is done to every transformer layer before a strategy wraps the model: recomputation, offload and compilation.
 
-A layer is what a transformer hands to its checkpointing function: a block, and in Wan-S2V the audio injection behind it.
-Compilation replaces a block's ``forward``, not the block: its class, its names in a state dict and the hooks by which
-FSDP gathers its weights stay where they are, outside of what is compiled. There recomputation must be part of what is
-compiled; elsewhere it goes around whole layers.
+A layer is what a transformer hands to its checkpointing function: a block, and in Wan-S2V the audio injection after
+it. Compilation replaces a block's ``forward``, not the block: its class, its names in a state dict and the hooks by
+which FSDP gathers its weights stay where they are, outside of what is compiled. There recomputation must be part of
+what is compiled; elsewhere it goes around whole layers.
 """
 
 import shutil
