@@ -48,7 +48,8 @@ def test_every_family_has_its_step_in_both_precisions_with_adapters_and_sharded(
 def test_every_strategy_base_and_way_to_save_memory_has_a_row(family: str) -> None:
     strategies = [f"--strategy {name} " for name in STRATEGIES if name != "single"]
     bases = [f"--base-precision {name}" for name in BASE_PRECISIONS if name != "bf16"]
-    others = ["--low-vram", "--cache ", "--compile", "--gradient-checkpointing selective", "--use-ema"]
+    others = ["--low-vram", "--cache ", "--compile", "--use-ema", '"activation_offload": true']
+    others += [f"--gradient-checkpointing {how}" for how in ("attention", "selective")]
     lines = [script(row) for name, row in CUDA.items() if name.startswith(family)]
     for option in [*strategies, *bases, *others]:
         assert any(option in line for line in lines), option

@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,16 +13,22 @@ import pytest
 import torch
 import torch._dynamo
 from live_models import FAMILIES, SMALL, TALL, WIDE, Inputs, LiveModel
+from operations import Operations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer_parts import Parts, loaded
 
 from vfun_cli.config.options import RunConfig
+from vfun_cli.config.resolve import resolve
 from vfun_cli.errors import EnvironmentFault
+from vfun_cli.families.spec import ClipShape
+from vfun_cli.families.wan_s2v import SPEC
+from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel
 from vfun_cli.modeling.encoders.frozen import Encoders
-from vfun_cli.training import blocks
+from vfun_cli.training import blocks, offload
 from vfun_cli.training import model as prepared
 from vfun_cli.training.blocks import EXACT, checkpoint_blocks, compile_blocks, exact_settings, find_blocks
+from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_blocks
 from vfun_cli.training.precision import use_in
 
@@ -36,51 +43,140 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def in_bf16() -> Iterator[None]:
+    """Models are made in it, and their inputs."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
 
 
+WAYS = ("none", "block", "attention", "selective")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neither_checkpointing_nor_offload_changes_loss_or_gradients(
+    family: str, command: str, live_model: LIVE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    live, found = live_model(family), []
+    inputs, adapters = live.inputs(*SMALL), resolve("lora", live.spec, {}, environ={}).config
+    for how, moved in product(WAYS, (False, True)):
+        model = live.transformer()
+        if command == "lora":
+            add_adapters(model, adapters, live.spec, live.dims)
+            torch.manual_seed(0)
+            for weight in filter(lambda each: each.requires_grad, model.parameters()):
+                nn.init.normal_(weight, std=0.1)  # beside adapters of zeros the others have no gradients
+        checkpoint_blocks(model, live.spec.model.block_classes, how, offload=moved)
+        for _ in range(2):  # the second time in memory of the host that the first one has used
+            model.zero_grad()
+            loss = live.loss(model, inputs)
+            loss.backward()
+        found.append((how, moved, loss.detach(), gradients(model)))
+    (_, _, loss, exact), *others = found
+    assert len(exact) > 10 and len(others) == 7
+    for how, moved, other_loss, other in others:
+        assert torch.equal(loss, other_loss) and exact.keys() == other.keys(), (how, moved)
+        for name, gradient in exact.items():
+            assert torch.equal(gradient, other[name]), (how, moved, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_changes_neither_loss_nor_gradients(family: str, live_model: LIVE) -> None:
-    live = live_model(family)
-    found = {}
-    for kind in ("none", "block", "selective"):
-        model = live.transformer()
-        checkpoint_blocks(model, live.spec.model.block_classes, kind)
-        loss = live.loss(model, live.inputs(*SMALL))
-        loss.backward()
-        found[kind] = loss.detach(), gradients(model)
-    loss, exact = found.pop("none")
-    for how, (recomputed_loss, recomputed) in found.items():
-        assert torch.equal(loss, recomputed_loss) and exact.keys() == recomputed.keys(), how
-        for name, gradient in exact.items():
-            assert torch.equal(gradient, recomputed[name]), (how, name)
-
-
-def products_of_backward(live: LiveModel, how: str) -> int:
-    """Matrix products and attentions in the backward pass, what it computes again included."""
-    model, products = live.transformer(), 0
-    checkpoint_blocks(model, live.spec.model.block_classes, how)
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-            nonlocal products
-            products += operation in blocks.KEPT_PRODUCTS
-            return operation(*arguments, **(named or {}))
-
-    loss = live.loss(model, live.inputs(*SMALL))
-    with Products():
-        loss.backward()
-    return products
+def test_attention_is_kept_to_the_byte_and_what_is_kept_is_not_computed_again(family: str, live_model: LIVE) -> None:
+    live, left, backward = live_model(family), dict[str, int](), dict[str, Operations]()
+    inputs = live.inputs(*SMALL)
+    for how in WAYS:
+        model, backward[how] = live.transformer(), Operations()
+        checkpoint_blocks(model, live.spec.model.block_classes, how)
+        with Operations() as forward:
+            loss = live.loss(model, inputs)
+        left[how] = forward.left()
+        with backward[how]:
+            loss.backward()
+    again = {how: operations.counts for how, operations in backward.items()}
+    assert again["block"]["to itself"] == len(find_blocks(model, live.spec.model.block_classes))
+    assert left["attention"] - left["block"] == backward["block"].attended  # of the whole layer, what follows its block
+    assert again["attention"]["to itself"] == 0 and again["attention"]["to others"] == again["block"]["to others"]
+    assert again["selective"] == again["none"]
+    assert left["block"] < left["attention"] < left["selective"] < left["none"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
-def test_selective_checkpointing_repeats_no_product(family: str, live_model: LIVE) -> None:
-    live = live_model(family)
-    needed, whole, selective = (products_of_backward(live, how) for how in ("none", "block", "selective"))
-    assert selective == needed < whole
+def test_a_layer_of_wan_s2v_keeps_0_37_gb_of_attention_instead_of_4_3_of_all_products(
+    in_bf16: None,
+) -> None:
+    shape, dims = ClipShape(frames=80, height=640, width=640), SPEC.model.dims
+    tokens, left = SPEC.model.sequence_tokens(shape, dims), {}
+    with FakeTensorMode():
+        latents = torch.empty(1, 16, 20, 80, 80)
+        inputs = {
+            "hidden_states": latents, "timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "control_latents": latents, "ref_latents": latents[:, :, :1], "motion_latents": latents[:, :, :19],
+            "audio": torch.empty(1, 25, 1024, 80), "drop_motion": [False],
+        }  # fmt: skip
+        for how in ("block", "attention", "selective"):
+            model = WanS2VTransformer3DModel(num_layers=2, audio_inject_layers=(0,))
+            checkpoint_blocks(model, SPEC.model.block_classes, how)
+            with Operations() as forward:
+                prediction = model(**inputs)
+            left[how] = forward.left() / 2
+            del prediction
+    kept = {how: left[how] - left["block"] for how in ("attention", "selective")}
+    assert tokens == 36_000
+    assert kept["attention"] == tokens * (dims.dim * 2 + 40 * 4)
+    assert kept["attention"] == 374_400_000 and kept["selective"] > 4.3e9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_is_computed_through_the_checkpointing_function(family: str, live_model: LIVE) -> None:
+    live, calls = live_model(family), list[Any]()
+    model: Any = live.transformer()
+    model.enable_gradient_checkpointing(lambda layer, *arguments: calls.append(layer) or layer(*arguments))
+    live.loss(model, live.inputs(*SMALL))
+    assert len(calls) == len(find_blocks(model, live.spec.model.block_classes))
+
+
+def test_whatever_kernel_computes_attention_it_is_known_and_its_backward_is_not() -> None:
+    names = [name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product")]
+    assert len(names) >= 9
+    for name in names:
+        assert blocks.is_attention(getattr(torch.ops.aten, name).default) != name.endswith("_backward"), name
+    assert not blocks.is_attention(torch.ops.aten.mm.default)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_is_kept_must_not_be_changed_in_place(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def enable_gradient_checkpointing(self, run: Callable[..., Tensor]) -> None:
+            self.run = run
+
+        def layer(self, number: int, x: Tensor) -> Tensor:
+            attended = nn.functional.scaled_dot_product_attention(x, x, x)
+            result: Tensor = self.blocks[number](attended)
+            attended.add_(1)
+            return result
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(self.layer, 1, self.run(self.layer, 0, x))
+
+    model = Transformer()
+    checkpoint_blocks(model, ["Linear"], "attention", offload=moved)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        model(torch.randn(1, 2, 4, 8, requires_grad=True)).sum().backward()
 
 
 def run(
@@ -158,7 +254,7 @@ def test_compiled_losses_and_gradients_are_the_eager_ones_at_every_shape_and_the
     assert graphs == [graphs[0]] * len(SHAPES)
 
 
-OF_EACH = {("wan-s2v", "selective"), ("cogvideox-fun", "block")}
+OF_EACH = {("wan-s2v", "attention"), ("cogvideox-fun", "selective")}
 """Ways of checkpointing that every change is tested with; the others are tested before a release."""
 
 
@@ -168,7 +264,7 @@ OF_EACH = {("wan-s2v", "selective"), ("cogvideox-fun", "block")}
     [
         pytest.param(family, how, marks=[] if (family, how) in OF_EACH else pytest.mark.long)
         for family in FAMILIES
-        for how in ("block", "selective")
+        for how in WAYS[1:]
     ],
 )
 def test_checkpointed_blocks_compile_with_the_same_gradients(
@@ -177,7 +273,10 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
     live, found = live_model(family), []
     for backend in (None, "aot_eager"):
         model = live.transformer()
-        checkpoint_blocks(model, live.spec.model.block_classes, how)
+        checkpoint_blocks(
+            model, live.spec.model.block_classes, how, compiled=backend is not None,
+            injections=live.spec.model.injection_classes,
+        )  # fmt: skip
         if backend is not None:
             compile_blocks(model, live.spec.model.block_classes, backend=backend)
         live.loss(model, live.inputs(*SMALL)).backward()
@@ -187,7 +286,7 @@ def test_checkpointed_blocks_compile_with_the_same_gradients(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["none", "block", "selective"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_compiled_is_one_function_for_all_blocks_of_a_kind(
     family: str, how: str, live_model: LIVE, monkeypatch: pytest.MonkeyPatch

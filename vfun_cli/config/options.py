@@ -524,15 +524,25 @@ class RunConfig:
     gradient_checkpointing: Annotated[
         str,
         Opt(
-            help="What the backward pass computes again instead of keeping it: nothing; each block whole; or all of a "
-            "block but its matrix products and attention (selective). Alone, it means block.",
+            help="What the backward pass computes again instead of keeping it: nothing; each layer whole (block); all "
+            "of a layer but its self-attention (attention); or all but its matrix products and attentions (selective). "
+            "Alone, it means block.",
             panel=MEMORY,
-            choices=("none", "block", "selective"),
+            choices=("none", "block", "attention", "selective"),
             switch=("none", "block"),
             on_resume="harmless",
             commands=PLAN_COMMANDS,
         ),
     ] = "block"
+    activation_offload: Annotated[
+        bool,
+        Opt(
+            help="Keep what the layers save for the backward pass in pinned memory of the host, and on the accelerator "
+            "that of two layers at most; copied beside the computation.",
+            panel=MEMORY,
+            on_resume="harmless",
+        ),
+    ] = False
     compile: Annotated[
         bool,
         Opt(

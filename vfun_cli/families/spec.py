@@ -120,9 +120,11 @@ class ModelSpec:
     captions: Callable[[ModelDims], tuple[CaptionReader, ...]]
     """What each text encoder reads of a caption, in the order in which the adapter loads them."""
     block_classes: tuple[str, ...]
-    """Transformer block classes: the FSDP wrapping and gradient checkpointing units."""
+    """Transformer block classes: what FSDP gathers at a time and ``--compile`` compiles."""
     blocks: Callable[[ModelDims], int] = lambda dims: dims.num_layers
     """How many of them there are, of all classes."""
+    injection_classes: tuple[str, ...] = ()
+    """Classes that make the rest of a layer, behind its block."""
     sequence_tokens: Callable[[ClipShape, ModelDims], int]
     """Length of the transformer's token sequence for one clip: video, text, reference and motion tokens."""
     forward_flops: Callable[[ClipShape, ModelDims], float]

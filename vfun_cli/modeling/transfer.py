@@ -65,7 +65,7 @@ class SideStream:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def follow(self) -> None:
-        """Let this stream go on only when the main one has done what it was given until now."""
+        """Let this stream go on only when the main one has come to where it is now."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 

@@ -97,15 +97,18 @@ def prepare_blocks(config: RunConfig, plan: RunPlan, transformer: nn.Module) -> 
     Raises:
         EnvironmentFault: no compiler where one is needed.
     """
-    classes = plan.spec.model.block_classes
+    model = plan.spec.model
     copies = STRATEGIES[config.strategy].whole_weights
     if copies and not config.compile:
         use_in(compute_dtype(config), transformer)
-    checkpoint_blocks(transformer, classes, config.gradient_checkpointing)
+    checkpoint_blocks(
+        transformer, model.block_classes, config.gradient_checkpointing, compiled=config.compile,
+        injections=model.injection_classes, offload=config.activation_offload,
+    )  # fmt: skip
     if config.compile:
         if copies:  # around what is computed again, because a compiler cannot trace them inside
             use_in(compute_dtype(config), transformer)
-        compile_blocks(transformer, classes)
+        compile_blocks(transformer, model.block_classes)
 
 
 def prepare_state(

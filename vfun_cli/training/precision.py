@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
@@ -50,6 +50,15 @@ def use_in(dtype: torch.dtype, transformer: nn.Module) -> None:
         if weights:
             forward = cast(MethodType, module.forward).__func__
             module.forward = MethodType(_with_copies(forward, weights, dtype), module)
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether it is a weight, a copy of one that ``use_in`` made, or a view of either."""
+    owner = tensor if tensor._base is None else tensor._base
+    made_by = owner.grad_fn
+    if isinstance(owner, nn.Parameter) or made_by is None:
+        return isinstance(owner, nn.Parameter)
+    return made_by.name() == "ToCopyBackward0" and hasattr(made_by.next_functions[0][0], "variable")
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
