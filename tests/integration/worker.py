@@ -12,12 +12,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.waiting import patient_group
 
 
@@ -72,6 +74,7 @@ def training_noted(run: RunDir, strategy: str) -> Iterator[None]:
             gathers_counted([] if compiled else sharded) as gathers,
             reductions_counted() as reductions,
             accumulation_noted(self.state.model) as accumulated,
+            held_noted(self.state) as held,
             left_by_looks() as left,
         ):
             reason = train(self, *given)
@@ -81,6 +84,7 @@ def training_noted(run: RunDir, strategy: str) -> Iterator[None]:
             "accumulated": sorted(accumulated),
             "left": left,
             "kept": kept_bytes(self.state.model),
+            "held": held,
             "read": vars(read),
             "types": {name: [sorted(map(str, each)) for each in calls[0]] for name, calls in types.items()},
         }
@@ -283,6 +287,62 @@ def accumulation_noted(model: Any) -> Iterator[set[str]]:
         yield types
     finally:
         del optimizer.step
+
+
+@contextmanager
+def held_noted(state: TrainedState) -> Iterator[dict[str, int]]:
+    """Bytes that this rank holds of each part of ``Kept``: of gradients between a backward pass and its step, of all
+    else after the step. What lies in one memory counts once, as that part which comes first.
+    """
+    engine = state.model if hasattr(state.model, "zero_optimization_stage") else None
+    steps: Any = state.optimizer if engine is None else engine.optimizer
+    step, held = steps.step, dict[str, int]()
+
+    def noted(*given: Any, **options: Any) -> Any:
+        held["gradients"] = stored_bytes(gradients_held(state.model))
+        try:
+            return step(*given, **options)
+        finally:
+            weights, masters = weights_held(state.model), masters_held(state.model)
+            held["weights"] = stored_bytes(weights)
+            held["masters"] = stored_bytes([*weights, *masters]) - held["weights"]
+            inner = steps.optimizer
+            held["moments"] = stored_bytes(value for of in inner.state.values() for value in of.values())
+            held["average"] = stored_bytes(state.average.shadow.values() if state.average is not None else ())
+
+    with mock.patch.object(steps, "step", noted):
+        yield held
+
+
+def stored_bytes(found: Iterable[Any]) -> int:
+    """Of the memory that these tensors lie in."""
+    local = (each.to_local() if isinstance(each, DTensor) else each for each in found if isinstance(each, torch.Tensor))
+    storages = [each.untyped_storage() for each in local]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+
+
+def weights_held(model: Any) -> list[Any]:
+    """Those that the model has, and under ZeRO the parts of them that a rank keeps."""
+    names = ("bit16_groups_flat", "param_groups_fp16_flat_cpu_memory")
+    flat = chain(*(getattr(getattr(model, "optimizer", None), name, ()) for name in names))
+    return [*model.parameters(), *(getattr(weight, "ds_tensor", None) for weight in model.parameters()), *flat]
+
+
+def masters_held(model: Any) -> list[torch.Tensor]:
+    """DeepSpeed's; the others train the model's own weights."""
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    return [*chain(*(getattr(getattr(model, "optimizer", None), name, ()) for name in names))]
+
+
+def gradients_held(model: Any) -> list[Any]:
+    """Of the model's weights and of the masters, and what ZeRO has summed up."""
+    optimizer = getattr(model, "optimizer", None)
+    sums = [group for group in getattr(optimizer, "averaged_gradients", {}).values() if group is not None]
+    return [
+        *(weight.grad for weight in chain(model.parameters(), masters_held(model))),
+        *chain(*sums),
+        getattr(optimizer, "grad_partitions_flat_buffer", None),
+    ]
 
 
 @contextmanager

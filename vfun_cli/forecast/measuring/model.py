@@ -100,7 +100,8 @@ def blank_model(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], 
     adapter = _blank_adapter(spec, config, stated)
     transformer = adapter.transformer
     plan: Any = SimpleNamespace(spec=spec, dims=_dims(spec, stated))
-    choose_weights(config, plan, transformer, NOT_LAZY, lora=lora, fresh=False)
+    with DEVICE:  # peft makes adapters on the processor, which draws 170 M numbers for Wan-S2V's of few layers
+        choose_weights(config, plan, transformer, NOT_LAZY, lora=lora, fresh=False)
     prepare_blocks(config, plan, transformer)
     whole = STRATEGIES[config.strategy].whole_weights
     for weight in transformer.parameters():

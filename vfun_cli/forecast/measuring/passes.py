@@ -1,20 +1,22 @@
 """What a forward and a backward pass of a model hold, beside its weights and their gradients."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.forecast.measuring.gpu import made_up_gpu
+from vfun_cli.forecast.measuring.gpu import Device, made_up_gpu
 from vfun_cli.forecast.measuring.layers import directions
 from vfun_cli.forecast.measuring.model import blank_model
 from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.forecast.request import Batch
 from vfun_cli.imports import uncollected
-from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.modeling.adapter import Conditions, ModelAdapter
 from vfun_cli.training.forward import error_of
 from vfun_cli.training.objectives import Corrupted, FlowMatching
 from vfun_cli.training.precision import compute_dtype
@@ -47,7 +49,14 @@ class Held:
 
 
 def measure(
-    spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], batch: Batch, *, lora: bool, alike: bool = True
+    spec: FamilySpec,
+    config: RunConfig,
+    stated: Mapping[str, Any],
+    batch: Batch,
+    *,
+    lora: bool,
+    alike: bool = True,
+    on: Device = made_up_gpu,
 ) -> Held:
     """A step of one micro-batch, of the model that ``stated`` (its ``config.json``) describes.
 
@@ -56,10 +65,11 @@ def measure(
 
     Args:
         alike: ``layers_alike``; where they are not, the whole model is run.
+        on: one without values.
     """
 
     def held(settings: Mapping[str, Any]) -> Held:
-        return run(blank_model(spec, config, settings, lora=lora), batch, compute_dtype(config))
+        return run(blank_model(spec, config, settings, lora=lora), batch, compute_dtype(config), on)
 
     found = directions(spec, stated) if alike else None
     if found is None:
@@ -70,26 +80,39 @@ def measure(
     return replace(total, last=few.backward)
 
 
-def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype) -> Held:
-    """One pass there and back, all layers one after another.
-
-    What cycles of references hold is let go at any time, here at none.
-    """
-    weights = [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.register_post_accumulate_grad_hook(_forget)
-    with made_up_gpu() as device, uncollected():
+def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu) -> Held:
+    """One pass there and back on a micro-batch of which nothing but its shape is known."""
+    with on() as device:
         latents = torch.empty(batch.clips, *adapter.latent_shape(batch), device=device)
         corrupted = Corrupted(
             noisy=latents, timesteps=torch.empty(batch.clips, device=device), target=torch.empty_like(latents)
         )
-        conditions = adapter.blank_conditions(latents)
-        with Tracker() as tracker:
-            error = error_of(adapter, OBJECTIVE, adapter.transformer, corrupted, conditions, dtype)
-            saved, forward = tracker.bytes, tracker.mark()
-            torch.autograd.backward(error)
-            backward = tracker.mark()
+        return follow(adapter, corrupted, adapter.blank_conditions(latents), dtype)
+
+
+def follow(adapter: ModelAdapter, corrupted: Corrupted, conditions: Conditions, dtype: torch.dtype) -> Held:
+    """One pass there and back, all layers one after another, wherever its inputs and weights lie.
+
+    What cycles of references hold is let go at any time, here at none. Gradients of weights are let go at once.
+    """
+    _forget_tables(adapter.transformer)
+    weights = [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(_forget) for weight in weights]
+    with uncollected(), Tracker() as tracker:
+        error = error_of(adapter, OBJECTIVE, adapter.transformer, corrupted, conditions, dtype)
+        saved, forward = tracker.bytes, tracker.mark()
+        torch.autograd.backward(error)
+        backward = tracker.mark()
+    for hook in hooks:
+        hook.remove()
     return Held(saved=saved, forward=forward, backward=backward, last=backward)
+
+
+def _forget_tables(transformer: nn.Module) -> None:
+    """What a model keeps for its next pass on the same shape, tables of positions, counts in each that is followed."""
+    for value in vars(sys.modules[type(transformer).__module__]).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 def _forget(weight: torch.Tensor) -> None:

@@ -1,12 +1,13 @@
 """What a rank keeps of the weights from step to step under each strategy, to the byte.
 
-A rank's part is that of rank 0, which is never smaller than another's.
+Of several ranks it is the one that keeps the most: rank 0, but where DeepSpeed keeps gradients of whole tensors.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ WHOLE_BELOW = 100_000
 """ZeRO-3 keeps parameters of at most so many numbers whole (DeepSpeed's ``stage3_param_persistence_threshold``)."""
 ALIGNED = 2
 """ZeRO-2 cuts its flat weights into parts of a multiple of so many numbers (DeepSpeed's, for NCCL)."""
+TOGETHER = 1_000_000_000
+"""ZeRO-3 steps so many numbers of a rank at a time, each time as one tensor (DeepSpeed's ``sub_group_size``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +76,66 @@ def _sharded(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
 
 def _flat(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
     """ZeRO-2: weights whole in the compute type; of masters, gradients and moments a part of one flat tensor."""
-    trained = [weight for weight in weights if weight.trained]
+    trained = [weight.numel for weight in weights if weight.trained]
     align = ALIGNED * ranks
-    flat = -(-sum(weight.numel for weight in trained) // align) * align
+    flat = -(-sum(trained) // align) * align
     part = flat // ranks
     return Kept(
         weights=_compute_size(config) * flat
         + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
         masters=4 * part,
-        gradients=4 * part,
+        gradients=4 * (part if config.bf16 else _reaching_into_a_part(trained, part, ranks)),
         moments=moments(config, [(part,)]),
         average=4 * part * config.use_ema,
     )
+
+
+def _reaching_into_a_part(numels: Sequence[int], part: int, ranks: int) -> int:
+    """Numbers of all tensors that lie in the same part of a flat one, if only with an end, and what fills it up.
+
+    Where gradients are summed in another type than the weights have, DeepSpeed makes a tensor of the part for that;
+    else it keeps the tensors of the backward pass. Of all parts it is the one where they are most.
+    """
+    ends = list(accumulate(numels))
+    starts = [end - numel for end, numel in zip(ends, numels, strict=True)]
+
+    def reaching(begin: int) -> int:
+        inside = [
+            numel
+            for numel, start, end in zip(numels, starts, ends, strict=True)
+            if start < begin + part and end > begin
+        ]
+        return sum(inside) + max(0, begin + part - max(begin, ends[-1]))
+
+    return max(reaching(part * rank) for rank in range(ranks))
 
 
 def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
-    """ZeRO-3: each weight is cut into equal parts, filled up to a multiple; small ones lie there whole, too."""
+    """ZeRO-3: each weight is cut into equal parts, the last filled up; small ones lie there whole, too, and filled up.
+
+    One rank has all in its parts. Offloaded gradients lie there twice: as they were summed, and at the masters.
+    """
     parts = {weight.name: -(-weight.numel // ranks) for weight in weights}
-    whole = sum(weight.numel for weight in weights if weight.numel <= WHOLE_BELOW)
-    part = sum(parts[weight.name] for weight in weights if weight.trained)
+    whole = ranks * sum(parts[weight.name] for weight in weights if weight.numel <= WHOLE_BELOW) if ranks > 1 else 0
+    trained = [parts[weight.name] for weight in weights if weight.trained]
+    part = sum(trained)
     return Kept(
         weights=_compute_size(config) * (sum(parts.values()) + whole),
         masters=4 * part,
-        gradients=4 * part,
-        moments=moments(config, [(part,)]),
+        gradients=4 * part * (2 if STRATEGIES[config.strategy].offloads else 1),
+        moments=moments(config, [(count,) for count in _sub_groups(trained)]),
         average=4 * part * config.use_ema,
     )
+
+
+def _sub_groups(parts: Iterable[int]) -> list[int]:
+    """Sums of parts that follow each other, each of them just as large as ``TOGETHER`` or larger, but for the last."""
+    groups = [0]
+    for part in parts:
+        if groups[-1] >= TOGETHER:
+            groups.append(0)
+        groups[-1] += part
+    return groups
 
 
 _KEPT = {

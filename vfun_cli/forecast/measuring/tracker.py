@@ -1,6 +1,7 @@
 """Counts the bytes that tensors made inside it hold, at every operation."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, UntypedStorage
@@ -19,7 +20,8 @@ class Tracker(TorchDispatchMode):
         """Now."""
         self.peak = 0
         """The most since the last ``mark``."""
-        self._known: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+        self._sizes: dict[int, int] = {}
+        """By what ``memory`` says, of what is there."""
 
     def mark(self) -> int:
         """The most up to now; from now on the peak is counted anew."""
@@ -28,22 +30,41 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         """Run the operation and count what is new of its results."""
-        given = {each.untyped_storage() for each in arguments if isinstance(each, Tensor)}
-        found = operation(*arguments, **(named or {}))
-        for each in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(each, Tensor):
-                self._count(each.untyped_storage(), given)
+        named = named or {}
+        given = set(map(memory, tensors_in((arguments, named))))
+        found = operation(*arguments, **named)
+        for each in tensors_in((found,)):
+            place = memory(each)
+            if place in self._sizes or place not in given:  # a view or a result in place is of a memory that was given
+                self._count(place, each.untyped_storage())
         return found
 
-    def _count(self, storage: UntypedStorage, given: set[UntypedStorage]) -> None:
-        """A view or a result in place is of a storage that was given."""
-        if storage in self._known or storage in given:
-            return
+    def _count(self, place: int, storage: UntypedStorage) -> None:
+        """Also of one that was there, for an operation in place may have enlarged it."""
+        if place not in self._sizes:
+            weakref.finalize(storage, self._let_go, place)
         size = storage.nbytes()
-        self._known.add(storage)
-        weakref.finalize(storage, self._let_go, size)
-        self.bytes += size
+        self.bytes += size - self._sizes.get(place, 0)
+        self._sizes[place] = size
         self.peak = max(self.peak, self.bytes)
 
-    def _let_go(self, size: int) -> None:
-        self.bytes -= size
+    def _let_go(self, place: int) -> None:
+        self.bytes -= self._sizes.pop(place)
+
+
+def memory(tensor: Tensor) -> int:
+    """What tells the memory of one tensor from that of others that are there."""
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_in(given: Iterable[Any]) -> list[Tensor]:
+    """All in arguments or results, however they are nested."""
+    found = []
+    for each in given:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (tuple, list)):
+            found += tensors_in(each)
+        elif isinstance(each, dict):
+            found += tensors_in(each.values())
+    return found
