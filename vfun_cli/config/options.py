@@ -541,6 +541,7 @@ class RunConfig:
             "that of two layers at most; copied beside the computation.",
             panel=MEMORY,
             on_resume="harmless",
+            commands=PLAN_COMMANDS,
         ),
     ] = False
     compile: Annotated[
@@ -561,7 +562,7 @@ class RunConfig:
             minimum=0,
             maximum=10_000,
             on_resume="harmless",
-            commands=("lora",),
+            commands=LORA_COMMANDS,
         ),
     ] = None
     fsdp_prefetch: Annotated[

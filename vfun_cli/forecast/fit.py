@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfun_cli import devices
+from vfun_cli.config.checks import check
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import HERE
-from vfun_cli.errors import FitError
+from vfun_cli.errors import ConfigError, FitError
 from vfun_cli.families.detect import read_config
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
@@ -111,21 +112,38 @@ def _gpu_name() -> str | None:
 def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
     """The job with what its forecast decides, and the forecast.
 
-    A strategy that nobody chose becomes the cheapest one that fits.
+    A strategy that nobody chose becomes the cheapest one that fits; what self-attention gives is kept, instead of
+    computed again, where nobody chose otherwise and it fits.
 
     Raises:
         VfunError: it cannot be measured.
     """
-    found = _outlook(job, measurer)
+    return _with_attention_kept(*_sharded(job, _outlook(job, measurer), measurer), measurer)
+
+
+def _sharded(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook]:
     is_open = job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING
-    if not is_open or _may_fit(found) or job.config.base_precision != "bf16":
+    if not is_open or _may_fit(found):
         return job, found
     for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
+        try:
+            check(replace(job.config, strategy=name), job.spec, command=job.command)
+        except ConfigError:  # what cannot be sharded
+            continue
         other = changed(job, {"strategy": name}, f"{HERE}: under {job.config.strategy} it {found.forecast.verdict}")
         then = _outlook(other, measurer)
         if _may_fit(then):
             return other, then
     return job, found
+
+
+def _with_attention_kept(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook]:
+    is_open = is_default(job.resolved.sources["gradient_checkpointing"])
+    if not (is_open and job.config.gradient_checkpointing == "block" and found.forecast.fits):
+        return job, found
+    other = changed(job, {"gradient_checkpointing": "attention"}, f"{HERE}: what self-attention gives fits, too")
+    then = _outlook(other, measurer)
+    return (other, then) if then.forecast.fits else (job, found)
 
 
 def _may_fit(found: Outlook) -> bool:

@@ -35,6 +35,8 @@ def host_memory(
     parts = {
         "processes": here * (PROCESS + config.dataloader_num_workers * WORKER),
         "offloaded state": here * state * strategy.offloads,
+        "offloaded activations": here * measured.offloaded,
+        "streamed blocks": here * measured.streamed,
         "encoders": here * pinned * config.low_vram,
         "micro-batches in /dev/shm": 0 if plan is None else _queued(config, plan, here),
         "checkpoint in /dev/shm": checkpoint_bytes(command, config, measured.trained) // config.num_machines

@@ -81,6 +81,10 @@ class Measured:
     """The most in the backward pass, with what is kept; gradients are not counted."""
     last: int
     """The same where the backward pass reaches the first layers."""
+    offloaded: int
+    """What of ``saved`` waits on the host, beside it (``--activation-offload``)."""
+    streamed: int
+    """Weights that wait on the host (``--stream-blocks``); those that are there count among ``weights``."""
     encode: int
     """The most that the VAE holds while it encodes the micro-batch, beside its weights."""
     parameters: int

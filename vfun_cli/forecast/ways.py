@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vfun_cli.config.options import RunConfig
+from vfun_cli.config.options import BASE_PRECISIONS, RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 
 
@@ -58,8 +58,11 @@ def _shards_less_than(name: str) -> Possible:
     return possible
 
 
-def _on_a_frozen_base(config: RunConfig, ranks: int, lora: bool) -> bool:
-    return lora and STRATEGIES[config.strategy].whole_weights
+def _base_in(*precisions: str) -> Possible:
+    """Where the whole frozen base lies on each rank, in one of these precisions."""
+    return lambda config, ranks, lora: (
+        lora and STRATEGIES[config.strategy].whole_weights and config.base_precision in precisions
+    )
 
 
 _WAYS: tuple[tuple[Possible, Way], ...] = (
@@ -69,11 +72,23 @@ _WAYS: tuple[tuple[Possible, Way], ...] = (
     ),
     (
         _keeps_more_than("none", "selective"),
-        Way(options={"gradient_checkpointing": "block"}, costs="each block is computed twice"),
+        Way(options={"gradient_checkpointing": "attention"}, costs="each block but its self-attention computes twice"),
+    ),
+    (
+        _keeps_more_than("none", "selective", "attention"),
+        Way(options={"gradient_checkpointing": "block"}, costs="each block computes twice"),
     ),
     (_shards_less_than("fsdp"), Way(options={"strategy": "fsdp"}, costs="weights are gathered block by block")),
-    (_on_a_frozen_base, Way(options={"base_precision": "fp8"}, costs="the frozen base is rounded to 8 bits")),
-    (_on_a_frozen_base, Way(options={"base_precision": "nf4"}, costs="the frozen base is rounded to 4 bits")),
+    (
+        lambda config, ranks, lora: not config.activation_offload,
+        Way(options={"activation_offload": True}, costs="activations wait in the host's memory"),
+    ),
+    (_base_in("bf16"), Way(options={"base_precision": "fp8"}, costs="the frozen base is rounded to 8 bits")),
+    (_base_in("bf16", "fp8"), Way(options={"base_precision": "nf4"}, costs="the frozen base is rounded to 4 bits")),
+    (
+        lambda config, ranks, lora: config.stream_blocks is None and _base_in(*BASE_PRECISIONS)(config, ranks, lora),
+        Way(options={"stream_blocks": 0}, costs="frozen blocks come from the host's memory in each pass"),
+    ),
     (
         _shards_less_than("zero3-offload"),
         Way(options={"strategy": "zero3-offload"}, costs="AdamW works on the processor, weights come from the host"),

@@ -14,7 +14,7 @@ waits for what was computed with a slot's old weights before it overwrites them,
 host waits for nothing. On a CPU the copies are made in the order of the program.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,6 +78,16 @@ class _Slot:
     """Its weights. They share the version counter of ``memory``: if autograd kept one, it would notice the next."""
 
 
+def _places(tensors: Sequence[Tensor]) -> list[_Place]:
+    """One behind the other."""
+    places, size = list[_Place](), 0
+    for tensor in tensors:
+        place = _Place(first=-(-size // ALIGNED) * ALIGNED, dtype=tensor.dtype, shape=tensor.shape)
+        places.append(place)
+        size = place.end
+    return places
+
+
 class BlockStream:
     """The blocks of a transformer that do not stay on the device; numbered in the order in which they were taken."""
 
@@ -108,15 +118,9 @@ class BlockStream:
         Raises:
             FitError: the host has no memory for them.
         """
-        sources, places, size = [], list[_Place](), 0
-        for layer in layers:
-            for name in layer.kept:
-                parameter = layer.get_parameter(name)
-                place = _Place(first=-(-size // ALIGNED) * ALIGNED, dtype=parameter.dtype, shape=parameter.shape)
-                sources.append(parameter)
-                places.append(place)
-                size = place.end
-        block = torch.empty(size, dtype=torch.uint8, device=self.device)
+        sources = [layer.get_parameter(name) for layer in layers for name in layer.kept]
+        places = _places(sources)
+        block = torch.empty(places[-1].end if places else 0, dtype=torch.uint8, device=self.device)
         for parameter, place in zip(sources, places, strict=True):
             place.of(block).copy_(lazy.value(parameter, self.device))
         number, first = len(self.blocks), 0
@@ -193,18 +197,44 @@ def stream_blocks(
         blocks: the modules of each, in the order of the forward pass. Fewer than these are resident.
         precision: as ``--base-precision`` says.
     """
+    stream = BlockStream(device)
+    for layers in _leaving(blocks, resident, precision, device, lazy):
+        stream.take(layers, lazy)
+    stream.open()
+    return stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What streaming changes, in bytes."""
+
+    host: int
+    """Of each process."""
+    ring: int
+    """Of its device."""
+
+
+def bytes_moved(blocks: Sequence[Sequence[nn.Module]], resident: int, precision: str, device: torch.device) -> Moved:
+    """What ``stream_blocks`` would move of blocks without values, whose linear layers are replaced."""
+    sizes = []
+    for layers in _leaving(blocks, resident, precision, device, NOT_LAZY):
+        sizes.append(_places([layer.get_parameter(name) for layer in layers for name in layer.kept])[-1].end)
+    return Moved(host=sum(sizes), ring=max(sizes, default=0) * min(RING, len(sizes)))
+
+
+def _leaving(
+    blocks: Sequence[Sequence[nn.Module]], resident: int, precision: str, device: torch.device, lazy: LazyWeights
+) -> Iterator[list[FrozenLinear]]:
+    """The frozen linear layers of each block that is not to stay, in their new form."""
     make = WholeLinear if precision == "bf16" else quantiser(precision, device, lazy)
     staying = spread(resident, len(blocks))
-    stream = BlockStream(device)
     for index, modules in enumerate(blocks):
         if index in staying:
             continue
         for module in modules:
             replace_linears(module, make)
         parts = (part for module in modules for part in module.modules())
-        stream.take([part for part in parts if isinstance(part, FrozenLinear)], lazy)
-    stream.open()
-    return stream
+        yield [part for part in parts if isinstance(part, FrozenLinear)]
 
 
 def spread(some: int, of: int) -> set[int]:

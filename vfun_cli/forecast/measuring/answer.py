@@ -12,10 +12,18 @@ from vfun_cli.config.options import RunConfig, default_of
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.measuring.encoders import encode_peak, encoder_weights
-from vfun_cli.forecast.measuring.model import Weight, blank_options, block_names, layers_alike, weights_of
+from vfun_cli.forecast.measuring.model import (
+    Weight,
+    blank_options,
+    block_names,
+    layers_alike,
+    moved_by_streaming,
+    weights_of,
+)
 from vfun_cli.forecast.measuring.passes import Held, measure
 from vfun_cli.forecast.measuring.state import kept
 from vfun_cli.forecast.request import Batch, Measured, Question
+from vfun_cli.training.streaming import Moved
 
 
 def answer(question: Question) -> Measured:
@@ -28,8 +36,10 @@ def answer(question: Question) -> Measured:
     config, stated = RunConfig.from_json(question.config), json.dumps(question.stated)
     model = Model(family=question.family, stated=stated, lora=question.lora)
     weights, blocks = _weights(model, _unplaced(config))
+    moved, state = _moved(model, config), kept(config, weights, question.ranks)
     return Measured(
-        **asdict(kept(config, weights, question.ranks)),
+        **asdict(replace(state, weights=state.weights - moved.host + moved.ring)),
+        streamed=moved.host,
         **asdict(_held(model, _alike_placed(config), question.batch)),
         **_units(weights, blocks),
         encode=_encode(question.family, config.bf16, config.vae_mini_batch, question.batch),
@@ -76,6 +86,12 @@ def _held(model: Model, config: RunConfig, batch: Batch) -> Held:
     spec, stated = model.parts
     alike = layers_alike(spec, stated, _weights(model, _unplaced(config))[0])
     return measure(spec, config, stated, batch, lora=model.lora, alike=alike)
+
+
+@cache
+def _moved(model: Model, config: RunConfig) -> Moved:
+    spec, stated = model.parts
+    return moved_by_streaming(spec, config, stated)
 
 
 @cache

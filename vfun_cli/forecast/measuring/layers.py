@@ -15,8 +15,8 @@ class Directions:
     """A model's ``config.json`` with few layers, and how to go from there to all of them."""
 
     few: dict[str, Any]
-    more: list[tuple[dict[str, Any], int]]
-    """The same with one layer more of some kind, and how many of those the whole model has beyond ``few``."""
+    more: list[tuple[dict[str, Any], int, int]]
+    """The same with one layer more of some kind, how many of those the whole model has beyond ``few``, and in all."""
 
 
 def directions(spec: FamilySpec, stated: Mapping[str, Any]) -> Directions | None:
@@ -30,7 +30,7 @@ def directions(spec: FamilySpec, stated: Mapping[str, Any]) -> Directions | None
     def settings(numbers: Mapping[int, int]) -> dict[str, Any]:
         return {**stated, **spec.model.with_layers({key: numbers[count] for key, count in counts.items()})}
 
-    more = [(settings({**few, kind: few[kind] + 1}), kind - few[kind]) for kind in kinds]
+    more = [(settings({**few, kind: few[kind] + 1}), kind - few[kind], kind) for kind in kinds]
     return Directions(few=settings(few), more=more)
 
 

@@ -19,9 +19,11 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.measuring.gpu import DEVICE
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.lazy_weights import NOT_LAZY
+from vfun_cli.training.blocks import find_layers
 from vfun_cli.training.model import choose_weights, prepare_blocks
 from vfun_cli.training.precision import compute_dtype, kept_dtype
 from vfun_cli.training.quantised import quantise_layers
+from vfun_cli.training.streaming import Moved, bytes_moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,17 @@ def blank_model(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], 
         quantise_layers(transformer, config.base_precision, DEVICE)
     transformer.train()
     return adapter
+
+
+def moved_by_streaming(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> Moved:
+    """What ``--stream-blocks`` keeps on the host; nothing without it."""
+    if config.stream_blocks is None:
+        return Moved(host=0, ring=0)
+    transformer = _blank_adapter(spec, config, stated).transformer.requires_grad_(False)
+    for weight in transformer.parameters():
+        weight.data = weight.data.to(compute_dtype(config))
+    blocks = find_layers(transformer, spec.model.block_classes)
+    return bytes_moved(blocks, config.stream_blocks, config.base_precision, DEVICE)
 
 
 def block_names(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a forward and a backward pass of a model hold, beside its weights and their gradients."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from vfun_cli.training.forward import error_of
 from vfun_cli.training.objectives import Corrupted, FlowMatching
 from vfun_cli.training.precision import compute_dtype
 
+ON_DEVICE = 2
+"""Layers whose activations ``training.offload`` has on the device at a time: one computes, one is on its way."""
 OBJECTIVE = FlowMatching(shift=1.0)
 """For its loss, which all objectives have alike."""
 
@@ -37,6 +39,8 @@ class Held:
     """The most in the backward pass, with what is kept."""
     last: int
     """The most in the backward pass where its last layers are left, and with them what is kept for these alone."""
+    offloaded: int = 0
+    """What waits on the host between the passes, and is not in any of these."""
 
     def __add__(self, other: "Held") -> "Held":
         return Held(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
@@ -64,20 +68,36 @@ def measure(
     the model has it.
 
     Args:
-        alike: ``layers_alike``; where they are not, the whole model is run.
+        alike: ``layers_alike``; where they are not, the whole model is run, and nothing of it is taken to be offloaded.
         on: one without values.
     """
+    stays = replace(config, activation_offload=False)
 
     def held(settings: Mapping[str, Any]) -> Held:
-        return run(blank_model(spec, config, settings, lora=lora), batch, compute_dtype(config), on)
+        return run(blank_model(spec, stays, settings, lora=lora), batch, compute_dtype(config), on)
 
     found = directions(spec, stated) if alike else None
     if found is None:
         return held(stated)
     total = few = held(found.few)
-    for more, times in found.more:
-        total = total + (held(more) - few) * times
-    return replace(total, last=few.backward)
+    layers = list[tuple[Held, int]]()
+    for more, times, count in found.more:
+        layer = held(more) - few
+        layers.append((layer, count))
+        total = total + layer * times
+    total = replace(total, last=few.backward)
+    return _offloaded(total, layers) if config.activation_offload else total
+
+
+def _offloaded(total: Held, layers: Sequence[tuple[Held, int]]) -> Held:
+    """Of what layers keep, that of ``ON_DEVICE`` is there at a time: of the kind that keeps most."""
+    heaviest = max(layer.saved for layer, _ in layers)
+    gone = sum(layer.saved * count for layer, count in layers)
+    left = max(0, gone - ON_DEVICE * heaviest)
+    return Held(
+        saved=total.saved - left, forward=total.forward - left, backward=total.backward - left,
+        last=min(total.last, total.backward - left), offloaded=gone,
+    )  # fmt: skip
 
 
 def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu) -> Held:
