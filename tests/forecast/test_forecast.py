@@ -26,7 +26,7 @@ SPEC = families.find("wan-s2v")
 HEAVY = Batch(frames=80, height=640, width=640)
 MEASURED = Measured(
     weights=8 * GIB, masters=0, gradients=8 * GIB, moments=16 * GIB, average=0, saved=14 * GIB, forward=17 * GIB,
-    backward=24 * GIB, last=10 * GIB, offloaded=0, streamed=0, encode=4 * GIB,
+    backward=24 * GIB, last=10 * GIB, offloaded=0, streamed=0, predict=0, decode=0, encode=4 * GIB,
     parameters=16_000_000_000, trained=16_000_000_000,
     largest_block=350_000_000, trained_in_block=350_000_000, outside=2_240_000_000, trained_outside=2_240_000_000,
     encoders={"vae": 127_000_000, "text": 5_681_000_000, "speech": 315_000_000},

@@ -1,14 +1,14 @@
 """A job and its forecast: what was left open is settled by it, and what will not fit is refused."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import devices
 from vfun_cli.config.checks import check
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.resolve import HERE
+from vfun_cli.config.resolve import HERE, is_default
 from vfun_cli.errors import ConfigError, FitError
 from vfun_cli.families.detect import read_config
 from vfun_cli.families.spec import FamilySpec

@@ -26,8 +26,6 @@ ZERO3_LIVE = 1_000_000_000
 ZERO3_AHEAD = 50_000_000
 """Numbers that it gathers ahead (``stage3_prefetch_bucket_size``)."""
 
-PHASES = ("load", "encode", "forward", "backward", "optimizer", "checkpoint")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -70,16 +68,21 @@ def memory(config: RunConfig, spec: FamilySpec, measured: Measured, ranks: int) 
     parts = {
         "load": {**kept, "encoders": resident},
         "encode": {**kept, "encoders": working, "encoding": measured.encode if encodes else 0},
-        "forward": {**kept, "encoders": resident, "gathered weights": gathered, "activations": measured.forward},
+        "forward": {**kept, "encoders": resident, "gathered": gathered, "activations": measured.forward},
         "backward": {
-            **kept, "encoders": resident, "gathered weights": gathered,
+            **kept, "encoders": resident, "gathered": gathered,
             **_backward(config, strategy, measured, gradients),
         },
         "optimizer": {
-            **kept, "encoders": resident, "gradients": gradients, "gradient buffers": _step(strategy, measured),
+            **kept, "encoders": resident, "gradients": gradients, "buffers": _step(strategy, measured),
         },
         "checkpoint": {**kept, "encoders": resident},
     }  # fmt: skip
+    if measured.predict:
+        parts["sampling"] = {
+            **kept, "encoders": sum(encoders.values()), "gathered": gathered,
+            "a video": max(measured.predict, measured.decode),
+        }  # fmt: skip
     return Memory(parts={phase: _with_losses(found, ranks) for phase, found in parts.items()})
 
 
@@ -118,9 +121,9 @@ def _backward(config: RunConfig, strategy: Strategy, measured: Measured, gradien
     )
     waiting = _compute_size(config) * measured.trained_outside if strategy.wrapper == "fsdp" else 0
     ends = (
-        {"gradients": begun, "activations": measured.backward, "gradient buffers": block},
-        {"gradients": gradients, "activations": measured.last, "gradient buffers": block + waiting},
-        {"gradients": gradients, "activations": 0, "gradient buffers": outside},
+        {"gradients": begun, "activations": measured.backward, "buffers": block},
+        {"gradients": gradients, "activations": measured.last, "buffers": block + waiting},
+        {"gradients": gradients, "activations": 0, "buffers": outside},
     )
     return max(ends, key=lambda parts: sum(parts.values()))
 

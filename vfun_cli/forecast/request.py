@@ -40,6 +40,8 @@ class Question:
     """Of the options, by name, those that matter."""
     ranks: int
     batch: Batch
+    samples: bool
+    """Whether videos of the batch's size are made, too."""
 
     @classmethod
     def of(
@@ -50,7 +52,10 @@ class Question:
         model_dir = str(folder.absolute()) if folder is not None and folder.is_dir() else None
         told = config.to_json()
         asked = {name: told[name] for name, (_, _, opt) in options().items() if opt.panel in PANELS or name in OTHERS}
-        return cls(family=family, lora=lora, stated=stated, model_dir=model_dir, config=asked, ranks=ranks, batch=batch)
+        return cls(
+            family=family, lora=lora, stated=stated, model_dir=model_dir, config=asked, ranks=ranks, batch=batch,
+            samples=config.validates and config.validation_samples,
+        )  # fmt: skip
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -85,6 +90,10 @@ class Measured:
     """What of ``saved`` waits on the host, beside it (``--activation-offload``)."""
     streamed: int
     """Weights that wait on the host (``--stream-blocks``); those that are there count among ``weights``."""
+    predict: int
+    """The most in a pass without gradients, where videos are made; otherwise 0."""
+    decode: int
+    """The most that the VAE holds while it decodes a video of the batch's size, beside its weights; otherwise 0."""
     encode: int
     """The most that the VAE holds while it encodes the micro-batch, beside its weights."""
     parameters: int

@@ -11,7 +11,7 @@ from vfun_cli import families
 from vfun_cli.config.options import RunConfig, default_of
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
-from vfun_cli.forecast.measuring.encoders import encode_peak, encoder_weights
+from vfun_cli.forecast.measuring.encoders import decode_peak, encode_peak, encoder_weights
 from vfun_cli.forecast.measuring.model import (
     Weight,
     blank_options,
@@ -20,7 +20,7 @@ from vfun_cli.forecast.measuring.model import (
     moved_by_streaming,
     weights_of,
 )
-from vfun_cli.forecast.measuring.passes import Held, measure
+from vfun_cli.forecast.measuring.passes import Held, measure, predict_peak
 from vfun_cli.forecast.measuring.state import kept
 from vfun_cli.forecast.request import Batch, Measured, Question
 from vfun_cli.training.streaming import Moved
@@ -42,6 +42,8 @@ def answer(question: Question) -> Measured:
         streamed=moved.host,
         **asdict(_held(model, _alike_placed(config), question.batch)),
         **_units(weights, blocks),
+        predict=_predict(model, _alike_placed(config), question.batch) if question.samples else 0,
+        decode=_decode(question.family, config.bf16, question.batch) if question.samples else 0,
         encode=_encode(question.family, config.bf16, config.vae_mini_batch, question.batch),
         encoders=_encoders(model, question.model_dir),
         parameters=sum(weight.numel for weight in weights),
@@ -92,6 +94,18 @@ def _held(model: Model, config: RunConfig, batch: Batch) -> Held:
 def _moved(model: Model, config: RunConfig) -> Moved:
     spec, stated = model.parts
     return moved_by_streaming(spec, config, stated)
+
+
+@cache
+def _predict(model: Model, config: RunConfig, batch: Batch) -> int:
+    spec, stated = model.parts
+    return predict_peak(spec, config, stated, batch, lora=model.lora)
+
+
+@cache
+def _decode(family: str, bf16: bool, batch: Batch) -> int:
+    config, spec = RunConfig(mixed_precision="bf16" if bf16 else "no"), families.find(family)
+    return decode_peak(spec, blank_options(spec, config, spec.model.released), batch)
 
 
 @cache

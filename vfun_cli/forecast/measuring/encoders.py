@@ -1,6 +1,7 @@
 """What encoders weigh, and what a VAE holds while it encodes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,30 @@ from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.forecast.request import Batch
 from vfun_cli.imports import uncollected
 from vfun_cli.modeling.adapter import AdapterOptions
+from vfun_cli.modeling.encoders.clip_vae import ClipVAE
 from vfun_cli.modeling.weights import load_pth
 
 WEIGHTS = (".safetensors", ".pth", ".bin")
 """How files with weights end."""
+CHANNELS = 16
+"""Of the latents of all these VAEs."""
+FEW_LATENTS, MORE_LATENTS = 5, 9
 SHORT, LONGER = 17, 33
 """Frames. VAEs encode a few at a time, and keep of those before what grows with their number alone: what a longer clip
 holds is told by clips of these lengths, in a third of the time."""
+
+
+def decode_peak(spec: FamilySpec, options: AdapterOptions, batch: Batch) -> int:
+    """The same of one clip of the batch's size that is decoded, as it comes from the transformer."""
+    vae = _vae(spec, options)
+    latents = spec.plan.latent_shape(batch)
+
+    def peak(count: int) -> int:
+        with made_up_gpu() as device, uncollected(), torch.no_grad(), Tracker() as tracker:
+            vae.decode(torch.empty(1, CHANNELS, count, *latents[1:], device=device))
+        return tracker.peak
+
+    return _of_longer(peak, latents[0], FEW_LATENTS, MORE_LATENTS)
 
 
 def encode_peak(spec: FamilySpec, options: AdapterOptions, batch: Batch) -> int:
@@ -29,8 +47,7 @@ def encode_peak(spec: FamilySpec, options: AdapterOptions, batch: Batch) -> int:
 
     A clip is the longest that the VAE reads for one of the bucket: with the history before it, where there is one.
     """
-    vae = adapter_of(spec).blank_vae(options)
-    vae.to(device=options.device, dtype=options.compute_dtype)
+    vae = _vae(spec, options)
     clips, frames = min(batch.clips, options.vae_mini_batch), spec.plan.encoded_frames(batch.frames)
 
     def peak(count: int) -> int:
@@ -38,10 +55,21 @@ def encode_peak(spec: FamilySpec, options: AdapterOptions, batch: Batch) -> int:
             vae.posterior(torch.empty(clips, 3, count, batch.height, batch.width, device=device))
         return tracker.peak
 
-    if frames <= LONGER:
-        return peak(frames)
-    longer = peak(LONGER)
-    return longer + (longer - peak(SHORT)) * (frames - LONGER) // (LONGER - SHORT)
+    return _of_longer(peak, frames, SHORT, LONGER)
+
+
+def _of_longer(peak: Callable[[int], int], count: int, short: int, longer: int) -> int:
+    """Of so many frames, as those of two fewer numbers tell it."""
+    if count <= longer:
+        return peak(count)
+    more = peak(longer)
+    return more + (more - peak(short)) * (count - longer) // (longer - short)
+
+
+def _vae(spec: FamilySpec, options: AdapterOptions) -> ClipVAE:
+    vae = adapter_of(spec).blank_vae(options)
+    vae.to(device=options.device, dtype=options.compute_dtype)
+    return vae
 
 
 def encoder_weights(spec: FamilySpec, options: AdapterOptions, model_dir: str | None) -> dict[str, int]:

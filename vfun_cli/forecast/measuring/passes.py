@@ -16,8 +16,8 @@ from vfun_cli.forecast.measuring.model import blank_model
 from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.forecast.request import Batch
 from vfun_cli.imports import uncollected
-from vfun_cli.modeling.adapter import Conditions, ModelAdapter
-from vfun_cli.training.forward import error_of
+from vfun_cli.modeling.adapter import Conditions, ModelAdapter, cast
+from vfun_cli.training.forward import MASK, error_of
 from vfun_cli.training.objectives import Corrupted, FlowMatching
 from vfun_cli.training.precision import compute_dtype
 
@@ -98,6 +98,17 @@ def _offloaded(total: Held, layers: Sequence[tuple[Held, int]]) -> Held:
         saved=total.saved - left, forward=total.forward - left, backward=total.backward - left,
         last=min(total.last, total.backward - left), offloaded=gone,
     )  # fmt: skip
+
+
+def predict_peak(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], batch: Batch, *, lora: bool) -> int:
+    """The most in a pass without gradients on one clip; layers come one after the other, however many there are."""
+    found = directions(spec, stated)
+    adapter = blank_model(spec, config, stated if found is None else found.few, lora=lora)
+    with made_up_gpu() as device, uncollected(), torch.no_grad(), Tracker() as tracker:
+        latents = torch.empty(1, *adapter.latent_shape(batch), device=device, dtype=compute_dtype(config))
+        conditions = {name: each for name, each in adapter.blank_conditions(latents).items() if name != MASK}
+        adapter.predict(adapter.transformer, latents, torch.empty(1, device=device), cast(conditions, latents.dtype))
+    return tracker.peak
 
 
 def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu) -> Held:
