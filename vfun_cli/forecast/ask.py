@@ -26,13 +26,15 @@ _ERRORS: Mapping[int, type[VfunError]] = {each.exit_code: each for each in (Conf
 class Measurer:
     """Answers questions; the process that measures is started by the first one whose answer is not known."""
 
-    def __init__(self, *, keeps: bool = True) -> None:
+    def __init__(self, *, keeps: bool = True, knows: bool = True) -> None:
         """Of one command.
 
         Args:
             keeps: whether answers are written to the disk.
+            knows: whether those that were are taken from it.
         """
         self.keeps = keeps
+        self.knows = knows
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, question: Question) -> Measured:
@@ -44,7 +46,7 @@ class Measurer:
             RunError: the process has died.
         """
         place = _place(question)
-        known = _read(place)
+        known = _read(place) if self.knows else None
         if known is not None:
             return known
         measured = self._measure(question)
@@ -89,9 +91,9 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @contextmanager
-def measuring(*, keeps: bool = True) -> Iterator[Measurer]:
-    """A measurer that goes with the block. ``keeps``: see there."""
-    measurer = Measurer(keeps=keeps)
+def measuring(*, keeps: bool = True, knows: bool = True) -> Iterator[Measurer]:
+    """A measurer that goes with the block. ``keeps``, ``knows``: see there."""
+    measurer = Measurer(keeps=keeps, knows=knows)
     try:
         yield measurer
     finally:
