@@ -5,18 +5,21 @@ Nothing is loaded until a tensor is read, and neither torch, accelerate, DeepSpe
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
+from vfun_cli.checkpoints.naming import by_parameter
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
-from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
+from vfun_cli.checkpoints.tensors import STORAGE, Array, Segment, TensorSource
 from vfun_cli.errors import CheckpointError, first_line
 
 Layout = Literal["safetensors", "dcp", "zero1", "zero2", "zero3"]
@@ -27,11 +30,24 @@ _WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """AdamW's state of one parameter."""
+    """What an optimizer keeps of one parameter, by the optimizer's own names."""
 
-    exp_avg: TensorSource
-    exp_avg_sq: TensorSource
-    step: int
+    arrays: Mapping[str, TensorSource]
+    numbers: Mapping[str, Array] = field(default_factory=dict)
+    """Arrays of one number, as a count of steps."""
+
+    @property
+    def step(self) -> int:
+        """Of an optimizer that counts its steps."""
+        return int(self.numbers["step"])
+
+    @classmethod
+    def of(cls, found: Mapping[str, TensorSource]) -> "Moments":
+        """What is stored under these names."""
+        return cls(
+            arrays={name: tensor for name, tensor in found.items() if tensor.shape},
+            numbers={name: tensor.read() for name, tensor in found.items() if not tensor.shape},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +124,20 @@ def _clean(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def _by_parameter(
+    found: Mapping[str, TensorSource], weights: Collection[str], key: Callable[[str], str] = _clean
+) -> dict[str, Moments]:
+    """Entries ``<parameter>.<moment>``; ``key`` makes a weight's name of a parameter's."""
+    names = {name for entry in found for name in _heads(entry) if key(name) in weights}
+    return {key(name): Moments.of(parts) for name, parts in by_parameter(found, names).items() if parts}
+
+
+def _heads(entry: str) -> Iterator[str]:
+    """What may be the parameter's name in ``<parameter>.<moment>``."""
+    words = entry.split(".")
+    return (".".join(words[:count]) for count in range(1, len(words)))
+
+
 def _ema(folder: Path) -> dict[str, TensorSource]:
     file = folder / "ema.safetensors"
     return safetensors.read_file(file) if file.is_file() else {}
@@ -124,21 +154,7 @@ def _plain(
 
     def moments() -> dict[str, Moments]:
         file = folder / "optimizer.safetensors"
-        if not file.is_file():
-            return {}
-        found = safetensors.read_file(file)
-        names = [name.removesuffix(".exp_avg") for name in found if name.endswith(".exp_avg")]
-        try:
-            return {
-                key(name): Moments(
-                    exp_avg=found[f"{name}.exp_avg"],
-                    exp_avg_sq=found[f"{name}.exp_avg_sq"],
-                    step=int(found[f"{name}.step"].read().item()),
-                )
-                for name in names
-            }
-        except KeyError as missing:
-            raise CheckpointError(f"{file}: {missing.args[0]} is missing.") from None
+        return _by_parameter(safetensors.read_file(file) if file.is_file() else {}, weights, key)
 
     return CheckpointReader(
         path=path, layout="safetensors", weights=weights, ema=_ema(folder), state=state, load_moments=moments
@@ -160,25 +176,13 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
             found = tensors
         else:
             found = _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
-        return _dcp_moments(found)
+        # ("optimizer", "state", name, "exp_avg"), or flattened: ("optimizer", "state", "name.exp_avg")
+        entries = {".".join(key[2:]): each for key, each in found.items() if key[:2] == ("optimizer", "state")}
+        return _by_parameter(entries, weights)
 
     return CheckpointReader(
         path=path, layout="dcp", weights=weights, ema=_ema(folder), state=state, load_moments=moments
     )
-
-
-def _dcp_moments(tensors: Mapping[tuple[str, ...], TensorSource]) -> dict[str, Moments]:
-    grouped: dict[str, dict[str, TensorSource]] = {}
-    for key, source in tensors.items():
-        if key[:2] == ("optimizer", "state"):
-            # ("optimizer", "state", name, "exp_avg"), or flattened: ("optimizer", "state", "name.exp_avg")
-            name, _, part = ".".join(key[2:]).rpartition(".")
-            grouped.setdefault(_clean(name), {})[part] = source
-    return {
-        name: Moments(exp_avg=parts["exp_avg"], exp_avg_sq=parts["exp_avg_sq"], step=int(parts["step"].read().item()))
-        for name, parts in grouped.items()
-        if {"exp_avg", "exp_avg_sq", "step"} <= parts.keys()
-    }
 
 
 def _dcp_tensors(folder: Path) -> dict[tuple[str, ...], TensorSource]:
@@ -314,16 +318,15 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         base = [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]
         if not all(isinstance(one, dict) and one.get("state") for one in base):
             return {}
-        parts = {
+        arrays = {
             part: [_moment_groups(a, b, part) for a, b in zip(archives, base, strict=True)]
-            for part in ("exp_avg", "exp_avg_sq")
+            for part in _array_names(base[0])
         }
-        steps = [_step(archives[0], base[0], group) for group in range(len(flats[0]))]
+        numbers = [_numbers(archives[0], base[0], group) for group in range(len(flats[0]))]
         return {
             name: Moments(
-                exp_avg=source(name, parts["exp_avg"]),
-                exp_avg_sq=source(name, parts["exp_avg_sq"]),
-                step=steps[_first_group(runs, flats[0], stage)],
+                arrays={part: source(name, flat) for part, flat in arrays.items()},
+                numbers=numbers[_first_group(runs, flats[0], stage)],
             )
             for name, (_, runs) in places.items()
         }
@@ -371,6 +374,12 @@ def _flat_groups(archive: TorchArchive, state: dict[str, Any], key: str) -> list
     return [_stored(archive, group, key) for group in groups]
 
 
+def _array_names(base: dict[str, Any]) -> list[str]:
+    """What the optimizer keeps of a flat group that is as long as that."""
+    first = base["state"][min(base["state"])]
+    return [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
+
+
 def _moment_groups(archive: TorchArchive, base: dict[str, Any], part: str) -> list[TensorSource]:
     return [_stored(archive, _field(base["state"][group], part, archive.path), part) for group in sorted(base["state"])]
 
@@ -383,11 +392,18 @@ def _stored(archive: TorchArchive, value: Any, key: str) -> TensorSource:
     return archive.source(value)
 
 
-def _step(archive: TorchArchive, base: dict[str, Any], group: int) -> int:
-    step = base["state"][group].get("step")
-    if step is None:  # fused optimizers count per parameter group
-        step = next(options["step"] for options in base["param_groups"] if group in options["params"])
-    return int(archive.source(step).read().item()) if isinstance(step, StoredTensor) else int(step)
+def _numbers(archive: TorchArchive, base: dict[str, Any], group: int) -> dict[str, Array]:
+    """What the optimizer keeps of a flat group that is one number, as its count of steps."""
+    kept = base["state"][group]
+    found = {name: value for name, value in kept.items() if not (isinstance(value, StoredTensor) and value.shape)}
+    if "step" not in found:  # fused optimizers count per parameter group
+        for options in base["param_groups"]:
+            if group in options["params"] and "step" in options:
+                found["step"] = options["step"]
+    return {
+        name: archive.source(value).read() if isinstance(value, StoredTensor) else np.array(value, np.float32)
+        for name, value in found.items()
+    }
 
 
 @dataclass(frozen=True)

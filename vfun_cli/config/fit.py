@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vfun_cli import devices
+from vfun_cli.config.optimizers import state_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec
 
 ASSUMED_MEMORY = 80 * 10**9
 """Bytes of a GPU that is not here."""
-TRAINED_BYTES = 16
-"""Of a trained weight: its float32 master, the gradient, and the two moments of AdamW."""
+TRAINED_BYTES = 8
+"""Of a trained weight: its float32 master and the gradient; what the optimizer keeps comes on top."""
 FROZEN_BYTES: Mapping[str, float] = {"bf16": 2, "fp8": 1, "nf4": 0.5}
 """Of a frozen weight, by ``base_precision``; without bf16 it is float32."""
 
@@ -61,8 +62,9 @@ def whole_state(config: RunConfig, spec: FamilySpec, *, lora: bool) -> WholeStat
     except CheckpointError:
         return None
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    chosen = [] if lora else choose(config.trainable_modules, sizes, spec.export.names["same"]).names
+    chosen = [] if lora else choose(config.trained_modules, sizes, spec.export.names["same"]).names
     weights, trained = sum(sizes.values()), sum(sizes[name] for name in chosen)
     frozen = FROZEN_BYTES[config.base_precision] if config.bf16 else 4
-    needed = int(trained * TRAINED_BYTES + (weights - trained) * frozen)
+    kept = state_bytes(config, [shapes[name] for name in chosen])
+    needed = int(trained * TRAINED_BYTES + kept + (weights - trained) * frozen)
     return WholeState(weights=weights, needed=needed, memory=devices.smallest_gpu())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import devices
+from vfun_cli.config import optimizers
 from vfun_cli.config.checks import check
 from vfun_cli.config.fit import whole_state
 from vfun_cli.config.lora import translate_targets
@@ -80,6 +81,11 @@ def resolve(
 def is_default(source: str) -> bool:
     """Whether a value with this source is vfun's or a family's default."""
     return source.endswith("default")
+
+
+def was_said(source: str) -> bool:
+    """Whether somebody has set a value with this source for this launch: typed, exported or written down."""
+    return source == OPTION or source.startswith("$") or SETTINGS_FILE in source
 
 
 def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:
@@ -235,8 +241,10 @@ def _settle_placement(config: RunConfig, sources: dict[str, str], spec: FamilySp
     if strategy == "auto":
         several = config.num_processes or config.num_machines * (gpus if device == "cuda" else 1)
         strategy = "ddp" if several > 1 else "single"
-        # Filling a cache loads no transformer; a moving average and a quantised base cannot be sharded.
+        # Filling a cache loads no transformer; a moving average, a quantised base and some optimizers
+        # cannot be sharded.
         may_shard = command != "cache" and config.base_precision == "bf16" and not config.use_ema
+        may_shard &= "fsdp" in optimizers.find(config.optimizer).wrappers
         if several > 1 and device == "cuda" and may_shard:
             state = whole_state(config, spec, lora=command == "lora")
             if state is not None and not state.fits:

@@ -1,9 +1,10 @@
-"""Trained weights and optimizer moments as full tensors, gathered from and put back into any strategy.
+"""Trained weights and what the optimizer keeps, as full tensors, gathered from and put back into any strategy.
 
 LoRA checkpoints use it: adapters are small, so one file holds full tensors, whatever sharded them in training.
 Every function here is collective: all ranks call it, in the same order.
 """
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,72 +14,65 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, trained_parameters
-
-STEP = "step"
+from vfun_cli.checkpoints.naming import PARAMETER_GROUPS
+from vfun_cli.training.state.live import TrainedState, trained_parameters
+from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place
+from vfun_cli.training.waiting import gather_all
 
 
 def collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Float32 weights by name, and moments as ``<name>.<moment>``, on the CPU of rank 0; empty elsewhere.
+    """Float32 weights by name, and what the optimizer keeps as ``<name>.<moment>``, on the CPU of rank 0; empty
+    elsewhere.
 
     Before the first step there are no moments.
     """
-    keep = state.accelerator.is_main_process
-    weights, moments = {}, {}
-    read = _read_partitioned if _engine(state) else _read
-    for name, parameter in trained_parameters(state).items():
-        for key in (None, *MOMENTS):
-            value = read(state, parameter, key)
-            if value is None or not keep:
-                continue
-            if key is None:
-                weights[name] = value.float().cpu()
-            else:
-                moments[f"{name}.{key}"] = value.float().cpu()
-    return weights, moments
+    weights, moments = _collect_partitioned(state) if _engine(state) else _collect(state)
+    return (weights, moments) if state.accelerator.is_main_process else ({}, {})
 
 
-def restore(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors."""
+def restore(
+    state: TrainedState, weights: Mapping[str, Tensor], moments: Kept, counted: Mapping[str, Tensor] | None = None
+) -> None:
+    """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors.
+
+    Args:
+        moments: by parameter and name.
+        counted: what the optimizer keeps for groups of parameters.
+
+    Raises:
+        CheckpointError: the moments are not what this optimizer keeps.
+    """
     with torch.no_grad():
         if _engine(state):
             _write_partitioned(state, weights, moments)
-        else:
-            _write(state, weights, moments)
+            return
+        for name, parameter in trained_parameters(state).items():
+            parameter.copy_(_like(parameter, weights[name]))
+        place(state, moments, counted or {})
 
 
 def _engine(state: TrainedState) -> bool:
     return hasattr(state.model, "zero_optimization_stage")
 
 
-def moments_of(name: str, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments of one parameter, without its name."""
-    return {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
-
-
 # One process, DDP and FSDP2 ------------------------------------------------------------------------------------------
 
 
-def _read(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-    value = parameter if key is None else inner_optimizer(state.optimizer).state.get(parameter, {}).get(key)
-    if value is None:
-        return None
-    value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _write(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    optimizer = inner_optimizer(state.optimizer)
-    # AdamW keeps its step count on the CPU unless it is fused.
-    on_device = bool(optimizer.defaults["fused"])
+def _collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, moments, own = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, parameter in trained_parameters(state).items():
-        parameter.copy_(_like(parameter, weights[name]))
-        found = moments_of(name, moments)
-        if found:
-            optimizer.state[parameter] = {
-                key: (value.to(parameter.device) if on_device else value) if key == STEP else _like(parameter, value)
-                for key, value in found.items()
-            }
+        weights[name] = _full(parameter).float()
+    for name, found in kept(state).items():
+        for key, value in found.items():
+            (moments if of_a_rank(key) is None else own)[f"{name}.{key}"] = _full(value)
+    if state.kind.in_blocks:
+        moments |= ChainMap(*gather_all(own))
+    return weights, moments | {f"{PARAMETER_GROUPS}{key}": value for key, value in counts(state).items()}
+
+
+def _full(value: Tensor) -> Tensor:
+    """The whole of it, on the CPU."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -125,19 +119,34 @@ def _piece(zero: Any, parameter: Any) -> _Piece | None:
     return _Piece(master=master, start=here.start, count=here.numel, offset=there.start)
 
 
-def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor | None:
+def _collect_partitioned(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, moments = {}, {}
+    groups = cast(Any, state.model).optimizer.optimizer.state.values()
+    # By name, whether it is one number for all that a master holds.
+    keys = {key: torch.as_tensor(value).dim() == 0 for group in groups for key, value in group.items()}
+    for name, parameter in trained_parameters(state).items():
+        weights[name] = _read_partitioned(state, parameter, None).float().cpu()
+        for key, scalar in keys.items():
+            read = _read_number if scalar else _read_partitioned
+            moments[f"{name}.{key}"] = read(state, parameter, key).cpu()
+    return weights, moments
+
+
+def _read_number(state: TrainedState, parameter: nn.Parameter, key: str) -> Tensor:
+    zero = cast(Any, state.model).optimizer
+    piece = _piece(zero, parameter)
+    number = torch.zeros((), device=state.accelerator.device)
+    if piece is not None:
+        number += torch.as_tensor(zero.optimizer.state[piece.master][key]).to(number.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=zero.dp_process_group)
+    return number
+
+
+def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor:
     zero = cast(Any, state.model).optimizer
     moments = zero.optimizer.state
-    if key is not None and not any(key in kept for kept in moments.values()):
-        return None
     piece = _piece(zero, parameter)
     device = state.accelerator.device  # not DeepSpeed's: with offload that is the CPU, where NCCL sums nothing
-    if key == STEP:
-        count = torch.zeros((), device=device)
-        if piece is not None:
-            count += moments[piece.master][key].to(count.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX, group=zero.dp_process_group)
-        return count
     full = torch.zeros(_numel(parameter), device=device)
     if piece is not None:
         source = piece.master if key is None else moments[piece.master][key]
@@ -146,23 +155,25 @@ def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | N
     return full.reshape(_shape(parameter))
 
 
-def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Kept) -> None:
     zero = cast(Any, state.model).optimizer
-    kept = zero.optimizer.state
+    groups = zero.optimizer.state
     for name, parameter in trained_parameters(state).items():
         piece = _piece(zero, parameter)
         if piece is None:
             continue
         part = slice(piece.offset, piece.offset + piece.count)
         piece.inside(piece.master.data).copy_(weights[name].flatten()[part])
-        for key, value in moments_of(name, moments).items():
-            if key == STEP:
+        found = moments.get(name, {})
+        for key in found:
+            value = found[key]
+            if value.dim() == 0:
                 # Where the master is, as fused AdamW needs it; each master its own, for the optimizer counts in place.
-                kept[piece.master][key] = value.clone().to(piece.master.device)
+                groups[piece.master][key] = value.clone().to(piece.master.device)
                 continue
-            if kept[piece.master].get(key) is None:
-                kept[piece.master][key] = torch.zeros_like(piece.master.data)
-            piece.inside(kept[piece.master][key]).copy_(value.flatten()[part])
+            if groups[piece.master].get(key) is None:
+                groups[piece.master][key] = torch.zeros_like(piece.master.data)
+            piece.inside(groups[piece.master][key]).copy_(value.flatten()[part])
     _refresh_compute_copies(zero)
 
 
