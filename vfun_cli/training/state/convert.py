@@ -52,5 +52,5 @@ def _tensor(source: TensorSource) -> Tensor:
 
 
 def _moments(stored: Moments) -> Mapping[str, Tensor]:
-    numbers = {name: torch.from_numpy(number) for name, number in stored.numbers.items()}
+    numbers = {name: torch.tensor(number) for name, number in stored.numbers.items()}  # copies: they are counted up
     return ChainMap(numbers, _Late(stored.arrays, _tensor))  # type: ignore[arg-type]  # nothing is written into it
