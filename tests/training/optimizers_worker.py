@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from vfun_cli.training.state.live import TrainedState, master_weights
 WIDTH = 128
 SLOW = ("blocks.1", "head.bias")
 RATE = 1e-2
+IN_8_BITS = ("ddp", "fsdp") if find_spec("torchao") else ()
 CASES: dict[str, dict[str, Any]] = {
-    "8bit-ddp": {"strategy": "ddp", "optimizer": "adamw8bit"},
-    "8bit-fsdp": {"strategy": "fsdp", "optimizer": "adamw8bit"},
+    **{f"8bit-{strategy}": {"strategy": strategy, "optimizer": "adamw8bit"} for strategy in IN_8_BITS},
     **{f"slow-{strategy}": {"strategy": strategy, "trainable_modules_low_learning_rate": SLOW}
        for strategy in ("ddp", "fsdp", "zero2", "zero3")},
     **{f"class-{strategy}": {"strategy": strategy, "optimizer": "torch.optim.RAdam"}
@@ -48,8 +49,7 @@ TAKEN_OVER = {
     ("class-fsdp", "class-zero3"): None,
     ("class-zero3", "class-zero2"): None,
     ("class-zero2", "class-ddp"): None,
-    ("8bit-ddp", "8bit-fsdp"): "cannot be cut anew",
-    ("8bit-fsdp", "8bit-ddp"): "cannot be cut anew",
+    **{(f"8bit-{of}", f"8bit-{to}"): "cannot be cut anew" for of in IN_8_BITS for to in IN_8_BITS if of != to},
     ("slow-ddp", "class-ddp"): "adamw, which means nothing to torch.optim.RAdam",
 }
 """From which case to which, and why not."""

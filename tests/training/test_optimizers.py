@@ -1,8 +1,9 @@
 """Every optimizer: trains, keeps what was said beforehand, and goes on from a checkpoint bit by bit."""
 
-
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from vfun_cli.checkpoints import safetensors
 from vfun_cli.config import optimizers
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
+from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.imports import named
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.optim import make_optimizer, set_learning_rate, trainable
 from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
@@ -158,6 +160,48 @@ def test_the_bytes_of_what_it_keeps_are_known_beforehand(name: str, saver: Check
         assert held == said
     taken = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert taken <= checkpoint_bytes(state)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")
+def test_an_8_bit_checkpoint_holds_at_most_two_bytes_and_a_tenth_for_each_parameter(saver: Checkpointer) -> None:
+    config, accelerator = config_of("adamw8bit"), Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    model, optimizer = accelerator.prepare(model, make_optimizer(trainable(model), config, CPU))
+    state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, kind=OPTIMIZERS["adamw8bit"])
+    model(torch.randn(4, 256)).square().mean().backward()
+    optimizer.step()
+    file = saved(saver, state, 1) / "model/optimizer.safetensors"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 2 * count < file.stat().st_size < 2.1 * count
+
+
+def test_what_another_optimizer_kept_is_refused(saver: Checkpointer) -> None:
+    config = config_of("muon")
+    state = begun(config)
+    train(state, range(1), config)
+    path = saved(saver, state, 1)
+    with pytest.raises(ConfigError, match="optimizer muon, which means nothing to adafactor"):
+        saver.load(begun(config_of("adafactor")), path)
+
+
+@pytest.mark.parametrize("arguments", ["betas=3", "rho=1"])
+def test_arguments_that_a_class_does_not_take_are_an_error_of_the_option(arguments: str) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer torch\.optim\.RAdam does not take lr=0.01, .*="):
+        begun(config_of("torch.optim.RAdam", arguments))
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")
+def test_a_gpu_needs_a_compiler_for_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(EnvironmentFault, match=r"--optimizer adamw8bit needs a C\+\+ compiler"):
+        make_optimizer(trainable(Model()), config_of("adamw8bit"), torch.device("cuda"))
+
+
+@every
+def test_the_arguments_in_the_table_are_those_of_the_constructor(name: str) -> None:
+    optimizer = optimizers.find(name)
+    taken = signature(named(optimizer.place)).parameters.keys()
+    assert {*optimizer.takes, *optimizer.given, *(optimizer.arguments or ())} <= taken
 
 
 @every

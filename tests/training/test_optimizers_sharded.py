@@ -13,10 +13,7 @@ from optimizers_worker import CASES, TAKEN_OVER
 from tests.two_ranks import run_on_two_ranks
 from vfun_cli.checkpoints.reader import open_checkpoint
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing"),
-]
+pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("optimizers_worker.py")
 
@@ -49,6 +46,7 @@ def test_strategies_train_alike(kind: str, ranks: list[Mapping[str, Any]]) -> No
         assert ranks[0][f"{kind}-{strategy}"]["losses"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")
 def test_8_bits_are_kept_of_large_shards_alone(ranks: list[Mapping[str, Any]], folder: Path) -> None:
     assert ranks[0]["8bit-fsdp"]["kinds"] == ["OptimState8bit", "Tensor"]
     moments = open_checkpoint(folder / "8bit-fsdp/checkpoint-2").moments["blocks.0.inner.weight"]

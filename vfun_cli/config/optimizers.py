@@ -349,7 +349,7 @@ def notices(config: "RunConfig", said: set[str]) -> Iterator[str]:
     known = optimizer.name in OPTIMIZERS
     idle = [name for name in ADAM_OPTIONS if name in said and name not in optimizer.options]
     if idle:
-        yield f"{', '.join(idle)} mean nothing to {optimizer.name}: what it takes is said by --optimizer-args."
+        yield f"without effect on {optimizer.name}: {', '.join(idle)}. What it takes is said by --optimizer-args."
     if optimizer.usual_rate is not None and rate < optimizer.usual_rate / 10:
         yield (
             f"the learning rate of {optimizer.name} {optimizer.rate_means}: {optimizer.usual_rate:g} is usual, and "

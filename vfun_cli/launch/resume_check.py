@@ -132,10 +132,10 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
 
     One that only follows from another changed option is no change of its own.
     """
-    now = resolved.config.absolute().to_json()
+    now, unknown = resolved.config.absolute().to_json(), RunConfig().to_json()
     found = {}
     for name in options():
-        earlier = run.config.get(name, default_of(name))
+        earlier = run.config.get(name, unknown[name])
         if isinstance(earlier, str) and name in _paths():
             earlier = str(Path(earlier).absolute())
         if now[name] == earlier:
