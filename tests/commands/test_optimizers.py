@@ -101,7 +101,7 @@ def test_flags_of_the_original_scripts_name_an_optimizer(
         (["--optimizer", "adafactor", "--learning-rate", "2e-5"], "0.01 is usual, and 2e-05 may"),
         (["--optimizer", "prodigy"], "a factor on the rate that it finds by itself: 1 is usual"),
         (["--optimizer", "prodigy", "--learning-rate", "1"], None),
-        (["--optimizer", "torch.optim.SGD", "--adam-epsilon", "1e-6"], "without effect on torch.optim.SGD: adam_epsilon."),
+        (["--optimizer", "torch.optim.SGD", "--adam-epsilon", "1e-6"], "effect on torch.optim.SGD: adam_epsilon."),
         (["--optimizer", "torch.optim.RAdam", "--zero2"], "each number is a matter of its own"),
     ],
 )  # fmt: skip

@@ -190,6 +190,36 @@ def test_arguments_that_a_class_does_not_take_are_an_error_of_the_option(argumen
         begun(config_of("torch.optim.RAdam", arguments))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torchao") is None or shutil.which("c++") is None, reason="torchao or c++ is missing")
+def test_8_bits_resume_where_their_update_is_compiled(saver: Checkpointer) -> None:
+    """As on a GPU: the device only says whether it is."""
+    config, kind, states = config_of("adamw8bit"), OPTIMIZERS["adamw8bit"], []
+    for _ in range(2):
+        accelerator, model = Accelerator(cpu=True), nn.Linear(64, 64, bias=False)
+        torch.nn.init.ones_(model.weight)
+        made = make_optimizer(trainable(model), config, torch.device("cuda"))
+        model, optimizer = accelerator.prepare(model, made)
+        states.append(
+            TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, kind=OPTIMIZERS["adamw8bit"])
+        )
+
+    def step(state: TrainedState, number: int) -> None:
+        batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(number))
+        state.model(batch).sub(batch.cumsum(dim=1)).square().mean().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    straight, again = states
+    step(straight, 0)
+    path = saved(saver, straight, 1)
+    step(straight, 1)
+    saver.load(again, path)
+    set_learning_rate(again.optimizer, LEARNING_RATE)
+    step(again, 1)
+    assert weights(again) == weights(straight)
+
+
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")
 def test_a_gpu_needs_a_compiler_for_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)

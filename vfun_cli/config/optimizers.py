@@ -236,6 +236,12 @@ def find(name: str) -> Optimizer:
     return Optimizer(name=name, place=f"{module}:{kind}", wrappers=EVERYWHERE, converts=True, counts=True)
 
 
+def packages(name: str | None) -> list[str]:
+    """What is installed for it beside what vfun depends on, as far as the table tells."""
+    package = OPTIMIZERS[name].package if name in OPTIMIZERS else None
+    return [] if package is None else [package]
+
+
 def parse_arguments(entries: Sequence[str]) -> dict[str, Any]:
     """What ``optimizer_args`` say: numbers, booleans, tuples, and text where it is none of these.
 
