@@ -200,9 +200,7 @@ def test_8_bits_resume_where_their_update_is_compiled(saver: Checkpointer) -> No
         torch.nn.init.ones_(model.weight)
         made = make_optimizer(trainable(model), config, torch.device("cuda"))
         model, optimizer = accelerator.prepare(model, made)
-        states.append(
-            TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, kind=OPTIMIZERS["adamw8bit"])
-        )
+        states.append(TrainedState(accelerator=accelerator, model=model, optimizer=optimizer, kind=kind))
 
     def step(state: TrainedState, number: int) -> None:
         batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(number))

@@ -164,7 +164,7 @@ def require_same_optimizer(run: Earlier, config: RunConfig) -> None:
         raise ConfigError(
             f"{checkpoint} holds the state of optimizer {before}, which means nothing to {now}.",
             hint=f"Go on with --optimizer {before}, or begin a new run from the weights: "
-            f"{shlex.join(['vfun', 'export-bf16', str(checkpoint)])}",
+            f"vfun export-bf16 {shlex.quote(str(checkpoint))}",
             option="--optimizer",
         )
     assert config.num_processes is not None
