@@ -28,8 +28,9 @@ from vfun_cli.training.ending import end_with
 from vfun_cli.training.model import prepare_state
 from vfun_cli.training.optim import set_learning_rate
 from vfun_cli.training.state.checkpointer import Checkpointer
+from vfun_cli.training.state.formats import counted_in
 from vfun_cli.training.state.gather import collect, restore
-from vfun_cli.training.state.live import TrainedState, master_weights
+from vfun_cli.training.state.live import TrainedState, master_weights, stepping_optimizer
 
 WIDTH = 128
 SLOW = ("blocks.1", "head.bias")
@@ -126,7 +127,13 @@ def train(state: TrainedState, steps: range) -> list[float]:
             state.optimizer.step()
             state.optimizer.zero_grad()
         losses.append(loss.item())
+        for group in stepping_optimizer(state).param_groups if state.kind.counts else ():
+            group["seen"] = step + 1  # as some optimizers count
     return losses
+
+
+def seen(state: TrainedState) -> list[int | None]:
+    return [group.get("seen") for group in stepping_optimizer(state).param_groups]
 
 
 def digest(state: TrainedState) -> str:
@@ -141,8 +148,12 @@ def gathered(case: str, state: TrainedState, folder: Path) -> bool:
     dist.broadcast_object_list(content)
     weights, moments = content[0]
     again = start(case, folder)
-    restore(again, weights, by_parameter(moments, weights))
-    return train(state, range(2, 4)) == train(again, range(2, 4)) and digest(state) == digest(again)
+    restore(again, weights, by_parameter(moments, weights), counted_in(moments))
+    return (
+        seen(again) == seen(state)
+        and train(state, range(2, 4)) == train(again, range(2, 4))
+        and digest(state) == digest(again)
+    )
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
@@ -152,12 +163,12 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     losses += train(state, range(2, 5))
     again = start(case, folder)
     saver(case, folder).load(again, path)
+    counted = seen(again)
     resumed = train(again, range(2, 5))
-    result = {"losses": losses, "resumed": resumed, "same": digest(state) == digest(again)}
-    if CASES[case]["strategy"] in ("ddp", "fsdp"):
-        fresh = start(case, folder)
-        train(fresh, range(2))
-        result["gathered"] = gathered(case, fresh, folder)
+    result = {"losses": losses, "resumed": resumed, "same": digest(state) == digest(again), "seen": counted}
+    fresh = start(case, folder)
+    train(fresh, range(2))
+    result["gathered"] = gathered(case, fresh, folder)
     if case == "8bit-fsdp":
         local = [
             value.to_local() for kept in fresh.optimizer.state.values() for value in kept.values()
@@ -174,7 +185,7 @@ def take_over(source: str, target: str, folder: Path) -> dict[str, Any]:
     except VfunError as error:
         return {"refused": error.message, "exit_code": error.exit_code}
     save(target, state, 1000 + list(CASES).index(source), folder)
-    return {"losses": train(state, range(2, 5))}
+    return {"seen": seen(state), "losses": train(state, range(2, 5))}
 
 
 def main(folder: Path) -> int:

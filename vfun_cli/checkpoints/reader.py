@@ -16,7 +16,7 @@ import numpy as np
 
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
-from vfun_cli.checkpoints.naming import by_parameter
+from vfun_cli.checkpoints.naming import PARAMETER_GROUPS, by_parameter
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.checkpoints.tensors import STORAGE, Array, Segment, TensorSource
@@ -63,11 +63,17 @@ class CheckpointReader:
     state: Mapping[str, Any] = field(default_factory=dict)
     """``state.json``; empty for checkpoints of other programs."""
     load_moments: Callable[[], dict[str, Moments]]
+    load_groups: Callable[[], dict[str, Array]]
 
     @cached_property
     def moments(self) -> Mapping[str, Moments]:
         """Optimizer moments by parameter name; empty when the checkpoint holds none."""
         return self.load_moments()
+
+    @cached_property
+    def groups(self) -> Mapping[str, Array]:
+        """Numbers that the optimizer keeps for a group of parameters, as ``<group>.<name>``."""
+        return self.load_groups()
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
@@ -152,12 +158,22 @@ def _plain(
     """``key`` makes the weights' names of those that the moments are stored under."""
     weights = {_clean(name): tensor for name, tensor in safetensors.read_files(files).items()}
 
-    def moments() -> dict[str, Moments]:
+    def kept() -> dict[str, TensorSource]:
         file = folder / "optimizer.safetensors"
-        return _by_parameter(safetensors.read_file(file) if file.is_file() else {}, weights, key)
+        return safetensors.read_file(file) if file.is_file() else {}
 
     return CheckpointReader(
-        path=path, layout="safetensors", weights=weights, ema=_ema(folder), state=state, load_moments=moments
+        path=path,
+        layout="safetensors",
+        weights=weights,
+        ema=_ema(folder),
+        state=state,
+        load_moments=lambda: _by_parameter(kept(), weights, key),
+        load_groups=lambda: {
+            entry.removeprefix(PARAMETER_GROUPS): number.read()
+            for entry, number in kept().items()
+            if entry.startswith(PARAMETER_GROUPS)
+        },
     )
 
 
@@ -170,18 +186,27 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
     if not weights:
         raise CheckpointError(f"{folder} is a DCP directory without an entry 'model'.")
 
+    def kept() -> Mapping[tuple[str, ...], TensorSource]:
+        if optimizer == folder:
+            return tensors
+        return _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
+
     @_described_by(optimizer)
     def moments() -> dict[str, Moments]:
-        if optimizer == folder:
-            found = tensors
-        else:
-            found = _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
         # ("optimizer", "state", name, "exp_avg"), or flattened: ("optimizer", "state", "name.exp_avg")
-        entries = {".".join(key[2:]): each for key, each in found.items() if key[:2] == ("optimizer", "state")}
+        entries = {".".join(key[2:]): each for key, each in kept().items() if key[:2] == ("optimizer", "state")}
         return _by_parameter(entries, weights)
 
     return CheckpointReader(
-        path=path, layout="dcp", weights=weights, ema=_ema(folder), state=state, load_moments=moments
+        path=path,
+        layout="dcp",
+        weights=weights,
+        ema=_ema(folder),
+        state=state,
+        load_moments=moments,
+        load_groups=lambda: {
+            key[2]: number.read() for key, number in kept().items() if key[:2] == ("optimizer", "groups")
+        },
     )
 
 
@@ -312,10 +337,23 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         locate = _described_by(folder)(lambda: _cut(flat, runs, name, folder))
         return TensorSource(shape=shape, dtype="F32", locate=locate)
 
+    def bases() -> list[Any]:
+        key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+        return [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]
+
+    @_described_by(folder)
+    def groups() -> dict[str, Array]:
+        first = bases()[0]
+        return {
+            f"{index}.{name}": np.array(value)
+            for index, group in enumerate(first["param_groups"] if isinstance(first, dict) else ())
+            for name, value in group.items()
+            if isinstance(value, bool | int | float)
+        }
+
     @_described_by(folder)
     def moments() -> dict[str, Moments]:
-        key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-        base = [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]
+        base = bases()
         if not all(isinstance(one, dict) and one.get("state") for one in base):
             return {}
         arrays = {
@@ -338,6 +376,7 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         ema=_ema(folder.parent),
         state=state,
         load_moments=lambda: {_clean(name): found for name, found in moments().items()},
+        load_groups=groups,
     )
 
 

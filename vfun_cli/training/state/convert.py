@@ -27,7 +27,8 @@ def load_converted(state: TrainedState, checkpoint: CheckpointReader) -> None:
         CheckpointError: it holds other weights than those that are trained.
     """
     require_names(set(trained_parameters(state)), set(checkpoint.weights), checkpoint.path)
-    restore(state, _Late(checkpoint.weights, _tensor), _Late(checkpoint.moments, _moments))
+    counted = {name: torch.tensor(number) for name, number in checkpoint.groups.items()}
+    restore(state, _Late(checkpoint.weights, _tensor), _Late(checkpoint.moments, _moments), counted)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.state.gather import restore
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
-from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place
+from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place, place_counts
 from vfun_cli.training.waiting import patient_group, wait_for_all
 from vfun_cli.typed_json import stays_inside
 
@@ -113,7 +113,8 @@ def _load_sharded(state: TrainedState, folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(first)}.") from error
     set_model_state_dict(state.model, content["model"], options=StateDictOptions(strict=False))
     with torch.no_grad():
-        place(state, moments, counted)
+        place(state, moments)
+    place_counts(state, counted)
 
 
 def _sharded(state: TrainedState, moments: Kept, counted: Mapping[str, Tensor]) -> dict[str, Any]:

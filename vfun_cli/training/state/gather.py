@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfun_cli.checkpoints.naming import PARAMETER_GROUPS
 from vfun_cli.training.state.live import TrainedState, trained_parameters
-from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place
+from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place, place_counts
 from vfun_cli.training.waiting import gather_all
 
 
@@ -27,12 +27,11 @@ def collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Before the first step there are no moments.
     """
     weights, moments = _collect_partitioned(state) if _engine(state) else _collect(state)
+    moments |= {f"{PARAMETER_GROUPS}{key}": value for key, value in counts(state).items()}
     return (weights, moments) if state.accelerator.is_main_process else ({}, {})
 
 
-def restore(
-    state: TrainedState, weights: Mapping[str, Tensor], moments: Kept, counted: Mapping[str, Tensor] | None = None
-) -> None:
+def restore(state: TrainedState, weights: Mapping[str, Tensor], moments: Kept, counted: Mapping[str, Tensor]) -> None:
     """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors.
 
     Args:
@@ -45,10 +44,11 @@ def restore(
     with torch.no_grad():
         if _engine(state):
             _write_partitioned(state, weights, moments)
-            return
-        for name, parameter in trained_parameters(state).items():
-            parameter.copy_(_like(parameter, weights[name]))
-        place(state, moments, counted or {})
+        else:
+            for name, parameter in trained_parameters(state).items():
+                parameter.copy_(_like(parameter, weights[name]))
+            place(state, moments)
+        place_counts(state, counted)
 
 
 def _engine(state: TrainedState) -> bool:
@@ -67,7 +67,7 @@ def _collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]
             (moments if of_a_rank(key) is None else own)[f"{name}.{key}"] = _full(value)
     if state.kind.in_blocks:
         moments |= ChainMap(*gather_all(own))
-    return weights, moments | {f"{PARAMETER_GROUPS}{key}": value for key, value in counts(state).items()}
+    return weights, moments
 
 
 def _full(value: Tensor) -> Tensor:

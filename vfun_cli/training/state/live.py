@@ -72,6 +72,13 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def stepping_optimizer(state: TrainedState) -> torch.optim.Optimizer:
+    """The same inside DeepSpeed's, which gives it flat parts of the parameters."""
+    inner: Any = inner_optimizer(state.optimizer)
+    stepping: torch.optim.Optimizer = inner.optimizer if hasattr(state.model, "zero_optimization_stage") else inner
+    return stepping
+
+
 def require_names(expected: set[str], found: set[str], where: Path) -> None:
     """Refuse a checkpoint that does not hold exactly the weights that are trained.
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfun_cli.errors import CheckpointError, RunError
 from vfun_cli.training.optim import RATE_SHARE, set_learning_rate
-from vfun_cli.training.state.live import TrainedState, inner_optimizer, trained_parameters
+from vfun_cli.training.state.live import TrainedState, inner_optimizer, stepping_optimizer, trained_parameters
 
 Kept = Mapping[str, Mapping[str, Tensor]]
 """By parameter and name."""
@@ -47,18 +47,31 @@ def kept(state: TrainedState) -> dict[str, dict[str, Tensor]]:
 
 
 def counts(state: TrainedState) -> dict[str, Tensor]:
-    """What the optimizer counts or estimates for a group of parameters, as ``<group>.<name>``."""
-    optimizer = inner_optimizer(state.optimizer)
+    """What the optimizer counts or estimates for a group of parameters, as ``<group>.<name>``: what it has changed."""
+    optimizer = stepping_optimizer(state)
     return {
         f"{index}.{name}": _tensor(value)
         for index, group in enumerate(optimizer.param_groups if state.kind.counts else ())
         for name, value in group.items()
-        if type(value) in _NUMBERS and name not in ("lr", RATE_SHARE) and value != optimizer.defaults.get(name)
+        if type(value) in _NUMBERS and _counted(optimizer, name, value)
     }
 
 
-def place(state: TrainedState, moments: Kept, counted: Mapping[str, Tensor]) -> None:
-    """The inverse of ``kept`` and ``counts``, into an optimizer that has not stepped yet.
+def place_counts(state: TrainedState, counted: Mapping[str, Tensor]) -> None:
+    """The inverse of ``counts``, which may come with all other numbers of a group."""
+    optimizer = stepping_optimizer(state)
+    for key in counted if state.kind.counts else ():
+        (index, _, name), value = key.partition("."), _number(counted[key])
+        if int(index) < len(optimizer.param_groups) and _counted(optimizer, name, value):
+            optimizer.param_groups[int(index)][name] = value
+
+
+def _counted(optimizer: torch.optim.Optimizer, name: str, value: Any) -> bool:
+    return name not in ("lr", RATE_SHARE) and value != optimizer.defaults.get(name)
+
+
+def place(state: TrainedState, moments: Kept) -> None:
+    """The inverse of ``kept``, into an optimizer that has not stepped yet.
 
     Where the ranks have shards of one whole, full tensors are taken, too.
 
@@ -74,9 +87,6 @@ def place(state: TrainedState, moments: Kept, counted: Mapping[str, Tensor]) -> 
             _fill(state, name, parameter, found)
         elif found:
             optimizer.state[parameter] = {key: _placed(optimizer, parameter, key, found[key]) for key in found}
-    for key, value in counted.items():
-        index, _, name = key.partition(".")
-        optimizer.param_groups[int(index)][name] = _number(value)
 
 
 def of_a_rank(name: str) -> int | None:
