@@ -149,11 +149,10 @@ def gathered(case: str, state: TrainedState, folder: Path) -> bool:
     weights, moments = content[0]
     again = start(case, folder)
     restore(again, weights, by_parameter(moments, weights), counted_in(moments))
-    return (
-        seen(again) == seen(state)
-        and train(state, range(2, 4)) == train(again, range(2, 4))
-        and digest(state) == digest(again)
-    )
+    same = seen(again) == seen(state) and train(state, range(2, 4)) == train(again, range(2, 4))
+    # Not by their digests, which ZeRO's padding is a part of.
+    (expected, _), (found, _) = collect(state), collect(again)
+    return same and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
