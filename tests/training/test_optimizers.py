@@ -23,7 +23,7 @@ from vfun_cli.imports import named
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.optim import make_optimizer, set_learning_rate, trainable
 from vfun_cli.training.state.checkpointer import Checkpointer, checkpoint_bytes
-from vfun_cli.training.state.live import TrainedState
+from vfun_cli.training.state.live import TrainedState, trained_parameters
 
 CPU = torch.device("cpu")
 RATES = {"prodigy": 1.0, "adafactor": 0.1}
@@ -132,6 +132,22 @@ def test_a_resumed_optimizer_takes_the_very_steps(name: str, slow: tuple[str, ..
     saver.load(again, path)
     assert train(again, range(5, 9), config) == expected
     assert weights(again) == weights(straight)
+
+
+@every
+def test_slow_weights_move_half_as_far(name: str) -> None:
+    if optimizers.find(name).one_rate:
+        pytest.skip("one learning rate for all")
+    slow, config = ("wide.weight", "narrow.bias"), config_of(name)
+    moved = []
+    for names in ((), slow):
+        state, before = begun(config, names), Model()
+        train(state, range(1), config)
+        parameters = zip(before.named_parameters(), trained_parameters(state).values(), strict=True)
+        moved.append({key: (now - then).detach() for (key, then), now in parameters})
+    for key, whole in moved[0].items():
+        share = 0.5 if key in slow else 1.0
+        torch.testing.assert_close(moved[1][key], share * whole, rtol=1e-3, atol=1e-6)
 
 
 @every
