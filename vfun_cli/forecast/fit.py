@@ -1,7 +1,7 @@
 """A job and its forecast: what was left open is settled by it, and what will not fit is refused."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import devices
@@ -13,7 +13,7 @@ from vfun_cli.families.detect import read_config
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
 from vfun_cli.forecast.batches import batches
-from vfun_cli.forecast.forecast import Forecast, Subject, forecast, size
+from vfun_cli.forecast.forecast import Forecast, Subject, allowed, forecast, size
 from vfun_cli.forecast.host import host_memory, machine_memory
 from vfun_cli.forecast.request import Question
 from vfun_cli.forecast.time import Schedule, pace, schedule, share_of
@@ -118,9 +118,11 @@ def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
     """
     found = _outlook(job, measurer)
     is_open = job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING
-    if not is_open or _may_fit(found) or job.config.base_precision != "bf16":
+    if not is_open or _may_fit(found):
         return job, found
     for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
+        if not allowed(replace(job.config, strategy=name), job.spec, lora=job.command == "lora"):
+            continue
         other = changed(job, {"strategy": name}, f"{HERE}: under {job.config.strategy} it {found.forecast.verdict}")
         then = _outlook(other, measurer)
         if _may_fit(then):
