@@ -4,18 +4,24 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TORCHAO := $(shell sed -n 's/^adamw8bit = \["\(.*\)"\]/\1/p' pyproject.toml)
 
-.PHONY: demo test test-fast test-long test-oldest lint format docs clean
+.PHONY: demo test test-fast test-long test-oldest test-8bit lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m vfun_cli.demo.tour
 
-test: lint test-fast
+test: lint test-fast test-8bit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal --ignore=tests/integration -m "slow and not long"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m "slow and not long"
 
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not long"
+
+# What needs torchao, which diffusers and peft would import in every other test.
+test-8bit: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao "$(TORCHAO)"
+	PYTHONPATH=$(CURDIR)/$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "8bit or 8_bit" tests/training/test_optimizers.py tests/training/test_optimizers_sharded.py
 
 test-long: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long

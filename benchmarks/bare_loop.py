@@ -36,7 +36,7 @@ from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import trained_share
 from vfun_cli.training.metrics import Metrics
 from vfun_cli.training.objectives import FlowMatching
-from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.optim import make_optimizer, trainable
 from vfun_cli.training.state.live import TrainedState
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation
@@ -90,7 +90,7 @@ def make_config() -> RunConfig:
 
 def bare_step(encoded: Encoded, config: RunConfig, model: nn.Module) -> Any:
     """A closure that trains the model by one step."""
-    optimizer = make_optimizer(model, config, CPU)
+    optimizer = make_optimizer(trainable(model), config, CPU)
     noise, timesteps = torch.randn_like(encoded.latents), torch.tensor([500.0])
 
     def step() -> None:
@@ -109,7 +109,7 @@ def make_trainer(
     """The product's trainer in one process, with all that it does for a step but saving."""
     accelerator: Any = Accelerator(cpu=True)
     costs = Costs(spec=spec, dims=dims, share=trained_share(model))
-    prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config, CPU))
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(trainable(model), config, CPU))
     idle: Any = SimpleNamespace(
         step=lambda batches: None, close=lambda: None, require_space=lambda state: None,
         raise_background_error=lambda: None, wait=lambda: None, save=lambda *given, **named: folder, reason=lambda: 0,

@@ -190,9 +190,9 @@ def rank(folder: Path, name: str, way: str) -> None:
         peaks.model = transformer
     make_optimizer = model.make_optimizer
 
-    def all_read(*given: Any) -> Any:
+    def all_read(*given: Any, **named: Any) -> Any:
         peaks.reading = False
-        return make_optimizer(*given)
+        return make_optimizer(*given, **named)
 
     model.make_optimizer = all_read
     take = streaming.BlockStream.take

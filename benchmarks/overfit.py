@@ -47,7 +47,7 @@ from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.sampling.source import find_source
 from vfun_cli.sampling.weights import LoadOptions, load_model
 from vfun_cli.training.objectives import make_objective
-from vfun_cli.training.optim import choose_trainable, learning_rate, make_optimizer
+from vfun_cli.training.optim import choose_trainable, learning_rate, make_optimizer, trainable
 
 CLIP = 4
 """Two discs that pass each other."""
@@ -157,7 +157,7 @@ def train(row: Row, steps: int) -> list[float]:
     objective = make_objective(spec.model.objective, spec.model.objective_options, folder)
     config = RunConfig(learning_rate=RATE, lr_scheduler="cosine", lr_warmup_steps=steps // 20, adam_weight_decay=0.0)
     choose_trainable(transformer.train(), (".",), spec.model.modules_without_gradient(read_dims(spec, folder)))
-    optimizer = make_optimizer(transformer, config, torch.device("cpu"))
+    optimizer = make_optimizer(trainable(transformer), config, torch.device("cpu"))
     losses, known = [], dict[str, Any]()
     for step in range(steps):
         keys = [replace(row.clip.key, epoch=step * BATCH + index) for index in range(BATCH)]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vfun_cli import families
+from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
 from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.metadata.codes import CODES
@@ -68,6 +69,8 @@ def options_page() -> str:
         parts += [_row(name, kind, opt) for name, (_, kind, opt) in rows]
     parts.append("\n## Short for a strategy\n\n| flag | strategy |\n|---|---|\n")
     parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
+    parts.append("\n## Short for an optimizer\n\n| flag | optimizer |\n|---|---|\n")
+    parts += [f"| `--{flag.replace('_', '-')}` | {optimizer} |\n" for flag, optimizer in OPTIMIZER_FLAGS.items()]
     parts.append("\n## Taken from old scripts, without effect\n\n| flag | why |\n|---|---|\n")
     parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IGNORED_FLAGS.items()]
     parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -156,14 +156,18 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def require_package(choice: str, packages: Mapping[str, str]) -> None:
+def require_package(choice: str, module: str, *, install: str | None = None) -> None:
     """Refuse a choice whose Python package is not installed.
+
+    Args:
+        module: what is imported of it.
+        install: what is installed for that, where it has another name.
 
     Raises:
         EnvironmentFault: with the command that installs it.
     """
-    package = packages.get(choice)
-    if package is not None and find_spec(package) is None:
+    package = install or module
+    if find_spec(module) is None:
         raise EnvironmentFault(
             f"{choice} needs the Python package {package}, which is not installed.", hint=f"pip install {package}"
         )

@@ -73,8 +73,7 @@ def test_a_value_in_the_shards_runs_nothing(state: TrainedState, payload: Payloa
     moments = {
         name: {part: state.optimizer.state[p][part] for part in names} for name, p in state.model.named_parameters()
     }
-    groups = [{**state.optimizer.param_groups[0], "params": list(moments), "eps": payload}]
-    content = {"model": state.model.state_dict(), "optimizer": {"state": moments, "param_groups": groups}}
+    content = {"model": {**state.model.state_dict(), "weight": payload}, "optimizer": {"state": moments}}
     dcp.save(content, checkpoint_id=tmp_path / "planted")
     refused(lambda: FORMATS["dcp"].load(state, tmp_path / "planted"), payload)
 

@@ -33,8 +33,8 @@ def test_moments_are_what_the_engine_held(samples: Path, strategy: str) -> None:
     moments = open_checkpoint(samples / strategy).moments
     assert moments.keys() == sample_moments().keys()
     for name, expected in sample_moments().items():
-        np.testing.assert_array_equal(moments[name].exp_avg.read(), expected["exp_avg"])
-        np.testing.assert_array_equal(moments[name].exp_avg_sq.read(), expected["exp_avg_sq"])
+        np.testing.assert_array_equal(moments[name].arrays["exp_avg"].read(), expected["exp_avg"])
+        np.testing.assert_array_equal(moments[name].arrays["exp_avg_sq"].read(), expected["exp_avg_sq"])
         assert moments[name].step == 1
 
 
@@ -161,7 +161,7 @@ def test_truncated_files_are_errors_of_the_checkpoint(
     with pytest.raises(CheckpointError) as error:
         reader = open_checkpoint(checkpoint)
         for parts in reader.moments.values():  # the last bytes of the files are moments in some layouts
-            parts.exp_avg.read(), parts.exp_avg_sq.read()
+            [each.read() for each in parts.arrays.values()]
         for source in reader.weights.values():
             source.read()
     assert error.value.exit_code == 5

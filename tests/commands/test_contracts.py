@@ -257,7 +257,7 @@ def test_a_dry_run_for_people_shows_options_files_command_and_plan(place: Path, 
     assert re.search(r"seed = 7 +option", said.out) and re.search(r"adam_epsilon = 1e-10 +wan-s2v default", said.out)
     assert all(word in said.out for word in ("accelerate.yaml", "fsdp_config", "vfun_cli.training.launcher", "Epoch"))
     assert re.search(
-        r"^checkpoints: 7\.76 MB each, at most \d+ at a time: [\d.]+ MB; .* are free$", said.out, re.MULTILINE
+        r"^checkpoints: 7\.77 MB each, at most \d+ at a time: [\d.]+ MB; .* are free$", said.out, re.MULTILINE
     )
     assert "network_alpha" not in said.out, "an option of lora alone"
     assert digest(place) == before and not Path("vfun-demo/output_dir").exists()

@@ -222,7 +222,7 @@ def test_a_missing_package_is_installed_by_the_command_of_the_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EnvironmentFault) as missing:
-        require_package("tracker", {"tracker": "a-tracker-that-is-missing"})
+        require_package("tracker", "a_tracker", install="a-tracker-that-is-missing")
     wheel = tmp_path / "a_tracker_that_is_missing-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         described = "Metadata-Version: 2.1\nName: a-tracker-that-is-missing\nVersion: 1.0\n"

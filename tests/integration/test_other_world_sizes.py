@@ -99,7 +99,7 @@ def arrays(checkpoint: CheckpointReader) -> dict[str, np.ndarray[Any, Any]]:
     found = {name: source.read() for name, source in checkpoint.weights.items()}
     found |= {f"{name}.average": source.read() for name, source in checkpoint.ema.items()}
     for name, moments in checkpoint.moments.items():
-        found |= {f"{name}.exp_avg": moments.exp_avg.read(), f"{name}.exp_avg_sq": moments.exp_avg_sq.read()}
+        found |= {f"{name}.{key}": array.read() for key, array in moments.arrays.items()}
         found[f"{name}.step"] = np.array(moments.step)
     return found
 

@@ -10,6 +10,8 @@ import pytest
 from vfun_cli.config.options import RunConfig
 from vfun_cli.launch.disk_need import checkpoint_bytes, disk_need
 
+COUNT = 4
+"""Bytes of a parameter's count of steps."""
 S2V = 16_296_000_000
 """Parameters of Wan2.2-S2V."""
 
@@ -19,7 +21,7 @@ def job(folder: Path, *, found: int | None = None, steps: int | None = None, **o
     config = RunConfig(**{"strategy": "fsdp", "output_dir": folder / "not" / "there", **options})
     plan = SimpleNamespace(max_steps=steps, num_epochs=10, first_epoch=SimpleNamespace(num_steps=100))
     start = None if found is None else SimpleNamespace(step=found)
-    return SimpleNamespace(command="train", config=config, plan=plan, found=start, trained=S2V)
+    return SimpleNamespace(command="train", config=config, plan=plan, found=start, trained=[(S2V,)])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_the_checkpoints_to_come_are_counted_as_they_are_saved(
     ],
 )
 def test_a_checkpoint_takes_so_many_bytes_a_parameter(command: str, options: dict[str, Any], each: int) -> None:
-    assert checkpoint_bytes(command, RunConfig(**options), 1000) == 1000 * each
+    assert checkpoint_bytes(command, RunConfig(**options), [(1000,)]) == 1000 * each + COUNT
 
 
 @pytest.mark.parametrize(

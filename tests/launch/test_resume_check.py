@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from vfun_cli import families
-from vfun_cli.config.options import RunConfig, options, plain_kind
+from vfun_cli.config.options import LR_SCHEDULERS, RunConfig, options, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.launch import resume_check
 from vfun_cli.run.contents import SCHEME
 from vfun_cli.run.locate import Found
@@ -70,7 +70,7 @@ def test_the_hint_is_the_whole_command_that_goes_on_all_the_same() -> None:
     assert sorted(shlex.split(command)) == sorted(["vfun", "resume", "my run/checkpoint-2", *changed, *allowed])
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
 @pytest.mark.parametrize("length", [{"max_train_steps": 12}, {"num_train_epochs": 7}])
 def test_a_longer_run_is_another_where_its_learning_rates_depend_on_the_end(
     scheduler: str, length: dict[str, int]
@@ -82,7 +82,9 @@ def test_a_longer_run_is_another_where_its_learning_rates_depend_on_the_end(
         resume_check.check_options(run, after, ())
         return
     (name,) = length
-    with pytest.raises(CheckpointError, match=rf"{name} .*--lr-scheduler {scheduler} .* falls to zero") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"{name} .*--lr-scheduler {scheduler} .* falls until the last"
+    ) as caught:
         resume_check.check_options(run, after, ())
     assert f"--{name.replace('_', '-')} {length[name]} --allow {name.replace('_', '-')}" in str(caught.value.hint)
     resume_check.check_options(run, after, [name])
@@ -139,7 +141,7 @@ def test_what_follows_from_a_changed_option_changes_with_it() -> None:
 ALLOWED_TO_CHANGE = {"harmless", "sharding", "length", "contents"}
 OTHERS: dict[str, Any] = {
     "strategy": "zero2", "num_processes": 4, "train_mode": "control", "trainable_modules": "proj_out",
-    "resume_from_checkpoint": "latest",
+    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"],
 }  # fmt: skip
 """Where not every other value goes with the rest of a run."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -150,6 +152,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "validation_epochs": {"validation_prompts": ["a cat"]},
     "base_precision": {"strategy": "ddp", "device": "cuda"},
     "stream_blocks": {"strategy": "ddp"},
+    "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "lr_power": {"lr_scheduler": "polynomial"},
+    "lr_min_ratio": {"lr_scheduler": "cosine"},
 }
 """What an option needs to have another value: both are given."""
 
@@ -182,7 +187,7 @@ def run_of(command: str, scheduler: str) -> resume_check.Earlier:
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "cosine"])
-@pytest.mark.parametrize("name", [name for name in options() if name != "loss_type"])
+@pytest.mark.parametrize("name", [name for name in options() if name not in ("loss_type", "optimizer")])
 def test_a_changed_option_does_what_its_declaration_says(
     name: str, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,3 +205,34 @@ def test_a_changed_option_does_what_its_declaration_says(
         with pytest.raises(CheckpointError, match=f"not be the same run: .*{name} "):
             resume_check.continuation(run, command, spec, settled)
         resume_check.continuation(run, command, spec, settled, allow=[name, *BESIDE.get(name, {})])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"optimizer": "adamw"}, {"optimizer": "torch.optim.RAdam"}, "optimizer adamw, which means nothing to torch"),
+        (
+            {"optimizer": "came", "strategy": "ddp"},
+            {"optimizer": "adamw"},
+            "came, which means nothing to adamw",
+        ),
+        ({"optimizer": "adamw8bit"}, {"strategy": "ddp"}, "adamw8bit as 4 processes under fsdp .* for 4 under ddp"),
+        ({"optimizer": "adamw8bit"}, {"num_processes": 2}, "adamw8bit as 4 processes under fsdp .* for 2 under fsdp"),
+        ({"optimizer": "adamw8bit", "strategy": "ddp"}, {"num_processes": 2}, None),
+        ({"optimizer": "came", "strategy": "ddp"}, {"strategy": "single", "num_processes": 1}, None),
+        ({"optimizer": "torch.optim.RAdam"}, {"strategy": "zero3", "num_processes": 2}, None),
+    ],
+)
+def test_no_optimizer_goes_on_from_what_it_cannot_read(
+    before: dict[str, Any], now: dict[str, Any], said: str | None
+) -> None:
+    """Whatever is allowed: there is nothing to go on from."""
+    first = replace(BEFORE, **before)
+    found = replace(FOUND, run=RunDir(Path("my run")), checkpoint=Path("my run/checkpoint-2"))
+    run = resume_check.Earlier(found=found, described={"config": first.to_json()})
+    if said is None:
+        resume_check.require_same_optimizer(run, replace(first, **now))
+        return
+    with pytest.raises(ConfigError, match=said) as caught:
+        resume_check.require_same_optimizer(run, replace(first, **now))
+    assert caught.value.exit_code == 2 and "Go on with --" in str(caught.value.hint)

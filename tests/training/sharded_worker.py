@@ -55,7 +55,7 @@ FSDP = {
 }
 
 
-def accelerator(strategy: str, folder: Path) -> Accelerator:
+def accelerator(strategy: str, folder: Path, *, bf16: bool = True) -> Accelerator:
     """As a launch would make it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -64,11 +64,12 @@ def accelerator(strategy: str, folder: Path) -> Accelerator:
     os.environ["ACCELERATE_USE_CPU"] = "false"
     if strategy == "fsdp":
         os.environ.update(FSDP)
-    else:
+    elif strategy.startswith("zero"):
         content: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": True},
+            "gradient_clipping": 0.0,  # left out, accelerate makes it 1
+            "bf16": {"enabled": bf16},
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
@@ -80,7 +81,7 @@ def accelerator(strategy: str, folder: Path) -> Accelerator:
         file = folder / f"{strategy}-{os.environ['RANK']}.json"
         file.write_text(json.dumps(content))
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    return make_accelerator(RunConfig(strategy=strategy, device="cpu", mixed_precision="bf16"))
+    return make_accelerator(RunConfig(strategy=strategy, device="cpu", mixed_precision="bf16" if bf16 else "no"))
 
 
 def start(strategy: str, folder: Path) -> TrainedState:

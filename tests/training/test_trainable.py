@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.training.live_models import LiveModel
 from vfun_cli.config.resolve import resolve
-from vfun_cli.config.trainable import Chosen, choose, choose_from_files, choose_layers, count_adapters
+from vfun_cli.config.trainable import Chosen, adapter_shapes, choose, choose_from_files, choose_layers
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import FAMILIES
 from vfun_cli.training.optim import choose_trainable
@@ -34,9 +34,10 @@ def test_a_point_is_everything_that_can_learn_and_is_known_before_the_launch(
     idle = live.spec.model.modules_without_gradient(live.dims)
     model = live.adapter.transformer
     in_the_run = choose_trainable(model, (".",), idle, live.spec.export.names["same"])
-    chosen, count = choose_from_files((".",), live.folder, live.spec, live.dims)
+    chosen, shapes = choose_from_files((".",), live.folder, live.spec, live.dims)
     every = dict(model.named_parameters())
-    assert set(chosen.names) == set(in_the_run) and count == sum(every[name].numel() for name in in_the_run)
+    files = dict(zip(chosen.names, shapes, strict=True))
+    assert files == {name: tuple(every[name].shape) for name in in_the_run}
     assert {name for name in every if not name.startswith(tuple(f"{module}." for module in idle))} == set(in_the_run)
     assert all(parameter.requires_grad == (name in in_the_run) for name, parameter in every.items())
 
@@ -49,9 +50,10 @@ def test_the_size_of_adapters_is_known_before_the_launch(family: str, dora: bool
     linear = {name: each for name, each in live.adapter.transformer.named_modules() if isinstance(each, nn.Linear)}
     idle = live.spec.model.modules_without_gradient(live.dims)
     adapted = choose_layers(list(linear), config.target_name, live.spec.export.names["same"], idle)
-    expected = sum(3 * (linear[name].in_features + linear[name].out_features) for name in adapted)
-    expected += dora * sum(linear[name].out_features for name in adapted)
-    assert count_adapters(config, live.folder, live.spec, live.dims) == expected > 0
+    expected: list[tuple[int, ...]] = []
+    for layer in (linear[name] for name in adapted):
+        expected += [(3, layer.in_features), (layer.out_features, 3), *([(layer.out_features,)] if dora else [])]
+    assert sorted(adapter_shapes(config, live.folder, live.spec, live.dims)) == sorted(expected) != []
 
 
 @pytest.mark.parametrize(

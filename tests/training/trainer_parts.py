@@ -20,7 +20,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.meter import trained_share
 from vfun_cli.training.metrics import Metrics
-from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.optim import make_optimizer, trainable
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState, master_weights
@@ -74,7 +74,7 @@ class Parts:
         self.metrics_file = run.metrics
         self.saves, self.stop = Saves(run), SimpleNamespace(reason=lambda: CONTINUE)
         costs = Costs(spec=live.spec, dims=live.dims, share=trained_share(model))
-        optimizer = make_optimizer(model, self.config, device)
+        optimizer = make_optimizer(trainable(model), self.config, device)
         model, optimizer = accelerator.prepare(model, optimizer)
         accelerator.state.device = device
         checkpointer: Any = self.saves

@@ -81,7 +81,7 @@ def job_of(command: str, spec: FamilySpec, run_dir: Path, options: dict[str, Any
         command=command, spec=spec, resolved=resolved, run=run, run_json=run.run_json, found=None, contents={},
         plan=RunPlan.of(config, spec, read_dims(spec, config.pretrained_model_name_or_path), table),
         launch=_by_own_rank(launch), run_id=ownership.new_id(), most=ownership.most(config.to_json()), staging=None,
-        metadata_sha256=metadata_digest(metadata), validation_sha256=None, deadline=None, trained=0,
+        metadata_sha256=metadata_digest(metadata), validation_sha256=None, deadline=None, trained=(),
     )  # fmt: skip
 
 

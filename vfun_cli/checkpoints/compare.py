@@ -69,11 +69,7 @@ def distance(first: Mapping[str, TensorSource], second: Mapping[str, TensorSourc
 
 def moments(checkpoint: CheckpointReader) -> dict[str, TensorSource]:
     """The optimizer moments as ``<parameter>.<moment>``."""
-    return {
-        f"{name}.{key}": source
-        for name, found in checkpoint.moments.items()
-        for key, source in (("exp_avg", found.exp_avg), ("exp_avg_sq", found.exp_avg_sq))
-    }
+    return {f"{name}.{key}": each for name, found in checkpoint.moments.items() for key, each in found.arrays.items()}
 
 
 def _distance(first: TensorSource, second: TensorSource) -> float | None:

@@ -1,6 +1,8 @@
-"""What other programs call the parameters and layers of a transformer."""
+"""What other programs call the parameters and layers of a transformer, and files what belongs to a parameter."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,3 +18,22 @@ class LayerLocation:
 def unchanged(name: str) -> str:
     """The name of a parameter in a format that has the same names."""
     return name
+
+
+T = TypeVar("T")
+
+PARAMETER_GROUPS = "param_groups."
+"""Before the names, in an optimizer's file, of what it keeps for groups of parameters: ``param_groups.0.d``."""
+
+
+def by_parameter(entries: Mapping[str, T], parameters: Iterable[str]) -> dict[str, dict[str, T]]:
+    """Entries ``<parameter>.<name>`` by parameter and name; those of no parameter are left out."""
+    found: dict[str, dict[str, T]] = {parameter: {} for parameter in parameters}
+    for entry, value in entries.items():
+        head, _, name = entry.rpartition(".")
+        while head and head not in found:
+            head, _, more = head.rpartition(".")
+            name = f"{more}.{name}"
+        if head:
+            found[head][name] = value
+    return found

@@ -5,18 +5,21 @@ Nothing is loaded until a tensor is read, and neither torch, accelerate, DeepSpe
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE, peft_key
+from vfun_cli.checkpoints.naming import PARAMETER_GROUPS, by_parameter
 from vfun_cli.checkpoints.pickles import Inert, StoredTensor, TorchArchive, load_pickle
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
-from vfun_cli.checkpoints.tensors import STORAGE, Segment, TensorSource
+from vfun_cli.checkpoints.tensors import STORAGE, Array, Segment, TensorSource
 from vfun_cli.errors import CheckpointError, first_line
 from vfun_cli.typed_json import shown
 
@@ -28,11 +31,24 @@ _WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """AdamW's state of one parameter."""
+    """What an optimizer keeps of one parameter, by the optimizer's own names."""
 
-    exp_avg: TensorSource
-    exp_avg_sq: TensorSource
-    step: int
+    arrays: Mapping[str, TensorSource]
+    numbers: Mapping[str, Array] = field(default_factory=dict)
+    """Arrays of one number, as a count of steps."""
+
+    @property
+    def step(self) -> int:
+        """Of an optimizer that counts its steps."""
+        return int(self.numbers["step"])
+
+    @classmethod
+    def of(cls, found: Mapping[str, TensorSource]) -> "Moments":
+        """What is stored under these names."""
+        return cls(
+            arrays={name: tensor for name, tensor in found.items() if tensor.shape},
+            numbers={name: tensor.read() for name, tensor in found.items() if not tensor.shape},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +64,17 @@ class CheckpointReader:
     state: Mapping[str, Any] = field(default_factory=dict)
     """``state.json``; empty for checkpoints of other programs."""
     load_moments: Callable[[], dict[str, Moments]]
+    load_groups: Callable[[], dict[str, Array]]
 
     @cached_property
     def moments(self) -> Mapping[str, Moments]:
         """Optimizer moments by parameter name; empty when the checkpoint holds none."""
         return self.load_moments()
+
+    @cached_property
+    def groups(self) -> Mapping[str, Array]:
+        """Numbers that the optimizer keeps for a group of parameters, as ``<group>.<name>``."""
+        return self.load_groups()
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
@@ -109,6 +131,20 @@ def _clean(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def _by_parameter(
+    found: Mapping[str, TensorSource], weights: Collection[str], key: Callable[[str], str] = _clean
+) -> dict[str, Moments]:
+    """Entries ``<parameter>.<moment>``; ``key`` makes a weight's name of a parameter's."""
+    names = {name for entry in found for name in _heads(entry) if key(name) in weights}
+    return {key(name): Moments.of(parts) for name, parts in by_parameter(found, names).items() if parts}
+
+
+def _heads(entry: str) -> Iterator[str]:
+    """What may be the parameter's name in ``<parameter>.<moment>``."""
+    words = entry.split(".")
+    return (".".join(words[:count]) for count in range(1, len(words)))
+
+
 # plain -------------------------------------------------------------------------------------------------------------
 
 
@@ -120,26 +156,22 @@ def _plain(
     average = folder / "ema.safetensors"
     ema = safetensors.read_file(average) if average.is_file() else {}
 
-    def moments() -> dict[str, Moments]:
+    def kept() -> dict[str, TensorSource]:
         file = folder / "optimizer.safetensors"
-        if not file.is_file():
-            return {}
-        found = safetensors.read_file(file)
-        names = [name.removesuffix(".exp_avg") for name in found if name.endswith(".exp_avg")]
-        try:
-            return {
-                key(name): Moments(
-                    exp_avg=found[f"{name}.exp_avg"],
-                    exp_avg_sq=found[f"{name}.exp_avg_sq"],
-                    step=int(found[f"{name}.step"].read().item()),
-                )
-                for name in names
-            }
-        except KeyError as missing:
-            raise CheckpointError(f"{file}: {missing.args[0]} is missing.") from None
+        return safetensors.read_file(file) if file.is_file() else {}
 
     return CheckpointReader(
-        path=path, layout="safetensors", weights=weights, ema=ema, state=state, load_moments=moments
+        path=path,
+        layout="safetensors",
+        weights=weights,
+        ema=ema,
+        state=state,
+        load_moments=lambda: _by_parameter(kept(), weights, key),
+        load_groups=lambda: {
+            entry.removeprefix(PARAMETER_GROUPS): number.read()
+            for entry, number in kept().items()
+            if entry.startswith(PARAMETER_GROUPS)
+        },
     )
 
 
@@ -155,29 +187,28 @@ def _dcp(path: Path, folder: Path, optimizer: Path, state: dict[str, Any]) -> Ch
     if not weights:
         raise CheckpointError(f"{folder} is a DCP directory without an entry 'model'.")
 
+    def kept() -> Mapping[tuple[str, ...], TensorSource]:
+        if optimizer == folder:
+            return tensors
+        return _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
+
     @_described_by(optimizer)
     def moments() -> dict[str, Moments]:
-        if optimizer == folder:
-            found = tensors
-        else:
-            found = _dcp_tensors(optimizer) if (optimizer / ".metadata").is_file() else {}
-        return _dcp_moments(found)
+        # ("optimizer", "state", name, "exp_avg"), or flattened: ("optimizer", "state", "name.exp_avg")
+        entries = {".".join(key[2:]): each for key, each in kept().items() if key[:2] == ("optimizer", "state")}
+        return _by_parameter(entries, weights)
 
-    return CheckpointReader(path=path, layout="dcp", weights=weights, ema=ema, state=state, load_moments=moments)
-
-
-def _dcp_moments(tensors: Mapping[tuple[str, ...], TensorSource]) -> dict[str, Moments]:
-    grouped: dict[str, dict[str, TensorSource]] = {}
-    for key, source in tensors.items():
-        if key[:2] == ("optimizer", "state"):
-            # ("optimizer", "state", name, "exp_avg"), or flattened: ("optimizer", "state", "name.exp_avg")
-            name, _, part = ".".join(key[2:]).rpartition(".")
-            grouped.setdefault(_clean(name), {})[part] = source
-    return {
-        name: Moments(exp_avg=parts["exp_avg"], exp_avg_sq=parts["exp_avg_sq"], step=int(parts["step"].read().item()))
-        for name, parts in grouped.items()
-        if {"exp_avg", "exp_avg_sq", "step"} <= parts.keys()
-    }
+    return CheckpointReader(
+        path=path,
+        layout="dcp",
+        weights=weights,
+        ema=ema,
+        state=state,
+        load_moments=moments,
+        load_groups=lambda: {
+            key[2]: number.read() for key, number in kept().items() if key[:2] == ("optimizer", "groups")
+        },
+    )
 
 
 def _dcp_tensors(folder: Path) -> dict[tuple[str, ...], TensorSource]:
@@ -309,22 +340,34 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         locate = _described_by(folder)(lambda: _cut(flat, runs, name, folder))
         return TensorSource(shape=shape, dtype="F32", locate=locate)
 
+    def bases() -> list[Any]:
+        key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+        return [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]
+
+    @_described_by(folder)
+    def groups() -> dict[str, Array]:
+        first = bases()[0]
+        return {
+            f"{index}.{name}": np.array(value)
+            for index, group in enumerate(first["param_groups"] if isinstance(first, dict) else ())
+            for name, value in group.items()
+            if isinstance(value, bool | int | float)
+        }
+
     @_described_by(folder)
     def moments() -> dict[str, Moments]:
-        key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-        base = [_field(s, key, a.path) for a, s in zip(archives, states, strict=True)]
+        base = bases()
         if not all(isinstance(one, dict) and one.get("state") for one in base):
             return {}
-        parts = {
+        arrays = {
             part: [_moment_groups(a, b, part) for a, b in zip(archives, base, strict=True)]
-            for part in ("exp_avg", "exp_avg_sq")
+            for part in _array_names(base[0])
         }
-        steps = [_step(archives[0], base[0], group) for group in range(len(flats[0]))]
+        numbers = [_numbers(archives[0], base[0], group) for group in range(len(flats[0]))]
         return {
             name: Moments(
-                exp_avg=source(name, parts["exp_avg"]),
-                exp_avg_sq=source(name, parts["exp_avg_sq"]),
-                step=steps[_first_group(runs, flats[0], stage)],
+                arrays={part: source(name, flat) for part, flat in arrays.items()},
+                numbers=numbers[_first_group(runs, flats[0], stage)],
             )
             for name, (_, runs) in places.items()
         }
@@ -336,6 +379,7 @@ def _zero(path: Path, folder: Path, state: dict[str, Any]) -> CheckpointReader:
         ema=_zero_ema(folder, {name: shape for name, (shape, _) in places.items()}, len(ranks)),
         state=state,
         load_moments=lambda: {_clean(name): found for name, found in moments().items()},
+        load_groups=groups,
     )
 
 
@@ -395,6 +439,12 @@ def _flat_groups(archive: TorchArchive, state: dict[str, Any], key: str) -> list
     return [_stored(archive, group, key) for group in groups]
 
 
+def _array_names(base: dict[str, Any]) -> list[str]:
+    """What the optimizer keeps of a flat group that is as long as that."""
+    first = base["state"][min(base["state"])]
+    return [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
+
+
 def _moment_groups(archive: TorchArchive, base: dict[str, Any], part: str) -> list[TensorSource]:
     return [_stored(archive, _field(base["state"][group], part, archive.path), part) for group in sorted(base["state"])]
 
@@ -407,11 +457,18 @@ def _stored(archive: TorchArchive, value: Any, key: str) -> TensorSource:
     return archive.source(value)
 
 
-def _step(archive: TorchArchive, base: dict[str, Any], group: int) -> int:
-    step = base["state"][group].get("step")
-    if step is None:  # fused optimizers count per parameter group
-        step = next(options["step"] for options in base["param_groups"] if group in options["params"])
-    return int(archive.source(step).read().item()) if isinstance(step, StoredTensor) else int(step)
+def _numbers(archive: TorchArchive, base: dict[str, Any], group: int) -> dict[str, Array]:
+    """What the optimizer keeps of a flat group that is one number, as its count of steps."""
+    kept = base["state"][group]
+    found = {name: value for name, value in kept.items() if not (isinstance(value, StoredTensor) and value.shape)}
+    if "step" not in found:  # fused optimizers count per parameter group
+        for options in base["param_groups"]:
+            if group in options["params"] and "step" in options:
+                found["step"] = options["step"]
+    return {
+        name: archive.source(value).read() if isinstance(value, StoredTensor) else np.array(value, np.float32)
+        for name, value in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vfun_cli.run.messages import Outcome
 
 
-@with_options("train", ignored_flags=True, strategies=True)
+@with_options("train", ignored_flags=True, choosing_flags=True)
 def cache(
     given: dict[str, Any],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vfun_cli.plan.schedule import EpochPlan
 
 
-@with_options("plan-buckets", strategies=True)
+@with_options("plan-buckets", choosing_flags=True)
 def plan_buckets(
     given: dict[str, Any],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],

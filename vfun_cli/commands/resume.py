@@ -29,7 +29,7 @@ Allow = Annotated[
 ]
 
 
-@with_options("train", strategies=True)
+@with_options("train", choosing_flags=True)
 def resume(
     given: dict[str, Any],
     run: Run = None,

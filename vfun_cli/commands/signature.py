@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli import console
+from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
 from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import FAMILIES
 
 Command = Callable[..., None]
+
+CHOOSING_FLAGS: Mapping[str, Mapping[str, str]] = {"strategy": STRATEGY_FLAGS, "optimizer": OPTIMIZER_FLAGS}
+"""Flags that stand for a value of an option."""
 
 
 def hyphenate(arguments: Sequence[str]) -> list[str]:
@@ -65,7 +69,7 @@ def _spaced(arguments: Sequence[str], position: int) -> list[str]:
 
 
 def with_options(
-    command: str, *, ignored_flags: bool = False, strategies: bool = False
+    command: str, *, ignored_flags: bool = False, choosing_flags: bool = False
 ) -> Callable[[Command], Command]:
     """Give a command the options declared for it; the body receives those typed, in ``given``.
 
@@ -74,7 +78,7 @@ def with_options(
 
     def decorate(body: Command) -> Command:
         own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "given"]
-        declared = _parameters(command, ignored_flags=ignored_flags, strategies=strategies)
+        declared = _parameters(command, ignored_flags=ignored_flags, choosing_flags=choosing_flags)
 
         @functools.wraps(body)
         def run(**values: Any) -> None:
@@ -90,25 +94,27 @@ def with_options(
 
 
 def _given(typed: dict[str, Any]) -> dict[str, Any]:
-    """Typed options only, strategy flags folded into ``strategy``."""
+    """Typed options only, flags that stand for a value of one folded into it."""
     given = {name: value for name, value in typed.items() if value is not None and value != []}
-    flags = {name: STRATEGY_FLAGS[name] for name in STRATEGY_FLAGS if given.pop(name, False)}
-    chosen = set(flags.values()) | ({given["strategy"]} if "strategy" in given else set())
-    if len(chosen) > 1:
-        raise ConfigError(f"more than one strategy was asked for: {', '.join(sorted(chosen))}.", hint="Keep one.")
-    if chosen:
-        given["strategy"] = chosen.pop()
+    for option, flags in CHOOSING_FLAGS.items():
+        chosen = {value for name, value in flags.items() if given.pop(name, False)}
+        chosen |= {given[option]} if option in given else set()
+        if len(chosen) > 1:
+            raise ConfigError(f"more than one {option} was asked for: {', '.join(sorted(chosen))}.", hint="Keep one.")
+        if chosen:
+            given[option] = chosen.pop()
     for name in IGNORED_FLAGS:
         if given.pop(name, None) is not None:
             console.hint(f"--{name.replace('_', '-')} has no effect: {IGNORED_FLAGS[name]}.")
     return given
 
 
-def _parameters(command: str, *, ignored_flags: bool, strategies: bool) -> list[inspect.Parameter]:
+def _parameters(command: str, *, ignored_flags: bool, choosing_flags: bool) -> list[inspect.Parameter]:
     found = []
-    if strategies:
-        for name in STRATEGY_FLAGS:
-            found.append(_flag(name, "Processes and machines", _strategy_help(name)))
+    if choosing_flags:
+        for option, flags in CHOOSING_FLAGS.items():
+            panel = options()[option][2].panel
+            found += [_flag(name, panel, _flag_help(name, f"--{option} {value}")) for name, value in flags.items()]
     for name, (_, kind, opt) in options(command).items():
         found.append(_parameter(name, kind, opt))
     if ignored_flags:
@@ -119,10 +125,8 @@ def _parameters(command: str, *, ignored_flags: bool, strategies: bool) -> list[
     return found
 
 
-def _strategy_help(name: str) -> str:
-    if name.startswith("use_"):
-        return f"The original scripts' word for --{STRATEGY_FLAGS[name]}."
-    return f"Short for --strategy {STRATEGY_FLAGS[name]}."
+def _flag_help(name: str, meant: str) -> str:
+    return f"The original scripts' word for {meant}." if name.startswith("use_") else f"Short for {meant}."
 
 
 def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:

@@ -19,7 +19,7 @@ from vfun_cli.launch.preemption import nothing_to_save
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
 
-@with_options("train", ignored_flags=True, strategies=True)
+@with_options("train", ignored_flags=True, choosing_flags=True)
 def train(
     given: dict[str, Any],
     family: Family = None,
@@ -37,7 +37,7 @@ def train(
     _run("train", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
-@with_options("lora", ignored_flags=True, strategies=True)
+@with_options("lora", ignored_flags=True, choosing_flags=True)
 def lora(
     given: dict[str, Any],
     family: Family = None,

@@ -1,6 +1,7 @@
 """What options refuse each other: checked once, on the resolved configuration, before anything is read or started."""
 
-from vfun_cli.config.options import RunConfig, default_of, parse
+from vfun_cli.config import optimizers
+from vfun_cli.config.options import ENDING_SCHEDULERS, RunConfig, default_of, parse
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
 from vfun_cli.families.spec import FamilySpec, ModelDims
@@ -18,6 +19,8 @@ def check(config: RunConfig, spec: FamilySpec, *, command: str) -> None:
     """
     _check_processes(config)
     _check_strategy(config)
+    _check_optimizer(config)
+    _check_schedule(config)
     _check_conditioning(config, spec)
     _check_validation(config)
     if command == "lora":
@@ -82,6 +85,42 @@ def _check_strategy(config: RunConfig) -> None:
         raise ConfigError("compile and a quantised base cannot be combined.", hint="Drop one of them.")
 
 
+def _check_optimizer(config: RunConfig) -> None:
+    """An optimizer that there is, that takes its arguments, and that works under the strategy."""
+    optimizer, strategy = optimizers.find(config.optimizer), STRATEGIES[config.strategy]
+    optimizers.check_arguments(optimizer, optimizers.parse_arguments(config.optimizer_args))
+    if strategy.wrapper not in optimizer.wrappers:
+        able = (one for one in STRATEGIES.values() if one.wrapper in optimizer.wrappers)
+        ways = [f"--{one.name}" for one in able if one.several_processes]
+        raise ConfigError(
+            f"optimizer {optimizer.name} cannot work under strategy {strategy.name}: {optimizer.because}.",
+            hint=f"Use {' or '.join(ways)}, or --optimizer adamw.",
+            option="--optimizer",
+        )
+    if optimizer.one_rate and config.trainable_modules_low_learning_rate:
+        raise ConfigError(
+            f"optimizer {optimizer.name} has one learning rate for all weights, and "
+            "trainable_modules_low_learning_rate asks for two.",
+            hint="Drop one of them.",
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    """No setting of a schedule that is not the run's."""
+    for name, schedulers in (
+        ("lr_num_cycles", ("cosine_with_restarts",)),
+        ("lr_power", ("polynomial",)),
+        ("lr_min_ratio", ENDING_SCHEDULERS),
+    ):
+        value = getattr(config, name)
+        if value != default_of(name) and config.lr_scheduler not in schedulers:
+            raise ConfigError(
+                f"{name} is {value}, which has no effect on lr_scheduler {config.lr_scheduler}.",
+                hint=f"Drop it, or choose --lr-scheduler {' or '.join(schedulers)}.",
+                option=f"--{name.replace('_', '-')}",
+            )
+
+
 def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
     """Choices that a family has, or has not."""
     spec.check_options(config)  # first: a family says why
@@ -126,6 +165,11 @@ def _check_lora(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(
             "trainable_modules chooses weights of the model; LoRA trains adapters only.",
             hint="Choose layers with --target-name, or use vfun train.",
+        )
+    if config.trainable_modules_low_learning_rate:
+        raise ConfigError(
+            "trainable_modules_low_learning_rate chooses weights of the model; LoRA trains adapters only, at one rate.",
+            hint="Drop it, or use vfun train.",
         )
     if config.use_dora and not STRATEGIES[config.strategy].whole_blocks:
         raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean, first_line
 
@@ -87,9 +88,9 @@ DEFAULT_VARIANTS = 4
 """Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-ENDING_SCHEDULERS = ("linear", "cosine")
-"""Those that fall to zero at the end of the run, so that each rate depends on its length."""
+ENDING_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+"""Those that fall until the end of the run, so that each rate depends on its length."""
+LR_SCHEDULERS = ("constant", "constant_with_warmup", *ENDING_SCHEDULERS)
 
 
 LISTS_OF_PATHS = ("validation_paths", "validation_image_paths", "validation_audio_paths")
@@ -352,25 +353,65 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = None
-    learning_rate: Annotated[
-        float, Opt(help="Peak learning rate of AdamW.", panel=OPTIMISATION, minimum=0, maximum=1e38)
-    ] = 2e-5
+    learning_rate: Annotated[float, Opt(help="Peak learning rate.", panel=OPTIMISATION, minimum=0, maximum=1e38)] = 2e-5
+    optimizer: Annotated[
+        str,
+        Opt(
+            help=f"{', '.join(OPTIMIZERS)}, or a class of an installed package, as torch.optim.RAdam; docs/numerics.md "
+            "says what each keeps, and where it works.",
+            panel=OPTIMISATION,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = "adamw"
+    optimizer_args: Annotated[
+        tuple[str, ...],
+        Opt(
+            help="Its further arguments, comma-separated or repeated: momentum=0.9,ns_steps=6. Numbers, true, false, "
+            "none, tuples in brackets, or text.",
+            panel=OPTIMISATION,
+            verbatim=True,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ()
     lr_scheduler: Annotated[
         str, Opt(help="Shape of the learning rate over the run.", panel=OPTIMISATION, choices=LR_SCHEDULERS)
     ] = "constant_with_warmup"
     lr_warmup_steps: Annotated[
         int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0, maximum=1e9)
     ] = 100
+    lr_num_cycles: Annotated[
+        int,
+        Opt(
+            help="How often cosine_with_restarts falls from the peak.",
+            panel=OPTIMISATION,
+            minimum=1,
+            maximum=1e6,
+        ),
+    ] = 1
+    lr_power: Annotated[
+        float, Opt(help="Exponent of polynomial; 1 is a straight line.", panel=OPTIMISATION, above=0, maximum=100)
+    ] = 1.0
+    lr_min_ratio: Annotated[
+        float,
+        Opt(
+            help="Share of the peak that a schedule falls to instead of zero.",
+            panel=OPTIMISATION,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.0
     adam_beta1: Annotated[
-        float, Opt(help="AdamW's decay of the first moment.", panel=OPTIMISATION, minimum=0, below=1)
+        float, Opt(help="Decay of the first moment, of AdamW and its like.", panel=OPTIMISATION, minimum=0, below=1)
     ] = 0.9
     adam_beta2: Annotated[
-        float, Opt(help="AdamW's decay of the second moment.", panel=OPTIMISATION, minimum=0, below=1)
+        float, Opt(help="Decay of the second moment, of AdamW and its like.", panel=OPTIMISATION, minimum=0, below=1)
     ] = 0.999
     adam_weight_decay: Annotated[
-        float, Opt(help="AdamW's weight decay.", panel=OPTIMISATION, minimum=0, maximum=100)
+        float, Opt(help="Decoupled weight decay.", panel=OPTIMISATION, minimum=0, maximum=100)
     ] = 3e-2
-    adam_epsilon: Annotated[float, Opt(help="AdamW's epsilon.", panel=OPTIMISATION, above=0, maximum=1)] = 1e-10
+    adam_epsilon: Annotated[
+        float, Opt(help="Epsilon of AdamW and its like.", panel=OPTIMISATION, above=0, maximum=1)
+    ] = 1e-10
     max_grad_norm: Annotated[
         float,
         Opt(
@@ -409,6 +450,15 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = (".",)
+    trainable_modules_low_learning_rate: Annotated[
+        tuple[str, ...],
+        Opt(
+            help="Parts of parameter names to train at half the learning rate, whether or not trainable_modules names "
+            "them too.",
+            panel=OPTIMISATION,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ()
     use_ema: Annotated[
         bool,
         Opt(
@@ -868,6 +918,11 @@ class RunConfig:
     def bf16(self) -> bool:
         """Whether the transformer computes in bf16; else in float32."""
         return self.mixed_precision == "bf16"
+
+    @property
+    def trained_modules(self) -> tuple[str, ...]:
+        """Parts of the names of all that trains, at whatever rate."""
+        return (*self.trainable_modules, *self.trainable_modules_low_learning_rate)
 
     @property
     def holds_out(self) -> bool:

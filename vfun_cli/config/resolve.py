@@ -81,6 +81,11 @@ def is_default(source: str) -> bool:
     return source.endswith("default")
 
 
+def was_said(source: str) -> bool:
+    """Whether somebody has set a value with this source for this launch: typed, exported or written down."""
+    return source == OPTION or source.startswith("$") or SETTINGS_FILE in source
+
+
 def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:
     """What a command of a family trains with where nothing is said but the strategy."""
     config, _ = _merge(_default_layers(command, spec, strategy))

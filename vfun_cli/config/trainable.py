@@ -5,7 +5,6 @@ People type parts of the released names, as the original scripts take them. Some
 part that only those contain is taken too, with a notice.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -61,8 +60,10 @@ def choose(
     return Chosen(names=names, notices=notices)
 
 
-def choose_from_files(parts: Sequence[str], model_dir: Path, spec: FamilySpec, dims: ModelDims) -> tuple[Chosen, int]:
-    """The same from the files of a model directory, before anything is started; and how many numbers that is.
+def choose_from_files(
+    parts: Sequence[str], model_dir: Path, spec: FamilySpec, dims: ModelDims
+) -> tuple[Chosen, list[tuple[int, ...]]]:
+    """The same from the files of a model directory, before anything is started; and the shapes of what is chosen.
 
     Raises:
         CheckpointError: there are no weights in it.
@@ -70,11 +71,11 @@ def choose_from_files(parts: Sequence[str], model_dir: Path, spec: FamilySpec, d
     """
     shapes = parameter_shapes(model_dir, spec)
     chosen = choose(parts, shapes, spec.export.names["same"], spec.model.modules_without_gradient(dims))
-    return chosen, sum(math.prod(shapes[name]) for name in chosen.names)
+    return chosen, [shapes[name] for name in chosen.names]
 
 
-def count_adapters(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: ModelDims) -> int:
-    """How many numbers the adapters of a LoRA have, from the files of the model that it is for.
+def adapter_shapes(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: ModelDims) -> list[tuple[int, ...]]:
+    """Of the adapters of a LoRA, from the files of the model that it is for.
 
     Raises:
         CheckpointError: there are no weights in it.
@@ -85,7 +86,10 @@ def count_adapters(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: M
               if name.endswith(".weight") and len(shape) == 2}  # fmt: skip
     idle = spec.model.modules_without_gradient(dims)
     layers = choose_layers(list(linear), config.target_name, spec.export.names["same"], idle)
-    return sum(config.rank * sum(linear[layer]) + config.use_dora * linear[layer][0] for layer in layers)
+    found: list[tuple[int, ...]] = []
+    for outputs, inputs in (linear[layer] for layer in layers):
+        found += [(config.rank, inputs), (outputs, config.rank), *([(outputs,)] if config.use_dora else [])]
+    return found
 
 
 def parameter_shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:

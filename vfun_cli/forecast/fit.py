@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import devices
-from vfun_cli.config.checks import check
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import HERE, is_default
-from vfun_cli.errors import ConfigError, FitError
+from vfun_cli.errors import FitError
 from vfun_cli.families.detect import read_config
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
 from vfun_cli.forecast.batches import batches
-from vfun_cli.forecast.forecast import Forecast, Subject, forecast, size
+from vfun_cli.forecast.forecast import Forecast, Subject, allowed, forecast, size
 from vfun_cli.forecast.host import host_memory, machine_memory
 from vfun_cli.forecast.request import Question
 from vfun_cli.forecast.time import Schedule, pace, schedule, share_of
@@ -126,9 +125,7 @@ def _sharded(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook
     if not is_open or _may_fit(found):
         return job, found
     for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
-        try:
-            check(replace(job.config, strategy=name), job.spec, command=job.command)
-        except ConfigError:  # what cannot be sharded
+        if not allowed(replace(job.config, strategy=name), job.spec, lora=job.command == "lora"):
             continue
         other = changed(job, {"strategy": name}, f"{HERE}: under {job.config.strategy} it {found.forecast.verdict}")
         then = _outlook(other, measurer)

@@ -139,7 +139,10 @@ def forecast(subject: Subject, measurer: Measurer, *, typical: bool = False) -> 
 
 def _fitting(subject: Subject, measurer: Measurer) -> list[Tried]:
     """Single changes that suffice; where none does, the first few together that do, with smaller clips if need be."""
-    candidates = [way for way in ways(subject.config, subject.ranks, lora=subject.lora) if _allowed(subject, way)]
+    config, lora = subject.config, subject.lora
+    candidates = [
+        way for way in ways(config, subject.ranks, lora=lora) if allowed(way.applied(config), subject.spec, lora=lora)
+    ]
     found = [tried for way in candidates if (tried := _tried(subject, measurer, (way,))) is not None][:ENOUGH_WAYS]
     together: tuple[Way, ...] = ()
     for way in candidates if not found else ():
@@ -189,14 +192,10 @@ def _scaled(subject: Subject, factor: float) -> Batch:
     return replace(batch, height=height, width=width)
 
 
-def _allowed(subject: Subject, way: Way) -> bool:
+def allowed(config: RunConfig, spec: FamilySpec, *, lora: bool) -> bool:
     """Whether the options may be combined so, on a machine that has the devices."""
     try:
-        check(
-            replace(way.applied(subject.config), device="cuda"),
-            subject.spec,
-            command="lora" if subject.lora else "train",
-        )
+        check(replace(config, device="cuda"), spec, command="lora" if lora else "train")
     except (ConfigError, EnvironmentFault):
         return False
     return True

@@ -8,7 +8,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.memory import GIB, encoder_bytes
 from vfun_cli.forecast.request import Measured
-from vfun_cli.launch.disk_need import checkpoint_bytes
+from vfun_cli.launch.disk_need import checkpoint_bytes_with
 from vfun_cli.plan.queue import bytes_in_flight, micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan
 
@@ -32,6 +32,7 @@ def host_memory(
     state = measured.weights + measured.masters + measured.gradients + measured.moments + measured.average
     shared = {name for name, each in spec.model.encoders.items() if each.shared and strategy.shares_encoders}
     pinned = sum(size for name, size in encoder_bytes(config, spec, measured, 1).items() if name not in shared)
+    moments = measured.moments * (ranks if "optimizer" in strategy.sharded else 1)
     parts = {
         "processes": here * (PROCESS + config.dataloader_num_workers * WORKER),
         "offloaded state": here * state * strategy.offloads,
@@ -39,9 +40,11 @@ def host_memory(
         "streamed blocks": here * measured.streamed,
         "encoders": here * pinned * config.low_vram,
         "micro-batches in /dev/shm": 0 if plan is None else _queued(config, plan, here),
-        "checkpoint in /dev/shm": checkpoint_bytes(command, config, measured.trained) // config.num_machines
-        if config.async_checkpoint
-        else 0,
+        "checkpoint in /dev/shm": (
+            checkpoint_bytes_with(command, config, measured.trained, moments=moments) // config.num_machines
+            if config.async_checkpoint
+            else 0
+        ),
     }
     return {name: value for name, value in parts.items() if value}
 

@@ -1,11 +1,14 @@
 """What the checkpoints of a run will take of its disk, said before it starts: those of Wan2.2-S2V take 196 GB each."""
 
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vfun_cli.checkpoints.size import state_bytes
+from vfun_cli.config import optimizers
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.launch.job import Job
@@ -71,10 +74,17 @@ def disk_need(job: Job) -> DiskNeed:
     )
 
 
-def checkpoint_bytes(command: str, config: RunConfig, trained: int) -> int:
-    """Of one checkpoint of so many trained parameters."""
+def checkpoint_bytes(command: str, config: RunConfig, trained: Sequence[tuple[int, ...]]) -> int:
+    """Of one checkpoint of trained parameters of these shapes."""
+    moments = optimizers.state_bytes(config, trained, ranks=optimizers.ranks_of_a_parameter(config))
+    return checkpoint_bytes_with(command, config, sum(map(math.prod, trained)), moments=moments)
+
+
+def checkpoint_bytes_with(command: str, config: RunConfig, parameters: int, *, moments: int) -> int:
+    """The same of so many numbers that train, of which the optimizer keeps so many bytes."""
     copies = command == "train" and STRATEGIES[config.strategy].saves_copies
-    return state_bytes(trained, average=config.use_ema, copy_bytes=copies * (2 if config.bf16 else 4))
+    copy_bytes = copies * (2 if config.bf16 else 4)
+    return state_bytes(parameters, moments=moments, average=config.use_ema, copy_bytes=copy_bytes)
 
 
 def _existing(folder: Path) -> Path:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
+from vfun_cli.config import optimizers
 from vfun_cli.config.checks import check_streamed_blocks
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.resolve import Resolved
+from vfun_cli.config.resolve import Resolved, was_said
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.imports import require_installed
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata, metadata_digest
@@ -41,8 +43,8 @@ class Job:
     spec: FamilySpec
     resolved: Resolved
     plan: "RunPlan"
-    trained: int
-    """Parameters that it trains."""
+    trained: Sequence[tuple[int, ...]]
+    """Shapes of the parameters that it trains."""
     run: RunDir
     run_json: Path
     launch: LaunchPlan
@@ -133,7 +135,7 @@ def decide(
     assert config.num_processes is not None
     if not (dry_run and config.num_processes):
         devices.check_processes(config.device, config.num_processes // config.num_machines)
-    check_trackers(config)
+    check_packages(config)
     if config.pretrained_model_name_or_path is None:
         raise CheckpointError(
             "no model directory is set.",
@@ -163,6 +165,11 @@ def decide(
 
     check_weights(config.pretrained_model_name_or_path)
     trained = _trained(command, config, spec, plan)
+    if command != "cache":
+        for notice in optimizers.notices(
+            config, {name for name, source in resolved.sources.items() if was_said(source)}
+        ):
+            console.warn(notice)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None
@@ -189,25 +196,25 @@ def decide(
     )
 
 
-def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan") -> int:
-    """How many parameters the job trains, as far as the model's files tell; says where an option means another thing
-    than it seems to.
+def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan") -> list[tuple[int, ...]]:
+    """Shapes of the parameters that the job trains, as far as the model's files tell; says where an option means
+    another thing than it seems to.
 
     Raises:
         ConfigError: options that choose nothing.
     """
-    from vfun_cli.config.trainable import choose_from_files, count_adapters  # with numpy, as above
+    from vfun_cli.config.trainable import adapter_shapes, choose_from_files  # with numpy, as above
 
     model_dir = config.pretrained_model_name_or_path
     assert model_dir is not None
     if command == "lora":
-        return count_adapters(config, model_dir, spec, plan.dims)
+        return adapter_shapes(config, model_dir, spec, plan.dims)
     if command == "cache":
-        return 0
-    chosen, count = choose_from_files(config.trainable_modules, model_dir, spec, plan.dims)
+        return []
+    chosen, shapes = choose_from_files(config.trained_modules, model_dir, spec, plan.dims)
     for notice in chosen.notices:
         console.warn(notice)
-    return count
+    return shapes
 
 
 def _plan(
@@ -250,13 +257,19 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
         )
 
 
-def check_trackers(config: RunConfig) -> None:
-    """Refuse a tracker whose package is missing, before anything is started.
+def check_packages(config: RunConfig) -> None:
+    """Refuse a tracker or an optimizer whose package is missing, before anything is started.
 
     Raises:
         EnvironmentFault: with the command that installs it.
     """
-    devices.require_package(config.report_to, {"tensorboard": "tensorboard", "wandb": "wandb"})
+    if config.report_to != "none":
+        devices.require_package(config.report_to, config.report_to)
+    optimizer = optimizers.find(config.optimizer)
+    if optimizer.module is not None:
+        devices.require_package(f"--optimizer {optimizer.name}", optimizer.module, install=optimizer.package)
+    elif optimizer.arguments is None:
+        require_installed(optimizer.place, "--optimizer")
 
 
 def check_batch(config: RunConfig, clips: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console, families
+from vfun_cli.config import optimizers
 from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, plain_kind
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
@@ -110,7 +111,7 @@ def continuation(
 
     Raises:
         CheckpointError: it would be another run.
-        ConfigError: ``allow`` names no option.
+        ConfigError: ``allow`` names no option, or the optimizer cannot go on from what the checkpoint holds.
     """
     locate.require_own(run.found)
     before, checkpoint = run.described, run.found.checkpoint
@@ -121,6 +122,7 @@ def continuation(
             hint=f"vfun resume {shlex.quote(str(checkpoint))}",
         )
     resolved = keep_followers(run, keep_step_size(run, resolved))
+    require_same_optimizer(run, resolved.config)
     check_options(run, resolved, allow)
     return resolved
 
@@ -130,10 +132,10 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
 
     One that only follows from another changed option is no change of its own.
     """
-    now = resolved.config.absolute().to_json()
+    now, unknown = resolved.config.absolute().to_json(), RunConfig().to_json()
     found = {}
     for name in options():
-        earlier = run.config.get(name, default_of(name))
+        earlier = run.config.get(name, unknown[name])
         if isinstance(earlier, str) and name in _paths():
             earlier = str(Path(earlier).absolute())
         if now[name] == earlier:
@@ -148,6 +150,32 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
     followers = {name for name, (origin, words) in FOLLOWS.items()
                  if origin in found and resolved.sources.get(name) == words}  # fmt: skip
     return [change for name, change in found.items() if name not in followers]
+
+
+def require_same_optimizer(run: Earlier, config: RunConfig) -> None:
+    """Refuse what nobody can allow: another optimizer than the checkpoint's, or one that cannot be sharded otherwise.
+
+    Raises:
+        ConfigError: with both.
+    """
+    before, now = run.config.get("optimizer", default_of("optimizer")), config.optimizer
+    checkpoint = run.found.checkpoint
+    if before != now:
+        raise ConfigError(
+            f"{checkpoint} holds the state of optimizer {before}, which means nothing to {now}.",
+            hint=f"Go on with --optimizer {before}, or begin a new run from the weights: "
+            f"vfun export-bf16 {shlex.quote(str(checkpoint))}",
+            option="--optimizer",
+        )
+    assert config.num_processes is not None
+    saved = str(run.config["strategy"]), int(run.config["num_processes"])
+    if not optimizers.carries_over(optimizers.find(now), saved, (config.strategy, config.num_processes)):
+        raise ConfigError(
+            f"{checkpoint} holds the state of optimizer {now} as {saved[1]} processes under {saved[0]} kept it; it "
+            f"cannot be cut anew for {config.num_processes} under {config.strategy}.",
+            hint=f"Go on with --strategy {saved[0]} --num-processes {saved[1]}.",
+            option="--strategy",
+        )
 
 
 def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> None:
@@ -223,7 +251,7 @@ def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: 
     because = ""
     if any(options()[change.name][2].on_resume == "length" for change in refused):
         because = (
-            f" With --lr-scheduler {resolved.config.lr_scheduler} the learning rate falls to zero at the last step, so "
+            f" With --lr-scheduler {resolved.config.lr_scheduler} the learning rate falls until the last step, so "
             "that every rate depends on how long the run is."
         )
     raise CheckpointError(

@@ -20,6 +20,7 @@ from accelerate import PartialState
 
 from vfun_cli import __version__, devices
 from vfun_cli.checkpoints import manifest
+from vfun_cli.config import optimizers
 from vfun_cli.errors import ConfigError, VfunError
 from vfun_cli.run.known import known
 from vfun_cli.run.ownership import new_id
@@ -173,7 +174,7 @@ def statement(described: Mapping[str, Any]) -> dict[str, Any]:
         "the plan": described.get("plan_digest"),
         "vfun": __version__,
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        **devices.installed_versions(PACKAGES),
+        **devices.installed_versions((*PACKAGES, *optimizers.packages(described["config"].get("optimizer")))),
     }
 
 

@@ -211,7 +211,7 @@ def compile_blocks(transformer: nn.Module, block_classes: Collection[str], *, ba
         EnvironmentFault: no C++ compiler where one is needed, or a torch that lacks a setting of ``EXACT``.
     """
     if backend == "inductor":
-        require_compiler()
+        require_compiler("--compile")
     import torch._dynamo.config as limits
     import torch.fx.experimental._config as shapes
 
@@ -244,20 +244,21 @@ def exact_settings() -> dict[str, Any]:
     return settings
 
 
-def require_compiler() -> None:
+def require_compiler(option: str) -> None:
     """Refuse to compile without a C++ compiler: torch.compile would fail deep in the first step.
+
+    Args:
+        option: that asks for it.
 
     Raises:
         EnvironmentFault: there is none.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
+    install = f"Install g++ (or set CXX), or train without {option}."
     try:
         compiler = get_cpp_compiler()
     except Exception as error:
-        raise EnvironmentFault(f"--compile needs a C++ compiler: {first_line(error)}.", hint=_INSTALL) from error
+        raise EnvironmentFault(f"{option} needs a C++ compiler: {first_line(error)}.", hint=install) from error
     if shutil.which(compiler) is None:
-        raise EnvironmentFault(f"--compile needs a C++ compiler, and {compiler} is not there.", hint=_INSTALL)
-
-
-_INSTALL = "Install g++ (or set CXX), or train without --compile."
+        raise EnvironmentFault(f"{option} needs a C++ compiler, and {compiler} is not there.", hint=install)

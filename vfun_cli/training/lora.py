@@ -23,6 +23,7 @@ from vfun_cli.checkpoints.lora_files import (
     read_adapter,
     strength,
 )
+from vfun_cli.checkpoints.naming import by_parameter
 from vfun_cli.checkpoints.tensors import TensorSource
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.trainable import choose_layers, inside
@@ -31,7 +32,7 @@ from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
-from vfun_cli.training.state.formats import EMA_FILE, OPTIMIZER_FILE, CheckpointFormat
+from vfun_cli.training.state.formats import EMA_FILE, OPTIMIZER_FILE, CheckpointFormat, counted_in
 from vfun_cli.training.state.gather import collect, collect_average, restore
 from vfun_cli.training.state.live import TrainedState, trained_parameters
 
@@ -172,7 +173,8 @@ def load_adapter(state: TrainedState, folder: Path) -> None:
     stored, moments = (dict(read_safetensors([folder / file])) for file in (ADAPTER_FILE, OPTIMIZER_FILE))
     names = list(trained_parameters(state))
     _require_same({peft_key(name) for name in names}, stored, folder)
-    restore(state, {name: stored[peft_key(name)] for name in names}, moments)
+    weights = {name: stored[peft_key(name)] for name in names}
+    restore(state, weights, by_parameter(moments, names), counted_in(moments))
 
 
 _KEPT_SETTINGS = (

@@ -1,6 +1,8 @@
 """From a configuration to the model that is trained: loaded, made trainable, wrapped by the strategy."""
 
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 
+from vfun_cli.config import optimizers
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families import adapter_of
@@ -20,7 +23,7 @@ from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks, find_layers
 from vfun_cli.training.lora import add_adapters, load_network
-from vfun_cli.training.optim import choose_trainable, make_optimizer
+from vfun_cli.training.optim import choose_trainable, make_optimizer, slow_names, trainable
 from vfun_cli.training.precision import compute_dtype, kept_dtype, use_in
 from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
@@ -84,7 +87,7 @@ def choose_weights(
     spec, dims = plan.spec, plan.dims
     if not lora:
         without_gradient = spec.model.modules_without_gradient(dims)
-        choose_trainable(transformer, config.trainable_modules, without_gradient, spec.export.names["same"])
+        choose_trainable(transformer, config.trained_modules, without_gradient, spec.export.names["same"])
         return
     add_adapters(transformer, config, spec, dims, lazy)
     if config.network_path is not None and fresh:
@@ -125,13 +128,23 @@ def prepare_state(
         quantise_layers(transformer, config.base_precision, accelerator.device, lazy)
     transformer.train()
     blocks = find_blocks(transformer, spec.model.block_classes)
-    model, optimizer = _WRAP[strategy.gathers](config, transformer, accelerator, lazy)
+    slow = slow_names(config, trainable(transformer), spec.export.names["same"])
+    make = partial(make_optimizer, config=config, device=accelerator.device, slow=slow)
+    # Before anything is wrapped: afterwards a rank may have parts of parameters.
+    shapes = [tuple(parameter.shape) for parameter in trainable(transformer).values()]
+    model, optimizer = _WRAP[strategy.gathers](make, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)
     assert_accumulation(config, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)
     lazy.stored.clear()  # all is read: the files need not be mapped any more
-    state = TrainedState(accelerator=accelerator, model=model, optimizer=optimizer)
+    state = TrainedState(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        kind=optimizers.find(config.optimizer),
+        moments_bytes=optimizers.state_bytes(config, shapes, ranks=optimizers.ranks_of_a_parameter(config)),
+    )
     if config.use_ema:
         state.average = WeightAverage(master_weights(state), config.ema_decay)
     return state
@@ -152,29 +165,34 @@ def _stream(config: RunConfig, spec: FamilySpec, transformer: nn.Module, acceler
         )
 
 
-def _wrap(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+Make = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+"""The run's optimizer over parameters by name."""
+
+
+def _wrap(make: Make, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
     """Where each rank has all weights: each parameter goes from its file to the device before the next is read."""
     for _ in lazy.placed(transformer, accelerator.device):
         pass
     transformer.to(accelerator.device)  # the buffers
-    model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
+    model, optimizer = accelerator.prepare(transformer, make(trainable(transformer)))
     return model, optimizer
 
 
-def _shard(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+def _shard(make: Make, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
     """FSDP: sharded first, then each rank reads its shards; the optimizer knows only those."""
     files = lazy.by_name(transformer)
     sharded = fsdp2_prepare_model(accelerator, transformer)
     load_shards(sharded, files, accelerator.device)
-    optimizer = make_optimizer(sharded, config, accelerator.device)
-    shards = list(optimizer.param_groups[0]["params"])
+    optimizer = make(trainable(sharded))
+    shards = [list(group["params"]) for group in optimizer.param_groups]
     model, optimizer = accelerator.prepare(sharded, optimizer)
     # accelerate looks parameters up by the address of their data, and all shards without rows have the same.
-    optimizer.param_groups[0]["params"] = shards
+    for group, own in zip(optimizer.param_groups, shards, strict=True):
+        group["params"] = own
     return model, optimizer
 
 
-def _partition(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
+def _partition(make: Make, transformer: nn.Module, accelerator: Any, lazy: LazyWeights) -> tuple[nn.Module, Any]:
     """ZeRO-3: a parameter is read, cut into the ranks' parts and let go before the next one is read.
 
     A model that has its weights would go to the device as a whole first: 30.4 GiB of Wan-S2V, offloaded or not.
@@ -187,7 +205,7 @@ def _partition(config: RunConfig, transformer: nn.Module, accelerator: Any, lazy
     deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
     first.convert_to_zero_parameters(param_list=parameters)
     transformer.to(accelerator.device)  # the buffers
-    model, optimizer = accelerator.prepare(transformer, make_optimizer(transformer, config, accelerator.device))
+    model, optimizer = accelerator.prepare(transformer, make(trainable(transformer)))
     return model, optimizer
 
 

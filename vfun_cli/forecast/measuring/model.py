@@ -21,6 +21,7 @@ from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.lazy_weights import NOT_LAZY
 from vfun_cli.training.blocks import find_layers
 from vfun_cli.training.model import choose_weights, prepare_blocks
+from vfun_cli.training.optim import slow_names
 from vfun_cli.training.precision import compute_dtype, kept_dtype
 from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.streaming import Moved, bytes_moved
@@ -33,6 +34,8 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     trained: bool
+    slow: bool = False
+    """Whether it trains at a lower rate than others, which makes a parameter group of it and its like."""
     itemsize: int | None = None
     """Bytes of a number of a quantised weight, which every strategy keeps so; None: what the strategy decides."""
 
@@ -52,7 +55,8 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
     transformer = _blank_adapter(spec, config, stated).transformer
     released, idle = spec.export.names["same"], spec.model.modules_without_gradient(spec.model.read_dims(stated))
     names = [name for name, _ in transformer.named_parameters()]
-    trained = set() if lora else set(choose(config.trainable_modules, names, released, idle).names)
+    trained = set() if lora else set(choose(config.trained_modules, names, released, idle).names)
+    slow = slow_names(config, trained, released)
     adapters = _adapters(config, transformer, released, idle) if lora else []
     transformer.requires_grad_(False)
     if config.base_precision != "bf16":
@@ -60,7 +64,7 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
     quantised = {f"{name}." for name, module in transformer.named_modules() if hasattr(module, "codes")}
     own = [
         Weight(
-            name=name, shape=tuple(weight.shape), trained=name in trained,
+            name=name, shape=tuple(weight.shape), trained=name in trained, slow=name in slow,
             itemsize=weight.itemsize if f"{name.rpartition('.')[0]}." in quantised and "bias" not in name else None,
         )
         for name, weight in transformer.named_parameters()

@@ -1,22 +1,19 @@
 """What a rank keeps of the weights from step to step under each strategy, to the byte.
 
-Of several ranks it is the one that keeps the most: rank 0, but where DeepSpeed keeps gradients of whole tensors.
+Of several ranks it is the one that keeps the most: rank 0, but where DeepSpeed keeps gradients of whole tensors. What
+an optimizer keeps is told by the table of optimizers, as for checkpoints: some look at values in their first step, of
+which a measurement has none.
 """
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
-import torch
-from torch import nn
-
+from vfun_cli.config.optimizers import state_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.forecast.measuring.gpu import DEVICE
 from vfun_cli.forecast.measuring.model import Weight
-from vfun_cli.training.optim import make_optimizer
 
 WHOLE_BELOW = 100_000
 """ZeRO-3 keeps parameters of at most so many numbers whole (DeepSpeed's ``stage3_param_persistence_threshold``)."""
@@ -56,7 +53,7 @@ def _whole(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
         weights=4 * count + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
         masters=0,
         gradients=4 * count,
-        moments=moments(config, (weight.shape for weight in trained)),
+        moments=state_bytes(config, (weight.shape for weight in trained)),
         average=4 * count * config.use_ema,
     )
 
@@ -67,25 +64,21 @@ def _sharded(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
     def part(weight: Weight) -> tuple[int, ...]:
         return (-(-weight.shape[0] // ranks), *weight.shape[1:])
 
-    shards = [
-        Weight(name=weight.name, shape=part(weight), trained=weight.trained, itemsize=weight.itemsize)
-        for weight in weights
-    ]
-    return _whole(config, shards, 1)
+    return _whole(config, [replace(weight, shape=part(weight)) for weight in weights], 1)
 
 
 def _flat(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
-    """ZeRO-2: weights whole in the compute type; of masters, gradients and moments a part of one flat tensor."""
-    trained = [weight.numel for weight in weights if weight.trained]
-    align = ALIGNED * ranks
-    flat = -(-sum(trained) // align) * align
-    part = flat // ranks
+    """ZeRO-2: weights whole in the compute type; of masters, gradients and moments a part of a flat tensor a group."""
+    align, groups = ALIGNED * ranks, [[weight.numel for weight in group] for group in _groups(weights)]
+    parts = [math.ceil(sum(numels) / align) * ALIGNED for numels in groups]
+    part = sum(parts)
+    reached = (_reaching_into_a_part(*each, ranks) for each in zip(groups, parts, strict=True))
     return Kept(
-        weights=_compute_size(config) * flat
+        weights=_compute_size(config) * part * ranks
         + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
         masters=4 * part,
-        gradients=4 * (part if config.bf16 else _reaching_into_a_part(trained, part, ranks)),
-        moments=moments(config, [(part,)]),
+        gradients=4 * (part if config.bf16 else sum(reached)),
+        moments=state_bytes(config, [(part,) for part in parts]),
         average=4 * part * config.use_ema,
     )
 
@@ -117,13 +110,13 @@ def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Ke
     """
     parts = {weight.name: -(-weight.numel // ranks) for weight in weights}
     whole = ranks * sum(parts[weight.name] for weight in weights if weight.numel <= WHOLE_BELOW) if ranks > 1 else 0
-    trained = [parts[weight.name] for weight in weights if weight.trained]
-    part = sum(trained)
+    groups = [[parts[weight.name] for weight in group] for group in _groups(weights)]
+    part = sum(map(sum, groups))
     return Kept(
         weights=_compute_size(config) * (sum(parts.values()) + whole),
         masters=4 * part,
         gradients=4 * part * (2 if STRATEGIES[config.strategy].offloads else 1),
-        moments=moments(config, [(count,) for count in _sub_groups(trained)]),
+        moments=state_bytes(config, [(count,) for group in groups for count in _sub_groups(group)]),
         average=4 * part * config.use_ema,
     )
 
@@ -148,19 +141,10 @@ _KEPT = {
 """By what accelerate wraps the model in, and whether the weights themselves are in parts."""
 
 
-def moments(config: RunConfig, shapes: Iterable[tuple[int, ...]]) -> int:
-    """Bytes of the optimizer's state for float32 weights of these shapes."""
-    return sum(count * _moments_of(config, shape) for shape, count in Counter(shapes).items())
-
-
-@cache
-def _moments_of(config: RunConfig, shape: tuple[int, ...]) -> int:
-    """Of one, as the optimizer makes it."""
-    weight = nn.Parameter(torch.empty(shape, device=DEVICE))
-    optimizer = make_optimizer(nn.ParameterList([weight]), config, DEVICE)
-    weight.grad = torch.empty_like(weight)
-    optimizer.step()
-    return sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+def _groups(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """What trains at each learning rate: DeepSpeed makes flat tensors of each group of parameters."""
+    rates = ([weight for weight in weights if weight.trained and weight.slow == slow] for slow in (False, True))
+    return [group for group in rates if group]
 
 
 def _itemsize(config: RunConfig, weight: Weight) -> int:

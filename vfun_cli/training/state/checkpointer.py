@@ -15,9 +15,11 @@ from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
+from vfun_cli.config.optimizers import carries_over
+from vfun_cli.config.options import default_of
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
-from vfun_cli.errors import FitError, RunError, first_line
+from vfun_cli.errors import ConfigError, FitError, RunError, first_line
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
@@ -215,10 +217,12 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged.
+            ConfigError: it is of another optimizer, or of one whose state cannot be carried to this strategy.
         """
         with all_or_none():
             manifest.verify(checkpoint, deep=False)
             run_state = read_state(checkpoint)
+        self._require_optimizer(state, run_state, checkpoint)
         if self._is_native(run_state, state.accelerator.num_processes):
             self.format.load(state, checkpoint / MODEL_DIR)
         else:
@@ -227,6 +231,22 @@ class Checkpointer:
             with all_or_none():
                 load_average(state, open_checkpoint(checkpoint))
         return run_state
+
+    def _require_optimizer(self, state: TrainedState, run_state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Refuse the state of another optimizer, or one that cannot be sharded as this job shards.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        saved, now = run_state["run_config"].get("optimizer", default_of("optimizer")), state.kind.name
+        before = (run_state["strategy"], run_state["world_size"])
+        if saved != now:
+            raise ConfigError(f"{checkpoint} holds the state of optimizer {saved}, which means nothing to {now}.")
+        if not carries_over(state.kind, before, (self.strategy, state.accelerator.num_processes)):
+            raise ConfigError(
+                f"{checkpoint} holds the state of optimizer {now} as {before[1]} processes under {before[0]} kept it, "
+                f"which cannot be cut anew for {state.accelerator.num_processes} under {self.strategy}."
+            )
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:
         """Whether the strategy's own loader reads what another launch wrote; it restores the state bit for bit."""
@@ -251,7 +271,8 @@ def checkpoint_bytes(state: TrainedState) -> int:
     count = sum(numel_of(parameter) for parameter in trained.values())
     copies = max((parameter.element_size() for parameter in trained.values()), default=0)
     kept = copies if is_partitioned(state) else 0
-    return most_bytes(count, len(trained), average=state.average is not None, copy_bytes=kept)
+    moments = 8 * count if state.moments_bytes is None else state.moments_bytes
+    return most_bytes(count, len(trained), moments=moments, average=state.average is not None, copy_bytes=kept)
 
 
 _POLL_SECONDS = 0.05

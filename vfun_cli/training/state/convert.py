@@ -1,17 +1,23 @@
-"""Fills the live state of any strategy from a checkpoint of any other: weights, moments and step counts by name.
+"""Fills the live state of any strategy from a checkpoint of any other: weights and what the optimizer kept, by name.
 
 Tensors are read one after another when they are put into place, so at most one full tensor is in memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from vfun_cli.checkpoints.reader import CheckpointReader
-from vfun_cli.training.state.gather import STEP, restore
+from vfun_cli.checkpoints.reader import CheckpointReader, Moments
+from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.training.state.gather import restore
 from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
+
+Stored = TypeVar("Stored")
+Read = TypeVar("Read")
 
 
 def load_converted(state: TrainedState, checkpoint: CheckpointReader) -> None:
@@ -21,41 +27,31 @@ def load_converted(state: TrainedState, checkpoint: CheckpointReader) -> None:
         CheckpointError: it holds other weights than those that are trained.
     """
     require_names(set(trained_parameters(state)), set(checkpoint.weights), checkpoint.path)
-    restore(state, _Weights(checkpoint), _Moments(checkpoint))
+    counted = {name: torch.tensor(number) for name, number in checkpoint.groups.items()}
+    restore(state, _Late(checkpoint.weights, _tensor), _Late(checkpoint.moments, _moments), counted)
 
 
 @dataclass(frozen=True)
-class _Weights(Mapping[str, Tensor]):
-    """Weights by name, read when they are accessed."""
+class _Late(Mapping[str, Read], Generic[Stored, Read]):
+    """What is stored, read each time that it is accessed."""
 
-    checkpoint: CheckpointReader
+    stored: Mapping[str, Stored]
+    read: Callable[[Stored], Read]
 
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self.checkpoint.weights[name].read())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.weights)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint.weights)
-
-
-@dataclass(frozen=True)
-class _Moments(Mapping[str, Tensor]):
-    """``<parameter>.<moment>``, read when it is accessed."""
-
-    checkpoint: CheckpointReader
-
-    def __getitem__(self, name: str) -> Tensor:
-        parameter, _, key = name.rpartition(".")
-        moments = self.checkpoint.moments[parameter]
-        return torch.tensor(float(moments.step)) if key == STEP else torch.from_numpy(getattr(moments, key).read())
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.rpartition(".")[0] in self.checkpoint.moments
+    def __getitem__(self, name: str) -> Read:
+        return self.read(self.stored[name])
 
     def __iter__(self) -> Iterator[str]:
-        return (f"{name}.{key}" for name in self.checkpoint.moments for key in ("exp_avg", "exp_avg_sq", STEP))
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return 3 * len(self.checkpoint.moments)
+        return len(self.stored)
+
+
+def _tensor(source: TensorSource) -> Tensor:
+    return torch.from_numpy(source.read())
+
+
+def _moments(stored: Moments) -> Mapping[str, Tensor]:
+    numbers = {name: torch.tensor(number) for name, number in stored.numbers.items()}  # copies: they are counted up
+    return ChainMap(numbers, _Late(stored.arrays, _tensor))  # type: ignore[arg-type]  # nothing is written into it

@@ -4,29 +4,30 @@ The average is read by ``load_average``, for which it does not matter who wrote 
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from vfun_cli.checkpoints.manifest import files_of
+from vfun_cli.checkpoints.naming import PARAMETER_GROUPS, by_parameter
 from vfun_cli.checkpoints.pickles import Listed, listed_classes, load_pickle
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, VfunError, first_line
@@ -35,7 +36,9 @@ from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.agreement import all_or_none
 from vfun_cli.training.state.averaged import average_by_parameter, average_of_rank
-from vfun_cli.training.state.live import MOMENTS, TrainedState, inner_optimizer, require_names, trained_parameters
+from vfun_cli.training.state.gather import restore
+from vfun_cli.training.state.live import TrainedState, require_names, trained_parameters
+from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place, place_counts
 from vfun_cli.training.waiting import patient_group, wait_for_all
 from vfun_cli.typed_json import stays_inside
 
@@ -66,15 +69,14 @@ class CheckpointFormat:
 
 
 def _save_plain(state: TrainedState, folder: Path) -> None:
-    """Whole tensors from rank 0: float32 weights, and the moments as ``<parameter>.<moment>``."""
+    """Whole tensors from rank 0: float32 weights, and what the optimizer keeps as ``<parameter>.<moment>``."""
     if not state.accelerator.is_main_process:
         return
     trained = trained_parameters(state)
     save_tensors({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / WEIGHTS_FILE)
-    moments = {}
-    for name, parameter in trained.items():
-        for moment, value in inner_optimizer(state.optimizer).state[parameter].items():
-            moments[f"{name}.{moment}"] = value.detach().contiguous()
+    moments = {f"{PARAMETER_GROUPS}{key}": value for key, value in counts(state).items()}
+    for name, found in kept(state).items():
+        moments |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
     save_tensors(moments, folder / OPTIMIZER_FILE)
     if state.average is not None:
         save_tensors(average_by_parameter(state), folder / EMA_FILE)
@@ -84,30 +86,29 @@ def _load_plain(state: TrainedState, folder: Path) -> None:
     weights, moments = (dict(read_safetensors([folder / file])) for file in (WEIGHTS_FILE, OPTIMIZER_FILE))
     trained = trained_parameters(state)
     require_names(set(trained), set(weights), folder)
-    optimizer = inner_optimizer(state.optimizer)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-            found = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in moments}
-            if found:  # a checkpoint of step 0 has no moments yet
-                # AdamW keeps its step count on the CPU unless it is fused.
-                fused = optimizer.defaults["fused"]
-                optimizer.state[parameter] = {
-                    moment: value.to(parameter.device) if moment != "step" or fused else value
-                    for moment, value in found.items()
-                }
+    restore(state, weights, by_parameter(moments, trained), counted_in(moments))
+
+
+def counted_in(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an optimizer's file holds for groups of parameters, as ``<group>.<name>``."""
+    return {
+        key.removeprefix(PARAMETER_GROUPS): value for key, value in moments.items() if key.startswith(PARAMETER_GROUPS)
+    }
 
 
 def _save_sharded(state: TrainedState, folder: Path) -> None:
     """torch.distributed.checkpoint, every rank its own shards."""
-    content = _sharded(state)
+    moments = {name: found for name, found in kept(state).items() if found}
+    content = _sharded(state, moments, counts(state))
     if state.average is not None:
         content["ema"] = average_by_parameter(state)
     save_distributed(content, checkpoint_id=folder, process_group=patient_group())
 
 
 def _load_sharded(state: TrainedState, folder: Path) -> None:
-    content, reader = _sharded(state), _ListedReader(folder)
+    reader = _ListedReader(folder)
+    moments, counted = _stored(state, reader.read_metadata())
+    content = _sharded(state, moments, counted)
     try:
         load_distributed(
             content,
@@ -120,9 +121,36 @@ def _load_sharded(state: TrainedState, folder: Path) -> None:
         if isinstance(first, VfunError):
             raise first from None
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(first)}.") from error
-    model, optimizer = state.model, inner_optimizer(state.optimizer)
-    set_model_state_dict(model, content["model"], options=StateDictOptions(strict=False))
-    set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_TRAINED_ONLY)
+    set_model_state_dict(state.model, content["model"], options=StateDictOptions(strict=False))
+    with torch.no_grad():
+        place(state, moments)
+    place_counts(state, counted)
+
+
+def _sharded(state: TrainedState, moments: Kept, counted: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What DCP saves, or reads into."""
+    optimizer = {name: found for name, found in (("state", moments), ("groups", counted)) if found}
+    content = {"model": get_model_state_dict(state.model, options=StateDictOptions(ignore_frozen_params=True))}
+    return content | ({"optimizer": optimizer} if optimizer else {})
+
+
+def _stored(state: TrainedState, metadata: Metadata) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Room for what the folder holds of the optimizer, as far as it is this rank's."""
+    trained, rank = trained_parameters(state), state.accelerator.process_index
+    moments: dict[str, dict[str, Tensor]] = {}
+    counted: dict[str, Tensor] = {}
+    for entry, path in (metadata.planner_data or {}).items():
+        kind, described = path[:2], metadata.state_dict_metadata[entry]
+        if not isinstance(described, TensorStorageMetadata):
+            continue
+        room = partial(torch.zeros, described.size, dtype=described.properties.dtype)
+        if kind == ("optimizer", "groups"):
+            counted[path[2]] = room()
+        elif kind == ("optimizer", "state") and path[2] in trained and of_a_rank(path[3]) in (None, rank):
+            name, key = path[2:]
+            shared = of_a_rank(key) is None and described.size == trained[name].shape
+            moments.setdefault(name, {})[key] = torch.zeros_like(trained[name]).detach() if shared else room()
+    return moments, counted
 
 
 class _ListedReader(FileSystemReader):
@@ -172,22 +200,6 @@ class _ListedPlanner(DefaultLoadPlanner):
         load_pickled(value, self._folder)
         value.seek(0)
         super().load_bytes(read_item, value)
-
-
-_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
-
-
-def _sharded(state: TrainedState) -> dict[str, Any]:
-    model, optimizer = state.model, inner_optimizer(state.optimizer)
-    untrained = not optimizer.state
-    content = {
-        "model": get_model_state_dict(model, options=_TRAINED_ONLY),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED_ONLY),
-    }
-    if untrained:  # torch made the moments by a step that changes nothing, but that AdamW has counted
-        for moments in optimizer.state.values():
-            moments["step"].zero_()
-    return content
 
 
 _TAG = "state"

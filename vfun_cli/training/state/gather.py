@@ -1,9 +1,11 @@
-"""Trained weights, their average and optimizer moments as full tensors, gathered from and put back into any strategy.
+"""Trained weights, their average and what the optimizer keeps, as full tensors, gathered from and put back into any
+strategy.
 
 LoRA checkpoints use it: adapters are small, so one file holds full tensors, whatever sharded them in training.
 Every function here is collective: all ranks call it, in the same order.
 """
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,46 +14,48 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vfun_cli.checkpoints.naming import PARAMETER_GROUPS
 from vfun_cli.training.state.live import (
-    MOMENTS,
     TrainedState,
-    inner_optimizer,
     is_partitioned,
     master_weights,
+    stepping_optimizer,
     trained_parameters,
 )
-from vfun_cli.training.state.parts import Part, numel_of, partition_of, parts_of, shape_of
-
-STEP = "step"
+from vfun_cli.training.state.moments import Kept, counts, kept, of_a_rank, place, place_counts
+from vfun_cli.training.state.parts import Part, numel_of, parts_of, shape_of
+from vfun_cli.training.waiting import gather_all
 
 
 def collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Float32 weights by name, and moments as ``<name>.<moment>``, on the CPU of rank 0; empty elsewhere.
+    """Float32 weights by name, and what the optimizer keeps as ``<name>.<moment>``, on the CPU of rank 0; empty
+    elsewhere.
 
     Before the first step there are no moments.
     """
-    keep = state.accelerator.is_main_process
-    weights, moments = {}, {}
-    read = _read_partitioned if is_partitioned(state) else _read
-    for name, parameter in trained_parameters(state).items():
-        for key in (None, *MOMENTS):
-            value = read(state, parameter, key)
-            if value is None or not keep:
-                continue
-            if key is None:
-                weights[name] = value.float().cpu()
-            else:
-                moments[f"{name}.{key}"] = value.float().cpu()
-    return weights, moments
+    weights, moments = _collect_partitioned(state) if is_partitioned(state) else _collect(state)
+    moments |= {f"{PARAMETER_GROUPS}{key}": value for key, value in counts(state).items()}
+    return (weights, moments) if state.accelerator.is_main_process else ({}, {})
 
 
-def restore(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors."""
+def restore(state: TrainedState, weights: Mapping[str, Tensor], moments: Kept, counted: Mapping[str, Tensor]) -> None:
+    """The inverse of ``collect``, into a state that has not stepped yet; every rank passes all tensors.
+
+    Args:
+        moments: by parameter and name.
+        counted: what the optimizer keeps for groups of parameters.
+
+    Raises:
+        CheckpointError: the moments are not what this optimizer keeps.
+    """
     with torch.no_grad():
         if is_partitioned(state):
             _write_partitioned(state, weights, moments)
         else:
-            _write(state, weights, moments)
+            for name, parameter in trained_parameters(state).items():
+                parameter.copy_(_like(parameter, weights[name]))
+            place(state, moments)
+        place_counts(state, counted)
 
 
 def collect_average(state: TrainedState) -> dict[str, Tensor]:
@@ -60,52 +64,41 @@ def collect_average(state: TrainedState) -> dict[str, Tensor]:
     parts, found = parts_of(state), {}
     for name, parameter in trained_parameters(state).items():
         part = parts.get(name)
-        values = None if part is None else part.inside(state.average.shadow[part.master])
-        whole = _whole(state, parameter, part, values)
+        whole = _whole(state, parameter, part, None if part is None else state.average.shadow[part.master])
         if state.accelerator.is_main_process:
             found[name] = whole.cpu()
     return found
 
 
-def _whole(state: TrainedState, parameter: nn.Parameter, part: Part | None, values: Tensor | None) -> Tensor:
-    """A tensor of the parameter's shape, of which each rank has the values of its part."""
+def _whole(state: TrainedState, parameter: nn.Parameter, part: Part | None, flat: Tensor | None) -> Tensor:
+    """A tensor of the parameter's shape, of which each rank has its part in what is laid out as its master is."""
     # Not on DeepSpeed's device: with offload that is the CPU, where NCCL sums nothing.
     full = torch.zeros(numel_of(parameter), device=state.accelerator.device)
-    if part is not None and values is not None:
-        full.narrow(0, part.offset, part.count).copy_(values)
+    if part is not None and flat is not None:
+        full.narrow(0, part.offset, part.count).copy_(part.inside(flat.detach()))
     if is_partitioned(state) or isinstance(parameter, DTensor):
         dist.all_reduce(full)
     return full.reshape(shape_of(parameter))
 
 
-def moments_of(name: str, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments of one parameter, without its name."""
-    return {key: moments[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in moments}
-
-
 # One process, DDP and FSDP2 ------------------------------------------------------------------------------------------
 
 
-def _read(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-    value = parameter if key is None else inner_optimizer(state.optimizer).state.get(parameter, {}).get(key)
-    if value is None:
-        return None
-    value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _write(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    optimizer = inner_optimizer(state.optimizer)
-    # AdamW keeps its step count on the CPU unless it is fused.
-    on_device = bool(optimizer.defaults["fused"])
+def _collect(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights, moments, own = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, parameter in trained_parameters(state).items():
-        parameter.copy_(_like(parameter, weights[name]))
-        found = moments_of(name, moments)
-        if found:
-            optimizer.state[parameter] = {
-                key: (value.to(parameter.device) if on_device else value) if key == STEP else _like(parameter, value)
-                for key, value in found.items()
-            }
+        weights[name] = _full(parameter).float()
+    for name, found in kept(state).items():
+        for key, value in found.items():
+            (moments if of_a_rank(key) is None else own)[f"{name}.{key}"] = _full(value)
+    if state.kind.in_blocks:
+        moments |= ChainMap(*gather_all(own))
+    return weights, moments
+
+
+def _full(value: Tensor) -> Tensor:
+    """The whole of it, on the CPU."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -119,42 +112,47 @@ def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
 # DeepSpeed ZeRO ------------------------------------------------------------------------------------------------------
 
 
-def _read_partitioned(state: TrainedState, parameter: nn.Parameter, key: str | None) -> Tensor | None:
-    zero = cast(Any, state.model).optimizer
-    moments = zero.optimizer.state
-    if key is not None and not any(key in kept for kept in moments.values()):
-        return None
-    part = partition_of(zero, parameter)
-    master = None if part is None else master_weights(state)[part.master]
-    if key == STEP:
-        count = torch.zeros((), device=state.accelerator.device)
-        if master is not None:
-            count += moments[master][key].to(count.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        return count
-    if part is None or master is None:
-        return _whole(state, parameter, None, None)
-    source = master if key is None else moments[master][key]
-    return _whole(state, parameter, part, part.inside(source.detach()))
-
-
-def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    zero, masters = cast(Any, state.model).optimizer, master_weights(state)
-    kept = zero.optimizer.state
+def _collect_partitioned(state: TrainedState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    masters, parts = master_weights(state), parts_of(state)
+    found = stepping_optimizer(state).state
+    # By name, whether it is one number for all that a master holds.
+    keys = {key: torch.as_tensor(value).dim() == 0 for of_one in found.values() for key, value in of_one.items()}
+    weights, moments = {}, {}
     for name, parameter in trained_parameters(state).items():
-        part = partition_of(zero, parameter)
-        if part is None:
-            continue
+        part = parts.get(name)
+        master = None if part is None else masters[part.master]
+        weights[name] = _whole(state, parameter, part, master).cpu()
+        for key, scalar in keys.items():
+            value = None if master is None else found[master][key]
+            whole = _number(state, value) if scalar else _whole(state, parameter, part, value)
+            moments[f"{name}.{key}"] = whole.cpu()
+    return weights, moments
+
+
+def _number(state: TrainedState, value: Any) -> Tensor:
+    """One number, which some ranks have."""
+    number = torch.zeros((), device=state.accelerator.device)
+    if value is not None:
+        number += torch.as_tensor(value).to(number.device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number
+
+
+def _write_partitioned(state: TrainedState, weights: Mapping[str, Tensor], moments: Kept) -> None:
+    masters, stepping = master_weights(state), stepping_optimizer(state).state
+    for name, part in parts_of(state).items():
         master, mine = masters[part.master], slice(part.offset, part.offset + part.count)
         part.inside(master.data).copy_(weights[name].flatten()[mine])
-        for key, value in moments_of(name, moments).items():
-            if key == STEP:
+        found = moments.get(name, {})
+        for key in found:
+            value = found[key]
+            if value.dim() == 0:
                 # Where the master is, as fused AdamW needs it; each master its own, for the optimizer counts in place.
-                kept[master][key] = value.clone().to(master.device)
+                stepping[master][key] = value.clone().to(master.device)
                 continue
-            if kept[master].get(key) is None:
-                kept[master][key] = torch.zeros_like(master.data)
-            part.inside(kept[master][key]).copy_(value.flatten()[mine])
+            if stepping[master].get(key) is None:
+                stepping[master][key] = torch.zeros_like(master.data)
+            part.inside(stepping[master][key]).copy_(value.flatten()[mine])
     refresh_compute_copies(state)
 
 

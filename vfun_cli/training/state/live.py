@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from vfun_cli.config.optimizers import OPTIMIZERS, Optimizer
 from vfun_cli.errors import CheckpointError
+from vfun_cli.training.optim import trainable
 from vfun_cli.training.state.ema import WeightAverage
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps for each parameter."""
 
 
 @dataclass(kw_only=True)
@@ -26,12 +25,15 @@ class TrainedState:
     """The transformer as the strategy wrapped it."""
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None = None
+    kind: Optimizer = OPTIMIZERS["adamw"]
+    """What the optimizer is, and how what it keeps can be saved."""
+    moments_bytes: int | None = None
+    """What it will keep of all parameters, on all ranks; None: as much as two float32 numbers for each of theirs."""
 
 
 def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, as the strategy keeps them."""
-    transformer = state.accelerator.unwrap_model(state.model)
-    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    return trainable(state.accelerator.unwrap_model(state.model))
 
 
 def is_partitioned(state: TrainedState) -> bool:
@@ -78,6 +80,13 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
+
+
+def stepping_optimizer(state: TrainedState) -> torch.optim.Optimizer:
+    """The same inside DeepSpeed's, which gives it flat parts of the parameters."""
+    inner: Any = inner_optimizer(state.optimizer)
+    stepping: torch.optim.Optimizer = inner.optimizer if is_partitioned(state) else inner
+    return stepping
 
 
 def require_names(expected: set[str], found: set[str], where: Path) -> None:
