@@ -123,6 +123,10 @@ AFTER_A_RUN = (
         hint="resume .*checkpoint-4",
     ),
     Situation(
+        name="another optimizer", typed=("resume", "--demo", "--optimizer", "adafactor", "--max-train-steps", "8"),
+        hint="export-bf16 .*checkpoint-4",
+    ),
+    Situation(
         name="an option that run.json should not have", typed=("resume", "--demo"), damage=add_an_option,
         hint="train --help",
     ),
@@ -250,6 +254,7 @@ def test_every_hint_with_a_command_stands_in_this_file() -> None:
         "vfun resume {}",  # the checkpoint of another command
         "The options: vfun train --help",  # an option that run.json should not have
         "pip install {}",  # a missing package
+        "Go on with --optimizer {}, or begin a new run from the weights: vfun export-bf16 {}",  # another optimizer
         # rows that cannot be trained on
         "--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
         "All codes: vfun validate-meta --explain all",  # a code that does not exist
