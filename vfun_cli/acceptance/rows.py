@@ -93,7 +93,6 @@ def all_rows(device: str) -> list[Row]:
         *(_strategies(name, device) for name in FIRST),
         *(_bases(name, device) for name in FIRST),
         *(_resumed(FIRST[0], strategy, device) for strategy in ("single", "fsdp", "zero3")),
-        [_averaged(FIRST[0], name, device) for name, strategy in STRATEGIES.items() if strategy.sharded],
         *([_looked_at(name, device), _looked_at(name, device, "fsdp")] for name in FIRST),
         *(_options(name, device) for name in FIRST),
         *(_steps(name, device) for name in rest),
@@ -101,6 +100,7 @@ def all_rows(device: str) -> list[Row]:
         *(_without_waits(name, device) for name in FIRST),
         [_lora(name, device) for name in rest],
         [_looked_at(name, device) for name in rest],
+        [_averaged(FIRST[0], name, device) for name, strategy in STRATEGIES.items() if strategy.sharded],
         [_in_turn(name, device) for name in names],
         [_out_of_memory(FIRST[0], device)],
     ]
