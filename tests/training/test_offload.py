@@ -44,11 +44,12 @@ def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = 
 
 
 def with_more_blocks(live: LiveModel, more: int) -> nn.Module:
-    """The demo's transformer with the last block of each stack so many times more."""
+    """The demo's transformer with the first block of each stack so many times more; the last may be another kind."""
     model = live.transformer()
     for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
         if type(stack[0]).__name__ in live.spec.model.block_classes:
-            stack.extend(copy.deepcopy(stack[-1]) for _ in range(more))
+            for _ in range(more):
+                stack.insert(0, copy.deepcopy(stack[0]))
     return model
 
 
@@ -85,7 +86,7 @@ def test_what_stays_on_the_device_does_not_grow_with_the_layers_and_nothing_wait
                     loss.backward()
         # Copies of weights stay where they are, 2 bytes each; what is computed again has none.
         growth[moved] = left[1] - left[0] - (2 * (weights[1] - weights[0]) if how == "none" else 0)
-    assert growth[False] > 10_000 and growth[True] < 0.1 * growth[False], growth
+    assert growth[False] > 10_000 and growth[True] < 0.01 * growth[False], growth
 
 
 @pytest.mark.slow
