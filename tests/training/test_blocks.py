@@ -23,7 +23,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.families.wan_s2v import SPEC
-from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel
+from vfun_cli.families.wan_s2v.transformer import WanS2VTransformer3DModel, rotary_table
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.training import blocks, offload
 from vfun_cli.training import model as prepared
@@ -44,11 +44,13 @@ def nothing_compiled() -> Iterator[None]:
 
 
 @pytest.fixture
-def in_bf16() -> Iterator[None]:
-    """Models are made in it, and their inputs."""
+def fake_bf16() -> Iterator[None]:
+    """Models are made in it, and their inputs, of shapes alone."""
     torch.set_default_dtype(torch.bfloat16)
-    yield
+    with FakeTensorMode():
+        yield
     torch.set_default_dtype(torch.float32)
+    rotary_table.cache_clear()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -111,24 +113,24 @@ def test_attention_is_kept_to_the_byte_and_what_is_kept_is_not_computed_again(fa
 
 @pytest.mark.slow
 def test_a_layer_of_wan_s2v_keeps_0_37_gb_of_attention_instead_of_4_3_of_all_products(
-    in_bf16: None,
+    fake_bf16: None,
 ) -> None:
     shape, dims = ClipShape(frames=80, height=640, width=640), SPEC.model.dims
     tokens, left = SPEC.model.sequence_tokens(shape, dims), {}
-    with FakeTensorMode():
-        latents = torch.empty(1, 16, 20, 80, 80)
-        inputs = {
-            "hidden_states": latents, "timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, 512, 4096),
-            "control_latents": latents, "ref_latents": latents[:, :, :1], "motion_latents": latents[:, :, :19],
-            "audio": torch.empty(1, 25, 1024, 80), "drop_motion": [False],
-        }  # fmt: skip
-        for how in ("block", "attention", "selective"):
-            model = WanS2VTransformer3DModel(num_layers=2, audio_inject_layers=(0,))
-            checkpoint_blocks(model, SPEC.model.block_classes, how)
-            with Operations() as forward:
-                prediction = model(**inputs)
-            left[how] = forward.left() / 2
-            del prediction
+    latents = torch.empty(1, 16, 20, 80, 80)
+    inputs = {
+        "hidden_states": latents, "timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, 512, 4096),
+        "control_latents": latents, "ref_latents": latents[:, :, :1], "motion_latents": latents[:, :, :19],
+        "audio": torch.empty(1, 25, 1024, 80), "drop_motion": [False],
+    }  # fmt: skip
+    for how in ("block", "attention", "selective"):
+        model = WanS2VTransformer3DModel(num_layers=2, audio_inject_layers=(0,))
+        checkpoint_blocks(model, SPEC.model.block_classes, how)
+        rotary_table.cache_clear()
+        with Operations() as forward:
+            prediction = model(**inputs)
+        left[how] = forward.left() / 2
+        del prediction
     kept = {how: left[how] - left["block"] for how in ("attention", "selective")}
     assert tokens == 36_000
     assert kept["attention"] == tokens * (dims.dim * 2 + 40 * 4)

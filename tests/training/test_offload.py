@@ -36,18 +36,20 @@ def whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
     """Attention in one kernel, as on a GPU; on ``meta`` torch takes it apart."""
-    result: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+    attended = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=attn_mask)
+    result: Tensor = attended[0]
     return result
 
 
 def with_more_blocks(live: LiveModel, more: int) -> nn.Module:
-    """The demo's transformer with the last block of each stack so many times more."""
+    """The demo's transformer with the first block of each stack so many times more; the last may be another kind."""
     model = live.transformer()
     for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
         if type(stack[0]).__name__ in live.spec.model.block_classes:
-            stack.extend(copy.deepcopy(stack[-1]) for _ in range(more))
+            for _ in range(more):
+                stack.insert(0, copy.deepcopy(stack[0]))
     return model
 
 
@@ -84,7 +86,7 @@ def test_what_stays_on_the_device_does_not_grow_with_the_layers_and_nothing_wait
                     loss.backward()
         # Copies of weights stay where they are, 2 bytes each; what is computed again has none.
         growth[moved] = left[1] - left[0] - (2 * (weights[1] - weights[0]) if how == "none" else 0)
-    assert growth[False] > 10_000 and abs(growth[True]) < 0.02 * growth[False], growth
+    assert growth[False] > 10_000 and growth[True] < 0.01 * growth[False], growth
 
 
 @pytest.mark.slow

@@ -83,6 +83,10 @@ _WAYS: tuple[tuple[Possible, Way], ...] = (
         lambda config, ranks, lora: not config.activation_offload,
         Way(options={"activation_offload": True}, costs="activations wait in the host's memory"),
     ),
+    (
+        lambda config, ranks, lora: config.optimizer == "adamw",
+        Way(options={"optimizer": "adamw8bit"}, costs="moments are rounded to 8 bits"),
+    ),
     (_base_in("bf16"), Way(options={"base_precision": "fp8"}, costs="the frozen base is rounded to 8 bits")),
     (_base_in("bf16", "fp8"), Way(options={"base_precision": "nf4"}, costs="the frozen base is rounded to 4 bits")),
     (
