@@ -63,6 +63,7 @@ _AVERAGED = {"use_ema": True, "ema_decay": 0.5}
 _SUBSET = {"trainable_modules": "self_attn", "max_train_steps": 3, **_AVERAGED}
 _CLIPPED = {"max_grad_norm": CLIP_NORM, "max_train_steps": 1, "gradient_accumulation_steps": 2}
 _UNCLIPPED = {"max_grad_norm": 0, "max_train_steps": 1}
+_ONCE = {"max_train_steps": 1}
 _UNTRAINED = {"max_train_steps": 0}
 _BROKEN = {"max_train_steps": 3, "checkpointing_steps": 1}
 BROKEN = "broken"
@@ -90,6 +91,7 @@ STREAMED = "lora-streamed"
 _STREAMED = {STREAMED: {**_HELD_OUT, "stream_blocks": 1}}
 
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
+_ONCE_IN_FLOAT32 = {"fp32": {**_FP32, **_ONCE}, "lora-fp32": {**_LORA_FP32, **_ONCE}}
 _EVERYWHERE = {
     "subset": _SUBSET,
     "clipped": _CLIPPED,
@@ -100,7 +102,8 @@ _EVERYWHERE = {
 _IN_MATRIX = {**_EVERYWHERE, HELD_OUT: {**_HELD_OUT, **_AVERAGED, "max_train_steps": 6}}
 
 # Beside the matrix, one family under the options that a strategy could get wrong on its own; `lora-` trains adapters.
-# Offload keeps elsewhere what ZeRO-3 has: it is outside of the matrix, and has no runs but these.
+# Offload keeps elsewhere what ZeRO-3 has: it is outside of the matrix, and has no runs but these and a step of each
+# family.
 EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
     "single": {
         **_IN_FLOAT32,
@@ -115,15 +118,21 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         "prefetched": {**_FP32, "fsdp_prefetch": 1},
         "reduced-in-bf16": {**_FP32, "fsdp_reduce_dtype": "bf16"},
     },
-    "zero2": _IN_MATRIX,
-    "zero3": {**_IN_MATRIX, FIVE: _FIVE},
-    "zero3-offload": _EVERYWHERE,
+    "zero2": {**_ONCE_IN_FLOAT32, **_IN_MATRIX},
+    "zero3": {**_ONCE_IN_FLOAT32, **_IN_MATRIX, FIVE: _FIVE},
+    "zero3-offload": {**_ONCE_IN_FLOAT32, **_EVERYWHERE},
 }
 
 
 def straight(family: str, strategy: str, command: str = "train") -> Run:
     """All steps in one go."""
     return Run(name=f"{command}-{family}", family=family, strategy=strategy, command=command)
+
+
+def first_step(family: str, strategy: str, command: str = "train") -> Run:
+    """The straight run, or a step of it where the strategy is outside of the matrix."""
+    run = straight(family, strategy, command)
+    return run if strategy in STRATEGIES else replace(run, name=f"once-{run.name}", options=_ONCE)
 
 
 def resumed(first: Run) -> Run:
@@ -150,9 +159,9 @@ def extra(name: str, strategy: str) -> Run:
 
 def all_runs(strategy: str) -> list[Run]:
     """Everything that one launch trains."""
-    in_matrix = families.FAMILIES if strategy in STRATEGIES else ()
-    runs = [straight(family, strategy, command) for command in COMMANDS for family in in_matrix]
-    runs += [resumed(run) for run in runs if resumed_too(run)]
+    runs = [first_step(family, strategy, command) for command in COMMANDS for family in families.FAMILIES]
+    if strategy in STRATEGIES:
+        runs += [resumed(run) for run in runs if resumed_too(run)]
     if strategy == "single":
         runs += [unlearning(family) for family in families.FAMILIES]
     extras = [extra(name, strategy) for name in EXTRAS[strategy]]

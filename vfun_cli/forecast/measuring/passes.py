@@ -111,29 +111,44 @@ def predict_peak(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any],
     return tracker.peak
 
 
-def run(adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu) -> Held:
-    """One pass there and back on a micro-batch of which nothing but its shape is known."""
+def run(
+    adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu, *, gradients: bool = False
+) -> Held:
+    """One pass there and back on a micro-batch of which nothing but its shape is known; see ``follow``."""
     with on() as device:
         latents = torch.empty(batch.clips, *adapter.latent_shape(batch), device=device)
         corrupted = Corrupted(
             noisy=latents, timesteps=torch.empty(batch.clips, device=device), target=torch.empty_like(latents)
         )
-        return follow(adapter, corrupted, adapter.blank_conditions(latents), dtype)
+        return follow(adapter, corrupted, adapter.blank_conditions(latents), dtype, gradients=gradients)
 
 
-def follow(adapter: ModelAdapter, corrupted: Corrupted, conditions: Conditions, dtype: torch.dtype) -> Held:
+def follow(
+    adapter: ModelAdapter,
+    corrupted: Corrupted,
+    conditions: Conditions,
+    dtype: torch.dtype,
+    counter: type[Any] = Tracker,
+    *,
+    gradients: bool = False,
+) -> Held:
     """One pass there and back, all layers one after another, wherever its inputs and weights lie.
 
-    What cycles of references hold is let go at any time, here at none. Gradients of weights are let go at once.
+    What cycles of references hold is let go at any time, here at none.
+
+    Args:
+        counter: one that counts as ``Tracker`` does.
+        gradients: whether those of weights stay, and count; else the strategy counts them, which decides how many of
+            them a rank keeps.
     """
     _forget_tables(adapter.transformer)
-    weights = [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
+    weights = [] if gradients else [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(_forget) for weight in weights]
-    with uncollected(), Tracker() as tracker:
+    with uncollected(), counter() as taken:
         error = error_of(adapter, OBJECTIVE, adapter.transformer, corrupted, conditions, dtype)
-        saved, forward = tracker.bytes, tracker.mark()
+        saved, forward = taken.bytes, taken.mark()
         torch.autograd.backward(error)
-        backward = tracker.mark()
+        backward = taken.mark()
     for hook in hooks:
         hook.remove()
     return Held(saved=saved, forward=forward, backward=backward, last=backward)
@@ -147,5 +162,4 @@ def _forget_tables(transformer: nn.Module) -> None:
 
 
 def _forget(weight: torch.Tensor) -> None:
-    """Gradients are counted by the strategy, which decides how many of them a rank keeps."""
     weight.grad = None
