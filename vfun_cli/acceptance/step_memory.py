@@ -31,7 +31,7 @@ from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.forecast.request import Batch
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.objectives import Corrupted
-from vfun_cli.training.optim import make_optimizer
+from vfun_cli.training.optim import make_optimizer, trainable
 from vfun_cli.training.precision import compute_dtype
 
 SHAPES = {"cuda": ((80, 640, 640), (48, 512, 512), (16, 384, 384), (8, 256, 256)), "cpu": ((8, 64, 64),)}
@@ -201,7 +201,7 @@ def _seen(spec: FamilySpec, config: RunConfig, stated: dict[str, Any], batch: Ba
         with torch.no_grad():
             for values in (*transformer.parameters(), *transformer.buffers()):
                 values.zero_()
-        optimizer = make_optimizer(transformer, config, device)
+        optimizer = make_optimizer(trainable(transformer), config, device)
         for _ in range(2):
             held = follow(adapter, corrupted, conditions, dtype, counter, gradients=True)
             taken.mark()
