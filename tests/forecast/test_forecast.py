@@ -119,6 +119,12 @@ def test_changes_are_put_together_where_none_suffices_alone() -> None:
     assert "--gradient-checkpointing block" in first.typed and "--fsdp" in first.typed and first.peak <= 60 * GIB
 
 
+def test_no_way_is_named_that_the_optimizer_cannot_go() -> None:
+    whole = subject(80, strategy="ddp", gradient_checkpointing="block", optimizer="muon")
+    found = forecast(whole, Known())  # type: ignore[arg-type]
+    assert found.fits is False and not any("--fsdp" in each.typed or "--zero3" in each.typed for each in found.tried)
+
+
 def test_smaller_clips_are_named_by_the_largest_size_that_fits() -> None:
     found = forecast(subject(56, strategy="fsdp"), Known())  # type: ignore[arg-type]
     options = found.tried[-1].to_json()["options"]

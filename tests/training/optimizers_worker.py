@@ -30,7 +30,13 @@ from vfun_cli.training.optim import set_learning_rate
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.formats import counted_in
 from vfun_cli.training.state.gather import collect, restore
-from vfun_cli.training.state.live import TrainedState, master_weights, stepping_optimizer
+from vfun_cli.training.state.live import (
+    TrainedState,
+    is_partitioned,
+    master_weights,
+    stepping_optimizer,
+)
+from vfun_cli.training.state.moments import kept
 
 WIDTH = 128
 SLOW = ("blocks.1", "head.bias")
@@ -136,6 +142,14 @@ def seen(state: TrainedState) -> list[int | None]:
     return [group.get("seen") for group in stepping_optimizer(state).param_groups]
 
 
+def bytes_held(state: TrainedState) -> tuple[int, int]:
+    """Of this rank: its masters, and what the optimizer keeps."""
+    each = stepping_optimizer(state).state if is_partitioned(state) else kept(state)
+    moments = [value for found in each.values() for value in found.values()]
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in moments]
+    return sum(master.nbytes for master in master_weights(state)), sum(value.nbytes for value in local)
+
+
 def digest(state: TrainedState) -> str:
     """Of the weights that lie on this rank."""
     found = b"".join(weight.detach().cpu().numpy().tobytes() for weight in master_weights(state))
@@ -167,6 +181,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     result = {"losses": losses, "resumed": resumed, "same": digest(state) == digest(again), "seen": counted}
     fresh = start(case, folder)
     train(fresh, range(2))
+    result["bytes"] = bytes_held(fresh)
     result["gathered"] = gathered(case, fresh, folder)
     if case == "8bit-fsdp":
         local = [

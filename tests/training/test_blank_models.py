@@ -1,6 +1,7 @@
 """What a model's configuration alone says of it is what its files say."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.families import adapter_of
+from vfun_cli.forecast.measuring.model import blank_model, weights_of
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.training.model import adapter_options
 
@@ -58,3 +60,16 @@ def test_the_released_model_has_as_many_weights_as_are_known_of_it(
     spec, live = families.find(family), live_model(family)
     blank = adapter_of(spec).blank(spec.model.released, adapter_options(live.config, spec, CPU))
     assert sum(weight.numel() for weight in blank.transformer.parameters()) == WEIGHTS[family]
+
+
+def test_what_trains_at_a_lower_rate_is_forecast_to_train(live_model: Callable[[str], LiveModel]) -> None:
+    live = live_model("cogvideox-fun")
+    chosen = {"trainable_modules": ("proj_out",), "trainable_modules_low_learning_rate": ("blocks.0.attn1",)}
+    config = replace(live.config, **chosen)
+    stated = read_json(live.folder / live.spec.model.config_file)
+    weights = weights_of(live.spec, config, stated, lora=False)
+    trained, slow = ({each.name for each in weights if getattr(each, kind)} for kind in ("trained", "slow"))
+    assert slow == {name for name in trained if name.startswith("transformer_blocks.0.attn1.")} != set()
+    assert trained - slow == {name for name in trained if name.startswith("proj_out.")} != set()
+    blank = blank_model(live.spec, config, stated, lora=False).transformer
+    assert trained == {name for name, weight in blank.named_parameters() if weight.requires_grad}

@@ -37,7 +37,7 @@ def everything(checkpoint: CheckpointReader) -> Arrays:
     found = {f"average.{name}": values for name, values in average(checkpoint).items()}
     found |= {name: tensor.read() for name, tensor in checkpoint.weights.items()}
     for name, moments in checkpoint.moments.items():
-        found |= {f"{name}.exp_avg": moments.exp_avg.read(), f"{name}.exp_avg_sq": moments.exp_avg_sq.read()}
+        found |= {f"{name}.{key}": array.read() for key, array in moments.arrays.items()}
     return found
 
 

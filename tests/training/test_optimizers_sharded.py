@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from optimizers_worker import CASES, TAKEN_OVER
+from optimizers_worker import CASES, SLOW, TAKEN_OVER, Transformer, config_of
 
 from tests.two_ranks import run_on_two_ranks
 from vfun_cli.checkpoints.reader import open_checkpoint
+from vfun_cli.forecast.measuring.model import Weight
+from vfun_cli.forecast.measuring.state import kept
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,18 @@ def test_strategies_train_alike(kind: str, ranks: list[Mapping[str, Any]]) -> No
     expected = ranks[0][f"{kind}-ddp"]["losses"]
     for strategy in ("fsdp", "zero2", "zero3"):
         assert ranks[0][f"{kind}-{strategy}"]["losses"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_forecast_of_what_a_rank_keeps_is_what_it_keeps(case: str, ranks: list[Mapping[str, Any]]) -> None:
+    config = config_of(case)
+    slow = SLOW if config.trainable_modules_low_learning_rate else ()
+    weights = [
+        Weight(name=name, shape=tuple(weight.shape), trained=True, slow=any(part in name for part in slow))
+        for name, weight in Transformer().named_parameters()
+    ]
+    told = kept(config, weights, 2)
+    assert [told.masters or told.weights, told.moments] == ranks[0][case]["bytes"]
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")
