@@ -137,13 +137,17 @@ def test_a_layer_of_wan_s2v_keeps_0_37_gb_of_attention_instead_of_4_3_of_all_pro
     assert kept["attention"] == 374_400_000 and kept["selective"] > 4.3e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_block_is_computed_through_the_checkpointing_function(family: str, live_model: LIVE) -> None:
-    live, calls = live_model(family), list[Any]()
+def test_every_block_is_computed_in_order_through_the_checkpointing_function(family: str, live_model: LIVE) -> None:
+    live, calls, order = live_model(family), list[Any](), list[nn.Module]()
     model: Any = live.transformer()
+    found = find_blocks(model, live.spec.model.block_classes)
+    for block in found:
+        block.register_forward_pre_hook(lambda block, _: order.append(block))
     model.enable_gradient_checkpointing(lambda layer, *arguments: calls.append(layer) or layer(*arguments))
     live.loss(model, live.inputs(*SMALL))
-    assert len(calls) == len(find_blocks(model, live.spec.model.block_classes))
+    assert len(calls) == len(found) and list(map(id, order)) == list(map(id, found))
 
 
 def test_whatever_kernel_computes_attention_it_is_known_and_its_backward_is_not() -> None:

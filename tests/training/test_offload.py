@@ -21,7 +21,7 @@ from tests.fake_cuda import made_up_cuda
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.training import offload
-from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks, find_blocks
+from vfun_cli.training.blocks import checkpoint_blocks, compile_blocks
 from vfun_cli.training.lora import add_adapters
 from vfun_cli.training.model import prepare_blocks
 from vfun_cli.training.offload import Offload
@@ -214,7 +214,8 @@ def test_two_layers_at_most_are_on_the_device_at_a_time() -> None:
         result.sum().backward()
     pieces = LAYERS - 1  # on a CPU the host's memory counts too
     assert forward - pieces == 2  # what the last layer saved, and the result
-    assert len(looks) == LAYERS and max(looks) - pieces <= 3  # also two layers', and two gradients on their way
+    # A gradient, what the layer saved, and what the one before it saved, which was sent for early.
+    assert len(looks) == LAYERS and max(looks) - pieces == 3
 
 
 def test_views_of_one_storage_go_once_and_come_back_as_they_were() -> None:
@@ -241,15 +242,3 @@ def test_views_of_one_storage_go_once_and_come_back_as_they_were() -> None:
     whole = torch.arange(24.0).view(4, 6) * 2
     for found, expected in zip(seen, (whole, whole.t(), whole[1:, ::2]), strict=True):
         assert torch.equal(found, expected) and found.stride() == expected.stride()
-
-
-@pytest.mark.slow
-def test_every_family_gets_its_layers_in_the_order_of_its_blocks(live_model: LIVE) -> None:
-    for family in FAMILIES:
-        live, order = live_model(family), list[nn.Module]()
-        model = live.transformer()
-        blocks = find_blocks(model, live.spec.model.block_classes)
-        for block in blocks:
-            block.register_forward_pre_hook(lambda block, _, order=order: order.append(block))
-        live.loss(model, live.inputs(*SMALL))
-        assert [id(block) for block in order] == [id(block) for block in blocks], family
