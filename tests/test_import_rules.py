@@ -14,7 +14,16 @@ from vfun_cli.families import FAMILIES
 
 PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
-TRAINING_PLANE = ("training/", "sampling/", "encoding/", "modeling/", "demo/", "acceptance/rank.py")
+TRAINING_PLANE = (
+    "training/",
+    "sampling/",
+    "encoding/",
+    "modeling/",
+    "demo/",
+    "acceptance/rank.py",
+    "acceptance/step_memory.py",
+    "forecast/measuring/",
+)
 SHARED_BY_FAMILIES = ("vfun_cli.families.spec", "vfun_cli.families.documented")
 FAMILY_TORCH_MODULES = {"adapter.py", "transformer.py"}
 
@@ -85,6 +94,7 @@ ROOMS = (
     ("plan",),
     ("sampling",),
     ("launch", "training"),
+    ("forecast",),
     ("acceptance", "report"),
     ("commands",),
     ("main",),
@@ -167,7 +177,7 @@ LIGHT = [
     ["train", "wan-s2v", "--no-option"],
     ["train", "wan-s2v", "--learning-rate", "x"],
     ["train", "wan-s2v", "--fsdp", "--zero2"],
-    ["train", "wan-s2v", "--fsdp", "--use-ema"],
+    ["train", "wan-s2v", "--zero3", "--compile"],
     ["lora", "wan-s2v", "--zero3", "--use-dora"],
     ["train", "wan-s2v", "--num-processes", "9999"],
     ["train", "wan-s2v", "--resume-from-checkpoint", "latest"],
