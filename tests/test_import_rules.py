@@ -21,6 +21,7 @@ TRAINING_PLANE = (
     "modeling/",
     "demo/",
     "acceptance/rank.py",
+    "acceptance/step_memory.py",
     "forecast/measuring/",
 )
 SHARED_BY_FAMILIES = ("vfun_cli.families.spec", "vfun_cli.families.documented")

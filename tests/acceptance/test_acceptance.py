@@ -19,11 +19,11 @@ from torch import Tensor
 
 from tests.jobs import finish, start, vfun_here
 from vfun_cli import families
-from vfun_cli.acceptance import machine, rank, report, rows, run
+from vfun_cli.acceptance import machine, rank, report, rows, run, step_memory
 from vfun_cli.acceptance.pool import Pool
 from vfun_cli.acceptance.rows import Row, all_rows, chosen
 from vfun_cli.acceptance.verdicts import Outcome, Verdict, judge
-from vfun_cli.config.options import BASE_PRECISIONS
+from vfun_cli.config.options import BASE_PRECISIONS, options
 from vfun_cli.config.strategies import STRATEGIES
 
 CUDA = {row.name: row for row in all_rows("cuda")}
@@ -42,6 +42,20 @@ def test_every_family_has_its_step_in_both_precisions_with_adapters_and_sharded(
         assert f"{family}/{what}" in CUDA, what
     assert CUDA[f"{family}/fp32"].reference == f"{family}/cpu"
     assert "--device cpu" in script(CUDA[f"{family}/cpu"]) and "--device cuda" in script(CUDA[f"{family}/fp32"])
+
+
+@pytest.mark.slow
+def test_the_step_of_a_demo_takes_what_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = families.find("cogvideox-fun")
+    found = list(step_memory.cases(spec, "cpu", share=1))
+    choices = options()["gradient_checkpointing"][2].choices
+    assert [(case.command, case.checkpointing) for case in found if isinstance(case, step_memory.Case)] == [
+        (command, checkpointing) for command in ("train", "lora") for checkpointing in choices
+    ]
+    for case in found:
+        assert isinstance(case, step_memory.Case) and abs(case.off) < 0.02, case
+        assert min(case.seen.kept, case.seen.forward, case.seen.backward, case.seen.step) > 0
 
 
 @pytest.mark.parametrize("family", rows.FIRST)
@@ -97,6 +111,10 @@ def test_only_takes_along_what_a_row_builds_on() -> None:
 
 ROW = Row(name="a/row", proves="it", commands=(("vfun_cli",),), reference="a/reference", bound=0.01)
 RIGHT = Outcome(exit_codes=(0,), losses={1: 1.0, 2: 0.5})
+MEMORY = Row(name="a/memory", proves="it", commands=(("m",),), losses=False, says_how_far_off=True, bound=0.1)
+SAID = Outcome(
+    exit_codes=(0,), said="a train block, 8 frames of 64x64: 2 GiB, forecast 1.98, -1.0 %\nat most 0.01 off\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +135,22 @@ RIGHT = Outcome(exit_codes=(0,), losses={1: 1.0, 2: 0.5})
         (replace(ROW, exit_code=4, losses=False, reference=None), Outcome(exit_codes=(4,)), None, None),
         (replace(ROW, never_says=("restart",)), replace(RIGHT, said="restart 1 of 1"), RIGHT, "said 'restart'"),
         (replace(ROW, says=("memory",)), replace(RIGHT, said="something else"), RIGHT, "did not say 'memory'"),
+        (MEMORY, SAID, None, None),
+        (MEMORY, replace(SAID, said="at most 0.11 off\n"), None, "is 0.11 off"),
+        (MEMORY, replace(SAID, said="all are left out\n"), None, "did not say how far"),
     ],
 )
 def test_a_wrong_result_is_found(row: Row, outcome: Outcome, reference: Outcome | None, why: str | None) -> None:
     verdict = judge(row, outcome, reference)
     assert verdict.kind == ("right" if why is None else "wrong")
     assert (why or "") in verdict.why
+
+
+def test_what_a_row_says_of_a_forecast_is_in_its_record(tmp_path: Path) -> None:
+    pool = Pool(place=tmp_path, lacks={}, deadline=0)
+    pool.outcomes[MEMORY.name], pool.verdicts[MEMORY.name] = SAID, judge(MEMORY, SAID, None)
+    (found,) = report.record([MEMORY], pool)
+    assert (found["deviation"], found["bound"]) == (0.01, 0.1) and found["said"] == SAID.said.splitlines()
 
 
 def written(folder: Path, **tensors: Tensor) -> Path:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from live_models import FAMILIES, SMALL, TALL, WIDE, Inputs, LiveModel
 from torch import Tensor
 
+from vfun_cli import families
 from vfun_cli.config.options import RunConfig, options
 from vfun_cli.config.resolve import resolve
 from vfun_cli.forecast.measuring.gpu import made_up_cpu
-from vfun_cli.forecast.measuring.passes import Held, follow, measure
+from vfun_cli.forecast.measuring.model import blank_model
+from vfun_cli.forecast.measuring.passes import Held, follow, measure, run
 from vfun_cli.forecast.request import Batch
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.weights import read_json
@@ -41,8 +44,9 @@ def config_of(live: LiveModel, command: str, checkpointing: str, precision: str)
 
 
 def as_a_run_makes_it(live: LiveModel, config: RunConfig, *, lora: bool) -> ModelAdapter:
-    """With the demo's model."""
-    adapter, lazy = load_adapter(live.spec, adapter_options(config, live.spec, live.adapter.options.device))
+    """With the demo's model; of encoders that compute in bf16 on every processor."""
+    given = adapter_options(config, live.spec, live.adapter.options.device)
+    adapter, lazy = load_adapter(live.spec, replace(given, compute_dtype=compute_dtype(config)))
     plan: Any = SimpleNamespace(spec=live.spec, dims=live.dims)
     choose_weights(config, plan, adapter.transformer, lazy, lora=lora, fresh=True)
     prepare_blocks(config, plan, adapter.transformer)
@@ -54,9 +58,9 @@ def seen(adapter: ModelAdapter, inputs: Inputs, dtype: torch.dtype) -> Held:
     """Of a live pass. What the model uploads to its device is a copy, as if that were not the host."""
     corrupted = Corrupted(noisy=inputs.noisy, timesteps=inputs.timesteps, target=inputs.target)
     conditions = inputs.conditions if inputs.mask is None else {**inputs.conditions, "loss_mask": inputs.mask}
-    as_on_a_gpu = adapter.blank_conditions(inputs.noisy)  # encoders that compute in bf16 give it
+    as_encoded = adapter.blank_conditions(inputs.noisy)
     conditions = {
-        name: value.to(as_on_a_gpu[name].dtype) if isinstance(value, Tensor) else value
+        name: value.to(as_encoded[name].dtype) if isinstance(value, Tensor) else value
         for name, value in conditions.items()
     }
     code = sys.modules[type(adapter.transformer).__module__]
@@ -96,3 +100,40 @@ def test_so_it_does_for_adapters_every_checkpointing_and_every_shape(
     no_accelerator: None,
 ) -> None:  # fmt: skip
     assert not different(live_model(family), command, checkpointing, precision, SMALL, TALL, WIDE)
+
+
+LARGE = (80, 640, 640), (48, 512, 512), (16, 512, 896)
+
+
+def by_extrapolation(family: str, command: str, checkpointing: str, *shapes: tuple[int, int, int]) -> dict[Any, float]:
+    """By how much the released model is off when all its layers are run, where that is more than ``CLOSE``."""
+    spec, lora = families.find(family), command == "lora"
+    given = {"gradient_checkpointing": checkpointing, "mixed_precision": "bf16", "strategy": "single"}
+    config = resolve(command, spec, given | {"pretrained_model_name_or_path": "none"}, demo={}, environ={}).config
+    whole, found = blank_model(spec, config, spec.model.released, lora=lora), {}
+    for frames, height, width in shapes:
+        batch = Batch(frames=frames + spec.plan.first_frame_alone, height=height, width=width)
+        expected = run(whole, batch, compute_dtype(config))
+        measured = measure(spec, config, spec.model.released, batch, lora=lora)
+        for name in ("saved", "forward", "backward"):
+            found[batch, name] = getattr(measured, name) / getattr(expected, name) - 1
+        assert 0 < measured.last < measured.backward
+    return {where: off for where, off in found.items() if abs(off) > EXTRAPOLATED}
+
+
+EXTRAPOLATED = 0.002
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_few_layers_tell_of_all(family: str) -> None:
+    assert not by_extrapolation(family, "train", "block", LARGE[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_they_do_for_adapters_every_checkpointing_and_every_shape(
+    family: str, command: str, checkpointing: str
+) -> None:
+    assert not by_extrapolation(family, command, checkpointing, *LARGE)

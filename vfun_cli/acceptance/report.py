@@ -77,7 +77,7 @@ def summary(rows: Sequence[Row], pool: Pool) -> Table:
             Text(verdict.kind, STYLES[verdict.kind]),
             _seconds(row, pool),
             "" if verdict.deviation is None else f"{verdict.deviation:.1e}",
-            "" if row.reference is None else f"{row.bound:g}",
+            f"{row.bound:g}" if row.is_bounded else "",
         )
     return found
 
@@ -115,7 +115,7 @@ def _row(row: Row, pool: Pool) -> dict[str, Any]:
         "verdict": verdict.kind,
         "why": verdict.why or None,
     }
-    if row.reference is not None:
+    if row.is_bounded:
         found |= {"reference": row.reference, "deviation": verdict.deviation, "bound": row.bound}
     if outcome is not None:
         found |= {
@@ -124,6 +124,8 @@ def _row(row: Row, pool: Pool) -> dict[str, Any]:
             "losses": {str(step): loss for step, loss in outcome.losses.items()},
             "last_step": dict(outcome.last_step),
         }
+        if row.says_how_far_off:
+            found["said"] = outcome.said.splitlines()
     return found
 
 

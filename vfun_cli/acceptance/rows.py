@@ -17,6 +17,7 @@ from vfun_cli.errors import ConfigError, FitError
 VFUN = "vfun_cli"
 MADE_UP = "vfun_cli.acceptance.made_up"
 SCARCE = "vfun_cli.acceptance.scarce"
+STEP_MEMORY = "vfun_cli.acceptance.step_memory"
 
 Command = tuple[str, ...]
 """A module that is started as a process, and its arguments."""
@@ -41,6 +42,9 @@ Of weights it bounds the distance of all of them together. On a CPU four steps o
 rounds elsewhere, end 5e-4 from those of one process; two steps move the weights by 5e-2, and resumed without the
 moments of the checkpoint they end 9e-2 away."""
 
+FORECAST = 0.1
+"""The bound for what a step takes of a device, relative to what was forecast."""
+
 LARGE = 4096
 """Side of clips that need more memory than ``scarce.py`` leaves: their pixels alone take 0.8 GB, and 3.2 as float32."""
 
@@ -61,6 +65,8 @@ class Row:
     """Whether there are any, in its run directory."""
     reference: str | None = None
     """The row whose losses and weights it must have."""
+    says_how_far_off: bool = False
+    """Whether its last command says itself how far it is off, which ``bound`` bounds then."""
     bound: float = 0.0
     steps: tuple[int, ...] = ()
     """The steps that are compared, by default all."""
@@ -80,6 +86,11 @@ class Row:
     alone: bool = False
     """Nothing else may run beside it."""
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it is compared with anything, within ``bound``."""
+        return self.reference is not None or self.says_how_far_off
+
 
 def all_rows(device: str) -> list[Row]:
     """Every row, what tells most first; those that make the demos before all others."""
@@ -95,6 +106,7 @@ def all_rows(device: str) -> list[Row]:
         *(_resumed(FIRST[0], strategy, device) for strategy in ("single", "fsdp", "zero3")),
         *([_looked_at(name, device), _looked_at(name, device, "fsdp")] for name in FIRST),
         *(_options(name, device) for name in FIRST),
+        [_memory(name, device) for name in FIRST],
         *(_steps(name, device) for name in rest),
         [_fsdp(name, device) for name in rest],
         *(_without_waits(name, device) for name in FIRST),
@@ -383,6 +395,14 @@ def _without_waits(family: str, device: str) -> list[Row]:
         ),
         *(row(strategy, f"under {strategy}", options={"strategy": strategy}, **like) for strategy in ("ddp", "fsdp")),
     ]  # fmt: skip
+
+
+def _memory(family: str, device: str) -> Row:
+    """Full and LoRA, each way of recomputation, at the released width on a GPU."""
+    return Row(
+        name=f"{family}/memory", proves="a step takes what was forecast of the device", after=f"{family}/{DEMO}",
+        commands=((STEP_MEMORY, family, device),), losses=False, says_how_far_off=True, bound=FORECAST,
+    )  # fmt: skip
 
 
 def _out_of_memory(family: str, device: str) -> Row:

@@ -1,6 +1,7 @@
 """From what a row's commands did to whether it is right."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Verdict:
     kind: Kind
     why: str = ""
     deviation: float | None = None
-    """The largest relative difference from the losses and weights of the reference."""
+    """The largest relative difference from the losses and weights of the reference, or from a forecast."""
 
 
 def judge(row: Row, outcome: Outcome, reference: Outcome | None) -> Verdict:
@@ -57,6 +58,8 @@ def judge(row: Row, outcome: Outcome, reference: Outcome | None) -> Verdict:
     """
     if why := _fault(row, outcome):
         return Verdict(kind="wrong", why=why)
+    if row.says_how_far_off:
+        return _as_it_says(row, outcome)
     if row.reference is None:
         return Verdict(kind="right")
     if reference is None or not reference.losses:
@@ -68,6 +71,19 @@ def judge(row: Row, outcome: Outcome, reference: Outcome | None) -> Verdict:
     if off <= row.bound:
         return Verdict(kind="right", deviation=off)
     return Verdict(kind="wrong", why=what, deviation=off)
+
+
+def _as_it_says(row: Row, outcome: Outcome) -> Verdict:
+    found = _OFF.search(outcome.said)
+    if found is None:
+        return Verdict(kind="wrong", why=f"did not say how far it is off: {_error(outcome.said)}")
+    off = float(found[1])
+    if off <= row.bound:
+        return Verdict(kind="right", deviation=off)
+    return Verdict(kind="wrong", why=f"what was forecast is {off:.3g} off", deviation=off)
+
+
+_OFF = re.compile(r"^at most (\S+) off$", re.MULTILINE)
 
 
 def _losses_off(row: Row, outcome: Outcome, reference: Outcome) -> Iterator[tuple[float, str]]:
