@@ -29,7 +29,7 @@ from vfun_cli.training.strategy import make_accelerator
 
 COMMANDS = ("train", "lora")
 CHECKPOINTING = options()["gradient_checkpointing"][2].choices
-CLOSE = 0.1
+CLOSE = 0.03
 
 
 def config_of(live: LiveModel, command: str, checkpointing: str, precision: str) -> RunConfig:
@@ -124,16 +124,15 @@ def by_extrapolation(family: str, command: str, checkpointing: str, *shapes: tup
 EXTRAPOLATED = 0.002
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_few_layers_tell_of_all(family: str) -> None:
-    assert not by_extrapolation(family, "train", "block", LARGE[0])
+def test_few_layers_tell_of_all() -> None:
+    assert not by_extrapolation("cogvideox-fun", "train", "block", LARGE[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_so_they_do_for_adapters_every_checkpointing_and_every_shape(
+def test_so_they_do_of_every_family_for_adapters_every_checkpointing_and_every_shape(
     family: str, command: str, checkpointing: str
 ) -> None:
     assert not by_extrapolation(family, command, checkpointing, *LARGE)
