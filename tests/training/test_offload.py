@@ -107,7 +107,7 @@ def test_a_second_step_takes_no_memory_of_the_host(live_model: LIVE) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_weights_stay_where_they_are(backend: str | None, live_model: LIVE, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a frozen base, too, which a compiled block saves without saying what they are."""
+    """Those of a frozen base, too, which are saved for the gradients of what enters a layer."""
     torch._dynamo.reset()
     live, saved = live_model("cogvideox-fun"), set[int]()
     model = live.transformer()
@@ -196,7 +196,7 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Identity() for _ in range(LAYERS))
-        self.moved = Offload(self, list(self.blocks))
+        self.moved = Offload(self, LAYERS)
 
     def forward(self, x: Tensor, look: Callable[[], None] = lambda: None) -> Tensor:
         for _ in self.blocks:
@@ -219,8 +219,7 @@ def test_two_layers_at_most_are_on_the_device_at_a_time() -> None:
 
 
 def test_views_of_one_storage_go_once_and_come_back_as_they_were() -> None:
-    layers = [nn.Identity(), nn.Identity()]
-    moved, x = Offload(nn.Module(), layers), torch.randn(4, 6, requires_grad=True)
+    moved, x = Offload(nn.Module(), 2), torch.randn(4, 6, requires_grad=True)
     seen = list[Tensor]()
 
     class Keeps(torch.autograd.Function):

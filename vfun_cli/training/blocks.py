@@ -82,7 +82,7 @@ def checkpoint_blocks(
         offload: let what stays go to the host's memory and come back (``Offload``).
     """
     keeps, blocks = KEPT.get(how), find_blocks(transformer, block_classes)
-    moved = Offload(transformer, blocks) if offload else None
+    moved = Offload(transformer, len(blocks)) if offload else None
     run: Callable[..., Any] | None = None
     if compiled and keeps is not None:
         for module in [*blocks, *find_blocks(transformer, injections)]:

@@ -16,7 +16,7 @@ A CPU has no streams; there the same copies are made in the order of the program
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,11 +43,11 @@ class Offload:
     """Runs the layers of a transformer, one pass after another.
 
     Args:
-        blocks: one of each layer, in order.
+        layers: how many there are in a pass.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        self.blocks = blocks
+    def __init__(self, transformer: nn.Module, layers: int) -> None:
+        self.layers = layers
         self.host: _Host | None = None
         self.side: SideStream | None = None
         self.newest: _Layer | None = None
@@ -73,7 +73,7 @@ class Offload:
         with saved_tensors_hooks(self.pack, self.unpack):
             result = compute(*arguments)
         self._meet()
-        if layer.number < len(self.blocks) - RESIDENT:
+        if layer.number < self.layers - RESIDENT:
             self._send(layer)
         return result
 
@@ -82,7 +82,7 @@ class Offload:
         assert self.side is not None and self.newest is not None
         elsewhere = tensor.device.type == "cpu" != self.side.device.type
         storage = tensor.untyped_storage()
-        if elsewhere or storage.nbytes() < SMALLEST or is_weight(tensor) or self._is_hidden_weight(tensor):
+        if elsewhere or storage.nbytes() < SMALLEST or is_weight(tensor):
             # A leaf as it is: ZeRO-3 and FSDP give its weights back later. Others without their graph, lest it be kept.
             return tensor if tensor.is_leaf else tensor.detach()
         # A storage is known as long as somebody refers to what is stored of it, so no other has its address.
@@ -92,14 +92,6 @@ class Offload:
             stored = self.known[key] = _Stored(tensor)
         self.newest.stored[stored] = None
         return _Saved(self.newest, stored, tensor)
-
-    def _is_hidden_weight(self, tensor: Tensor) -> bool:
-        """Compiled blocks save their weights without saying that they are any."""
-        if tensor.grad_fn is not None:
-            return False
-        assert self.newest is not None
-        weights = self.blocks[self.newest.number].parameters()
-        return tensor.untyped_storage()._cdata in {weight.untyped_storage()._cdata for weight in weights}
 
     def unpack(self, saved: Any) -> Tensor:
         """The tensor again."""
