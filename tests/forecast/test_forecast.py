@@ -152,10 +152,10 @@ def test_phases_hold_what_lies_there_then() -> None:
 
 
 def outlook(found: Any, host: int = 0, machine: int | None = None) -> Outlook:
-    return Outlook(forecast=found, host={"processes": host}, machine=machine, schedule=None)
+    return Outlook(forecast=found, host={"encoders": host, "processes": GIB}, machine=machine, schedule=None)
 
 
-def test_what_will_not_fit_is_refused_unless_that_is_switched_off() -> None:
+def test_what_will_not_fit_is_refused_unless_that_is_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
     found = forecast(subject(40, strategy="fsdp"), Known())  # type: ignore[arg-type]
     with pytest.raises(FitError, match="the run does not fit") as error:
         refuse(outlook(found), RunConfig())
@@ -165,6 +165,8 @@ def test_what_will_not_fit_is_refused_unless_that_is_switched_off() -> None:
     refuse(outlook(fits, host=10 * GIB, machine=None), RunConfig())
     with pytest.raises(FitError, match="of this machine's memory"):
         refuse(outlook(fits, host=10 * GIB, machine=9 * GIB), RunConfig())
+    refuse(outlook(fits, host=10 * GIB, machine=int(10.5 * GIB)), RunConfig())
+    assert "needs 11.0 GiB of this machine's memory" in " ".join(capfd.readouterr().err.split())
 
 
 def test_an_answer_is_remembered_until_its_file_is_damaged(own_answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -939,7 +939,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in asdict(self).items()}
 
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
@@ -1118,7 +1118,8 @@ _BOOLEAN_WORDS = {
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

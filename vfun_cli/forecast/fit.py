@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vfun_cli import devices
+from vfun_cli import console, devices
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import HERE, is_default
@@ -14,7 +14,7 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
 from vfun_cli.forecast.batches import batches
 from vfun_cli.forecast.forecast import Forecast, Subject, allowed, forecast, size
-from vfun_cli.forecast.host import host_memory, machine_memory
+from vfun_cli.forecast.host import ESTIMATED, host_memory, machine_memory
 from vfun_cli.forecast.request import Question
 from vfun_cli.forecast.time import Schedule, pace, schedule, share_of
 from vfun_cli.launch.job import Job, changed
@@ -153,7 +153,8 @@ def _outlook(job: Job, measurer: Measurer) -> Outlook:
 
 
 def refuse(found: Outlook, config: RunConfig) -> None:
-    """Refuse what will not fit, unless that was switched off.
+    """Refuse what will not fit, unless that was switched off. Where only an estimate of the machine's memory says so,
+    that is a warning.
 
     Raises:
         FitError: naming what does not fit and what would.
@@ -164,11 +165,19 @@ def refuse(found: Outlook, config: RunConfig) -> None:
         tried = [str(each) for each in found.forecast.tried]
         ways = f"What fits: {'. '.join(tried)}." if tried else "No option of vfun makes it fit into these GPUs."
         raise FitError(f"the run {found.forecast.verdict}.", hint=f"{ways} --no-fit-check launches it all the same.")
-    total = sum(found.host.values())
-    if found.machine is not None and total > found.machine:
-        most = max(found.host, key=lambda part: found.host[part])
-        raise FitError(
-            f"the run needs {size(total)} of this machine's memory, which has {size(found.machine)}; most of it for "
-            f"{most} ({size(found.host[most])}).",
-            hint="Use fewer --dataloader-num-workers, or --no-low-vram. --no-fit-check launches it all the same.",
-        )
+    total, estimated = sum(found.host.values()), found.host.get(ESTIMATED, 0)
+    if found.machine is None or total <= found.machine:
+        return
+    most = max(found.host, key=lambda part: found.host[part])
+    what = (
+        f"the run needs {size(total)} of this machine's memory, which has {size(found.machine)}; most of it for "
+        f"{most} ({size(found.host[most])})"
+    )
+    if total - estimated <= found.machine:
+        console.warn(f"{what}. Fewer --dataloader-num-workers need less.")
+        return
+    raise FitError(
+        f"{what}.",
+        hint="Leave out --async-checkpoint, --activation-offload or --low-vram, or use fewer processes. --no-fit-check "
+        "launches it all the same.",
+    )

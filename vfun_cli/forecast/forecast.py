@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any
 
 from vfun_cli.config.checks import check
-from vfun_cli.config.options import RunConfig
+from vfun_cli.config.options import RunConfig, plain
 from vfun_cli.errors import ConfigError, EnvironmentFault
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
@@ -66,7 +66,7 @@ class Tried:
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
-        options = {name: value for way in self.ways for name, value in way.options.items()}
+        options = {name: plain(value) for way in self.ways for name, value in way.options.items()}
         return {"options": options, "typed": self.typed, "peak_bytes": self.peak}
 
 

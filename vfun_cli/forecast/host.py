@@ -12,6 +12,8 @@ from vfun_cli.launch.disk_need import checkpoint_bytes_with
 from vfun_cli.plan.queue import bytes_in_flight, micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan
 
+ESTIMATED = "processes"
+"""The part that is not counted but estimated."""
 PROCESS = int(2.5 * GIB)
 """Of a rank: Python with torch, CUDA's libraries, and what the driver maps."""
 WORKER = int(0.4 * GIB)
@@ -34,7 +36,7 @@ def host_memory(
     pinned = sum(size for name, size in encoder_bytes(config, spec, measured, 1).items() if name not in shared)
     moments = measured.moments * (ranks if "optimizer" in strategy.sharded else 1)
     parts = {
-        "processes": here * (PROCESS + config.dataloader_num_workers * WORKER),
+        ESTIMATED: here * (PROCESS + config.dataloader_num_workers * WORKER),
         "offloaded state": here * state * strategy.offloads,
         "offloaded activations": here * measured.offloaded,
         "streamed blocks": here * measured.streamed,

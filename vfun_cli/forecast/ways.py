@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vfun_cli.config.options import BASE_PRECISIONS, RunConfig
@@ -69,6 +70,10 @@ _WAYS: tuple[tuple[Possible, Way], ...] = (
     (
         lambda config, ranks, lora: not config.low_vram and config.cache is None,
         Way(options={"low_vram": True}, costs="encoders are copied to the GPU before each step"),
+    ),
+    (
+        lambda config, ranks, lora: config.cache is None,
+        Way(options={"cache": Path("cache")}, costs="vfun cache fills it before the run"),
     ),
     (
         _keeps_more_than("none", "selective"),
