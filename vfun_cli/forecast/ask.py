@@ -71,8 +71,9 @@ class Measurer:
         line = self.process.stdout.readline()
         if not line:
             _, said = self.process.communicate()
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
             raise RunError(
-                f"the process that measures a step ended: {(said.strip().splitlines() or ['it said nothing'])[-1]}",
+                f"the process that measures a step ended: {last}.",
                 hint="--no-fit-check starts the run without a forecast.",
             )
         answer: dict[str, Any] = json.loads(line)
