@@ -90,7 +90,23 @@ def test_a_measured_pass_holds_what_that_of_the_live_model_does(
     assert not different(live_model(family), "train", "block", "bf16", SMALL)
 
 
+SOME = [
+    (family, COMMANDS[number % 2], CHECKPOINTING[number % len(CHECKPOINTING)], ("bf16", "no")[number // 2 % 2])
+    for number, family in enumerate(FAMILIES)
+]
+"""Of all that follows from here on, in each value of each."""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "command", "checkpointing", "precision"), SOME)
+def test_so_it_does_for_some_adapters_and_checkpointing_at_every_shape(
+    family: str, command: str, checkpointing: str, precision: str, live_model: Callable[[str], LiveModel],
+    no_accelerator: None,
+) -> None:  # fmt: skip
+    assert not different(live_model(family), command, checkpointing, precision, SMALL, TALL, WIDE)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,6 +145,12 @@ def test_few_layers_tell_of_all() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "command", "checkpointing", "precision"), SOME)
+def test_so_they_do_of_every_family_for_some(family: str, command: str, checkpointing: str, precision: str) -> None:
+    assert not by_extrapolation(family, command, checkpointing, LARGE[0])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("family", FAMILIES)
