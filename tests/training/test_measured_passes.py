@@ -65,7 +65,7 @@ def seen(adapter: ModelAdapter, inputs: Inputs, dtype: torch.dtype) -> Held:
     }
     code = sys.modules[type(adapter.transformer).__module__]
     with mock.patch.object(code, "upload", partial(Tensor.to, copy=True), create=True):
-        return follow(adapter, corrupted, conditions, dtype)
+        return follow(adapter, corrupted, conditions, dtype).held
 
 
 def different(live: LiveModel, command: str, checkpointing: str, precision: str, *shapes: Any) -> dict[Any, float]:

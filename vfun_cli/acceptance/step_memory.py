@@ -203,7 +203,7 @@ def _seen(spec: FamilySpec, config: RunConfig, stated: dict[str, Any], batch: Ba
                 values.zero_()
         optimizer = make_optimizer(trainable(transformer), config, device)
         for _ in range(2):
-            held = follow(adapter, corrupted, conditions, dtype, counter, gradients=True)
+            held = follow(adapter, corrupted, conditions, dtype, counter, gradients=True).held
             taken.mark()
             nn.utils.clip_grad_norm_(transformer.parameters(), config.max_grad_norm)
             optimizer.step()

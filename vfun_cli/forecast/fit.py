@@ -37,7 +37,7 @@ class Outlook:
     machine: int | None
     """Bytes that this machine has; None where the run is planned for another one."""
     schedule: Schedule | None
-    """None where the devices' peak or the clips are unknown."""
+    """None where the devices' peak or the clips are unknown, or these fill no step."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -80,7 +80,9 @@ def outlook(
         forecast=found,
         host=host_memory(command, config, spec, measured, plan if epoch is not None else None, subject.ranks),
         machine=machine_memory() if here else None,
-        schedule=None if known is None or epoch is None else schedule(config, plan, epoch, share, known),
+        schedule=None
+        if known is None or epoch is None or not epoch.num_steps
+        else schedule(config, plan, epoch, share, known),
     )
 
 

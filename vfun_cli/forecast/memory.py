@@ -23,6 +23,8 @@ ZERO_BUCKET = 500_000_000
 """Numbers in a bucket of DeepSpeed's, for gradients and for gathering (its defaults)."""
 ZERO3_LIVE = 1_000_000_000
 """Numbers of weights that ZeRO-3 leaves gathered for their next use (``stage3_max_live_parameters``)."""
+ZERO3_STEPS = 1_000_000_000
+"""Numbers that it steps at a time (``sub_group_size``)."""
 ZERO3_AHEAD = 50_000_000
 """Numbers that it gathers ahead (``stage3_prefetch_bucket_size``)."""
 
@@ -74,7 +76,7 @@ def memory(config: RunConfig, spec: FamilySpec, measured: Measured, ranks: int) 
             **_backward(config, strategy, measured, gradients),
         },
         "optimizer": {
-            **kept, "encoders": resident, "gradients": gradients, "buffers": _step(strategy, measured),
+            **kept, "encoders": resident, "gradients": gradients, "buffers": _step(config, strategy, measured),
         },
         "checkpoint": {**kept, "encoders": resident},
     }  # fmt: skip
@@ -149,11 +151,14 @@ def _in_flight(config: RunConfig, strategy: Strategy, measured: Measured, unit: 
     return 0
 
 
-def _step(strategy: Strategy, measured: Measured) -> int:
-    """What the step takes beside weights, gradients and moments."""
-    if strategy.wrapper == "deepspeed" and not strategy.offloads:
-        return measured.gradients  # joined into one tensor
-    return 0
+def _step(config: RunConfig, strategy: Strategy, measured: Measured) -> int:
+    """What the step takes beside weights, gradients and moments: DeepSpeed joins gradients into the tensors that it
+    steps, unless they were summed there."""
+    if strategy.wrapper != "deepspeed" or strategy.offloads:
+        return 0
+    if strategy.gathers is None:
+        return 0 if config.bf16 else measured.masters
+    return min(measured.masters, 4 * ZERO3_STEPS)
 
 
 def _compute_size(config: RunConfig) -> int:

@@ -1,12 +1,14 @@
 """What a forward and a backward pass of a model hold, beside its weights and their gradients."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
@@ -42,14 +44,50 @@ class Held:
     offloaded: int = 0
     """What waits on the host between the passes, and is not in any of these."""
 
-    def __add__(self, other: "Held") -> "Held":
-        return Held(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
-    def __sub__(self, other: "Held") -> "Held":
-        return Held(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(self)})
+Peaks = Mapping[str, int]
+"""The most while a pass is in a part of the model, by the name of that child of the transformer, or ``REST``."""
 
-    def __mul__(self, times: int) -> "Held":
-        return Held(**{each.name: getattr(self, each.name) * times for each in fields(self)})
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How a pass there and back goes. The most of all is no sum of what layers add: with few layers it may lie in
+    another part than with many. The most of each part is.
+    """
+
+    saved: int
+    forward: Peaks
+    backward: Peaks
+
+    @property
+    def held(self) -> Held:
+        """The most of all parts."""
+        backward = max(self.backward.values())
+        return Held(saved=self.saved, forward=max(self.forward.values()), backward=backward, last=backward)
+
+    def longer(self, few: "Course", more: "Course", times: int) -> "Course":
+        """With so many times what ``more`` has beyond ``few``."""
+
+        def added(here: Peaks, fewer: Peaks, other: Peaks) -> Peaks:
+            return {part: peak + (other[part] - fewer[part]) * times for part, peak in here.items()}
+
+        return Course(
+            saved=self.saved + (more.saved - few.saved) * times,
+            forward=added(self.forward, few.forward, more.forward),
+            backward=added(self.backward, few.backward, more.backward),
+        )
+
+    def without(self, gone: int, few: "Course") -> "Course":
+        """Where so much of what is kept is elsewhere; of what the passes of ``few`` layers hold nothing is."""
+
+        def left(here: Peaks, fewer: Peaks) -> Peaks:
+            return {part: peak - min(gone, max(0, peak - fewer[part])) for part, peak in here.items()}
+
+        return Course(
+            saved=self.saved - gone,
+            forward=left(self.forward, few.forward),
+            backward=left(self.backward, few.backward),
+        )
 
 
 def measure(
@@ -73,31 +111,24 @@ def measure(
     """
     stays = replace(config, activation_offload=False)
 
-    def held(settings: Mapping[str, Any]) -> Held:
-        return run(blank_model(spec, stays, settings, lora=lora), batch, compute_dtype(config), on)
+    def course(settings: Mapping[str, Any]) -> Course:
+        return _run(blank_model(spec, stays, settings, lora=lora), batch, compute_dtype(config), on)
 
     found = directions(spec, stated) if alike else None
     if found is None:
-        return held(stated)
-    total = few = held(found.few)
-    layers = list[tuple[Held, int]]()
+        return course(stated).held
+    total = few = course(found.few)
+    offloaded, heaviest = 0, 0
     for more, times, count in found.more:
-        layer = held(more) - few
-        layers.append((layer, count))
-        total = total + layer * times
-    total = replace(total, last=few.backward)
-    return _offloaded(total, layers) if config.activation_offload else total
-
-
-def _offloaded(total: Held, layers: Sequence[tuple[Held, int]]) -> Held:
-    """Of what layers keep, that of ``ON_DEVICE`` is there at a time: of the kind that keeps most."""
-    heaviest = max(layer.saved for layer, _ in layers)
-    gone = sum(layer.saved * count for layer, count in layers)
-    left = max(0, gone - ON_DEVICE * heaviest)
-    return Held(
-        saved=total.saved - left, forward=total.forward - left, backward=total.backward - left,
-        last=min(total.last, total.backward - left), offloaded=gone,
-    )  # fmt: skip
+        longer = course(more)
+        total = total.longer(few, longer, times)
+        offloaded += (longer.saved - few.saved) * count
+        heaviest = max(heaviest, longer.saved - few.saved)
+    if not config.activation_offload:
+        return replace(total.held, last=few.held.backward)
+    stay = min(offloaded, ON_DEVICE * heaviest)
+    held = total.without(offloaded - stay, few).held
+    return replace(held, last=min(few.held.backward, held.backward), offloaded=offloaded)
 
 
 def predict_peak(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], batch: Batch, *, lora: bool) -> int:
@@ -115,6 +146,12 @@ def run(
     adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu, *, gradients: bool = False
 ) -> Held:
     """One pass there and back on a micro-batch of which nothing but its shape is known; see ``follow``."""
+    return _run(adapter, batch, dtype, on, gradients=gradients).held
+
+
+def _run(
+    adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device, *, gradients: bool = False
+) -> Course:  # fmt: skip
     with on() as device:
         latents = torch.empty(batch.clips, *adapter.latent_shape(batch), device=device)
         corrupted = Corrupted(
@@ -131,7 +168,7 @@ def follow(
     counter: type[Any] = Tracker,
     *,
     gradients: bool = False,
-) -> Held:
+) -> Course:
     """One pass there and back, all layers one after another, wherever its inputs and weights lie.
 
     What cycles of references hold is let go at any time, here at none.
@@ -141,17 +178,51 @@ def follow(
         gradients: whether those of weights stay, and count; else the strategy counts them, which decides how many of
             them a rank keeps.
     """
-    _forget_tables(adapter.transformer)
-    weights = [] if gradients else [weight for weight in adapter.transformer.parameters() if weight.requires_grad]
-    hooks = [weight.register_post_accumulate_grad_hook(_forget) for weight in weights]
+    transformer = adapter.transformer
+    _forget_tables(transformer)
     with uncollected(), counter() as taken:
-        error = error_of(adapter, OBJECTIVE, adapter.transformer, corrupted, conditions, dtype)
-        saved, forward = taken.bytes, taken.mark()
-        torch.autograd.backward(error)
-        backward = taken.mark()
-    for hook in hooks:
-        hook.remove()
-    return Held(saved=saved, forward=forward, backward=backward, last=backward)
+
+        def note(peaks: dict[str, int], part: str) -> None:
+            peaks[part] = max(peaks.get(part, 0), taken.mark())
+
+        forward, backward = dict[str, int](), dict[str, int]()
+        with _hooks(
+            layer.register_forward_hook(lambda *_, part=part: note(forward, part))
+            for part, child in transformer.named_children()
+            for layer in (child if isinstance(child, nn.ModuleList) else (child,))
+        ):
+            error = error_of(adapter, OBJECTIVE, transformer, corrupted, conditions, dtype)
+        saved = taken.bytes
+        note(forward, REST)
+
+        def arrived(weight: Tensor, part: str) -> None:
+            note(backward, part)
+            if not gradients:
+                weight.grad = None
+
+        with _hooks(
+            weight.register_post_accumulate_grad_hook(partial(arrived, part=name.partition(".")[0]))
+            for name, weight in transformer.named_parameters()
+            if weight.requires_grad
+        ):
+            torch.autograd.backward(error)
+        note(backward, REST)
+    return Course(saved=saved, forward=forward, backward=backward)
+
+
+REST = ""
+"""The part of a pass after its last layer, or after the last gradient of a weight."""
+
+
+@contextmanager
+def _hooks(made: Iterable[Any]) -> Iterator[None]:
+    """There inside."""
+    handles = list(made)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _forget_tables(transformer: nn.Module) -> None:
@@ -159,7 +230,3 @@ def _forget_tables(transformer: nn.Module) -> None:
     for value in vars(sys.modules[type(transformer).__module__]).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
-
-
-def _forget(weight: torch.Tensor) -> None:
-    weight.grad = None
