@@ -308,7 +308,7 @@ def held_noted(state: TrainedState) -> Iterator[dict[str, int]]:
             held["masters"] = stored_bytes([*weights, *masters]) - held["weights"]
             inner = steps.optimizer
             held["moments"] = stored_bytes(value for of in inner.state.values() for value in of.values())
-            held["average"] = stored_bytes(state.average.shadow.values() if state.average is not None else ())
+            held["average"] = stored_bytes(state.average.shadow if state.average is not None else ())
 
     with mock.patch.object(steps, "step", noted):
         yield held
