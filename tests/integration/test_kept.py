@@ -61,15 +61,8 @@ def test_so_it_is_in_float32(strategy: str, name: str, trained: Trained) -> None
 
 
 @pytest.mark.parametrize("strategy", EXTRAS)
-def test_so_it_is_where_a_part_of_the_model_is_trained(strategy: str, trained: Trained) -> None:
+def test_so_it_is_where_a_part_of_the_model_is_trained_and_averaged(strategy: str, trained: Trained) -> None:
     trained(strategy)
     run = extra("subset", strategy)
     ranks = held(run)
-    assert ranks[0] == most(ranks) == forecast(run, len(ranks))
-
-
-def test_so_it_is_of_the_moving_average(trained: Trained) -> None:
-    trained("single")
-    run = extra("average", "single")
-    (rank,) = held(run)
-    assert rank == forecast(run, 1) and rank["average"] > 0
+    assert ranks[0] == most(ranks) == forecast(run, len(ranks)) and ranks[0]["average"] > 0
