@@ -34,14 +34,10 @@ MEASURED = Measured(
 """About Wan2.2-S2V on eight ranks."""
 
 
-class Known:
+class Known(ask.Measurer):
     """Answers without measuring: as ``MEASURED``, activations by tokens, state by the ranks that share it."""
 
-    def __init__(self) -> None:
-        self.asked: list[Question] = []
-
     def ask(self, question: Question) -> Measured:
-        self.asked.append(question)
         batch, sharded = question.batch, question.config["strategy"] in ("fsdp", "zero3-offload")
         share = batch.frames * batch.height * batch.width / (HEAVY.frames * HEAVY.height * HEAVY.width)
         kept = 14 if question.config["gradient_checkpointing"] == "none" else 1
@@ -87,9 +83,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_a_run_that_fits_says_by_how_much_and_one_that_does_not_names_what_decides() -> None:
-    fits = forecast(subject(80, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    fits = forecast(subject(80, strategy="fsdp"), Known())
     assert fits.fits and not fits.tried and "of 80.0 GiB" in fits.verdict and "80 frames of 640x640" in fits.verdict
-    found = forecast(subject(40, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(40, strategy="fsdp"), Known())
     assert found.fits is False
     assert (
         found.verdict.startswith("does not fit") and "backward phase decides, most of it activations" in found.verdict
@@ -97,41 +93,41 @@ def test_a_run_that_fits_says_by_how_much_and_one_that_does_not_names_what_decid
 
 
 def test_without_a_known_memory_there_is_a_number_and_no_verdict() -> None:
-    found = forecast(subject(None, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(None, strategy="fsdp"), Known())
     assert found.fits is None and "needs" in found.verdict and not found.tried
 
 
 def test_every_way_that_is_named_fits_and_the_cheapest_is_first() -> None:
-    found = forecast(subject(80, strategy="ddp", gradient_checkpointing="block"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(80, strategy="ddp", gradient_checkpointing="block"), Known())
     assert [each.typed for each in found.tried][:2] == ["--fsdp", "--zero3-offload"]
     for tried in found.tried:
         config = found.subject.config
         for way in tried.ways:
             config = way.applied(config)
         if "video_sample_size" not in tried.to_json()["options"]:
-            again = forecast(replace(found.subject, config=config), Known())  # type: ignore[arg-type]
+            again = forecast(replace(found.subject, config=config), Known())
             assert again.fits and again.heaviest.peak == tried.peak
 
 
 def test_changes_are_put_together_where_none_suffices_alone() -> None:
-    found = forecast(subject(60, strategy="ddp", gradient_checkpointing="none"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(60, strategy="ddp", gradient_checkpointing="none"), Known())
     first = found.tried[0]
     assert "--gradient-checkpointing block" in first.typed and "--fsdp" in first.typed and first.peak <= 60 * GIB
 
 
 def test_no_way_is_named_that_the_optimizer_cannot_go() -> None:
     whole = subject(80, strategy="ddp", gradient_checkpointing="block", optimizer="muon")
-    found = forecast(whole, Known())  # type: ignore[arg-type]
+    found = forecast(whole, Known())
     assert found.fits is False and not any("--fsdp" in each.typed or "--zero3" in each.typed for each in found.tried)
 
 
 def test_smaller_clips_are_named_by_the_largest_size_that_fits() -> None:
-    found = forecast(subject(56, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(56, strategy="fsdp"), Known())
     options = found.tried[-1].to_json()["options"]
     side = options["video_sample_size"]
     assert options["token_sample_size"] == side and side % 32 == 0
     larger = replace(HEAVY, height=side + 32, width=side + 32)
-    assert found.subject.needs(Known(), larger).peak > 56 * GIB  # type: ignore[arg-type]
+    assert found.subject.needs(Known(), larger).peak > 56 * GIB
 
 
 def test_phases_hold_what_lies_there_then() -> None:
@@ -156,12 +152,12 @@ def outlook(found: Any, host: int = 0, machine: int | None = None) -> Outlook:
 
 
 def test_what_will_not_fit_is_refused_unless_that_is_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
-    found = forecast(subject(40, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    found = forecast(subject(40, strategy="fsdp"), Known())
     with pytest.raises(FitError, match="the run does not fit") as error:
         refuse(outlook(found), RunConfig())
     assert "--zero3-offload" in str(error.value.hint) and "--no-fit-check" in str(error.value.hint)
     refuse(outlook(found), RunConfig(fit_check=False))
-    fits = forecast(subject(80, strategy="fsdp"), Known())  # type: ignore[arg-type]
+    fits = forecast(subject(80, strategy="fsdp"), Known())
     refuse(outlook(fits, host=10 * GIB, machine=None), RunConfig())
     with pytest.raises(FitError, match="of this machine's memory"):
         refuse(outlook(fits, host=10 * GIB, machine=9 * GIB), RunConfig())

@@ -925,6 +925,11 @@ class RunConfig:
         return (*self.trainable_modules, *self.trainable_modules_low_learning_rate)
 
     @property
+    def compute_bytes(self) -> int:
+        """Of a number in that type."""
+        return 2 if self.bf16 else 4
+
+    @property
     def holds_out(self) -> bool:
         """Whether there are rows whose loss is computed and on which nothing is trained."""
         return self.validation_meta is not None or self.validation_rows is not None

@@ -15,7 +15,6 @@ from vfun_cli.forecast.ask import Measurer
 from vfun_cli.forecast.batches import batches
 from vfun_cli.forecast.forecast import Forecast, Subject, allowed, forecast, size
 from vfun_cli.forecast.host import ESTIMATED, host_memory, machine_memory
-from vfun_cli.forecast.request import Question
 from vfun_cli.forecast.time import Schedule, pace, schedule, share_of
 from vfun_cli.launch.job import Job, changed
 from vfun_cli.plan.run_plan import RunPlan
@@ -57,22 +56,20 @@ def outlook(
     measurer: Measurer,
     *,
     typical: bool = False,
+    ways: bool = True,
 ) -> Outlook:
     """Of a run that is planned.
 
     Args:
         epoch: its first one; None where no clips are known.
-        typical: see ``forecast``.
+        typical, ways: see ``forecast``.
 
     Raises:
         VfunError: it cannot be measured.
     """
     subject = subject_of(command, config, spec, plan, epoch)
-    found = forecast(subject, measurer, typical=typical)
-    question = Question.of(
-        spec.name, config, subject.stated, subject.ranks, subject.batches.heaviest, lora=subject.lora
-    )
-    measured = measurer.ask(question)  # known by now
+    found = forecast(subject, measurer, typical=typical, ways=ways)
+    measured = subject.measured(measurer, subject.batches.heaviest, config)
     known = pace(config, config.gpu or _gpu_name())
     here = config.memory is None and devices.gpu_count() > 0
     share = share_of(measured.parameters, measured.trained, lora=subject.lora)
@@ -119,7 +116,9 @@ def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
     Raises:
         VfunError: it cannot be measured.
     """
-    return _with_attention_kept(*_sharded(job, _outlook(job, measurer), measurer), measurer)
+    job, found = _with_attention_kept(*_sharded(job, _outlook(job, measurer), measurer), measurer)
+    # What would fit is looked for once nothing else is open: it takes several measurements.
+    return job, _outlook(job, measurer, ways=True) if found.forecast.fits is False else found
 
 
 def _sharded(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook]:
@@ -150,8 +149,8 @@ def _may_fit(found: Outlook) -> bool:
     return found.forecast.heaviest.peak <= (ASSUMED_MEMORY if known is None else known)
 
 
-def _outlook(job: Job, measurer: Measurer) -> Outlook:
-    return outlook(job.command, job.config, job.spec, job.plan, job.plan.first_epoch, measurer)
+def _outlook(job: Job, measurer: Measurer, *, ways: bool = False) -> Outlook:
+    return outlook(job.command, job.config, job.spec, job.plan, job.plan.first_epoch, measurer, ways=ways)
 
 
 def refuse(found: Outlook, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 from vfun_cli.config.checks import check
@@ -12,8 +13,8 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.ask import Measurer
 from vfun_cli.forecast.batches import Batches
 from vfun_cli.forecast.memory import GIB, Memory, memory
-from vfun_cli.forecast.request import Batch, Question
-from vfun_cli.forecast.ways import Way, ways
+from vfun_cli.forecast.request import Batch, Measured, Question
+from vfun_cli.forecast.ways import Way, possible_ways
 
 ENOUGH_WAYS = 3
 """Ways that are named, at most; with smaller clips one more."""
@@ -37,6 +38,14 @@ class Subject:
     memory: int | None
     """Bytes of each rank's device; None: unknown."""
 
+    def measured(self, measurer: Measurer, batch: Batch, config: RunConfig) -> Measured:
+        """What was measured of a micro-batch under these options.
+
+        Raises:
+            VfunError: it cannot be measured.
+        """
+        return measurer.ask(Question.of(self.spec.name, config, self.stated, self.ranks, batch, lora=self.lora))
+
     def needs(self, measurer: Measurer, batch: Batch, config: RunConfig | None = None) -> Memory:
         """What a rank needs for a micro-batch, under these options or others.
 
@@ -44,8 +53,7 @@ class Subject:
             VfunError: it cannot be measured.
         """
         config = config or self.config
-        question = Question.of(self.spec.name, config, self.stated, self.ranks, batch, lora=self.lora)
-        return memory(config, self.spec, measurer.ask(question), self.ranks)
+        return memory(config, self.spec, self.measured(measurer, batch, config), self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +127,12 @@ class Forecast:
         }
 
 
-def forecast(subject: Subject, measurer: Measurer, *, typical: bool = False) -> Forecast:
+def forecast(subject: Subject, measurer: Measurer, *, typical: bool = False, ways: bool = True) -> Forecast:
     """What the run needs and, where that is too much, the nearest options that fit.
 
     Args:
         typical: also what its median micro-batch needs.
+        ways: whether options that fit are looked for.
 
     Raises:
         VfunError: it cannot be measured.
@@ -134,16 +143,16 @@ def forecast(subject: Subject, measurer: Measurer, *, typical: bool = False) -> 
         heaviest=subject.needs(measurer, batches.heaviest),
         typical=subject.needs(measurer, batches.typical) if typical else None,
     )
-    return found if found.fits is not False else replace(found, tried=_fitting(subject, measurer))
+    return replace(found, tried=_fitting(subject, measurer)) if ways and found.fits is False else found
 
 
 def _fitting(subject: Subject, measurer: Measurer) -> list[Tried]:
     """Single changes that suffice; where none does, the first few together that do, with smaller clips if need be."""
     config, lora = subject.config, subject.lora
-    candidates = [
-        way for way in ways(config, subject.ranks, lora=lora) if allowed(way.applied(config), subject.spec, lora=lora)
-    ]
-    found = [tried for way in candidates if (tried := _tried(subject, measurer, (way,))) is not None][:ENOUGH_WAYS]
+    possible = possible_ways(config, subject.ranks, lora=lora)
+    candidates = [way for way in possible if allowed(way.applied(config), subject.spec, lora=lora)]
+    fitting = (tried for way in candidates if (tried := _tried(subject, measurer, (way,))) is not None)
+    found = list(islice(fitting, ENOUGH_WAYS))
     together: tuple[Way, ...] = ()
     for way in candidates if not found else ():
         together = (*(each for each in together if not each.options.keys() & way.options.keys()), way)

@@ -92,7 +92,7 @@ def encoder_bytes(config: RunConfig, spec: FamilySpec, measured: Measured, ranks
     """Weights of each encoder on one rank's device; none where a cache has what they give."""
     if config.cache is not None:
         return {}
-    shares, size = STRATEGIES[config.strategy].shares_encoders, _compute_size(config)
+    shares, size = STRATEGIES[config.strategy].shares_encoders, config.compute_bytes
     return {
         name: measured.encoders[name] * (4 if each.float32 else size) // (ranks if each.shared and shares else 1)
         for name, each in spec.model.encoders.items()
@@ -121,7 +121,7 @@ def _backward(config: RunConfig, strategy: Strategy, measured: Measured, gradien
     block, outside = (
         _in_flight(config, strategy, measured, unit) for unit in (measured.trained_in_block, measured.trained_outside)
     )
-    waiting = _compute_size(config) * measured.trained_outside if strategy.wrapper == "fsdp" else 0
+    waiting = config.compute_bytes * measured.trained_outside if strategy.wrapper == "fsdp" else 0
     ends = (
         {"gradients": begun, "activations": measured.backward, "buffers": block},
         {"gradients": gradients, "activations": measured.last, "buffers": block + waiting},
@@ -132,7 +132,7 @@ def _backward(config: RunConfig, strategy: Strategy, measured: Measured, gradien
 
 def _gathered(config: RunConfig, strategy: Strategy, measured: Measured) -> int:
     """Weights that are whole while they are computed with, beside the parts of them that are kept."""
-    size = _compute_size(config)
+    size = config.compute_bytes
     if strategy.gathers == "blocks":
         blocks = GATHERED_BLOCKS + config.fsdp_prefetch
         return size * (measured.outside + blocks * measured.largest_block)
@@ -143,7 +143,7 @@ def _gathered(config: RunConfig, strategy: Strategy, measured: Measured) -> int:
 
 def _in_flight(config: RunConfig, strategy: Strategy, measured: Measured, unit: int) -> int:
     """Gradients on their way to the ranks that keep them. ``unit``: how many FSDP sends at a time."""
-    compute = _compute_size(config)
+    compute = config.compute_bytes
     if strategy.wrapper == "fsdp":  # in the compute type, and as they are summed
         return (compute + (2 if config.fsdp_reduce_dtype == "bf16" else 4)) * unit
     if strategy.wrapper == "deepspeed":  # two buckets, one of which is filled while the other one is summed in float32
@@ -159,10 +159,6 @@ def _step(config: RunConfig, strategy: Strategy, measured: Measured) -> int:
     if strategy.gathers is None:
         return 0 if config.bf16 else measured.masters
     return min(measured.masters, 4 * ZERO3_STEPS)
-
-
-def _compute_size(config: RunConfig) -> int:
-    return 2 if config.bf16 else 4
 
 
 def _with_losses(parts: Mapping[str, int], ranks: int) -> dict[str, int]:

@@ -34,7 +34,7 @@ def _typed(name: str, value: Any) -> str:
     return f"--{value}" if name == "strategy" and value != "single" else f"{flag} {value}"
 
 
-def ways(config: RunConfig, ranks: int, *, lora: bool) -> Iterator[Way]:
+def possible_ways(config: RunConfig, ranks: int, *, lora: bool) -> Iterator[Way]:
     """All single changes that may make a run smaller, the cheapest first; each has to be tried."""
     for possible, way in _WAYS:
         if possible(config, ranks, lora) and way.applied(config) != config:

@@ -83,7 +83,7 @@ def checkpoint_bytes(command: str, config: RunConfig, trained: Sequence[tuple[in
 def checkpoint_bytes_with(command: str, config: RunConfig, parameters: int, *, moments: int) -> int:
     """The same of so many numbers that train, of which the optimizer keeps so many bytes."""
     copies = command == "train" and STRATEGIES[config.strategy].saves_copies
-    copy_bytes = copies * (2 if config.bf16 else 4)
+    copy_bytes = copies * config.compute_bytes
     return state_bytes(parameters, moments=moments, average=config.use_ema, copy_bytes=copy_bytes)
 
 

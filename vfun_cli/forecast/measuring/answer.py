@@ -1,7 +1,7 @@
 """A question about a step, answered."""
 
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -15,7 +15,6 @@ from vfun_cli.forecast.measuring.encoders import decode_peak, encode_peak, encod
 from vfun_cli.forecast.measuring.model import (
     Weight,
     blank_options,
-    block_names,
     layers_alike,
     moved_by_streaming,
     weights_of,
@@ -35,13 +34,13 @@ def answer(question: Question) -> Measured:
     """
     config, stated = RunConfig.from_json(question.config), json.dumps(question.stated)
     model = Model(family=question.family, stated=stated, lora=question.lora)
-    weights, blocks = _weights(model, _unplaced(config))
+    weights = _weights(model, _unplaced(config))
     moved, state = _moved(model, config), kept(config, weights, question.ranks)
     return Measured(
         **asdict(replace(state, weights=state.weights - moved.host + moved.ring)),
         streamed=moved.host,
         **asdict(_held(model, _alike_placed(config), question.batch)),
-        **_units(weights, blocks),
+        **_units(weights),
         predict=_predict(model, _alike_placed(config), question.batch) if question.samples else 0,
         decode=_decode(question.family, config.bf16, question.batch) if question.samples else 0,
         encode=_encode(question.family, config.bf16, config.vae_mini_batch, question.batch),
@@ -77,16 +76,15 @@ def _alike_placed(config: RunConfig) -> RunConfig:
 
 
 @cache
-def _weights(model: Model, config: RunConfig) -> tuple[list[Weight], list[str]]:
-    """All weights, and the names of the blocks."""
+def _weights(model: Model, config: RunConfig) -> list[Weight]:
     spec, stated = model.parts
-    return weights_of(spec, config, stated, lora=model.lora), block_names(spec, config, stated)
+    return weights_of(spec, config, stated, lora=model.lora)
 
 
 @cache
 def _held(model: Model, config: RunConfig, batch: Batch) -> Held:
     spec, stated = model.parts
-    alike = layers_alike(spec, stated, _weights(model, _unplaced(config))[0])
+    alike = layers_alike(spec, stated, _weights(model, _unplaced(config)))
     return measure(spec, config, stated, batch, lora=model.lora, alike=alike)
 
 
@@ -121,19 +119,16 @@ def _encoders(model: Model, model_dir: str | None) -> dict[str, int]:
     return encoder_weights(spec, blank_options(spec, RunConfig(), stated), model_dir)
 
 
-def _units(weights: Sequence[Weight], blocks: Sequence[str]) -> Mapping[str, Any]:
+def _units(weights: Sequence[Weight]) -> Mapping[str, int]:
     """Numbers of the heaviest block and of what lies outside of blocks."""
-    inside: dict[str, int] = defaultdict(int)
-    trained: dict[str, int] = defaultdict(int)
-    starts = tuple(f"{block}." for block in blocks)
+    inside, trained = Counter[str](), Counter[str]()
     for weight in weights:
-        block = ".".join(weight.name.split(".")[:2]) if weight.name.startswith(starts) else ""
-        inside[block] += weight.numel
-        trained[block] += weight.numel * weight.trained
-    heaviest = max((block for block in inside if block), key=lambda block: inside[block], default="")
+        inside[weight.block] += weight.numel
+        trained[weight.block] += weight.numel * weight.trained
+    heaviest = max(filter(None, inside), key=lambda block: inside[block], default=None)
     return {
-        "largest_block": inside[heaviest] if heaviest else 0,
-        "trained_in_block": trained[heaviest] if heaviest else 0,
+        "largest_block": 0 if heaviest is None else inside[heaviest],
+        "trained_in_block": 0 if heaviest is None else trained[heaviest],
         "outside": inside[""],
         "trained_outside": trained[""],
     }

@@ -32,14 +32,14 @@ aten = torch.ops.aten
 @contextmanager
 def made_up_gpu() -> Iterator[torch.device]:
     """Inside, attention and RMS norms on this device are the kernels of CUDA."""
-    with mock.patch.object(functional, "rms_norm", _rms_norm), _made_up(_attention):
+    with mock.patch.object(functional, "rms_norm", _rms_norm), _made_up(_on_cuda):
         yield DEVICE
 
 
 @contextmanager
 def made_up_cpu() -> Iterator[torch.device]:
     """Inside, attention on this device is the kernel of CPUs. Of RMS norms they have none, and nor has ``meta``."""
-    with _made_up(_attention_on_cpus):
+    with _made_up(_on_cpus):
         yield DEVICE
 
 
@@ -50,63 +50,65 @@ def cpu() -> Iterator[torch.device]:
 
 
 @contextmanager
-def _made_up(attention: Callable[..., Tensor]) -> Iterator[None]:
+def _made_up(kernel: "Kernel") -> Iterator[None]:
+    attention = _scaled_dot_product_attention(kernel)
     with mock.patch.object(functional, "scaled_dot_product_attention", attention), _Remembered():
         yield
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """As torch chooses on CUDA: flash attention, or memory-efficient attention where there is a mask or float32."""
-    if enable_gqa:
-        key, value = _for_all_heads(query, key), _for_all_heads(query, value)
-    if attn_mask is None and query.dtype != torch.float32:
-        return _first(aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale))
-    bias = attn_mask
-    if bias is not None:
-        bias = bias.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    return _first(
-        aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
-        )
-    )
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None], Sequence[Tensor]]
+"""Of query, key, value, mask, dropout, whether it is causal, scale: the output, and what its gradients need."""
 
 
-def _attention_on_cpus(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """As torch chooses on CPUs: flash attention, which has a kernel for every type, and for masks."""
-    if enable_gqa:
-        key, value = _for_all_heads(query, key), _for_all_heads(query, value)
-    bias = None if attn_mask is None else attn_mask.to(query.dtype)
-    return _first(
-        aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+def _scaled_dot_product_attention(kernel: Kernel) -> Callable[..., Tensor]:
+    """torch's function of that name, by this kernel."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if enable_gqa:
+            key, value = _for_all_heads(query, key), _for_all_heads(query, value)
+        mask = None if attn_mask is None else attn_mask.to(query.dtype)
+        return kernel(query, key, value, mask, dropout_p, is_causal, scale)[0]
+
+    return attention
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
+) -> Sequence[Tensor]:
+    """As torch chooses there: flash attention, or memory-efficient attention where there is a mask or float32."""
+    if mask is None and query.dtype != torch.float32:
+        flash: Sequence[Tensor] = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout, causal, scale=scale
         )
+        return flash
+    bias = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient: Sequence[Tensor] = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, torch.is_grad_enabled(), dropout, causal, scale=scale
     )
+    return efficient
+
+
+def _on_cpus(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
+) -> Sequence[Tensor]:
+    """As torch chooses there: flash attention, which has a kernel for every type, and for masks."""
+    flash: Sequence[Tensor] = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout, causal, attn_mask=mask, scale=scale
+    )
+    return flash
 
 
 def _for_all_heads(query: Tensor, few: Tensor) -> Tensor:
     return few.repeat_interleave(query.shape[-3] // few.shape[-3], -3)
-
-
-def _first(found: Sequence[Tensor]) -> Tensor:
-    return found[0]
 
 
 def _rms_norm(

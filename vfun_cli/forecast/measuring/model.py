@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,8 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     trained: bool
+    block: str = ""
+    """Name of the transformer block that it is in; none: it lies outside of blocks."""
     slow: bool = False
     """Whether it trains at a lower rate than others, which makes a parameter group of it and its like."""
     itemsize: int | None = None
@@ -55,6 +57,8 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
     transformer = _blank_adapter(spec, config, stated).transformer
     released, idle = spec.export.names["same"], spec.model.modules_without_gradient(spec.model.read_dims(stated))
     names = [name for name, _ in transformer.named_parameters()]
+    classes = spec.model.block_classes
+    blocks = [name for name, module in transformer.named_modules() if type(module).__name__ in classes]
     trained = set() if lora else set(choose(config.trained_modules, names, released, idle).names)
     slow = slow_names(config, trained, released)
     adapters = _adapters(config, transformer, released, idle) if lora else []
@@ -69,7 +73,10 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
         )
         for name, weight in transformer.named_parameters()
     ]  # fmt: skip
-    return own + adapters
+    return [
+        replace(weight, block=next((block for block in blocks if weight.name.startswith(f"{block}.")), ""))
+        for weight in own + adapters
+    ]
 
 
 def _adapters(config: RunConfig, transformer: nn.Module, released: Any, idle: Sequence[str]) -> list[Weight]:
@@ -86,10 +93,12 @@ def _adapters(config: RunConfig, transformer: nn.Module, released: Any, idle: Se
 
 def layers_alike(spec: FamilySpec, stated: Mapping[str, Any], weights: Sequence[Weight]) -> bool:
     """Whether of all layers of a list the same weights train, but for those that never get a gradient."""
-    idle = set(inside([weight.name for weight in weights], spec.model.modules_without_gradient(_dims(spec, stated))))
+    idle = set(
+        inside([weight.name for weight in weights], spec.model.modules_without_gradient(spec.model.read_dims(stated)))
+    )
     trained = defaultdict[str, set[bool]](set)
     for weight in weights:
-        if weight.name not in idle and weight.name.rpartition(".")[0] not in idle:
+        if weight.name not in idle:
             trained[re.sub(r"\.\d+\.", ".#.", weight.name)].add(weight.trained)
     return all(len(answers) == 1 for answers in trained.values())
 
@@ -105,7 +114,7 @@ def blank_model(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], 
     """
     adapter = _blank_adapter(spec, config, stated)
     transformer = adapter.transformer
-    plan: Any = SimpleNamespace(spec=spec, dims=_dims(spec, stated))
+    plan: Any = SimpleNamespace(spec=spec, dims=spec.model.read_dims(stated))
     with DEVICE:  # peft makes adapters on the processor, which draws 170 M numbers for Wan-S2V's of few layers
         choose_weights(config, plan, transformer, NOT_LAZY, lora=lora, fresh=False)
     prepare_blocks(config, plan, transformer)
@@ -129,12 +138,6 @@ def moved_by_streaming(spec: FamilySpec, config: RunConfig, stated: Mapping[str,
     return bytes_moved(blocks, config.stream_blocks, config.base_precision, DEVICE)
 
 
-def block_names(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> list[str]:
-    """Names of the transformer's blocks."""
-    named = _blank_adapter(spec, config, stated).transformer.named_modules()
-    return [name for name, module in named if type(module).__name__ in spec.model.block_classes]
-
-
 def blank_options(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any]) -> AdapterOptions:
     """What an adapter on the made-up GPU is told, of no model directory."""
     return AdapterOptions(
@@ -152,7 +155,3 @@ def _blank_adapter(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any
     adapter = adapter_of(spec).blank(stated, blank_options(spec, config, stated))
     adapter.transformer.to(DEVICE)
     return adapter
-
-
-def _dims(spec: FamilySpec, stated: Mapping[str, Any]) -> Any:
-    return spec.model.read_dims(stated)

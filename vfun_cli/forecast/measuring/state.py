@@ -74,7 +74,7 @@ def _flat(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
     part = sum(parts)
     reached = (_reaching_into_a_part(*each, ranks) for each in zip(groups, parts, strict=True))
     return Kept(
-        weights=_compute_size(config) * part * ranks
+        weights=config.compute_bytes * part * ranks
         + sum(_itemsize(config, weight) * weight.numel for weight in weights if not weight.trained),
         masters=4 * part,
         gradients=4 * (part if config.bf16 else sum(reached)),
@@ -113,7 +113,7 @@ def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Ke
     groups = [[parts[weight.name] for weight in group] for group in _groups(weights)]
     part = sum(map(sum, groups))
     return Kept(
-        weights=_compute_size(config) * (sum(parts.values()) + whole),
+        weights=config.compute_bytes * (sum(parts.values()) + whole),
         masters=4 * part,
         gradients=4 * part * (2 if STRATEGIES[config.strategy].offloads else 1),
         moments=state_bytes(config, [(count,) for group in groups for count in _sub_groups(group)]),
@@ -149,8 +149,4 @@ def _groups(weights: Sequence[Weight]) -> list[list[Weight]]:
 
 def _itemsize(config: RunConfig, weight: Weight) -> int:
     """Bytes of a number of a frozen weight."""
-    return weight.itemsize or _compute_size(config)
-
-
-def _compute_size(config: RunConfig) -> int:
-    return 2 if config.bf16 else 4
+    return weight.itemsize or config.compute_bytes
