@@ -68,7 +68,10 @@ WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 SHAPES = {"real": ((48, 512, 512), (80, 640, 640)), "tiny": ((8, 64, 64),)}
 """Frames, height, width; one frame more where the family counts so."""
 PROFILED = ("block", True)
-MODES = [("block", False), PROFILED, ("none", False), ("none", True), ("selective", False), ("selective", True)]
+MODES = [
+    ("block", False), PROFILED, ("attention", False), ("none", False), ("none", True), ("selective", False),
+    ("selective", True),
+]  # fmt: skip
 """Checkpointing and compile, what matters most first."""
 WARM_UP, STEPS, STEADY = 2, 8, 10.0
 """Steps before the clock starts, at most so many under it, and seconds after which fewer will do."""

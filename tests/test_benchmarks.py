@@ -56,7 +56,7 @@ NUMBERS = {
     "loading_memory": ["rows/0/kept_copies", "rows/1/kept_copies"],
     "fuzz_files": ["mutations"],
     "fuzz_metadata": ["metadata/files", "media/files", "playlists/files"],
-    "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "cogvideox-fun/rows/2/tokens_per_second"],
+    "gpu_step": ["wan-s2v/rows/1/tokens_per_second", "wan-s2v/rows/1/tflops", "cogvideox-fun/rows/2/tokens_per_second"],
     "help_startup": ["vfun_over_accelerate"],
     "kill_fuzz": ["kills", "kills in windows/--overwrite"],
     "lora_merge": ["peak_bytes"],

@@ -15,7 +15,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import family_defaults
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError, FitError, RunError
-from vfun_cli.forecast import ask
+from vfun_cli.forecast import ask, time
 from vfun_cli.forecast.batches import Batches
 from vfun_cli.forecast.fit import Outlook, refuse
 from vfun_cli.forecast.forecast import Subject, forecast
@@ -25,8 +25,8 @@ from vfun_cli.forecast.request import Batch, Measured, Question
 SPEC = families.find("wan-s2v")
 HEAVY = Batch(frames=80, height=640, width=640)
 MEASURED = Measured(
-    weights=8 * GIB, masters=0, gradients=8 * GIB, moments=16 * GIB, average=0, saved=14 * GIB, forward=17 * GIB,
-    backward=24 * GIB, last=10 * GIB, offloaded=0, streamed=0, predict=0, decode=0, encode=4 * GIB,
+    weights=8 * GIB, masters=0, gradients=8 * GIB, moments=16 * GIB, average=0, step=0, saved=14 * GIB,
+    forward=17 * GIB, backward=24 * GIB, last=10 * GIB, offloaded=0, streamed=0, predict=0, decode=0, encode=4 * GIB,
     parameters=16_000_000_000, trained=16_000_000_000,
     largest_block=350_000_000, trained_in_block=350_000_000, outside=2_240_000_000, trained_outside=2_240_000_000,
     encoders={"vae": 127_000_000, "text": 5_681_000_000, "speech": 315_000_000},
@@ -145,6 +145,83 @@ def test_phases_hold_what_lies_there_then() -> None:
     assert summed.parts["backward"]["gradients"] == 8 * GIB
     offloaded = memory(replace(config, strategy="zero3-offload"), SPEC, MEASURED, 8)
     assert not {"weights", "masters", "moments", "gradients"} & offloaded.parts["backward"].keys()
+
+
+NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
+"""GiB of weights under each strategy; what self-attention gives are ten more."""
+
+
+@pytest.mark.parametrize(
+    ("memory", "typed", "strategy", "kept"),
+    [
+        (90, (), "ddp", "attention"),
+        (76, (), "zero2", "attention"),
+        (76, ("--gradient-checkpointing", "block"), "ddp", "block"),
+        (76, ("--ddp",), "ddp", "block"),
+        (66, (), "fsdp", "attention"),
+        (25, (), "fsdp", "block"),
+        (19, (), "zero3", "block"),
+        (13, (), "zero3-offload", "attention"),
+        (3, (), "zero3-offload", "block"),
+        (1, (), "ddp", "block"),
+    ],
+)
+def test_what_nobody_chose_is_the_cheapest_that_fits(
+    memory: int, typed: tuple[str, ...], strategy: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_known(self: ask.Measurer, question: Question) -> Measured:
+        attention = 10 * (question.config["gradient_checkpointing"] == "attention")
+        return replace(
+            MEASURED, weights=NEEDS.get(question.config["strategy"], 0) * GIB, gradients=0, moments=0, encode=0,
+            forward=attention * GIB, backward=attention * GIB, last=0, parameters=0, trained=0, largest_block=0,
+            trained_in_block=0, outside=0, trained_outside=0, encoders=dict.fromkeys(MEASURED.encoders, 0),
+        )  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ask.Measurer, "ask", ask_known)
+    said = vfun(
+        "train", "wan-s2v", "--demo", "--dry-run", "--json", "--device", "cuda", "--num-processes", "8",
+        "--memory", f"{memory}GiB", *typed,
+    )  # fmt: skip
+    found = json.loads(said.out)["config"]
+    assert (found["strategy"], found["gradient_checkpointing"]) == (strategy, kept), said.err
+    assert said.code == (4 if memory == 1 else 0)
+
+
+def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(checkpointing: str, tflops: float, *, compiled: bool = False, inline: bool = False) -> dict[str, Any]:
+        return {"checkpointing": checkpointing, "compile": compiled, "inline": inline, "tflops": tflops}
+
+    rows = [row("block", 400), row("block", 500, compiled=True), row("none", 450), row("block", 10, inline=True)]
+    results = tmp_path / "benchmarks" / "results" / "gpu_step.json"
+    results.parent.mkdir(parents=True)
+    out_of_memory = {"checkpointing": "block", "compile": False, "inline": False, "does_not_fit": True}
+    results.write_text(json.dumps({
+        "gpu": "NVIDIA H100 80GB HBM3", "wan-s2v": {"rows": [*rows, out_of_memory]},
+        "cogvideox-fun": {"rows": [row("block", 300)]},
+    }), encoding="utf-8")  # fmt: skip
+    monkeypatch.setattr(time, "shipped", lambda name: tmp_path / name)
+
+    def share(family: str = "wan-s2v", gpu: str = "NVIDIA H100 80GB HBM3", **options: Any) -> float:
+        known = time.pace(RunConfig(output_dir=tmp_path / "run", **options), family, gpu)
+        assert known is not None
+        return round(known.mfu * known.peak / 1e12 if known.mfu != time.ASSUMED_MFU else 0)
+
+    assert share(gradient_checkpointing="attention") == share(gradient_checkpointing="block") == 400
+    assert share(gradient_checkpointing="none") == 450
+    assert share(gradient_checkpointing="block", compile=True) == 500
+    assert share("cogvideox-fun") == 300
+    assert share("hunyuanvideo-t2v") == 350  # of both
+    assert share(gpu="NVIDIA A100-SXM4-80GB") == 0
+    results.unlink()
+    assert share() == 0
+    steps = tmp_path / "run" / "metrics.jsonl"
+    steps.parent.mkdir()
+    steps.write_text("".join(json.dumps({"step": step, "mfu": 0.2}) + "\n" for step in range(3)), encoding="utf-8")
+    assert share() == round(0.2 * 989)
+    assert share(mfu=0.5) == round(0.5 * 989)
 
 
 def outlook(found: Any, host: int = 0, machine: int | None = None) -> Outlook:

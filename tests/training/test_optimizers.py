@@ -19,6 +19,7 @@ from vfun_cli.config import optimizers
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.forecast.measuring.tracker import Tracker
 from vfun_cli.imports import named
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.optim import make_optimizer, set_learning_rate, trainable
@@ -176,6 +177,37 @@ def test_the_bytes_of_what_it_keeps_are_known_beforehand(name: str, saver: Check
         assert held == said
     taken = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert taken <= checkpoint_bytes(state)
+
+
+ON_A_GPU = {"adafactor": ("foreach=true",), A_CLASS: ("foreach=true",)}
+"""What torch does there where nothing is said; on a CPU it takes one tensor after another."""
+
+
+@every
+def test_the_copies_that_a_step_makes_are_known_beforehand(name: str) -> None:
+    known, made = copies(config_of(name, *ON_A_GPU.get(name, ())))
+    # A class that is not in the table is taken for the largest of torch's, which makes twice as much as the others.
+    least = 0.95 if name in OPTIMIZERS else 0.45
+    assert least * known <= made <= known + 1000
+
+
+@pytest.mark.parametrize("foreach", ["true", "false"])
+def test_the_copies_of_adamw_in_several_passes_are_known_beforehand(foreach: str) -> None:
+    known, made = copies(config_of("adamw", "fused=false", f"foreach={foreach}"))
+    assert 0.95 * known <= made <= known + 1000
+
+
+def copies(config: RunConfig) -> tuple[int, int]:
+    """Bytes that a step makes and lets go, as the table says and as it is."""
+    shapes = [(128, 128)] * 6 + [(256, 256)] * 2
+    parameters = {str(number): nn.Parameter(torch.randn(shape)) for number, shape in enumerate(shapes)}
+    optimizer = make_optimizer(parameters, config, CPU)
+    for tracker in (Tracker(), Tracker()):  # the first step makes what stays, too
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        with tracker:
+            optimizer.step()
+    return optimizers.step_bytes(config, shapes), tracker.peak
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is missing")

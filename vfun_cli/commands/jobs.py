@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vfun_cli import console
+from vfun_cli.config.optimizers import notices
 from vfun_cli.launch import show
 from vfun_cli.launch.job import Job
 from vfun_cli.launch.start import start
@@ -25,6 +26,8 @@ def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) ->
         typer.Exit: it was interrupted or preempted; its state is saved.
     """
     job, found = _forecast(job, dry_run=dry_run)
+    for notice in notices(job.config, job.resolved.said):
+        console.warn(notice)
     if dry_run:
         show.dry_run(job, forecast=None if found is None else found.to_json(), as_json=as_json)
     if found is not None:

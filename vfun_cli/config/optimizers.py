@@ -78,6 +78,25 @@ def _muon_state(shape: Shape, arguments: Arguments) -> dict[str, int]:
     return {"momentum_buffer": 4 * math.prod(shape)} if len(shape) == 2 else _adamw_state(shape, {})
 
 
+Copies = tuple[float, float]
+"""In float32: of all parameters, and of the largest one."""
+
+
+def _one_at_a_time(copies: float) -> Callable[[Arguments], Copies]:
+    return lambda arguments: (0, copies)
+
+
+def _adamw_copies(arguments: Arguments) -> Copies:
+    """None in one pass over each tensor, which is what torch does where nothing else is said."""
+    if arguments.get("fused", True) and not arguments.get("foreach"):
+        return 0, 0
+    return (1, 0) if arguments.get("foreach", True) else (0, 3)
+
+
+def _adafactor_copies(arguments: Arguments) -> Copies:
+    return (1, 0) if arguments.get("foreach", True) else (0, 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """One optimizer. What differs between them is a column here."""
@@ -105,6 +124,9 @@ class Optimizer:
     """It takes matrices alone; who takes the other parameters."""
     state: Callable[[Shape, Arguments], dict[str, int]] = _adamw_state
     """Bytes of what it keeps of a parameter of this shape, by name, as a checkpoint holds them."""
+    copies: Callable[[Arguments], Copies] = _adamw_copies
+    """What its step makes and lets go, on a GPU: as torch works there, on all tensors at a time, or one by one. Where
+    it is compiled, what it makes when it is not."""
     wrappers: tuple[str, ...] = WHOLE
     """Where it works."""
     because: str = ""
@@ -154,6 +176,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             arguments=("amsgrad", "block_size"),
             compiled=True,
             state=_adamw8bit_state,
+            copies=_one_at_a_time(6),
             wrappers=(*WHOLE, "fsdp"),
             because="DeepSpeed's checkpoints cannot hold its blocks of 8-bit numbers",
             in_blocks=True,
@@ -164,6 +187,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             takes={"weight_decay": DECAY},
             arguments=("beta2_decay", "eps", "d", "foreach"),
             state=_adafactor_state,
+            copies=_adafactor_copies,
             because=_MATRICES,
             usual_rate=1e-2,
             rate_means="is relative to the size of each weight",
@@ -178,6 +202,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             given={"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)},
             arguments=("betas", "eps", "clip_threshold", "weight_decay"),
             state=_came_state,
+            copies=_one_at_a_time(5),
             because=_MATRICES,
         ),
         Optimizer(
@@ -192,6 +217,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
                 "use_bias_correction",
             ),
             state=_prodigy_state,
+            copies=_one_at_a_time(2),
             because="it estimates one rate from all weights, and each rank has a part of them",
             counts=True,
             one_rate=True,
@@ -207,6 +233,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             arguments=("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps", "adjust_lr_fn"),
             others="adamw",
             state=_muon_state,
+            copies=_one_at_a_time(3),
             because=_MATRICES,
         ),
     )
@@ -233,7 +260,10 @@ def find(name: str) -> Optimizer:
             option="--optimizer",
         )
     module, _, kind = name.rpartition(".")
-    return Optimizer(name=name, place=f"{module}:{kind}", wrappers=EVERYWHERE, converts=True, counts=True)
+    return Optimizer(
+        name=name, place=f"{module}:{kind}", copies=lambda arguments: (2, 0), wrappers=EVERYWHERE, converts=True,
+        counts=True,
+    )  # fmt: skip
 
 
 def packages(name: str | None) -> list[str]:
@@ -317,6 +347,16 @@ def state_bytes(config: "RunConfig", shapes: Iterable[Shape], *, ranks: int = 1)
     optimizer, arguments = find(config.optimizer), parse_arguments(config.optimizer_args)
     cut = ranks if optimizer.in_blocks else 1  # what else is sharded takes the same
     return sum(sum(optimizer.state(shard, arguments).values()) for shape in shapes for shard in _shards(shape, cut))
+
+
+def step_bytes(config: "RunConfig", shapes: Iterable[Shape]) -> int:
+    """What a step over parameters of these shapes makes and lets go, at most, beside all that is kept.
+
+    Of a class that is not in the table, two copies of all are assumed: most of torch's make one or two.
+    """
+    of_all, of_largest = find(config.optimizer).copies(parse_arguments(config.optimizer_args))
+    numbers = [math.prod(shape) for shape in shapes]
+    return round(4 * (of_all * sum(numbers) + of_largest * max(numbers, default=0)))
 
 
 def ranks_of_a_parameter(config: "RunConfig") -> int:

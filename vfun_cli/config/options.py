@@ -677,7 +677,8 @@ class RunConfig:
         str,
         Opt(
             help="How weights and work are spread; --ddp, --fsdp, --zero2, --zero3, --zero3-offload are short for it. "
-            "auto: single on one GPU or CPU; on several GPUs ddp, or fsdp for what one GPU cannot hold whole.",
+            "auto: single on one GPU or CPU; on several GPUs the first of ddp, zero2, fsdp, zero3 and zero3-offload "
+            "that its forecast says fits.",
             panel=PARALLEL,
             choices=tuple(STRATEGIES),
             on_resume="sharding",
@@ -844,7 +845,7 @@ class RunConfig:
         float | None,
         Opt(
             help="Share of the GPUs' peak that a run uses, to tell how long it takes; by default what earlier steps in "
-            "output_dir reached, else 0.3.",
+            "output_dir reached, else what benchmarks/gpu_step.py measured on such a GPU, else 0.3.",
             panel=FORECAST,
             above=0,
             maximum=1,

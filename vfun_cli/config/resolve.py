@@ -45,6 +45,15 @@ class Resolved:
     config: RunConfig
     sources: dict[str, str]
 
+    @property
+    def said(self) -> set[str]:
+        """Options that somebody has set for this launch: typed, exported or written down."""
+        return {
+            name
+            for name, source in self.sources.items()
+            if source == OPTION or source.startswith("$") or SETTINGS_FILE in source
+        }
+
 
 def resolve(
     command: str,
@@ -79,11 +88,6 @@ def resolve(
 def is_default(source: str) -> bool:
     """Whether a value with this source is vfun's or a family's default."""
     return source.endswith("default")
-
-
-def was_said(source: str) -> bool:
-    """Whether somebody has set a value with this source for this launch: typed, exported or written down."""
-    return source == OPTION or source.startswith("$") or SETTINGS_FILE in source
 
 
 def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:

@@ -1,6 +1,6 @@
 """A job and its forecast: what was left open is settled by it, and what will not fit is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ from vfun_cli import console, devices
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import HERE, is_default
+from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import FitError
 from vfun_cli.families.detect import read_config
 from vfun_cli.families.spec import FamilySpec
@@ -22,8 +23,9 @@ from vfun_cli.plan.schedule import EpochPlan
 
 ASSUMED_MEMORY = 80 * 10**9
 """Bytes of a GPU that is not here and of which nothing is said, where a strategy has to be chosen."""
-SHARDING = ("ddp", "fsdp", "zero3-offload")
-"""What is tried where nobody chose a strategy, the cheapest first."""
+SHARDING = ("ddp", "zero2", "fsdp", "zero3", "zero3-offload")
+"""What is tried where nobody chose a strategy, the cheapest first: with whole weights on each rank, gathered block by
+block, gathered layer by layer, and through the host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def outlook(
     subject = subject_of(command, config, spec, plan, epoch)
     found = forecast(subject, measurer, typical=typical, ways=ways)
     measured = subject.measured(measurer, subject.batches.heaviest, config)
-    known = pace(config, config.gpu or _gpu_name())
+    known = pace(config, spec.name, config.gpu or _gpu_name())
     here = config.memory is None and devices.gpu_count() > 0
     share = share_of(measured.parameters, measured.trained, lora=subject.lora)
     return Outlook(
@@ -111,37 +113,53 @@ def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
     """The job with what its forecast decides, and the forecast.
 
     A strategy that nobody chose becomes the cheapest one that fits; what self-attention gives is kept, instead of
-    computed again, where nobody chose otherwise and it fits.
+    computed again, where nobody chose otherwise and it fits. A strategy under which it does goes before a cheaper one:
+    weights are sent while others compute, attention is the most expensive part of what is computed again. Not so where
+    the processor has to step.
 
     Raises:
         VfunError: it cannot be measured.
     """
-    job, found = _with_attention_kept(*_sharded(job, _outlook(job, measurer), measurer), measurer)
-    # What would fit is looked for once nothing else is open: it takes several measurements.
-    return job, _outlook(job, measurer, ways=True) if found.forecast.fits is False else found
-
-
-def _sharded(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook]:
-    is_open = job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING
-    if not is_open or _may_fit(found):
-        return job, found
-    for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
-        if not allowed(replace(job.config, strategy=name), job.spec, lora=job.command == "lora"):
+    first = fitting = None
+    for each in _strategies(job, measurer):
+        first = first or each
+        if fitting is not None and STRATEGIES[each[0].config.strategy].offloads:
+            break
+        if not _may_fit(each[1]):
             continue
-        other = changed(job, {"strategy": name}, f"{HERE}: under {job.config.strategy} it {found.forecast.verdict}")
-        then = _outlook(other, measurer)
-        if _may_fit(then):
-            return other, then
-    return job, found
+        kept = _with_attention_kept(*each, measurer)
+        if kept is not None:
+            return kept
+        fitting = fitting or each
+    if fitting is not None:
+        return fitting
+    assert first is not None
+    # What would fit is looked for once nothing else is open: it takes several measurements.
+    return job, _outlook(job, measurer, ways=True) if first[1].forecast.fits is False else first[1]
 
 
-def _with_attention_kept(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook]:
+def _strategies(job: Job, measurer: Measurer) -> Iterator[tuple[Job, Outlook]]:
+    """The job as it is and, where its strategy is open, under each one that is more expensive."""
+    found = _outlook(job, measurer)
+    yield job, found
+    if not (job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING):
+        return
+    why = f"{HERE}: under {job.config.strategy} "
+    why += "self-attention would be computed twice" if _may_fit(found) else f"it {found.forecast.verdict}"
+    for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
+        if allowed(replace(job.config, strategy=name), job.spec, lora=job.command == "lora"):
+            other = changed(job, {"strategy": name}, why)
+            yield other, _outlook(other, measurer)
+
+
+def _with_attention_kept(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook] | None:
+    """The same where that is not open, None where it does not fit."""
     is_open = is_default(job.resolved.sources["gradient_checkpointing"])
     if not (is_open and job.config.gradient_checkpointing == "block" and found.forecast.fits):
         return job, found
     other = changed(job, {"gradient_checkpointing": "attention"}, f"{HERE}: what self-attention gives fits, too")
     then = _outlook(other, measurer)
-    return (other, then) if then.forecast.fits else (job, found)
+    return (other, then) if then.forecast.fits else None
 
 
 def _may_fit(found: Outlook) -> bool:

@@ -152,13 +152,16 @@ def _in_flight(config: RunConfig, strategy: Strategy, measured: Measured, unit: 
 
 
 def _step(config: RunConfig, strategy: Strategy, measured: Measured) -> int:
-    """What the step takes beside weights, gradients and moments: DeepSpeed joins gradients into the tensors that it
-    steps, unless they were summed there."""
-    if strategy.wrapper != "deepspeed" or strategy.offloads:
+    """What the step takes beside weights, gradients and moments: what the optimizer makes, and what DeepSpeed joins
+    gradients in, unless they were summed there."""
+    if strategy.offloads:
         return 0
-    if strategy.gathers is None:
-        return 0 if config.bf16 else measured.masters
-    return min(measured.masters, 4 * ZERO3_STEPS)
+    joined = 0
+    if strategy.gathers == "layers":
+        joined = min(measured.masters, 4 * ZERO3_STEPS)
+    elif strategy.wrapper == "deepspeed" and not config.bf16:
+        joined = measured.masters
+    return joined + measured.step
 
 
 def _with_losses(parts: Mapping[str, int], ranks: int) -> dict[str, int]:

@@ -78,6 +78,8 @@ class Measured:
     gradients: int
     moments: int
     average: int
+    step: int
+    """What the optimizer's step makes and lets go."""
     saved: int
     """What a forward pass keeps for the backward pass."""
     forward: int

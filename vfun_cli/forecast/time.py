@@ -1,8 +1,8 @@
 """How long a run takes, and what it costs: the FLOPs of its plan over what its devices do of their peak."""
 
+import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,9 +14,12 @@ from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan
 from vfun_cli.run.metrics_file import read_records
 from vfun_cli.run.rundir import RunDir
+from vfun_cli.shipped import shipped
 
 ASSUMED_MFU = 0.30
 """Where nothing was measured: published runs of 14B video models reach 18 to 37 % with what vfun does by default."""
+BENCHMARK = "benchmarks/gpu_step"
+"""It measures steps of models of released width on the GPU at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,11 @@ class Pace:
     """Where the share comes from."""
 
 
-def pace(config: RunConfig, gpu: str | None) -> Pace | None:
+def pace(config: RunConfig, family: str, gpu: str | None) -> Pace | None:
     """Of this run's devices; None where their peak is unknown.
 
     Args:
+        family: its name.
         gpu: their name.
     """
     peak = config.peak_tflops * 1e12 if config.peak_tflops is not None else peak_of(gpu) if gpu else None
@@ -42,16 +46,35 @@ def pace(config: RunConfig, gpu: str | None) -> Pace | None:
         return None
     if config.mfu is not None:
         return Pace(peak=peak, mfu=config.mfu, source="--mfu")
-    measured = _measured(config.output_dir)
-    if measured is not None:
-        return Pace(peak=peak, mfu=measured, source=f"measured in {config.output_dir}")
+    reached = [record["mfu"] for record in read_records(RunDir(config.output_dir).metrics) if record.get("mfu")]
+    if reached:
+        return Pace(peak=peak, mfu=median(reached), source=f"measured in {config.output_dir}")
+    measured = _benchmark(config, family, gpu) if gpu is not None else []
+    if measured:
+        return Pace(peak=peak, mfu=median(measured) / peak, source=f"measured by {BENCHMARK}.py on such a GPU")
     return Pace(peak=peak, mfu=ASSUMED_MFU, source="assumed; --mfu says another")
 
 
-def _measured(output_dir: Path) -> float | None:
-    """The median of an earlier run's steps in this directory."""
-    found = [record["mfu"] for record in read_records(RunDir(output_dir).metrics) if record.get("mfu")]
-    return median(found) if found else None
+def _benchmark(config: RunConfig, family: str, gpu: str) -> list[float]:
+    """FLOP/s of the benchmark's steps on such a GPU: of this family or else of all, compiled or not as in this run,
+    with its checkpointing or else with that of blocks."""
+    folder, name = BENCHMARK.split("/")
+    try:
+        found = json.loads((shipped(folder) / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    if peak_of(found["gpu"] or "") != peak_of(gpu):
+        return []
+    families = [found[family]] if family in found else [part for part in found.values() if "rows" in part]
+    rows = [
+        row for part in families for row in part["rows"]
+        if "tflops" in row and row["compile"] == config.compile and not row["inline"]
+    ]  # fmt: skip
+    for checkpointing in (config.gradient_checkpointing, "block"):
+        alike = [row["tflops"] * 1e12 for row in rows if row["checkpointing"] == checkpointing]
+        if alike:
+            return alike
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from vfun_cli.config import optimizers
 from vfun_cli.config.checks import check_streamed_blocks
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.resolve import Resolved, was_said
+from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec
@@ -165,11 +165,6 @@ def decide(
 
     check_weights(config.pretrained_model_name_or_path)
     trained = _trained(command, config, spec, plan)
-    if command != "cache":
-        for notice in optimizers.notices(
-            config, {name for name, source in resolved.sources.items() if was_said(source)}
-        ):
-            console.warn(notice)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     assert config.train_data_meta is not None

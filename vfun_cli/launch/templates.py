@@ -13,8 +13,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run.rundir import RunDir
-
-_PACKAGE = Path(__file__).parents[1]
+from vfun_cli.shipped import shipped
 
 # torchrun answers signals by SIGTERM to the ranks and SIGKILL after 30 seconds, which no large checkpoint keeps to.
 # At those that ask to save the launcher just ends, and the ranks notice and save in peace.
@@ -37,12 +36,6 @@ _UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
 """What ranks find in their environment where the user's has none of these names."""
 
 _LOOPBACK = "127.0.0.1"
-
-
-def templates_dir() -> Path:
-    """The templates: inside an installed package, or at the top level of a checkout."""
-    installed = _PACKAGE / "templates"
-    return installed if installed.is_dir() else _PACKAGE.parent / "templates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
         "vfun_cli.training",
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
-        directory=templates_dir() / "accelerate",
+        directory=shipped("templates") / "accelerate",
         variables=_VARIABLES | _unless_stated(os.environ) | (_within_the_machine(config) if alone else {}),
     )
     return LaunchPlan(files=files, argv=argv)
@@ -116,7 +109,7 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
 
 
 def _render(template: str, values: dict[str, Any]) -> str:
-    return Template((templates_dir() / template).read_text(encoding="utf-8")).substitute(values)
+    return Template((shipped("templates") / template).read_text(encoding="utf-8")).substitute(values)
 
 
 def _json_bool(value: bool) -> str:

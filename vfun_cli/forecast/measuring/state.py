@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from vfun_cli.config.optimizers import state_bytes
+from vfun_cli.config.optimizers import state_bytes, step_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.forecast.measuring.model import Weight
@@ -37,6 +37,8 @@ class Kept:
     """The optimizer's state after its first step."""
     average: int
     """The moving average of the weights."""
+    step: int
+    """What the optimizer's step makes and lets go."""
 
 
 def kept(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
@@ -55,6 +57,7 @@ def _whole(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
         gradients=4 * count,
         moments=state_bytes(config, (weight.shape for weight in trained)),
         average=4 * count * config.use_ema,
+        step=step_bytes(config, (weight.shape for weight in trained)),
     )
 
 
@@ -80,6 +83,7 @@ def _flat(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
         gradients=4 * (part if config.bf16 else sum(reached)),
         moments=state_bytes(config, [(part,) for part in parts]),
         average=4 * part * config.use_ema,
+        step=step_bytes(config, [(part,) for part in parts]),
     )
 
 
@@ -112,12 +116,14 @@ def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Ke
     whole = ranks * sum(parts[weight.name] for weight in weights if weight.numel <= WHOLE_BELOW) if ranks > 1 else 0
     groups = [[parts[weight.name] for weight in group] for group in _groups(weights)]
     part = sum(map(sum, groups))
+    together = [(count,) for group in groups for count in _sub_groups(group)]
     return Kept(
         weights=config.compute_bytes * (sum(parts.values()) + whole),
         masters=4 * part,
         gradients=4 * part * (2 if STRATEGIES[config.strategy].offloads else 1),
-        moments=state_bytes(config, [(count,) for group in groups for count in _sub_groups(group)]),
+        moments=state_bytes(config, together),
         average=4 * part * config.use_ema,
+        step=max((step_bytes(config, [shape]) for shape in together), default=0),
     )
 
 
