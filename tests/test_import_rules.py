@@ -84,6 +84,7 @@ ROOMS = (
     ("files",),
     ("imports",),
     ("lfs",),
+    ("shipped",),
     ("typed_json",),
     ("metadata", "checkpoints"),
     ("run",),

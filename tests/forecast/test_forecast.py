@@ -147,6 +147,16 @@ def test_phases_hold_what_lies_there_then() -> None:
     assert not {"weights", "masters", "moments", "gradients"} & offloaded.parts["backward"].keys()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the demo, of which a dry run makes its own where there is none."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        demo_default.make(SPEC)
+    return folder
+
+
 NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
 """GiB of weights under each strategy; what self-attention gives are ten more."""
 
@@ -167,7 +177,7 @@ NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
     ],
 )
 def test_what_nobody_chose_is_the_cheapest_that_fits(
-    memory: int, typed: tuple[str, ...], strategy: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: int, typed: tuple[str, ...], strategy: str, kept: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask_known(self: ask.Measurer, question: Question) -> Measured:
         attention = 10 * (question.config["gradient_checkpointing"] == "attention")
@@ -177,7 +187,7 @@ def test_what_nobody_chose_is_the_cheapest_that_fits(
             trained_in_block=0, outside=0, trained_outside=0, encoders=dict.fromkeys(MEASURED.encoders, 0),
         )  # fmt: skip
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(ask.Measurer, "ask", ask_known)
     said = vfun(
         "train", "wan-s2v", "--demo", "--dry-run", "--json", "--device", "cuda", "--num-processes", "8",
@@ -290,17 +300,16 @@ def test_a_14b_run_on_40_gib_is_refused_and_fits_with_what_is_named(
         "--pretrained-model-name-or-path", str(model), "--output-dir", str(tmp_path / "out"),
         "--train-data-meta", "vfun-demo/wan-s2v/data/metadata.json",
     )  # fmt: skip
-    said = vfun(*run, "--fsdp")
-    assert said.code == 4 and "does not fit" in said.err and "gathered" in said.out, said.err
+    said = vfun(*run, "--fsdp", "--json")
+    assert said.code == 4 and "does not fit" in said.err, said.err
+    found = json.loads(said.out)["forecast"]
+    assert found["fits"] is False and found["heaviest"]["phases"]["backward"]["activations"] > 20 * GIB
     named = said.err.split("What fits: ")[1].split(":")[0]
     assert named.startswith("--")
     then = vfun(*run, *named.split())
-    assert then.code == 0 and "fits: " in then.out, then.err
+    assert then.code == 0 and "fits: " in then.out and "gathered" in then.out, then.err
     chosen = vfun(*run)
     assert chosen.code == 0 and "strategy = 'zero3-offload'  this machine: under ddp it does not fit" in chosen.out
-    assert vfun(*run, "--fsdp", "--no-fit-check").code == 0
-    found = json.loads(vfun(*run, "--fsdp", "--json").out)["forecast"]
-    assert found["fits"] is False and found["heaviest"]["phases"]["backward"]["activations"] > 20 * GIB
 
 
 REVIEW = {"fsdp": 58, "zero3": 62, "zero2": 86, "zero3-offload": 33}
@@ -308,10 +317,11 @@ REVIEW = {"fsdp": 58, "zero3": 62, "zero2": 86, "zero3-offload": 33}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", REVIEW)
-def test_the_forecast_of_the_documented_run_is_what_was_counted_by_hand(strategy: str) -> None:
-    config = replace(family_defaults("train", SPEC, "fsdp"), strategy=strategy, device="cuda", num_processes=8)
+def test_the_forecast_of_the_documented_run_is_what_was_counted_by_hand() -> None:
+    config = replace(family_defaults("train", SPEC, "fsdp"), device="cuda", num_processes=8)
     with ask.measuring() as measurer:
-        question = Question.of("wan-s2v", config, SPEC.model.released, 8, HEAVY, lora=False)
-        peak = memory(config, SPEC, measurer.ask(question), 8).peak / GIB
-    assert abs(peak - REVIEW[strategy]) < 0.06 * REVIEW[strategy]
+        for strategy, counted in REVIEW.items():
+            own = replace(config, strategy=strategy)
+            question = Question.of("wan-s2v", own, SPEC.model.released, 8, HEAVY, lora=False)
+            peak = memory(own, SPEC, measurer.ask(question), 8).peak / GIB
+            assert abs(peak - counted) < 0.06 * counted, strategy

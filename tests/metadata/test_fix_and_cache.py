@@ -102,6 +102,14 @@ def test_a_damaged_cache_is_made_again(data: Path, check: Callable[..., Report])
     assert cache.read_bytes().startswith(b"SQLite")
 
 
+def test_what_is_remembered_of_other_files_is_not_read(data: Path, check: Callable[..., Report]) -> None:
+    cache = data / "cache.sqlite"
+    check([ROW], cache=cache)
+    with closing(sqlite3.connect(cache)) as other, other:
+        other.execute("INSERT INTO facts VALUES (?, 'visual', 1, 1, 1, 5)", [b"/elsewhere.mp4"])  # facts are no number
+    assert check([ROW], cache=cache).ok == 1
+
+
 @pytest.mark.slow
 def test_a_cache_in_use_is_left_alone(data: Path, check: Callable[..., Report]) -> None:
     cache = data / "cache 100%?#.sqlite"

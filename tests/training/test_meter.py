@@ -70,7 +70,15 @@ def test_flops_of_training_are_those_of_the_live_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family, marks=[pytest.mark.long] * (family not in ("wan-s2v", "cogvideox-fun", "hunyuanvideo-i2v"))
+        )
+        for family in FAMILIES
+    ],
+)
 def test_flops_of_lora_training_leave_out_the_frozen_weights_gradients(family: str, live_model: LIVE) -> None:
     live = live_model(family)
     inputs = live.inputs(*SMALL).enlarged(16, 16)  # as many tokens against the text's as 512 x 512 pixels have

@@ -55,7 +55,7 @@ def remembered(
     one costs 25 us, a fifth of reading a header.
     """
     stamps = {path: _stamp(path) for path, _ in keys} if cache else {}
-    known = _load(cache) if cache else {}
+    known = _load(cache, stamps) if cache else {}
     same = [key for key in keys if key in known and known[key][0] == stamps[key[0]]]
     found: dict[Key, Answer] = {}
     with suppress(ArithmeticError, LookupError, ValueError):  # somebody else's text: then all is asked anew
@@ -98,16 +98,30 @@ def _stamp(path: str) -> _Stamp | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _load(cache: Path) -> dict[Key, tuple[_Stamp, str]]:
-    """All remembered facts. A cache that is damaged or of another version counts as empty: it can be made again."""
+def _load(cache: Path, paths: Iterable[str]) -> dict[Key, tuple[_Stamp, str]]:
+    """What is remembered of these files; other sets of clips may have left a million more.
+
+    A cache that is damaged or of another version counts as empty: it can be made again.
+    """
+    names, found = list(map(os.fsencode, paths)), dict[Key, tuple[_Stamp, str]]()
     try:
         with closing(_connect(cache, "mode=ro" if has_record_locks(cache) else "mode=ro&nolock=1")) as database:
             if _version(database) != FACTS_VERSION:
                 return {}
-            rows = database.execute("SELECT path, kind, size, mtime_ns, ctime_ns, facts FROM facts")
-            return {(os.fsdecode(path), kind): (tuple(stamp), os.fsdecode(facts)) for path, kind, *stamp, facts in rows}
+            for begin in range(0, len(names), _ASKED):
+                some = names[begin : begin + _ASKED]
+                rows = database.execute(f"{_QUESTION} WHERE path IN ({','.join('?' * len(some))})", some)
+                found |= {
+                    (os.fsdecode(path), kind): (tuple(stamp), os.fsdecode(facts)) for path, kind, *stamp, facts in rows
+                }
     except (OSError, sqlite3.Error):
         return {}
+    return found
+
+
+_QUESTION = "SELECT path, kind, size, mtime_ns, ctime_ns, facts FROM facts"
+_ASKED = 500
+"""Paths of a question; SQLite takes 999 everywhere."""
 
 
 def _version(database: sqlite3.Connection) -> int:
