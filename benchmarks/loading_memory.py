@@ -152,9 +152,9 @@ def rank(folder: Path, name: str, way: str) -> None:
     from vfun_cli.config.options import RunConfig
     from vfun_cli.families.wan_s2v import SPEC
     from vfun_cli.families.wan_s2v.transformer import load_transformer
-    from vfun_cli.launch.templates import templates_dir
     from vfun_cli.modeling.lazy_weights import LazyWeights
     from vfun_cli.modeling.weights import read_json
+    from vfun_cli.shipped import shipped
     from vfun_cli.training import model, streaming
     from vfun_cli.training.lora import add_adapters
     from vfun_cli.training.optim import choose_trainable
@@ -167,7 +167,7 @@ def rank(folder: Path, name: str, way: str) -> None:
     )
     if config.strategy.startswith("zero"):
         values = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "bf16": "true"}
-        template = Template((templates_dir() / f"deepspeed/{config.strategy}.json").read_text())
+        template = Template((shipped("templates") / f"deepspeed/{config.strategy}.json").read_text())
         file = folder / f"deepspeed-{os.environ['RANK']}.json"
         file.write_text(template.substitute(values, pin_memory="false"))
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
