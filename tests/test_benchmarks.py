@@ -26,7 +26,7 @@ MARKS = {
     "fuzz_files": pytest.mark.long,
     "fuzz_metadata": pytest.mark.slow,
     "gpu_step": pytest.mark.long,
-    "help_startup": pytest.mark.slow,
+    "help_startup": pytest.mark.long,
     "kill_fuzz": pytest.mark.long,
     "lora_merge": pytest.mark.slow,
     "meter": pytest.mark.long,
@@ -39,7 +39,7 @@ MARKS = {
     "sound_matrix": (),
     "startup": pytest.mark.long,
     "step_breakdown": pytest.mark.long,
-    "validate_throughput": pytest.mark.slow,
+    "validate_throughput": pytest.mark.long,
     "validation": pytest.mark.long,
 }
 """By how long the smallest run takes: under 3 s, up to 5 s, longer."""

@@ -308,8 +308,6 @@ def test_a_14b_run_on_40_gib_is_refused_and_fits_with_what_is_named(
     assert named.startswith("--")
     then = vfun(*run, *named.split())
     assert then.code == 0 and "fits: " in then.out and "gathered" in then.out, then.err
-    chosen = vfun(*run)
-    assert chosen.code == 0 and "strategy = 'zero3-offload'  this machine: under ddp it does not fit" in chosen.out
 
 
 REVIEW = {"fsdp": 58, "zero3": 62, "zero2": 86, "zero3-offload": 33}

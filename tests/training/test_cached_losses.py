@@ -23,8 +23,13 @@ CAPTIONS = ("a red circle moves", "waves")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, "bf16") for family in FAMILIES),
+        *(pytest.param(family, "no", marks=[pytest.mark.long] * (family != "wan-s2v")) for family in FAMILIES),
+    ],
+)
 def test_losses_from_a_full_cache_are_those_of_encoding_at_every_step(
     family: str, precision: str, live_model: LIVE, tmp_path: Path
 ) -> None:
