@@ -20,12 +20,13 @@ Trained = Callable[[str], None]
 
 
 def forecast(run: Run, ranks: int) -> dict[str, int]:
-    """By the part of ``Kept``."""
+    """By the part of ``Kept``, without what is there in a step alone."""
     described = json.loads((RunDir(run.folder).run_json).read_text())
     config, spec = RunConfig.from_json(described["config"]), families.find(run.family)
     assert config.pretrained_model_name_or_path is not None
     stated = read_json(config.pretrained_model_name_or_path / spec.model.config_file)
-    return asdict(kept(config, weights_of(spec, config, stated, lora=run.command == "lora"), ranks))
+    found = asdict(kept(config, weights_of(spec, config, stated, lora=run.command == "lora"), ranks))
+    return {part: size for part, size in found.items() if part != "step"}
 
 
 def held(run: Run) -> list[dict[str, int]]:

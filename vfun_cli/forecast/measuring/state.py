@@ -38,7 +38,7 @@ class Kept:
     average: int
     """The moving average of the weights."""
     step: int
-    """What the optimizer's step makes and lets go."""
+    """What the optimizer's step makes, and lets go at its end."""
 
 
 def kept(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
