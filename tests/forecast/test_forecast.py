@@ -161,6 +161,22 @@ NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
 """GiB of weights under each strategy; what self-attention gives are ten more."""
 
 
+@pytest.fixture
+def known_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo needs ``NEEDS``."""
+
+    def ask_known(self: ask.Measurer, question: Question) -> Measured:
+        attention = 10 * (question.config["gradient_checkpointing"] == "attention")
+        return replace(
+            MEASURED, weights=NEEDS.get(question.config["strategy"], 0) * GIB, gradients=0, moments=0, encode=0,
+            forward=attention * GIB, backward=attention * GIB, last=0, parameters=0, trained=1000, largest_block=0,
+            trained_in_block=0, outside=0, trained_outside=0, encoders=dict.fromkeys(MEASURED.encoders, 0),
+        )  # fmt: skip
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ask.Measurer, "ask", ask_known)
+
+
 @pytest.mark.parametrize(
     ("memory", "typed", "strategy", "kept"),
     [
@@ -177,18 +193,8 @@ NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
     ],
 )
 def test_what_nobody_chose_is_the_cheapest_that_fits(
-    memory: int, typed: tuple[str, ...], strategy: str, kept: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    memory: int, typed: tuple[str, ...], strategy: str, kept: str, known_needs: None
 ) -> None:
-    def ask_known(self: ask.Measurer, question: Question) -> Measured:
-        attention = 10 * (question.config["gradient_checkpointing"] == "attention")
-        return replace(
-            MEASURED, weights=NEEDS.get(question.config["strategy"], 0) * GIB, gradients=0, moments=0, encode=0,
-            forward=attention * GIB, backward=attention * GIB, last=0, parameters=0, trained=0, largest_block=0,
-            trained_in_block=0, outside=0, trained_outside=0, encoders=dict.fromkeys(MEASURED.encoders, 0),
-        )  # fmt: skip
-
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(ask.Measurer, "ask", ask_known)
     said = vfun(
         "train", "wan-s2v", "--demo", "--dry-run", "--json", "--device", "cuda", "--num-processes", "8",
         "--memory", f"{memory}GiB", *typed,
@@ -196,6 +202,16 @@ def test_what_nobody_chose_is_the_cheapest_that_fits(
     found = json.loads(said.out)["config"]
     assert (found["strategy"], found["gradient_checkpointing"]) == (strategy, kept), said.err
     assert said.code == (4 if memory == 1 else 0)
+
+
+def test_the_plan_shows_what_a_run_would_settle_and_what_its_checkpoints_take(known_needs: None) -> None:
+    plan = "plan-buckets", "wan-s2v", "--demo", "--memory", "66GiB", "--world-size", "2"
+    found = json.loads(vfun(*plan, "--json").out)
+    assert found["forecast"]["strategy"] == "fsdp" and found["forecast"]["fits"]
+    assert found["disk"]["total_bytes"] == found["disk"]["checkpoint_bytes"] * found["disk"]["checkpoints"] > 0
+    said = " ".join(vfun(*plan).out.split())
+    assert "strategy = fsdp: under ddp it needs 73.4 GiB" in said and "checkpoints: " in said
+    assert "gradient_checkpointing = attention: what self-attention gives fits, too" in said
 
 
 def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest(
@@ -235,7 +251,9 @@ def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest
 
 
 def outlook(found: Any, host: int = 0, machine: int | None = None) -> Outlook:
-    return Outlook(forecast=found, host={"encoders": host, "processes": GIB}, machine=machine, schedule=None)
+    return Outlook(
+        forecast=found, host={"encoders": host, "processes": GIB}, machine=machine, checkpoint=0, schedule=None
+    )
 
 
 def test_what_will_not_fit_is_refused_unless_that_is_switched_off(capfd: pytest.CaptureFixture[str]) -> None:

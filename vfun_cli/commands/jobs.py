@@ -10,7 +10,7 @@ import typer
 from vfun_cli import console
 from vfun_cli.config.optimizers import notices
 from vfun_cli.launch import show
-from vfun_cli.launch.job import Job
+from vfun_cli.launch.job import Job, with_options
 from vfun_cli.launch.start import start
 
 if TYPE_CHECKING:
@@ -53,4 +53,5 @@ def _forecast(job: Job, *, dry_run: bool) -> "tuple[Job, Outlook | None]":
     from vfun_cli.forecast.fit import settled
 
     with measuring(keeps=not dry_run) as measurer, console.err.status("forecasting the memory of a step"):
-        return settled(job, measurer)
+        resolved, found = settled(job.command, job.resolved, job.plan, job.plan.first_epoch, measurer)
+    return with_options(job, resolved), found

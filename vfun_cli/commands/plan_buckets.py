@@ -12,7 +12,7 @@ from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.checks import check_step
 from vfun_cli.config.options import MOST_RANKS, RunConfig
-from vfun_cli.config.resolve import resolve
+from vfun_cli.config.resolve import HERE, Resolved, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims_if_there
@@ -104,7 +104,7 @@ def plan_buckets(
     if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
         if why_clip is not None or plot_to is not None:
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
-        _show_sizes(command, spec, config, ranks, as_json=json)
+        _show_sizes(command, spec, resolved, ranks, as_json=json)
         return
     plan, planned = _plan(spec, config, ranks, epochs)
     if plot_to is not None:
@@ -112,10 +112,10 @@ def plan_buckets(
     if why_clip is not None:
         _explain(config, plan, planned, why_clip, as_json=json)
     else:
-        _show_plan(command, config, plan, planned, assignment=assignment, as_json=json)
+        _show_plan(command, resolved, plan, planned, assignment=assignment, as_json=json)
 
 
-def _show_sizes(command: str, spec: FamilySpec, config: RunConfig, ranks: int, *, as_json: bool) -> None:
+def _show_sizes(command: str, spec: FamilySpec, resolved: Resolved, ranks: int, *, as_json: bool) -> None:
     """The size table alone."""
     from vfun_cli.metadata.table import ClipTable
     from vfun_cli.plan.preview import preview
@@ -123,15 +123,16 @@ def _show_sizes(command: str, spec: FamilySpec, config: RunConfig, ranks: int, *
     from vfun_cli.plan.run_plan import RunPlan
     from vfun_cli.plan.sizes import check_options
 
+    config = resolved.config
     dims = read_dims_if_there(spec, config.pretrained_model_name_or_path)
     plan = RunPlan.of(config, spec, dims, ClipTable.empty(), world_size=ranks)
     check_options(plan.options, spec, dims)  # as a plan of clips would be
-    found = _outlook(command, config, plan, None)
+    resolved, found = _outlook(command, resolved, plan, None)
     if as_json:
         console.print_json(plan_json(plan) | _forecast_json(found))
     else:
         console.out.print(preview(plan))
-        _show_outlook(found)
+        _show_outlook(resolved, found)
         console.hint("Name the metadata with --meta for the plan of its clips.")
 
 
@@ -179,43 +180,55 @@ def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", cli
 
 def _show_plan(
     command: str,
-    config: RunConfig,
+    resolved: Resolved,
     plan: "RunPlan",
     planned: "list[EpochPlan]",
     *,
     assignment: bool,
     as_json: bool,
 ) -> None:
+    from vfun_cli.launch.disk_need import need_of
     from vfun_cli.plan.preview import preview
     from vfun_cli.plan.report import plan_json
 
-    found = _outlook(command, config, plan, planned[0])
+    resolved, found = _outlook(command, resolved, plan, planned[0])
+    disk = None if found is None else need_of(resolved.config, plan, found.checkpoint)
     if as_json:
-        console.print_json(plan_json(plan, planned, assignment=assignment) | _forecast_json(found))
+        told = {} if disk is None else {"disk": disk.to_json()}
+        console.print_json(plan_json(plan, planned, assignment=assignment) | _forecast_json(found) | told)
     else:
         console.out.print(preview(plan, planned))
-        _show_outlook(found)
+        _show_outlook(resolved, found)
+        if disk is not None:
+            console.out.print(f"  {disk}", soft_wrap=True)
 
 
-def _outlook(command: str, config: RunConfig, plan: "RunPlan", epoch: "EpochPlan | None") -> "Outlook | None":
-    """Memory and time of the plan on GPUs; None for processors."""
-    if config.device != "cuda":
-        return None
+def _outlook(
+    command: str, resolved: Resolved, plan: "RunPlan", epoch: "EpochPlan | None"
+) -> "tuple[Resolved, Outlook | None]":
+    """The options as train and lora would settle them on GPUs, and the memory and time of the plan with these; nothing
+    of that on processors."""
+    if resolved.config.device != "cuda":
+        return resolved, None
     from vfun_cli.forecast.ask import measuring
-    from vfun_cli.forecast.fit import outlook
+    from vfun_cli.forecast.fit import settled
 
     with measuring() as measurer, console.err.status("forecasting the memory of a step"):
-        return outlook(command, config, plan.spec, plan, epoch, measurer, typical=True)
+        return settled(command, resolved, plan, epoch, measurer, typical=True)
 
 
 def _forecast_json(found: "Outlook | None") -> dict[str, Any]:
     return {"forecast": None if found is None else found.to_json()}
 
 
-def _show_outlook(found: "Outlook | None") -> None:
+def _show_outlook(resolved: Resolved, found: "Outlook | None") -> None:
     if found is None:
         console.hint("With --memory 80GiB --world-size 8: whether it fits into such GPUs.")
         return
     from vfun_cli.forecast.show import shown
 
     console.out.print(shown(found), soft_wrap=True)
+    for name, source in resolved.sources.items():
+        if source.startswith(f"{HERE}: "):
+            value, why = getattr(resolved.config, name), source.removeprefix(f"{HERE}: ")
+            console.out.print(f"  {name} = {value}: {why}", style="dim", soft_wrap=True)

@@ -54,6 +54,10 @@ class Resolved:
             if source == OPTION or source.startswith("$") or SETTINGS_FILE in source
         }
 
+    def settled(self, options: Mapping[str, Any], why: str) -> "Resolved":
+        """With values of options that were left open. ``why``: their source from now on."""
+        return Resolved(config=replace(self.config, **options), sources={**self.sources, **dict.fromkeys(options, why)})
+
 
 def resolve(
     command: str,

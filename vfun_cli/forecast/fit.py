@@ -1,13 +1,13 @@
-"""A job and its forecast: what was left open is settled by it, and what will not fit is refused."""
+"""A run and its forecast: what was left open is settled by it, and what will not fit is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vfun_cli import console, devices
 from vfun_cli.config.memory import memory_bytes
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.resolve import HERE, is_default
+from vfun_cli.config.resolve import HERE, Resolved, is_default
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import FitError
 from vfun_cli.families.detect import read_config
@@ -17,7 +17,7 @@ from vfun_cli.forecast.batches import batches
 from vfun_cli.forecast.forecast import Forecast, Subject, allowed, forecast, size
 from vfun_cli.forecast.host import ESTIMATED, host_memory, machine_memory
 from vfun_cli.forecast.time import Schedule, pace, schedule, share_of
-from vfun_cli.launch.job import Job, changed
+from vfun_cli.launch.disk_need import checkpoint_bytes_with
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan
 
@@ -37,6 +37,8 @@ class Outlook:
     """Bytes of a machine's memory, by what they are for."""
     machine: int | None
     """Bytes that this machine has; None where the run is planned for another one."""
+    checkpoint: int
+    """Bytes of a checkpoint, which all ranks write together."""
     schedule: Schedule | None
     """None where the devices' peak or the clips are unknown, or these fill no step."""
 
@@ -52,32 +54,34 @@ class Outlook:
 def outlook(
     command: str,
     config: RunConfig,
-    spec: FamilySpec,
     plan: RunPlan,
     epoch: EpochPlan | None,
     measurer: Measurer,
     *,
     typical: bool = False,
-    ways: bool = True,
 ) -> Outlook:
     """Of a run that is planned.
 
     Args:
         epoch: its first one; None where no clips are known.
-        typical, ways: see ``forecast``.
+        typical: see ``forecast``.
 
     Raises:
         VfunError: it cannot be measured.
     """
-    subject = subject_of(command, config, spec, plan, epoch)
-    found = forecast(subject, measurer, typical=typical, ways=ways)
+    spec = plan.spec
+    subject = subject_of(command, config, plan, epoch)
+    found = forecast(subject, measurer, typical=typical)
     measured = subject.measured(measurer, subject.batches.heaviest, config)
     known = pace(config, spec.name, config.gpu or _gpu_name())
     here = config.memory is None and devices.gpu_count() > 0
     share = share_of(measured.parameters, measured.trained, lora=subject.lora)
+    moments = measured.moments * (subject.ranks if "optimizer" in STRATEGIES[config.strategy].sharded else 1)
+    checkpoint = checkpoint_bytes_with(command, config, measured.trained, moments=moments)
     return Outlook(
         forecast=found,
-        host=host_memory(command, config, spec, measured, plan if epoch is not None else None, subject.ranks),
+        host=host_memory(config, spec, measured, plan if epoch is not None else None, subject.ranks, checkpoint),
+        checkpoint=checkpoint,
         machine=machine_memory() if here else None,
         schedule=None
         if known is None or epoch is None or not epoch.num_steps
@@ -85,8 +89,9 @@ def outlook(
     )
 
 
-def subject_of(command: str, config: RunConfig, spec: FamilySpec, plan: RunPlan, epoch: EpochPlan | None) -> Subject:
+def subject_of(command: str, config: RunConfig, plan: RunPlan, epoch: EpochPlan | None) -> Subject:
     """What a forecast of this run is of; without a model directory, of the largest released model."""
+    spec = plan.spec
     folder = config.pretrained_model_name_or_path
     stated = read_config(folder, spec) if folder is not None else {}
     return Subject(
@@ -109,66 +114,77 @@ def _gpu_name() -> str | None:
     return next((name for (name,) in devices.query_gpus("name")), None)
 
 
-def settled(job: Job, measurer: Measurer) -> tuple[Job, Outlook]:
-    """The job with what its forecast decides, and the forecast.
+def settled(
+    command: str,
+    resolved: Resolved,
+    plan: RunPlan,
+    epoch: EpochPlan | None,
+    measurer: Measurer,
+    *,
+    typical: bool = False,
+) -> tuple[Resolved, Outlook]:
+    """The options with what their forecast decides, and the forecast.
 
     A strategy that nobody chose becomes the cheapest one that fits; what self-attention gives is kept, instead of
     computed again, where nobody chose otherwise and it fits. A strategy under which it does goes before a cheaper one:
     weights are sent while others compute, attention is the most expensive part of what is computed again. Not so where
     the processor has to step.
 
+    Args:
+        epoch, typical: see ``outlook``.
+
     Raises:
         VfunError: it cannot be measured.
     """
-    first = fitting = None
-    for each in _strategies(job, measurer):
-        first = first or each
-        if fitting is not None and STRATEGIES[each[0].config.strategy].offloads:
+
+    def look(options: Resolved) -> Forecast:
+        return forecast(subject_of(command, options.config, plan, epoch), measurer, ways=False)
+
+    best = _best(resolved, look, plan.spec, lora=command == "lora")
+    return best, outlook(command, best.config, plan, epoch, measurer, typical=typical)
+
+
+Look = Callable[[Resolved], Forecast]
+
+
+def _best(resolved: Resolved, look: Look, spec: FamilySpec, *, lora: bool) -> Resolved:
+    """The first options that fit; as they are if none do."""
+    fitting = None
+    for options, found in _strategies(resolved, look, spec, lora=lora):
+        if fitting is not None and STRATEGIES[options.config.strategy].offloads:
             break
-        if not _may_fit(each[1]):
+        if not _may_fit(found):
             continue
-        kept = _with_attention_kept(*each, measurer)
-        if kept is not None:
+        if found.fits is None or not _attention_is_open(options):
+            return options
+        kept = options.settled({"gradient_checkpointing": "attention"}, f"{HERE}: what self-attention gives fits, too")
+        if look(kept).fits:
             return kept
-        fitting = fitting or each
-    if fitting is not None:
-        return fitting
-    assert first is not None
-    # What would fit is looked for once nothing else is open: it takes several measurements.
-    return job, _outlook(job, measurer, ways=True) if first[1].forecast.fits is False else first[1]
+        fitting = fitting or options
+    return fitting or resolved
 
 
-def _strategies(job: Job, measurer: Measurer) -> Iterator[tuple[Job, Outlook]]:
-    """The job as it is and, where its strategy is open, under each one that is more expensive."""
-    found = _outlook(job, measurer)
-    yield job, found
-    if not (job.resolved.sources["strategy"].startswith(HERE) and job.config.strategy in SHARDING):
+def _strategies(resolved: Resolved, look: Look, spec: FamilySpec, *, lora: bool) -> Iterator[tuple[Resolved, Forecast]]:
+    """The options as they are and, where the strategy is open, with each one that is more expensive."""
+    first, config = look(resolved), resolved.config
+    yield resolved, first
+    if not (resolved.sources["strategy"].startswith(HERE) and config.strategy in SHARDING):
         return
-    why = f"{HERE}: under {job.config.strategy} "
-    why += "self-attention would be computed twice" if _may_fit(found) else f"it {found.forecast.verdict}"
-    for name in SHARDING[SHARDING.index(job.config.strategy) + 1 :]:
-        if allowed(replace(job.config, strategy=name), job.spec, lora=job.command == "lora"):
-            other = changed(job, {"strategy": name}, why)
-            yield other, _outlook(other, measurer)
+    needs = "self-attention would be computed twice" if _may_fit(first) else f"it needs {size(first.heaviest.peak)}"
+    why = f"{HERE}: under {config.strategy} {needs}"
+    for name in SHARDING[SHARDING.index(config.strategy) + 1 :]:
+        if allowed(replace(config, strategy=name), spec, lora=lora):
+            other = resolved.settled({"strategy": name}, why)
+            yield other, look(other)
 
 
-def _with_attention_kept(job: Job, found: Outlook, measurer: Measurer) -> tuple[Job, Outlook] | None:
-    """The same where that is not open, None where it does not fit."""
-    is_open = is_default(job.resolved.sources["gradient_checkpointing"])
-    if not (is_open and job.config.gradient_checkpointing == "block" and found.forecast.fits):
-        return job, found
-    other = changed(job, {"gradient_checkpointing": "attention"}, f"{HERE}: what self-attention gives fits, too")
-    then = _outlook(other, measurer)
-    return (other, then) if then.forecast.fits else None
+def _attention_is_open(resolved: Resolved) -> bool:
+    return is_default(resolved.sources["gradient_checkpointing"]) and resolved.config.gradient_checkpointing == "block"
 
 
-def _may_fit(found: Outlook) -> bool:
-    known = found.forecast.subject.memory
-    return found.forecast.heaviest.peak <= (ASSUMED_MEMORY if known is None else known)
-
-
-def _outlook(job: Job, measurer: Measurer, *, ways: bool = False) -> Outlook:
-    return outlook(job.command, job.config, job.spec, job.plan, job.plan.first_epoch, measurer, ways=ways)
+def _may_fit(found: Forecast) -> bool:
+    known = found.subject.memory
+    return found.heaviest.peak <= (ASSUMED_MEMORY if known is None else known)
 
 
 def refuse(found: Outlook, config: RunConfig) -> None:

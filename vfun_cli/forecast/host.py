@@ -8,7 +8,6 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.forecast.memory import GIB, encoder_bytes
 from vfun_cli.forecast.request import Measured
-from vfun_cli.launch.disk_need import checkpoint_bytes_with
 from vfun_cli.plan.queue import bytes_in_flight, micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan
 
@@ -21,20 +20,20 @@ WORKER = int(0.4 * GIB)
 
 
 def host_memory(
-    command: str, config: RunConfig, spec: FamilySpec, measured: Measured, plan: RunPlan | None, ranks: int
+    config: RunConfig, spec: FamilySpec, measured: Measured, plan: RunPlan | None, ranks: int, checkpoint: int
 ) -> Mapping[str, int]:
     """Bytes of one machine, by what they are for.
 
     Args:
         plan: with its clips; None where none are known.
         ranks: of all machines.
+        checkpoint: its bytes, which all machines write together.
     """
     here = ranks // config.num_machines
     strategy = STRATEGIES[config.strategy]
     state = measured.weights + measured.masters + measured.gradients + measured.moments + measured.average
     shared = {name for name, each in spec.model.encoders.items() if each.shared and strategy.shares_encoders}
     pinned = sum(size for name, size in encoder_bytes(config, spec, measured, 1).items() if name not in shared)
-    moments = measured.moments * (ranks if "optimizer" in strategy.sharded else 1)
     parts = {
         ESTIMATED: here * (PROCESS + config.dataloader_num_workers * WORKER),
         "offloaded state": here * state * strategy.offloads,
@@ -42,11 +41,7 @@ def host_memory(
         "streamed blocks": here * measured.streamed,
         "encoders": here * pinned * config.low_vram,
         "micro-batches in /dev/shm": 0 if plan is None else _queued(config, plan, here),
-        "checkpoint in /dev/shm": (
-            checkpoint_bytes_with(command, config, measured.trained, moments=moments) // config.num_machines
-            if config.async_checkpoint
-            else 0
-        ),
+        "checkpoint in /dev/shm": checkpoint // config.num_machines * config.async_checkpoint,
     }
     return {name: value for name, value in parts.items() if value}
 

@@ -5,13 +5,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfun_cli.checkpoints.size import state_bytes
 from vfun_cli.config import optimizers
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.launch.job import Job
+
+if TYPE_CHECKING:
+    from vfun_cli.plan.run_plan import RunPlan
 
 MANY = 5
 LARGE = 0.1
@@ -60,15 +63,19 @@ class DiskNeed:
 
 def disk_need(job: Job) -> DiskNeed:
     """Of a job that trains."""
-    config, plan = job.config, job.plan
     first = job.found.step if job.found is not None else 0
+    return need_of(job.config, job.plan, checkpoint_bytes(job.command, job.config, job.trained), first=first)
+
+
+def need_of(config: RunConfig, plan: "RunPlan", each: int, *, first: int = 0) -> DiskNeed:
+    """Of a plan whose checkpoints take so many bytes each. ``first``: the step from which it goes on."""
     # Epochs differ by a few steps; to count them exactly may mean to draw them all.
     last = plan.max_steps if plan.max_steps is not None else plan.num_epochs * plan.first_epoch.num_steps
     every = config.checkpointing_steps
     saved = last // every - first // every + (last % every > 0) if last > first else 1
     kept = saved if config.checkpoints_total_limit is None else min(saved, config.checkpoints_total_limit + 1)
     return DiskNeed(
-        checkpoint_bytes=checkpoint_bytes(job.command, config, job.trained),
+        checkpoint_bytes=each,
         checkpoints=kept,
         free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
     )

@@ -280,11 +280,9 @@ def check_batch(config: RunConfig, clips: int) -> None:
         )
 
 
-def changed(job: Job, options: Mapping[str, Any], why: str) -> Job:
-    """The same job with other values of options that were left open. ``why``: their source from now on."""
-    config, sources = replace(job.config, **options), {**job.resolved.sources, **dict.fromkeys(options, why)}
-    launch = plan_launch(config, job.spec, job.run, job.run_json)
-    return replace(job, resolved=Resolved(config=config, sources=sources), launch=launch)
+def with_options(job: Job, resolved: Resolved) -> Job:
+    """The same job with other values of options that do not change its plan."""
+    return replace(job, resolved=resolved, launch=plan_launch(resolved.config, job.spec, job.run, job.run_json))
 
 
 def continued(job: Job, step: int | None) -> Job:
