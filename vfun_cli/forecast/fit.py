@@ -23,6 +23,8 @@ from vfun_cli.plan.schedule import EpochPlan
 
 ASSUMED_MEMORY = 80 * 10**9
 """Bytes of a GPU that is not here and of which nothing is said, where a strategy has to be chosen."""
+ROOM = 0.05
+"""The share of a GPU's memory that what we choose leaves free, where something does: a forecast may be a little off."""
 SHARDING = ("ddp", "zero2", "fsdp", "zero3", "zero3-offload")
 """What is tried where nobody chose a strategy, the cheapest first: with whole weights on each rank, gathered block by
 block, gathered layer by layer, and through the host's memory."""
@@ -148,20 +150,23 @@ Look = Callable[[Resolved], Forecast]
 
 
 def _best(resolved: Resolved, look: Look, spec: FamilySpec, *, lora: bool) -> Resolved:
-    """The first options that fit; as they are if none do."""
-    fitting = None
+    """The first options that fit with some room, or else tightly; as they are if none do."""
+    fitting = tight = None
     for options, found in _strategies(resolved, look, spec, lora=lora):
-        if fitting is not None and STRATEGIES[options.config.strategy].offloads:
+        if tight is not None and STRATEGIES[options.config.strategy].offloads:
             break
         if not _may_fit(found):
+            continue
+        tight = tight or options
+        if not _may_fit(found, ROOM):
             continue
         if found.fits is None or not _attention_is_open(options):
             return options
         kept = options.settled({"gradient_checkpointing": "attention"}, f"{HERE}: what self-attention gives fits, too")
-        if look(kept).fits:
+        if _may_fit(look(kept), ROOM):
             return kept
         fitting = fitting or options
-    return fitting or resolved
+    return fitting or tight or resolved
 
 
 def _strategies(resolved: Resolved, look: Look, spec: FamilySpec, *, lora: bool) -> Iterator[tuple[Resolved, Forecast]]:
@@ -182,9 +187,9 @@ def _attention_is_open(resolved: Resolved) -> bool:
     return is_default(resolved.sources["gradient_checkpointing"]) and resolved.config.gradient_checkpointing == "block"
 
 
-def _may_fit(found: Forecast) -> bool:
+def _may_fit(found: Forecast, room: float = 0) -> bool:
     known = found.subject.memory
-    return found.heaviest.peak <= (ASSUMED_MEMORY if known is None else known)
+    return found.heaviest.peak <= (1 - room) * (ASSUMED_MEMORY if known is None else known)
 
 
 def refuse(found: Outlook, config: RunConfig) -> None:
