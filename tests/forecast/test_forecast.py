@@ -227,6 +227,7 @@ def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest
     results.parent.mkdir(parents=True)
     out_of_memory = {"checkpointing": "block", "compile": False, "inline": False, "does_not_fit": True}
     results.write_text(json.dumps({
+        "date": "2026-11-30", "hardware": {"cores": 16}, "matrix_product_tflops": 700.0, "data_sheet_tflops": None,
         "gpu": "NVIDIA H100 80GB HBM3", "wan-s2v": {"rows": [*rows, out_of_memory]},
         "cogvideox-fun": {"rows": [row("block", 300)]},
     }), encoding="utf-8")  # fmt: skip
@@ -235,6 +236,7 @@ def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest
     def share(family: str = "wan-s2v", gpu: str = "NVIDIA H100 80GB HBM3", **options: Any) -> float:
         known = time.pace(RunConfig(output_dir=tmp_path / "run", **options), family, gpu)
         assert known is not None
+        assert (gpu in known.source) == (known.source.startswith("measured by benchmarks/gpu_step.py"))
         return round(known.mfu * known.peak / 1e12 if known.mfu != time.ASSUMED_MFU else 0)
 
     assert share(gradient_checkpointing="attention") == share(gradient_checkpointing="block") == 400

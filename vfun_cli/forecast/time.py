@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -49,32 +50,36 @@ def pace(config: RunConfig, family: str, gpu: str | None) -> Pace | None:
     reached = [record["mfu"] for record in read_records(RunDir(config.output_dir).metrics) if record.get("mfu")]
     if reached:
         return Pace(peak=peak, mfu=median(reached), source=f"measured in {config.output_dir}")
-    measured = _benchmark(config, family, gpu) if gpu is not None else []
-    if measured:
-        return Pace(peak=peak, mfu=median(measured) / peak, source=f"measured by {BENCHMARK}.py on such a GPU")
+    measured = _benchmark(config, family, gpu) if gpu is not None else None
+    if measured is not None:
+        flops, where = measured
+        return Pace(peak=peak, mfu=flops / peak, source=f"measured by {BENCHMARK}.py on {where}")
     return Pace(peak=peak, mfu=ASSUMED_MFU, source="assumed; --mfu says another")
 
 
-def _benchmark(config: RunConfig, family: str, gpu: str) -> list[float]:
-    """FLOP/s of the benchmark's steps on such a GPU: of this family or else of all, compiled or not as in this run,
-    with its checkpointing or else with that of blocks."""
+def _benchmark(config: RunConfig, family: str, gpu: str) -> tuple[float, str] | None:
+    """FLOP/s of the benchmark's steps on a GPU with the peak of this one, and its name.
+
+    Of this family or else of all, compiled or not as in this run, with its checkpointing or else with that of blocks.
+    """
     folder, name = BENCHMARK.split("/")
     try:
         found = json.loads((shipped(folder) / "results" / f"{name}.json").read_text(encoding="utf-8"))
     except OSError:
-        return []
-    if peak_of(found["gpu"] or "") != peak_of(gpu):
-        return []
-    families = [found[family]] if family in found else [part for part in found.values() if "rows" in part]
+        return None
+    peak = peak_of(gpu)
+    if peak is None or peak_of(found["gpu"] or "") != peak:
+        return None
+    all_rows = {each: part["rows"] for each, part in found.items() if isinstance(part, dict) and "rows" in part}
     rows = [
-        row for part in families for row in part["rows"]
+        row for row in all_rows.get(family) or chain(*all_rows.values())
         if "tflops" in row and row["compile"] == config.compile and not row["inline"]
     ]  # fmt: skip
     for checkpointing in (config.gradient_checkpointing, "block"):
         alike = [row["tflops"] * 1e12 for row in rows if row["checkpointing"] == checkpointing]
         if alike:
-            return alike
-    return []
+            return median(alike), found["gpu"]
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
