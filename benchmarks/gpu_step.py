@@ -50,6 +50,7 @@ from vfun_cli.training.objectives import make_objective
 from vfun_cli.training.optim import choose_trainable
 from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.trainer import Trainer
+from vfun_cli.training.validation import Validation
 
 WIDTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "wan-s2v": (
@@ -200,7 +201,7 @@ class Bench:
             objective=make_objective(
                 self.spec.model.objective, self.spec.model.objective_options, config.pretrained_model_name_or_path
             ),
-            description={},
+            description={}, validation=Validation(iter(()), []),
             metrics=Metrics(
                 RunDir(self.folder), config, costs=costs, peak_flops=None, device=self.device, writes=False,
                 first_step=0, total_steps=10**6,
