@@ -81,7 +81,7 @@ def encoded(said: str) -> int:
 
 @pytest.mark.long
 def test_the_clips_of_the_validation_are_encoded_too(workplace: Path, alone: Alone, tmp_path: Path) -> None:
-    """And kept by --prune: the run finds all that it looks at, and adds nothing."""
+    """And kept by --prune: the run finds all that it looks at, and adds nothing but what samples are made from."""
     folder, count = alone(S2V)
     shutil.copytree(folder, tmp_path / "cache")
     rows = json.loads(Path(f"vfun-demo/{S2V}/data/metadata.json").read_text(encoding="utf-8"))
@@ -95,6 +95,7 @@ def test_the_clips_of_the_validation_are_encoded_too(workplace: Path, alone: Alo
         "train", S2V, "--demo", "--cache", tmp_path / "cache", "--cache-variants", 1, "--max-train-steps", 0,
         "--num-processes", 1, "--video-sample-size", 64, "--token-sample-size", 64, "--no-enable-bucket",
         "--mixed-precision", "no", "--dataloader-num-workers", 0, "--output-dir", tmp_path / "run", *given,
+        "--no-validation-samples",
     ))  # fmt: skip
     assert list(held_out(RunDir(tmp_path / "run"))) == [(0, "trained")]
     assert contents(tmp_path / "cache") == filled and count > 0
