@@ -163,7 +163,7 @@ NEEDS = {"ddp": 70, "zero2": 60, "fsdp": 20, "zero3": 15}
 
 @pytest.fixture
 def known_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo needs ``NEEDS``."""
+    """The demo needs ``NEEDS``: a choice between all strategies, which no model of a few megabytes gives."""
 
     def ask_known(self: ask.Measurer, question: Question) -> Measured:
         attention = 10 * (question.config["gradient_checkpointing"] == "attention")
@@ -216,6 +216,13 @@ def test_the_plan_shows_what_a_run_would_settle_and_what_its_checkpoints_take(kn
     assert "gradient_checkpointing = attention: what self-attention gives fits, too" in said
 
 
+def test_the_reason_of_a_choice_is_what_was_against_the_cheaper_one(known_needs: None) -> None:
+    """Under ddp it would fit, in 73.4 GiB: with too little room in 76, but for attention in 80."""
+    for gib, why in ((76, "it needs 73.4 GiB"), (80, "self-attention would be computed twice")):
+        said = vfun("plan-buckets", "wan-s2v", "--demo", "--memory", f"{gib}GiB", "--world-size", "2").out
+        assert f": under ddp {why}" in " ".join(said.split())
+
+
 def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +238,7 @@ def test_how_much_of_its_peak_a_gpu_reaches_is_told_by_what_was_measured_nearest
         "gpu": "NVIDIA H100 80GB HBM3", "wan-s2v": {"rows": [*rows, out_of_memory]},
         "cogvideox-fun": {"rows": [row("block", 300)]},
     }), encoding="utf-8")  # fmt: skip
-    monkeypatch.setattr(time, "shipped", lambda name: tmp_path / name)
+    monkeypatch.setattr(time, "shipped", lambda name: tmp_path / name)  # no card has been measured yet
 
     def share(family: str = "wan-s2v", gpu: str = "NVIDIA H100 80GB HBM3", **options: Any) -> float:
         known = time.pace(RunConfig(output_dir=tmp_path / "run", **options), family, gpu)

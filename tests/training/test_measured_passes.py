@@ -129,7 +129,7 @@ def by_extrapolation(family: str, command: str, checkpointing: str, *shapes: tup
     whole, found = blank_model(spec, config, spec.model.released, lora=lora), {}
     for frames, height, width in shapes:
         batch = Batch(frames=frames + spec.plan.first_frame_alone, height=height, width=width)
-        expected = run(whole, batch, compute_dtype(config))
+        expected = run(whole, batch, compute_dtype(config)).held
         measured = measure(spec, config, spec.model.released, batch, lora=lora)
         for name in ("saved", "forward", "backward"):
             found[batch, name] = getattr(measured, name) / getattr(expected, name) - 1

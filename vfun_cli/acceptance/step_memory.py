@@ -175,7 +175,7 @@ def _forecast(spec: FamilySpec, config: RunConfig, stated: dict[str, Any], batch
     state = kept(config, weights_of(spec, config, stated, lora=lora), 1)
     adapter = blank_model(spec, config, stated, lora=lora)
     buffers = sum(buffer.nbytes for buffer in adapter.transformer.buffers())
-    held = run(adapter, batch, compute_dtype(config), MADE_UP[config.device], gradients=True)
+    held = run(adapter, batch, compute_dtype(config), MADE_UP[config.device], gradients=True).held
     return Taken(
         kept=state.weights + state.moments + buffers,
         forward=held.forward,

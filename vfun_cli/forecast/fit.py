@@ -53,26 +53,10 @@ class Outlook:
         }
 
 
-def outlook(
-    command: str,
-    config: RunConfig,
-    plan: RunPlan,
-    epoch: EpochPlan | None,
-    measurer: Measurer,
-    *,
-    typical: bool = False,
+def _outlook(
+    command: str, subject: Subject, plan: RunPlan, epoch: EpochPlan | None, measurer: Measurer, *, typical: bool
 ) -> Outlook:
-    """Of a run that is planned.
-
-    Args:
-        epoch: its first one; None where no clips are known.
-        typical: see ``forecast``.
-
-    Raises:
-        VfunError: it cannot be measured.
-    """
-    spec = plan.spec
-    subject = subject_of(command, config, plan, epoch)
+    config, spec = subject.config, subject.spec
     found = forecast(subject, measurer, typical=typical)
     measured = subject.measured(measurer, subject.batches.heaviest, config)
     known = pace(config, spec.name, config.gpu or _gpu_name())
@@ -133,17 +117,19 @@ def settled(
     the processor has to step.
 
     Args:
-        epoch, typical: see ``outlook``.
+        epoch: its first one; None where no clips are known.
+        typical: see ``forecast``.
 
     Raises:
         VfunError: it cannot be measured.
     """
+    subject = subject_of(command, resolved.config, plan, epoch)
 
     def look(options: Resolved) -> Forecast:
-        return forecast(subject_of(command, options.config, plan, epoch), measurer, ways=False)
+        return forecast(replace(subject, config=options.config), measurer, ways=False)
 
-    best = _best(resolved, look, plan.spec, lora=command == "lora")
-    return best, outlook(command, best.config, plan, epoch, measurer, typical=typical)
+    best = _best(resolved, look, plan.spec, lora=subject.lora)
+    return best, _outlook(command, replace(subject, config=best.config), plan, epoch, measurer, typical=typical)
 
 
 Look = Callable[[Resolved], Forecast]
@@ -175,8 +161,9 @@ def _strategies(resolved: Resolved, look: Look, spec: FamilySpec, *, lora: bool)
     yield resolved, first
     if not (resolved.sources["strategy"].startswith(HERE) and config.strategy in SHARDING):
         return
-    needs = "self-attention would be computed twice" if _may_fit(first) else f"it needs {size(first.heaviest.peak)}"
-    why = f"{HERE}: under {config.strategy} {needs}"
+    needs = f"it needs {size(first.heaviest.peak)}"
+    why = f"{HERE}: under {config.strategy} "
+    why += "self-attention would be computed twice" if _may_fit(first, ROOM) else needs
     for name in SHARDING[SHARDING.index(config.strategy) + 1 :]:
         if allowed(replace(config, strategy=name), spec, lora=lora):
             other = resolved.settled({"strategy": name}, why)

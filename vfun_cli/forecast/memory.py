@@ -24,7 +24,7 @@ ZERO_BUCKET = 500_000_000
 ZERO3_LIVE = 1_000_000_000
 """Numbers of weights that ZeRO-3 leaves gathered for their next use (``stage3_max_live_parameters``)."""
 ZERO3_STEPS = 1_000_000_000
-"""Numbers that it steps at a time (``sub_group_size``)."""
+"""Numbers of a rank that it steps at a time, as one tensor (``sub_group_size``)."""
 ZERO3_AHEAD = 50_000_000
 """Numbers that it gathers ahead (``stage3_prefetch_bucket_size``)."""
 

@@ -19,8 +19,8 @@ from vfun_cli.shipped import shipped
 
 ASSUMED_MFU = 0.30
 """Where nothing was measured: published runs of 14B video models reach 18 to 37 % with what vfun does by default."""
-BENCHMARK = "benchmarks/gpu_step"
-"""It measures steps of models of released width on the GPU at hand."""
+BENCHMARK = "gpu_step"
+"""Of ``benchmarks/``; it measures steps of models of released width on the GPU at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def pace(config: RunConfig, family: str, gpu: str | None) -> Pace | None:
     measured = _benchmark(config, family, gpu) if gpu is not None else None
     if measured is not None:
         flops, where = measured
-        return Pace(peak=peak, mfu=flops / peak, source=f"measured by {BENCHMARK}.py on {where}")
+        return Pace(peak=peak, mfu=flops / peak, source=f"measured by benchmarks/{BENCHMARK}.py on {where}")
     return Pace(peak=peak, mfu=ASSUMED_MFU, source="assumed; --mfu says another")
 
 
@@ -62,9 +62,8 @@ def _benchmark(config: RunConfig, family: str, gpu: str) -> tuple[float, str] | 
 
     Of this family or else of all, compiled or not as in this run, with its checkpointing or else with that of blocks.
     """
-    folder, name = BENCHMARK.split("/")
     try:
-        found = json.loads((shipped(folder) / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        found = json.loads((shipped("benchmarks") / "results" / f"{BENCHMARK}.json").read_text(encoding="utf-8"))
     except OSError:
         return None
     peak = peak_of(gpu)

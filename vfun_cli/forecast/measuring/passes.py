@@ -112,7 +112,7 @@ def measure(
     stays = replace(config, activation_offload=False)
 
     def course(settings: Mapping[str, Any]) -> Course:
-        return _run(blank_model(spec, stays, settings, lora=lora), batch, compute_dtype(config), on)
+        return run(blank_model(spec, stays, settings, lora=lora), batch, compute_dtype(config), on)
 
     found = directions(spec, stated) if alike else None
     if found is None:
@@ -144,14 +144,8 @@ def predict_peak(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any],
 
 def run(
     adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device = made_up_gpu, *, gradients: bool = False
-) -> Held:
+) -> Course:
     """One pass there and back on a micro-batch of which nothing but its shape is known; see ``follow``."""
-    return _run(adapter, batch, dtype, on, gradients=gradients).held
-
-
-def _run(
-    adapter: ModelAdapter, batch: Batch, dtype: torch.dtype, on: Device, *, gradients: bool = False
-) -> Course:  # fmt: skip
     with on() as device:
         latents = torch.empty(batch.clips, *adapter.latent_shape(batch), device=device)
         corrupted = Corrupted(

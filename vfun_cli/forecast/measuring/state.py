@@ -14,13 +14,12 @@ from vfun_cli.config.optimizers import state_bytes, step_bytes
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.forecast.measuring.model import Weight
+from vfun_cli.forecast.memory import ZERO3_STEPS
 
 WHOLE_BELOW = 100_000
 """ZeRO-3 keeps parameters of at most so many numbers whole (DeepSpeed's ``stage3_param_persistence_threshold``)."""
 ALIGNED = 2
 """ZeRO-2 cuts its flat weights into parts of a multiple of so many numbers (DeepSpeed's, for NCCL)."""
-TOGETHER = 1_000_000_000
-"""ZeRO-3 steps so many numbers of a rank at a time, each time as one tensor (DeepSpeed's ``sub_group_size``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +127,10 @@ def _partitioned(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Ke
 
 
 def _sub_groups(parts: Iterable[int]) -> list[int]:
-    """Sums of parts that follow each other, each of them just as large as ``TOGETHER`` or larger, but for the last."""
+    """Sums of parts that follow each other, each just as large as ``ZERO3_STEPS`` or larger, but for the last."""
     groups = [0]
     for part in parts:
-        if groups[-1] >= TOGETHER:
+        if groups[-1] >= ZERO3_STEPS:
             groups.append(0)
         groups[-1] += part
     return groups
