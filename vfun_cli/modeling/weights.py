@@ -163,12 +163,13 @@ def load_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"no such weights file: {path}.",
             hint=POINT_AT_RELEASE,
+            at=path,
         )
     refuse_lfs_pointer(path)
     state = load_pickled(path, path, mapped=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
-            f"{path} is not a state dict (tensors by name).", hint="Download the released file again."
+            f"{path} is not a state dict (tensors by name).", hint="Download the released file again.", at=path
         )
     return dict(state)
 
@@ -286,6 +287,7 @@ def _open(file: Path) -> safe_open:
         raise CheckpointError(
             f"cannot read {file} ({file.stat().st_size} bytes): {first_line(error)}.",
             hint="The file is incomplete or damaged: download it again.",
+            at=file,
         ) from error
 
 

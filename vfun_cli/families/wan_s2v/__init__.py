@@ -1,6 +1,6 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
-from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_FILES, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     DefaultOptions,
     EncoderSize,
@@ -8,6 +8,7 @@ from vfun_cli.families.spec import (
     FamilySpec,
     ModelSpec,
     PlanSpec,
+    Release,
     SamplingSpec,
 )
 from vfun_cli.families.wan_s2v.sizes import (
@@ -47,6 +48,16 @@ SPEC = FamilySpec(
         MetadataField(name="control_file_path", media="control", required=False),
     ),
     media_types=("video",),
+    releases=(
+        Release(size="14B", hugging_face="Wan-AI/Wan2.2-S2V-14B", model_scope="Wan-AI/Wan2.2-S2V-14B"),
+    ),
+    files={
+        **WAN_FILES,
+        "audio encoder": (
+            "wav2vec2-large-xlsr-53-english/*.json",
+            "wav2vec2-large-xlsr-53-english/model.safetensors",
+        ),
+    },
     reference_images=("first_frame", "random"),
     model=ModelSpec(
         released=RELEASED_CONFIG,
