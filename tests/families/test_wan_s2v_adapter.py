@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.click_sounds import KINDS, write_kind
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.wan_s2v import build_model
 from vfun_cli.encoding.encode import encode, prepared
@@ -36,7 +37,7 @@ from vfun_cli.modeling.media.sound import read_audio
 from vfun_cli.modeling.media.writing import write_video, write_wav
 from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.training.data.stream import record_reader
+from vfun_cli.training.data.stream import row_reader
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120
 NTSC = Fraction(30000, 1001)
@@ -163,8 +164,8 @@ def test_a_row_without_audio_path_hears_its_video(tmp_path: Path) -> None:
     row = {"file_path": film.name, "text": "someone speaks", "type": "video"}
     meta = tmp_path / "metadata.json"
     meta.write_text(json.dumps([row, {**row, "audio_path": film.name}]))
-    read_record = record_reader(RunConfig(train_data_meta=meta, train_data_dir=tmp_path), SPEC)
-    borrowed, own = (request_for(read_record(number), total_frames=100, fps=(25, 1)) for number in (0, 1))
+    read_row = row_reader(RunConfig(train_data_meta=parse_data_sets(meta, "meta"), train_data_dir=tmp_path), SPEC)
+    borrowed, own = (request_for(read_row(number).record, total_frames=100, fps=(25, 1)) for number in (0, 1))
     assert borrowed.record["audio_path"] == str(tmp_path / film.name)
     sounds = [WanS2VAdapter.inputs(request, PLAIN)["audio"].lazy for request in (borrowed, own)]
     assert describe(sounds[0], str) == describe(sounds[1], str)

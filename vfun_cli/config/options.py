@@ -7,16 +7,18 @@ from the annotated fields of :class:`RunConfig`.
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.config.datasets import DataSet, parse_data_sets, sets_over_paths, sets_to_json
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean, first_line
+from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.files import at_home
 
 MODEL = "Model"
 DATA = "Data"
@@ -114,7 +116,7 @@ class RunConfig:
     train_data_dir: Annotated[
         Path | None,
         Opt(
-            help="Folder that the paths in the metadata start from.",
+            help="Folder that the paths in the metadata start from; by default that of the metadata, each set's own.",
             panel=DATA,
             variables=("DATASET_NAME",),
             on_resume="contents",
@@ -122,15 +124,16 @@ class RunConfig:
         ),
     ] = None
     train_data_meta: Annotated[
-        Path | None,
+        tuple[DataSet, ...],
         Opt(
-            help="Metadata: a JSON list, JSON lines or CSV.",
+            help="Metadata: a JSON list, JSON lines or CSV. Repeated, several sets: with FILE:2 an epoch shows each "
+            "clip of the set twice, with FILE:0.5 half of them. [[data]] tables in vfun.toml say more.",
             panel=DATA,
             variables=("DATASET_META_NAME",),
             on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
-    ] = None
+    ] = ()
     video_repeat: Annotated[
         int,
         Opt(
@@ -945,23 +948,24 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
         paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
         for name in LISTS_OF_PATHS:
             paths[name] = tuple(str(at_home(path).absolute()) for path in getattr(self, name))
-        return replace(self, **paths)
+        sets = tuple(each.over_paths(Path.absolute) for each in self.train_data_meta)
+        return replace(self, **paths, train_data_meta=sets)
 
     def moved(self, before: Path, after: Path) -> "RunConfig":
         """The same with every path below one folder as it is below another."""
-        paths: dict[str, Any] = {
-            name: after / path.relative_to(before)
-            for name, path in vars(self).items()
-            if isinstance(path, Path) and path.is_relative_to(before)
-        }
-        return replace(self, **paths)
+
+        def place(path: Path) -> Path:
+            return after / path.relative_to(before) if path.is_relative_to(before) else path
+
+        paths: dict[str, Any] = {name: place(path) for name, path in vars(self).items() if isinstance(path, Path)}
+        return replace(self, **paths, train_data_meta=tuple(each.over_paths(place) for each in self.train_data_meta))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -1038,6 +1042,8 @@ def parse(name: str, value: Any, where: str) -> Any:
 
 def _parsed(name: str, value: Any, where: str) -> Any:
     _, kind, opt = options()[name]
+    if DataSet in get_args(kind):
+        return parse_data_sets(value, where)
     if opt.verbatim:
         return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
@@ -1102,20 +1108,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
 
 
-def at_home(path: str | Path) -> Path:
-    """A path as people write it, with ~ for their home directory wherever no shell has replaced it.
-
-    Raises:
-        ValueError: it is empty, or there is no such home directory.
-    """
-    if not str(path) or "\0" in str(path):
-        raise ValueError("it is empty, or holds a zero byte")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {first_line(error)}") from None
-
-
 _BOOLEAN_WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off"), False),
@@ -1128,4 +1120,13 @@ def plain(value: Any) -> Any:
     """As JSON has it."""
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return sets_to_json(value) if value and isinstance(value[0], DataSet) else list(value)
+    return value
+
+
+def over_paths(name: str, value: Any, change: Callable[[Path], Path]) -> Any:
+    """A value as JSON has it, of an option that names files or folders, with these changed."""
+    if DataSet in get_args(options()[name][1]):
+        return sets_over_paths(value, change)
+    return str(change(Path(value))) if isinstance(value, str) else value

@@ -20,6 +20,9 @@ SETTINGS_FILE = "vfun.toml"
 LARGEST_TOML = 1 << 20
 """Bytes: all options with comments are a hundredth of it."""
 
+DATA_TABLES = "data"
+"""Key of tables that name the data sets, one each."""
+
 OPTION = "option"
 """The layer of what was typed."""
 
@@ -157,8 +160,11 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Values that follow from others where nothing was said; notes their sources."""
     found: dict[str, Any] = {}
     if is_default(sources["train_data_dir"]) and not is_default(sources["train_data_meta"]):
-        assert config.train_data_meta is not None
-        found["train_data_dir"] = config.train_data_meta.parent
+        sets = tuple(replace(each, root=each.root or each.folder()) for each in config.train_data_meta)
+        if len(sets) == 1:
+            found["train_data_dir"] = sets[0].root
+        else:
+            config, found["train_data_dir"] = replace(config, train_data_meta=sets), None
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
@@ -173,7 +179,7 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
     """Top-level keys hold for every family, a ``[family]`` table for one."""
     content = _read_toml(path)
     flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
-    yield str(path), _known(flat, str(path))
+    yield str(path), _known(_with_data_tables(flat, str(path)), str(path))
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
     from vfun_cli.families import FAMILIES
 
@@ -183,9 +189,23 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
                 f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
                 hint=f"Families: {', '.join(FAMILIES)}.",
             )
-        known = _known(table, f"{path} [{name}]")
+        known = _known(_with_data_tables(table, f"{path} [{name}]"), f"{path} [{name}]")
         if name == family:
             yield f"{path} [{name}]", known
+
+
+def _with_data_tables(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """With the ``[[data]]`` tables of a layer as what they are: the data sets of ``train_data_meta``."""
+    if DATA_TABLES not in layer:
+        return layer
+    tables, others = layer[DATA_TABLES], {name: value for name, value in layer.items() if name != DATA_TABLES}
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(
+            f"{source}: {DATA_TABLES} is {tables!r}; it takes tables.", hint='Write [[data]], and below it meta = "…".'
+        )
+    if {"train_data_meta", "train-data-meta"} & others.keys():
+        raise ConfigError(f"{source} has both train_data_meta and [[data]] tables.", hint="Keep one of them.")
+    return {**others, "train_data_meta": tables}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Report:
 
     def table(self) -> "ClipTable":
         """The rows without errors, for the plan."""
-        return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
+        return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows], self.metadata)
 
     def require_ok(self) -> None:
         """Refuse a report with errors: training starts on good rows only.
@@ -210,7 +210,7 @@ def table_without_files(metadata: Metadata) -> "ClipTable | None":
     """
     clips = [_stated_clip(record) for record in metadata.records]
     stated = [clip for clip in clips if clip is not None]
-    return None if metadata.problems or len(stated) < len(clips) else _table(stated)
+    return None if metadata.problems or len(stated) < len(clips) else _table(stated, metadata)
 
 
 def exact_rate(value: Any) -> Fraction | None:
@@ -568,7 +568,7 @@ def _rate(fps: Fraction) -> str:
     return f"{float(fps):.5g} fps"
 
 
-def _table(clips: Sequence[RowFacts]) -> "ClipTable":
+def _table(clips: Sequence[RowFacts], metadata: Metadata) -> "ClipTable":
     import numpy as np
 
     from vfun_cli.metadata.table import ClipTable
@@ -586,6 +586,7 @@ def _table(clips: Sequence[RowFacts]) -> "ClipTable":
         fps_num=column(rate.numerator for rate in rates),
         fps_den=column(rate.denominator for rate in rates),
         held_out=np.zeros(len(clips), np.bool_),
+        set=column(metadata.set_of(clip.row) for clip in clips) if metadata.sets else np.zeros(len(clips), np.int64),
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,18 @@ class Record:
     """What the row says, under vfun's keys; in CSV empty cells are absent and the NUMBERS are numbers."""
     raw: Mapping[str, Any]
     """What the file has, for writing it back."""
+    root: Path | None = None
+    """Where its paths start from, if its data set has a place of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetOfRows:
+    """Where the rows of one of several data sets begin."""
+
+    name: str
+    first: int
+    said: str
+    """What else is said of the set, such as how often it is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,19 @@ class Metadata:
     problems: tuple[Problem, ...]
     columns: tuple[str, ...] = field(default=())
     """The header of a CSV file."""
+    sets: tuple[SetOfRows, ...] = ()
+    """Where the rows are those of several data sets one after another, or more is said of the one."""
+
+    def set_of(self, row: int) -> int:
+        """Which of the data sets a row is of."""
+        return max(0, bisect_right(self.sets, row, key=lambda each: each.first) - 1)
+
+    def place(self, row: int) -> str:
+        """What a row is called in messages: its number in its own set, counted from 0."""
+        if len(self.sets) < 2:
+            return f"row {row}"
+        found = self.sets[self.set_of(row)]
+        return f"row {row - found.first} of {found.name}"
 
 
 def read_metadata(path: str | Path) -> Metadata:

@@ -50,6 +50,13 @@ class SampleRequest:
     total_frames: int
     fps: tuple[int, int]
     """Source frame rate as (numerator, denominator)."""
+    place: str = ""
+    """What its row is called where there are several data sets; empty: by its number."""
+
+    @property
+    def row(self) -> str:
+        """What its row is called."""
+        return self.place or f"row {self.key.row}"
 
     @property
     def caption(self) -> str:

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vfun_cli import console
+from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import FamilySpec
@@ -37,6 +38,7 @@ from vfun_cli.metadata.records import Metadata, read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
 from vfun_cli.plan.captions import long_captions
 from vfun_cli.plan.options import plan_options
+from vfun_cli.plan.sets import joined_reports, meta_of, one_by_one, read_rows
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
@@ -54,16 +56,15 @@ EVERY_FIELD = (
 
 
 def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | None = None) -> Report:
-    """Validate the metadata of a run as its family and settings need it.
+    """Validate the metadata of a run's one data set as its family and settings need it.
 
     With ``deep_timeout`` everything is decoded too, at most so many seconds a file.
 
     Raises:
         ConfigError: options with which nothing can be planned.
     """
-    assert config.train_data_meta is not None
     report = _validate(
-        config.train_data_meta,
+        meta_of(config),
         config.train_data_dir,
         spec.fields,
         spec.media_types,
@@ -140,8 +141,11 @@ def header_cache() -> Path | None:
 
 def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     """The command that checks the metadata of a run as the run does."""
-    words = ["vfun", "validate-meta", str(config.train_data_meta), "--family", spec.name]
-    if config.train_data_dir is not None:
+    sets = config.train_data_meta
+    # Several sets of other roots are those of vfun.toml, which that command reads too.
+    placed = len(sets) > 1 and any(each.root not in (None, each.folder()) for each in sets)
+    words = ["vfun", "validate-meta", *([] if placed else [str(each.meta) for each in sets]), "--family", spec.name]
+    if config.train_data_dir is not None and not placed:
         words += ["--data-root", str(config.train_data_dir)]
     model = config.pretrained_model_name_or_path
     if model is not None and model.is_dir():  # its tokenizer counts the captions
@@ -155,18 +159,31 @@ def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
     """
-    report = check_rows(config, spec)
-    for line in summary_of_warnings(report):
-        console.warn(line)
-    if any(problem.severity == "warning" for problem in report.problems):
-        console.hint(f"The rows, counted from 0: {validate_command(config, spec)}")
-    report.require_ok()
-    return report
+    reports, bad = [], []
+    for each in one_by_one(config):
+        report = check_rows(each, spec)
+        of_which = f"{meta_of(each)}: " if len(config.train_data_meta) > 1 else ""
+        for line in summary_of_warnings(report):
+            console.warn(f"{of_which}{line}")
+        if any(problem.severity == "warning" for problem in report.problems):
+            console.hint(f"The rows, counted from 0: {validate_command(each, spec)}")
+        try:
+            report.require_ok()
+        except MetadataError as error:
+            bad.append(error)
+        reports.append(report)
+    if bad:
+        raise MetadataError("\n".join(error.message for error in bad), hint=bad[0].hint)
+    return joined_reports(config, reports)
 
 
 def of_validation(config: RunConfig) -> RunConfig:
     """The configuration with the rows to validate on in the place of those to train on."""
-    return replace(config, train_data_meta=config.validation_meta)
+    meta = config.validation_meta
+    if meta is None:
+        return replace(config, train_data_meta=())
+    of_it = DataSet(meta=meta)
+    return replace(config, train_data_meta=(of_it,), train_data_dir=config.train_data_dir or of_it.folder())
 
 
 def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool = False) -> "ClipTable | None":
@@ -189,8 +206,7 @@ def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool 
 
 def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":
     """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
-    assert config.train_data_meta is not None
-    metadata = read_metadata(config.train_data_meta)
+    metadata = read_rows(config)
     table = table_without_files(metadata)
     if table is not None:
         for problem in long_captions(spec, config.pretrained_model_name_or_path, captions_of(metadata)):

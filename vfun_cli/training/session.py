@@ -24,7 +24,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.loader import load_ahead, load_held_out
-from vfun_cli.training.data.stream import held_out_requests, micro_batches, record_reader
+from vfun_cli.training.data.stream import held_out_requests, micro_batches, row_reader
 from vfun_cli.training.heldout import HeldOutLoss
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
@@ -88,7 +88,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             total_steps=plan.steps(),
         )
         objective = make_objective(spec.model.objective, spec.model.objective_options, options.model_dir)
-        read_record = record_reader(config, spec)
+        read_row = row_reader(config, spec)
         held_out = HeldOutLoss(
             accelerator=accelerator,
             adapter=adapter,
@@ -135,7 +135,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     loaded = load_ahead(
         adapter_of(spec),
         options,
-        micro_batches(plan, read_record, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
+        micro_batches(plan, read_row, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,
