@@ -43,7 +43,7 @@ class DataSet:
 
     def __str__(self) -> str:
         """As it is typed, without what can only be written down."""
-        return f"{self.meta}" if self.repeats == 1 else f"{self.meta}:{self.repeats}"
+        return f"{self.meta}" if self.repeats == 1 else f"{self.meta}:{in_decimals(self.repeats)}"
 
     def folder(self) -> Path:
         """Where its paths start from if nobody says so: the folder of its metadata."""
@@ -60,12 +60,20 @@ class DataSet:
             return str(self.meta)
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            name: value if isinstance(value, str) else str(value) for name, value in said.items() if value is not None
+            name: in_decimals(value) if isinstance(value, Fraction) else str(value)
+            for name, value in said.items()
+            if value is not None
         }
 
     def over_paths(self, change: Callable[[Path], Path]) -> "DataSet":
         """With its paths changed."""
         return replace(self, meta=change(self.meta), root=None if self.root is None else change(self.root))
+
+
+def in_decimals(value: Fraction) -> str:
+    """As it is typed: in decimals where that is exact."""
+    decimals = f"{float(value):.10g}"
+    return decimals if Fraction(decimals) == value else str(value)
 
 
 def parse_data_sets(value: Any, where: str) -> tuple[DataSet, ...]:

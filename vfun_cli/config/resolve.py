@@ -178,9 +178,9 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Top-level keys hold for every family, a ``[family]`` table for one."""
     content = _read_toml(path)
-    flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
+    flat = {name: value for name, value in content.items() if not isinstance(value, dict) or name == DATA_TABLES}
     yield str(path), _known(_with_data_tables(flat, str(path)), str(path))
-    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    tables = {name: value for name, value in content.items() if name not in flat}
     from vfun_cli.families import FAMILIES
 
     for name, table in tables.items():
@@ -201,7 +201,8 @@ def _with_data_tables(layer: Mapping[str, Any], source: str) -> Mapping[str, Any
     tables, others = layer[DATA_TABLES], {name: value for name, value in layer.items() if name != DATA_TABLES}
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(
-            f"{source}: {DATA_TABLES} is {tables!r}; it takes tables.", hint='Write [[data]], and below it meta = "…".'
+            f"{source}: {DATA_TABLES} is {tables!r}; it takes tables, one a set.",
+            hint='Write [[data]], and below it meta = "…".',
         )
     if {"train_data_meta", "train-data-meta"} & others.keys():
         raise ConfigError(f"{source} has both train_data_meta and [[data]] tables.", hint="Keep one of them.")

@@ -146,7 +146,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
             effect = "sharding"  # the same steps, cut for another number of processes
         if name in run.contents:
             effect = "harmless"  # a path: what lies there is compared by its contents
-        words = f"{name} {earlier} -> {now[name]}"
+        words = f"{name} {_in_words(name, earlier)} -> {_in_words(name, now[name])}"
         found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
     followers = {name for name, (origin, words) in FOLLOWS.items()
                  if origin in found and resolved.sources.get(name) == words}  # fmt: skip
@@ -192,7 +192,8 @@ def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> Non
     changed = changes(run, resolved)
     _refuse(run, resolved, changed, allow)
     for change in changed:
-        console.warn(f"{change.name} changes from {change.before} to {change.after}.")
+        before, after = (_in_words(change.name, value) for value in (change.before, change.after))
+        console.warn(f"{change.name} changes from {before} to {after}.")
     before, now = step_size(run.config), step_size(resolved.config.to_json())
     if before != now:
         console.warn(
@@ -231,12 +232,13 @@ def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
     for name, before in noted.items():
         if before != now[name]:
             how = what_changed(run.found.run.contents(), name, before, job.contents[name])
-            words = f"{name} {_shown(getattr(config, name))}: {how}"
+            words = f"{name} {_in_words(name, getattr(config, name))}: {how}"
             yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
 
 
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _in_words(name: str, value: Any) -> str:
+    """Data sets as they are typed, any other value as it is."""
+    return ", ".join(map(str, parse_data_sets(value, name))) if name == METADATA else str(value)
 
 
 def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: Sequence[str]) -> None:

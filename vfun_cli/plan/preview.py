@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from rich import box
@@ -230,8 +229,7 @@ def _ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
 def _data_sets(plan: RunPlan, ledger: Ledger) -> Table:
     result = _table("set", "repeats", "rows", "used", "shown")
     for name, data in zip(plan.data_sets, ledger.sets, strict=True):
-        repeats = f"{float(Fraction(data.repeats)):g}"
-        result.add_row(name, repeats, f"{data.rows:,}", f"{data.used:,}", f"{data.samples:,}")
+        result.add_row(name, data.repeats, f"{data.rows:,}", f"{data.used:,}", f"{data.samples:,}")
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vfun_cli.config.datasets import in_decimals
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
@@ -444,7 +445,7 @@ def _set_ledgers(clips: Clips, drawn: Samples) -> tuple[SetLedger, ...]:
     every = (clips.table.set, clips.table.set[clips.used], clips.table.set[drawn.clip])
     counts = zip(*(np.bincount(column, minlength=len(repeats)).tolist() for column in every), strict=True)
     return tuple(
-        SetLedger(repeats=str(times), rows=rows, used=used, samples=samples)
+        SetLedger(repeats=in_decimals(times), rows=rows, used=used, samples=samples)
         for times, (rows, used, samples) in zip(repeats, counts, strict=True)
     )
 

@@ -52,7 +52,7 @@ def joined(config: RunConfig, read: Sequence[Metadata]) -> Metadata:
         records=tuple(records),
         problems=tuple(problems),
         sets=tuple(
-            SetOfRows(name=str(each), first=first, said=_said(each) or "")
+            SetOfRows(name=str(each.meta), first=first, said=_said(each) or "")
             for each, first in zip(sets, firsts, strict=False)
         ),
     )

@@ -90,7 +90,7 @@ def contents_of(
     weights = model_files(model)
     digests = file_digests([*media.values(), *weights.values()], cache=cache, progress=progress)
     rows = {f"row {record.row}": _digest_of_row(record.fields) for record in metadata.records}
-    rows |= {f"set {each.name}, from row {each.first}": each.said for each in metadata.sets}
+    rows |= {f"data set {number}": f"{each.first} {each.said}" for number, each in enumerate(metadata.sets, 1)}
     return {
         METADATA: Contents(pieces=rows),
         DATA: Contents(pieces={piece: digests[path] for piece, path in media.items()}, files=stated),

@@ -36,7 +36,7 @@ _SAMPLE = re.compile(r"(row|prompt)-\d+(-ema)?\.(json|mp4|png)|\.(row|prompt)-\d
 DESCRIBES: Mapping[str, Check] = {
     "command": one_of("train", "lora", "cache"),
     "family": text(),
-    "config": options("pretrained_model_name_or_path", "train_data_meta"),
+    "config": options("pretrained_model_name_or_path", data="train_data_meta"),
     "metadata_sha256": text(),
     "id": optional(text()),
     "most": optional(record({"num_processes": whole(1), "num_machines": whole(1)})),
