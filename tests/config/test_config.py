@@ -37,7 +37,7 @@ def settle(
 )
 def test_the_documents_variables_are_read(variable: str, option: str) -> None:
     resolved = settle(environ={variable: "some/place"})
-    assert getattr(resolved.config, option) == Path("some/place")
+    assert getattr(resolved.config, option) == parse(option, "some/place", variable)
     assert resolved.sources[option] == f"${variable}"
 
 

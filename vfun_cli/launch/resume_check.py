@@ -192,8 +192,8 @@ def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> Non
     changed = changes(run, resolved)
     _refuse(run, resolved, changed, allow)
     for change in changed:
-        before, after = (_in_words(change.name, value) for value in (change.before, change.after))
-        console.warn(f"{change.name} changes from {before} to {after}.")
+        was, is_now = (_in_words(change.name, value) for value in (change.before, change.after))
+        console.warn(f"{change.name} changes from {was} to {is_now}.")
     before, now = step_size(run.config), step_size(resolved.config.to_json())
     if before != now:
         console.warn(
