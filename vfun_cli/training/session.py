@@ -14,6 +14,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import ModelAdapter
+from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.flops import Costs
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import load_plan
@@ -135,7 +136,14 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     loaded = load_ahead(
         adapter_of(spec),
         options,
-        micro_batches(plan, read_record, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
+        micro_batches(
+            plan,
+            read_record,
+            rank=accelerator.process_index,
+            first_step=first_step,
+            captions=caption_options(config),
+            tell=ledger.plan,
+        ),
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,

@@ -14,6 +14,8 @@ from vfun_cli.encoding.cache import Cache
 from vfun_cli.encoding.encode import outputs_of
 from vfun_cli.families import adapter_of
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter, SampleRequest
+from vfun_cli.modeling.captions import CaptionOptions
+from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.queue import micro_batches_ahead
 from vfun_cli.plan.run_plan import RunPlan, load_plan
 from vfun_cli.run.cachedir import prune
@@ -44,7 +46,7 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         options = adapter_options(config, spec, accelerator.device)
         encoders = adapter.encoders_of(options)
         cache = Cache.for_encoders(config.cache, encoders)
-        needed = MissingEntries(adapter, options, cache)
+        needed = MissingEntries(adapter, options, cache, caption_options(config))
         plan = load_plan(config, spec, described)
         read_record, held_out = record_reader(config, spec), held_out_requests(plan, config)
         work = list(needed.missing(plan, read_record, rank, accelerator.num_processes, held_out))
@@ -82,10 +84,13 @@ def write_outcome(run: RunDir, machine_rank: int, *, ranks: int) -> None:
 class MissingEntries:
     """The entries that a run will ask for of one rank's share of its clips."""
 
-    def __init__(self, adapter: type[ModelAdapter], options: AdapterOptions, cache: Cache) -> None:
+    def __init__(
+        self, adapter: type[ModelAdapter], options: AdapterOptions, cache: Cache, captions: CaptionOptions
+    ) -> None:
         self.adapter = adapter
         self.options = options
         self.cache = cache
+        self.captions = captions
         self.keys: set[str] = set()
 
     def missing(
@@ -107,7 +112,8 @@ class MissingEntries:
         # One process that accumulates takes the steps of all.
         alone = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
         owners: dict[int, int] = {}
-        for batch in micro_batches(replace(plan, options=alone), read_record, rank=0, first_step=0):
+        one = replace(plan, options=alone)
+        for batch in micro_batches(one, read_record, rank=0, first_step=0, captions=self.captions):
             for request in batch.requests:
                 if owners.setdefault(request.key.row, len(owners) % world_size) == rank:
                     yield request

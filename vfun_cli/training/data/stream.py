@@ -12,7 +12,9 @@ from vfun_cli.metadata.fields import stated_media
 from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.captions import AS_STATED, CaptionOptions
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.rows import of_validation
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
@@ -44,6 +46,7 @@ def micro_batches(
     *,
     rank: int,
     first_step: int,
+    captions: CaptionOptions = AS_STATED,
     tell: Callable[[EpochPlan, int], None] = lambda epoch, step: None,
 ) -> Iterator[MicroBatch]:
     """Every micro-batch of one rank in order, steps before ``first_step`` left out.
@@ -63,7 +66,7 @@ def micro_batches(
                 return
             for index, batch in enumerate(batches):
                 requests = tuple(
-                    _request(plan, batch, sample, place[sample.row], read_record(sample.row))
+                    _request(plan, batch, sample, place[sample.row], read_record(sample.row), captions)
                     for sample in batch.samples
                 )
                 yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
@@ -71,7 +74,10 @@ def micro_batches(
 
 
 def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
-    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own."""
+    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own.
+
+    A row with several captions is looked at with one of them, the same at every step.
+    """
     if plan.held_out is None:
         return []
     own_meta = config.validation_meta is not None
@@ -87,6 +93,7 @@ def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
             stride=clip.stride,
             total_frames=clip.total_frames,
             fps=clip.fps,
+            captions=caption_options(config),
         )
         for clip in plan.held_out.clips
     ]
@@ -103,7 +110,12 @@ def _shares(plan: EpochPlan) -> list[float]:
 
 
 def _request(
-    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int, record: dict[str, Any]
+    plan: RunPlan,
+    batch: PlannedMicroBatch,
+    sample: PlannedSample,
+    position: int,
+    record: dict[str, Any],
+    captions: CaptionOptions,
 ) -> SampleRequest:
     table = plan.table
     return SampleRequest(
@@ -122,4 +134,5 @@ def _request(
         stride=sample.stride,
         total_frames=int(np.asarray(table.frames)[position]),
         fps=(int(table.fps_num[position]), int(table.fps_den[position])),
+        captions=captions,
     )
