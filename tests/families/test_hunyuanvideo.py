@@ -234,7 +234,7 @@ def test_a_clip_goes_from_its_file_to_gradients(
         key=key(0), record={"file_path": str(path), "text": "a light goes on"}, kind="video", frames=9, height=64,
         width=80, stride=2, total_frames=30, fps=(24, 1),
     )  # fmt: skip
-    loaded = load_clip(KINDS[name], request, {})
+    loaded = load_clip(KINDS[name], request, adapter.options)
     assert loaded.values["clip"].shape == (9, 3, 64, 80) and loaded.values["pooled"] == "a light goes on"
 
     latents, conditions = encode(adapter, [loaded], [request.key])
@@ -256,7 +256,7 @@ def test_a_picture_is_a_clip_of_one_frame(adapters: dict[str, HunyuanVideoAdapte
         key=key(0), record={"file_path": str(tmp_path / "picture.png")}, kind="image", frames=1, height=64, width=64,
         stride=1, total_frames=1, fps=(0, 1),
     )  # fmt: skip
-    loaded = load_clip(KINDS["t2v"], request, {})
+    loaded = load_clip(KINDS["t2v"], request, adapters["t2v"].options)
     latents, conditions = encode(adapters["t2v"], [loaded, loaded], [key(0), key(1)])
     assert latents.shape == (2, 16, 1, 8, 8)
     prediction = adapters["t2v"].predict(adapters["t2v"].transformer, latents, torch.tensor([5.0, 9.0]), conditions)
