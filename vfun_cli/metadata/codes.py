@@ -114,7 +114,8 @@ CODES: dict[str, Code] = {
         _code(
             "wrong-type",
             "error",
-            "A value has the wrong kind: a path that is not a string, a text that is neither one nor a list of some, a size that is not a positive number.",
+            "A value has the wrong kind: a path that is no string, a text that is neither one nor a list of them, a "
+            "size that is not a positive number.",
             '"width": "640" or "text": null',
             "Correct the value. " + _REFILL,
         ),
@@ -149,7 +150,7 @@ CODES: dict[str, Code] = {
         _code(
             "missing-caption",
             "warning",
-            "Rows have no text: they train with an empty caption, as unconditional clips, or with --caption-prefix alone.",
+            "Rows have no text: they train with an empty caption, or with --caption-prefix alone.",
             '{"file_path": "train/1.mp4", "type": "video"}',
             "Write captions, if the model should learn from them.",
         ),
