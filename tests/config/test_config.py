@@ -1,5 +1,6 @@
 """Options: the published command lines' defaults, every way to set one, who wins, and what is said of a wrong one."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,30 @@ def test_every_option_is_explained() -> None:
 def test_nothing_in_this_process_sets_options() -> None:
     """The tests above mean what they say only without such variables."""
     assert not [name for name in os.environ if name.startswith("VFUN_")]
+
+
+@pytest.mark.parametrize("text", ["", "ohwx", " ohwx, ", "a, b", "狗", "true", "0", "line\nline"])
+@pytest.mark.parametrize("name", ["caption_prefix", "caption_suffix"])
+def test_a_text_around_captions_stays_as_it_is_typed(name: str, text: str, tmp_path: Path) -> None:
+    resolved = settle(given={name: text}, environ={f"VFUN_{name.upper()}": "exported"})
+    assert getattr(resolved.config, name) == text
+    assert getattr(settle(toml=f"{name} = {json.dumps(text)}", folder=tmp_path).config, name) == text
+    if text:  # an empty variable is how a shell unsets
+        assert getattr(settle(environ={f"VFUN_{name.upper()}": text}).config, name) == text
+    written = json.loads(json.dumps(resolved.config.to_json()))
+    assert RunConfig.from_json(written) == resolved.config
+
+
+@pytest.mark.parametrize(("value", "words"), [(5, "takes text"), (["a"], "takes text"), ("\ud800", "holds '\\ud800'")])
+def test_what_is_no_text_cannot_stand_around_captions(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("caption_prefix", value, "vfun.toml: caption_prefix")
+    assert words in caught.value.message and caught.value.option == "--caption-prefix"
+
+
+def test_other_captions_are_another_trajectory_and_the_defaults_are_those_of_the_originals() -> None:
+    for name in ("caption_prefix", "caption_suffix", "caption_dropout", "shuffle_tags"):
+        assert options()[name][2].on_resume == "trajectory"
+    config = settle().config
+    assert (config.caption_prefix, config.caption_suffix) == ("", "")
+    assert (config.caption_dropout, config.shuffle_tags) == (0.1, False)

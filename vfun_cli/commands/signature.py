@@ -140,7 +140,7 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     default = default_of(name)
     if isinstance(default, bool):
         default = "on" if default else "off"
-    if default not in (None, ()):
+    if default not in (None, (), ""):
         shown = ",".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}, unless the family says otherwise]"
     if opt.switch is not None:

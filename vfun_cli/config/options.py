@@ -19,6 +19,8 @@ from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.files import at_home
+from vfun_cli.metadata.fields import odd_sign
+from vfun_cli.modeling.captions import CAPTION_DROPOUT
 
 MODEL = "Model"
 DATA = "Data"
@@ -60,7 +62,7 @@ class Opt:
     below: float | None = None
     """A number must be less than this."""
     verbatim: bool = False
-    """The entries of a list are taken as they stand: a comma belongs to them."""
+    """A text is taken as it stands, blanks around it included; so is each entry of a list, commas included."""
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
     """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise,
@@ -305,6 +307,32 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = "first_frame"
+    caption_prefix: Annotated[
+        str,
+        Opt(
+            help="Text in front of every caption, such as a trigger word; a row without text trains with it alone.",
+            panel=CONDITIONING,
+            verbatim=True,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ""
+    caption_suffix: Annotated[
+        str,
+        Opt(help="Text behind every caption.", panel=CONDITIONING, verbatim=True, commands=PLAN_COMMANDS),
+    ] = ""
+    caption_dropout: Annotated[
+        float,
+        Opt(
+            help="Chance that a caption is left out, prefix and suffix with it, for classifier-free guidance.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = CAPTION_DROPOUT
+    shuffle_tags: Annotated[
+        bool,
+        Opt(help="Put what stands between the commas of a caption in another order every epoch.", panel=CONDITIONING),
+    ] = False
     loss_type: Annotated[
         str | None,
         Opt(
@@ -1044,6 +1072,8 @@ def _parsed(name: str, value: Any, where: str) -> Any:
     _, kind, opt = options()[name]
     if DataSet in get_args(kind):
         return parse_data_sets(value, where)
+    if opt.verbatim and plain_kind(kind) is str:
+        return _as_typed(value, where)
     if opt.verbatim:
         return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
@@ -1056,6 +1086,14 @@ def _parsed(name: str, value: Any, where: str) -> Any:
     if isinstance(parsed, int | float):
         _check_range(parsed, opt, where)
     return parsed
+
+
+def _as_typed(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is {value!r}; it takes text, in quotes.")
+    if odd := odd_sign(value):
+        raise ConfigError(f"{where} holds {odd!a}, which no caption has.")
+    return value
 
 
 def _check_range(value: float, opt: Opt, where: str) -> None:

@@ -149,6 +149,8 @@ def decide(
         with keeping():
             report = rows.checked_rows(config, spec)
             validation = rows.validation_table(config, spec)
+        if (notice := rows.undrawn_captions(config, report)) is not None:
+            console.hint(notice)
         plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None

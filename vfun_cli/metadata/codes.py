@@ -114,7 +114,8 @@ CODES: dict[str, Code] = {
         _code(
             "wrong-type",
             "error",
-            "A value has the wrong kind: a path or text that is not a string, a size that is not a positive number.",
+            "A value has the wrong kind: a path that is no string, a text that is neither one nor a list of them, a "
+            "size that is not a positive number.",
             '"width": "640" or "text": null',
             "Correct the value. " + _REFILL,
         ),
@@ -149,14 +150,14 @@ CODES: dict[str, Code] = {
         _code(
             "missing-caption",
             "warning",
-            "Rows have no text: they train with an empty caption, as unconditional clips.",
+            "Rows have no text: they train with an empty caption, or with --caption-prefix alone.",
             '{"file_path": "train/1.mp4", "type": "video"}',
             "Write captions, if the model should learn from them.",
         ),
         _code(
             "empty-caption",
             "warning",
-            "The text is empty or only blanks: the model would learn the clip as unconditional.",
+            "The text, or one of its list, is empty or only blanks: the model would learn the clip as unconditional.",
             '"text": ""',
             "Write a caption.",
         ),
@@ -186,7 +187,7 @@ CODES: dict[str, Code] = {
             "note",
             "Another row uses the same video with another text.",
             "train/1.mp4 with a short and with a long caption",
-            "Nothing, if several captions a clip are meant.",
+            "Nothing, if that is meant; several captions of one clip may be a list in one row.",
         ),
         _code(
             "invalid-path",

@@ -16,6 +16,7 @@ from rich.text import Text
 from vfun_cli.files import write_output
 from vfun_cli.metadata.checks import Report, describe, printable
 from vfun_cli.metadata.codes import CODES, Problem, Severity, explain
+from vfun_cli.metadata.fields import texts_of
 from vfun_cli.metadata.fix import Fixed
 
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -85,11 +86,6 @@ def totals(report: Report) -> dict[str, Any]:
     """Clips, hours, sizes, frame rates and caption lengths of the rows without errors."""
     good = [clip for row, clip in sorted(report.clips.items()) if row not in report.bad_rows]
     videos = [clip for clip in good if clip.kind == "video" and clip.fps]
-    captions = [
-        len(record.fields["text"])
-        for record in report.metadata.records
-        if record.row not in report.bad_rows and isinstance(record.fields.get("text"), str)
-    ]
     return {
         "videos": len(videos),
         "images": sum(clip.kind == "image" for clip in good),
@@ -98,7 +94,7 @@ def totals(report: Report) -> dict[str, Any]:
         "sizes": _counted(f"{clip.width}x{clip.height}" for clip in good),
         "frame_rates": _counted(f"{float(clip.fps):.5g}" for clip in videos),
         "seconds": _min_median_max([float(clip.frames / clip.fps) for clip in videos]),
-        "caption_characters": _min_median_max(captions),
+        "caption_characters": _min_median_max(_caption_lengths(report)),
     }
 
 
@@ -239,12 +235,13 @@ def _render_totals(report: Report, console: Console) -> None:
         low, middle, high = found["seconds"]
         grid.add_row("seconds a clip", f"{low:.2f} to {high:.2f}, median {middle:.2f}")
     console.print(grid)
-    captions = [
-        len(record.fields["text"])
-        for record in report.metadata.records
-        if isinstance(record.fields.get("text"), str) and record.row not in report.bad_rows
-    ]
-    console.print(_histogram("caption characters", captions, plain=console.options.ascii_only))
+    console.print(_histogram("caption characters", _caption_lengths(report), plain=console.options.ascii_only))
+
+
+def _caption_lengths(report: Report) -> list[int]:
+    """Characters of every caption of the rows without errors."""
+    good = (record for record in report.metadata.records if record.row not in report.bad_rows)
+    return [len(text) for record in good for text in texts_of(record.fields)]
 
 
 def _histogram(title: str, values: Sequence[int], *, plain: bool) -> Table:

@@ -33,10 +33,11 @@ from vfun_cli.metadata.checks import (
 )
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
-from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.metadata.fields import MetadataField, texts_of
 from vfun_cli.metadata.records import Metadata, read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
-from vfun_cli.plan.captions import long_captions
+from vfun_cli.modeling.captions import possible_captions
+from vfun_cli.plan.captions import caption_options, long_captions
 from vfun_cli.plan.options import plan_options
 from vfun_cli.plan.sets import joined_reports, meta_of, one_by_one, read_rows
 
@@ -73,18 +74,32 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
     )
     if not report.ok:
         return report
-    captions = captions_of(report.metadata, report.bad_rows)
+    captions = captions_of(config, report.metadata, report.bad_rows)
     long = long_captions(spec, config.pretrained_model_name_or_path, captions)
     return report.plus([*long, *left_out_by_plan(config, spec, report)])
 
 
-def captions_of(metadata: Metadata, bad_rows: Collection[int] = ()) -> dict[int, str]:
-    """The texts of the rows that can be trained, by row."""
-    return {
-        record.row: text
+def captions_of(config: RunConfig, metadata: Metadata, bad_rows: Collection[int] = ()) -> list[tuple[int, str]]:
+    """Every caption that the rows which can be trained may train with, and its row."""
+    options = [caption_options(config, each) for each in config.train_data_meta]
+    return [
+        (record.row, caption)
         for record in metadata.records
-        if record.row not in bad_rows and isinstance(text := record.fields.get("text"), str)
-    }
+        if record.row not in bad_rows
+        for caption in possible_captions(texts_of(record.fields), options[metadata.set_of(record.row)])
+        if caption
+    ]
+
+
+def undrawn_captions(config: RunConfig, report: Report) -> str | None:
+    """In words, that some rows have more captions than are ever drawn for them; None where none has."""
+    most = max((len(texts_of(record.fields)) for record in report.metadata.records), default=0)
+    if config.cache_variants is None or most <= config.cache_variants:
+        return None
+    return (
+        f"Rows have up to {most} captions, and --cache-variants {config.cache_variants} draws at most so many of them: "
+        f"--cache-variants {most} leaves room for all."
+    )
 
 
 CODES_OF_REASONS = {"unsupported-type": "unsupported-type", "too-short": "clip-too-short", "too-small": "too-small"}
@@ -209,7 +224,8 @@ def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":
     metadata = read_rows(config)
     table = table_without_files(metadata)
     if table is not None:
-        for problem in long_captions(spec, config.pretrained_model_name_or_path, captions_of(metadata)):
+        captions = captions_of(config, metadata)
+        for problem in long_captions(spec, config.pretrained_model_name_or_path, captions):
             console.warn(f"{problem.code}: {problem.message}")
     return table
 

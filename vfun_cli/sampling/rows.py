@@ -5,10 +5,11 @@
     found.require_ok()                   # every problem of every row at once
     request_of(found.videos[0])          # in sampling/requests.py, with torch
 
-A row has a prompt (``prompt`` or ``text``) and what the family can be given: ``image``, ``end_image``, ``reference``,
-``control``, ``edit``, ``edit_mask``, ``audio``, and its own settings under the names of :class:`Wanted`. A row of a
-data set is one too: its control clip and its sound are given, and the first frame of its clip is the image. What such
-a row states as frames, width, height and fps is of its clip; without ``file_path`` it is of the video to be made.
+A row has a prompt (``prompt`` or ``text``; of a list the first) and what the family can be given: ``image``,
+``end_image``, ``reference``, ``control``, ``edit``, ``edit_mask``, ``audio``, and its own settings under the names of
+:class:`Wanted`. A row of a data set is one too: its control clip and its sound are given, and the first frame of its
+clip is the image. What such a row states as frames, width, height and fps is of its clip; without ``file_path`` it is
+of the video to be made.
 """
 
 import math
@@ -283,6 +284,8 @@ def _stated(record: Record, is_csv: bool) -> dict[str, Any]:
         for other in others:
             if other in there:
                 there.setdefault(name, there.pop(other))
+    if isinstance(prompts := there.get("prompt"), list) and prompts:
+        there["prompt"] = prompts[0]
     if is_csv:
         there |= {name: cell_value(there[name]) for name in NUMBERS if name in there}
         if (start := there.get("start_from_ref")) in BOOLEANS:

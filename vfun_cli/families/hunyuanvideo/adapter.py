@@ -44,8 +44,6 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_diffusers, read_json, require_parts
 
-TEXT_DROP = 0.1
-"""How often a caption is left out, for classifier-free guidance."""
 GUIDANCE_SCALE = 6.0
 """The embedded guidance that these guidance-distilled models are trained and sampled at."""
 IMAGE_IN_NOISE = 0.001
@@ -150,12 +148,12 @@ class HunyuanVideoAdapter(WholeVideo):
     @classmethod
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
-        return cls.compose(clip_of(request), request.caption, request.key)
+        caption = "" if request.key.chance("text-drop", options.caption_dropout) else request.caption
+        return cls.compose(clip_of(request), Value(caption))
 
     @classmethod
-    def compose(cls, pixels: ClipInput, text: str, key: SampleKey) -> Inputs:
-        """``clip``, ``prompt`` and ``pooled``; the caption is empty for both encoders one time in ten."""
-        caption = Value("" if key.chance("text-drop", TEXT_DROP) else text)
+    def compose(cls, pixels: ClipInput, caption: Value) -> Inputs:
+        """``clip``, ``prompt`` and ``pooled``; both text encoders read the same caption."""
         return {
             "clip": Input(encoder="vae", lazy=pixels),
             "pooled": Input(encoder="pooled", lazy=caption),

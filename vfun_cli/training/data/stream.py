@@ -12,7 +12,9 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.fields import stated_media
 from vfun_cli.metadata.opening import absolute
 from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.captions import AS_STATED, CaptionOptions
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.rows import of_validation
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
@@ -26,8 +28,10 @@ class RowToTrain:
 
     record: dict[str, Any]
     """What it says, its media as absolute paths; what stands in for a field is filled in."""
-    place: str
-    """What it is called."""
+    place: str = ""
+    """What it is called, if not by its number."""
+    captions: CaptionOptions = AS_STATED
+    """What is made of its texts."""
 
 
 ReadRow = Callable[[int], RowToTrain]
@@ -38,6 +42,7 @@ def row_reader(config: RunConfig, spec: FamilySpec) -> ReadRow:
     """The rows of a run's metadata."""
     metadata = read_rows(config)
     records = {record.row: record for record in metadata.records}
+    captions = [caption_options(config, each) for each in config.train_data_meta]
 
     def read_row(row: int) -> RowToTrain:
         record = records[row]
@@ -45,7 +50,7 @@ def row_reader(config: RunConfig, spec: FamilySpec) -> ReadRow:
         for name, path in stated_media(fields, spec.fields).items():
             if path:
                 fields[name] = absolute(root / str(path))
-        return RowToTrain(record=fields, place=metadata.place(row))
+        return RowToTrain(record=fields, place=metadata.place(row), captions=captions[metadata.set_of(row)])
 
     return read_row
 
@@ -82,7 +87,10 @@ def micro_batches(
 
 
 def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
-    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own."""
+    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own.
+
+    A row with several captions is looked at with one of them, the same at every step.
+    """
     if plan.held_out is None:
         return []
     own_meta = config.validation_meta is not None
