@@ -114,7 +114,7 @@ class RunConfig:
     train_data_dir: Annotated[
         Path | None,
         Opt(
-            help="Folder that the paths in the metadata start from.",
+            help="Folder that the paths in a metadata file start from; those of a folder start from itself.",
             panel=DATA,
             variables=("DATASET_NAME",),
             on_resume="contents",
@@ -124,7 +124,7 @@ class RunConfig:
     train_data_meta: Annotated[
         Path | None,
         Opt(
-            help="Metadata: a JSON list, JSON lines or CSV.",
+            help="Metadata: a folder of media, or a JSON list, JSON lines, CSV or Parquet (docs/data.md).",
             panel=DATA,
             variables=("DATASET_META_NAME",),
             on_resume="contents",
@@ -474,8 +474,8 @@ class RunConfig:
     validation_meta: Annotated[
         Path | None,
         Opt(
-            help="Metadata of rows to validate on; their paths start from train_data_dir too. Before the first step, "
-            "and as often as asked, their loss is computed.",
+            help="Metadata of rows to validate on, as for train_data_meta; paths in a file start from train_data_dir "
+            "too. Before the first step, and as often as asked, their loss is computed.",
             panel=VALIDATION,
             on_resume="harmless",
             commands=PLAN_COMMANDS,

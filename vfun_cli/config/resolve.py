@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import devices
+from vfun_cli import console, devices
 from vfun_cli.config.checks import check
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
@@ -15,6 +15,7 @@ from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import open_bounded
+from vfun_cli.metadata.records import root_of
 
 SETTINGS_FILE = "vfun.toml"
 LARGEST_TOML = 1 << 20
@@ -156,9 +157,12 @@ def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
 def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Values that follow from others where nothing was said; notes their sources."""
     found: dict[str, Any] = {}
-    if is_default(sources["train_data_dir"]) and not is_default(sources["train_data_meta"]):
-        assert config.train_data_meta is not None
-        found["train_data_dir"] = config.train_data_meta.parent
+    if config.train_data_meta is not None and not is_default(sources["train_data_meta"]):
+        typed = sources["train_data_dir"] == OPTION
+        stated = None if is_default(sources["train_data_dir"]) else config.train_data_dir
+        root = data_root(config.train_data_meta, stated, typed=typed)
+        if root != config.train_data_dir or stated is None:
+            found["train_data_dir"] = root
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
@@ -167,6 +171,18 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
         found["mixed_precision"] = "no"
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
+
+
+def data_root(meta: Path, stated: Path | None, *, typed: bool) -> Path:
+    """The folder that the paths in metadata start from; tells where a folder of media makes what was typed useless.
+
+    Args:
+        stated: what somebody said, typed or not.
+    """
+    root = root_of(meta, stated)
+    if typed and stated is not None and root.absolute() != stated.absolute():
+        console.warn(f"{meta} is a folder: its files are known by their paths from there, not from {stated}.")
+    return root
 
 
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -33,7 +33,7 @@ from vfun_cli.metadata.checks import (
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.fields import MetadataField
-from vfun_cli.metadata.records import Metadata, read_metadata
+from vfun_cli.metadata.records import Metadata, is_folder, read_metadata
 from vfun_cli.metadata.report import summary_of_warnings
 from vfun_cli.plan.captions import long_captions
 from vfun_cli.plan.options import plan_options
@@ -114,6 +114,14 @@ def check_rows_of_any_family(meta: Path, root: Path, *, deep_timeout: float | No
     return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
+def check_folder(metadata: Metadata, spec: FamilySpec | None) -> Report:
+    """Validate what a folder gives as a family needs it, or as every family does; whatever the settings of a run."""
+    fields, media_types = (EVERY_FIELD, MEDIA_TYPES) if spec is None else (spec.fields, spec.media_types)
+    with progress() as stage:
+        settings = Settings(cache=header_cache(), progress=stage)
+        return validate(metadata, fields, media_types, metadata.path, settings=settings)
+
+
 def _validate(
     meta: Path,
     root: Path | None,
@@ -141,7 +149,7 @@ def header_cache() -> Path | None:
 def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     """The command that checks the metadata of a run as the run does."""
     words = ["vfun", "validate-meta", str(config.train_data_meta), "--family", spec.name]
-    if config.train_data_dir is not None:
+    if config.train_data_dir not in (None, config.train_data_meta):  # a folder is its own root
         words += ["--data-root", str(config.train_data_dir)]
     model = config.pretrained_model_name_or_path
     if model is not None and model.is_dir():  # its tokenizer counts the captions
@@ -166,7 +174,9 @@ def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
 
 def of_validation(config: RunConfig) -> RunConfig:
     """The configuration with the rows to validate on in the place of those to train on."""
-    return replace(config, train_data_meta=config.validation_meta)
+    assert config.validation_meta is not None
+    root = config.validation_meta if is_folder(config.validation_meta) else config.train_data_dir
+    return replace(config, train_data_meta=config.validation_meta, train_data_dir=root)
 
 
 def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool = False) -> "ClipTable | None":
