@@ -147,7 +147,7 @@ def test_frame_rates_become_exact(value: object, rate: str | None) -> None:
 UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a pipe": ("unreadable-metadata", os.mkfifo),
     "a device": ("unreadable-metadata", lambda path: path.symlink_to("/dev/zero")),
-    "a directory": ("unreadable-metadata", Path.mkdir),
+    "an empty folder": ("empty-metadata", Path.mkdir),
     "a file of the kernel that never ends": ("empty-metadata", lambda path: path.symlink_to("/proc/kmsg")),
     "gigabytes of nothing": ("unparsable-metadata", lambda path: sparse(path, 2**33)),
     "terabytes of nothing": ("unreadable-metadata", lambda path: sparse(path, 2**40)),
