@@ -9,7 +9,7 @@ import typer
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.config.options import parse
-from vfun_cli.config.resolve import resolve, setting
+from vfun_cli.config.resolve import resolve, root_of_set, setting
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.files import require_place
@@ -24,7 +24,7 @@ def validate_meta(
         typer.Argument(
             metavar="[META]...",
             show_default=False,
-            help="Metadata file, or several; by default $DATASET_META_NAME or vfun.toml's.",
+            help="Metadata file or a folder of media, or several; by default $DATASET_META_NAME or vfun.toml's.",
         ),
     ] = None,
     family: Annotated[
@@ -43,7 +43,7 @@ def validate_meta(
             parser=typed_path,
             metavar="PATH",
             show_default=False,
-            help="Folder that the paths start from. [default: $DATASET_NAME, or META's folder]",
+            help="Folder that the paths in a file start from. [default: $DATASET_NAME, or META's folder]",
         ),
     ] = None,
     stride: Annotated[
@@ -107,9 +107,12 @@ def validate_meta(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every row of the metadata against its files, and report all problems at once. Rows are counted from 0.
+    """Check every row of the metadata, or every clip of a folder, against its files, and report all problems at once.
 
-    Examples: [bold]vfun validate-meta[/bold] · [bold]vfun validate-meta metadata.json --family wan-s2v --deep[/bold] ·
+    Rows are counted from 0.
+
+    Examples: [bold]vfun validate-meta clips/[/bold] · [bold]vfun validate-meta[/bold] ·
+    [bold]vfun validate-meta metadata.json --family wan-s2v --deep[/bold] ·
     [bold]vfun validate-meta metadata.json --fix better.json[/bold]
     """
     from rich.text import Text
@@ -184,9 +187,12 @@ def _check(family: str | None, given: dict[str, Any], *, demo: bool, deep_timeou
     if not sets:
         raise ConfigError(
             "no metadata is named.",
-            hint="Name the file behind vfun validate-meta, or set DATASET_META_NAME; with --family, --demo needs none.",
+            hint="Name a file or folder behind vfun validate-meta, or set DATASET_META_NAME; "
+            "with --family, --demo needs none.",
         )
     return [
-        check_rows_of_any_family(each.meta, each.root or root or each.folder(), deep_timeout=deep_timeout)
+        check_rows_of_any_family(
+            each.meta, root_of_set(each, root, typed="train_data_dir" in given), deep_timeout=deep_timeout
+        )
         for each in sets
     ]

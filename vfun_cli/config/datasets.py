@@ -18,6 +18,7 @@ from typing import Any
 
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.files import at_home
+from vfun_cli.metadata.records import root_of
 
 FINEST = 10_000
 """The largest denominator of repeats: four decimals."""
@@ -46,8 +47,8 @@ class DataSet:
         return f"{self.meta}" if self.repeats == 1 else f"{self.meta}:{in_decimals(self.repeats)}"
 
     def folder(self) -> Path:
-        """Where its paths start from if nobody says so: the folder of its metadata."""
-        return self.meta.parent
+        """Where its paths start from if nobody says so: the folder that it is, or that of its metadata."""
+        return root_of(self.meta, None)
 
     @property
     def is_plain(self) -> bool:

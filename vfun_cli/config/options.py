@@ -118,7 +118,8 @@ class RunConfig:
     train_data_dir: Annotated[
         Path | None,
         Opt(
-            help="Folder that the paths in the metadata start from; by default that of the metadata, each set's own.",
+            help="Folder that the paths in metadata files start from; by default the file's own, of each set. "
+            "Those of a folder start from itself.",
             panel=DATA,
             variables=("DATASET_NAME",),
             on_resume="contents",
@@ -128,8 +129,9 @@ class RunConfig:
     train_data_meta: Annotated[
         tuple[DataSet, ...],
         Opt(
-            help="Metadata: a JSON list, JSON lines or CSV. Repeated, several sets: with FILE:2 an epoch shows each "
-            "clip of the set twice, with FILE:0.5 half of them. [[data]] tables in vfun.toml say more.",
+            help="Metadata: a folder of media, or a JSON list, JSON lines, CSV or Parquet (docs/data.md). Repeated, "
+            "several sets: with PATH:2 an epoch shows each clip of the set twice, with PATH:0.5 half of them. [[data]] "
+            "tables in vfun.toml say more.",
             panel=DATA,
             variables=("DATASET_META_NAME",),
             on_resume="contents",
@@ -505,8 +507,8 @@ class RunConfig:
     validation_meta: Annotated[
         Path | None,
         Opt(
-            help="Metadata of rows to validate on; their paths start from train_data_dir too. Before the first step, "
-            "and as often as asked, their loss is computed.",
+            help="Metadata of rows to validate on, as for train_data_meta; paths in a file start from train_data_dir "
+            "too. Before the first step, and as often as asked, their loss is computed.",
             panel=VALIDATION,
             on_resume="harmless",
             commands=PLAN_COMMANDS,

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import devices
+from vfun_cli import console, devices
 from vfun_cli.config.checks import check
+from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import open_bounded
+from vfun_cli.metadata.records import root_of
 
 SETTINGS_FILE = "vfun.toml"
 LARGEST_TOML = 1 << 20
@@ -159,12 +161,18 @@ def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
 def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Values that follow from others where nothing was said; notes their sources."""
     found: dict[str, Any] = {}
-    if is_default(sources["train_data_dir"]) and not is_default(sources["train_data_meta"]):
-        sets = tuple(replace(each, root=each.root or each.folder()) for each in config.train_data_meta)
-        if len(sets) == 1:
-            found["train_data_dir"] = sets[0].root
+    if config.train_data_meta and not is_default(sources["train_data_meta"]):
+        typed = sources["train_data_dir"] == OPTION
+        stated = None if is_default(sources["train_data_dir"]) else config.train_data_dir
+        roots = [root_of_set(each, stated, typed=typed) for each in config.train_data_meta]
+        if len(roots) > 1:
+            sets = zip(config.train_data_meta, roots, strict=True)
+            config = replace(config, train_data_meta=tuple(replace(each, root=root) for each, root in sets))
+            root = stated
         else:
-            config, found["train_data_dir"] = replace(config, train_data_meta=sets), None
+            (root,) = roots
+        if root != config.train_data_dir or stated is None:
+            found["train_data_dir"] = root
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
@@ -173,6 +181,23 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
         found["mixed_precision"] = "no"
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
+
+
+def root_of_set(data: DataSet, stated: Path | None, *, typed: bool) -> Path:
+    """The same of a data set, whose own root counts before what is stated of all."""
+    return data_root(data.meta, data.root or stated, typed=typed or data.root is not None)
+
+
+def data_root(meta: Path, stated: Path | None, *, typed: bool) -> Path:
+    """The folder that the paths in metadata start from; tells where a folder of media makes what was typed useless.
+
+    Args:
+        stated: what somebody said, typed or not.
+    """
+    root = root_of(meta, stated)
+    if typed and stated is not None and root.absolute() != stated.absolute():
+        console.warn(f"{meta} is a folder: its files are known by their paths from there, not from {stated}.")
+    return root
 
 
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -122,7 +122,7 @@ class Report:
         lines = [f"  {describe(problem)}" for problem in errors[:10]]
         if len(errors) > 10:
             lines.append(f"  … and {len(errors) - 10} more")
-        where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
+        where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else f"the {self.metadata.whole}"
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on{' (counted from 0)' * bool(self.bad_rows)}:\n"
             + "\n".join(lines),
@@ -164,6 +164,9 @@ def validate(
     """
     settings = settings or Settings()
     rows = [_Row(record, fields, Path(root or ".")) for record in metadata.records]
+    if metadata.format == "folder":
+        for row in rows:  # nobody counted them
+            row.known_by = row.field_of("visual")
     for row in rows:
         for check in _STATED_CHECKS:
             row.problems.extend(check(row, media_types))
@@ -246,6 +249,8 @@ class _Row:
         self.root = root
         self.names: dict[str, str] = {item.media: item.name for item in fields}
         self.problems: list[Problem] = []
+        self.known_by: str | None = None
+        """The field whose file says which row it is, where a problem names none."""
         self.paths: dict[str, str] = {}
         """Absolute media paths by field."""
         self.borrowed = {item.name for item in fields if item.key(record.fields) != item.name}
@@ -279,7 +284,8 @@ class _Row:
         return self.facts.get(self.field_of(media) or "")
 
     def problem(self, code: str, message: str, name: str | None = None) -> Problem:
-        return Problem(row=self.record.row, code=code, message=message, field=name, path=self.paths.get(name or ""))
+        path = self.paths.get(name or "") or self.paths.get(self.known_by or "")
+        return Problem(row=self.record.row, code=code, message=message, field=name, path=path)
 
     def clip(self) -> RowFacts | None:
         """What the file says; where it was not opened, what the row states."""

@@ -24,6 +24,8 @@ ORDER = {severity: place for place, severity in enumerate(COLOURS)}
 CAPTION_STEPS = (0, 50, 100, 200, 400, 800)
 """Characters."""
 BAR = 24
+MOST_LINES = 12
+"""Of one row in the table: of a folder as a whole there may be one for every file."""
 MOST_ROWS = 20
 """That are named where any number may be meant."""
 
@@ -114,7 +116,7 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
     if bad:
         verdict = Text.assemble((f"{bad} of {report.rows} rows cannot be trained on", "red"), f", {good} can")
     elif report.errors:
-        whole = ("the file as a whole cannot be trained on", "red")
+        whole = (f"the {report.metadata.whole} as a whole cannot be trained on", "red")
         verdict = Text.assemble(whole, f", {good} of {report.rows} rows are good")
     warned = sum(problem.severity == "warning" for problem in report.problems)
     console.print(Text.assemble(verdict, f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
@@ -176,7 +178,9 @@ def summary_of_warnings(report: Report) -> list[str]:
     for code, count in Counter(problem.code for problem in warnings).most_common():
         first = next(problem for problem in warnings if problem.code == code)
         where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}: "
-        lines.append(f"{code}: {'' if first.row is None else where}{printable(first.message)}")
+        if first.row is None:
+            where = f"{count} times, first " if count > 1 else ""
+        lines.append(f"{code}: {where}{printable(first.message)}")
     return lines
 
 
@@ -210,8 +214,10 @@ def _worst_table(report: Report, worst: int) -> Table:
     table = Table("row", "problems", title="Worst rows, counted from 0", title_justify="left")
     for row, problems in rows[:worst]:
         problems.sort(key=lambda problem: ORDER[problem.severity])
-        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems]
-        table.add_row("file" if row is None else str(row), Text("\n").join(lines))
+        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems[:MOST_LINES]]
+        if len(problems) > MOST_LINES:
+            lines.append(Text(f"and {len(problems) - MOST_LINES} more"))
+        table.add_row(report.metadata.whole if row is None else str(row), Text("\n").join(lines))
     if len(rows) > worst:
         table.caption = f"and {len(rows) - worst} more rows"
     return table

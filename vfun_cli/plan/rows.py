@@ -34,7 +34,7 @@ from vfun_cli.metadata.checks import (
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.fields import MetadataField, texts_of
-from vfun_cli.metadata.records import Metadata, read_metadata
+from vfun_cli.metadata.records import Metadata, read_metadata, root_of
 from vfun_cli.metadata.report import summary_of_warnings
 from vfun_cli.modeling.captions import possible_captions
 from vfun_cli.plan.captions import caption_options, long_captions
@@ -130,6 +130,14 @@ def check_rows_of_any_family(meta: Path, root: Path, *, deep_timeout: float | No
     return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
+def check_folder(metadata: Metadata, spec: FamilySpec | None) -> Report:
+    """Validate what a folder gives as a family needs it, or as every family does; whatever the settings of a run."""
+    fields, media_types = (EVERY_FIELD, MEDIA_TYPES) if spec is None else (spec.fields, spec.media_types)
+    with progress() as stage:
+        settings = Settings(cache=header_cache(), progress=stage)
+        return validate(metadata, fields, media_types, metadata.path, settings=settings)
+
+
 def _validate(
     meta: Path,
     root: Path | None,
@@ -160,7 +168,8 @@ def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     # Several sets of other roots are those of vfun.toml, which that command reads too.
     placed = len(sets) > 1 and any(each.root not in (None, each.folder()) for each in sets)
     words = ["vfun", "validate-meta", *([] if placed else [str(each.meta) for each in sets]), "--family", spec.name]
-    if config.train_data_dir is not None and not placed:
+    its_own = len(sets) == 1 and config.train_data_dir == sets[0].meta  # a folder is its own root
+    if config.train_data_dir is not None and not placed and not its_own:
         words += ["--data-root", str(config.train_data_dir)]
     model = config.pretrained_model_name_or_path
     if model is not None and model.is_dir():  # its tokenizer counts the captions
@@ -197,8 +206,7 @@ def of_validation(config: RunConfig) -> RunConfig:
     meta = config.validation_meta
     if meta is None:
         return replace(config, train_data_meta=())
-    of_it = DataSet(meta=meta)
-    return replace(config, train_data_meta=(of_it,), train_data_dir=config.train_data_dir or of_it.folder())
+    return replace(config, train_data_meta=(DataSet(meta=meta),), train_data_dir=root_of(meta, config.train_data_dir))
 
 
 def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool = False) -> "ClipTable | None":

@@ -26,7 +26,7 @@ from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.probe import MediaKind, probe_many
-from vfun_cli.metadata.records import Metadata, Record, cell_value, read_metadata, renames
+from vfun_cli.metadata.records import Metadata, Record, cell_value, read_metadata, renames, root_of
 from vfun_cli.plan.rows import header_cache, progress
 from vfun_cli.plan.sizes import round_frames
 from vfun_cli.sampling.settings import CHECKS, SEED, Wanted, check_setting, check_wanted, option, size_of, usual_frames
@@ -148,19 +148,18 @@ def settings_json(video: Video, source: Source) -> dict[str, Any]:
 
 
 def videos_of_rows(meta: Path, root: Path | None, spec: FamilySpec, dims: ModelDims, wanted: Wanted) -> Videos:
-    """The videos that the rows of a metadata file ask for, or a file that lies beside a video.
+    """The videos that the rows of a metadata file or a folder ask for, or a file that lies beside a video.
 
     Args:
-        root: the folder that paths start from; None: the file's own.
+        root: the folder that paths start from; None: the file's own. Of a folder, it is always that.
 
     Raises:
         ConfigError: settings with which this model makes no video.
     """
     check_wanted(wanted, spec, dims)
     metadata = read_metadata(meta)
-    rows = [
-        _Row(record.row, _stated(record, metadata.format == "csv"), root or meta.parent) for record in metadata.records
-    ]
+    start = root_of(meta, root)
+    rows = [_Row(record.row, _stated(record, metadata.format == "csv"), start) for record in metadata.records]
     found = _videos(str(meta), rows, spec, dims, wanted)
     problems = sorted([*_of_the_file(metadata), *found.problems], key=_by_row)
     return replace(found, rows=metadata.rows, problems=tuple(problems))
