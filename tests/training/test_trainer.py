@@ -57,7 +57,7 @@ class Steps:
         value = torch.nan if self.bad and self.what == "loss" else 0.0
         return Corrupted(noisy=latents, timesteps=torch.zeros(1), target=latents + value)
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any, weights: Any) -> torch.Tensor:
         return (prediction - target).square().mean()
 
 

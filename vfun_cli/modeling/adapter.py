@@ -29,6 +29,8 @@ class AdapterOptions:
     train_mode: str | None = None
     """None: the family's first mode."""
     control_ref_image: str = "first_frame"
+    guidance_scale: float = 6.0
+    """Embedded guidance in training, of a model that is told one."""
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     """Values of the transformer's ``config.json`` under the keys that the family's SPEC names (``input_settings``)."""
 
