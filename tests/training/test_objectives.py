@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,32 +107,48 @@ DEFAULTS = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
 
 @dataclass(frozen=True)
 class Row:
-    """Draws what the key of a row does, without its noise."""
+    """What a row's key has drawn for its timestep; its noise is none."""
 
-    of: SampleKey
+    uniform: int
+    dense: float
 
     def numpy(self, purpose: str) -> Any:
-        return self.of.numpy(purpose)
+        return SimpleNamespace(integers=lambda end: self.uniform, random=lambda: self.dense)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(()).expand(shape)
 
 
-ROWS: Sequence[Any] = [Row(SampleKey(seed=5, epoch=0, row=row)) for row in range(100_000)]
+def drawn_by(rows: int) -> list[Row]:
+    keys = (SampleKey(seed=5, epoch=0, row=row) for row in range(rows))
+    return [
+        Row(uniform=int(key.numpy("timestep").integers(1000)), dense=float(key.numpy("timestep-density").random()))
+        for key in keys
+    ]
 
 
-def places(asked: dict[str, Any], keys: Sequence[Any] = ROWS) -> Tensor:
+@pytest.fixture(scope="module")
+def many_rows() -> list[Row]:
+    return drawn_by(100_000)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return drawn_by(4_000)
+
+
+def places(asked: dict[str, Any], keys: Sequence[Any]) -> Tensor:
     """Where in the schedule these rows train; without a shift the timesteps tell it."""
     objective = FlowMatching(shift=1.0, variant=Variant(**asked))
-    drawn = objective.corrupt(torch.zeros(1, 1, 1, 1, 1).expand(len(keys), -1, -1, -1, -1), keys).timesteps
-    return (1000 - drawn).round().long()
+    found = objective.corrupt(torch.zeros(1, 1, 1, 1, 1).expand(len(keys), -1, -1, -1, -1), keys).timesteps
+    return (1000 - found).round().long()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [*DENSITIES, *OTHERS], ids=str)
-def test_timesteps_are_as_dense_as_in_diffusers(asked: dict[str, Any]) -> None:
+def test_timesteps_are_as_dense_as_in_diffusers(asked: dict[str, Any], many_rows: list[Row]) -> None:
     """Kolmogorov and Smirnov's distance of the places of 10^5 draws from those of the originals."""
-    found = places(asked)
+    found = places(asked, many_rows)
     theirs = compute_density_for_timestep_sampling(
         **{**DEFAULTS, **asked}, batch_size=len(found), generator=torch.Generator().manual_seed(0)
     )
@@ -139,13 +156,13 @@ def test_timesteps_are_as_dense_as_in_diffusers(asked: dict[str, Any]) -> None:
     shares = [torch.bincount(each, minlength=1000).cumsum(0) / len(each) for each in (found, their_places)]
     assert (shares[0] - shares[1]).abs().max() < 0.01
     if asked in OTHERS:
-        assert torch.equal(found, places({})), "the same draws, not only as dense"
+        assert found.tolist() == [row.uniform for row in many_rows], "the draws of before, not only as dense"
 
 
 @pytest.mark.parametrize("asked", DENSITIES, ids=str)
-def test_a_quantile_of_a_density_has_that_share_of_the_draws_below(asked: dict[str, Any]) -> None:
+def test_a_quantile_of_a_density_has_that_share_of_the_draws_below(asked: dict[str, Any], rows: list[Row]) -> None:
     """Timesteps grow with the noise."""
-    objective, found = FlowMatching(shift=5.0, variant=Variant(**asked)), places(asked, ROWS[:4000])
+    objective, found = FlowMatching(shift=5.0, variant=Variant(**asked)), places(asked, rows)
     at = [objective.at_quantile(tenth / 10) for tenth in range(1, 10)]
     assert at == sorted(at, reverse=True) and len(set(at)) == 9
     for tenth, place in enumerate(at, start=1):
@@ -180,9 +197,9 @@ def test_what_a_sample_draws_and_weighs_is_its_own_whatever_the_ranks(
 
 @pytest.mark.parametrize("shift", [1.0, 7.0])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_weights_are_those_of_diffusers(scheme: str, shift: float) -> None:
+def test_weights_are_those_of_diffusers(scheme: str, shift: float, rows: list[Row]) -> None:
     objective = FlowMatching(shift=shift, variant=Variant(weighting_scheme=scheme))
-    keys: Sequence[Any] = ROWS[:1000]
+    keys: Sequence[Any] = rows[:1000]
     found = objective.corrupt_at(torch.zeros(1000, 1, 1, 1, 1), keys, range(1000)).weights
     theirs = compute_loss_weighting_for_sd3(scheme, objective.sigmas())
     assert torch.equal(theirs if found is None else found, theirs)
@@ -236,25 +253,19 @@ def test_the_motion_error_is_that_of_what_changes_between_frames(objective: Any,
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("objective", BOTH)
-def test_frames_share_noise_of_unit_variance(objective: Any, ratio: float) -> None:
+@pytest.mark.parametrize("kind", [FlowMatching(shift=5.0), DDPM(alphas_cumprod=ALPHAS, prediction_type="epsilon")])
+def test_frames_share_noise_of_unit_variance(kind: Any, ratio: float) -> None:
     """The mixture of the original, frame by frame, at the variance that the timestep tells the model."""
-    keys, latents = KEYS[:1], torch.zeros(1, 16, 7, 32, 32)
-    asked = replace(objective, variant=Variant(noise_share_in_frames_ratio=ratio))
+    latents, asked = torch.zeros(1, 16, 7, 32, 32), Variant(noise_share_in_frames_ratio=ratio)
     white, found = (
-        each.corrupt(latents, keys).noisy / each.corrupt(latents, keys).noisy[:, :, :1].std()
-        for each in (objective, asked)
+        objective.corrupt(latents, KEYS[:1]).target[0].unbind(1) for objective in (kind, replace(kind, variant=asked))
     )
-    mixed = white.clone()
-    for frame in range(1, 7):
-        mixed[:, :, frame] = ratio * mixed[:, :, frame - 1] + (1 - ratio) * mixed[:, :, frame]
-    for frame in range(7):
-        pair = torch.stack([mixed[:, :, frame].flatten(), found[:, :, frame].flatten()])
-        assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(1, abs=1e-5)
-        assert found[:, :, frame].var().item() == pytest.approx(1, abs=0.05)
-        assert abs(found[:, :, frame].mean().item()) < 0.05
-    if not ratio:
-        assert torch.equal(found, white)
+    mixed = white[0]
+    for own, frame in zip(white, found, strict=True):
+        mixed = ratio * mixed + (1 - ratio) * own if own is not white[0] else own
+        assert torch.corrcoef(torch.stack([mixed.flatten(), frame.flatten()]))[0, 1].item() == pytest.approx(1)
+        assert frame.var().item() == pytest.approx(1, abs=0.05) and abs(frame.mean().item()) < 0.05
+        assert ratio or torch.equal(frame, own)
 
 
 @pytest.mark.parametrize("objective", BOTH)
