@@ -86,7 +86,7 @@ def test_what_a_run_asks_of_its_objective_is_trained_with_whatever_the_ranks(tra
     trained("ddp")
     one, two, plain = losses(extra(ASKED, "single")), losses(extra(ASKED, "ddp")), losses(extra("fp32", "single"))
     assert two == pytest.approx(one, rel=1e-4)
-    assert len(one) == 3 and one[0] != pytest.approx(plain[0], rel=1e-2)
+    assert len(one) == 3 and one[0] != pytest.approx(plain[0], rel=1e-3)
 
 
 def test_gathering_blocks_early_changes_nothing_and_summing_in_bf16_only_rounds(trained: Trained) -> None:
