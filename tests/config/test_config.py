@@ -9,7 +9,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import devices, families
-from vfun_cli.config.checks import check_streamed_blocks
+from vfun_cli.config.checks import check_guidance, check_streamed_blocks
 from vfun_cli.config.options import RunConfig, default_of, options, parse, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
@@ -94,6 +94,25 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         (
             {"family": "easyanimate-v5.1-control", "given": {"train_mode": "control_camera_ref"}},
             ["pose files", "control_ref, control"],
+        ),
+        *(
+            ({"family": family, "given": {"weighting_scheme": "cosmap"}}, [family, "denoising diffusion", "Leave"])
+            for family in ("cogvideox-fun", "easyanimate-v5-control")
+        ),
+        *(
+            ({"given": {"weighting_scheme": scheme}}, [scheme, "draws all alike", "--no-uniform-sampling"])
+            for scheme in ("logit_normal", "mode")
+        ),
+        ({"given": {"logit_mean": 1}}, ["logit_mean is 1.0", "without weighting_scheme logit_normal"]),
+        (
+            {"given": {"logit_std": 2, "weighting_scheme": "mode", "uniform_sampling": False}},
+            ["logit_std is 2.0", "--weighting-scheme logit_normal --no-uniform-sampling"],
+        ),
+        ({"given": {"mode_scale": 1, "weighting_scheme": "cosmap"}}, ["mode_scale is 1.0", "weighting_scheme mode"]),
+        ({"given": {"motion_sub_loss_ratio": 0.5}}, ["motion_sub_loss_ratio is 0.5", "--motion-sub-loss"]),
+        (
+            {"family": "cogvideox-fun", "given": {"noise_share_in_frames_ratio": 0.25}},
+            ["noise_share_in_frames_ratio is 0.25", "--noise-share-in-frames"],
         ),
         ({"given": {"strategy": "single", "num_processes": 2}}, ["single", "num_processes 2"]),
         ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
@@ -216,6 +235,19 @@ def test_only_frozen_blocks_that_are_there_can_be_streamed(tmp_path: Path) -> No
             check_streamed_blocks(RunConfig(stream_blocks=blocks), spec, spec.model.dims)
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_embedded_guidance_is_for_a_model_that_is_told_one(family: str) -> None:
+    spec = families.find(family)
+    check_guidance(RunConfig(), spec, spec.model.dims)
+    dims = [spec.model.dims]
+    if family.startswith("hunyuanvideo"):
+        check_guidance(RunConfig(guidance_scale=4.5), spec, spec.model.dims)
+        dims = [spec.model.read_dims({**spec.model.released, "guidance_embeds": False})]
+    for each in dims:
+        with pytest.raises(ConfigError, match=rf"guidance_scale is 4\.5, but this {family} has no embedded guidance"):
+            check_guidance(RunConfig(guidance_scale=4.5), spec, each)
+
+
 def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:
     assert settle(toml="trainable_modules = ['a', 'b']\n", folder=tmp_path).config.trainable_modules == ("a", "b")
     assert settle(environ={"VFUN_TRAINABLE_MODULES": "a, b"}).config.trainable_modules == ("a", "b")
@@ -228,7 +260,7 @@ def test_the_generated_pages_are_up_to_date(name: str) -> None:
 
 def test_every_option_is_explained() -> None:
     for name, (_, _, opt) in options().items():
-        assert opt.help.endswith((".", "always so).")), name
+        assert opt.help.endswith("."), name
         assert not opt.choices or default_of(name) in (*opt.choices, None, "auto"), name
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
-from vfun_cli.encoding.encode import encode, prepared
+from vfun_cli.encoding.encode import encode, outputs_of, prepared
 from vfun_cli.encoding.encode import load as load_clip
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo import I2V, T2V
@@ -24,7 +24,7 @@ from vfun_cli.families.hunyuanvideo.adapter import (
     TextToVideoAdapter,
 )
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest, VideoRequest
 from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.modeling.inputs import Decoded, TupleInput, Value
 from vfun_cli.modeling.media.writing import write_png, write_video
@@ -269,6 +269,22 @@ def test_guidance_is_six_thousand_in_the_compute_dtype(folders: dict[str, Path],
     for adapter, value in ((adapters["t2v"], 6000.0), (bf16, 6016.0)):
         _, conditions = encoded(adapter, [sample(SHAPES[0])], [key(0)])
         assert conditions["guidance"].tolist() == [value]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_is_told_the_guidance_that_was_asked_for_and_samples_are_made_at_six(
+    name: str, folders: dict[str, Path], adapters: dict[str, Any]
+) -> None:
+    asked, plain = load(name, folders[name], guidance_scale=4.5), adapters[name]
+    found = [encoded(adapter, [sample(SHAPES[0])], [key(0)])[1] for adapter in (asked, plain)]
+    assert [conditions["guidance"].item() for conditions in found] == [4500.0, 6000.0]
+    assert all(torch.equal(found[0][each], found[1][each]) for each in found[0] if each != "guidance")
+    request = VideoRequest(
+        key=key(0), prompt="a red balloon", negative_prompt="", frames=5, height=64, width=64, fps=Fraction(16),
+        guidance=1.0, image=Decoded(torch.zeros(1, 3, 64, 64)),
+    )  # fmt: skip
+    (outputs,) = outputs_of(asked.encoders, [prepared(asked.inputs_to_sample(request, asked.options))])
+    assert asked.branches(outputs, request, 0, None).conditional["guidance"].item() == 6000.0
 
 
 def test_the_schedule_is_the_released_ones(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ DEFAULT_VARIANTS = 4
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 ENDING_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """Those that fall until the end of the run, so that each rate depends on its length."""
+TIMESTEP_DENSITIES = ("logit_normal", "mode")
+"""Values of ``weighting_scheme`` that decide how often a timestep is drawn; the others, how much it counts."""
 LR_SCHEDULERS = ("constant", "constant_with_warmup", *ENDING_SCHEDULERS)
 
 
@@ -345,11 +347,67 @@ class RunConfig:
     uniform_sampling: Annotated[
         bool,
         Opt(
-            help="Timesteps uniform for every sample (accepted for the original scripts' sake: always so).",
+            help="Draw all timesteps alike, of every sample; off, with the density of weighting_scheme.",
             panel=CONDITIONING,
-            on_resume="harmless",
+            on_resume="harmless",  # by itself: what it turns on and off is a weighting_scheme
         ),
     ] = True
+    weighting_scheme: Annotated[
+        str,
+        Opt(
+            help="Of flow matching: weigh each sample by its noise (sigma_sqrt, cosmap), or draw timesteps with a "
+            "density (logit_normal, mode), which needs --no-uniform-sampling; docs/numerics.md has the formulas.",
+            panel=CONDITIONING,
+            choices=("none", "sigma_sqrt", "cosmap", *TIMESTEP_DENSITIES),
+        ),
+    ] = "none"
+    logit_mean: Annotated[
+        float,
+        Opt(
+            help="Mean of logit_normal; above 0, timesteps with less noise are drawn more often.",
+            panel=CONDITIONING,
+            minimum=-10,
+            maximum=10,
+        ),
+    ] = 0.0
+    logit_std: Annotated[
+        float, Opt(help="Standard deviation of logit_normal.", panel=CONDITIONING, above=0, maximum=10)
+    ] = 1.0
+    mode_scale: Annotated[
+        float,
+        Opt(
+            help="Scale of mode: 0 draws all alike, above it the middle more often, below it the ends.",
+            panel=CONDITIONING,
+            minimum=-1,
+            maximum=1.75,  # at -1 and 2 / (pi - 2) the density ends: beyond, positions leave the schedule
+        ),
+    ] = 1.29
+    motion_sub_loss: Annotated[
+        bool,
+        Opt(help="Make a share of the loss the error of what changes from frame to frame.", panel=CONDITIONING),
+    ] = False
+    motion_sub_loss_ratio: Annotated[float, Opt(help="That share.", panel=CONDITIONING, minimum=0, maximum=1)] = 0.25
+    noise_share_in_frames: Annotated[
+        bool, Opt(help="Let the noise of neighbouring latent frames resemble each other.", panel=CONDITIONING)
+    ] = False
+    noise_share_in_frames_ratio: Annotated[
+        float,
+        Opt(
+            help="How much of the frame before is mixed into the noise of a frame; 1: all frames have the same.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.5
+    guidance_scale: Annotated[
+        float,
+        Opt(
+            help="Embedded guidance that HunyuanVideo trains at; its samples are made at 6 whatever this is.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1e3,
+        ),
+    ] = 6.0
 
     train_batch_size: Annotated[
         int, Opt(help="Clips in a micro-batch.", panel=OPTIMISATION, minimum=1, maximum=100_000, commands=PLAN_COMMANDS)

@@ -136,6 +136,8 @@ class ModelSpec:
     objective: Literal["flow-matching", "ddpm"]
     objective_options: Mapping[str, object] = field(default_factory=dict)
     """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
+    embedded_guidance: Callable[[ModelDims], bool] = lambda dims: False
+    """Whether the transformer is told a scale of guidance, as one is that was distilled from it."""
     sampler: Literal["flow-shifted-twice", "flow-shifted-once", "flow-shifted-dynamically", "ddim"]
     """The noise levels that a video is made through, as the family is released (docs/numerics.md, Sampling)."""
     sampler_options: Mapping[str, float] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config import optimizers
-from vfun_cli.config.checks import check_streamed_blocks
+from vfun_cli.config.checks import check_guidance, check_streamed_blocks
 from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
@@ -155,6 +155,7 @@ def decide(
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
     check_streamed_blocks(config, spec, plan.dims)
+    check_guidance(config, spec, plan.dims)
     from vfun_cli.sampling.prompts import videos_of_prompts  # with numpy
 
     prompts = videos_of_prompts(config, spec, plan.dims)

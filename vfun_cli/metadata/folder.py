@@ -88,7 +88,7 @@ class _Tree:
 def read_folder(folder: Path) -> Metadata:
     """The media of a folder and of those in it as records, in the order of their paths; ``path`` is the folder.
 
-    Raises nothing for what the folder holds: what cannot be used becomes a problem.
+    What cannot be used becomes a problem; nothing is raised for what the folder holds.
     """
     paths, problems = _files(folder)
     files = [file for path in sorted(paths, key=_in_order) if (file := _file(path)) is not None]

@@ -33,6 +33,8 @@ class AdapterOptions:
     control_ref_image: str = "first_frame"
     caption_dropout: float = CAPTION_DROPOUT
     """How often a caption is left out."""
+    guidance_scale: float = 6.0
+    """Embedded guidance in training, of a model that is told one."""
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     """Values of the transformer's ``config.json`` under the keys that the family's SPEC names (``input_settings``)."""
 

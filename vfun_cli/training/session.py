@@ -47,6 +47,7 @@ from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation, held_out_look, samples_look
+from vfun_cli.training.variant import variant_of
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -87,7 +88,9 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             first_step=first_step,
             total_steps=plan.steps(),
         )
-        objective = make_objective(spec.model.objective, spec.model.objective_options, options.model_dir)
+        objective = make_objective(
+            spec.model.objective, spec.model.objective_options, options.model_dir, variant_of(config)
+        )
         read_row = row_reader(config, spec)
         held_out = HeldOutLoss(
             accelerator=accelerator,

@@ -112,6 +112,7 @@ def _spec(
             attention_flops=attention_flops,
             objective="flow-matching",
             objective_options={"shift": SHIFT},
+            embedded_guidance=lambda dims: bool(dims.extra["guidance_embeds"]),
             sampler="flow-shifted-once",
             sampler_options={"shift": SHIFT},
         ),
