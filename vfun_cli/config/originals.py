@@ -89,6 +89,7 @@ FLAGS: Mapping[str, Flag] = {
     "keep_all_node_same_token_length": _idle("the plan gives all ranks equal cost anyway", switch=True),
     "abnormal_norm_clip_start": _idle("max_grad_norm holds at every step; no schedule raises or lowers it"),
     "initial_grad_norm_ratio": _idle("max_grad_norm holds from the first step on"),
+    "allow_tf32": _idle("what is computed in float32 is computed exactly, and bf16 gains nothing by it", switch=True),
     "auto_tile_batch_size": _idle(
         "no clip is repeated in a batch; --tokens-per-batch fills it with others", switch=True
     ),
