@@ -117,6 +117,16 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = None
+    preset: Annotated[
+        str | None,
+        Opt(
+            help="Take the defaults of other documents of the original scripts: 2026 for those of May 2026; "
+            "docs/families.md says what moved.",
+            panel=MODEL,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
     train_data_dir: Annotated[
         Path | None,
         Opt(

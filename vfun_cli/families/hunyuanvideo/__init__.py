@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
@@ -28,6 +28,7 @@ from vfun_cli.families.spec import (
     FamilySpec,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingInput,
     SamplingSpec,
 )
@@ -140,6 +141,7 @@ def _spec(
             },
             lora=_LORA,
             lora_aliases=_LORA_ALIASES,
+            presets={"2025": FIRST, "2026": Preset(lora=NO_SCHEDULE)},
             demo=DEMO,
         ),
         export=ExportSpec(
