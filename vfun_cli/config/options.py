@@ -8,8 +8,9 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -50,6 +51,8 @@ class Opt:
     panel: str
     unit: str = ""
     choices: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Values that the original scripts take and that are no choice here, and why."""
     switch: tuple[str, str] | None = None
     """What the option means as a switch, off and on: ``--no-name`` or false, ``--name`` alone or true."""
     variables: tuple[str, ...] = ()
@@ -91,6 +94,9 @@ MOST_RANKS = 100_000
 DEFAULT_VARIANTS = 4
 """Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
 
+TRACKERS = ("tensorboard", "wandb", "swanlab")
+"""What curves can be written to; each is the name of its Python package."""
+
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 ENDING_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """Those that fall until the end of the run, so that each rate depends on its length."""
@@ -114,6 +120,16 @@ class RunConfig:
             panel=MODEL,
             variables=("MODEL_NAME",),
             on_resume="contents",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        Opt(
+            help="Take the defaults of other documents of the original scripts: 2026 for those of May 2026; "
+            "docs/families.md says what moved.",
+            panel=MODEL,
+            on_resume="harmless",
             commands=PLAN_COMMANDS,
         ),
     ] = None
@@ -465,7 +481,13 @@ class RunConfig:
         ),
     ] = ()
     lr_scheduler: Annotated[
-        str, Opt(help="Shape of the learning rate over the run.", panel=OPTIMISATION, choices=LR_SCHEDULERS)
+        str,
+        Opt(
+            help="Shape of the learning rate over the run.",
+            panel=OPTIMISATION,
+            choices=LR_SCHEDULERS,
+            refused={"piecewise_constant": "its steps are rules that no flag of the original scripts can state"},
+        ),
     ] = "constant_with_warmup"
     lr_warmup_steps: Annotated[
         int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0, maximum=1e9)
@@ -529,6 +551,9 @@ class RunConfig:
             "float32. Left open, it is no on a CPU without units for bf16.",
             panel=OPTIMISATION,
             choices=("no", "bf16"),
+            refused={
+                "fp16": "its small gradients need a scaled loss, which vfun has not; the models are made for bf16"
+            },
             commands=PLAN_COMMANDS,
         ),
     ] = "bf16"
@@ -898,12 +923,28 @@ class RunConfig:
     report_to: Annotated[
         str,
         Opt(
-            help="Beside metrics.jsonl: tensorboard, wandb or none.",
+            help="Where curves and samples go beside metrics.jsonl; all: to each of these that is installed.",
             panel=OUTPUT,
-            choices=("tensorboard", "wandb", "none"),
+            choices=(*TRACKERS, "all", "none"),
+            refused=dict.fromkeys(
+                ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "trackio"),
+                "accelerate knows it, and vfun does not write to it",
+            ),
             on_resume="harmless",
         ),
     ] = "tensorboard"
+    tracker_project_name: Annotated[
+        str,
+        Opt(help="Project of the run in wandb and swanlab.", panel=OUTPUT, on_resume="harmless"),
+    ] = "vfun"
+    logging_dir: Annotated[
+        str,
+        Opt(
+            help="Folder of what tensorboard, wandb and swanlab write, from output_dir.",
+            panel=OUTPUT,
+            on_resume="harmless",
+        ),
+    ] = "logs"
 
     memory: Annotated[
         str | None,
@@ -1027,6 +1068,13 @@ class RunConfig:
         return self.validation_meta is not None or self.validation_rows is not None
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where curves go, by name."""
+        if self.report_to == "all":
+            return tuple(name for name in TRACKERS if find_spec(name) is not None)
+        return (self.report_to,) if self.report_to in TRACKERS else ()
+
+    @property
     def validates(self) -> bool:
         """Whether there is anything to validate on."""
         given = (
@@ -1061,15 +1109,6 @@ class RunConfig:
         return cls(**{name: parse(name, value, f"the option {name}") for name, value in values.items()})
 
 
-# Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.
-IGNORED_FLAGS: dict[str, str] = {
-    "config_path": "the model directory's own configuration is used",
-    "use_peft_lora": "LoRA always goes through peft",
-    "add_full_ref_image_in_self_attention": "the reference is fed wherever the checkpoint has ref_conv",
-    "keep_all_node_same_token_length": "the plan gives all ranks equal cost anyway",
-}
-
-
 Declared = tuple[Field[Any], Any, Opt]
 """An option's dataclass field, type and declaration."""
 
@@ -1079,10 +1118,10 @@ def options(command: str | None = None) -> Mapping[str, Declared]:
     """Every option (of one command) by name."""
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     found = {}
-    for field in fields(RunConfig):
-        kind, opt = get_args(hints[field.name])
+    for declared in fields(RunConfig):
+        kind, opt = get_args(hints[declared.name])
         if command is None or command in opt.commands:
-            found[field.name] = (field, kind, opt)
+            found[declared.name] = (declared, kind, opt)
     return MappingProxyType(found)
 
 
@@ -1138,9 +1177,9 @@ def _parsed(name: str, value: Any, where: str) -> Any:
         return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
-        raise ConfigError(
-            f"{where} is {parsed!r}; choose one of: {', '.join(opt.choices)}.{did_you_mean(str(parsed), opt.choices)}",
-        )
+        why = f": {opt.refused[parsed]}" if parsed in opt.refused else ""
+        near = "" if why else did_you_mean(str(parsed), opt.choices)
+        raise ConfigError(f"{where} is {parsed!r}{why}; choose one of: {', '.join(opt.choices)}.{near}")
     if isinstance(parsed, float) and not math.isfinite(parsed):
         raise ConfigError(f"{where} is {parsed}; it takes a finite number.")
     if isinstance(parsed, int | float):

@@ -99,14 +99,18 @@ def is_default(source: str) -> bool:
     return source.endswith("default")
 
 
-def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:
-    """What a command of a family trains with where nothing is said but the strategy."""
-    config, _ = _merge(_default_layers(command, spec, strategy))
+def family_defaults(command: str, spec: FamilySpec, strategy: str, preset: str | None = None) -> RunConfig:
+    """What a command of a family trains with where nothing is said but the strategy and the preset."""
+    config, _ = _merge(_default_layers(command, spec, strategy, preset))
     return config
 
 
-def _default_layers(command: str, spec: FamilySpec, strategy: str) -> list[Layer]:
-    """What holds where nothing is said, the weakest first."""
+def _default_layers(command: str, spec: FamilySpec, strategy: str, preset: str | None) -> list[Layer]:
+    """What holds where nothing is said, the weakest first.
+
+    Raises:
+        ConfigError: the family has no such preset.
+    """
     defaults = spec.defaults
     layers: list[Layer] = [
         ("default", _own_defaults()),
@@ -116,6 +120,17 @@ def _default_layers(command: str, spec: FamilySpec, strategy: str) -> list[Layer
         layers.append((f"{spec.name} {strategy} default", defaults.by_strategy[strategy]))
     if command == "lora":
         layers.append((f"{spec.name} LoRA default", defaults.lora))
+    if preset is not None:
+        if preset not in defaults.presets:
+            raise ConfigError(
+                f"{spec.name} has no preset {preset!r}.{did_you_mean(preset, defaults.presets)}",
+                hint=f"Its presets: {', '.join(defaults.presets)}.",
+                option="--preset",
+            )
+        moved = defaults.presets[preset]
+        layers.append((f"{spec.name} {preset} default", moved.train))
+        if command == "lora":
+            layers.append((f"{spec.name} {preset} LoRA default", moved.lora))
     return layers
 
 
@@ -143,8 +158,13 @@ def _layers(
     said.append((OPTION, given))
     if base is not None:
         return [("default", _own_defaults()), ("run.json", base), *said]
-    strategy = next((layer["strategy"] for _, layer in reversed(said) if "strategy" in layer), "auto")
-    return [*_default_layers(command, spec, strategy), *said]
+    strategy, preset = _last_word(said, "strategy", "auto"), _last_word(said, "preset", None)
+    return [*_default_layers(command, spec, strategy, None if preset is None else str(preset)), *said]
+
+
+def _last_word(layers: Sequence[Layer], name: str, otherwise: Any) -> Any:
+    """The strongest value of an option that decides which defaults hold."""
+    return next((layer[name] for _, layer in reversed(layers) if name in layer), otherwise)
 
 
 def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:

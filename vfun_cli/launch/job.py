@@ -263,8 +263,8 @@ def check_packages(config: RunConfig) -> None:
     Raises:
         EnvironmentFault: with the command that installs it.
     """
-    if config.report_to != "none":
-        devices.require_package(config.report_to, config.report_to)
+    for tracker in config.trackers:
+        devices.require_package(f"--report-to {tracker}", tracker)
     optimizer = optimizers.find(config.optimizer)
     if optimizer.module is not None:
         devices.require_package(f"--optimizer {optimizer.name}", optimizer.module, install=optimizer.package)

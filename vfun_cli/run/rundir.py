@@ -1,6 +1,7 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -92,10 +93,13 @@ class RunDir:
         """What the launcher and each rank said."""
         return self.root / "logs"
 
-    @property
-    def tensorboard(self) -> Path:
+    def trackers(self, logging_dir: str) -> Path:
+        """What trackers write, by the run's option; it may lie outside."""
+        return Path(os.path.normpath(self.root / Path(logging_dir).expanduser()))
+
+    def tensorboard(self, logging_dir: str = "logs") -> Path:
         """Event files with the run's curves."""
-        return self.logs / "tensorboard"
+        return self.trackers(logging_dir) / "tensorboard"
 
     @property
     def bad_step(self) -> Path:
