@@ -969,15 +969,6 @@ class RunConfig:
         return cls(**{name: parse(name, value, f"the option {name}") for name, value in values.items()})
 
 
-# Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.
-IGNORED_FLAGS: dict[str, str] = {
-    "config_path": "the model directory's own configuration is used",
-    "use_peft_lora": "LoRA always goes through peft",
-    "add_full_ref_image_in_self_attention": "the reference is fed wherever the checkpoint has ref_conv",
-    "keep_all_node_same_token_length": "the plan gives all ranks equal cost anyway",
-}
-
-
 Declared = tuple[Field[Any], Any, Opt]
 """An option's dataclass field, type and declaration."""
 

@@ -320,6 +320,8 @@ class FamilySpec:
     """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
     check_options: Callable[[ConditioningOptions], None] = lambda options: None
     """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
+    fixed_flags: Mapping[str, object] = field(default_factory=dict)
+    """Flags of the family's original scripts alone that have one right value, and that value."""
     model: ModelSpec
     plan: PlanSpec
     sampling: SamplingSpec

@@ -8,6 +8,7 @@ from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROM
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
+    IMAGE_INTERLEAVE,
     PATCH_SIZE,
     PROMPT_TOKENS,
     SHIFT,
@@ -93,6 +94,7 @@ def _spec(
         fields=(MetadataField(name="file_path", media="visual"),),
         media_types=media_types,
         train_modes=(train_mode,),
+        fixed_flags={"num_hidden_layers_to_skip": 2, "image_embed_interleave": IMAGE_INTERLEAVE},
         model=ModelSpec(
             released=released(condition),
             layers=("num_layers", "num_single_layers"),

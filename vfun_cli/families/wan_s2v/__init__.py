@@ -48,6 +48,7 @@ SPEC = FamilySpec(
     ),
     media_types=("video",),
     reference_images=("first_frame", "random"),
+    fixed_flags={"boundary_type": "full", "motion_frames": MOTION_FRAMES},
     model=ModelSpec(
         released=RELEASED_CONFIG,
         layers=("num_layers", "audio_inject_layers"),
