@@ -92,7 +92,7 @@ ROOMS = (
     ("families",),
     ("config", "encoding"),
     ("demo",),
-    ("plan",),
+    ("plan", "scripts"),
     ("sampling",),
     ("launch", "training"),
     ("forecast",),

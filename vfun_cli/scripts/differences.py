@@ -6,7 +6,7 @@ A row counts for a script if everything holds that its left cell says in these f
 * FSDP, ZeRO, DDP, one process: strategies, of which the script's is one;
 * the heading above it: a family's, or "LoRA".
 
-In a table whose first column is ``flag``, one of the flags is enough.
+Tables with a column ``flag`` say how each flag is taken; that is told of each flag that a script types anyway.
 """
 
 import re
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families import FAMILIES
 from vfun_cli.shipped import shipped
 
 PAGE = "compatibility.md"
 
 _HEADING = re.compile(r"#{2,3} (.+)")
-_FLAG = re.compile(r"(without )?`(?:--)?([a-z][a-z0-9_]*)(?:[ =]([^`]*))?`")
+_FLAG = re.compile(r"(without )?`(--)?([a-z][a-z0-9_]*)(?:[ =]([^`]*))?`")
 _NOT_A_VALUE = re.compile(r"[A-Z ]+|.*\.\.\..*|\".*")
 """Placeholders for a value: H W, ..."""
 _STRATEGY_WORDS = {
@@ -50,8 +49,6 @@ class Difference:
     """Flags that must not be."""
     strategies: tuple[str, ...]
     """One of them must be the script's; none: any."""
-    any_flag: bool
-    """Whether one flag is enough."""
 
     def holds(self, command: str, family: str, strategy: str, typed: Mapping[str, str]) -> bool:
         """Whether it counts for a script with these flags, by name with what was typed as value."""
@@ -61,10 +58,13 @@ class Difference:
             return False
         if self.strategies and strategy not in self.strategies:
             return False
-        said = [name in typed and value in (None, typed[name]) for name, value in self.typed]
-        flags = any(said) if self.any_flag else all(said)
-        told = bool(self.families or self.section == "LoRA" or self.strategies or self.typed or self.absent)
-        return told and flags and not any(name in typed for name in self.absent)
+        said = (name in typed and value in (None, typed[name]) for name, value in self.typed)
+        return self.conditional and all(said) and not any(name in typed for name in self.absent)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it counts for some scripts and not for others."""
+        return bool(self.families or self.section == "LoRA" or self.strategies or self.typed or self.absent)
 
 
 @cache
@@ -82,9 +82,9 @@ def differences() -> tuple[Difference, ...]:
             header = _cells(line)
         elif header and not line.startswith("|---"):
             row = dict(zip(header, _cells(line), strict=True))
-            original, vfun = row.get("originals", row.get("original")), row.get("vfun", row.get("until then"))
-            if original and vfun:
-                found.append(_difference(section, row.get("flag", ""), original, vfun))
+            original, vfun = row.get("originals", row.get("original")), row.get("vfun")
+            if original and vfun and "flag" not in row:
+                found.append(_difference(section, original, vfun))
     return tuple(found)
 
 
@@ -92,15 +92,17 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
 
 
-def _difference(section: str, flag: str, original: str, vfun: str) -> Difference:
-    left = flag or original
-    flags = [(bool(without), name, value) for without, name, value in _FLAG.findall(left) if _is_flag(name, left)]
-    strategies = [name for pattern, names in _STRATEGY_WORDS.items() if re.search(pattern, left) for name in names]
-    assert set(strategies) <= {*STRATEGIES, "auto"}
+def _difference(section: str, original: str, vfun: str) -> Difference:
+    flags = [
+        (bool(without), name, value)
+        for without, dashes, name, value in _FLAG.findall(original)
+        if dashes or name in WITHOUT_DASHES
+    ]
+    strategies = [name for pattern, names in _STRATEGY_WORDS.items() if re.search(pattern, original) for name in names]
     return Difference(
         section=section,
-        original=f"{flag}: {original}" if flag else original,
-        vfun=vfun,
+        original=_plain(original),
+        vfun=_plain(vfun),
         families=tuple(name for name in section.split(", ") if name in FAMILIES),
         typed=tuple(
             (name, None if not value or _NOT_A_VALUE.fullmatch(value) else value)
@@ -109,13 +111,13 @@ def _difference(section: str, flag: str, original: str, vfun: str) -> Difference
         ),
         absent=tuple(name for without, name, _ in flags if without),
         strategies=tuple(dict.fromkeys(strategies)),
-        any_flag=bool(flag),
     )
 
 
-def _is_flag(name: str, cell: str) -> bool:
-    """Names in the page's code spans that are typed as flags, and not values or keys of a row."""
-    return f"--{name}" in cell or name in _OPTIONS_WITHOUT_DASHES
+WITHOUT_DASHES = ("random_frame_crop", "keep_all_node_same_token_length")
+"""Flags that the page names without their dashes."""
 
 
-_OPTIONS_WITHOUT_DASHES = ("random_frame_crop", "random_hw_adapt", "keep_all_node_same_token_length")
+def _plain(cell: str) -> str:
+    """Without marks of Markdown."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").replace("\\|", "|")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vfun_cli.scripts.shell import Word
+
 Outcome = Literal["kept", "translated", "without effect", "differs", "refused"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "translated", "without effect", "differs", "refused")
 
@@ -22,3 +24,16 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         return {"outcome": self.outcome, "line": self.line, "original": self.original, "vfun": self.vfun}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An option of the run."""
+
+    name: str
+    value: Any
+    """As the option's type has it; None where the script does not say it."""
+    word: Word | None = None
+    """What stands in the place of a value that the script does not say."""
+    raw: str | None = None
+    """Of a path, as it was typed: with ~ and its last slash."""

@@ -61,6 +61,12 @@ class Word:
         )
         return f'"{"".join(pieces)}"'
 
+    def filled_in(self, environ: Mapping[str, str]) -> str:
+        """With the values of variables that the script does not say; without one, the variable as it stands."""
+        return "".join(
+            environ.get(part.text, f"${part.text}") if part.kind == "variable" else part.text for part in self.parts
+        )
+
     def after(self, start: int) -> "Word":
         """The same without its first characters, which are settled."""
         parts = list(self.parts)
@@ -403,8 +409,8 @@ _UNKNOWN = None
 class _State:
     """What variables are at a place of the script."""
 
-    values: dict[str, tuple[Part, ...] | tuple[Word, ...] | None] = field(default_factory=dict)
-    """Parts, or the words of an array; None: set by what is not read."""
+    values: dict[str, tuple[Word, ...] | None] = field(default_factory=dict)
+    """One word, or those of an array; None: set by what is not read."""
     exported: set[str] = field(default_factory=set)
     lines: dict[str, int] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
@@ -468,7 +474,7 @@ def _take(
     for variable, appends, word, start in assignments:
         value = _value(word, start, state)
         if not alone:
-            own[variable] = Word(line=word.line, parts=value if isinstance(value, tuple) and not word.array else ())
+            own.update({variable: value[0]} if value else {})
             continue
         _assign(state, variable, value, word, appends=appends, unsure=unsure)
         if declaring == "export":
@@ -501,40 +507,37 @@ def _unexpanded(word: Word) -> str:
     return word.parts[0].text if word.parts and word.parts[0].kind == "text" and not word.parts[0].quoted else ""
 
 
-def _value(word: Word, start: int, state: _State) -> tuple[Part, ...] | tuple[Word, ...]:
+def _value(word: Word, start: int, state: _State) -> tuple[Word, ...]:
+    """What is assigned: one word, or those of an array."""
     if word.array is not None:
         return tuple(piece for each in word.array for piece in _expanded(each, state))
     quoted = tuple(replace(part, quoted=True) for part in word.after(start).parts)
-    return _expanded(replace(word, parts=quoted or (Part(text="", quoted=True),)), state)[0].parts
+    return (_expanded(replace(word, parts=quoted or (Part(text="", quoted=True),)), state)[0],)
 
 
-def _assign(
-    state: _State,
-    variable: str,
-    value: tuple[Part, ...] | tuple[Word, ...],
-    word: Word,
-    *,
-    appends: bool,
-    unsure: bool,
-) -> None:
+def _assign(state: _State, variable: str, value: tuple[Word, ...], word: Word, *, appends: bool, unsure: bool) -> None:
     state.lines[variable] = word.line
     before = state.values.get(variable, ())
-    by_command = any(isinstance(part, Part) and part.kind == "unread" for part in value)
+    by_command = any(part.kind == "unread" for each in value for part in each.parts)
     if unsure or by_command or (appends and before is None):
         state.values[variable] = _UNKNOWN
         why = "set under a condition" if unsure else "set by a command, which is not run"
         state.remarks.append(Remark(line=word.line, what=variable, why=f"{why}: its value is not known"))
-    else:
-        state.values[variable] = (*before, *value) if appends and before else value  # type: ignore[assignment]
+    elif not appends or not before:
+        state.values[variable] = value
+    elif word.array is not None:
+        state.values[variable] = (*before, *value)
+    else:  # a text gets longer, an array its first entry
+        first = replace(before[0], parts=_joined((*before[0].parts, *value[0].parts)))
+        state.values[variable] = (first, *before[1:])
 
 
 def _seen(state: _State, names: "set[str]") -> dict[str, Word]:
-    found = {}
-    for variable in sorted(names):
-        value = state.values.get(variable)
-        if value is not None and all(isinstance(part, Part) for part in value):
-            found[variable] = Word(line=state.lines[variable], parts=value)  # type: ignore[arg-type]
-    return found
+    """Of these variables, those that hold one known text."""
+    known = {name: state.values.get(name) for name in sorted(names)}
+    return {
+        name: replace(value[0], line=state.lines[name]) for name, value in known.items() if value and len(value) == 1
+    }
 
 
 def _expanded(word: Word, state: _State) -> list[Word]:
@@ -547,17 +550,17 @@ def _expanded(word: Word, state: _State) -> list[Word]:
             began = began or bool(part.text) or part.quoted
             continue
         value = _looked_up(part, state, word.line)
-        if value and isinstance(value[0], Word):
-            entries: tuple[Word, ...] = value  # type: ignore[assignment]
-            done[-1] += entries[0].parts
-            done += [list(entry.parts) for entry in entries[1:]]
+        if not value:
+            continue
+        if _WHOLE_ARRAY.fullmatch(part.text):
+            done[-1] += value[0].parts
+            done += [list(entry.parts) for entry in value[1:]]
             began = True
         elif part.quoted:
-            done[-1] += [replace(piece, quoted=True) for piece in value]  # type: ignore[type-var]
+            done[-1] += [replace(piece, quoted=True) for piece in value[0].parts]
             began = True
         else:
-            for piece in value:
-                assert isinstance(piece, Part)
+            for piece in value[0].parts:
                 if piece.kind != "text":
                     done[-1].append(piece)
                     began = True
@@ -572,14 +575,15 @@ def _expanded(word: Word, state: _State) -> list[Word]:
     return [Word(line=word.line, parts=_joined(parts)) for parts in whole]
 
 
-def _looked_up(part: Part, state: _State, line: int) -> tuple[Part, ...] | tuple[Word, ...]:
+def _looked_up(part: Part, state: _State, line: int) -> tuple[Word, ...]:
+    """The words of a variable; itself, where the script does not say them."""
     array = _WHOLE_ARRAY.fullmatch(part.text)
     name = array[1] if array else part.text
     state.expanded.add(name)
     if name not in state.values and part.default is not None:
-        default = "".join(each.text for each in part.default)
-        why = f"not set in the script: read as its default, {default!r}"
+        default = Word(line=line, parts=part.default)
+        why = f"not set in the script: read as its default, {default.text!r}"
         state.remarks.append(Remark(line=line, what=name, why=why))
-        return part.default
+        return (default,)
     value = state.values.get(name)
-    return (replace(part, default=None),) if value is None else value
+    return (Word(line=line, parts=(replace(part, default=None),)),) if value is None else value

@@ -20,9 +20,10 @@ from vfun_cli.lfs import START, WHAT
 from vfun_cli.scripts.differences import differences
 from vfun_cli.scripts.flags import Arity, Typed, read_flags
 from vfun_cli.scripts.launcher import Launch, Placement, hidden_launches, launches, placement
-from vfun_cli.scripts.rows import OUTCOMES, Outcome, Row
+from vfun_cli.scripts.rows import OUTCOMES, Outcome, Row, Setting
 from vfun_cli.scripts.shell import Command, Remark, Script, Word, read
-from vfun_cli.scripts.trainers import WITH_VALIDATION, Trainer, family_of, known_options, trainer_of
+from vfun_cli.scripts.trainers import WITH_VALIDATION, Trainer, family_of, trainer_of
+from vfun_cli.scripts.write import as_typed
 
 LARGEST_SCRIPT = 1 << 20
 """Bytes: the originals' have a hundredth of it."""
@@ -35,19 +36,6 @@ PASSED_ON = (
 
 SILENT = ("set", "echo", "printf", "true", ":", "shopt", "ulimit", "exit", "wait", "trap", "unset", "mkdir", "date")
 """Commands that say nothing about a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """An option of the run."""
-
-    name: str
-    value: Any
-    """As the option's type has it; None where the script does not say it."""
-    word: Word | None = None
-    """What stands in the place of a value that the script does not say."""
-    raw: str | None = None
-    """Of a path, as it was typed: with ~ and its last slash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +105,9 @@ def choose_launch(path: Path, script: Script, number: int | None) -> Launch:
     """
     found = launches(script)
     if not found:
-        hidden = "".join(f" {launch} is inside of {inside!r}, which is not read." for launch, inside in hidden_launches(script))
+        hidden = "".join(
+            f" {launch} is inside of {inside!r}, which is not read." for launch, inside in hidden_launches(script)
+        )
         raise ConfigError(
             f"{path} starts no training: no accelerate launch, torchrun, deepspeed or python with a train*.py.{hidden}",
             hint="Name the script that starts it, with the command outside of conditions, loops and functions.",
@@ -241,8 +231,6 @@ class _Work:
 
     def typed(self, name: str) -> str:
         """The option as it is typed."""
-        from vfun_cli.scripts.write import as_typed
-
         return " ".join(as_typed(self.settings[name]))
 
 
@@ -308,15 +296,15 @@ def _take_launcher(work: _Work, place: Placement, values: Mapping[str, str]) -> 
             work.tell("translated", flag, work.typed("device"))
         else:
             work.set(name, flag)
-    if (flag := place.per_machine) is not None:
+    if (each := place.per_machine) is not None:
         machines = work.settings.get("num_machines")
-        if not flag.text.isdecimal():
-            work.tell("without effect", flag, "every device of the machine has a process anyway")
+        if not each.text.isdecimal():
+            work.tell("without effect", each, "every device of the machine has a process anyway")
         elif machines is not None and machines.word is not None:
-            work.tell("differs", flag, "times the machines, whose number the script does not say: add --num-processes")
+            work.tell("differs", each, "times the machines, whose number the script does not say: add --num-processes")
         else:
-            work.add("num_processes", int(flag.text) * (machines.value if machines else 1))
-            work.tell("translated", flag, f"{work.typed('num_processes')}, those of all machines")
+            work.add("num_processes", int(each.text) * (machines.value if machines else 1))
+            work.tell("translated", each, f"{work.typed('num_processes')}, those of all machines")
 
 
 def _add_defaults(work: _Work, trainer: Trainer, place: Placement) -> None:
@@ -356,7 +344,9 @@ def _take_environment(work: _Work, command: Command, place: Placement) -> dict[s
         shown = f"{name}={word.text}"
         if any(fnmatchcase(name, pattern) for pattern in PASSED_ON):
             kept[name] = word
-            row = Row(outcome="kept", line=word.line, original=shown, vfun="in front of the command; the file has no place")
+            row = Row(
+                outcome="kept", line=word.line, original=shown, vfun="in front of the command; the file has no place"
+            )
         elif name in command.expanded:
             row = Row(outcome="translated", line=word.line, original=shown, vfun="its value, where it is used")
         else:
@@ -365,9 +355,7 @@ def _take_environment(work: _Work, command: Command, place: Placement) -> dict[s
     for name, word in command.assigned.items():
         if name not in command.expanded and any(fnmatchcase(name, pattern) for pattern in PASSED_ON):
             words = "not exported: no program sees it, the original's neither"
-            work.rows.append(
-                Row(outcome="without effect", line=word.line, original=f"{name}={word.text}", vfun=words)
-            )
+            work.rows.append(Row(outcome="without effect", line=word.line, original=f"{name}={word.text}", vfun=words))
     if place.visible is not None:
         kept["CUDA_VISIBLE_DEVICES"] = place.visible
     return kept
@@ -389,7 +377,7 @@ def _resolve(work: _Work) -> None:
 def _others(script: Script, launch: Launch) -> Sequence[Remark]:
     """What else stands in the script."""
     found = [Remark(line=word.line, what=word.text, why="not kept: put it in front of vfun") for word in launch.before]
-    trains = {one.command for one in launches(script)}
+    trains = [one.command for one in launches(script)]
     for command in script.commands:
         name = command.words[0].text
         if command in trains or command.inside is not None or name in SILENT:

@@ -1,11 +1,15 @@
 """A translated launch as the command line and as the ``vfun.toml`` that start it."""
 
 import shlex
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from vfun_cli.config.options import options, plain, plain_kind
 from vfun_cli.config.strategies import STRATEGY_FLAGS
-from vfun_cli.scripts.translate import Setting, Translation
+from vfun_cli.scripts.rows import Setting
+
+if TYPE_CHECKING:
+    from vfun_cli.scripts.translate import Translation
 
 _STRATEGY_FLAG = {
     strategy: flag.replace("_", "-") for flag, strategy in STRATEGY_FLAGS.items() if not flag.startswith("use_")
@@ -37,23 +41,26 @@ def _pair(option: str, value: str) -> list[str]:
     return [f"{option}={value}"] if value.startswith("-") else [option, value]
 
 
-def arguments(translation: Translation) -> list[str]:
-    """The command as a program gets it, without ``vfun``; options that the script does not say are left out."""
+def arguments(translation: "Translation", environ: Mapping[str, str]) -> list[str]:
+    """The command as a program gets it, without ``vfun``; ``environ``: what the script's unset variables are."""
     found = [translation.command, translation.family]
     for setting in translation.settings:
+        option = f"--{setting.name.replace('_', '-')}"
         if setting.word is None:
-            found += words_of(setting.name, f"--{setting.name.replace('_', '-')}", setting)
+            found += words_of(setting.name, option, setting)
+        else:
+            found.append(f"{option}={setting.word.filled_in(environ)}")
     return found
 
 
-def command_line(translation: Translation) -> str:
+def command_line(translation: "Translation") -> str:
     """The command, to be pasted into a shell."""
     variables = [f"{name}={word.typed}" for name, word in translation.environment.items()]
     first = " ".join([*variables, "vfun", translation.command, translation.family])
     return " \\\n  ".join([first, *(" ".join(as_typed(setting)) for setting in translation.settings)])
 
 
-def toml(translation: Translation) -> str:
+def toml(translation: "Translation") -> str:
     """The same as a ``vfun.toml``."""
     start = " ".join(["vfun", translation.command, translation.family])
     lines = [f"# {translation.launch.script.text}, started by: {start}"]
