@@ -116,6 +116,9 @@ DIRECT: Mapping[str, str] = {
 }
 """Options of launchers that are options of a run."""
 
+PROGRAMS: Mapping[str, str] = {"torchrun": "ddp", "deepspeed": "zero2"}
+"""What starts a training and with it chooses a strategy, where no option does."""
+
 OWN_FILE = "vfun writes the launcher's file itself"
 CLASSES = "the classes to wrap come from the model"
 IDLE: Mapping[str, str] = {
@@ -238,9 +241,10 @@ def _decide(found: Placement, typed: Mapping[str, Typed], launch: Launch, folder
         found.rows.append(
             Row(outcome="translated", line=line, original="started by python alone", vfun="--strategy single")
         )
-    elif launch.program == "torchrun":
-        found.strategy = "ddp"
-        found.rows.append(Row(outcome="translated", line=launch.line, original="torchrun", vfun="--ddp"))
+    elif launch.program in PROGRAMS:
+        found.strategy = PROGRAMS[launch.program]
+        words = f"--{found.strategy}"
+        found.rows.append(Row(outcome="translated", line=launch.line, original=launch.program, vfun=words))
     for name in ("cpu", "use_cpu"):
         if name in typed:
             found.options["device"] = typed[name]

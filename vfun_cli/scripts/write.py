@@ -65,7 +65,7 @@ def toml(translation: "Translation") -> str:
     start = " ".join(["vfun", translation.command, translation.family])
     lines = [f"# {translation.launch.script.text}, started by: {start}"]
     lines += [f"# Export it too: {name}={word.typed}" for name, word in translation.environment.items()]
-    lines += ["", f"[{translation.family}]"]
+    lines += ["", f"[{_text(translation.family)}]"]
     for setting in translation.settings:
         if setting.word is not None:
             lines.append(f"# {setting.name} = {_text(setting.word.text)}  # the script does not say it: type it")
