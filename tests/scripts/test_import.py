@@ -113,8 +113,10 @@ def test_a_script_of_each_trainer_is_told_and_taken_whole(
     assert outcomes["NCCL_DEBUG=INFO"] == "without effect"
 
 
-@pytest.mark.parametrize(("command", "family", "case"), EVERY)
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("launcher", "command", "family", "case"),
+    [(next(iter(LAUNCHERS)), *each) for each in EVERY] + [(launcher, *EVERY[0]) for launcher in LAUNCHERS],
+)
 def test_the_command_and_the_file_alone_resolve_to_the_same(
     launcher: str, command: str, family: str, case: tuple[str, tuple[str, ...]], tmp_path: Path
 ) -> None:
@@ -231,7 +233,7 @@ def test_the_differences_of_the_page_are_those_that_concern_the_script(tmp_path:
 
 
 def test_every_flag_that_the_page_makes_a_condition_exists() -> None:
-    launchers = {"zero3_save_16bit_model"}
+    launchers = {"zero3_save_16bit_model", "deepspeed_multinode_launcherr"}
     known = {*options(), *FLAGS, *launchers, "use_fsdp", "use_deepspeed"}
     conditions = {name for row in differences() for name in (*(name for name, _ in row.typed), *row.absent)}
     assert conditions <= known, conditions - known
@@ -244,23 +246,42 @@ def test_every_family_has_a_trainer_and_every_default_is_an_option() -> None:
 
 
 BROKEN: dict[str, tuple[str | bytes, str]] = {
-    "unclosed quote": (script("scripts/wan2.2/train_s2v.py", FULL).replace('"out dir"', '"out dir'), "line 21: .*quote"),
+    "unclosed quote": (
+        script("scripts/wan2.2/train_s2v.py", FULL).replace('"out dir"', '"out dir'),
+        "line 22: .*quote",
+    ),
     "no launch": ("echo hello\npip install vfun\n", "starts no training"),
     "launch in a loop": ("for i in 1 2; do\n python scripts/wan2.2/train_s2v.py --seed $i\ndone\n", "line 2: .*'for'"),
-    "family not trained": ("accelerate launch scripts/flux/train.py --seed 1\n", "line 1: scripts/flux/train.py trains none"),
+    "family not trained": (
+        "accelerate launch scripts/flux/train.py --seed 1\n",
+        "line 1: scripts/flux/train.py trains none",
+    ),
     "binary": (b"\x7fELF\0\xff\xfe" * 99, "no text"),
     "empty": (" \n", "is empty"),
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer"),
     "missing backslash": (
-        "accelerate launch scripts/wan2.2/train_s2v.py \\\n  --seed 1\n  --rank 2 \\\n  --low_vram\n", "line 3: .*--rank"),
+        "accelerate launch scripts/wan2.2/train_s2v.py \\\n  --seed 1\n  --rank 2 \\\n  --low_vram\n",
+        "line 3: .*--rank",
+    ),
     "comment inside": (
-        "accelerate launch scripts/wan2.2/train_s2v.py \\\n  --seed 1 \\\n#  --rank 2 \\\n  --low_vram\n", "line 4: .*--low_vram"),
-    "unknown flag": ("python scripts/wan2.2/train_s2v.py --learning_rat 1 \\\n --lerning_rate 1\n", "line 2: --lerning_rate .*learning_rate"),
-    "value missing": ("python scripts/wan2.2/train_s2v.py \\\n --seed \\\n --low_vram\n", "line 2: --seed has no value"),
-    "two launches": ("python scripts/wan2.2/train_s2v.py\npython scripts/hunyuanvideo/train.py\n", "starts 2 trainings"),
+        "accelerate launch scripts/wan2.2/train_s2v.py \\\n  --seed 1 \\\n#  --rank 2 \\\n  --low_vram\n",
+        "line 4: .*--low_vram",
+    ),
+    "unknown flag": (
+        "python scripts/wan2.2/train_s2v.py --learning_rat 1 \\\n --lerning_rate 1\n",
+        "line 2: --lerning_rate .*learning_rate",
+    ),
+    "value missing": (
+        "python scripts/wan2.2/train_s2v.py \\\n --seed \\\n --low_vram\n",
+        "line 2: --seed has no value",
+    ),
+    "two launches": (
+        "python scripts/wan2.2/train_s2v.py\npython scripts/hunyuanvideo/train.py\n",
+        "starts 2 trainings",
+    ),
     "open bracket": ("A=$(ls\npython scripts/wan2.2/train_s2v.py\n", "line 1: .*bracket"),
     "family not told": ("python train.py --seed 1\n", "may be any of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BROKEN)

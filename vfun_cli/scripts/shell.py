@@ -137,7 +137,7 @@ _REDIRECT = re.compile(r"(?:&>>?|\d*(?:<<<|>>|>\||<>|>&|<&|[<>]))")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SPECIAL = "@*#?-$!0123456789"
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=", re.ASCII)
-_LOST_CONTINUATION = re.compile(r"\\[ \t]+(?=\n|\Z)")
+_LOST_CONTINUATION = re.compile(r"\\[ \t]+(?=\n)")
 _HERE = re.compile(r"<<-?[ \t]*(['\"]?)([A-Za-z_][\w.-]*)\1")
 _WITH_DEFAULT = re.compile(r"([A-Za-z_]\w*):?[-=](.*)", re.ASCII | re.DOTALL)
 _WHOLE_ARRAY = re.compile(r"([A-Za-z_]\w*)\[[@*]\]", re.ASCII)
