@@ -384,7 +384,7 @@ PIECES = st.sampled_from(
         " ",
         "'b c'",
         '"d $A e"',
-        "$A",
+        "${A}",
         "${B}",
         "${C:-x y}",
         '"${C:-z}"',

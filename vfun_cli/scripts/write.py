@@ -1,5 +1,6 @@
 """A translated launch as the command line and as the ``vfun.toml`` that start it."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ def words_of(name: str, option: str, setting: Setting) -> list[str]:
     if isinstance(value, tuple):
         entries = value if options()[name][2].verbatim else (",".join(value),)
         return [word for entry in entries for word in _pair(option, entry)]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return _pair(option, str(plain(value)))
 
 
@@ -65,7 +68,7 @@ def toml(translation: "Translation") -> str:
     start = " ".join(["vfun", translation.command, translation.family])
     lines = [f"# {translation.launch.script.text}, started by: {start}"]
     lines += [f"# Export it too: {name}={word.typed}" for name, word in translation.environment.items()]
-    lines += ["", f"[{_text(translation.family)}]"]
+    lines += ["", f"[{_key(translation.family)}]"]
     for setting in translation.settings:
         if setting.word is not None:
             lines.append(f"# {setting.name} = {_text(setting.word.text)}  # the script does not say it: type it")
@@ -83,6 +86,11 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, int | float):
         return repr(float(value)) if plain_kind(options()[name][1]) is float else str(value)
     return _text(str(plain(value)))
+
+
+def _key(name: str) -> str:
+    """A name as a key of TOML: bare, where it may be."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _text(name)
 
 
 def _text(value: str) -> str:
