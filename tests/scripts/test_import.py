@@ -353,15 +353,11 @@ def test_check_ends_as_the_dry_run_does(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text(script(CASES["wan-s2v"][0], *CASES["wan-s2v"][1]))
     missing = vfun_here("import", path, "--check", "--json")
     assert missing.code != 0 and json.loads(missing.out)["check"]["exit_code"] == missing.code
-    demo_default.make(find("wan-s2v"))
-    demo = tmp_path / "vfun-demo/wan-s2v"
+    demo_default.make(find("cogvideox-fun"))
+    demo = tmp_path / "vfun-demo/cogvideox-fun"
     names = f"export MODEL_NAME={demo}/model DATASET_NAME={demo}/data DATASET_META_NAME={demo}/data/metadata.json\n"
-    path.write_text(
-        script(CASES["wan-s2v"][0], FULL, head=names)
-        .replace("640", "64")
-        .replace("n_frames=81", "n_frames=9")
-        .replace("stride=2", "stride=1")
-    )
+    text = script(CASES["cogvideox-fun"][0], *CASES["cogvideox-fun"][1], head=names)
+    path.write_text(text.replace("640", "64").replace("n_frames=81", "n_frames=9").replace("stride=2", "stride=1"))
     works = vfun_here("import", path, "--check", "--json")
     assert works.code == 0, works.err
     assert json.loads(json.loads(works.out)["check"]["output"])["config"]["video_sample_size"] == 64

@@ -169,7 +169,7 @@ class _Scanner:
         return self.first_line + self.text.count("\n", 0, self.at)
 
     def fault(self, line: int, what: str, hint: str) -> ConfigError:
-        return ConfigError(f"{self.name}, line {line}: {what}", hint=hint)
+        return ConfigError(f"{self.name}, line {line}: {what}.", hint=hint)
 
     def tokens(self, until: str = "") -> Iterator[Word | _Operator]:
         """Words and operators, up to an operator ``until``, or the end."""
@@ -178,7 +178,7 @@ class _Scanner:
             line = self.line
             if self.at >= len(self.text):
                 if until:
-                    raise self.fault(line, f"the bracket is not closed: {until} is missing.", "Close it.")
+                    raise self.fault(line, f"the bracket is not closed: {until} is missing", "Close it.")
                 return
             if self.text[self.at] == "\n":
                 self.at += 1
@@ -229,7 +229,7 @@ class _Scanner:
         for line, ending in self.pending:
             rest = re.compile(rf"^\t*{re.escape(ending)}$", re.MULTILINE).search(self.text, self.at)
             if rest is None:
-                raise self.fault(line, f"the text that begins here does not end: no line {ending}.", "Close it.")
+                raise self.fault(line, f"the text that begins here does not end: no line {ending}", "Close it.")
             self.at = min(rest.end() + 1, len(self.text))
             self.remarks.append(Remark(line=line, what=f"the text up to {ending}", why="not read"))
         self.pending.clear()
@@ -300,7 +300,7 @@ class _Scanner:
     def _open_quote(self, start: int) -> ConfigError:
         """Named is the first quote that goes over its line: the last one in the file is seldom the faulty one."""
         line = min([*self.over_lines, self.first_line + self.text.count("\n", 0, start)])
-        return self.fault(line, f"the quote {self.text[start]} that is opened here is not closed.", "Close it.")
+        return self.fault(line, f"the quote {self.text[start]} that is opened here is not closed", "Close it.")
 
     def _expansion(self, *, quoted: bool) -> Part:
         start = self.at
@@ -350,7 +350,7 @@ class _Scanner:
             self.at += 1
             if depth == 0:
                 return self.text[start : self.at]
-        raise self.fault(line, f"the bracket {opening} that is opened here is not closed.", "Close it.")
+        raise self.fault(line, f"the bracket {opening} that is opened here is not closed", "Close it.")
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:

@@ -112,12 +112,12 @@ def choose_launch(path: Path, script: Script, number: int | None) -> Launch:
             f"{path} starts no training: no accelerate launch, torchrun, deepspeed or python with a train*.py.{hidden}",
             hint="Name the script that starts it, with the command outside of conditions, loops and functions.",
         )
-    listed = "".join(f"\n{place}. {launch}" for place, launch in enumerate(found, start=1))
+    listed = "; ".join(f"{place}: {launch}" for place, launch in enumerate(found, start=1))
     if number is not None and number > len(found):
-        raise ConfigError(f"{path} has no launch {number}. Its launches: {listed}", option="--launch")
+        raise ConfigError(f"{path} has no launch {number}. Its launches are {listed}.", option="--launch")
     if number is None and len(found) > 1:
         raise ConfigError(
-            f"{path} starts {len(found)} trainings: {listed}",
+            f"{path} starts {len(found)} trainings: {listed}.",
             hint="Choose one with --launch N.",
             option="--launch",
         )
