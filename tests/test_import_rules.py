@@ -189,6 +189,8 @@ LIGHT = [
     ["cache", "wan-s2v"],
     ["cache", "wan-s2v", "--cache", "none", "--verify"],
     ["plan-buckets", "wan-s2v", "--meta", "none.json"],
+    ["import"],
+    ["import", "none.sh"],
     ["validate-meta"],
     ["validate-meta", "none.json", "--family", "wan-s2v"],
     ["export-bf16", "checkpoint-9"],
