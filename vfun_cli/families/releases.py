@@ -1,4 +1,4 @@
-"""Where the models of a family come from: the one place that knows their repositories, their files, and how to get them.
+"""Where the models of a family come from: the one place that knows their repositories, their files and the commands.
 
 Nothing is downloaded here. ``vfun_cli.hub`` does, and only for ``vfun fetch``.
 """

@@ -6,7 +6,15 @@ from fractions import Fraction
 from typing import cast
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, DIFFUSERS_FILES, FULL_FINE_TUNE, SECOND_TEXT_ENCODER
+from vfun_cli.families.documented import (
+    DEMO,
+    DEMO_VIDEO,
+    DIFFUSERS_FILES,
+    FIRST,
+    FULL_FINE_TUNE,
+    NO_SCHEDULE,
+    SECOND_TEXT_ENCODER,
+)
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import (
     LAYERS,
@@ -20,6 +28,7 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    Preset,
     Release,
     SamplingInput,
     SamplingSpec,
@@ -297,6 +306,12 @@ V5_1 = FamilySpec(
             "network_alpha": 32,
             "learning_rate": 1e-4,
             "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+        },
+        presets={
+            "2025": FIRST,
+            "2026": Preset(
+                lora={**NO_SCHEDULE, "rank": 128, "network_alpha": 64, "low_vram": True}
+            ),  # of the LoRA guide
         },
         lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
         demo=DEMO,

@@ -4,10 +4,20 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, DIFFUSERS_FILES, ENGLISH_NEGATIVE_PROMPT, FULL_FINE_TUNE, SECOND_TEXT_ENCODER
+from vfun_cli.families.documented import (
+    DEMO,
+    DEMO_VIDEO,
+    DIFFUSERS_FILES,
+    ENGLISH_NEGATIVE_PROMPT,
+    FIRST,
+    FULL_FINE_TUNE,
+    NO_SCHEDULE,
+    SECOND_TEXT_ENCODER,
+)
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
+    IMAGE_INTERLEAVE,
     PATCH_SIZE,
     PROMPT_TOKENS,
     SHIFT,
@@ -27,6 +37,7 @@ from vfun_cli.families.spec import (
     FamilySpec,
     ModelSpec,
     PlanSpec,
+    Preset,
     Release,
     SamplingInput,
     SamplingSpec,
@@ -97,6 +108,7 @@ def _spec(
         releases=(Release(size="13B", hugging_face=f"hunyuanvideo-community/{model_dir}"),),
         files={**DIFFUSERS_FILES, **SECOND_TEXT_ENCODER, **more_files},
         train_modes=(train_mode,),
+        fixed_flags={"num_hidden_layers_to_skip": 2, "image_embed_interleave": IMAGE_INTERLEAVE},
         model=ModelSpec(
             released=released(condition),
             layers=("num_layers", "num_single_layers"),
@@ -116,6 +128,7 @@ def _spec(
             attention_flops=attention_flops,
             objective="flow-matching",
             objective_options={"shift": SHIFT},
+            embedded_guidance=lambda dims: bool(dims.extra["guidance_embeds"]),
             sampler="flow-shifted-once",
             sampler_options={"shift": SHIFT},
         ),
@@ -142,6 +155,7 @@ def _spec(
             },
             lora=_LORA,
             lora_aliases=_LORA_ALIASES,
+            presets={"2025": FIRST, "2026": Preset(lora=NO_SCHEDULE)},
             demo=DEMO,
         ),
         export=ExportSpec(
