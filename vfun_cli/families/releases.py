@@ -100,9 +100,16 @@ def how_to_get(spec: FamilySpec, model_dir: Path, parts: Sequence[str] = ()) -> 
     return "\n".join([ONE_OF, *(f"  {line}" for line in commands(spec, model_dir, parts))])
 
 
-def commands(spec: FamilySpec, model_dir: Path, parts: Sequence[str] = ()) -> list[str]:
-    """One line each for vfun, the Hugging Face tool and, where the model is there, the ModelScope tool."""
-    release, files, folder = of_directory(spec, model_dir), patterns(spec, parts), str(model_dir)
+def commands(
+    spec: FamilySpec, model_dir: Path, parts: Sequence[str] = (), *, release: Release | None = None
+) -> list[str]:
+    """One line each for vfun, the Hugging Face tool and, where the model is there, the ModelScope tool.
+
+    Args:
+        release: None: the one that the directory is named after.
+    """
+    release = release or of_directory(spec, model_dir)
+    files, folder = patterns(spec, parts), str(model_dir)
     size = [] if release is spec.releases[0] else ["--size", release.size]
     place = [] if model_dir == usual_directory(spec, release) else ["--to", folder]
     included = [word for pattern in files for word in ("--include", pattern)]
