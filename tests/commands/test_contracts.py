@@ -26,6 +26,8 @@ from vfun_cli.run.rundir import RunDir
 COMMANDS = (
     "validate-meta",
     "make-meta",
+    "make-control",
+    "fetch",
     "plan-buckets",
     "train",
     "lora",
