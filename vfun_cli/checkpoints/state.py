@@ -26,9 +26,9 @@ LAYOUTS = items(record({"until": whole(), "slots": whole(1)}))
 
 
 def setting(name: str, value: Any) -> None:
-    """The value of an option, as far as every option's can be: a number, text, true or false, a list of text."""
+    """The value of an option, as far as every option's can be: a number, text, true or false, a list of these."""
     if isinstance(value, list):
-        items(file_path)(name, value)
+        items(setting)(name, value)
     elif isinstance(value, str):
         file_path(name, value)
     elif isinstance(value, float):

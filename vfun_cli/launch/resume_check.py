@@ -340,7 +340,7 @@ def _typed(name: str, value: Any) -> list[str]:
         return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
     if isinstance(value, list) and options()[name][2].verbatim:
         return [word for entry in value for word in (f"--{_hyphened(name)}", entry)]
-    return [f"--{_hyphened(name)}", ",".join(value) if isinstance(value, list) else str(value)]
+    return [f"--{_hyphened(name)}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
 def _hyphened(name: str) -> str:
