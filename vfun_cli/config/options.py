@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean, first_line
@@ -963,6 +964,11 @@ class RunConfig:
             commands=LORA_COMMANDS,
         ),
     ] = "bf16"
+
+    @property
+    def given_weights(self) -> Given:
+        """Weights that were named instead of the model directory's."""
+        return Given(transformer=self.transformer_path, vae=self.vae_path)
 
     @property
     def bf16(self) -> bool:

@@ -143,7 +143,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
         effect: str = effect_on_resume(name, run.config, now)
         if name == ACCUMULATION and step_size(run.config) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
-        if name in run.contents:
+        if name in run.contents and now[name] is not None:
             effect = "harmless"  # a path: what lies there is compared by its contents
         words = f"{name} {earlier} -> {now[name]}"
         found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
@@ -229,7 +229,7 @@ def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
         noted = {METADATA: run.described["metadata_sha256"]}
         now = {METADATA: metadata_digest(config.train_data_meta)}
     for name, before in noted.items():
-        if before != now[name]:
+        if name in now and before != now[name]:  # what is not named any more is a changed option
             how = what_changed(run.found.run.contents(), name, before, job.contents[name])
             words = f"{name} {getattr(config, name)}: {how}"
             yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
