@@ -111,6 +111,8 @@ class ModelSpec:
     """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    vae: str = "vae"
+    """Where the VAE's weights lie there: a folder or a file."""
     other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     input_settings: tuple[str, ...] = ()

@@ -167,8 +167,10 @@ def decide(
 
         check_shared_memory(config, plan)
     from vfun_cli.checkpoints.released import check_weights
+    from vfun_cli.families.given import require_given
 
     check_weights(config.pretrained_model_name_or_path)
+    require_given(spec, config.pretrained_model_name_or_path, config.given_weights)
     trained = _trained(command, config, spec, plan)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
@@ -252,6 +254,7 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
             spec.fields,
             config.train_data_dir,
             config.pretrained_model_name_or_path,
+            config.given_weights,
             cache=rows.header_cache(),
             progress=stage("reading samples of files"),
         )
