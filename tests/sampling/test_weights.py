@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_loras import FOREIGN, JOINT, JOINT_FILES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -225,6 +226,38 @@ def test_joint_layers_may_have_underscores_for_dots(base: Callable[[str], Base],
     save_file(renamed, tmp_path / "kohya.safetensors")
     found = loaded(model.folder, lora=tmp_path / "kohya.safetensors")
     assert_same(found, with_update(model, pairs), 1e-5)
+
+
+@pytest.mark.parametrize("trainer", FOREIGN)
+def test_a_file_of_another_trainer_adds_what_its_own_loader_would(
+    trainer: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    foreign = FOREIGN[trainer]
+    model = base(foreign.family)
+    pairs = adapter_of_layers(model, 1)
+    tensors = foreign.of(pairs, model.spec.export.names["same"])
+    save_file(tensors, tmp_path / "lora.safetensors", dict(foreign.header))
+    found = loaded(model.folder, lora=tmp_path / "lora.safetensors")
+    assert_same(found, with_update(model, pairs, foreign.strength), 1e-5)
+
+
+@pytest.mark.parametrize("trainer", JOINT_FILES)
+def test_joint_layers_of_another_trainer_add_their_rows(
+    trainer: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    model, generator = base("hunyuanvideo-t2v"), torch.Generator().manual_seed(0)
+    pairs, expected = Weights(), dict(model.weights)
+    for name, layers in JOINT.items():
+        weights = [model.weights[f"{layer}.weight"] for layer in layers]
+        down = pairs[f"{name}.lora_A.weight"] = torch.randn(RANK, weights[0].shape[1], generator=generator)
+        rows = sum(len(weight) for weight in weights)
+        up = pairs[f"{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator)
+        update = JOINT_FILES[trainer].strength * up @ down
+        for layer, part in zip(layers, update.split([len(weight) for weight in weights]), strict=True):
+            expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + part
+    file = tmp_path / "lora.safetensors"
+    save_file(JOINT_FILES[trainer].of(pairs, lambda name: name), file)
+    assert_same(loaded(model.folder, lora=file), expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["train", "lora"])

@@ -66,7 +66,7 @@ def export_adapter(
     *,
     format: str,
     released: Callable[[str], str] = lambda name: name,
-    locate: Callable[[str], LayerLocation] | None = None,
+    locate: Callable[[str], LayerLocation | None] | None = None,
     dtype: str = "bf16",
     weights: Weights = "trained",
     overwrite: bool = False,
@@ -247,11 +247,15 @@ def _original(adapter: AdapterFile, released: Callable[[str], str], dtype: str) 
     return _kohya(adapter, lambda layer: "lora_unet__" + released_layer(layer, released).replace(".", "_"), dtype)
 
 
-def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation], dtype: str) -> Tensors:
+def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation | None], dtype: str) -> Tensors:
     """B of a joint layer has each part's rows in the columns of that part's rank, and zeros for what is not trained."""
     parts: dict[str, list[tuple[LayerLocation, Pair]]] = {}
     for layer, pair in adapter.pairs.items():
         found = locate(layer)
+        if found is None:
+            raise ConfigError(
+                f"--format comfyui: ComfyUI loads no LoRA for {layer}.", hint="Use --format diffusers, or --merge."
+            )
         parts.setdefault(found.name, []).append((found, pair))
     tensors: Tensors = {}
     for name, members in parts.items():
@@ -260,8 +264,10 @@ def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation], dtype:
         up = np.zeros((members[0][0].rows or members[0][1].up.shape[0], ranks), np.float32)
         column = 0
         for where, pair in members:
-            rows = slice(where.first_row, where.first_row + pair.up.shape[0])
-            up[rows, column : column + pair.rank] = _float(pair.up) * np.float32(_scale(adapter, pair))
+            values, start = _float(pair.up) * np.float32(_scale(adapter, pair)), 0
+            for first, count in where.spans(len(values)):
+                up[first : first + count, column : column + pair.rank] = values[start : start + count]
+                start += count
             column += pair.rank
         down = np.concatenate([_float(pair.down) for _, pair in members])
         tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = ("F32", np.array(ranks, np.float32))

@@ -26,7 +26,7 @@ LAYOUTS = items(record({"until": whole(), "slots": whole(1)}))
 
 
 def setting(name: str, value: Any) -> None:
-    """The value of an option, as far as every option's can be: a number, text, true or false, a data set, a list of these."""
+    """The value of an option, as far as every option's can be: a number, text, true or false, or a list of these."""
     if isinstance(value, list):
         items(setting)(name, value)
     elif isinstance(value, dict):

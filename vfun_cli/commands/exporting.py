@@ -112,7 +112,7 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
     )
 
 
-def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation] | None:
+def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation | None] | None:
     """Where ComfyUI looks for the layers of the model that a checkpoint belongs to."""
     location, spec = trained.spec.export.comfyui_location, trained.spec
     if location is None:

@@ -22,7 +22,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.sampling import processes
 from vfun_cli.sampling.events import MADE, Event
 from vfun_cli.sampling.progress import Bars
-from vfun_cli.sampling.source import Source, find_source
+from vfun_cli.sampling.source import Source, find_source, told_strengths
 
 if TYPE_CHECKING:
     from vfun_cli.sampling.orders import Order
@@ -177,6 +177,8 @@ def make(job: Job, *, device: str | None, num_processes: int, low_vram: bool, te
             tell(job.orders[place].path)
     if not left:
         return []
+    for told in told_strengths(job.source):
+        console.hint(told)
     count = min(num_processes, len(left))
     with nothing_to_save("preempted: the videos that were whole are there."), _no_half_files(job, left):
         if count > 1:

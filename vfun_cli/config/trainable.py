@@ -81,15 +81,24 @@ def adapter_shapes(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: M
         CheckpointError: there are no weights in it.
         ConfigError: as of :func:`choose_layers`.
     """
-    shapes = parameter_shapes(model_dir, spec)
-    linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items()
-              if name.endswith(".weight") and len(shape) == 2}  # fmt: skip
+    linear = linear_layers(model_dir, spec)
     idle = spec.model.modules_without_gradient(dims)
     layers = choose_layers(list(linear), config.target_name, spec.export.names["same"], idle, config.lora_skip_name)
     found: list[tuple[int, ...]] = []
     for outputs, inputs in (linear[layer] for layer in layers):
         found += [(config.rank, inputs), (outputs, config.rank), *([(outputs,)] if config.use_dora else [])]
     return found
+
+
+def linear_layers(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:
+    """The layers that can have an adapter, by their own names, [out, in], from the headers of the model's files.
+
+    Raises:
+        CheckpointError: as of :func:`parameter_shapes`.
+    """
+    shapes = parameter_shapes(model_dir, spec)
+    return {name.removesuffix(".weight"): shape for name, shape in shapes.items()
+            if name.endswith(".weight") and len(shape) == 2}  # fmt: skip
 
 
 def parameter_shapes(model_dir: Path, spec: FamilySpec) -> dict[str, tuple[int, ...]]:

@@ -311,8 +311,11 @@ class ExportSpec:
     )
     """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
     ComfyUI nodes of some families read the original's keys."""
-    comfyui_location: Callable[[str, ModelDims], LayerLocation] | None = None
+    comfyui_location: Callable[[str, ModelDims], LayerLocation | None] | None = None
     """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
+    original_location: Callable[[str, ModelDims], LayerLocation | None] | None = None
+    """Where a release in other names, and perhaps joint layers, keeps a layer: ``--format original`` of a full
+    checkpoint; None: there is no such release."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config import optimizers
 from vfun_cli.config.checks import check_guidance, check_streamed_blocks
-from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
@@ -144,7 +143,9 @@ def decide(
             hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.",
         )
     if command == "lora" and config.network_path is not None and found is None:
-        check_network(config.network_path, config)
+        from vfun_cli.config.network import check_network  # with numpy, as below
+
+        check_network(config.network_path, config, spec)
     try:
         with keeping():
             report = rows.checked_rows(config, spec)

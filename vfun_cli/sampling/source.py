@@ -196,3 +196,19 @@ def _existing(lora: Path, output_dir: Path) -> Path:
     if path is None:
         raise CheckpointError(f"there is no LoRA {lora}, neither here nor in {output_dir}.", hint="Name its file.")
     return path
+
+
+def told_strengths(source: Source) -> list[str]:
+    """How strong the LoRA files of a source are taken to be, and why, for people; a checkpoint's is its run's.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    from vfun_cli.checkpoints.lora_files import read_adapter
+
+    files = [lora for lora in source.loras if not (lora.path / STATE_FILE).is_file()]
+    return [
+        read_adapter(lora.path).told_strength()
+        + ("" if lora.strength is None else f" --lora-strength multiplies it by {lora.strength:g}.")
+        for lora in files
+    ]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
-from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location, original_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
     IMAGE_INTERLEAVE,
@@ -148,6 +148,7 @@ def _spec(
         export=ExportSpec(
             names={"same": unchanged, "diffusers": unchanged},
             comfyui_location=comfyui_location,
+            original_location=original_location,
         ),
     )
 
