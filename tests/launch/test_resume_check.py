@@ -154,6 +154,11 @@ BESIDE: dict[str, dict[str, Any]] = {
     "stream_blocks": {"strategy": "ddp"},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
+    "logit_mean": {"weighting_scheme": "logit_normal", "uniform_sampling": False},
+    "logit_std": {"weighting_scheme": "logit_normal", "uniform_sampling": False},
+    "mode_scale": {"weighting_scheme": "mode", "uniform_sampling": False},
+    "motion_sub_loss_ratio": {"motion_sub_loss": True},
+    "noise_share_in_frames_ratio": {"noise_share_in_frames": True},
     "lr_min_ratio": {"lr_scheduler": "cosine"},
 }
 """What an option needs to have another value: both are given."""

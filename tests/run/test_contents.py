@@ -187,3 +187,13 @@ def test_a_file_of_gigabytes_takes_less_than_a_second(tmp_path: Path) -> None:
     begin = time.monotonic()
     file_digests([file])
     assert time.monotonic() - begin < 1
+
+
+def test_the_digest_of_a_row_with_one_caption_is_what_it_always_was_and_a_list_has_its_own(tmp_path: Path) -> None:
+    size = {"type": "video", "width": 640, "height": 480, "frames": 99, "fps": 25}
+    one = {"file_path": "0.mp4", "text": "A dog, running.", **size}
+    several = one | {"text": ["A dog, running.", "A dog."]}
+    found = contents(tmp_path, [one, {"file_path": "1.mp4"}, several, several | {"text": several["text"][::-1]}])
+    digests = [*found[METADATA].pieces.values()]
+    assert digests[:2] == ["b2810fbabf2f40b8", "23932fbd589c265f"]
+    assert len(set(digests)) == 4

@@ -45,7 +45,7 @@ def generate(
             "--meta",
             parser=typed_path,
             metavar="FILE",
-            help="Rows to make videos of: metadata as for training, or the .json beside a video.",
+            help="Rows to make videos of: metadata or a folder as for training, or the .json beside a video.",
             show_default=False,
         ),
     ] = None,

@@ -1,5 +1,6 @@
 """What each clip of a table can become: usable or dropped, its stride, its length, and the shape it draws."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
-from vfun_cli.plan.draws import uniform
+from vfun_cli.plan.draws import random_words, uniform
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import (
     ASPECTS,
@@ -257,10 +258,42 @@ def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) 
     return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])
 
 
+def times_shown(clips: Clips, epochs: int) -> IntArray:
+    """How often the first ``epochs`` epochs together show each entry of the table.
+
+    The i-th of the n clips of a set with r repeats, in an order that the seed decides: floor(r * epochs + i / n) times,
+    and a video ``video_repeat`` times as often. So each epoch shows a whole number next to r * n, and wherever
+    r * epochs is a whole number, all clips of the set have been shown equally often.
+    """
+    shown = np.zeros(len(clips.table), dtype=np.int64)
+    for number, repeats in enumerate(clips.options.repeats):
+        here = np.flatnonzero(clips.used & (clips.table.set == number))
+        whole, part = divmod(repeats.numerator * epochs, repeats.denominator)
+        shown[here] = whole
+        if part:
+            words = random_words("repeats", clips.options.seed, clips.table.row[here])
+            place = np.empty(len(here), dtype=np.int64)
+            place[np.argsort(words, kind="stable")] = np.arange(len(here))
+            shown[here] += (part * len(here) + place * repeats.denominator) // (repeats.denominator * len(here) or 1)
+    return np.where(clips.table.is_image, shown, shown * max(1, clips.options.video_repeat))
+
+
+def most_drawn(clips: Clips) -> int:
+    """Samples that an epoch draws, or a few more where repeats are no whole numbers."""
+    most = 0
+    for number, repeats in enumerate(clips.options.repeats):
+        here = clips.used & (clips.table.set == number)
+        images, videos = (int(np.count_nonzero(here & (clips.table.is_image == kind))) for kind in (True, False))
+        together = math.ceil(repeats * (images + videos))
+        most += min(together, math.ceil(repeats) * images)
+        most += min(together, math.ceil(repeats) * videos) * max(1, clips.options.video_repeat)
+    return most
+
+
 def draw_epoch(clips: Clips, epoch: int) -> Samples:
-    """Every sample of an epoch: each used image once, each used video ``video_repeat`` times."""
+    """Every sample of an epoch: each clip as often as ``times_shown`` has it."""
     used = np.flatnonzero(clips.used)
-    times = np.where(clips.table.is_image[used], 1, max(1, clips.options.video_repeat))
+    times = (times_shown(clips, epoch + 1) - times_shown(clips, epoch))[used]
     clip = np.repeat(used, times)
     copy = np.arange(len(clip)) - np.repeat(np.cumsum(times) - times, times)
     return draw_shapes(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))

@@ -76,6 +76,8 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
     parts += [_sizes_used(plan, first), _buckets(first)]
     parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, first)))]
     parts += [_heading("Rows", f"{first.ledger.rows:,} in the metadata"), _facts(_ledger_facts(first.ledger))]
+    if first.ledger.sets:
+        parts += [_heading("Data sets", "what an epoch shows of each"), _data_sets(plan, first.ledger)]
     loss, videos = held_out_cost(plan), samples_cost(plan)
     if loss is not None:
         parts += [_heading("Held-out loss", f"{loss.rows:,} rows at {len(QUANTILES)} timesteps"), _look(loss)]
@@ -228,6 +230,13 @@ def _ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
     if ledger.borrowed:
         facts.append(("borrowed", f"{ledger.borrowed:,} draws of following epochs: too few clips for one step"))
     return facts
+
+
+def _data_sets(plan: RunPlan, ledger: Ledger) -> Table:
+    result = _table("set", "repeats", "rows", "used", "shown")
+    for name, data in zip(plan.data_sets, ledger.sets, strict=True):
+        result.add_row(name, data.repeats, f"{data.rows:,}", f"{data.used:,}", f"{data.samples:,}")
+    return result
 
 
 def _look(cost: LookCost) -> Table:

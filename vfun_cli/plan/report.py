@@ -12,7 +12,7 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max, rounded
-from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
+from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare, times_shown
 from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.run_plan import RunPlan
@@ -217,6 +217,8 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
         for kind, height, width, frames, tokens, clips, part in zip(*(c.tolist() for c in columns), strict=True)
     ]
     result["ledger"] = first.ledger.to_json()
+    for name, entry in zip(plan.data_sets, result["ledger"].get("sets", ()), strict=False):
+        entry["meta"] = name
     result["balance"] = {
         "world_size": first.world_size,
         "mean_over_max_flops": rounded(mean_over_max(first)),
@@ -306,7 +308,9 @@ def why(plan: RunPlan, row: int, epochs: Sequence[EpochPlan] = ()) -> dict[str, 
     if reason != USED:
         name = list(REASONS)[reason]
         return story | {"dropped": name, "message": REASONS[name]}
-    story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in _copies(clips)]
+    every = prepare(plan.spec, plan.dims, table, plan.options)
+    times = {e.epoch: times_shown(every, e.epoch + 1)[here] - times_shown(every, e.epoch)[here] for e in epochs}
+    story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in range(times[epoch.epoch])]
     return story
 
 
@@ -320,10 +324,6 @@ def _candidate(clips: Clips, sizes: SizeSet, key: int, index: int, height: int, 
         "scale": round(max(bucket[0] / height, bucket[1] / width), 4),
         "allowed": index < int(clips.allowed[0]),
     }
-
-
-def _copies(clips: Clips) -> range:
-    return range(1 if clips.table.is_image[0] else max(1, clips.options.video_repeat))
 
 
 def _placed(clips: Clips, copy: int, epoch: EpochPlan) -> dict[str, Any]:
@@ -351,9 +351,10 @@ def _placed(clips: Clips, copy: int, epoch: EpochPlan) -> dict[str, Any]:
 
 def why_lines(story: dict[str, Any]) -> list[str]:
     """The story of :func:`why` in sentences."""
-    source = story["source"]
+    source, row = story["source"], story["row"]
     file = f" ({story['file']})" if "file" in story else ""
-    lines = [f"row {story['row']}{file}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
+    place = story.get("place", f"row {row}")
+    lines = [f"{place}{file}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
     if story["kind"] == "video":
         lines.append(
             f"{source['frames']} frames at {source['fps']} fps, every {story['stride']}. frame: "

@@ -75,7 +75,7 @@ def contents_of(
     Args:
         metadata: rows without errors.
         fields: the media that the family reads.
-        root: the folder that paths in the metadata start from; None is the working directory.
+        root: the folder that paths in the metadata start from, where a row has none; None is the working directory.
         given: weights that were named instead of the model's.
         cache: the SQLite file that remembers what was read.
 
@@ -83,17 +83,18 @@ def contents_of(
         EnvironmentFault: a file cannot be read.
         CheckpointError: a weight file is damaged.
     """
-    stated = {
-        f"row {record.row}, {name}": str(value)
-        for record in metadata.records
-        for name, value in stated_media(record.fields, fields).items()
-        if value is not None
-    }
-    media = {piece: (root or Path()) / value for piece, value in stated.items()}
+    stated: dict[str, str] = {}
+    media: dict[str, Path] = {}
+    for record in metadata.records:
+        for name, value in stated_media(record.fields, fields).items():
+            if value is not None:
+                stated[f"row {record.row}, {name}"] = str(value)
+                media[f"row {record.row}, {name}"] = (record.root or root or Path()) / str(value)
     weights = {MODEL: model_files(model), **{option: given_files(place, option) for option, place in given.named()}}
     files = [path for pieces in weights.values() for path in pieces.values()]
     digests = file_digests([*media.values(), *files], cache=cache, progress=progress)
     rows = {f"row {record.row}": _digest_of_row(record.fields) for record in metadata.records}
+    rows |= {f"data set {number}": f"{each.first} {each.said}" for number, each in enumerate(metadata.sets, 1)}
     return {
         METADATA: Contents(pieces=rows),
         DATA: Contents(pieces={piece: digests[path] for piece, path in media.items()}, files=stated),

@@ -49,6 +49,8 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
         low_vram=config.low_vram,
         train_mode=config.train_mode,
         control_ref_image=config.control_ref_image,
+        caption_dropout=config.caption_dropout,
+        guidance_scale=config.guidance_scale,
         model_settings={name: stated.get(name) for name in spec.model.input_settings},
     )
 

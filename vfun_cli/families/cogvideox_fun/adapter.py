@@ -42,8 +42,6 @@ from vfun_cli.modeling.weights import empty_model, read_json
 
 SAMPLED_STRENGTH = 0.0563
 """Of the noise on known pixels when a video is made: the mean of what training draws."""
-TEXT_DROP = 0.1
-"""How often a caption is left out, for classifier-free guidance."""
 EMPTY_DROP = 0.9
 """How often a clip without any known pixel gets zeros instead of the latents of an all-masked clip."""
 MASKED = -1.0
@@ -181,7 +179,7 @@ class CogVideoXFunAdapter(WholeVideo):
     def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
-        caption = "" if key.chance("text-drop", TEXT_DROP) else request.caption
+        caption = "" if key.chance("text-drop", options.caption_dropout) else request.caption
         if train_mode(options.train_mode) != "inpaint":
             return compose(clip_of(request), caption)
         mask = DrawnMask(key.content, request.frames, (request.height, request.width))

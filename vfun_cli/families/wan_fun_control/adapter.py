@@ -43,7 +43,7 @@ from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_weights, read_json, require_parts, safetensors_files
 
 DROP = 0.1
-"""Probability, for each condition on its own, of training a sample without it."""
+"""Probability, for each condition but the caption on its own, of training a sample without it."""
 BLACK = -1.0
 REQUIRED_FILES = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
 """What a released directory holds beside the transformer's safetensors."""
@@ -174,7 +174,7 @@ class WanFunControlAdapter(WholeVideo):
         return cls.compose(
             pixels,
             clip_of(request, "control_file_path") if has_control else black,
-            request.caption,
+            "" if request.key.chance("text", options.caption_dropout) else request.caption,
             request.key,
             train_mode=options.train_mode,
             control_ref_image=options.control_ref_image,
@@ -185,20 +185,20 @@ class WanFunControlAdapter(WholeVideo):
         cls,
         pixels: ClipInput,
         control: ClipInput,
-        text: str,
+        caption: str,
         key: SampleKey,
         *,
         train_mode: str | None,
         control_ref_image: str,
     ) -> Inputs:
-        """``clip``, ``control`` and ``text``, empty one time in ten; ``picture`` and ``image``, if the mode has them.
+        """``clip``, ``control`` and ``text``; ``picture`` and ``image``, if the mode has them.
 
         These two are one frame of the clip, for the VAE and for CLIP. Whether the sample keeps them is decided later.
         """
         inputs = {
             "clip": Input(encoder="vae", lazy=pixels),
             "control": Input(encoder="vae", lazy=control),
-            "text": Input(encoder="text", lazy=Value("" if key.chance("text", DROP) else text)),
+            "text": Input(encoder="text", lazy=Value(caption)),
         }
         if has_picture(train_mode):
             picture = pixels.take([reference_frame(key, pixels.count, control_ref_image)])
