@@ -98,15 +98,18 @@ def directory_with(
     model = folder / "model"
     shutil.copytree(live.folder, model)
     if transformer is not None:
-        (file,) = weight_files(live.spec.model.transformer_dir(model))
-        save_file(transformer, file)
+        _replace(weight_files(live.spec.model.transformer_dir(model)), transformer)
     place = model / live.spec.model.vae
     if vae is not None and place.is_file():
         torch.save(vae, place)
     elif vae is not None:
-        (file,) = weight_files(place)
-        save_file(vae, file)
+        _replace(weight_files(place), vae)
     return model
+
+
+def _replace(files: list[Path], weights: Weights) -> None:
+    for file in files:
+        save_file({name: weights[name] for name in load_file(file)}, file)
 
 
 def losses(live: LiveModel, adapter: ModelAdapter, steps: int = 2) -> list[float]:
@@ -288,7 +291,7 @@ def a_lora(place: Path) -> Path:
         (pointer, "git-lfs"),
         (truncated, "truncated"),
         (truncated_pickle, "not a whole torch file"),
-        (planted, "asks for builtins.print"),
+        (planted, "asks for __builtin__.print"),
         (no_state_dict, "not a state dict"),
         (a_lora, "1 unexpected"),
     ],

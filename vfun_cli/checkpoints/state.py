@@ -26,17 +26,22 @@ LAYOUTS = items(record({"until": whole(), "slots": whole(1)}))
 
 
 def setting(name: str, value: Any) -> None:
-    """The value of an option, as far as every option's can be: a number, text, true or false, or a list of these."""
+    """The value of an option, as far as every option's can be: a number, text, true or false, a data set, a list."""
     if isinstance(value, list):
-        items(setting)(name, value)
+        items(_entry)(name, value)
     elif isinstance(value, dict):
-        mapping(file_path)(name, value)
+        _entry(name, value)
     elif isinstance(value, str):
         file_path(name, value)
     elif isinstance(value, float):
         number()(name, value)
     elif value is not None and not isinstance(value, bool):
         whole(-LARGEST_NUMBER, LARGEST_NUMBER)(name, value)
+
+
+def _entry(name: str, value: Any) -> None:
+    """Of a list: text, a number, or a data set with all that is said of it."""
+    (mapping(file_path) if isinstance(value, dict) else whole() if isinstance(value, int) else file_path)(name, value)
 
 
 def options(*paths: str, data: str | None = None) -> Check:

@@ -205,7 +205,10 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     if config.device == "cpu" and is_default(sources["mixed_precision"]) and not devices.multiplies_bf16():
         found["mixed_precision"] = "no"
     if config.fix_sample_size:
-        found |= {name: False for name in CHOOSING_SIZES if not is_said(sources[name])}
+        found |= dict.fromkeys(CHOOSING_SIZES, False)
+        typed_too = [name for name in CHOOSING_SIZES if is_said(sources[name]) and getattr(config, name)]
+        if typed_too:  # as the original scripts type and take them
+            console.warn(f"fix_sample_size gives every clip one size: no effect of {' and '.join(typed_too)}.")
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
 
