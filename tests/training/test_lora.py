@@ -79,7 +79,7 @@ def test_layers_the_file_does_not_hold_start_fresh(base: Path) -> None:
 
 def test_a_file_with_layers_that_are_not_trained_is_refused(base: Path) -> None:
     config = options(target_name=("to_q",))
-    with pytest.raises(ConfigError, match=r"4 layers that get none in this run") as caught:
+    with pytest.raises(ConfigError, match=r"4 layers that --target-name leaves out") as caught:
         load_network(
             with_adapters(base, config), GOLDEN / "lora_kohya/checkpoint-1.safetensors", config, SPEC, SPEC.model.dims
         )

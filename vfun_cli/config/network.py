@@ -84,6 +84,8 @@ def start_of(
         layer = known.get(stored)
         if layer is None:
             unknown.append(stored)
+        elif pair.joint and _is_zero(pair, config.rank):  # a part of a joint layer that was not trained
+            continue
         elif layer not in chosen:
             left_out.append(layer)
         elif (pair.up.shape[0], pair.down.shape[1]) != linear[layer]:
@@ -92,7 +94,7 @@ def start_of(
             fitted = pair if pair.rank == config.rank else at_rank(pair, config.rank)
             if fitted is None:
                 ranks.setdefault(pair.rank, []).append(layer)
-            elif fitted.rank:
+            else:
                 scale = adapter.scale(pair)
                 pairs[layer], factors[layer] = fitted, 1.0 if scale is None else scale / _strength(config)
     idle = inside(left_out, without_gradient)
@@ -154,6 +156,11 @@ def matched(
     """
     parts = by_layer(adapter, linear, spec, dims)
     return parts, match_layers(parts.pairs, linear, spec.export.names["same"], parts.path)
+
+
+def _is_zero(pair: Pair, rank: int) -> bool:
+    fitted = at_rank(pair, rank)
+    return fitted is not None and not fitted.rank
 
 
 def _strength(config: RunConfig) -> float:
