@@ -64,6 +64,7 @@ def change_rows(change: Callable[[list[dict[str, str]]], object]) -> None:
 def hold_a_run() -> None:
     OUTPUT.mkdir(parents=True)
     (OUTPUT / "run.json").write_text("{}")
+    (OUTPUT / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 def hold_a_checkpoint_without_manifest() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.run.contents import (
@@ -121,7 +122,8 @@ def contents(folder: Path, rows: list[dict[str, object]]) -> dict[str, Contents]
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "meta.json").write_text(json.dumps(rows))
-    return contents_of(read_metadata(folder / "meta.json"), FIELDS, folder, folder / "model", cache=None, progress=None)
+    metadata = read_metadata(folder / "meta.json")
+    return contents_of(metadata, FIELDS, folder, folder / "model", Given(), cache=None, progress=None)
 
 
 def rows(folder: str = "") -> list[dict[str, object]]:

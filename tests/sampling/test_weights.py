@@ -4,18 +4,20 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from foreign_loras import FOREIGN, JOINT, JOINT_FILES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands.exporting import Form, export
 from vfun_cli.demo.default import make_model
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -227,6 +229,38 @@ def test_joint_layers_may_have_underscores_for_dots(base: Callable[[str], Base],
     assert_same(found, with_update(model, pairs), 1e-5)
 
 
+@pytest.mark.parametrize("trainer", FOREIGN)
+def test_a_file_of_another_trainer_adds_what_its_own_loader_would(
+    trainer: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    foreign = FOREIGN[trainer]
+    model = base(foreign.family)
+    pairs = adapter_of_layers(model, 1)
+    tensors = foreign.of(pairs, model.spec.export.names["same"])
+    save_file(tensors, tmp_path / "lora.safetensors", dict(foreign.header))
+    found = loaded(model.folder, lora=tmp_path / "lora.safetensors")
+    assert_same(found, with_update(model, pairs, foreign.strength), 1e-5)
+
+
+@pytest.mark.parametrize("trainer", JOINT_FILES)
+def test_joint_layers_of_another_trainer_add_their_rows(
+    trainer: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    model, generator = base("hunyuanvideo-t2v"), torch.Generator().manual_seed(0)
+    pairs, expected = Weights(), dict(model.weights)
+    for name, layers in JOINT.items():
+        weights = [model.weights[f"{layer}.weight"] for layer in layers]
+        down = pairs[f"{name}.lora_A.weight"] = torch.randn(RANK, weights[0].shape[1], generator=generator)
+        rows = sum(len(weight) for weight in weights)
+        up = pairs[f"{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator)
+        update = JOINT_FILES[trainer].strength * up @ down
+        for layer, part in zip(layers, update.split([len(weight) for weight in weights]), strict=True):
+            expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + part
+    file = tmp_path / "lora.safetensors"
+    save_file(JOINT_FILES[trainer].of(pairs, lambda name: name), file)
+    assert_same(loaded(model.folder, lora=file), expected, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["train", "lora"])
 def test_the_moving_average_is_taken_in_the_place_of_the_weights(
     kind: str, base: Callable[[str], Base], tmp_path: Path
@@ -339,3 +373,41 @@ def test_an_export_is_the_same_file_for_other_programs(base: Callable[[str], Bas
     assert set(record["files"]) == names - {".vfun-export.json"}
     stored = {name: value for file in output.glob("*.safetensors") for name, value in load_file(file).items()}
     assert_same(stored, model.weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_from_given_weights_is_exported_and_sampled_over_them(
+    family: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    origin = base(family)
+    released = origin.spec.export.names["same"]
+    started = other_values(origin.weights, 9)
+    given = tmp_path / "started.safetensors"
+    save_file({released(name): value for name, value in started.items()}, given)
+    tuned = replace(origin, weights=started)
+
+    pairs = adapter_of_layers(origin, 2)
+    checkpoint = write_checkpoint(tuned, tmp_path / "lora", "lora", peft_names(pairs), {})
+    full = write_checkpoint(tuned, tmp_path / "full", "train", dict(list(other_values(started, 4).items())[:3]), {})
+    for path in (checkpoint, full):
+        state = json.loads((path / "state.json").read_text())
+        state["run_config"]["transformer_path"] = str(given)
+        (path / "state.json").write_text(json.dumps(state))
+        manifest.write_manifest(path)
+
+    assert_same(loaded(given, model=origin.folder), started)
+    assert_same(loaded(origin.folder, given=Given(transformer=given)), started)
+    updated = with_update(tuned, pairs)
+    assert_same(loaded(checkpoint), updated, 1e-5)
+    assert_same(loaded(exported(checkpoint, tmp_path / "merged", "same", merge=True)), updated, 1e-5)
+    assert_same(loaded(exported(checkpoint, tmp_path / "adapter", "peft")), updated, 1e-5)
+    trained_ones = started | load_file(full / "model/model.safetensors")
+    assert_same(loaded(full), trained_ones)
+    assert_same(loaded(exported(full, tmp_path / "whole", "same")), trained_ones)
+
+    moved = given.rename(tmp_path / "moved.safetensors")
+    for path in (checkpoint, full):
+        with pytest.raises(CheckpointError, match=r"started\.safetensors: there is no such file"):
+            loaded(path)
+    assert_same(loaded(checkpoint, given=Given(transformer=moved)), updated, 1e-5)
+    assert_same(loaded(tmp_path / "whole"), trained_ones)  # which needs none of it

@@ -106,7 +106,7 @@ def test_a_script_of_each_trainer_is_told_and_taken_whole(
     found = imported(tmp_path, script(case[0], *case[1]))
     assert (found.command, found.family, found.refused) == (command, family, ())
     config = resolved(found).config
-    assert str(config.train_data_meta) == "datasets/ours/metadata.json"
+    assert list(map(str, config.train_data_meta)) == ["datasets/ours/metadata.json"]
     assert (config.video_sample_stride, config.output_dir) == (2, Path("out dir"))
     outcomes = {row.original.split()[0]: row.outcome for row in found.rows if row.line is not None}
     assert outcomes["--video_sample_stride"] == "kept"

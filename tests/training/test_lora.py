@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vfun_cli.config.lora import check_network
+from vfun_cli.config.network import check_network
 from vfun_cli.config.options import BASE_PRECISIONS, parse
 from vfun_cli.config.resolve import resolve
 from vfun_cli.errors import CheckpointError, ConfigError, EnvironmentFault
@@ -120,19 +120,33 @@ def test_adapters_of_layers_without_effect_are_left_out_with_a_notice(
     assert loaded == {f"{layer}.lora_B.default.weight" for layer in layers[:3]}
 
 
-def test_rank_and_strength_of_a_file_are_told_before_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rank_and_strength_of_a_file_are_told_before_the_launch(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(file: Path, **given: Any) -> str:
+        check_network(file, options(pretrained_model_name_or_path=base.parent, **given), SPEC)
+        return " ".join(capsys.readouterr().err.split())
+
     kohya, peft = (GOLDEN / f"lora_{style}/checkpoint-1.safetensors" for style in ("kohya", "peft"))
     with pytest.raises(ConfigError, match="has rank 4, this run has rank 8") as caught:
-        check_network(kohya, options(rank=8))
+        check(kohya, rank=8)
     assert caught.value.hint == "Add --rank 4."
     with pytest.raises(ConfigError, match="is no DoRA"):
-        check_network(kohya, options(use_dora=True))
-    check_network(kohya, options())
-    assert capsys.readouterr().err == ""
-    check_network(kohya, options(network_alpha=4.0))
-    assert "strength 0.5, this run 1: its B matrices are scaled" in capsys.readouterr().err
-    check_network(peft, options())
-    assert "states no alpha: taken to be of this run's strength, 0.5" in capsys.readouterr().err
+        check(kohya, use_dora=True)
+    assert "taken for a file of the original scripts: strength 0.5, as its alphas state" in check(kohya)
+    assert "this run has strength 1: the B matrices" in check(kohya, network_alpha=4.0)
+    assert "states no alpha: taken to be of this run's strength, 0.5" in check(peft)
+
+
+def test_all_that_does_not_fit_is_told_before_the_launch_with_what_to_type(base: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_network(
+            GOLDEN / "lora_kohya/checkpoint-1.safetensors",
+            options(pretrained_model_name_or_path=base.parent, target_name=("to_q",), rank=8),
+            SPEC,
+        )
+    assert "4 layers that --target-name leaves out: " in caught.value.message
+    assert "transformer_blocks.0-1.attn1.to_k, transformer_blocks.0-1.attn1.to_v" in caught.value.message
+    assert "rank 4, this run has rank 8" in caught.value.message
+    assert caught.value.hint == "Add --target-name to_q,to_k,to_v --rank 4."
 
 
 # targets -------------------------------------------------------------------------------------------------------------

@@ -247,10 +247,10 @@ class Tracker:
 def test_what_only_reports_stops_no_run(
     tracker: Any, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(metrics.TRACKERS, "none", tracker)
+    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", tracker)
     (tmp_path / "sanity_check").touch()
     (tmp_path / "metrics.jsonl").mkdir()
-    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), report_to="tensorboard")
     monkeypatch.setattr(metrics, "write_first_batch", lambda run, loaded: run.sanity_check.mkdir())
     assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
     parts.trainer.metrics.close()

@@ -66,7 +66,7 @@ def export_adapter(
     *,
     format: str,
     released: Callable[[str], str] = lambda name: name,
-    locate: Callable[[str], LayerLocation] | None = None,
+    locate: Callable[[str], LayerLocation | None] | None = None,
     dtype: str = "bf16",
     weights: Weights = "trained",
     overwrite: bool = False,
@@ -111,6 +111,7 @@ def merge_adapter(
     output: Path,
     *,
     base_dir: Path,
+    given: Mapping[str, TensorSource] | None = None,
     released: Callable[[str], str] = lambda name: name,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
@@ -120,7 +121,8 @@ def merge_adapter(
 ) -> ExportResult:
     """Write the base with the adapter added to it, tensor by tensor: W + strength · B·A in float32, then rounded.
 
-    Takes a checkpoint of ``vfun lora``. Memory: a few rows of one layer at a time, and its two small matrices.
+    Takes a checkpoint of ``vfun lora``; ``given`` as ``checkpoints.export.export``. Memory: a few rows of one layer at
+    a time, and its two small matrices.
 
     Raises:
         ConfigError, CheckpointError, RunError: as ``checkpoints.export.export``; also for a layer the base lacks.
@@ -128,6 +130,7 @@ def merge_adapter(
     check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
+    sources |= given or {}
     merge_into(sources, adapter, {layer: released_layer(layer, released) for layer in adapter.pairs}, base_dir)
     return write_model(
         stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
@@ -244,11 +247,15 @@ def _original(adapter: AdapterFile, released: Callable[[str], str], dtype: str) 
     return _kohya(adapter, lambda layer: "lora_unet__" + released_layer(layer, released).replace(".", "_"), dtype)
 
 
-def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation], dtype: str) -> Tensors:
+def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation | None], dtype: str) -> Tensors:
     """B of a joint layer has each part's rows in the columns of that part's rank, and zeros for what is not trained."""
     parts: dict[str, list[tuple[LayerLocation, Pair]]] = {}
     for layer, pair in adapter.pairs.items():
         found = locate(layer)
+        if found is None:
+            raise ConfigError(
+                f"--format comfyui: ComfyUI loads no LoRA for {layer}.", hint="Use --format diffusers, or --merge."
+            )
         parts.setdefault(found.name, []).append((found, pair))
     tensors: Tensors = {}
     for name, members in parts.items():
@@ -257,8 +264,10 @@ def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation], dtype:
         up = np.zeros((members[0][0].rows or members[0][1].up.shape[0], ranks), np.float32)
         column = 0
         for where, pair in members:
-            rows = slice(where.first_row, where.first_row + pair.up.shape[0])
-            up[rows, column : column + pair.rank] = _float(pair.up) * np.float32(_scale(adapter, pair))
+            values, start = _float(pair.up) * np.float32(_scale(adapter, pair)), 0
+            for first, count in where.spans(len(values)):
+                up[first : first + count, column : column + pair.rank] = values[start : start + count]
+                start += count
             column += pair.rank
         down = np.concatenate([_float(pair.down) for _, pair in members])
         tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = ("F32", np.array(ranks, np.float32))

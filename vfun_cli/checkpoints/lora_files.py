@@ -6,14 +6,17 @@ name, and in where the strength is stated: an ``alpha`` tensor, ``adapter_config
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.lora_layouts import ANY, DIFFUSERS_METADATA, FINETRAINERS_METADATA, Layout, layout_of
 from vfun_cli.checkpoints.naming import LayerLocation
-from vfun_cli.checkpoints.tensors import TensorSource, rows_of
+from vfun_cli.checkpoints.tensors import Joined, TensorSource, elements_of, held, read_float32, rows_of
 from vfun_cli.errors import CheckpointError
 from vfun_cli.typed_json import (
     Check,
@@ -28,6 +31,8 @@ from vfun_cli.typed_json import (
 )
 
 ADAPTER_FILE = "adapter_model.safetensors"
+AVERAGE_FILE = "ema.safetensors"
+"""Beside the adapter in a checkpoint: its moving average."""
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
@@ -37,8 +42,8 @@ COMFYUI_PREFIX = "diffusion_model."
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFYUI_PREFIX, "lora_unet__", "lora_unet_")
 """What the styles put before a layer's name; the longer of two that fit comes first."""
 
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-"""Key of the safetensors header."""
+IN_HEADER = {DIFFUSERS_METADATA: DIFFUSERS_PREFIX, FINETRAINERS_METADATA: ""}
+"""Where programs put a configuration of peft into the header, and what its settings begin with there."""
 
 _ALPHA = number(-1e6, 1e6)
 
@@ -89,6 +94,8 @@ class Pair:
     """The layer's own ``alpha`` tensor."""
     magnitude: TensorSource | None = None
     """DoRA's length of each output row, [out]."""
+    joint: bool = False
+    """Of a file that joins several layers into one: A serves them all."""
 
     @property
     def rank(self) -> int:
@@ -105,8 +112,9 @@ class AdapterFile:
     """By layer name as stored, without the style's prefix; kohya's has ``_`` where the module has ``.``."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """``adapter_config.json``, or what diffusers writes of it into the file's header; empty where there is neither."""
-    scaled: bool = False
-    """The style says that the update is B·A as it stands (diffusers and ComfyUI without alphas)."""
+    stated_in: str = ADAPTER_CONFIG
+    """Where that was."""
+    layout: Layout = ANY
 
     @property
     def ranks(self) -> set[int]:
@@ -119,7 +127,24 @@ class AdapterFile:
             return pair.alpha / pair.rank
         if self.config:
             return strength(float(self.config["lora_alpha"]), pair.rank, rslora=bool(self.config.get("use_rslora")))
-        return 1.0 if self.scaled else None
+        return self.layout.strength
+
+    @property
+    def scales(self) -> list[float | None]:
+        """The factors that occur, in order; None last."""
+        found = {self.scale(pair) for pair in self.pairs.values()}
+        return sorted(found, key=lambda scale: math.inf if scale is None else scale)
+
+    def told_strength(self) -> str:
+        """Of which program the file seems to be, how strong it is then, and why, for people."""
+        taken = " and ".join("not stated" if scale is None else f"{scale:g}" for scale in self.scales)
+        if self.config:
+            why = f", as {self.stated_in} states"
+        elif any(pair.alpha is not None for pair in self.pairs.values()):
+            why = ", as its alphas state"
+        else:
+            why = f", {self.layout.because}" if self.layout.because else ""
+        return f"{self.path} is taken for a file of {self.layout.trainer}: strength {taken}{why}."
 
 
 def strength(alpha: float, rank: int, *, rslora: bool) -> float:
@@ -165,17 +190,18 @@ def read_adapter(path: Path) -> AdapterFile:
         CheckpointError: a damaged file, half a pair, or tensors that belong to no LoRA.
     """
     file = find_adapter(path)
-    tensors = safetensors.read_file(file)
+    tensors, header = safetensors.read_file(file), safetensors.read_metadata(file)
     beside = file.parent / ADAPTER_CONFIG
-    if file.name != ADAPTER_FILE:
-        config = _config_of_diffusers(file)
+    if file.name in (ADAPTER_FILE, AVERAGE_FILE) and beside.is_file():
+        config, stated_in = read_object(beside, SETTINGS), ADAPTER_CONFIG
     else:
-        config = read_object(beside, SETTINGS) if beside.is_file() else {}
+        config, stated_in = _config_in_header(file, header)
     return AdapterFile(
         path=file,
         pairs=_with_own_alphas(pairs_of(tensors, file), config),
         config=config,
-        scaled=any(name.startswith((DIFFUSERS_PREFIX, COMFYUI_PREFIX)) for name in tensors),
+        stated_in=stated_in,
+        layout=layout_of(tensors, header),
     )
 
 
@@ -253,11 +279,7 @@ def match_layers(
     Raises:
         CheckpointError: layers that the model does not have; it names one.
     """
-    known: dict[str, str] = {}
-    for layer in layers:
-        for name in (layer, released_layer(layer, released)):
-            known.setdefault(name, layer)
-            known.setdefault(name.replace(".", "_"), layer)
+    known = names_of(layers, released)
     lost = [name for name in stored if name not in known]
     if lost:
         raise CheckpointError(
@@ -268,34 +290,71 @@ def match_layers(
     return {name: known[name] for name in stored}
 
 
-def taken_apart(adapter: AdapterFile, locations: Mapping[str, LayerLocation], rows: Mapping[str, int]) -> AdapterFile:
-    """A LoRA of ComfyUI's names by the model's layers, each joint layer as those that it joins.
+def names_of(layers: Collection[str], released: Callable[[str], str]) -> dict[str, str]:
+    """The layer that each name means: the model's, the released one, or either with ``_``."""
+    known: dict[str, str] = {}
+    for layer in layers:
+        for name in (layer, released_layer(layer, released)):
+            known.setdefault(name, layer)
+            known.setdefault(name.replace(".", "_"), layer)
+    return known
+
+
+def taken_apart(
+    adapter: AdapterFile, locations: Iterable[tuple[str, LayerLocation]], rows: Mapping[str, int]
+) -> AdapterFile:
+    """A LoRA of ComfyUI's or the first release's names by the model's layers, each joint layer as those that it joins.
+
+    The update of a part is its rows of B times the whole A, to the bit. A joint layer of another height than this
+    model's stays whole, under the names of its parts, which it does not fit.
 
     Args:
-        locations: of the model's layers in ComfyUI.
+        locations: of the model's layers there; a layer may have several.
         rows: of the model's layers.
-
-    Raises:
-        CheckpointError: a joint layer of another height.
     """
-    members: dict[str, list[str]] = {}
-    for layer, location in locations.items():
+    members: dict[str, dict[str, LayerLocation]] = {}
+    for layer, location in locations:
         for name in (location.name, location.name.replace(".", "_")):
-            members.setdefault(name, []).append(layer)
+            members.setdefault(name, {})[layer] = location
     pairs: dict[str, Pair] = {}
     for stored, pair in adapter.pairs.items():
-        for layer in members.get(stored, ()):
-            location = locations[layer]
-            if location.rows not in (None, pair.up.shape[0]):
-                raise CheckpointError(
-                    f"{adapter.path}: {stored} has {pair.up.shape[0]} rows, in this model it has {location.rows}.",
-                    hint="The LoRA belongs to another model.",
-                )
-            up = pair.up if location.rows is None else rows_of(pair.up, location.first_row, rows[layer])
-            pairs[layer] = replace(pair, up=up)
         if stored not in members:
             pairs[stored] = pair
+        for layer, location in members.get(stored, {}).items():
+            pairs[layer] = _part(pair, location, rows[layer]) if location.rows == pair.up.shape[0] else pair
     return replace(adapter, pairs=pairs)
+
+
+def _part(pair: Pair, location: LayerLocation, count: int) -> Pair:
+    """The rows of one layer of a joint one."""
+    spans = location.spans(count)
+    up = [rows_of(pair.up, first, rows) for first, rows in spans]
+    length = None if pair.magnitude is None else [elements_of(pair.magnitude, *span) for span in spans]
+    return replace(
+        pair,
+        up=Joined.of(up, (count, pair.rank)),
+        magnitude=None if length is None else Joined.of(length, (count,)),
+        joint=count != location.rows,
+    )
+
+
+def at_rank(pair: Pair, rank: int) -> Pair | None:
+    """A part of a joint layer with the directions alone that it uses, where those are one block of ``rank``.
+
+    So our own export joins layers: each part's B is zero outside the columns of its own A. Reads B.
+
+    Returns:
+        The part at that rank; one without an update has rank 0. None: it uses directions of several blocks.
+    """
+    if not pair.joint or pair.rank % rank:
+        return None
+    up = read_float32(pair.up)
+    used = [first for first in range(0, pair.rank, rank) if up[:, first : first + rank].any()]
+    if len(used) > 1:
+        return None
+    first, count = (used[0], rank) if used else (0, 0)
+    columns = np.ascontiguousarray(up[:, first : first + count])
+    return replace(pair, down=rows_of(pair.down, first, count), up=held(columns), joint=False)
 
 
 def released_layer(layer: str, released: Callable[[str], str]) -> str:
@@ -309,18 +368,19 @@ def _without_prefix(layer: str) -> str:
     return layer
 
 
-def _config_of_diffusers(file: Path) -> dict[str, Any]:
-    """The part of the header in which diffusers keeps the adapter's configuration; without it, diffusers takes 1."""
-    stated = safetensors.read_metadata(file).get(DIFFUSERS_METADATA)
-    if stated is None:
-        return {}
-    where = f"{file}: its {DIFFUSERS_METADATA}"
-    content = parse_object(stated, where)
-    config = {
-        name.removeprefix(DIFFUSERS_PREFIX): value
-        for name, value in content.items()
-        if name.startswith(DIFFUSERS_PREFIX)
-    }
-    if config:
-        check_fields(config, SETTINGS, where)
-    return config
+def _config_in_header(file: Path, header: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The adapter's configuration, where a program put it into the header, and under which key; else nothing.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    for key, prefix in IN_HEADER.items():
+        if key not in header:
+            continue
+        where = f"{file}: its {key}"
+        content = parse_object(header[key], where)
+        config = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
+        if config:
+            check_fields(config, SETTINGS, where)
+            return config, f"{key} in its header"
+    return {}, ""

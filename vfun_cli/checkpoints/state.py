@@ -40,8 +40,8 @@ def setting(name: str, value: Any) -> None:
 
 
 def _entry(name: str, value: Any) -> None:
-    """Of a list: text, or a data set with all that is said of it."""
-    (mapping(file_path) if isinstance(value, dict) else file_path)(name, value)
+    """Of a list: text, a number, or a data set with all that is said of it."""
+    (mapping(file_path) if isinstance(value, dict) else whole() if isinstance(value, int) else file_path)(name, value)
 
 
 def options(*paths: str, data: str | None = None) -> Check:

@@ -6,7 +6,7 @@ of a checkpoint makes the peak memory grow with the checkpoint.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +191,55 @@ def elements_of(tensor: TensorSource, start: int, count: int) -> TensorSource:
         return tuple(parts)
 
     return TensorSource(shape=(count,), dtype=tensor.dtype, locate=locate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(TensorSource):
+    """Tensors one after another as one, each read when its turn comes; of mixed types in float32."""
+
+    parts: tuple[TensorSource, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[TensorSource], shape: tuple[int, ...]) -> TensorSource:
+        """The tensor of that shape whose elements are the parts'; a single part stays what it is."""
+        if len(parts) == 1:
+            return parts[0]
+        dtypes = {part.dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+        segments = lambda: tuple(segment for part in parts for segment in part.segments)  # noqa: E731
+        return cls(shape=shape, dtype=dtype, locate=segments, parts=tuple(parts))
+
+    def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
+        """The elements of the parts in order."""
+        wide = np.empty(CHUNK, np.float32)
+        for part in self.parts:
+            for chunk in part.chunks(buffer):
+                yield convert(chunk, part.dtype, self.dtype, wide)
+
+    def read(self) -> Array:
+        """The whole tensor, as :meth:`TensorSource.read` gives it."""
+        return np.concatenate([part.read().reshape(-1) for part in self.parts]).reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(TensorSource):
+    """A small tensor that is in memory already."""
+
+    values: Array
+
+    def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
+        """All of it, in pieces."""
+        flat = self.values.reshape(-1)
+        yield from (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
+
+    def read(self) -> Array:
+        """It."""
+        return self.values
+
+
+def held(values: Array) -> Held:
+    """Float32 values as a tensor like those of files."""
+    return Held(shape=values.shape, dtype="F32", locate=tuple, values=values)
 
 
 def read_float32(tensor: TensorSource) -> Array:

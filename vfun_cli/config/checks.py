@@ -22,6 +22,7 @@ def check(config: RunConfig, spec: FamilySpec, *, command: str) -> None:
     _check_optimizer(config)
     _check_schedule(config)
     _check_conditioning(config, spec)
+    _check_sizes(config, spec)
     _check_objective(config, spec)
     _check_validation(config)
     if command == "lora":
@@ -135,6 +136,49 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
     if image != default_of("control_ref_image") and image not in spec.reference_images:
         raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
+
+
+def _check_sizes(config: RunConfig, spec: FamilySpec) -> None:
+    """One size for all clips that they can have, and nothing beside it that chooses another."""
+    size, grid = config.fix_sample_size, spec.plan.grid
+    choosing = {
+        "random_hw_adapt": config.random_hw_adapt,
+        "training_with_video_token_length": config.training_with_video_token_length,
+        "random_ratio_crop": config.random_ratio_crop,
+    }
+    if size and len(size) != 2:
+        raise ConfigError(
+            f"fix_sample_size is {' '.join(map(str, size))}; it takes a height and a width.",
+            hint="For example --fix-sample-size 480 832.",
+            option="--fix-sample-size",
+        )
+    nearest = tuple(max(1, round(side / step)) * step for side, step in zip(size, grid, strict=False))
+    if size != nearest:
+        raise ConfigError(
+            f"fix_sample_size is {size[0]} {size[1]}; {spec.name} needs a height that is a multiple of {grid[0]} and a "
+            f"width that is one of {grid[1]}.",
+            hint=f"The nearest is --fix-sample-size {nearest[0]} {nearest[1]}.",
+            option="--fix-sample-size",
+        )
+    for name, chooses in choosing.items():
+        if size and chooses:
+            raise ConfigError(
+                f"fix_sample_size gives every clip one size, {name} gives it several.",
+                hint=f"Drop --fix-sample-size, or --{name.replace('_', '-')}.",
+                option=f"--{name.replace('_', '-')}",
+            )
+    if config.random_ratio_crop and not config.enable_bucket:
+        raise ConfigError(
+            "random_ratio_crop draws an aspect ratio, but without enable_bucket every clip is cropped to a square.",
+            hint="Drop --no-enable-bucket, or --random-ratio-crop.",
+            option="--random-ratio-crop",
+        )
+    if size and not config.enable_bucket:
+        raise ConfigError(
+            "fix_sample_size gives every clip one size, without enable_bucket it is cropped to a square of another.",
+            hint="Drop --no-enable-bucket, or --fix-sample-size.",
+            option="--fix-sample-size",
+        )
 
 
 def _check_objective(config: RunConfig, spec: FamilySpec) -> None:

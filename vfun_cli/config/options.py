@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.config.datasets import DataSet, parse_data_sets, sets_over_paths, sets_to_json
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
@@ -119,6 +120,26 @@ class RunConfig:
             help="Model directory in its released layout; vfun fetch gets one, and nothing else is ever downloaded.",
             panel=MODEL,
             variables=("MODEL_NAME",),
+            on_resume="contents",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    transformer_path: Annotated[
+        Path | None,
+        Opt(
+            help="Start from these weights instead of the model directory's transformer: a file or a folder, such as "
+            "an export. Every tensor must fit.",
+            panel=MODEL,
+            on_resume="contents",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    vae_path: Annotated[
+        Path | None,
+        Opt(
+            help="Encode, and decode samples, with these weights instead of those of the model directory's VAE: a file "
+            "or a folder. Every tensor must fit.",
+            panel=MODEL,
             on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
@@ -281,6 +302,26 @@ class RunConfig:
         bool,
         Opt(
             help="Shorten clips at larger sizes so that the token length stays within the budget.",
+            panel=BUCKETS,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = False
+    fix_sample_size: Annotated[
+        tuple[int, ...],
+        Opt(
+            help="Train every clip at this one height and width, scaled to cover it and cropped, whatever the sizes "
+            "above; random_hw_adapt and training_with_video_token_length are off then.",
+            panel=BUCKETS,
+            unit="pixels",
+            minimum=1,
+            maximum=16_384,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ()
+    random_ratio_crop: Annotated[
+        bool,
+        Opt(
+            help="Crop each clip to an aspect ratio drawn anew in each epoch, instead of the one nearest to its own.",
             panel=BUCKETS,
             commands=PLAN_COMMANDS,
         ),
@@ -1018,6 +1059,15 @@ class RunConfig:
             commands=LORA_COMMANDS,
         ),
     ] = ()
+    lora_skip_name: Annotated[
+        tuple[str, ...],
+        Opt(
+            help="Parts of layer names that get no adapter, of those that target_name chooses; comma-separated, the "
+            "model's names or the released ones.",
+            panel=LORA,
+            commands=LORA_COMMANDS,
+        ),
+    ] = ()
     network_path: Annotated[
         Path | None,
         Opt(
@@ -1046,6 +1096,11 @@ class RunConfig:
             commands=LORA_COMMANDS,
         ),
     ] = "bf16"
+
+    @property
+    def given_weights(self) -> Given:
+        """Weights that were named instead of the model directory's."""
+        return Given(transformer=self.transformer_path, vae=self.vae_path)
 
     @property
     def bf16(self) -> bool:
@@ -1182,8 +1237,9 @@ def _parsed(name: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {parsed!r}{why}; choose one of: {', '.join(opt.choices)}.{near}")
     if isinstance(parsed, float) and not math.isfinite(parsed):
         raise ConfigError(f"{where} is {parsed}; it takes a finite number.")
-    if isinstance(parsed, int | float):
-        _check_range(parsed, opt, where)
+    for number in parsed if isinstance(parsed, tuple) else (parsed,):
+        if isinstance(number, int | float):
+            _check_range(number, opt, where)
     return parsed
 
 
@@ -1223,10 +1279,11 @@ def plain_kind(kind: Any) -> type:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is types.UnionType and value is None:
         return None
-    kind = plain_kind(kind)
+    arms, kind = get_args(kind), plain_kind(kind)
     if kind is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).split(",")
-        return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
+        items = value if isinstance(value, list | tuple) else (value,)
+        parts = (part.strip() for item in items for part in str(item).split(","))
+        return tuple(_convert(arms[0], part, where) for part in parts if part)
     if kind is bool:
         if isinstance(value, bool):
             return value

@@ -31,11 +31,15 @@ OPTION = "option"
 HERE = "this machine"
 """The source of what was left open and follows from the machine; a reason worth a word comes after a colon."""
 
+CHOOSING_SIZES = ("random_hw_adapt", "training_with_video_token_length")
+"""Options of clips that have several sizes."""
+
 FOLLOWS: Mapping[str, tuple[str, str]] = {
     "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
     "image_sample_size": ("video_sample_size", "video_sample_size"),
     "cache_variants": ("cache", "default with a cache"),
     "mixed_precision": ("device", f"{HERE}: its processor has no units for bf16"),
+    **dict.fromkeys(CHOOSING_SIZES, ("fix_sample_size", "fix_sample_size")),
 }
 """Options that follow from another where nothing was said: which one, and what their source is called then."""
 
@@ -53,11 +57,7 @@ class Resolved:
     @property
     def said(self) -> set[str]:
         """Options that somebody has set for this launch: typed, exported or written down."""
-        return {
-            name
-            for name, source in self.sources.items()
-            if source == OPTION or source.startswith("$") or SETTINGS_FILE in source
-        }
+        return {name for name, source in self.sources.items() if is_said(source)}
 
     def settled(self, options: Mapping[str, Any], why: str) -> "Resolved":
         """With values of options that were left open. ``why``: their source from now on."""
@@ -97,6 +97,11 @@ def resolve(
 def is_default(source: str) -> bool:
     """Whether a value with this source is vfun's or a family's default."""
     return source.endswith("default")
+
+
+def is_said(source: str) -> bool:
+    """Whether somebody has set a value with this source for this launch: typed, exported or written it down."""
+    return source == OPTION or source.startswith("$") or SETTINGS_FILE in source
 
 
 def family_defaults(command: str, spec: FamilySpec, strategy: str, preset: str | None = None) -> RunConfig:
@@ -199,6 +204,11 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
         found["cache_variants"] = DEFAULT_VARIANTS
     if config.device == "cpu" and is_default(sources["mixed_precision"]) and not devices.multiplies_bf16():
         found["mixed_precision"] = "no"
+    if config.fix_sample_size:
+        found |= dict.fromkeys(CHOOSING_SIZES, False)
+        typed_too = [name for name in CHOOSING_SIZES if is_said(sources[name]) and getattr(config, name)]
+        if typed_too:  # as the original scripts type and take them
+            console.warn(f"fix_sample_size gives every clip one size: no effect of {' and '.join(typed_too)}.")
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
 

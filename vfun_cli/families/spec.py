@@ -111,6 +111,8 @@ class ModelSpec:
     """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    vae: str = "vae"
+    """Where the VAE's weights lie there: a folder or a file."""
     other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     input_settings: tuple[str, ...] = ()
@@ -309,8 +311,11 @@ class ExportSpec:
     )
     """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
     ComfyUI nodes of some families read the original's keys."""
-    comfyui_location: Callable[[str, ModelDims], LayerLocation] | None = None
+    comfyui_location: Callable[[str, ModelDims], LayerLocation | None] | None = None
     """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
+    original_location: Callable[[str, ModelDims], LayerLocation | None] | None = None
+    """Where a release in other names, and perhaps joint layers, keeps a layer: ``--format original`` of a full
+    checkpoint; None: there is no such release."""
 
 
 @dataclass(frozen=True, kw_only=True)

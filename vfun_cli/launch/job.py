@@ -13,7 +13,6 @@ from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config import optimizers
 from vfun_cli.config.checks import check_guidance, check_streamed_blocks
-from vfun_cli.config.lora import check_network
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
@@ -145,7 +144,9 @@ def decide(
             hint="Set --pretrained-model-name-or-path or export MODEL_NAME; --demo needs neither.",
         )
     if command == "lora" and config.network_path is not None and found is None:
-        check_network(config.network_path, config)
+        from vfun_cli.config.network import check_network  # with numpy, as below
+
+        check_network(config.network_path, config, spec)
     try:
         with keeping():
             report = rows.checked_rows(config, spec)
@@ -168,10 +169,12 @@ def decide(
 
         check_shared_memory(config, plan)
     from vfun_cli.checkpoints.released import check_weights
+    from vfun_cli.families.given import require_given
 
     with downloads_named(spec, config.pretrained_model_name_or_path):
         require_parts(spec, config.pretrained_model_name_or_path)
         check_weights(config.pretrained_model_name_or_path)
+        require_given(spec, config.pretrained_model_name_or_path, config.given_weights)
         trained = _trained(command, config, spec, plan)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
@@ -255,6 +258,7 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
             spec.fields,
             config.train_data_dir,
             config.pretrained_model_name_or_path,
+            config.given_weights,
             cache=rows.header_cache(),
             progress=stage("reading samples of files"),
         )

@@ -144,7 +144,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
         effect: str = effect_on_resume(name, run.config, now)
         if name == ACCUMULATION and step_size(run.config) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
-        if name in run.contents:
+        if name in run.contents and now[name] is not None:
             effect = "harmless"  # a path: what lies there is compared by its contents
         words = f"{name} {_in_words(name, earlier)} -> {_in_words(name, now[name])}"
         found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
@@ -230,7 +230,7 @@ def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
         noted = {METADATA: run.described["metadata_sha256"]}
         now = {METADATA: rows_digest(config.train_data_meta)}
     for name, before in noted.items():
-        if before != now[name]:
+        if name in now and before != now[name]:  # what is not named any more is a changed option
             how = what_changed(run.found.run.contents(), name, before, job.contents[name])
             words = f"{name} {_in_words(name, getattr(config, name))}: {how}"
             yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
@@ -350,7 +350,7 @@ def _typed(name: str, value: Any) -> list[str]:
         return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
     if isinstance(value, list) and options()[name][2].verbatim:
         return [word for entry in value for word in (f"--{_hyphened(name)}", entry)]
-    return [f"--{_hyphened(name)}", ",".join(value) if isinstance(value, list) else str(value)]
+    return [f"--{_hyphened(name)}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
 def _hyphened(name: str) -> str:

@@ -79,6 +79,7 @@ def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = Fal
     # a job script that always says "latest" begins anew as long as nothing was saved
     saved_nothing = found is None and not locate.may_hold_checkpoints(run)
     overwrite |= saved_nothing and config.resume_from_checkpoint == "latest"
+    overwrite |= not locate.holds_results(run)
     if run.holds_run() and not (continues or overwrite):
         hint = "--output-dir names another directory."
         if found is None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.metadata.fields import texts_of
 from vfun_cli.modeling.captions import AS_STATED, CAPTION_DROPOUT, CaptionOptions, caption_of
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE
@@ -23,6 +24,8 @@ class AdapterOptions:
     """The part of the configuration that a family may depend on."""
 
     model_dir: Path
+    given: Given = field(default_factory=Given)
+    """Weights that were named instead of the model directory's."""
     compute_dtype: torch.dtype
     """dtype of the frozen encoders and of their outputs."""
     device: torch.device

@@ -26,6 +26,10 @@ class PlanOptions:
     """Keep the aspect of each clip (nearest of 40); without it every clip is cropped to a square."""
     random_hw_adapt: bool = False
     training_with_video_token_length: bool = False
+    fix_sample_size: tuple[int, ...] = ()
+    """Height and width of every clip, in the place of all other sizes; empty: clips have those."""
+    random_ratio_crop: bool = False
+    """Draw the aspect of each clip instead of keeping the nearest of 40."""
     random_frame_crop: bool = False
     gradient_accumulation_steps: int = 1
     seed: int = 42

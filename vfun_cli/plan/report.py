@@ -17,7 +17,7 @@ from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import Buckets, EpochPlan
-from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket, documented_frames, size_set
+from vfun_cli.plan.sizes import ASPECTS, CROPS, SizeSet, documented_frames, size_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class SizeRow:
     kind: str
     size: int
     """Base size in pixels, a fraction rounded down."""
+    name: str
+    """What people call it: the base size, or height x width of a fixed one."""
     frames: int
     """The published figure: with the reference frame, where one enters the VAE beside the clip."""
     clip_frames: int
@@ -40,10 +42,9 @@ class SizeRow:
     """FLOPs of one forward pass."""
 
 
-def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRow:
+def size_row(kind: str, sizes: SizeSet, index: int, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> SizeRow:
     """The line for one size."""
-    height, width = bucket(SQUARE, size.base, spec)
-    shape = ClipShape(frames=size.frames, height=height, width=width)
+    size, shape = sizes.sizes[index], sizes.square(index)
     frames, height, width = spec.plan.latent_shape(shape)
     tokens = spec.plan.video_tokens(shape)
     if spec.plan.reference_frame:
@@ -52,6 +53,7 @@ def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRo
     return SizeRow(
         kind=kind,
         size=int(size.base),
+        name="x".join(map(str, options.fix_sample_size)) or str(int(size.base)),
         frames=documented_frames(size.frames, spec),
         clip_frames=size.frames,
         latents=(frames, height, width),
@@ -69,7 +71,11 @@ def size_sets(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> dict[s
 def size_table(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> list[SizeRow]:
     """Videos first, then images, each smallest first."""
     sets = size_sets(options, spec, dims)
-    return [size_row(kind, size, spec, dims) for kind, sizes in sets.items() for size in sizes.sizes]
+    return [
+        size_row(kind, sizes, index, options, spec, dims)
+        for kind, sizes in sets.items()
+        for index in range(len(sizes.sizes))
+    ]
 
 
 def size_of_bucket(buckets: Buckets, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> IntArray:
@@ -293,8 +299,11 @@ def why(plan: RunPlan, row: int, epochs: Sequence[EpochPlan] = ()) -> dict[str, 
     if sizes is not None and height > 0 and width > 0:
         key = int(clips.aspect[0])
         story["ratio"] = round(height / width, 4)
-        story["aspect"] = ASPECTS[key][0]
-        story["sizes"] = [_candidate(clips, sizes, key, index, height, width) for index in range(len(sizes.sizes))]
+        if plan.options.random_ratio_crop:
+            story["aspects"] = list(CROPS)
+        else:
+            story["aspect"] = ASPECTS[key][0]
+            story["sizes"] = [_candidate(clips, sizes, key, index, height, width) for index in range(len(sizes.sizes))]
     reason = int(clips.reason[0])
     if reason != USED:
         name = list(REASONS)[reason]
@@ -353,6 +362,8 @@ def why_lines(story: dict[str, Any]) -> list[str]:
         )
     if "aspect" in story:
         lines.append(f"height / width = {story['ratio']}, nearest aspect {story['aspect']}")
+    if "aspects" in story:
+        lines.append(f"height / width = {story['ratio']}, cropped to one of {', '.join(map(str, story['aspects']))}")
     for size in story.get("sizes", ()):
         verdict = "allowed" if size["allowed"] else "left out: enlarged by more than 1.25"
         lines.append(

@@ -84,6 +84,15 @@ def may_hold_checkpoints(run: RunDir) -> bool:
     return not run.is_half_deleted() and bool(manifest.numbered(run.root))
 
 
+def holds_results(run: RunDir) -> bool:
+    """Whether a run there came as far as its first step, or made anything: a checkpoint, a record, a sample.
+
+    One that did not, as after a launch that failed while it loaded, is in nobody's way.
+    """
+    recorded = run.metrics.is_file() and run.metrics.stat().st_size > 0
+    return recorded or run.bad_step.exists() or bool(run.sampled()) or may_hold_checkpoints(run)
+
+
 def newest(run: RunDir) -> Found | None:
     """The newest complete checkpoint of a run, if there is one."""
     seen, complete = run.fingerprint(), ownership.checkpoints(run)
@@ -112,7 +121,10 @@ def way_on(run: RunDir, **changed: object) -> str:
     """
     options = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     if newest(run) is None:
-        return f"No checkpoint was saved: the same command with {' '.join([*options, '--overwrite'])} begins anew."
+        needed = [*options, *(["--overwrite"] if holds_results(run) else [])]
+        return (
+            f"No checkpoint was saved: the same command {' '.join(['with', *needed, '']) if needed else ''}begins anew."
+        )
     allowed = [word for name in changed for word in ("--allow", name.replace("_", "-"))]
     return "To go on: " + shlex.join(["vfun", "resume", str(run.root), *options, *allowed])
 

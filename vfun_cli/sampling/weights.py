@@ -3,8 +3,7 @@
 Every weight goes from its file to the device before the next one is read, so that the host never holds the model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import Weights, read_base, replace_tensors, trained_weights
 from vfun_cli.checkpoints.lora_export import merge_into, open_adapter
-from vfun_cli.checkpoints.lora_files import AdapterFile, match_layers, read_adapter, taken_apart
-from vfun_cli.checkpoints.naming import LayerLocation
+from vfun_cli.checkpoints.lora_files import AdapterFile, read_adapter
 from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.checkpoints.tensors import TensorSource, read_float32
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.config.network import matched
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families import adapter_of, detect
+from vfun_cli.families.given import require_given, transformer_tensors
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.encoders.placement import encoder_dtype, freeze
 from vfun_cli.modeling.lazy_weights import LazyWeights, replace_parameter
@@ -80,6 +80,7 @@ def adapter_options(source: Source, options: LoadOptions) -> AdapterOptions:
     stated = read_json(source.model / source.spec.model.config_file)
     return AdapterOptions(
         model_dir=source.model,
+        given=source.given,
         compute_dtype=encoder_dtype(options.compute_dtype, options.device),
         device=options.device,
         vae_mini_batch=options.vae_mini_batch,
@@ -96,16 +97,20 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
         CheckpointError: they do not fit the model, or a file is damaged.
     """
     spec, folder = source.spec, source.spec.model.transformer_dir(source.model)
-    base = {spec.export.parameter(name): tensor for name, tensor in read_base(folder)[1].items()}
+    require_given(spec, source.model, source.given)
+    if source.given.transformer is None:
+        base = {spec.export.parameter(name): tensor for name, tensor in read_base(folder)[1].items()}
+    else:
+        base = transformer_tensors(spec, source.model, source.given.transformer)
     tensors, weights = dict(base), _WEIGHTS[source.ema]
     if source.full is not None:
         released = source.full.released
         found = _opened(source.full, weights)
         replace_tensors(tensors, found, lambda name: spec.export.parameter(released(name)), source.full.path, folder)
-    rows = {name.removesuffix(".weight"): each.shape[0] for name, each in tensors.items() if _is_linear(name, each)}
+    linear = {name.removesuffix(".weight"): each.shape for name, each in tensors.items() if _is_linear(name, each)}
     for lora in source.loras:
-        adapter = taken_apart(_opened_lora(lora, weights), _in_comfyui(source, rows), rows)
-        layers = match_layers(adapter.pairs, rows, spec.export.names["same"], adapter.path)
+        dims = detect.read_dims(spec, source.model)
+        adapter, layers = matched(_opened_lora(lora, weights), linear, spec, dims)
         merge_into(tensors, adapter, layers, folder, strength=1.0 if lora.strength is None else lora.strength)
     return {name: tensor for name, tensor in tensors.items() if tensor is not base[name]}
 
@@ -132,24 +137,13 @@ def _opened_lora(lora: Lora, weights: Weights) -> AdapterFile:
     if (lora.path / STATE_FILE).is_file():
         return open_adapter(lora.path, weights)
     adapter = read_adapter(lora.path)
-    if lora.strength is None and any(adapter.scale(pair) is None for pair in adapter.pairs.values()):
+    if lora.strength is None and None in adapter.scales:
         raise CheckpointError(
             f"{adapter.path} does not state its strength, neither by alphas nor by an adapter_config.json beside it.",
             hint="Say it with --lora-strength: alpha / rank of its training, 1 where the two were equal.",
         )
-    return replace(adapter, scaled=True)
-
-
-def _in_comfyui(source: Source, layers: Iterable[str]) -> dict[str, LayerLocation]:
-    """Where ComfyUI keeps the model's layers; nothing where it keeps them under their released names."""
-    location = source.spec.export.comfyui_location
-    if location is None:
-        return {}
-    dims, found = detect.read_dims(source.spec, source.model), dict[str, LayerLocation]()
-    for layer in layers:
-        with suppress(ConfigError):  # it loads no LoRA for this one
-            found[layer] = location(layer, dims)
-    return found
+    known = 1.0 if adapter.layout.strength is None else adapter.layout.strength
+    return replace(adapter, layout=replace(adapter.layout, strength=known))
 
 
 def _place(

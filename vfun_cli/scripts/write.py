@@ -33,7 +33,8 @@ def words_of(name: str, option: str, setting: Setting) -> list[str]:
     if isinstance(value, bool):
         return [option if value else f"--no-{option[2:]}"]
     if isinstance(value, tuple):
-        entries = value if options()[name][2].verbatim else (",".join(value),)
+        apart = options()[name][2].verbatim or name == "train_data_meta"
+        entries = [str(entry) for entry in value] if apart else [",".join(map(str, value))]
         return [word for entry in entries for word in _pair(option, entry)]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -82,7 +83,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(str(each) if isinstance(each, int) else _text(str(each)) for each in value)}]"
     if isinstance(value, int | float):
         return repr(float(value)) if plain_kind(options()[name][1]) is float else str(value)
     return _text(str(plain(value)))

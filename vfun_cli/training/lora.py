@@ -18,16 +18,15 @@ from vfun_cli.checkpoints.lora_files import (
     ADAPTER,
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    match_layers,
     peft_key,
     read_adapter,
-    strength,
 )
 from vfun_cli.checkpoints.naming import by_parameter
 from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.config.network import start_of
 from vfun_cli.config.options import RunConfig
-from vfun_cli.config.trainable import choose_layers, inside
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.config.trainable import choose_layers
+from vfun_cli.errors import CheckpointError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights
 from vfun_cli.modeling.tensor_files import save_tensors
@@ -40,16 +39,18 @@ from vfun_cli.training.state.live import TrainedState, trained_parameters
 def add_adapters(
     transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, lazy: LazyWeights = NOT_LAZY
 ) -> list[str]:
-    """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
+    """Freeze the transformer and give the layers that ``target_name`` chooses an adapter, but those of
+    ``lora_skip_name``; their names.
 
     A starts uniform (Kaiming, a = sqrt 5) from the run's seed, B zero. Everything is in the transformer's dtype.
 
     Raises:
-        ConfigError: a target that matches no layer.
+        ConfigError: a target that matches no layer, or a part to skip that is in no layer's name.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     released = spec.export.names["same"]
-    layers = choose_layers(linear, config.target_name, released, spec.model.modules_without_gradient(dims))
+    idle = spec.model.modules_without_gradient(dims)
+    layers = choose_layers(linear, config.target_name, released, idle, config.lora_skip_name)
     alpha = int(config.network_alpha) if config.network_alpha.is_integer() else config.network_alpha
     transformer.requires_grad_(False)
     torch.manual_seed(config.seed)  # the same A whatever was drawn while the model was loaded
@@ -60,7 +61,7 @@ def add_adapters(
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        base_model_name_or_path=str(config.pretrained_model_name_or_path),
+        base_model_name_or_path=str(config.transformer_path or config.pretrained_model_name_or_path),
     )
     inject_adapter_in_model(peft_config, transformer, ADAPTER)
     adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
@@ -86,61 +87,43 @@ def _recompute_magnitudes(module: Any, lazy: LazyWeights) -> None:
 def load_network(transformer: nn.Module, path: Path, config: RunConfig, spec: FamilySpec, dims: ModelDims) -> None:
     """Start the adapters from an existing LoRA of any style; layers it has none for start fresh.
 
-    A file of another strength is scaled, in B, so that the model starts from the same predictions. A file that states
-    no strength is taken to be of this run's, as the original scripts take it. Adapters of layers that never get a
-    gradient have no effect, and are left out with a notice.
+    A file of another strength is scaled, in B, so that the model starts from the same predictions. A file of which
+    nobody can tell the strength is taken to be of this run's, as the original scripts take it. Adapters of layers that
+    never get a gradient have no effect, and are left out with a notice.
 
     Raises:
         CheckpointError: it does not fit the model.
         ConfigError: it holds adapters for layers that this run trains none in, or of another rank.
     """
-    adapter = read_adapter(path)
-    modules = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-    every = _every_linear(transformer)
-    places = match_layers(adapter.pairs, every, spec.export.names["same"], adapter.path)
-    absent = [layer for layer in places.values() if layer not in modules]
-    without_effect = inside(absent, spec.model.modules_without_gradient(dims))
-    if without_effect:
+    start = start_of(read_adapter(path), _every_linear(transformer), config, spec, dims)
+    if start.idle:
         print(
-            f"warning: {path} has adapters for {len(without_effect)} layers without any effect in this model, "
-            f"e.g. {without_effect[0]}; they are left out",
+            f"warning: {path} has adapters for {len(start.idle)} layers without any effect in this model, "
+            f"e.g. {start.idle[0]}; they are left out",
             file=sys.stderr,
             flush=True,
         )
-    lost = [layer for layer in absent if layer not in without_effect]
-    if lost:
-        raise ConfigError(
-            f"network_path {path} has adapters for {len(lost)} layers that --target-name leaves out, e.g. {lost[0]}.",
-            hint=f"Add {lost[0].rpartition('.')[2]} to --target-name.",
-        )
-    own = strength(config.network_alpha, config.rank, rslora=config.use_rslora)
-    for stored, pair in adapter.pairs.items():
-        module: Any = modules.get(places[stored])
-        if module is None:  # without effect
-            continue
-        scale = adapter.scale(pair)
-        factor = 1.0 if scale is None else scale / own
-        _set_weight(module.lora_A[ADAPTER].weight, pair.down, stored)
-        _set_weight(module.lora_B[ADAPTER].weight, pair.up, stored, factor)
-        if pair.magnitude is not None and config.use_dora:
-            _set_weight(module.lora_magnitude_vector[ADAPTER].weight, pair.magnitude, stored)
+    for layer, pair in start.pairs.items():
+        module: Any = transformer.get_submodule(layer)
+        _set_weight(module.lora_A[ADAPTER].weight, pair.down)
+        _set_weight(module.lora_B[ADAPTER].weight, pair.up, start.factors[layer])
+        if pair.magnitude is not None:
+            _set_weight(module.lora_magnitude_vector[ADAPTER].weight, pair.magnitude)
 
 
-def _every_linear(transformer: nn.Module) -> list[str]:
-    """Names of all linear layers of the model as it was before the injection."""
-    names = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
-    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+def _every_linear(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """All linear layers of the model as it was before the injection, [out, in]."""
+    found = ((name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for name, module in found
+        if ".lora_" not in name
+    }
 
 
 @torch.no_grad()
-def _set_weight(parameter: nn.Parameter, source: TensorSource, name: str, factor: float = 1.0) -> None:
-    value = torch.from_numpy(source.read()).float()
-    if value.shape != parameter.shape:
-        raise CheckpointError(
-            f"the adapter of {name} has shape {list(value.shape)}, the layer takes {list(parameter.shape)}.",
-            hint="The LoRA belongs to another model, or --rank differs from its rank.",
-        )
-    parameter.copy_(value * factor)
+def _set_weight(parameter: nn.Parameter, source: TensorSource, factor: float = 1.0) -> None:
+    parameter.copy_(torch.from_numpy(source.read()).float() * factor)
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
     stated = read_json(config.pretrained_model_name_or_path / spec.model.config_file)
     return AdapterOptions(
         model_dir=config.pretrained_model_name_or_path,
+        given=config.given_weights,
         compute_dtype=encoder_dtype(compute_dtype(config), device),
         device=device,
         vae_mini_batch=config.vae_mini_batch,

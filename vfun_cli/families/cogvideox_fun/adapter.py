@@ -130,7 +130,9 @@ class CogVideoXFunAdapter(WholeVideo):
         return cls(
             scale=read_scale(folder / "vae"),
             encoders=encoders,
-            transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.model.config_file)),
+            transformer=load_transformer(
+                folder / "transformer", read_json(folder / SPEC.model.config_file), options.given.transformer
+            ),
             options=options,
         )
 
@@ -163,7 +165,11 @@ class CogVideoXFunAdapter(WholeVideo):
         length = read_dims(read_json(folder / SPEC.model.config_file)).extra["text_tokens"]
         sources = {
             "vae": folder_source(
-                CogVideoXVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
+                CogVideoXVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
             ),
             "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
         }

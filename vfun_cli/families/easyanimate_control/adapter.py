@@ -68,7 +68,7 @@ class EasyAnimateControl(WholeVideo):
         _check_family(config, cls.spec, folder)
         encoders = cls.encoders_of(options)
         _check_channels(config, latent_channels(folder / "vae"), cls.train_mode(options.train_mode), folder)
-        return cls(load_transformer(folder / "transformer", config), encoders, options)
+        return cls(load_transformer(folder / "transformer", config, options.given.transformer), encoders, options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> Self:
@@ -105,7 +105,13 @@ class EasyAnimateControl(WholeVideo):
             for (argument, (load, model, tokenizer)), length in zip(cls.text.items(), lengths, strict=False)
         }
         sources = {
-            "vae": folder_source(MagvitVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch),
+            "vae": folder_source(
+                MagvitVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
+            ),
             **text,
         }
         return Encoders(sources, options.device, low_vram=options.low_vram)

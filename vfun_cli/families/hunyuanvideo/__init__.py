@@ -14,7 +14,7 @@ from vfun_cli.families.documented import (
     NO_SCHEDULE,
     SECOND_TEXT_ENCODER,
 )
-from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location
+from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location, original_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
     IMAGE_INTERLEAVE,
@@ -161,6 +161,7 @@ def _spec(
         export=ExportSpec(
             names={"same": unchanged, "diffusers": unchanged},
             comfyui_location=comfyui_location,
+            original_location=original_location,
         ),
     )
 

@@ -90,7 +90,7 @@ class HunyuanVideoAdapter(WholeVideo):
         _check_shift(folder / "scheduler" / "scheduler_config.json")
         check_config(read_json(folder / "transformer" / "config.json"), cls.condition)
         encoders = cls.encoders_of(options)
-        transformer = load_transformer(folder / "transformer", cls.condition)
+        transformer = load_transformer(folder / "transformer", cls.condition, options.given.transformer)
         return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
@@ -130,7 +130,11 @@ class HunyuanVideoAdapter(WholeVideo):
         model, tokenizer = folder / "text_encoder_2", folder / "tokenizer_2"
         sources = {
             "vae": folder_source(
-                HunyuanVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
+                HunyuanVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
             ),
             "prompt": cls._prompt_source(folder, dtype),
             "pooled": EncoderSource(
@@ -310,15 +314,17 @@ def _with_first(latents: Tensor, conditions: Conditions) -> Tensor:
     return torch.cat([conditions["first_latent"].to(latents), latents[:, :, 1:]], dim=2)
 
 
-def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransformer3DModel:
-    """The released transformer in float32 on the CPU.
+def load_transformer(folder: Path, condition: Condition, given: Path | None = None) -> HunyuanVideoTransformer3DModel:
+    """The released transformer in float32 on the CPU, with other weights if they are given.
 
     Raises:
         ConfigError: the directory is another family's.
         CheckpointError: the tensors do not fit.
     """
     check_config(read_json(folder / "config.json"), condition)
-    model: HunyuanVideoTransformer3DModel = load_diffusers(HunyuanVideoTransformer3DModel, folder, transformer=True)
+    model: HunyuanVideoTransformer3DModel = load_diffusers(
+        HunyuanVideoTransformer3DModel, folder, transformer=True, given=given
+    )
     return model
 
 

@@ -184,6 +184,7 @@ SPEC = FamilySpec(
         # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
         released={"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
         read_dims=read_dims,
+        vae="Wan2.1_VAE.pth",
         recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
         encoders={
             "vae": EncoderSize(weights=0.127),

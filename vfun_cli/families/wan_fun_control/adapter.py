@@ -116,7 +116,8 @@ class WanFunControlAdapter(WholeVideo):
             CheckpointError: a file is missing, or is another model's; an encoder's is found out when it is loaded.
         """
         encoders = cls.encoders_of(options)
-        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+        transformer = load_transformer(options.model_dir, options.given.transformer)
+        return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanFunControlAdapter":
@@ -151,7 +152,7 @@ class WanFunControlAdapter(WholeVideo):
         dims, clip = read_dims(read_json(folder / SPEC.model.config_file)), folder / clip_vision.WEIGHTS
         return Encoders(
             {
-                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch, given=options.given.vae),
                 "text": umt5.source(folder, dtype=dtype, text_len=TEXT_TOKENS, dim=dims.extra["text_dim"]),
                 "clip": EncoderSource(
                     load=lambda: ClipImageEncoder.from_file(clip, dtype=dtype), files=(clip,), settings=str(dtype)
@@ -310,8 +311,9 @@ def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey],
     return sample_posteriors([output[part] for output in outputs], keys, f"{part} posterior")
 
 
-def load_transformer(folder: Path) -> WanFunControlTransformer:
-    """The transformer of a released directory, float32 on the CPU; its variant is read off the tensors' shapes.
+def load_transformer(folder: Path, given: Path | None = None) -> WanFunControlTransformer:
+    """The transformer of a released directory, float32 on the CPU; its variant is read off the tensors' shapes. With
+    other weights if they are given.
 
     Raises:
         CheckpointError: no such model there, or another one.
@@ -319,5 +321,5 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
     files = safetensors_files(folder)
     config = transformer_config(tensor_shapes(folder), read_json(folder / SPEC.model.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config), where=str(folder))
-    load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
+    load_weights(model, files, rename=live_name, where=str(folder), transformer=True, given=given)
     return model

@@ -64,6 +64,7 @@ SPEC = FamilySpec(
         layers=("num_layers", "audio_inject_layers"),
         with_layers=with_layers,
         read_dims=read_dims,
+        vae="Wan2.1_VAE.pth",
         recognises=lambda config: config.get("model_type") == "s2v",
         encoders={
             "vae": EncoderSize(weights=0.127),

@@ -197,7 +197,8 @@ class WanS2VAdapter:
             CheckpointError: a file is missing or does not fit; of an encoder that does not fit, when it is loaded.
         """
         encoders = cls.encoders_of(options)
-        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+        transformer = load_transformer(options.model_dir, options.given.transformer)
+        return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanS2VAdapter":
@@ -244,7 +245,7 @@ class WanS2VAdapter:
 
         return Encoders(
             {
-                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch, given=options.given.vae),
                 "text": umt5.source(folder, dtype=dtype, text_len=config["text_len"], dim=config["text_dim"]),
                 "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
             },

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from vfun_cli.errors import MetadataError, first_line
 from vfun_cli.metadata.opening import open_media
 from vfun_cli.metadata.timeline import Timeline, read_timeline, video_stream
 from vfun_cli.modeling.media.faults import undecodable
-from vfun_cli.modeling.media.sizes import resize_and_crop
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+    from torch import Tensor
 
 Pictures: TypeAlias = "Iterator[tuple[int, VideoFrame]]"
 """Decoded, each with its number."""
@@ -47,7 +46,7 @@ class _NotShown(Exception):
         self.picture = picture
 
 
-def read_frames(path: str | Path, indices: Sequence[int], height: int, width: int) -> Tensor:
+def read_frames(path: str | Path, indices: Sequence[int], height: int, width: int) -> "Tensor":
     """The frames of a video at ``indices``, in that order: uint8 [F, 3, height, width], upright.
 
     Frame i is picture i in the order in which a player shows them; where pictures are unevenly spaced, see
@@ -56,6 +55,10 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
     Raises:
         MetadataError: the file cannot be decoded, or is too short; it names file and frame.
     """
+    import torch
+
+    from vfun_cli.modeling.media.sizes import resize_and_crop
+
     path = str(path)
     fault: _NotShown | None = None
     for by_packets in (False, True):  # an index alone may hide an odd order; packets say it
@@ -72,7 +75,7 @@ def read_frames(path: str | Path, indices: Sequence[int], height: int, width: in
         pictures = [timeline.picture(index) for index in indices]
         try:
             found = {
-                picture: resize_and_crop(_upright(frame), height, width)
+                picture: resize_and_crop(torch.from_numpy(_upright(frame)).permute(2, 0, 1)[None], height, width)
                 for picture, frame in _wanted_pictures(path, timeline, sorted(set(pictures)))
             }
             return torch.cat([found[picture] for picture in pictures])
@@ -96,10 +99,32 @@ def _wanted_pictures(path: str, timeline: Timeline, wanted: Sequence[int]) -> Pi
         yield from _timed(path, timeline, stretch) if timeline.timed else _counted(path, stretch)
 
 
-def _upright(frame: "VideoFrame") -> Tensor:
-    """[1, 3, h, w] uint8, as it is to be shown."""
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+def every_frame(path: str | Path, timeline: Timeline) -> "Iterator[NDArray[np.uint8]]":
+    """All frames of a video at its own size, [h, w, 3], upright: frame i is what ``read_frames`` gives for index i.
+
+    Free of torch, and of no more than one picture at a time.
+
+    Args:
+        timeline: of the file, by its packets.
+
+    Raises:
+        MetadataError: the file cannot be decoded; it names file and frame.
+    """
+    wanted = [timeline.picture(frame) for frame in range(len(timeline.times))]
+    given = 0
+    try:
+        for picture, decoded in _wanted_pictures(str(path), timeline, sorted(set(wanted))):
+            pixels = _upright(decoded)
+            while given < len(wanted) and wanted[given] == picture:  # with uneven steps a picture may come again
+                yield pixels
+                given += 1
+    except Exception as error:  # PyAV raises its own kinds, and plain ones on absurd values
+        raise undecodable(path, given, error) from error
+
+
+def _upright(frame: "VideoFrame") -> "NDArray[np.uint8]":
+    """[h, w, 3], as it is to be shown."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
 
 
 def _stretches(timeline: Timeline, wanted: Sequence[int]) -> list[list[int]]:

@@ -12,20 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vfun_cli.modeling.media.encoder import PLAYED_AT_ONCE, add_video
+
 if TYPE_CHECKING:
     from av.packet import Packet
 
 Sound = tuple[NDArray[np.float32], int]
 """Samples in [-1, 1], mono [samples] or [1 or 2, samples], and their sampling rate."""
-X264 = {"crf": "12", "preset": "veryfast", "mbtree": "0"}
-"""Differences that 12 leaves are not seen: what looks wrong in a sample is the model's.
-
-Without its macroblock tree, which with AVX-512 reads memory that nothing has written: of the same small pictures, one
-call in two made another file.
-"""
-PLAYED_AT_ONCE = {"movflags": "+faststart", "max_interleave_delta": "0"}
-"""The index comes before what it lists, and picture and sound of one second beside each other, as far apart as they
-are given to the container: FFmpeg alone puts them in order over 10 s."""
 AAC_RATE = 48000
 """What sound of a sampling rate that AAC does not have is written at."""
 
@@ -45,7 +38,7 @@ def write_video(
     import av
 
     with av.open(str(path), "w", format="mp4", options=PLAYED_AT_ONCE) as container:
-        video = _video_stream(container, height=pixels.shape[2], width=pixels.shape[3], fps=fps)
+        video = add_video(container, height=pixels.shape[2], width=pixels.shape[3], fps=fps)
         if sound is not None:  # first: all streams must be there before a packet is given to the container
             samples, rate = np.atleast_2d(sound[0]), sound[1]
             container.mux(_encoded_sound(container, samples[:, : round(len(pixels) / fps * rate)], rate))
@@ -53,22 +46,6 @@ def write_video(
             pause()
             container.mux(video.encode(av.VideoFrame.from_ndarray(_picture_bytes(picture), format="rgb24")))
         container.mux(video.encode())
-
-
-def _video_stream(container: Any, *, height: int, width: int, fps: Fraction) -> Any:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    with_x264 = "libx264" in av.codecs_available
-    stream = container.add_stream("libx264" if with_x264 else "mpeg4", rate=fps)
-    stream.height, stream.width = height, width
-    # Subsampled chroma is what every player shows, but it needs even sides.
-    even = height % 2 == 0 and width % 2 == 0
-    stream.pix_fmt = "yuv420p" if even or not with_x264 else "yuv444p"
-    # What FFmpeg converts to. Players that are told nothing take BT.709 from 720 lines on, and colours shift.
-    stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
-    stream.options = X264 if with_x264 else {"qscale": "2"}
-    return stream
 
 
 def _encoded_sound(container: Any, samples: NDArray[np.float32], rate: int) -> "list[Packet[Any]]":
