@@ -17,6 +17,7 @@ from vfun_cli.commands import (
     fetch,
     generate,
     import_script,
+    make_control,
     make_meta,
     plan_buckets,
     report,
@@ -56,6 +57,7 @@ app = typer.Typer(
 
 app.command("validate-meta", cls=Command, rich_help_panel="Data")(validate_meta.validate_meta)
 app.command("make-meta", cls=Command, rich_help_panel="Data")(make_meta.make_meta)
+app.command("make-control", cls=Command, rich_help_panel="Data")(make_control.make_control)
 app.command("plan-buckets", cls=Command, rich_help_panel="Data")(plan_buckets.plan_buckets)
 app.command("import", cls=Command, rich_help_panel="Data")(import_script.import_script)
 app.command("fetch", cls=Command, rich_help_panel="Data")(fetch.fetch)
