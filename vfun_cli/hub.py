@@ -1,15 +1,17 @@
 """Files of released models, from the Hugging Face hub: for ``vfun fetch``, and nothing else ever downloads.
 
-By huggingface_hub, whose settings hold here too: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, proxies. It keeps
-what it knows of the files under ``.cache/huggingface`` in their folder. By itself it begins a file anew that was left
-in the middle, and that of Wan2.1-Fun 14B has 33 GB: here a file goes on, and the library then checks it.
+By huggingface_hub, whose settings hold here too: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, proxies. Its own
+download of a repository begins a file anew that was left in the middle, and that of Wan2.1-Fun 14B has 33 GB; and where
+the connection is lost it takes what lies there for the file. So files are brought one by one, and held against the
+hub's hashes here.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha1, sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class File:
     """Bytes."""
 
     def is_in(self, folder: Path) -> bool:
-        """Whether a file of this name and size is there; whether it is the same is for huggingface_hub to find out."""
+        """Whether a file of this name and size is there."""
         path = folder / self.name
         return path.is_file() and path.stat().st_size == self.size
 
@@ -100,10 +102,7 @@ def fetch(job: Fetch) -> None:
         if not on_terminal and not file.is_in(job.folder):
             console.hint(f"{number} of {len(job.files)}: {file.name}, {size_text(file.size)}")
         with _told(job.spec, job.release, job.folder):
-            if not file.is_in(job.folder):
-                _bring(job, file)
-            # Compares what is there with the hub's hash, and brings it itself if it is another file.
-            hub.hf_hub_download(job.release.hugging_face, file.name, revision=job.revision, local_dir=str(job.folder))
+            _bring(job, file)
     with releases.downloads_named(job.spec, job.folder):
         detect.read_dims(job.spec, job.folder)
         releases.require_parts(job.spec, job.folder)
@@ -111,12 +110,18 @@ def fetch(job: Fetch) -> None:
 
 
 def _bring(job: Fetch, file: File) -> None:
-    """Put a file into its place, from where an earlier attempt was left."""
+    """Put a file into its place, from where an earlier attempt was left; one that is there and the same stays.
+
+    Raises:
+        EnvironmentFault: what came is not what the hub says it is.
+    """
     from huggingface_hub.file_download import http_get
 
     hub, target = _hub(), job.folder / file.name
     url = hub.hf_hub_url(job.release.hugging_face, file.name, revision=job.revision)
     told = hub.get_hf_file_metadata(url)
+    if file.is_in(job.folder) and _is(target, told.etag):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{sha256(str(told.etag).encode()).hexdigest()[:16]}.part")
     with partial.open("ab") as stream:
@@ -130,7 +135,25 @@ def _bring(job: Fetch, file: File) -> None:
                 expected_size=told.size,
                 displayed_filename=file.name,
             )
+    if not _is(partial, told.etag):
+        partial.unlink()
+        raise EnvironmentFault(
+            f"{file.name} of {job.release.hugging_face} came damaged: it has not the hub's hash.", hint=GOES_ON
+        )
     partial.replace(target)
+
+
+def _is(path: Path, etag: str | None) -> bool:
+    """Whether a file has the content that the hub's tag is of: a SHA-256 or, of small files, git's hash of a blob.
+
+    Of a tag of another kind, which a mirror may have, nothing follows.
+    """
+    if etag is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        return True
+    with path.open("rb") as file:
+        if len(etag) == 64:
+            return file_digest(file, "sha256").hexdigest() == etag
+        return sha1(b"blob %d\0" % path.stat().st_size + file.read(), usedforsecurity=False).hexdigest() == etag
 
 
 def size_text(size: int) -> str:

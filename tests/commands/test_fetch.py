@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from tests.commands.conftest import Vfun, digest
-from tests.jobs import Said
+from tests.jobs import Said, vfun_here
 from tests.tiny_hub import Hub, serving
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
@@ -26,6 +27,7 @@ SPEC = families.find(FAMILY)
 NOT_READ = ("README.md", "asset/1.mp4", "transformer/diffusion_pytorch_model.bin", "setup.py", "vae/readme.md")
 KEPT = 10 * 2**20
 """Bytes: huggingface_hub writes so many at a time."""
+SMALL = "vae/config.json"
 LARGE = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -43,10 +45,15 @@ def hub(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with serving(Hub(repository=SPEC.releases[0].hugging_face, folder=folder)) as serves:
         monkeypatch.setenv("HF_ENDPOINT", serves.address)
+        monkeypatch.setattr(constants, "ENDPOINT", serves.address)  # of this process, which read the variable before
         yield serves
 
 
 def fetch(*arguments: object) -> Said:
+    return vfun_here("fetch", FAMILY, *arguments)
+
+
+def fetch_by_variables(*arguments: object) -> Said:
     """In a process of its own: huggingface_hub reads its variables when it is imported."""
     command = [sys.executable, "-m", "vfun_cli", "fetch", FAMILY, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,37 +70,48 @@ def wanted(hub: Hub) -> dict[str, str]:
 
 
 def test_fetch_brings_what_the_family_reads_to_where_train_looks_for_it(hub: Hub) -> None:
-    said = fetch()
+    said = fetch_by_variables()
     assert said.code == 0, said.err
     folder = Path("models/Diffusion_Transformer/CogVideoX-Fun-2b-InP")
     assert str(folder) == SPEC.defaults.train["pretrained_model_name_or_path"]
     assert contents(folder) == wanted(hub)
     assert read_dims(SPEC, folder) and f"vfun train {FAMILY}" in said.err
     before = len(hub.fetched())
-    assert fetch().code == 0 and len(hub.fetched()) == before  # nothing comes twice
+    assert fetch_by_variables().code == 0 and len(hub.fetched()) == before  # nothing comes twice
 
 
 def test_fetch_goes_on_within_a_file_where_the_connection_was_lost(hub: Hub) -> None:
     large = "tokenizer/large.model"
     (hub.folder / large).write_bytes(bytes(2 * KEPT + 4000))
     hub.breaks_at = large
-    lost = fetch("--to", "model")
+    lost = fetch_by_variables("--to", "model")
     assert lost.code == 6 and "The same command goes on" in lost.err and "hf download" in lost.err, lost.err
     assert not Path("model", large).exists()
     hub.breaks_at, hub.asked = None, []
-    assert fetch("--to", "model").code == 0
+    assert fetch_by_variables("--to", "model").code == 0
     assert contents(Path("model")) == wanted(hub)
     assert [span for method, name, span in hub.asked if method == "GET" and name == large] == [f"bytes={KEPT}-"]
     assert not list(Path("model").rglob("*.part"))
 
 
-def test_fetch_replaces_a_file_that_was_cut_short(hub: Hub) -> None:
+def test_fetch_replaces_a_file_that_was_cut_short_or_changed(hub: Hub) -> None:
     shutil.copytree(hub.folder, "model")
     Path("model", LARGE).write_bytes((hub.folder / LARGE).read_bytes()[:1000])
-    said = fetch("--to", "model", "--json")
+    changed = bytearray((hub.folder / SMALL).read_bytes())
+    changed[5] ^= 1  # of the same size
+    Path("model", SMALL).write_bytes(changed)
+    said = fetch_by_variables("--to", "model", "--json")
     assert said.code == 0, said.err
-    assert digest(Path("model"))[LARGE] == digest(hub.folder)[LARGE]
+    assert digest(Path("model")) == digest(hub.folder)
+    assert set(hub.fetched()) == {LARGE, SMALL}
     assert json.loads(said.out)["repository"] == hub.repository
+
+
+def test_fetch_keeps_nothing_that_came_damaged(hub: Hub) -> None:
+    hub.damages = LARGE
+    said = fetch_by_variables("--to", "model")
+    assert said.code == 6 and f"{LARGE} of {hub.repository} came damaged" in said.err, said.err
+    assert not Path("model", LARGE).exists() and not list(Path("model").rglob("*.part"))
 
 
 def test_a_dry_run_of_fetch_lists_and_brings_nothing(hub: Hub) -> None:
@@ -134,7 +152,7 @@ def test_fetch_begins_with_nothing_where_the_repository_lacks_a_part(hub: Hub) -
 
 def test_fetch_says_that_the_network_is_forbidden(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    said = fetch()
+    said = fetch_by_variables()
     assert said.code == 6 and "HF_HUB_OFFLINE" in said.err and hub.asked == []
 
 

@@ -148,6 +148,7 @@ def test_two_clips_that_would_have_one_control_clip_are_told(clips: Path) -> Non
     assert probe_visual(clips / "control/3.mp4").frames == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_alone_and_the_same_command_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     for number in range(6):

@@ -24,6 +24,8 @@ from tests.control.conftest import write_clip, write_picture
 from tests.jobs import Said, vfun_here
 from vfun_cli.metadata.probe import probe_visual
 
+pytestmark = pytest.mark.slow  # every process of a model imports torch and transformers
+
 SIDE = 28
 
 
