@@ -84,7 +84,7 @@ def start_of(
         if layer is None:
             unknown.append(stored)
         elif layer not in chosen:
-            left_out.append(layer)
+            left_out += [] if _without_update(pair) else [layer]
         elif (pair.up.shape[0], pair.down.shape[1]) != linear[layer]:
             misshapen.append(layer)
         else:
@@ -152,6 +152,12 @@ def matched(
     """
     parts = by_layer(adapter, linear, spec, dims)
     return parts, match_layers(parts.pairs, linear, spec.export.names["same"], parts.path)
+
+
+def _without_update(pair: Pair) -> bool:
+    """Whether it is the part of a joint layer that was not trained with the others."""
+    part = at_rank(pair, pair.rank)
+    return part is not None and not part.rank
 
 
 def _strength(config: RunConfig) -> float:
