@@ -84,10 +84,8 @@ def start_of(
         layer = known.get(stored)
         if layer is None:
             unknown.append(stored)
-        elif pair.joint and _is_zero(pair, config.rank):  # a part of a joint layer that was not trained
-            continue
         elif layer not in chosen:
-            left_out.append(layer)
+            left_out += [] if _without_update(pair) else [layer]
         elif (pair.up.shape[0], pair.down.shape[1]) != linear[layer]:
             misshapen.append(layer)
         else:
@@ -158,9 +156,10 @@ def matched(
     return parts, match_layers(parts.pairs, linear, spec.export.names["same"], parts.path)
 
 
-def _is_zero(pair: Pair, rank: int) -> bool:
-    fitted = at_rank(pair, rank)
-    return fitted is not None and not fitted.rank
+def _without_update(pair: Pair) -> bool:
+    """Whether it is the part of a joint layer that was not trained with the others."""
+    part = at_rank(pair, pair.rank)
+    return part is not None and not part.rank
 
 
 def _strength(config: RunConfig) -> float:
