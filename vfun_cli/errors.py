@@ -15,6 +15,7 @@ Every error says what was found, where, why it cannot go on, and (``hint``) the 
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class VfunError(Exception):
@@ -77,6 +78,11 @@ class CheckpointError(VfunError):
 
     exit_code = 5
     usual_hint = "Copy or download these files again, or name an older checkpoint."
+
+    def __init__(self, message: str, *, hint: str | None = None, at: Path | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.at = at
+        """The file or folder that is missing or damaged, where it is one: ``families.releases`` says how to get it."""
 
 
 class EnvironmentFault(VfunError):

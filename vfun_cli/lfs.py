@@ -34,5 +34,5 @@ def refuse_lfs_pointer(path: Path) -> None:
     """
     if is_lfs_pointer(path):
         raise CheckpointError(
-            f"{path} is {WHAT}.", hint=f"Run git lfs pull in {path.parent}, or download the file itself."
+            f"{path} is {WHAT}.", hint=f"Run git lfs pull in {path.parent}, or download the file itself.", at=path
         )

@@ -14,6 +14,7 @@ from vfun_cli.commands import (
     cache,
     checkpoints,
     export,
+    fetch,
     generate,
     import_script,
     make_meta,
@@ -57,6 +58,7 @@ app.command("validate-meta", cls=Command, rich_help_panel="Data")(validate_meta.
 app.command("make-meta", cls=Command, rich_help_panel="Data")(make_meta.make_meta)
 app.command("plan-buckets", cls=Command, rich_help_panel="Data")(plan_buckets.plan_buckets)
 app.command("import", cls=Command, rich_help_panel="Data")(import_script.import_script)
+app.command("fetch", cls=Command, rich_help_panel="Data")(fetch.fetch)
 app.command("cache", cls=Command, rich_help_panel="Data")(cache.cache)
 app.command("train", cls=Command, rich_help_panel="Run")(train.train)
 app.command("lora", cls=Command, rich_help_panel="Run")(train.lora)

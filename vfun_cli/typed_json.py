@@ -42,8 +42,12 @@ def read_object(path: Path, fields: Mapping[str, Check] | None = None, *, hint: 
         with open_bounded(path, LARGEST_FILE) as file:
             content = file.read()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from None
-    return parse_object(content, str(path), fields, hint=hint)
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", hint=hint, at=path) from None
+    try:
+        return parse_object(content, str(path), fields, hint=hint)
+    except CheckpointError as error:
+        error.at = path
+        raise
 
 
 def parse_object(

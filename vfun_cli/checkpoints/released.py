@@ -35,19 +35,22 @@ def check_weights(model_dir: Path) -> int:
             refuse_lfs_pointer(file)
     again = f"Download {model_dir} again: a part of it is missing or incomplete."
     files = sorted(model_dir.rglob("*.safetensors"))
-    try:
-        held = {file: read_file(file).keys() for file in files}
-        for index in sorted(model_dir.rglob(f"*{INDEX}")):
-            _check_index(index, held)
-    except CheckpointError as error:
-        raise CheckpointError(error.message, hint=again) from error
+    held: dict[Path, Collection[str]] = {}
+    for file in (*files, *sorted(model_dir.rglob(f"*{INDEX}"))):
+        try:
+            if file.name.endswith(INDEX):
+                _check_index(file, held)
+            else:
+                held[file] = read_file(file).keys()
+        except CheckpointError as error:
+            raise CheckpointError(error.message, hint=again, at=file) from error
     pickles = sorted(path for path in model_dir.rglob("*.pth") if path.is_file())
     for file in pickles:
         with file.open("rb") as stream:
             start = stream.read(len(ZIP_START))
         # An archive's table of contents is at its end. Files from before torch 1.6 are no archives.
         if not start or (start == ZIP_START and not zipfile.is_zipfile(file)):
-            raise CheckpointError(f"{file} is cut short: {file.stat().st_size} bytes are there.", hint=again)
+            raise CheckpointError(f"{file} is cut short: {file.stat().st_size} bytes are there.", hint=again, at=file)
     return len(files) + len(pickles)
 
 
@@ -67,6 +70,7 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
         raise CheckpointError(
             f"no weights in {folder}: neither {index.name} nor {single.name} nor any other *.safetensors file.",
             hint=POINT_AT_RELEASE,
+            at=single,
         )
     return files
 
@@ -94,6 +98,7 @@ def read_index(index: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"{index} names {len(shards)} shards, and {len(missing)} of them are missing: {_some(missing)}.",
             hint=f"Download the missing files again into {index.parent}.",
+            at=index,
         )
     return files
 

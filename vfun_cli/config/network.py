@@ -92,7 +92,7 @@ def start_of(
             fitted = pair if pair.rank == config.rank else at_rank(pair, config.rank)
             if fitted is None:
                 ranks.setdefault(pair.rank, []).append(layer)
-            else:
+            elif fitted.rank:
                 scale = adapter.scale(pair)
                 pairs[layer], factors[layer] = fitted, 1.0 if scale is None else scale / _strength(config)
     idle = inside(left_out, without_gradient)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vfun_cli import families
 from vfun_cli.errors import CheckpointError
+from vfun_cli.families import releases
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.lfs import refuse_lfs_pointer
 from vfun_cli.typed_json import read_object
@@ -35,11 +36,17 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
     """
     if model_dir is None:
         return spec.model.dims
+    with releases.downloads_named(spec, model_dir):
+        return _stated_dims(spec, model_dir)
+
+
+def _stated_dims(spec: FamilySpec, model_dir: Path) -> ModelDims:
     path = model_dir / spec.model.config_file
     if not model_dir.is_dir():
         raise CheckpointError(
             f"there is no model directory {model_dir}.",
             hint="Set --pretrained-model-name-or-path or MODEL_NAME to a downloaded model.",
+            at=model_dir,
         )
     refuse_lfs_pointer(path)
     others = fitting(model_dir)
@@ -52,6 +59,7 @@ def read_dims(spec: FamilySpec, model_dir: Path | None) -> ModelDims:
         raise CheckpointError(
             f"{model_dir} is no {spec.name} model: {spec.model.config_file} is missing.",
             hint="The model is needed in its released layout.",
+            at=path if len(releases.missing_parts(spec, model_dir)) < len(spec.files) else model_dir,
         )
     return dims_of(spec, path, spec.model.settings_beside(model_dir))
 
@@ -69,7 +77,7 @@ def dims_of(spec: FamilySpec, config_file: Path, beside: Mapping[str, object] | 
     try:
         return spec.model.read_dims({**config, **(beside or {})})
     except CheckpointError as error:
-        raise CheckpointError(f"{config_file}: {error.message}", hint=error.hint) from None
+        raise CheckpointError(f"{config_file}: {error.message}", hint=error.hint, at=config_file) from None
 
 
 def read_dims_if_there(spec: FamilySpec, model_dir: Path | None) -> ModelDims:

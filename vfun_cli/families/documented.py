@@ -31,6 +31,27 @@ FULL_FINE_TUNE: Mapping[str, object] = {
 }
 """Everything but CogVideoX-Fun, whose document trains LoRA."""
 
+WAN_FILES: Mapping[str, tuple[str, ...]] = {
+    "transformer": ("config.json", "diffusion_pytorch_model*.safetensors*"),
+    "VAE": ("Wan2.1_VAE.pth",),
+    "text encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
+    "tokenizer": ("google/umt5-xxl/*",),
+}
+"""What both Wan families read of a release."""
+
+DIFFUSERS_FILES: Mapping[str, tuple[str, ...]] = {
+    "transformer": ("transformer/config.json", "transformer/*.safetensors*"),
+    "VAE": ("vae/config.json", "vae/*.safetensors"),
+    "text encoder": ("text_encoder/*.json", "text_encoder/*.safetensors"),
+    "tokenizer": ("tokenizer/*",),
+    "scheduler": ("scheduler/*",),
+}
+"""The same of those in diffusers' layout."""
+
+SECOND_TEXT_ENCODER: Mapping[str, tuple[str, ...]] = {
+    "second text encoder": ("text_encoder_2/*.json", "text_encoder_2/*.safetensors"),
+    "second tokenizer": ("tokenizer_2/*",),
+}
 NO_SCHEDULE: Mapping[str, object] = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
 """Of a command line that names none: the scripts' own default."""
 

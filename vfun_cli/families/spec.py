@@ -319,6 +319,23 @@ class ExportSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Release:
+    """A model of a family as it is published; ``families.releases`` says how to get it."""
+
+    size: str
+    """What ``vfun fetch --size`` calls it."""
+    hugging_face: str
+    """Its repository on Hugging Face, ``owner/name``."""
+    model_scope: str | None = None
+    """The same on ModelScope; None: none is known to hold these files."""
+
+    @property
+    def folder(self) -> str:
+        """What its directory is called in the published command lines."""
+        return self.hugging_face.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """One trainable model family. Frozen and free of torch: the adapter is named, not imported."""
 
@@ -332,6 +349,11 @@ class FamilySpec:
     """What it reads from a row of the metadata."""
     media_types: tuple[Literal["video", "image"], ...]
     """Row types the family can train on."""
+    releases: tuple[Release, ...] = ()
+    """Its models, that of the published command line first."""
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What is read of a release, by part: patterns of paths from its folder, in which ``*`` may stand for folders too.
+    A part of which no file is there is missing."""
     train_modes: tuple[str, ...] = ()
     """Values of ``train_mode``; none: it has no such choice."""
     reference_images: tuple[str, ...] = ()

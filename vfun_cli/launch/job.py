@@ -17,6 +17,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims
+from vfun_cli.families.releases import downloads_named, require_parts
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.imports import require_installed
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
@@ -170,9 +171,11 @@ def decide(
     from vfun_cli.checkpoints.released import check_weights
     from vfun_cli.families.given import require_given
 
-    check_weights(config.pretrained_model_name_or_path)
-    require_given(spec, config.pretrained_model_name_or_path, config.given_weights)
-    trained = _trained(command, config, spec, plan)
+    with downloads_named(spec, config.pretrained_model_name_or_path):
+        require_parts(spec, config.pretrained_model_name_or_path)
+        check_weights(config.pretrained_model_name_or_path)
+        require_given(spec, config.pretrained_model_name_or_path, config.given_weights)
+        trained = _trained(command, config, spec, plan)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
     own_sets = rows.of_validation(config).train_data_meta

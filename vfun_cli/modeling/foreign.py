@@ -14,8 +14,11 @@ OTHER_MODEL = "The folder is incomplete or holds another model: download it agai
 
 
 @contextmanager
-def made_of(where: str) -> Iterator[None]:
+def made_of(where: str, folder: Path | None = None) -> Iterator[None]:
     """Inside, something is made of a file or folder; that it cannot be is an error of the file.
+
+    Args:
+        folder: the one that could be downloaded again.
 
     Raises:
         CheckpointError: any exception came out, except of memory that is too small.
@@ -26,7 +29,7 @@ def made_of(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = first_line(error) if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
-        raise CheckpointError(f"{where} cannot be loaded: {what}.", hint=OTHER_MODEL) from error
+        raise CheckpointError(f"{where} cannot be loaded: {what}.", hint=OTHER_MODEL, at=folder) from error
 
 
 def from_folder(kind: Any, folder: Path, **settings: Any) -> Any:
@@ -35,5 +38,5 @@ def from_folder(kind: Any, folder: Path, **settings: Any) -> Any:
     Raises:
         CheckpointError: the folder holds no such thing.
     """
-    with made_of(f"{kind.__name__} of {folder}"):
+    with made_of(f"{kind.__name__} of {folder}", folder):
         return kind.from_pretrained(str(folder), local_files_only=True, **settings)

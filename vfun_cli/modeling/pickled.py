@@ -54,4 +54,5 @@ def load_pickled(
         raise CheckpointError(
             f"cannot read {where} ({where.stat().st_size} bytes): {first_line(error)}.",
             hint="The file is incomplete or damaged: download or copy it again.",
+            at=where,
         ) from error

@@ -165,6 +165,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"no such weights file: {path}.",
             hint=POINT_AT_RELEASE,
+            at=path,
         )
     refuse_lfs_pointer(path)
     return dict(state_dict_of(load_pickled(path, path, mapped=True), path, Tensor))
@@ -294,4 +295,5 @@ def _open(file: Path) -> safe_open:
         raise CheckpointError(
             f"cannot read {file} ({file.stat().st_size} bytes): {first_line(error)}.",
             hint="The file is incomplete or damaged: download it again.",
+            at=file,
         ) from error

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from vfun_cli.disks.abilities import fault
 from vfun_cli.errors import FitError, MetadataError, VfunError
+from vfun_cli.families.releases import downloads_named
 from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.modeling.encoders.frozen import Output
 from vfun_cli.modeling.media.montage import beside
@@ -49,7 +50,7 @@ def make(orders: Sequence[Order], source: Source, base: Source | None, options: 
     """
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-    with _fitting():
+    with _fitting(), downloads_named(source.spec, source.model):
         if base is None:
             yield from _films(orders, source, options, _write)
             return

@@ -17,7 +17,7 @@ from vfun_cli.checkpoints.given import Given
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families import detect, trained
+from vfun_cli.families import detect, releases, trained
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.run import locate
 from vfun_cli.run.rundir import RunDir
@@ -104,6 +104,7 @@ def find_source(
             )
         loras[-1] = replace(loras[-1], strength=strength)
     detect.read_dims(found.spec, found.model)  # what is not there or another family's is said now
+    releases.require_parts(found.spec, found.model)
     given = (given or Given()).before(found.given)
     return replace(found, train_mode=train_mode or found.train_mode, loras=tuple(loras), ema=ema, given=given)
 

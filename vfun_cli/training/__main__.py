@@ -10,7 +10,8 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import MetadataError, Unforeseen
+from vfun_cli.errors import CheckpointError, MetadataError, Unforeseen
+from vfun_cli.families.releases import name_downloads
 from vfun_cli.imports import uncollected
 from vfun_cli.plan.rows import validate_command
 from vfun_cli.run import lock
@@ -83,6 +84,10 @@ def _leave_error(run: RunDir, rank: int, error: BaseException, described: Mappin
     told = known(error, where=run.root)
     if isinstance(told, MetadataError):
         told = told.with_command(_validate_command(described))
+    if isinstance(told, CheckpointError):
+        model_dir = RunConfig.from_json(described["config"]).pretrained_model_name_or_path
+        if model_dir is not None:
+            name_downloads(told, families.find(described["family"]), model_dir)
     message = RankError(
         rank=rank,
         time=time.time(),

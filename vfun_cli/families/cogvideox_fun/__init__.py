@@ -9,7 +9,15 @@ from typing import cast
 
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import COMMON, DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, NO_SCHEDULE
+from vfun_cli.families.documented import (
+    COMMON,
+    DEMO,
+    DEMO_VIDEO,
+    DIFFUSERS_FILES,
+    ENGLISH_NEGATIVE_PROMPT,
+    FIRST,
+    NO_SCHEDULE,
+)
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -22,6 +30,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
     Preset,
+    Release,
     SamplingInput,
     SamplingSpec,
 )
@@ -165,6 +174,13 @@ SPEC = FamilySpec(
     adapter="vfun_cli.families.cogvideox_fun.adapter:CogVideoXFunAdapter",
     fields=(MetadataField(name="file_path", media="visual"),),
     media_types=("video", "image"),
+    releases=tuple(
+        Release(
+            size=size, hugging_face=f"alibaba-pai/CogVideoX-Fun-{size}-InP", model_scope=f"PAI/CogVideoX-Fun-{size}-InP"
+        )
+        for size in ("2b", "5b", "V1.1-2b", "V1.1-5b", "V1.5-5b")
+    ),
+    files=DIFFUSERS_FILES,
     train_modes=("inpaint", "normal"),
     model=ModelSpec(
         # V1.1-5b: the published 49 frames at 512, as for the 2b models, and no end of positions.

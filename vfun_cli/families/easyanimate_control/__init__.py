@@ -6,7 +6,15 @@ from fractions import Fraction
 from typing import cast
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
+from vfun_cli.families.documented import (
+    DEMO,
+    DEMO_VIDEO,
+    DIFFUSERS_FILES,
+    FIRST,
+    FULL_FINE_TUNE,
+    NO_SCHEDULE,
+    SECOND_TEXT_ENCODER,
+)
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import (
     LAYERS,
@@ -21,6 +29,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
     Preset,
+    Release,
     SamplingInput,
     SamplingSpec,
 )
@@ -224,6 +233,14 @@ V5_1 = FamilySpec(
         MetadataField(name="control_file_path", media="control"),
     ),
     media_types=("video", "image"),
+    releases=(
+        Release(
+            size="12b",
+            hugging_face="alibaba-pai/EasyAnimateV5.1-12b-zh-Control",
+            model_scope="PAI/EasyAnimateV5.1-12b-zh-Control",
+        ),
+    ),
+    files=DIFFUSERS_FILES,
     train_modes=("control_ref", "control"),
     reference_images=("first_frame",),
     check_options=_check("easyanimate-v5.1-control"),
@@ -312,6 +329,14 @@ V5 = replace(
     name="easyanimate-v5-control",
     summary="EasyAnimate V5 Control (12B): a control clip; DDPM",
     adapter="vfun_cli.families.easyanimate_control.adapter:EasyAnimateV5",
+    releases=(
+        Release(
+            size="12b",
+            hugging_face="alibaba-pai/EasyAnimateV5-12b-zh-Control",
+            model_scope="PAI/EasyAnimateV5-12b-zh-Control",
+        ),
+    ),
+    files={**DIFFUSERS_FILES, **SECOND_TEXT_ENCODER},
     train_modes=("control",),
     check_options=_check("easyanimate-v5-control"),
     model=replace(

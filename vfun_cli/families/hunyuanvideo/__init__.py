@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
+from vfun_cli.families.documented import (
+    DEMO,
+    DEMO_VIDEO,
+    DIFFUSERS_FILES,
+    ENGLISH_NEGATIVE_PROMPT,
+    FIRST,
+    FULL_FINE_TUNE,
+    NO_SCHEDULE,
+    SECOND_TEXT_ENCODER,
+)
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location, original_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
@@ -29,6 +38,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
     Preset,
+    Release,
     SamplingInput,
     SamplingSpec,
 )
@@ -86,6 +96,7 @@ def _spec(
     model_dir: str,
     video_size: tuple[int, int],
     required: tuple[SamplingInput, ...] = (),
+    more_files: Mapping[str, tuple[str, ...]] = {},
 ) -> FamilySpec:
     cut = {"t2v": 0, "i2v": ASSISTANT_TOKENS}[condition]  # of a caption that is too long, the last four go beside
     return FamilySpec(
@@ -94,6 +105,8 @@ def _spec(
         adapter=f"vfun_cli.families.hunyuanvideo.adapter:{adapter}",
         fields=(MetadataField(name="file_path", media="visual"),),
         media_types=media_types,
+        releases=(Release(size="13B", hugging_face=f"hunyuanvideo-community/{model_dir}"),),
+        files={**DIFFUSERS_FILES, **SECOND_TEXT_ENCODER, **more_files},
         train_modes=(train_mode,),
         fixed_flags={"num_hidden_layers_to_skip": 2, "image_embed_interleave": IMAGE_INTERLEAVE},
         model=ModelSpec(
@@ -175,4 +188,5 @@ I2V = _spec(
     model_dir="HunyuanVideo-I2V",
     video_size=(480, 832),
     required=("image",),
+    more_files={"image processor": ("image_processor/*",)},
 )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FIRST, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FIRST, FULL_FINE_TUNE, WAN_FILES, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -28,6 +28,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
     Preset,
+    Release,
     SamplingInput,
     SamplingSpec,
 )
@@ -168,6 +169,15 @@ SPEC = FamilySpec(
         MetadataField(name="control_file_path", media="control", required=False),
     ),
     media_types=("video", "image"),
+    releases=tuple(
+        Release(
+            size=size,
+            hugging_face=f"alibaba-pai/Wan2.1-Fun-{size}-Control",
+            model_scope=f"PAI/Wan2.1-Fun-{size}-Control",
+        )
+        for size in ("14B", "1.3B", "V1.1-14B", "V1.1-1.3B")
+    ),
+    files={**WAN_FILES, "image encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",)},
     train_modes=("control_object", "inpaint", "control_ref", "control"),
     reference_images=("first_frame", "random"),
     model=ModelSpec(

@@ -1,6 +1,6 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
-from vfun_cli.families.documented import DEMO_VIDEO, FIRST, FULL_FINE_TUNE, NO_SCHEDULE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.documented import DEMO_VIDEO, FIRST, FULL_FINE_TUNE, NO_SCHEDULE, WAN_FILES, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     DefaultOptions,
     EncoderSize,
@@ -9,6 +9,7 @@ from vfun_cli.families.spec import (
     ModelSpec,
     PlanSpec,
     Preset,
+    Release,
     SamplingSpec,
 )
 from vfun_cli.families.wan_s2v.sizes import (
@@ -48,6 +49,14 @@ SPEC = FamilySpec(
         MetadataField(name="control_file_path", media="control", required=False),
     ),
     media_types=("video",),
+    releases=(Release(size="14B", hugging_face="Wan-AI/Wan2.2-S2V-14B", model_scope="Wan-AI/Wan2.2-S2V-14B"),),
+    files={
+        **WAN_FILES,
+        "audio encoder": (
+            "wav2vec2-large-xlsr-53-english/*.json",
+            "wav2vec2-large-xlsr-53-english/model.safetensors",
+        ),
+    },
     reference_images=("first_frame", "random"),
     fixed_flags={"boundary_type": "full", "motion_frames": MOTION_FRAMES},
     model=ModelSpec(

@@ -102,6 +102,7 @@ def load_tokenizer(name: str, folder: Path) -> Any:
         raise CheckpointError(
             f"no {name} in {folder}: none of {', '.join(file.name for file in files)}.",
             hint="Download the folder again.",
+            at=folder,
         )
     # Without trust_remote_code, AutoTokenizer asks on the terminal whether to run a program that the folder names.
     return from_folder(kind, folder, padding_side="right", trust_remote_code=False)

@@ -133,6 +133,7 @@ def clip_vision_config(state: Mapping[str, Tensor], where: str, heads: int) -> C
         raise CheckpointError(
             f"{where} is not a Wan CLIP: it has no tensor 'visual.{error.args[0]}'.",
             hint=f"Download {WEIGHTS} of the released model again.",
+            at=Path(where),
         ) from None
     layers = {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))}
     return CLIPVisionConfig(

@@ -119,6 +119,7 @@ class LlavaPrompt(nn.Module):
             raise CheckpointError(
                 f"no image processor in {image_processor}: preprocessor_config.json is missing.",
                 hint="Download the image_processor folder of the released HunyuanVideo-I2V.",
+                at=image_processor,
             )
         return cls(
             llava.model,  # the language-model head would cost 128 thousand logits a token for nothing

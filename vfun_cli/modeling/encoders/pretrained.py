@@ -30,6 +30,7 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
         raise CheckpointError(
             f"no {kind.__name__} in {folder}: config.json is missing.",
             hint=POINT_AT_RELEASE,
+            at=folder,
         )
     read_json(folder / "config.json")  # refuses what would keep transformers busy for ever
     if not any(folder.glob("model*.safetensors")):  # of which transformers would take nothing else
@@ -48,6 +49,7 @@ def load_model(kind: type[PreTrainedModel], folder: Path, *, dtype: torch.dtype,
         raise CheckpointError(
             "\n".join([f"the tensors in {folder} do not fit {kind.__name__}:", *lines]),
             hint=OTHER_MODEL,
+            at=folder,
         )
     return freeze(model)
 
@@ -86,6 +88,7 @@ def text_source(
             raise CheckpointError(
                 f"{folder}: there is no such folder.",
                 hint=POINT_AT_RELEASE,
+                at=folder,
             )
     return EncoderSource(
         load=lambda: load(model, tokenizer, dtype=dtype, length=length),

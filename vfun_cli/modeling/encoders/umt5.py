@@ -142,6 +142,7 @@ def umt5_config(state: Mapping[str, Tensor], where: str) -> UMT5Config:
         raise CheckpointError(
             f"{where} is not a Wan UMT5 encoder: it has no tensor {error.args[0]!r}.",
             hint=f"Download {WEIGHTS} of the released model again.",
+            at=Path(where),
         ) from None
     blocks = {int(match[1]) for name in state if (match := _BLOCK.fullmatch(name))}
     return UMT5Config(

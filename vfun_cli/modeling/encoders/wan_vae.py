@@ -118,6 +118,7 @@ def wan_vae_config(state: Mapping[str, Tensor], where: str) -> dict[str, object]
         raise CheckpointError(
             f"{where} is not a Wan2.1 VAE: it has no tensor {error.args[0]!r}.",
             hint=f"Download {WEIGHTS} of the released model again.",
+            at=Path(where),
         ) from None
     if z_dim != Z_DIM:
         raise CheckpointError(
