@@ -1,13 +1,15 @@
 """Files of released models, from the Hugging Face hub: for ``vfun fetch``, and nothing else ever downloads.
 
-By huggingface_hub, whose settings hold here too: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, proxies. It keeps what
-it knows of the files under ``.cache/huggingface`` in their folder, and goes on where a file was left.
+By huggingface_hub, whose settings hold here too: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, proxies. It keeps
+what it knows of the files under ``.cache/huggingface`` in their folder. By itself it begins a file anew that was left in
+the middle, and that of Wan2.1-Fun 14B has 33 GB: here a file goes on, and the library then checks it.
 """
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,37 @@ def fetch(job: Fetch) -> None:
         if not on_terminal and not file.is_in(job.folder):
             console.hint(f"{number} of {len(job.files)}: {file.name}, {size_text(file.size)}")
         with _told(job.spec, job.release, job.folder):
+            if not file.is_in(job.folder):
+                _bring(job, file)
+            # Compares what is there with the hub's hash, and brings it itself if it is another file.
             hub.hf_hub_download(job.release.hugging_face, file.name, revision=job.revision, local_dir=str(job.folder))
     with releases.downloads_named(job.spec, job.folder):
         detect.read_dims(job.spec, job.folder)
         releases.require_parts(job.spec, job.folder)
         check_weights(job.folder)
+
+
+def _bring(job: Fetch, file: File) -> None:
+    """Put a file into its place, from where an earlier attempt was left."""
+    from huggingface_hub.file_download import http_get
+
+    hub, target = _hub(), job.folder / file.name
+    url = hub.hf_hub_url(job.release.hugging_face, file.name, revision=job.revision)
+    told = hub.get_hf_file_metadata(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{sha256(str(told.etag).encode()).hexdigest()[:16]}.part")
+    with partial.open("ab") as stream:
+        begun = stream.tell()
+        if not begun or begun != told.size:
+            http_get(
+                url,
+                stream,
+                resume_size=begun,
+                headers=hub.utils.build_hf_headers(),
+                expected_size=told.size,
+                displayed_filename=file.name,
+            )
+    partial.replace(target)
 
 
 def size_text(size: int) -> str:
@@ -144,7 +172,7 @@ def _require_room(job: Fetch) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise EnvironmentFault(
-            f"{job.release.hugging_face} takes {size_text(needed)} more of {job.folder}, and {size_text(free)} are free.",
+            f"{job.release.hugging_face} takes {size_text(needed)} more in {job.folder}, {size_text(free)} are free.",
             hint="Make room there, or name another place with --to.",
         )
 
