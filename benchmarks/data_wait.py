@@ -81,7 +81,7 @@ class Bench:
         from vfun_cli.families import adapter_of
         from vfun_cli.plan.run_plan import load_plan
         from vfun_cli.run.cachedir import entries
-        from vfun_cli.training.data.stream import micro_batches, record_reader
+        from vfun_cli.training.data.stream import micro_batches, row_reader
         from vfun_cli.training.model import adapter_options
 
         self.folder, self.spec = folder, families.find("wan-s2v")
@@ -91,8 +91,8 @@ class Bench:
         self.plan, self.adapter = load_plan(self.config, self.spec, described), adapter_of(self.spec)
         self.options = adapter_options(self.config, self.spec, torch.device("cpu"))
         self.cache = Cache.for_encoders(folder / "cache", self.adapter.encoders_of(self.options))
-        self.read_record = record_reader(self.config, self.spec)
-        for batch in micro_batches(self.plan, self.read_record, rank=0, first_step=0):
+        self.read_row = row_reader(self.config, self.spec)
+        for batch in micro_batches(self.plan, self.read_row, rank=0, first_step=0):
             for request in batch.requests:
                 inputs = self.adapter.inputs(request, self.options)
                 for name, wanted in inputs.items():
@@ -126,7 +126,7 @@ class Bench:
         trainer = make_trainer(folder, adapter, model, self.config, self.spec, self.plan.dims, steps)
         peaks: list[list[int]] = []
         sizes: list[int] = []
-        batches = micro_batches(self.plan, self.read_record, rank=0, first_step=0)
+        batches = micro_batches(self.plan, self.read_row, rank=0, first_step=0)
         loaded = load_ahead(self.adapter, self.options, batches, workers, "stop", self.cache)
 
         def watched() -> Generator[LoadedBatch, None, None]:

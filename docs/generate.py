@@ -8,7 +8,8 @@ import numpy as np
 
 from vfun_cli import families
 from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
-from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
+from vfun_cli.config.options import Opt, default_of, options, plain_kind
+from vfun_cli.config.originals import FLAGS, Flag
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.table import ClipTable
@@ -42,6 +43,15 @@ elsewhere, and is refused where it is not the same any more. On another number o
 """
 
 
+ORIGINALS = """
+## The original scripts' other flags
+
+`vfun train` and `vfun lora` take each of them; none is a key of `vfun.toml` or a variable.
+
+| flag | what becomes of it |
+|---|---|
+"""
+
 PROBLEMS_INTRODUCTION = """# Problem codes
 
 Made by `make docs` from `vfun_cli/metadata/codes.py`; do not edit by hand.
@@ -71,8 +81,8 @@ def options_page() -> str:
     parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
     parts.append("\n## Short for an optimizer\n\n| flag | optimizer |\n|---|---|\n")
     parts += [f"| `--{flag.replace('_', '-')}` | {optimizer} |\n" for flag, optimizer in OPTIMIZER_FLAGS.items()]
-    parts.append("\n## Taken from old scripts, without effect\n\n| flag | why |\n|---|---|\n")
-    parts += [f"| `--{flag.replace('_', '-')}` | {why} |\n" for flag, why in IGNORED_FLAGS.items()]
+    parts.append(ORIGINALS)
+    parts += [f"| `--{name.replace('_', '-')}` | {_fate(flag)} |\n" for name, flag in FLAGS.items()]
     parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")
     parts += [_family(name) for name in families.FAMILIES]
     return "".join(parts)
@@ -82,6 +92,16 @@ def _row(name: str, kind: Any, opt: Opt) -> str:
     variables = "".join(f" Also `${variable}`." for variable in opt.variables)
     default = _text(default_of(name))
     return f"| `{name}` | {_takes(kind, opt)} | {default} | {opt.on_resume} | {_cell(opt.help)}{variables} |\n"
+
+
+def _fate(flag: Flag) -> str:
+    words = {
+        "fixed": f"taken at its one right value: {flag.why}",
+        "idle": f"without effect: {flag.why}",
+        "dead": "without effect, as in the original scripts",
+        "refused": f"refused: {flag.why}",
+    }
+    return words[flag.fate]
 
 
 def _takes(kind: Any, opt: Opt) -> str:

@@ -92,7 +92,7 @@ ROOMS = (
     ("families",),
     ("config", "encoding"),
     ("demo",),
-    ("plan",),
+    ("plan", "scripts"),
     ("sampling",),
     ("launch", "training"),
     ("forecast",),
@@ -149,7 +149,7 @@ def test_a_family_imports_no_other_family() -> None:
 
 
 def test_everything_else_reaches_families_through_their_spec_alone() -> None:
-    public = ("find", "stated_in", "FAMILIES", "adapter_of", "detect", "trained")
+    public = ("find", "stated_in", "FAMILIES", "adapter_of", "detect", "given", "trained")
     known = (*SHARED_BY_FAMILIES, *(f"vfun_cli.families.{name}" for name in public))
     for path in modules():
         if room_of(path) in ("families", "demo"):
@@ -189,6 +189,8 @@ LIGHT = [
     ["cache", "wan-s2v"],
     ["cache", "wan-s2v", "--cache", "none", "--verify"],
     ["plan-buckets", "wan-s2v", "--meta", "none.json"],
+    ["import"],
+    ["import", "none.sh"],
     ["validate-meta"],
     ["validate-meta", "none.json", "--family", "wan-s2v"],
     ["export-bf16", "checkpoint-9"],

@@ -1,5 +1,6 @@
 """Every command that the README prints runs as it is printed there."""
 
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,13 @@ def customer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(demo / "model", folder / "models/Diffusion_Transformer/Wan2.2-S2V-14B")
     data = folder / "datasets/internal_datasets"
     shutil.copytree(demo / "data", data)
+    for row in json.loads((data / "metadata.json").read_text(encoding="utf-8"))[:4]:
+        clip = folder / "clips" / Path(row["file_path"]).name
+        clip.parent.mkdir(exist_ok=True)
+        shutil.copyfile(data / row["file_path"], clip)
+        shutil.copyfile(data / row["audio_path"], clip.with_suffix(".wav"))
+        shutil.copyfile(data / row["control_file_path"], clip.with_stem(f"{clip.stem}_control"))
+        clip.with_suffix(".txt").write_text(row["text"], encoding="utf-8")
     (data / "metadata.json").rename(data / "metadata_control.json")
     return folder
 
@@ -46,6 +54,7 @@ def run_block(lines: list[str], folder: Path, patch: pytest.MonkeyPatch) -> int:
     patch.setenv("OMP_NUM_THREADS", "1")
     ran = 0
     for line in lines:
+        line, _, target = line.partition(" > ")
         words = shlex.split(line, comments=True)
         if words[0] == "export":
             name, _, value = words[1].partition("=")
@@ -54,6 +63,8 @@ def run_block(lines: list[str], folder: Path, patch: pytest.MonkeyPatch) -> int:
         assert words[0] == "vfun", line
         said = vfun_process(*words[1:])
         assert said.code == 0, f"$ {line}\n{said.err}"
+        if target:
+            Path(target).write_text(said.out, encoding="utf-8")
         ran += 1
     return ran
 

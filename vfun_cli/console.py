@@ -74,6 +74,18 @@ class _Stream(io.TextIOBase):
             self._failed(error)
             return 0
 
+    def write_file(self, content: bytes) -> None:
+        """The bytes of a text in UTF-8, whatever the stream's own encoding is."""
+        self.flush()
+        bytes_of = getattr(self._now, "buffer", None)
+        if bytes_of is None:  # a stream that is none of Python's own
+            self.write(content.decode())
+            return
+        try:
+            bytes_of.write(content)
+        except OSError as error:
+            self._failed(error)
+
     def flush(self) -> None:
         try:
             self._now.flush()
@@ -141,6 +153,11 @@ def print_json(content: dict[str, Any]) -> None:
     in_utf8 = _stdout.encoding.lower().replace("-", "") == "utf8"
     text = json.dumps({"schema": 1, **content}, ensure_ascii=not in_utf8)
     _stdout.write(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def print_file(content: bytes) -> None:
+    """What would be a file on stdout, which may be sent into one."""
+    _stdout.write_file(content)
 
 
 def flush() -> None:

@@ -12,7 +12,7 @@ from secrets import token_hex
 from typing import IO
 
 from vfun_cli.disks.abilities import fsync
-from vfun_cli.errors import ConfigError, EnvironmentFault
+from vfun_cli.errors import ConfigError, EnvironmentFault, first_line
 
 
 class NotRegular(OSError):
@@ -34,6 +34,20 @@ def regular_status(path: str | Path) -> os.stat_result:
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise NotRegular(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL, what, str(path))
     return status
+
+
+def at_home(path: str | Path) -> Path:
+    """A path as people write it, with ~ for their home directory wherever no shell has replaced it.
+
+    Raises:
+        ValueError: it is empty, or there is no such home directory.
+    """
+    if not str(path) or "\0" in str(path):
+        raise ValueError("it is empty, or holds a zero byte")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {first_line(error)}") from None
 
 
 def open_bounded(path: Path, most: int) -> IO[bytes]:

@@ -15,6 +15,8 @@ from vfun_cli.commands import (
     checkpoints,
     export,
     generate,
+    import_script,
+    make_meta,
     plan_buckets,
     report,
     resume,
@@ -52,7 +54,9 @@ app = typer.Typer(
 )
 
 app.command("validate-meta", cls=Command, rich_help_panel="Data")(validate_meta.validate_meta)
+app.command("make-meta", cls=Command, rich_help_panel="Data")(make_meta.make_meta)
 app.command("plan-buckets", cls=Command, rich_help_panel="Data")(plan_buckets.plan_buckets)
+app.command("import", cls=Command, rich_help_panel="Data")(import_script.import_script)
 app.command("cache", cls=Command, rich_help_panel="Data")(cache.cache)
 app.command("train", cls=Command, rich_help_panel="Run")(train.train)
 app.command("lora", cls=Command, rich_help_panel="Run")(train.lora)

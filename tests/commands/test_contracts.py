@@ -23,7 +23,17 @@ from vfun_cli.launch.job import decide
 from vfun_cli.modeling.media.writing import write_png, write_wav
 from vfun_cli.run.rundir import RunDir
 
-COMMANDS = ("validate-meta", "plan-buckets", "train", "lora", "resume", "export-bf16", "generate", "acceptance")
+COMMANDS = (
+    "validate-meta",
+    "make-meta",
+    "plan-buckets",
+    "train",
+    "lora",
+    "resume",
+    "export-bf16",
+    "generate",
+    "acceptance",
+)
 DRY = ("--demo", "--dry-run")
 
 

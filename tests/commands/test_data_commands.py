@@ -231,7 +231,7 @@ def test_metadata_that_is_not_named_is_a_matter_of_usage(place: Path, vfun: Vfun
     assert said.code == 2 and "train_data_meta is 5; it takes a path" in " ".join(said.err.split())
     Path("vfun.toml").unlink()
     said = vfun("validate-meta")
-    assert said.code == 2 and "Name the file behind vfun validate-meta" in " ".join(said.err.split())
+    assert said.code == 2 and "Name a file or folder behind vfun validate-meta" in " ".join(said.err.split())
 
 
 def test_metadata_that_is_not_there_is_one_line_and_no_table(place: Path, vfun: Vfun) -> None:

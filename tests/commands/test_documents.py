@@ -1,6 +1,8 @@
 """What the guides of the original scripts print: command lines, metadata, directories; through the command line."""
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import typed_lines
 from tests.commands.conftest import Vfun
 from tests.metadata.small_media import encode_video, write_sound
 from vfun_cli import devices, families
-from vfun_cli.config.options import RunConfig, parse
+from vfun_cli.config import resolve
+from vfun_cli.config.options import RunConfig, options, parse
+from vfun_cli.config.originals import FLAGS
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families import detect
@@ -170,7 +175,10 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guides' working directory: models and data where they say, tiny models in the released layouts."""
     root = tmp_path_factory.mktemp("documented")
     for spec in families.FAMILIES.values():
-        demo_default.builder(spec)(root / str(spec.defaults.train["pretrained_model_name_or_path"]))
+        presets = [preset.train for preset in spec.defaults.presets.values()]
+        for values in (spec.defaults.train, *presets):
+            if "pretrained_model_name_or_path" in values:
+                demo_default.builder(spec)(root / str(values["pretrained_model_name_or_path"]))
     data = root / "datasets/internal_datasets"
     for kind in ("train", "control"):
         encode_video(data / kind / "00000001.mp4", frames=60, width=640, height=640)
@@ -202,6 +210,133 @@ def test_a_dry_run_shows_the_values_that_the_guides_type(
     got = {name: getattr(config, name) for name in typed}
     assert got == {name: parse(name, value, "document") for name, value in typed.items()}
     assert len(typed) >= 20
+
+
+LAUNCHES = [
+    pytest.param(command, family, strategy, words, id=f"{command}-{family}-{number}-{strategy}")
+    for number, (command, family, strategies, words) in enumerate(typed_lines.LINES)
+    for strategy in strategies.split()
+]
+
+
+def as_options(words: list[str]) -> dict[str, Any]:
+    """What a command line says, by option, as argparse reads it; of what has no effect, nothing."""
+    found: dict[str, Any] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found[name] = value or True
+        else:
+            found[name] = word
+    return {name: value for name, value in found.items() if name in options() and name not in FLAGS}
+
+
+@pytest.mark.parametrize(("command", "family", "strategy", "words"), LAUNCHES)
+def test_a_command_of_the_documents_is_taken_as_typed(
+    command: str, family: str, strategy: str, words: str, there: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: True)
+    model = families.find(family).defaults.train["pretrained_model_name_or_path"]
+    meta = "metadata_control.json" if family == "wan-s2v" else "metadata.json"
+    values = {
+        "$MODEL_NAME": str(model),
+        "$DATASET_NAME": "datasets/internal_datasets/",
+        "$DATASET_META_NAME": f"datasets/internal_datasets/{meta}",
+    }
+    text = f"{typed_lines.COMMON} {words}"
+    for variable, value in values.items():
+        text = text.replace(variable, value)
+    typed = shlex.split(text)
+    said = vfun(command, family, *typed, "--strategy", strategy, "--dry-run", "--json")
+    if "--train_mode=inpaint" in typed and family.startswith("easyanimate"):  # of InP models, which no family here is
+        assert said.code == 2 and "train_mode" in said.err
+        return
+    assert said.code == 0, said.err
+    config = RunConfig.from_json(json.loads(said.out)["config"])
+    expected = {name: parse(name, value, "document") for name, value in as_options(typed).items()}
+    if "target_name" in expected:
+        aliases = families.find(family).defaults.lora_aliases
+        expected["target_name"] = tuple(aliases.get(name, name) for name in expected["target_name"])
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert len(expected) >= 25 and config.strategy == strategy
+
+
+UNMOVED = ("output_dir", "train_data_dir", "train_data_meta", "resume_from_checkpoint")
+"""Folders, which no preset moves."""
+
+NEWEST = {
+    ("train", "wan-s2v"): "wan2.2_s2v",
+    ("lora", "wan-s2v"): "wan2.2_s2v_lora",
+    ("train", "wan-fun-control"): "wan2.1_fun_control",
+    ("lora", "wan-fun-control"): "wan2.1_fun_control_lora",
+    ("train", "hunyuanvideo-t2v"): "hunyuanvideo",
+    ("lora", "hunyuanvideo-t2v"): "hunyuanvideo_lora",
+    ("train", "cogvideox-fun"): "cogvideox_fun",
+    ("lora", "cogvideox-fun"): "cogvideox_fun_lora",
+}
+"""The newest script of each, by the output directory that it types after ``output_dir_``."""
+
+
+@pytest.mark.parametrize(("command", "family"), NEWEST)
+def test_the_preset_of_2026_is_what_the_newest_documents_type(
+    command: str, family: str, there: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: True)
+    line = next(
+        words for *key, _, words in typed_lines.LINES
+        if key == [command, family] and f"output_dir_{NEWEST[command, family]} " in words
+    )  # fmt: skip
+    typed = as_options(shlex.split(f"{typed_lines.COMMON} {line}"))
+    said = vfun(command, family, "--preset", "2026", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    config = RunConfig.from_json(json.loads(said.out)["config"])
+    named = {name: value for name, value in typed.items() if name not in UNMOVED and "$" not in str(value)}
+    expected = {name: parse(name, value, "document") for name, value in named.items()}
+    if "target_name" in expected:
+        aliases = families.find(family).defaults.lora_aliases
+        expected["target_name"] = tuple(aliases.get(name, name) for name in expected["target_name"])
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.low_vram == ("low_vram" in typed)
+    if "lr_scheduler" not in typed:
+        assert (config.lr_scheduler, config.lr_warmup_steps) == ("constant", 0)
+
+
+def test_a_preset_is_named_as_the_source_of_what_it_says_and_yields_to_all_that_is_said(
+    there: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*words: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        said = json.loads(vfun("lora", "wan-s2v", *words, "--dry-run", "--json").out)
+        return said["config"], said["sources"]
+
+    config, sources = shown("--preset", "2026", "--control-ref-image", "first_frame")
+    assert (config["video_sample_stride"], sources["video_sample_stride"]) == (2, "wan-s2v 2026 default")
+    assert (config["lr_scheduler"], sources["lr_scheduler"]) == ("constant", "wan-s2v 2026 LoRA default")
+    assert (config["control_ref_image"], sources["control_ref_image"]) == ("first_frame", "option")
+    monkeypatch.setenv("VFUN_PRESET", "2026")
+    assert shown()[0]["video_sample_stride"] == 2
+    assert shown("--preset", "2025")[0]["video_sample_stride"] == 1
+    monkeypatch.delenv("VFUN_PRESET")
+    (there / "vfun.toml").write_text("preset = 2026\n")
+    try:
+        assert shown()[0]["video_sample_stride"] == 2
+    finally:
+        (there / "vfun.toml").unlink()
+    assert shown()[0]["video_sample_stride"] == 1
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_unknown_preset_is_refused_with_those_of_the_family(family: str, vfun: Vfun) -> None:
+    said = vfun("plan-buckets", family, "--preset", "2024")
+    assert said.code == 2 and "has no preset '2024'" in said.err and "Its presets: 2025, 2026." in said.err
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_preset_of_2025_is_the_default(family: str) -> None:
+    for command in ("train", "lora"):
+        plain, named = (
+            resolve.family_defaults(command, families.find(family), "fsdp", name) for name in (None, "2025")
+        )
+        assert plain == named
 
 
 def test_every_family_has_a_documented_command_line() -> None:

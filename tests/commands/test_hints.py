@@ -254,6 +254,10 @@ def test_every_hint_with_a_command_stands_in_this_file() -> None:
         "vfun resume {}",  # the checkpoint of another command
         "The options: vfun train --help",  # an option that run.json should not have
         "pip install {}",  # a missing package
+        "vfun export-bf16 {}, and name the folder that it writes.",  # a checkpoint as --transformer-path
+        "pip install 'vfun[parquet]'",  # a Parquet file without pyarrow: tests/metadata/test_parquet.py
+        # what --fix cannot write of a folder: tests/commands/test_folders.py
+        "vfun make-meta FOLDER; of a metadata file, vfun validate-meta META --fix OUT fills in what it lacks.",
         "Go on with --optimizer {}, or begin a new run from the weights: vfun export-bf16 {}",  # another optimizer
         # rows that cannot be trained on
         "--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",

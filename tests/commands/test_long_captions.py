@@ -64,3 +64,17 @@ def test_a_model_without_its_tokenizer_is_no_fault_of_the_data(count: int, vfun:
     said = vfun(*VALIDATE, "--demo", "--json")
     assert said.code == 0 and long_captions(said.out) == []
     assert "the length of the captions is not checked: no T5Tokenizer in" in said.err
+
+
+def test_every_caption_of_a_list_counts_with_what_stands_around_it(
+    count: int, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = json.loads(META.read_text(encoding="utf-8"))
+    rows[0]["text"] = ["a dog", LONG, "a cat"]
+    META.write_text(json.dumps(rows), encoding="utf-8")
+    command = (*VALIDATE, "--pretrained-model-name-or-path", str(MODEL), "--json", str(META))
+    (found,) = long_captions(vfun(*command).out)
+    assert found["message"].startswith(f"3 of {count + 2} captions (first row 0)")
+    monkeypatch.setenv("VFUN_CAPTION_PREFIX", LONG)
+    (found,) = long_captions(vfun(*command).out)
+    assert found["message"].startswith(f"{count + 2} of {count + 2} captions (first row 0)")

@@ -1,5 +1,6 @@
 """Options: the published command lines' defaults, every way to set one, who wins, and what is said of a wrong one."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from docs import generate as docs
 from vfun_cli import devices, families
-from vfun_cli.config.checks import check_streamed_blocks
+from vfun_cli.config.checks import check_guidance, check_streamed_blocks
 from vfun_cli.config.options import RunConfig, default_of, options, parse, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError
@@ -37,7 +38,7 @@ def settle(
 )
 def test_the_documents_variables_are_read(variable: str, option: str) -> None:
     resolved = settle(environ={variable: "some/place"})
-    assert getattr(resolved.config, option) == Path("some/place")
+    assert getattr(resolved.config, option) == parse(option, "some/place", variable)
     assert resolved.sources[option] == f"${variable}"
 
 
@@ -93,6 +94,25 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         (
             {"family": "easyanimate-v5.1-control", "given": {"train_mode": "control_camera_ref"}},
             ["pose files", "control_ref, control"],
+        ),
+        *(
+            ({"family": family, "given": {"weighting_scheme": "cosmap"}}, [family, "denoising diffusion", "Leave"])
+            for family in ("cogvideox-fun", "easyanimate-v5-control")
+        ),
+        *(
+            ({"given": {"weighting_scheme": scheme}}, [scheme, "draws all alike", "--no-uniform-sampling"])
+            for scheme in ("logit_normal", "mode")
+        ),
+        ({"given": {"logit_mean": 1}}, ["logit_mean is 1.0", "without weighting_scheme logit_normal"]),
+        (
+            {"given": {"logit_std": 2, "weighting_scheme": "mode", "uniform_sampling": False}},
+            ["logit_std is 2.0", "--weighting-scheme logit_normal --no-uniform-sampling"],
+        ),
+        ({"given": {"mode_scale": 1, "weighting_scheme": "cosmap"}}, ["mode_scale is 1.0", "weighting_scheme mode"]),
+        ({"given": {"motion_sub_loss_ratio": 0.5}}, ["motion_sub_loss_ratio is 0.5", "--motion-sub-loss"]),
+        (
+            {"family": "cogvideox-fun", "given": {"noise_share_in_frames_ratio": 0.25}},
+            ["noise_share_in_frames_ratio is 0.25", "--noise-share-in-frames"],
         ),
         ({"given": {"strategy": "single", "num_processes": 2}}, ["single", "num_processes 2"]),
         ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
@@ -215,6 +235,19 @@ def test_only_frozen_blocks_that_are_there_can_be_streamed(tmp_path: Path) -> No
             check_streamed_blocks(RunConfig(stream_blocks=blocks), spec, spec.model.dims)
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_embedded_guidance_is_for_a_model_that_is_told_one(family: str) -> None:
+    spec = families.find(family)
+    check_guidance(RunConfig(), spec, spec.model.dims)
+    dims = [spec.model.dims]
+    if family.startswith("hunyuanvideo"):
+        check_guidance(RunConfig(guidance_scale=4.5), spec, spec.model.dims)
+        dims = [spec.model.read_dims({**spec.model.released, "guidance_embeds": False})]
+    for each in dims:
+        with pytest.raises(ConfigError, match=rf"guidance_scale is 4\.5, but this {family} has no embedded guidance"):
+            check_guidance(RunConfig(guidance_scale=4.5), spec, each)
+
+
 def test_lists_come_comma_separated_or_as_toml_lists(tmp_path: Path) -> None:
     assert settle(toml="trainable_modules = ['a', 'b']\n", folder=tmp_path).config.trainable_modules == ("a", "b")
     assert settle(environ={"VFUN_TRAINABLE_MODULES": "a, b"}).config.trainable_modules == ("a", "b")
@@ -227,10 +260,37 @@ def test_the_generated_pages_are_up_to_date(name: str) -> None:
 
 def test_every_option_is_explained() -> None:
     for name, (_, _, opt) in options().items():
-        assert opt.help.endswith((".", "always so).")), name
+        assert opt.help.endswith("."), name
         assert not opt.choices or default_of(name) in (*opt.choices, None, "auto"), name
 
 
 def test_nothing_in_this_process_sets_options() -> None:
     """The tests above mean what they say only without such variables."""
     assert not [name for name in os.environ if name.startswith("VFUN_")]
+
+
+@pytest.mark.parametrize("text", ["", "ohwx", " ohwx, ", "a, b", "狗", "true", "0", "line\nline"])
+@pytest.mark.parametrize("name", ["caption_prefix", "caption_suffix"])
+def test_a_text_around_captions_stays_as_it_is_typed(name: str, text: str, tmp_path: Path) -> None:
+    resolved = settle(given={name: text}, environ={f"VFUN_{name.upper()}": "exported"})
+    assert getattr(resolved.config, name) == text
+    assert getattr(settle(toml=f"{name} = {json.dumps(text)}", folder=tmp_path).config, name) == text
+    if text:  # an empty variable is how a shell unsets
+        assert getattr(settle(environ={f"VFUN_{name.upper()}": text}).config, name) == text
+    written = json.loads(json.dumps(resolved.config.to_json()))
+    assert RunConfig.from_json(written) == resolved.config
+
+
+@pytest.mark.parametrize(("value", "words"), [(5, "takes text"), (["a"], "takes text"), ("\ud800", "holds '\\ud800'")])
+def test_what_is_no_text_cannot_stand_around_captions(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("caption_prefix", value, "vfun.toml: caption_prefix")
+    assert words in caught.value.message and caught.value.option == "--caption-prefix"
+
+
+def test_other_captions_are_another_trajectory_and_the_defaults_are_those_of_the_originals() -> None:
+    for name in ("caption_prefix", "caption_suffix", "caption_dropout", "shuffle_tags"):
+        assert options()[name][2].on_resume == "trajectory"
+    config = settle().config
+    assert (config.caption_prefix, config.caption_suffix) == ("", "")
+    assert (config.caption_dropout, config.shuffle_tags) == (0.1, False)

@@ -14,18 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfun_cli.demo.hunyuanvideo import build_i2v, build_t2v
-from vfun_cli.encoding.encode import encode, prepared
+from vfun_cli.encoding.encode import encode, outputs_of, prepared
 from vfun_cli.encoding.encode import load as load_clip
 from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.families.hunyuanvideo import I2V, T2V
 from vfun_cli.families.hunyuanvideo.adapter import (
-    TEXT_DROP,
     HunyuanVideoAdapter,
     ImageToVideoAdapter,
     TextToVideoAdapter,
 )
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest
+from vfun_cli.modeling.adapter import AdapterOptions, Conditions, SampleRequest, VideoRequest
 from vfun_cli.modeling.encoders.hunyuan_vae import HunyuanVAE
 from vfun_cli.modeling.inputs import Decoded, TupleInput, Value
 from vfun_cli.modeling.media.writing import write_png, write_video
@@ -67,8 +66,12 @@ def key(row: int) -> SampleKey:
     return SampleKey(seed=1, epoch=0, row=row)
 
 
-KEPT = [row for row in range(40) if not key(row).chance("text-drop", TEXT_DROP)]
-DROPPED = [row for row in range(40) if key(row).chance("text-drop", TEXT_DROP)]
+def is_dropped(key: SampleKey) -> bool:
+    return key.chance("text-drop", 0.1)
+
+
+KEPT = [row for row in range(40) if not is_dropped(key(row))]
+DROPPED = [row for row in range(40) if is_dropped(key(row))]
 
 
 def sample(shape: ClipShape, row: int = 0, text: str = "a red balloon rises over the hills") -> dict[str, Any]:
@@ -80,8 +83,12 @@ def encoded(
     adapter: HunyuanVideoAdapter, samples: list[dict[str, Any]], keys: list[SampleKey]
 ) -> tuple[Tensor, Conditions]:
     """The samples as their keys decide."""
-    given = zip(samples, keys, strict=True)
-    return encode(adapter, [prepared(adapter.compose(Decoded(s["pixels"]), s["text"], key)) for s, key in given], keys)
+    captions = ["" if is_dropped(key) else sample["text"] for sample, key in zip(samples, keys, strict=True)]
+    given = [
+        prepared(adapter.compose(Decoded(sample["pixels"]), Value(caption)))
+        for sample, caption in zip(samples, captions, strict=True)
+    ]
+    return encode(adapter, given, keys)
 
 
 def run(adapter: HunyuanVideoAdapter, shape: ClipShape, rows: list[int]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -201,7 +208,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(name: str, adapters: dict[st
 
 @pytest.mark.parametrize("name", SPECS)
 def test_one_caption_in_ten_is_left_out_of_both_encoders(name: str, adapters: dict[str, HunyuanVideoAdapter]) -> None:
-    share = sum(key(row).chance("text-drop", TEXT_DROP) for row in range(2000)) / 2000
+    share = sum(is_dropped(key(row)) for row in range(2000)) / 2000
     assert share == pytest.approx(0.1, abs=0.02)
     adapter, shape = adapters[name], SHAPES[3]
     _, dropped = encoded(adapter, [sample(shape)], [key(DROPPED[0])])
@@ -227,7 +234,7 @@ def test_a_clip_goes_from_its_file_to_gradients(
         key=key(0), record={"file_path": str(path), "text": "a light goes on"}, kind="video", frames=9, height=64,
         width=80, stride=2, total_frames=30, fps=(24, 1),
     )  # fmt: skip
-    loaded = load_clip(KINDS[name], request, {})
+    loaded = load_clip(KINDS[name], request, adapter.options)
     assert loaded.values["clip"].shape == (9, 3, 64, 80) and loaded.values["pooled"] == "a light goes on"
 
     latents, conditions = encode(adapter, [loaded], [request.key])
@@ -249,7 +256,7 @@ def test_a_picture_is_a_clip_of_one_frame(adapters: dict[str, HunyuanVideoAdapte
         key=key(0), record={"file_path": str(tmp_path / "picture.png")}, kind="image", frames=1, height=64, width=64,
         stride=1, total_frames=1, fps=(0, 1),
     )  # fmt: skip
-    loaded = load_clip(KINDS["t2v"], request, {})
+    loaded = load_clip(KINDS["t2v"], request, adapters["t2v"].options)
     latents, conditions = encode(adapters["t2v"], [loaded, loaded], [key(0), key(1)])
     assert latents.shape == (2, 16, 1, 8, 8)
     prediction = adapters["t2v"].predict(adapters["t2v"].transformer, latents, torch.tensor([5.0, 9.0]), conditions)
@@ -262,6 +269,22 @@ def test_guidance_is_six_thousand_in_the_compute_dtype(folders: dict[str, Path],
     for adapter, value in ((adapters["t2v"], 6000.0), (bf16, 6016.0)):
         _, conditions = encoded(adapter, [sample(SHAPES[0])], [key(0)])
         assert conditions["guidance"].tolist() == [value]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_is_told_the_guidance_that_was_asked_for_and_samples_are_made_at_six(
+    name: str, folders: dict[str, Path], adapters: dict[str, Any]
+) -> None:
+    asked, plain = load(name, folders[name], guidance_scale=4.5), adapters[name]
+    found = [encoded(adapter, [sample(SHAPES[0])], [key(0)])[1] for adapter in (asked, plain)]
+    assert [conditions["guidance"].item() for conditions in found] == [4500.0, 6000.0]
+    assert all(torch.equal(found[0][each], found[1][each]) for each in found[0] if each != "guidance")
+    request = VideoRequest(
+        key=key(0), prompt="a red balloon", negative_prompt="", frames=5, height=64, width=64, fps=Fraction(16),
+        guidance=1.0, image=Decoded(torch.zeros(1, 3, 64, 64)),
+    )  # fmt: skip
+    (outputs,) = outputs_of(asked.encoders, [prepared(asked.inputs_to_sample(request, asked.options))])
+    assert asked.branches(outputs, request, 0, None).conditional["guidance"].item() == 6000.0
 
 
 def test_the_schedule_is_the_released_ones(folders: dict[str, Path], tmp_path: Path) -> None:

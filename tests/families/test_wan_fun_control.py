@@ -95,10 +95,11 @@ def encoded(
     adapter: WanFunControlAdapter, samples: list[dict[str, Any]], keys: list[SampleKey]
 ) -> tuple[torch.Tensor, Conditions]:
     """The samples as their keys decide."""
+    captions = ["" if key.chance("text", 0.1) else sample["text"] for sample, key in zip(samples, keys, strict=True)]
     modes = {"train_mode": adapter.options.train_mode, "control_ref_image": adapter.options.control_ref_image}
     inputs = [
-        adapter.compose(Decoded(sample["pixels"]), Decoded(sample["control"]), sample["text"], key, **modes)
-        for sample, key in zip(samples, keys, strict=True)
+        adapter.compose(Decoded(sample["pixels"]), Decoded(sample["control"]), caption, key, **modes)
+        for sample, caption, key in zip(samples, captions, keys, strict=True)
     ]
     return encode(adapter, [prepared(each) for each in inputs], keys)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.click_sounds import KINDS, write_kind
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.wan_s2v import build_model
 from vfun_cli.encoding.encode import encode, prepared
@@ -36,7 +37,7 @@ from vfun_cli.modeling.media.sound import read_audio
 from vfun_cli.modeling.media.writing import write_video, write_wav
 from vfun_cli.modeling.pixels import readable
 from vfun_cli.modeling.randomness import SampleKey
-from vfun_cli.training.data.stream import record_reader
+from vfun_cli.training.data.stream import row_reader
 
 FRAMES, SIDE, SOURCE_FRAMES = 8, 64, 120
 NTSC = Fraction(30000, 1001)
@@ -152,7 +153,7 @@ def pixels_of(clip: Any) -> Tensor:
 
 def encoded(adapter: WanS2VAdapter, sources: list[TalkingClip], keys: list[SampleKey]) -> tuple[Tensor, Conditions]:
     """The sources as their keys decide."""
-    decisions = [decide(key, frames=4, control_ref_image="first_frame") for key in keys]
+    decisions = [decide(key, frames=4, options=PLAIN) for key in keys]
     samples = [prepared(compose(source, each)) for source, each in zip(sources, decisions, strict=True)]
     return encode(adapter, samples, keys)
 
@@ -163,8 +164,8 @@ def test_a_row_without_audio_path_hears_its_video(tmp_path: Path) -> None:
     row = {"file_path": film.name, "text": "someone speaks", "type": "video"}
     meta = tmp_path / "metadata.json"
     meta.write_text(json.dumps([row, {**row, "audio_path": film.name}]))
-    read_record = record_reader(RunConfig(train_data_meta=meta, train_data_dir=tmp_path), SPEC)
-    borrowed, own = (request_for(read_record(number), total_frames=100, fps=(25, 1)) for number in (0, 1))
+    read_row = row_reader(RunConfig(train_data_meta=parse_data_sets(meta, "meta"), train_data_dir=tmp_path), SPEC)
+    borrowed, own = (request_for(read_row(number).record, total_frames=100, fps=(25, 1)) for number in (0, 1))
     assert borrowed.record["audio_path"] == str(tmp_path / film.name)
     sounds = [WanS2VAdapter.inputs(request, PLAIN)["audio"].lazy for request in (borrowed, own)]
     assert describe(sounds[0], str) == describe(sounds[1], str)
@@ -178,7 +179,7 @@ def key_where(frames: int = 4, **wanted: Any) -> SampleKey:
     """The first row whose decisions are KEEP_ALL but for what is wanted."""
     target = dataclasses.replace(KEEP_ALL, **wanted)
     keys = (SampleKey(seed=3, epoch=0, row=row) for row in range(2000))
-    return next(key for key in keys if decide(key, frames=frames, control_ref_image="first_frame") == target)
+    return next(key for key in keys if decide(key, frames=frames, options=PLAIN) == target)
 
 
 def direct(adapter: WanS2VAdapter, key: SampleKey, part: str, *clips: Tensor) -> Tensor:
@@ -283,7 +284,7 @@ def test_a_cut_tail_blackens_the_control_from_its_frame_on() -> None:
 
 def test_drops_happen_at_their_rates_and_independently() -> None:
     keys = [SampleKey(seed=1, epoch=epoch, row=row) for epoch in range(2) for row in range(4000)]
-    drawn = [decide(key, frames=80, control_ref_image="random") for key in keys]
+    drawn = [decide(key, frames=80, options=RANDOM) for key in keys]
 
     def rate(values: list[bool]) -> float:
         return sum(values) / len(values)
@@ -303,7 +304,7 @@ def test_drops_happen_at_their_rates_and_independently() -> None:
 
 def test_first_frame_mode_always_takes_the_first_frame() -> None:
     keys = [SampleKey(seed=1, epoch=0, row=row) for row in range(200)]
-    assert {decide(key, frames=80, control_ref_image="first_frame").reference for key in keys} == {0}
+    assert {decide(key, frames=80, options=PLAIN).reference for key in keys} == {0}
 
 
 def test_real_history_is_untouched_encoded_with_the_clip_and_seen(adapter: WanS2VAdapter) -> None:
@@ -371,7 +372,7 @@ def test_text_is_zero_padded_and_sound_is_transposed_dropped_and_cut(adapter: Wa
 def test_a_dropped_text_is_empty_and_the_reference_is_the_drawn_frame(media: dict[str, str]) -> None:
     texts = {}
     for row in range(30):
-        drawn = decide(SampleKey(seed=7, epoch=0, row=row), frames=FRAMES, control_ref_image="random")
+        drawn = decide(SampleKey(seed=7, epoch=0, row=row), frames=FRAMES, options=RANDOM)
         if drawn.drop_text not in texts:
             seen = read(media, row)
             texts[drawn.drop_text] = seen["text"]
@@ -383,7 +384,7 @@ def test_with_variants_only_so_many_starts_are_drawn_and_drops_stay_random(media
     keys = [SampleKey(seed=7, epoch=epoch, row=3, variants=2) for epoch in range(60)]
     drawn = [WanS2VAdapter.inputs(request_for(media, key=key), RANDOM) for key in keys]
     assert len({each["audio"] for each in drawn}) == 2 == len({each["reference"] for each in drawn})
-    assert len({decide(key, frames=FRAMES, control_ref_image="random").silent_from for key in keys} - {None}) <= 2
+    assert len({decide(key, frames=FRAMES, options=RANDOM).silent_from for key in keys} - {None}) <= 2
     assert {each["text"].lazy for each in drawn} == {Value(""), Value("someone speaks")}
 
 

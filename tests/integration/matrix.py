@@ -90,6 +90,19 @@ STREAMED = "lora-streamed"
 """Adapters on blocks of which one stays on the device; the losses of the matrix, looked at from outside, too."""
 _STREAMED = {STREAMED: {**_HELD_OUT, "stream_blocks": 1}}
 
+ASKED = "asked"
+"""A run with another density of timesteps, loss and noise than its family's."""
+_ASKED = {
+    ASKED: {
+        **_FP32,
+        "max_train_steps": 3,
+        "weighting_scheme": "logit_normal",
+        "uniform_sampling": False,
+        "motion_sub_loss": True,
+        "noise_share_in_frames": True,
+    }
+}
+
 _IN_FLOAT32 = {"fp32": _FP32, "lora-fp32": _LORA_FP32}
 _ONCE_IN_FLOAT32 = {"fp32": {**_FP32, **_ONCE}, "lora-fp32": {**_LORA_FP32, **_ONCE}}
 _EVERYWHERE = {
@@ -109,8 +122,9 @@ EXTRAS: dict[str, dict[str, dict[str, Any]]] = {
         **_IN_FLOAT32,
         **_IN_MATRIX,
         **_STREAMED,
+        **_ASKED,
     },
-    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, **_STREAMED, FIVE: _FIVE},
+    "ddp": {**_IN_FLOAT32, **_IN_MATRIX, **_STREAMED, **_ASKED, FIVE: _FIVE},
     "fsdp": {
         **_IN_FLOAT32,
         **_IN_MATRIX,

@@ -34,7 +34,7 @@ from vfun_cli.modeling.adapter import ModelAdapter
 from vfun_cli.plan.run_plan import load_plan
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.data.loader import batch_keys
-from vfun_cli.training.data.stream import micro_batches, record_reader
+from vfun_cli.training.data.stream import micro_batches, row_reader
 from vfun_cli.training.model import adapter_options
 
 pytestmark = [pytest.mark.slow, pytest.mark.strategy("single")]
@@ -115,7 +115,7 @@ def prediction_of(
     described = run.read_run()
     config = RunConfig.from_json(described["config"])
     plan = load_plan(config, spec, described)
-    batch = next(micro_batches(plan, record_reader(config, spec), rank=0, first_step=0))
+    batch = next(micro_batches(plan, row_reader(config, spec), rank=0, first_step=0))
     options = adapter_options(config, spec, torch.device("cpu"))
     samples = [prepared(adapter_of(spec).inputs(each, options)) for each in batch.requests]
     with torch.no_grad():

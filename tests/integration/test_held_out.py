@@ -102,7 +102,7 @@ def test_a_row_that_cannot_be_read_says_why_and_the_ranks_share_the_others(strat
         assert {path.stem for path in run.samples(step).glob("*.mp4")} == {*GOOD, *BY_AVERAGE}
         made = [list(rank) for rank in samples(extra(HELD_OUT, strategy), step)]
         assert made == [GOOD + BY_AVERAGE, []][: len(made)] and len(made) == (1 if strategy == "single" else 2)
-    images = EventAccumulator(str(run.tensorboard))
+    images = EventAccumulator(str(run.tensorboard()))
     images.Reload()
     shown = images.Images("samples/row-0")
     assert [image.step for image in shown] == [0, HALF, LAST] and shown[0].encoded_image_string[:6] == b"GIF89a"

@@ -13,6 +13,7 @@ import torch
 
 from tests import jobs
 from tests.integration.matrix import (
+    ASKED,
     BROKEN,
     CLIP_NORM,
     COMMANDS,
@@ -78,6 +79,14 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(strategy: st
     one, two = losses(extra("fp32", "single")), losses(extra("fp32", strategy))
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_what_a_run_asks_of_its_objective_is_trained_with_whatever_the_ranks(trained: Trained) -> None:
+    trained("single")
+    trained("ddp")
+    one, two, plain = losses(extra(ASKED, "single")), losses(extra(ASKED, "ddp")), losses(extra("fp32", "single"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 3 and one[0] != pytest.approx(plain[0], rel=1e-3)
 
 
 def test_gathering_blocks_early_changes_nothing_and_summing_in_bf16_only_rounds(trained: Trained) -> None:

@@ -141,7 +141,7 @@ def test_what_follows_from_a_changed_option_changes_with_it() -> None:
 ALLOWED_TO_CHANGE = {"harmless", "sharding", "length", "contents"}
 OTHERS: dict[str, Any] = {
     "strategy": "zero2", "num_processes": 4, "train_mode": "control", "trainable_modules": "proj_out",
-    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"],
+    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"], "fix_sample_size": "480,832",
 }  # fmt: skip
 """Where not every other value goes with the rest of a run."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -154,6 +154,11 @@ BESIDE: dict[str, dict[str, Any]] = {
     "stream_blocks": {"strategy": "ddp"},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
+    "logit_mean": {"weighting_scheme": "logit_normal", "uniform_sampling": False},
+    "logit_std": {"weighting_scheme": "logit_normal", "uniform_sampling": False},
+    "mode_scale": {"weighting_scheme": "mode", "uniform_sampling": False},
+    "motion_sub_loss_ratio": {"motion_sub_loss": True},
+    "noise_share_in_frames_ratio": {"noise_share_in_frames": True},
     "lr_min_ratio": {"lr_scheduler": "cosine"},
 }
 """What an option needs to have another value: both are given."""

@@ -16,6 +16,7 @@ from small_media import ROW, SPEECH_FIELDS, encode_video, write_sound
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.codes import CODES, explain
 from vfun_cli.metadata.fields import MetadataField
+from vfun_cli.metadata.report import totals
 
 Row = dict[str, Any]
 Damage = Callable[[Path, Row], Any]
@@ -101,14 +102,18 @@ DAMAGE: list[tuple[str, Damage]] = [
     ("missing-control", edit(control_file_path=None)),
     ("missing-type", edit(type=None)),
     ("wrong-type", edit(file_path=7)),
-    ("wrong-type", edit(text=["a"])),
+    ("wrong-type", edit(text=7)),
+    ("wrong-type", edit(text=["a", 7])),
+    ("wrong-type", edit(text=[])),
     ("wrong-type", edit(width="640")),
     ("wrong-type", edit(frames=-3)),
     ("wrong-type", edit(fps=0)),
     ("wrong-type", edit(type=1)),
     ("unknown-type", edit(type="movie")),
     ("empty-caption", edit(text="  ")),
+    ("empty-caption", edit(text=["A ball.", ""])),
     ("garbled-caption", edit(text="A caf\ufffd.")),
+    ("garbled-caption", edit(text=["A ball.", "A caf\ufffd."])),
     ("invalid-path", edit(audio_path="wav/\0.wav")),
     ("invalid-path", edit(audio_path="")),
     ("path-outside-root", elsewhere),
@@ -275,6 +280,19 @@ def test_duplicate_and_conflicting_rows_name_the_first_one(check: Callable[..., 
     found = [(problem.row, problem.code, problem.message) for problem in report.problems]
     assert [item[:2] for item in found] == [(1, "duplicate-row"), (2, "conflicting-row")]
     assert all("row 0" in item[2] for item in found)
+
+
+def test_a_row_whose_captions_earlier_rows_all_have_is_a_duplicate(check: Callable[..., Report]) -> None:
+    several = {**ROW, "text": ["A ball.", "A ball flies."]}
+    report = check([several, {**ROW, "text": "A ball flies."}, {**ROW, "text": ["A ball.", "A round thing."]}])
+    found = [(problem.row, problem.code) for problem in report.problems]
+    assert found == [(1, "duplicate-row"), (2, "conflicting-row")]
+
+
+def test_every_caption_of_a_list_is_counted_and_a_bad_one_is_named(check: Callable[..., Report]) -> None:
+    report = check([{**ROW, "text": ["A ball.", "A ball flies.", " "]}])
+    assert totals(report)["caption_characters"] == [1, 7, 13]
+    assert [problem.message for problem in report.problems] == ["caption 2 of the list is empty"]
 
 
 @pytest.mark.parametrize(

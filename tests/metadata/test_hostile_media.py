@@ -13,6 +13,7 @@ from small_media import ROW, encode_video
 
 import vfun_cli
 from tests.hostile_media import PLAYLISTS, SDP, accepted
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
 from vfun_cli.families.wan_s2v import SPEC
@@ -20,7 +21,7 @@ from vfun_cli.metadata import decoder
 from vfun_cli.metadata.checks import Report
 from vfun_cli.modeling.media.frames import read_frames
 from vfun_cli.modeling.media.sound import read_audio
-from vfun_cli.training.data.stream import record_reader
+from vfun_cli.training.data.stream import row_reader
 
 
 @pytest.fixture
@@ -63,8 +64,8 @@ def test_paths_of_rows_are_files_whatever_they_look_like(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(film)
         (tmp_path / "m.json").write_text(f'[{{"file_path": "{path}", "text": "", "type": "video"}}]')
-        config = RunConfig(train_data_meta=Path("m.json"), train_data_dir=Path())
-        read = record_reader(config, SPEC)(0)["file_path"]
+        config = RunConfig(train_data_meta=parse_data_sets("m.json", "meta"), train_data_dir=Path())
+        read = row_reader(config, SPEC)(0).record["file_path"]
         assert read == str(tmp_path / path)
         for each in (read, path):
             assert read_frames(each, [0, 1], 32, 32).shape == (2, 3, 32, 32)

@@ -14,7 +14,7 @@ from vfun_cli.modeling.clips import frame_indices
 from vfun_cli.plan.options import PlanOptions, plan_options
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import plan_run
-from vfun_cli.training.data.stream import micro_batches
+from vfun_cli.training.data.stream import RowToTrain, micro_batches
 
 Draw = tuple[int, int, int, int]
 """Start, frames, height, width."""
@@ -30,7 +30,7 @@ def draws(spec: FamilySpec, table: ClipTable, variants: int | None, num_epochs: 
         spec=spec, dims=spec.model.dims, table=table, options=options, num_epochs=num_epochs, max_steps=10**6
     )
     found: dict[int, dict[int, Draw]] = defaultdict(dict)
-    for batch in micro_batches(plan, lambda row: {}, rank=0, first_step=0):
+    for batch in micro_batches(plan, lambda row: RowToTrain(record={}, place=""), rank=0, first_step=0):
         for each in batch.requests:
             found[each.key.row][each.key.epoch] = (frame_indices(each)[0], each.frames, each.height, each.width)
     return {row: [epochs[epoch] for epoch in range(num_epochs)] for row, epochs in found.items()}

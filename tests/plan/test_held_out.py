@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfun_cli import families
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError
 from vfun_cli.metadata.checks import table_without_files
@@ -41,7 +42,7 @@ def table_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Ru
 
     def make(rows: list[dict[str, Any]], **options: Any) -> tuple[RunConfig, ClipTable]:
         meta.write_text(json.dumps(rows), encoding="utf-8")
-        config = RunConfig(**{"train_data_meta": meta, "num_processes": 1, **options})
+        config = RunConfig(**{"train_data_meta": parse_data_sets(meta, "meta"), "num_processes": 1, **options})
         table = table_without_files(read_metadata(meta))
         assert table is not None
         return config, hold_out(config, SPEC, DIMS, table)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError, MetadataError, RunError
 from vfun_cli.families import FAMILIES
@@ -374,7 +375,7 @@ def test_processes_refuse_a_plan_that_the_launch_did_not_show(
 ) -> None:
     rows = tmp_path / "metadata.json"
     rows.write_text("[]")
-    config, clips = RunConfig(train_data_meta=rows, num_processes=2), tmp_path / "clips.npz"
+    config, clips = RunConfig(train_data_meta=parse_data_sets(rows, "rows"), num_processes=2), tmp_path / "clips.npz"
     table = mixed(20)
     table.save(clips)
     shown = RunPlan.of(config, plain, plain.model.dims, table)

@@ -36,7 +36,7 @@ def write_run(run: RunDir, *, steps: tuple[int, ...] = (2, 4), **stated: Any) ->
         write(path)
     with ownership.noting(run, run.root):
         write(run.sanity_check / "sample-0-video.mp4")
-        write(run.tensorboard / "events.out.tfevents.1700000000.host.1.0")
+        write(run.tensorboard() / "events.out.tfevents.1700000000.host.1.0")
     write(run.run_json, json.dumps(described))
     for step in steps:
         write_checkpoint(run.checkpoint(step), described["id"])

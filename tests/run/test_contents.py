@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.run.contents import (
@@ -121,7 +122,8 @@ def contents(folder: Path, rows: list[dict[str, object]]) -> dict[str, Contents]
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "meta.json").write_text(json.dumps(rows))
-    return contents_of(read_metadata(folder / "meta.json"), FIELDS, folder, folder / "model", cache=None, progress=None)
+    metadata = read_metadata(folder / "meta.json")
+    return contents_of(metadata, FIELDS, folder, folder / "model", Given(), cache=None, progress=None)
 
 
 def rows(folder: str = "") -> list[dict[str, object]]:
@@ -185,3 +187,13 @@ def test_a_file_of_gigabytes_takes_less_than_a_second(tmp_path: Path) -> None:
     begin = time.monotonic()
     file_digests([file])
     assert time.monotonic() - begin < 1
+
+
+def test_the_digest_of_a_row_with_one_caption_is_what_it_always_was_and_a_list_has_its_own(tmp_path: Path) -> None:
+    size = {"type": "video", "width": 640, "height": 480, "frames": 99, "fps": 25}
+    one = {"file_path": "0.mp4", "text": "A dog, running.", **size}
+    several = one | {"text": ["A dog, running.", "A dog."]}
+    found = contents(tmp_path, [one, {"file_path": "1.mp4"}, several, several | {"text": several["text"][::-1]}])
+    digests = [*found[METADATA].pieces.values()]
+    assert digests[:2] == ["b2810fbabf2f40b8", "23932fbd589c265f"]
+    assert len(set(digests)) == 4

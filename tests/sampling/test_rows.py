@@ -349,3 +349,10 @@ def test_a_request_has_its_media_unread_and_of_its_size(data: Path) -> None:
     first, key = request_of(second).image, request_of(second).key
     assert (key.seed, key.row) == (43, 1)
     assert isinstance(first, VideoFrames) and first.indices == (0,)
+
+
+def test_of_several_captions_a_row_gives_the_first_as_its_prompt(data: Path) -> None:
+    assert only(rows(data, T2V, {"text": ["a cat", "a grey cat sits"]})).prompt == "a cat"
+    assert only(rows(data, T2V, {"prompt": ["a cat", "a dog"], "text": "a bird"})).prompt == "a cat"
+    for wrong in ([], [7]):
+        assert codes(rows(data, T2V, {"text": wrong})) == [(0, "unusable-setting", "prompt")]

@@ -4,7 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vfun_cli import families
 from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands.exporting import Form, export
 from vfun_cli.demo.default import make_model
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -372,3 +373,41 @@ def test_an_export_is_the_same_file_for_other_programs(base: Callable[[str], Bas
     assert set(record["files"]) == names - {".vfun-export.json"}
     stored = {name: value for file in output.glob("*.safetensors") for name, value in load_file(file).items()}
     assert_same(stored, model.weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_from_given_weights_is_exported_and_sampled_over_them(
+    family: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    origin = base(family)
+    released = origin.spec.export.names["same"]
+    started = other_values(origin.weights, 9)
+    given = tmp_path / "started.safetensors"
+    save_file({released(name): value for name, value in started.items()}, given)
+    tuned = replace(origin, weights=started)
+
+    pairs = adapter_of_layers(origin, 2)
+    checkpoint = write_checkpoint(tuned, tmp_path / "lora", "lora", peft_names(pairs), {})
+    full = write_checkpoint(tuned, tmp_path / "full", "train", dict(list(other_values(started, 4).items())[:3]), {})
+    for path in (checkpoint, full):
+        state = json.loads((path / "state.json").read_text())
+        state["run_config"]["transformer_path"] = str(given)
+        (path / "state.json").write_text(json.dumps(state))
+        manifest.write_manifest(path)
+
+    assert_same(loaded(given, model=origin.folder), started)
+    assert_same(loaded(origin.folder, given=Given(transformer=given)), started)
+    updated = with_update(tuned, pairs)
+    assert_same(loaded(checkpoint), updated, 1e-5)
+    assert_same(loaded(exported(checkpoint, tmp_path / "merged", "same", merge=True)), updated, 1e-5)
+    assert_same(loaded(exported(checkpoint, tmp_path / "adapter", "peft")), updated, 1e-5)
+    trained_ones = started | load_file(full / "model/model.safetensors")
+    assert_same(loaded(full), trained_ones)
+    assert_same(loaded(exported(full, tmp_path / "whole", "same")), trained_ones)
+
+    moved = given.rename(tmp_path / "moved.safetensors")
+    for path in (checkpoint, full):
+        with pytest.raises(CheckpointError, match=r"started\.safetensors: there is no such file"):
+            loaded(path)
+    assert_same(loaded(checkpoint, given=Given(transformer=moved)), updated, 1e-5)
+    assert_same(loaded(tmp_path / "whole"), trained_ones)  # which needs none of it

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import Job, finish, held_out, kill_all, records, start, wait_for
+from tests.jobs import Job, finish, held_out, kill_all, losses, records, start, wait_for
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
 from vfun_cli.encoding.cache import read_entry
@@ -99,6 +99,32 @@ def test_the_clips_of_the_validation_are_encoded_too(workplace: Path, alone: Alo
     ))  # fmt: skip
     assert list(held_out(RunDir(tmp_path / "run"))) == [(0, "trained")]
     assert contents(tmp_path / "cache") == filled and count > 0
+
+
+def test_a_fill_makes_every_caption_that_a_run_draws_and_the_run_is_that_without_a_cache(tmp_path: Path) -> None:
+    """Of clips with five captions, in three epochs of which two are different."""
+    data = Path(f"vfun-demo/{I2V}/data")
+    rows = json.loads((data / "metadata.json").read_text(encoding="utf-8"))
+    several = [row | {"text": [f"{row['text']}, {word}, more" for word in ("a", "b", "c", "d", "e")]} for row in rows]
+    (data / "several.json").write_text(json.dumps(several), encoding="utf-8")
+    given = (
+        "--train-data-meta", data / "several.json", "--cache-variants", 2, "--max-train-steps", 3 * CLIPS,
+        "--caption-prefix", "ohwx, ", "--caption-suffix", "film", "--caption-dropout", 0.3, "--shuffle-tags",
+    )  # fmt: skip
+    said = finish(fill(tmp_path / "cache", I2V, *given))
+    assert encoded(said.out + said.err) > CLIPS
+    assert "Rows have up to 5 captions, and --cache-variants 2" in " ".join(said.err.split())
+    filled = stamps(tmp_path / "cache")
+    found = {}
+    for name, cache in (("cached", ("--cache", tmp_path / "cache")), ("encoded", ())):
+        finish(start(
+            "train", I2V, "--demo", "--num-processes", 1, "--video-sample-size", 64, "--token-sample-size", 64,
+            "--no-enable-bucket", "--mixed-precision", "no", "--dataloader-num-workers", 0, *given, *cache,
+            "--output-dir", tmp_path / name,
+        ))  # fmt: skip
+        found[name] = losses(RunDir(tmp_path / name))
+    assert stamps(tmp_path / "cache") == filled
+    assert found["cached"] == found["encoded"] and len({*found["cached"]}) == 3 * CLIPS
 
 
 def contents(folder: Path) -> dict[str, dict[str, list[float]]]:

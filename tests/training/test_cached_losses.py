@@ -12,12 +12,16 @@ from live_models import FAMILIES, LiveModel
 from trainer_parts import Parts, loaded
 
 from vfun_cli.encoding.cache import Cache
-from vfun_cli.encoding.encode import load, outputs_of
+from vfun_cli.encoding.encode import encode, load, outputs_of
 from vfun_cli.families import adapter_of
+from vfun_cli.modeling.captions import CaptionOptions
+from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.training.model import adapter_options
 from vfun_cli.training.precision import use_in
 
 LIVE = Callable[[str], LiveModel]
+TEXTS = ("text", "pooled", "encoder_hidden_states")
+"""Inputs that are a caption alone, of one family or another."""
 CAPTIONS = ("a red circle moves", "waves")
 """Of two lengths: a text encoder that pads one to the other's length would give it other numbers."""
 
@@ -80,3 +84,37 @@ def test_a_step_adds_to_the_cache_what_filling_it_ahead_does(family: str, live_m
     assert len(sample.keys) >= 2
     for key in sample.keys.values():
         torch.testing.assert_close(beside.read(key), ahead.read(key), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drawn_captions_from_a_full_cache_are_those_of_encoding_at_every_step(
+    family: str, live_model: LIVE, tmp_path: Path
+) -> None:
+    """Six epochs of a clip with three captions and two variants: two captions and the empty one are ever read."""
+    live = live_model(family)
+    kind, encoders = adapter_of(live.spec), live.adapter.encoders
+    options = replace(adapter_options(live.config, live.spec, torch.device("cpu")), caption_dropout=0.4)
+    several = {**live.request(0, 4, 64, 64).record, "text": ["a, red, circle", "moves, waves", "a sentence"]}
+    drawn = CaptionOptions(prefix="ohwx", suffix="film", shuffle_tags=True)
+    requests = [
+        replace(
+            live.request(0, 4, 64, 64), record=several, captions=drawn,
+            key=SampleKey(seed=2, epoch=epoch, row=0, variants=2),
+        )
+        for epoch in range(6)
+    ]  # fmt: skip
+    cache = Cache.for_encoders(tmp_path, encoders)
+    for request in requests:
+        outputs_of(encoders, [load(kind, request, options, cache)], cache.write)
+
+    read = set()
+    for request in requests:
+        plain, found = load(kind, request, options), load(kind, request, options, cache)
+        assert not found.keys, "it is all there"
+        read |= {each.lazy.value for name, each in found.inputs.items() if name in TEXTS}
+        for one, other in zip(
+            encode(live.adapter, [plain], [request.key]), encode(live.adapter, [found], [request.key]), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert read == {request.caption for request in requests} | {""} and len(read) == 3

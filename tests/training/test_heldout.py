@@ -30,6 +30,7 @@ from vfun_cli.training.model import adapter_options
 from vfun_cli.training.objectives import FlowMatching
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
 from vfun_cli.training.validation import Validation, held_out_look
+from vfun_cli.training.variant import Variant
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +135,27 @@ def test_each_row_is_seen_at_the_nine_timesteps_with_the_same_noise(live_model: 
     held_out_of(parts_of(live_model("cogvideox-fun"), tmp_path, rows), rows, count=2).compute()
     sigmas = [3 * step / (1 + 2 * step) for step in QUANTILES]
     assert rows.passes == pytest.approx([1000 * sigma for sigma in sigmas] * 2)
+
+
+@pytest.mark.parametrize("scheme", ["cosmap", "logit_normal"])
+def test_what_a_run_asks_for_moves_the_timesteps_and_nothing_else(
+    scheme: str, live_model: LIVE, tmp_path: Path
+) -> None:
+    """Losses of runs that weigh samples otherwise can be compared."""
+    rows, asked = (
+        Rows(),
+        Variant(weighting_scheme=scheme, logit_mean=-2.0, motion_sub_loss_ratio=0.5, noise_share_in_frames_ratio=0.5),
+    )
+    held_out = held_out_of(parts_of(live_model("cogvideox-fun"), tmp_path, rows), rows, count=2)
+    plain, timesteps = held_out.compute()["trained"], list(rows.passes)
+    held_out.objective = FlowMatching(shift=3.0, variant=asked)
+    rows.passes.clear()
+    found = held_out.compute()["trained"]
+    if scheme == "cosmap":
+        assert (found, rows.passes) == (plain, timesteps)
+    at = [1000 * held_out.objective.sigmas()[held_out.objective.at_quantile(each)].item() for each in QUANTILES]
+    assert rows.passes == pytest.approx(at * 2)
+    assert (found != plain) == (scheme == "logit_normal")
 
 
 def test_weights_random_state_and_mode_are_afterwards_what_they_were(live_model: LIVE, tmp_path: Path) -> None:

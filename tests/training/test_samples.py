@@ -405,7 +405,7 @@ def test_tensorboard_holds_the_videos_and_pictures(tmp_path: Path, live_model: L
     board: Any = TensorBoard(run, live_model("cogvideox-fun").config)
     board.log_videos(files, 7)
     board.close()
-    found = EventAccumulator(str(run.tensorboard))
+    found = EventAccumulator(str(run.tensorboard()))
     found.Reload()
     assert sorted(found.Tags()["images"]) == ["samples/row-0", "samples/row-1"]
     (video,), (still,) = (found.Images(f"samples/row-{number}") for number in (0, 1))

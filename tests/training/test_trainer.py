@@ -1,5 +1,6 @@
 """The loop: what is read of a step one step later, and what ends it."""
 
+import copy
 import json
 import math
 import re
@@ -13,15 +14,17 @@ import pytest
 import torch
 from live_models import LiveModel
 from torch import nn
-from trainer_parts import Parts, batch
+from trainer_parts import Parts, batch, loaded
 
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.spec import ClipShape
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import metrics
-from vfun_cli.training.objectives import Corrupted
+from vfun_cli.training.model import adapter_options
+from vfun_cli.training.objectives import Corrupted, make_objective
 from vfun_cli.training.signals import CONTINUE, PREEMPTED
+from vfun_cli.training.variant import variant_of
 
 LIVE = Callable[[str], LiveModel]
 
@@ -57,7 +60,7 @@ class Steps:
         value = torch.nan if self.bad and self.what == "loss" else 0.0
         return Corrupted(noisy=latents, timesteps=torch.zeros(1), target=latents + value)
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: Any, weights: Any) -> torch.Tensor:
         return (prediction - target).square().mean()
 
 
@@ -244,10 +247,10 @@ class Tracker:
 def test_what_only_reports_stops_no_run(
     tracker: Any, live_model: LIVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(metrics.TRACKERS, "none", tracker)
+    monkeypatch.setitem(metrics.TRACKERS, "tensorboard", tracker)
     (tmp_path / "sanity_check").touch()
     (tmp_path / "metrics.jsonl").mkdir()
-    parts = made(live_model("cogvideox-fun"), tmp_path, Steps())
+    parts = made(live_model("cogvideox-fun"), tmp_path, Steps(), report_to="tensorboard")
     monkeypatch.setattr(metrics, "write_first_batch", lambda run, loaded: run.sanity_check.mkdir())
     assert parts.trainer.train(iter(batch(step, SHAPE) for step in range(6)), 0) == CONTINUE
     parts.trainer.metrics.close()
@@ -255,3 +258,57 @@ def test_what_only_reports_stops_no_run(
     assert parts.saves.steps == [6]
     assert said.count("no way to the server") == 1
     assert said.count("metrics.jsonl cannot be") == 2 and said.count("the first batch cannot be written") == 1
+
+
+DENSITY: dict[str, Any] = {"weighting_scheme": "logit_normal", "uniform_sampling": False, "logit_mean": -1.0}
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("wan-fun-control", {"weighting_scheme": "sigma_sqrt"}),
+    ("wan-fun-control", {"weighting_scheme": "cosmap"}),
+    ("wan-fun-control", DENSITY),
+    ("wan-fun-control", {"weighting_scheme": "mode", "uniform_sampling": False}),
+    ("wan-fun-control", {"motion_sub_loss": True}),
+    ("wan-fun-control", {"noise_share_in_frames": True}),
+    ("wan-fun-control", {**DENSITY, "motion_sub_loss": True, "noise_share_in_frames": True}),
+    ("cogvideox-fun", {"motion_sub_loss": True, "motion_sub_loss_ratio": 0.5}),
+    ("cogvideox-fun", {"noise_share_in_frames": True, "noise_share_in_frames_ratio": 0.75}),
+    ("hunyuanvideo-t2v", {"guidance_scale": 2.0}),
+    ("hunyuanvideo-i2v", {"weighting_scheme": "cosmap", "motion_sub_loss": True}),
+]
+
+
+def trained(live: LiveModel, folder: Path, steps: range, before: nn.Module | None, **options: Any) -> Any:
+    """The model, the optimizer's state and the losses of these steps; of a fresh model, or one that goes on."""
+    folder.mkdir()
+    config = replace(live.config, **options)
+    objective = make_objective(
+        live.spec.model.objective, live.spec.model.objective_options, live.folder, variant_of(config)
+    )
+    adapter = copy.copy(live.adapter)
+    adapter.options = adapter_options(config, live.spec, torch.device("cpu"))
+    model, moments = before or (live.transformer(), None)
+    parts = Parts(folder, model, live, adapter, objective, learning_rate=1e-3, first_step=steps.start)
+    if moments is not None:
+        parts.trainer.state.optimizer.load_state_dict(moments)
+    _, clip = live.cached(12, 64, 64)
+    requests = [live.request(row, 12, 64, 64) for row in range(10)]
+    parts.trainer.total_steps = steps.stop
+    batches = (loaded(step, requests[2 * step : 2 * step + 2], [clip, clip]) for step in steps)
+    assert parts.trainer.train(batches, steps.start) == CONTINUE
+    state = parts.trainer.state.model, copy.deepcopy(parts.trainer.state.optimizer.state_dict())
+    return state, [line["loss"] for line in parts.lines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "options"), ASKED, ids=str)
+def test_what_a_run_asks_for_is_trained_with_and_goes_on_as_if_it_had_not_stopped(
+    family: str, options: dict[str, Any], live_model: LIVE, tmp_path: Path
+) -> None:
+    """Micro-batches of two clips."""
+    live = live_model(family)
+    _, without = trained(live, tmp_path / "without", range(4), None)
+    (whole, _), losses = trained(live, tmp_path / "whole", range(4), None, **options)
+    half, first = trained(live, tmp_path / "half", range(2), None, **options)
+    (resumed, _), second = trained(live, tmp_path / "resumed", range(2, 4), half, **options)
+    assert all(math.isfinite(loss) for loss in losses) and losses[0] != without[0]
+    assert first + second == losses
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -66,7 +66,7 @@ class Parts:
     ) -> None:  # fmt: skip
         device = next(model.parameters()).device
         self.config = RunConfig(
-            mixed_precision=mixed_precision, lr_scheduler="constant", report_to="none", **options
+            mixed_precision=mixed_precision, lr_scheduler="constant", **{"report_to": "none", **options}
         )  # fmt: skip
         accelerator: Any = Accelerator(cpu=True, gradient_accumulation_steps=self.config.gradient_accumulation_steps)
         accelerator.device_placement = False

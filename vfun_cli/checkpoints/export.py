@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vfun_cli.checkpoints import manifest, safetensors
+from vfun_cli.checkpoints.given import TRANSFORMER, VAE, Given
 from vfun_cli.checkpoints.manifest import write_json
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
@@ -36,6 +37,8 @@ RECORDED: Mapping[str, Check] = {
     "family": optional(text()),
     "model": optional(file_path),
     "train_mode": optional(text()),
+    TRANSFORMER: optional(file_path),
+    VAE: optional(file_path),
 }
 
 Weights = Literal["trained", "ema"]
@@ -65,6 +68,7 @@ def export(
     output: Path,
     *,
     base_dir: Path,
+    given: Mapping[str, TensorSource] | None = None,
     names: Callable[[str], str] = lambda name: name,
     output_names: Callable[[str], str] = lambda name: name,
     max_shard_size: str = "10GB",
@@ -76,8 +80,9 @@ def export(
 ) -> ExportResult:
     """Write the whole transformer with the checkpoint's weights in it.
 
-    ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``names`` turns a
-    parameter name into the released one, ``output_names`` a released name into the one to write.
+    ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``given`` has tensors
+    that the run started from instead of those, by the same names; ``names`` turns a parameter name into the released
+    one, ``output_names`` a released name into the one to write.
 
     Raises:
         ConfigError: a wrong option, or an output that exists.
@@ -86,6 +91,7 @@ def export(
     """
     check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     stem, sources = read_base(base_dir)
+    sources |= given or {}
     trained = trained_weights(checkpoint, weights)
     verify_source(checkpoint, trained.values())
     replace_tensors(sources, trained, names, checkpoint, base_dir)
@@ -151,9 +157,14 @@ def record_files(folder: Path) -> None:
     write_json(folder / RECORD, {"schema": 1, "files": sorted(path.name for path in folder.iterdir())})
 
 
-def record_origin(output: Path, *, family: str, model: Path, train_mode: str | None) -> None:
-    """Write down beside an export's files what they belong to, for ``vfun generate`` to find the rest of the model."""
-    origin = {"family": family, "model": str(model.absolute()), "train_mode": train_mode}
+def record_origin(output: Path, *, family: str, model: Path, given: Given, train_mode: str | None) -> None:
+    """Write down beside an export's files what they belong to, for ``vfun generate`` to find the rest of the model.
+
+    Args:
+        given: what of that rest is not the model directory's own.
+    """
+    places = {option: str(place.absolute()) for option, place in given.named()}
+    origin = {"family": family, "model": str(model.absolute()), "train_mode": train_mode, **places}
     write_json(output / RECORD, {**read_object(output / RECORD, RECORDED), **origin})
 
 

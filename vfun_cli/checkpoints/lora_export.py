@@ -111,6 +111,7 @@ def merge_adapter(
     output: Path,
     *,
     base_dir: Path,
+    given: Mapping[str, TensorSource] | None = None,
     released: Callable[[str], str] = lambda name: name,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
@@ -120,7 +121,8 @@ def merge_adapter(
 ) -> ExportResult:
     """Write the base with the adapter added to it, tensor by tensor: W + strength · B·A in float32, then rounded.
 
-    Takes a checkpoint of ``vfun lora``. Memory: a few rows of one layer at a time, and its two small matrices.
+    Takes a checkpoint of ``vfun lora``; ``given`` as ``checkpoints.export.export``. Memory: a few rows of one layer at
+    a time, and its two small matrices.
 
     Raises:
         ConfigError, CheckpointError, RunError: as ``checkpoints.export.export``; also for a layer the base lacks.
@@ -128,6 +130,7 @@ def merge_adapter(
     check_output(output, dtype, overwrite=overwrite, sources=(checkpoint, base_dir))
     adapter = open_adapter(checkpoint, weights)
     stem, sources = read_base(base_dir)
+    sources |= given or {}
     merge_into(sources, adapter, {layer: released_layer(layer, released) for layer in adapter.pairs}, base_dir)
     return write_model(
         stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,

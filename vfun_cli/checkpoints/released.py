@@ -5,7 +5,7 @@ themselves is compared: the index with its shards, each header with the length o
 """
 
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from vfun_cli.checkpoints.safetensors import read_file
@@ -98,12 +98,36 @@ def read_index(index: Path) -> dict[str, Path]:
     return files
 
 
+def refuse_mismatch(
+    where: str,
+    model: str,
+    *,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misshapen: Sequence[str],
+    hint: str = "Check that the folder is the model of this family, that its config.json belongs to the weights, and "
+    "that the download is complete.",
+) -> None:
+    """Refuse tensors that are not exactly those of a model.
+
+    Args:
+        where: where the tensors lie.
+
+    Raises:
+        CheckpointError: with the first of each kind that there are.
+    """
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    lines = [f"  {len(names)} {kind}: {_some(names, most=2 * LISTED)}" for kind, names in kinds.items() if names]
+    if lines:
+        raise CheckpointError("\n".join([f"the tensors in {where} do not fit {model}:", *lines]), hint=hint)
+
+
 def _check_index(index: Path, held: Mapping[Path, Collection[str]]) -> None:
     lost = [name for name, shard in read_index(index).items() if name not in held.get(shard, ())]
     if lost:
         raise CheckpointError(f"{index} places tensors in shards that do not hold them: {_some(lost)}.")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def _some(names: Sequence[str], most: int = LISTED) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -26,9 +26,11 @@ LAYOUTS = items(record({"until": whole(), "slots": whole(1)}))
 
 
 def setting(name: str, value: Any) -> None:
-    """The value of an option, as far as every option's can be: a number, text, true or false, a list of text."""
+    """The value of an option, as far as every option's can be: a number, text, true or false, a data set, a list."""
     if isinstance(value, list):
-        items(file_path)(name, value)
+        items(_entry)(name, value)
+    elif isinstance(value, dict):
+        _entry(name, value)
     elif isinstance(value, str):
         file_path(name, value)
     elif isinstance(value, float):
@@ -37,10 +39,16 @@ def setting(name: str, value: Any) -> None:
         whole(-LARGEST_NUMBER, LARGEST_NUMBER)(name, value)
 
 
-def options(*paths: str) -> Check:
-    """The options of a run; ``paths`` name those that must be there and are paths."""
+def _entry(name: str, value: Any) -> None:
+    """Of a list: text, a number, or a data set with all that is said of it."""
+    (mapping(file_path) if isinstance(value, dict) else whole() if isinstance(value, int) else file_path)(name, value)
+
+
+def options(*paths: str, data: str | None = None) -> Check:
+    """The options of a run; ``paths`` name those that must be there and are paths, ``data`` its data sets'."""
     counted = {"num_processes": whole(1, MOST_PROCESSES), "gradient_accumulation_steps": whole(1)}
-    fields = record({**counted, **dict.fromkeys(paths, file_path)})
+    sets = {} if data is None else {data: setting}
+    fields = record({**counted, **dict.fromkeys(paths, file_path), **sets})
     values = mapping(setting)
 
     def check(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from vfun_cli import console, families
 from vfun_cli.commands.flags import Debug, Demo, Json
 from vfun_cli.commands.signature import with_options
+from vfun_cli.config.originals import settle
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from vfun_cli.run.messages import Outcome
 
 
-@with_options("train", ignored_flags=True, choosing_flags=True)
+@with_options("train", choosing_flags=True)
 def cache(
     given: dict[str, Any],
+    originals: dict[str, str | bool],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every entry of the cache, and encode nothing.", show_default=False)
@@ -47,6 +49,8 @@ def cache(
         raise ConfigError("--verify only reads, --prune deletes before it fills.", hint="Drop one of them.")
     needs_demo = demo and not verify  # making the demo loads torch
     resolved = resolve("train", spec, given, demo=demo_default.make(spec) if needs_demo else None)
+    for notice in settle(originals, spec, resolved.config):
+        console.hint(notice)
     folder = resolved.config.cache
     if folder is None:
         raise ConfigError("no cache is named.", hint="Name its folder with --cache.")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vfun_cli import console
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, Json, Overwrite, typed_name, typed_path
 from vfun_cli.errors import ConfigError
@@ -61,6 +62,16 @@ def export_bf16(
             show_default=False,
         ),
     ] = None,
+    transformer: Annotated[
+        Path | None,
+        typer.Option(
+            "--transformer-path",
+            parser=typed_path,
+            metavar="PATH",
+            help="The transformer that the run started from by this option, if it has moved.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     demo: Demo = False,
     json: Json = False,
@@ -83,6 +94,7 @@ def export_bf16(
         output_dir=defaults.output_dir(demo=demo),
         model=model,
         default_model=None if model else defaults.model_directory(),
+        given=Given(transformer=transformer),
     )
     form = exporting.Form(
         format=format, dtype=dtype, merge=merge, ema=ema, max_shard_size=max_shard_size, overwrite=overwrite

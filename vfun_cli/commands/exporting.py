@@ -4,7 +4,7 @@ It knows families and where models lie; the writers in ``checkpoints`` know neit
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,18 @@ def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
     """
     from vfun_cli.checkpoints import export as model_export
 
-    sources = (trained.path, trained.model, *RunDir(trained.path.absolute().parent).own_files())
+    places = [place for _, place in trained.given.named()]
+    sources = (trained.path, trained.model, *places, *RunDir(trained.path.absolute().parent).own_files())
     model_export.check_output(output, form.dtype, overwrite=form.overwrite, sources=sources)
     result = _written(trained, output, form)
-    model_export.record_origin(output, family=trained.spec.name, model=trained.model, train_mode=trained.train_mode)
+    whole = not trained.is_lora or form.merge
+    model_export.record_origin(
+        output,
+        family=trained.spec.name,
+        model=trained.model,
+        given=replace(trained.given, transformer=None) if whole else trained.given,
+        train_mode=trained.train_mode,
+    )
     return result
 
 
@@ -83,6 +91,7 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
             trained.path,
             output,
             base_dir=trained.transformer_dir,
+            given=trained.given_tensors(),
             released=trained.released,
             max_shard_size=form.max_shard_size,
             dtype=form.dtype,
@@ -93,6 +102,7 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
         trained.path,
         output,
         base_dir=trained.transformer_dir,
+        given=trained.given_tensors(),
         names=trained.released,
         output_names=unchanged if form.format == "same" else trained.spec.export.names[form.format],
         max_shard_size=form.max_shard_size,

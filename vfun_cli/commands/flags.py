@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vfun_cli.config.options import at_home
+from vfun_cli.files import at_home
 
 FAMILY_HELP = "Model family, e.g. wan-s2v; without it the families are listed."
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vfun_cli import console
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands.flags import Debug, Demo, Json, typed_name, typed_path
 
 
@@ -44,7 +45,7 @@ def generate(
             "--meta",
             parser=typed_path,
             metavar="FILE",
-            help="Rows to make videos of: metadata as for training, or the .json beside a video.",
+            help="Rows to make videos of: metadata or a folder as for training, or the .json beside a video.",
             show_default=False,
         ),
     ] = None,
@@ -120,6 +121,26 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    transformer: Annotated[
+        Path | None,
+        typer.Option(
+            "--transformer-path",
+            parser=typed_path,
+            metavar="PATH",
+            help="Weights instead of the model directory's transformer, by default those that the run started from.",
+            show_default=False,
+        ),
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            "--vae-path",
+            parser=typed_path,
+            metavar="PATH",
+            help="The same instead of its VAE.",
+            show_default=False,
+        ),
+    ] = None,
     num_processes: Annotated[
         int, typer.Option("--num-processes", min=1, metavar="N", help="Processes that share the videos, a GPU each.")
     ] = 1,
@@ -159,7 +180,16 @@ def generate(
         "seed": seed,
     }  # fmt: skip
     job = generating.decide(
-        generating.Named(name=source, lora=lora, strength=lora_strength, model=model, ema=ema, base=compare, demo=demo),
+        generating.Named(
+            name=source,
+            lora=lora,
+            strength=lora_strength,
+            model=model,
+            given=Given(transformer=transformer, vae=vae),
+            ema=ema,
+            base=compare,
+            demo=demo,
+        ),
         generating.Wishes(
             prompts=prompt or [],
             media={name: paths for name, paths in media.items() if paths},

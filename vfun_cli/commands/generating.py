@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfun_cli import console, families
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands import defaults
 from vfun_cli.demo import default as demo_default
 from vfun_cli.devices import check_processes, gpu_count
@@ -42,6 +43,7 @@ class Named:
     lora: Path | None
     strength: float | None
     model: Path | None
+    given: Given
     ema: bool
     base: str | None
     demo: bool
@@ -112,7 +114,7 @@ def _source(named: Named) -> Source:
         name = name if family is None else str(demo_default.make_model(family))
     return find_source(
         name, output_dir=output_dir, model=named.model, default_model=defaults.model_directory(), lora=named.lora,
-        strength=named.strength, ema=named.ema,
+        strength=named.strength, ema=named.ema, given=named.given,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from vfun_cli.commands.flags import Debug, Demo, Json, typed_path
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.checks import check_step
 from vfun_cli.config.options import MOST_RANKS, RunConfig
-from vfun_cli.config.resolve import HERE, Resolved, resolve
+from vfun_cli.config.resolve import HERE, Resolved, is_default, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families.detect import read_dims_if_there
@@ -29,10 +29,8 @@ def plan_buckets(
     given: dict[str, Any],
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Model family, e.g. wan-s2v.", show_default=False)],
     meta: Annotated[
-        Path | None,
-        typer.Option(
-            "--meta", parser=typed_path, metavar="PATH", help="Short for --train-data-meta.", show_default=False
-        ),
+        list[str] | None,
+        typer.Option("--meta", metavar="PATH", help="Short for --train-data-meta.", show_default=False),
     ] = None,
     world_size: Annotated[
         int | None,
@@ -90,7 +88,7 @@ def plan_buckets(
         from vfun_cli.plan.picture import require_picture
 
         require_picture(plot_to)
-    if meta is not None:
+    if meta:
         given["train_data_meta"] = meta
     command = "lora" if lora else "train"
     if {"memory", "gpu"} & given.keys():  # of GPUs that need not be here
@@ -101,7 +99,9 @@ def plan_buckets(
     model = config.pretrained_model_name_or_path
     if model is not None and not model.is_dir():
         console.hint(f"{model} is not here: planned with the dimensions of the largest {spec.name} release")
-    if resolved.sources["train_data_meta"] == f"{spec.name} default" and not Path(str(config.train_data_meta)).exists():
+    if is_default(resolved.sources["train_data_meta"]) and not any(
+        each.meta.exists() for each in config.train_data_meta
+    ):
         if why_clip is not None or plot_to is not None:
             raise ConfigError("--why and --plot need clips.", hint="Name the metadata with --meta.")
         _show_sizes(command, spec, resolved, ranks, as_json=json)
@@ -164,14 +164,15 @@ def _draw(plan: "RunPlan", epoch: "EpochPlan", target: Path) -> None:
 
 def _explain(config: RunConfig, plan: "RunPlan", planned: "list[EpochPlan]", clip: str, *, as_json: bool) -> None:
     """One clip, from its file to its bucket."""
-    from vfun_cli.metadata.records import find_row, read_metadata
+    from vfun_cli.metadata.records import find_row
     from vfun_cli.plan.report import why, why_lines
+    from vfun_cli.plan.sets import read_rows
 
-    assert config.train_data_meta is not None
-    metadata = read_metadata(config.train_data_meta)
+    metadata = read_rows(config)
     row = find_row(metadata, clip, [field.name for field in plan.spec.fields])
     story = why(plan, row, planned)
     story["file"] = next(record.fields.get("file_path") for record in metadata.records if record.row == row)
+    story["place"] = metadata.place(row)
     if as_json:
         console.print_json(story)
     else:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vfun_cli import console
 from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
-from vfun_cli.config.options import IGNORED_FLAGS, Opt, default_of, options, plain_kind
+from vfun_cli.config.options import Opt, default_of, options, plain_kind
+from vfun_cli.config.originals import FLAGS
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import FAMILIES
@@ -68,24 +68,28 @@ def _spaced(arguments: Sequence[str], position: int) -> list[str]:
     return list(takewhile(lambda word: not word.startswith("-"), arguments[position + 1 :]))
 
 
-def with_options(
-    command: str, *, ignored_flags: bool = False, choosing_flags: bool = False
-) -> Callable[[Command], Command]:
+def with_options(command: str, *, choosing_flags: bool = False) -> Callable[[Command], Command]:
     """Give a command the options declared for it; the body receives those typed, in ``given``.
 
-    The body's own parameters stay. ``given`` holds option values by name, only those that were typed.
+    The body's own parameters stay. ``given`` holds option values by name, only those that were typed. A body with a
+    parameter ``originals`` takes the original scripts' other flags too, and receives those typed in it.
     """
 
     def decorate(body: Command) -> Command:
-        own = [parameter for parameter in inspect.signature(body).parameters.values() if parameter.name != "given"]
-        declared = _parameters(command, ignored_flags=ignored_flags, choosing_flags=choosing_flags)
+        received = inspect.signature(body).parameters
+        own = [parameter for name, parameter in received.items() if name not in ("given", "originals")]
+        declared = _parameters(command, choosing_flags=choosing_flags)
+        others = [_original_flag(name) for name in FLAGS] if "originals" in received else []
 
         @functools.wraps(body)
         def run(**values: Any) -> None:
-            typed = {name: values.pop(name) for name in [parameter.name for parameter in declared]}
+            typed = {parameter.name: values.pop(parameter.name) for parameter in declared}
+            flags = {parameter.name: values.pop(parameter.name) for parameter in others}
+            if others:
+                values["originals"] = {name: value for name, value in flags.items() if value is not None}
             body(given=_given(typed), **values)
 
-        parameters = [*own, *declared]
+        parameters = [*own, *declared, *others]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -103,13 +107,10 @@ def _given(typed: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"more than one {option} was asked for: {', '.join(sorted(chosen))}.", hint="Keep one.")
         if chosen:
             given[option] = chosen.pop()
-    for name in IGNORED_FLAGS:
-        if given.pop(name, None) is not None:
-            console.hint(f"--{name.replace('_', '-')} has no effect: {IGNORED_FLAGS[name]}.")
     return given
 
 
-def _parameters(command: str, *, ignored_flags: bool, choosing_flags: bool) -> list[inspect.Parameter]:
+def _parameters(command: str, *, choosing_flags: bool) -> list[inspect.Parameter]:
     found = []
     if choosing_flags:
         for option, flags in CHOOSING_FLAGS.items():
@@ -117,12 +118,12 @@ def _parameters(command: str, *, ignored_flags: bool, choosing_flags: bool) -> l
             found += [_flag(name, panel, _flag_help(name, f"--{option} {value}")) for name, value in flags.items()]
     for name, (_, kind, opt) in options(command).items():
         found.append(_parameter(name, kind, opt))
-    if ignored_flags:
-        for name in IGNORED_FLAGS:
-            kind = str if name == "config_path" else bool
-            declaration = typer.Option(_long(name), hidden=True)
-            found.append(_keyword(name, Annotated[kind | None, declaration]))
     return found
+
+
+def _original_flag(name: str) -> inspect.Parameter:
+    kind = bool if FLAGS[name].switch else str
+    return _keyword(name, Annotated[kind | None, typer.Option(_long(name), hidden=True)])
 
 
 def _flag_help(name: str, meant: str) -> str:
@@ -140,7 +141,7 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     default = default_of(name)
     if isinstance(default, bool):
         default = "on" if default else "off"
-    if default not in (None, ()):
+    if default not in (None, (), ""):
         shown = ",".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}, unless the family says otherwise]"
     if opt.switch is not None:

@@ -11,6 +11,7 @@ import typer
 from vfun_cli import console, families
 from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite, typed_name
 from vfun_cli.commands.signature import with_options
+from vfun_cli.config.originals import settle
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
@@ -19,9 +20,10 @@ from vfun_cli.launch.preemption import nothing_to_save
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
 
 
-@with_options("train", ignored_flags=True, choosing_flags=True)
+@with_options("train", choosing_flags=True)
 def train(
     given: dict[str, Any],
+    originals: dict[str, str | bool],
     family: Family = None,
     demo: Demo = False,
     dry_run: DryRun = False,
@@ -34,12 +36,13 @@ def train(
     Examples: [bold]vfun train wan-s2v --fsdp[/bold] · [bold]vfun train wan-s2v --fsdp --demo[/bold] ·
     [bold]vfun train wan-s2v --zero3 --dry-run[/bold]
     """
-    _run("train", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+    _run("train", family, given, originals, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
-@with_options("lora", ignored_flags=True, choosing_flags=True)
+@with_options("lora", choosing_flags=True)
 def lora(
     given: dict[str, Any],
+    originals: dict[str, str | bool],
     family: Family = None,
     demo: Demo = False,
     dry_run: DryRun = False,
@@ -52,13 +55,14 @@ def lora(
     Examples: [bold]vfun lora cogvideox-fun[/bold] · [bold]vfun lora wan-s2v --rank 32 --fsdp[/bold] ·
     [bold]vfun lora cogvideox-fun --demo[/bold]
     """
-    _run("lora", family, given, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+    _run("lora", family, given, originals, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
 def _run(
     command: str,
     family: str | None,
     given: dict[str, Any],
+    originals: dict[str, str | bool],
     *,
     demo: bool,
     dry_run: bool,
@@ -81,6 +85,8 @@ def _run(
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
         resolved = resolve(command, spec, given, demo=layer)
+        for notice in settle(originals, spec, resolved.config):
+            console.hint(notice)
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
         found, earlier = None, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's

@@ -1,7 +1,7 @@
 """What options refuse each other: checked once, on the resolved configuration, before anything is read or started."""
 
 from vfun_cli.config import optimizers
-from vfun_cli.config.options import ENDING_SCHEDULERS, RunConfig, default_of, parse
+from vfun_cli.config.options import ENDING_SCHEDULERS, TIMESTEP_DENSITIES, RunConfig, default_of, parse
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
 from vfun_cli.families.spec import FamilySpec, ModelDims
@@ -22,6 +22,8 @@ def check(config: RunConfig, spec: FamilySpec, *, command: str) -> None:
     _check_optimizer(config)
     _check_schedule(config)
     _check_conditioning(config, spec)
+    _check_sizes(config, spec)
+    _check_objective(config, spec)
     _check_validation(config)
     if command == "lora":
         _check_lora(config, spec)
@@ -134,6 +136,96 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
         raise ConfigError(f"{spec.name} has no choice of loss_type.", hint="Leave --loss-type out.")
     if image != default_of("control_ref_image") and image not in spec.reference_images:
         raise ConfigError(f"{spec.name} has no choice of control_ref_image.", hint="Leave --control-ref-image out.")
+
+
+def _check_sizes(config: RunConfig, spec: FamilySpec) -> None:
+    """One size for all clips that they can have, and nothing beside it that chooses another."""
+    size, grid = config.fix_sample_size, spec.plan.grid
+    choosing = {
+        "random_hw_adapt": config.random_hw_adapt,
+        "training_with_video_token_length": config.training_with_video_token_length,
+        "random_ratio_crop": config.random_ratio_crop,
+    }
+    if size and len(size) != 2:
+        raise ConfigError(
+            f"fix_sample_size is {' '.join(map(str, size))}; it takes a height and a width.",
+            hint="For example --fix-sample-size 480 832.",
+            option="--fix-sample-size",
+        )
+    nearest = tuple(max(1, round(side / step)) * step for side, step in zip(size, grid, strict=False))
+    if size != nearest:
+        raise ConfigError(
+            f"fix_sample_size is {size[0]} {size[1]}; {spec.name} needs a height that is a multiple of {grid[0]} and a "
+            f"width that is one of {grid[1]}.",
+            hint=f"The nearest is --fix-sample-size {nearest[0]} {nearest[1]}.",
+            option="--fix-sample-size",
+        )
+    for name, chooses in choosing.items():
+        if size and chooses:
+            raise ConfigError(
+                f"fix_sample_size gives every clip one size, {name} gives it several.",
+                hint=f"Drop --fix-sample-size, or --{name.replace('_', '-')}.",
+                option=f"--{name.replace('_', '-')}",
+            )
+    if config.random_ratio_crop and not config.enable_bucket:
+        raise ConfigError(
+            "random_ratio_crop draws an aspect ratio, but without enable_bucket every clip is cropped to a square.",
+            hint="Drop --no-enable-bucket, or --random-ratio-crop.",
+            option="--random-ratio-crop",
+        )
+    if size and not config.enable_bucket:
+        raise ConfigError(
+            "fix_sample_size gives every clip one size, without enable_bucket it is cropped to a square of another.",
+            hint="Drop --no-enable-bucket, or --fix-sample-size.",
+            option="--fix-sample-size",
+        )
+
+
+def _check_objective(config: RunConfig, spec: FamilySpec) -> None:
+    """No weights and densities of another objective, and no setting of what is off."""
+    scheme = config.weighting_scheme
+    if scheme != "none" and spec.model.objective != "flow-matching":
+        raise ConfigError(
+            f"weighting_scheme {scheme} is about the noise levels of flow matching; {spec.name} trains by denoising "
+            "diffusion.",
+            hint="Leave --weighting-scheme out.",
+            option="--weighting-scheme",
+        )
+    if scheme in TIMESTEP_DENSITIES and config.uniform_sampling:
+        raise ConfigError(
+            f"weighting_scheme {scheme} says how often each timestep is drawn, and uniform_sampling draws all alike.",
+            hint="Add --no-uniform-sampling, or drop --weighting-scheme.",
+            option="--weighting-scheme",
+        )
+    for name, needs, value, switch in (
+        ("logit_mean", "weighting_scheme", "logit_normal", "--weighting-scheme logit_normal --no-uniform-sampling"),
+        ("logit_std", "weighting_scheme", "logit_normal", "--weighting-scheme logit_normal --no-uniform-sampling"),
+        ("mode_scale", "weighting_scheme", "mode", "--weighting-scheme mode --no-uniform-sampling"),
+        ("motion_sub_loss_ratio", "motion_sub_loss", True, "--motion-sub-loss"),
+        ("noise_share_in_frames_ratio", "noise_share_in_frames", True, "--noise-share-in-frames"),
+    ):
+        if getattr(config, name) != default_of(name) and getattr(config, needs) != value:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, which has no effect without {needs}"
+                f"{'' if value is True else f' {value}'}.",
+                hint=f"Drop it, or add {switch}.",
+                option=f"--{name.replace('_', '-')}",
+            )
+
+
+def check_guidance(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> None:
+    """Refuse an embedded guidance of a model that is not told any.
+
+    Raises:
+        ConfigError: it would have no effect.
+    """
+    if config.guidance_scale != default_of("guidance_scale") and not spec.model.embedded_guidance(dims):
+        raise ConfigError(
+            f"guidance_scale is {config.guidance_scale:g}, but this {spec.name} has no embedded guidance: it is told "
+            "no scale while it trains.",
+            hint="Leave it out; of samples, --validation-guidance is the scale.",
+            option="--guidance-scale",
+        )
 
 
 def _check_validation(config: RunConfig) -> None:

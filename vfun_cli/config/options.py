@@ -7,16 +7,22 @@ from the annotated fields of :class:`RunConfig`.
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from vfun_cli.checkpoints.given import Given
+from vfun_cli.config.datasets import DataSet, parse_data_sets, sets_over_paths, sets_to_json
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean, first_line
+from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.files import at_home
+from vfun_cli.metadata.fields import odd_sign
+from vfun_cli.modeling.captions import CAPTION_DROPOUT
 
 MODEL = "Model"
 DATA = "Data"
@@ -46,6 +52,8 @@ class Opt:
     panel: str
     unit: str = ""
     choices: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Values that the original scripts take and that are no choice here, and why."""
     switch: tuple[str, str] | None = None
     """What the option means as a switch, off and on: ``--no-name`` or false, ``--name`` alone or true."""
     variables: tuple[str, ...] = ()
@@ -58,7 +66,7 @@ class Opt:
     below: float | None = None
     """A number must be less than this."""
     verbatim: bool = False
-    """The entries of a list are taken as they stand: a comma belongs to them."""
+    """A text is taken as it stands, blanks around it included; so is each entry of a list, commas included."""
     commands: tuple[str, ...] = TRAIN
     on_resume: ResumeEffect = "trajectory"
     """What a changed value means for a resumed run: another trajectory, nothing, the same steps spread otherwise,
@@ -87,9 +95,14 @@ MOST_RANKS = 100_000
 DEFAULT_VARIANTS = 4
 """Starts and sizes of a clip that a cache holds: as many times the disk of one, and random enough for a fine-tune."""
 
+TRACKERS = ("tensorboard", "wandb", "swanlab")
+"""What curves can be written to; each is the name of its Python package."""
+
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 ENDING_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """Those that fall until the end of the run, so that each rate depends on its length."""
+TIMESTEP_DENSITIES = ("logit_normal", "mode")
+"""Values of ``weighting_scheme`` that decide how often a timestep is drawn; the others, how much it counts."""
 LR_SCHEDULERS = ("constant", "constant_with_warmup", *ENDING_SCHEDULERS)
 
 
@@ -111,10 +124,41 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = None
+    transformer_path: Annotated[
+        Path | None,
+        Opt(
+            help="Start from these weights instead of the model directory's transformer: a file or a folder, such as "
+            "an export. Every tensor must fit.",
+            panel=MODEL,
+            on_resume="contents",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    vae_path: Annotated[
+        Path | None,
+        Opt(
+            help="Encode, and decode samples, with these weights instead of those of the model directory's VAE: a file "
+            "or a folder. Every tensor must fit.",
+            panel=MODEL,
+            on_resume="contents",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        Opt(
+            help="Take the defaults of other documents of the original scripts: 2026 for those of May 2026; "
+            "docs/families.md says what moved.",
+            panel=MODEL,
+            on_resume="harmless",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
     train_data_dir: Annotated[
         Path | None,
         Opt(
-            help="Folder that the paths in the metadata start from.",
+            help="Folder that the paths in metadata files start from; by default the file's own, of each set. "
+            "Those of a folder start from itself.",
             panel=DATA,
             variables=("DATASET_NAME",),
             on_resume="contents",
@@ -122,15 +166,17 @@ class RunConfig:
         ),
     ] = None
     train_data_meta: Annotated[
-        Path | None,
+        tuple[DataSet, ...],
         Opt(
-            help="Metadata: a JSON list, JSON lines or CSV.",
+            help="Metadata: a folder of media, or a JSON list, JSON lines, CSV or Parquet (docs/data.md). Repeated, "
+            "several sets: with PATH:2 an epoch shows each clip of the set twice, with PATH:0.5 half of them. [[data]] "
+            "tables in vfun.toml say more.",
             panel=DATA,
             variables=("DATASET_META_NAME",),
             on_resume="contents",
             commands=PLAN_COMMANDS,
         ),
-    ] = None
+    ] = ()
     video_repeat: Annotated[
         int,
         Opt(
@@ -260,6 +306,26 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = False
+    fix_sample_size: Annotated[
+        tuple[int, ...],
+        Opt(
+            help="Train every clip at this one height and width, scaled to cover it and cropped, whatever the sizes "
+            "above; random_hw_adapt and training_with_video_token_length are off then.",
+            panel=BUCKETS,
+            unit="pixels",
+            minimum=1,
+            maximum=16_384,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ()
+    random_ratio_crop: Annotated[
+        bool,
+        Opt(
+            help="Crop each clip to an aspect ratio drawn anew in each epoch, instead of the one nearest to its own.",
+            panel=BUCKETS,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = False
     random_frame_crop: Annotated[
         bool,
         Opt(help="Draw a shorter clip now and then, to train on many lengths.", panel=BUCKETS, commands=PLAN_COMMANDS),
@@ -302,6 +368,32 @@ class RunConfig:
             commands=PLAN_COMMANDS,
         ),
     ] = "first_frame"
+    caption_prefix: Annotated[
+        str,
+        Opt(
+            help="Text in front of every caption, such as a trigger word; a row without text trains with it alone.",
+            panel=CONDITIONING,
+            verbatim=True,
+            commands=PLAN_COMMANDS,
+        ),
+    ] = ""
+    caption_suffix: Annotated[
+        str,
+        Opt(help="Text behind every caption.", panel=CONDITIONING, verbatim=True, commands=PLAN_COMMANDS),
+    ] = ""
+    caption_dropout: Annotated[
+        float,
+        Opt(
+            help="Chance that a caption is left out, prefix and suffix with it, for classifier-free guidance.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = CAPTION_DROPOUT
+    shuffle_tags: Annotated[
+        bool,
+        Opt(help="Put what stands between the commas of a caption in another order every epoch.", panel=CONDITIONING),
+    ] = False
     loss_type: Annotated[
         str | None,
         Opt(
@@ -312,11 +404,67 @@ class RunConfig:
     uniform_sampling: Annotated[
         bool,
         Opt(
-            help="Timesteps uniform for every sample (accepted for the original scripts' sake: always so).",
+            help="Draw all timesteps alike, of every sample; off, with the density of weighting_scheme.",
             panel=CONDITIONING,
-            on_resume="harmless",
+            on_resume="harmless",  # by itself: what it turns on and off is a weighting_scheme
         ),
     ] = True
+    weighting_scheme: Annotated[
+        str,
+        Opt(
+            help="Of flow matching: weigh each sample by its noise (sigma_sqrt, cosmap), or draw timesteps with a "
+            "density (logit_normal, mode), which needs --no-uniform-sampling; docs/numerics.md has the formulas.",
+            panel=CONDITIONING,
+            choices=("none", "sigma_sqrt", "cosmap", *TIMESTEP_DENSITIES),
+        ),
+    ] = "none"
+    logit_mean: Annotated[
+        float,
+        Opt(
+            help="Mean of logit_normal; above 0, timesteps with less noise are drawn more often.",
+            panel=CONDITIONING,
+            minimum=-10,
+            maximum=10,
+        ),
+    ] = 0.0
+    logit_std: Annotated[
+        float, Opt(help="Standard deviation of logit_normal.", panel=CONDITIONING, above=0, maximum=10)
+    ] = 1.0
+    mode_scale: Annotated[
+        float,
+        Opt(
+            help="Scale of mode: 0 draws all alike, above it the middle more often, below it the ends.",
+            panel=CONDITIONING,
+            minimum=-1,
+            maximum=1.75,  # at -1 and 2 / (pi - 2) the density ends: beyond, positions leave the schedule
+        ),
+    ] = 1.29
+    motion_sub_loss: Annotated[
+        bool,
+        Opt(help="Make a share of the loss the error of what changes from frame to frame.", panel=CONDITIONING),
+    ] = False
+    motion_sub_loss_ratio: Annotated[float, Opt(help="That share.", panel=CONDITIONING, minimum=0, maximum=1)] = 0.25
+    noise_share_in_frames: Annotated[
+        bool, Opt(help="Let the noise of neighbouring latent frames resemble each other.", panel=CONDITIONING)
+    ] = False
+    noise_share_in_frames_ratio: Annotated[
+        float,
+        Opt(
+            help="How much of the frame before is mixed into the noise of a frame; 1: all frames have the same.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1,
+        ),
+    ] = 0.5
+    guidance_scale: Annotated[
+        float,
+        Opt(
+            help="Embedded guidance that HunyuanVideo trains at; its samples are made at 6 whatever this is.",
+            panel=CONDITIONING,
+            minimum=0,
+            maximum=1e3,
+        ),
+    ] = 6.0
 
     train_batch_size: Annotated[
         int, Opt(help="Clips in a micro-batch.", panel=OPTIMISATION, minimum=1, maximum=100_000, commands=PLAN_COMMANDS)
@@ -374,7 +522,13 @@ class RunConfig:
         ),
     ] = ()
     lr_scheduler: Annotated[
-        str, Opt(help="Shape of the learning rate over the run.", panel=OPTIMISATION, choices=LR_SCHEDULERS)
+        str,
+        Opt(
+            help="Shape of the learning rate over the run.",
+            panel=OPTIMISATION,
+            choices=LR_SCHEDULERS,
+            refused={"piecewise_constant": "its steps are rules that no flag of the original scripts can state"},
+        ),
     ] = "constant_with_warmup"
     lr_warmup_steps: Annotated[
         int, Opt(help="Linear warm-up from zero.", panel=OPTIMISATION, unit="steps", minimum=0, maximum=1e9)
@@ -438,6 +592,9 @@ class RunConfig:
             "float32. Left open, it is no on a CPU without units for bf16.",
             panel=OPTIMISATION,
             choices=("no", "bf16"),
+            refused={
+                "fp16": "its small gradients need a scaled loss, which vfun has not; the models are made for bf16"
+            },
             commands=PLAN_COMMANDS,
         ),
     ] = "bf16"
@@ -474,8 +631,8 @@ class RunConfig:
     validation_meta: Annotated[
         Path | None,
         Opt(
-            help="Metadata of rows to validate on; their paths start from train_data_dir too. Before the first step, "
-            "and as often as asked, their loss is computed.",
+            help="Metadata of rows to validate on, as for train_data_meta; paths in a file start from train_data_dir "
+            "too. Before the first step, and as often as asked, their loss is computed.",
             panel=VALIDATION,
             on_resume="harmless",
             commands=PLAN_COMMANDS,
@@ -807,12 +964,28 @@ class RunConfig:
     report_to: Annotated[
         str,
         Opt(
-            help="Beside metrics.jsonl: tensorboard, wandb or none.",
+            help="Where curves and samples go beside metrics.jsonl; all: to each of these that is installed.",
             panel=OUTPUT,
-            choices=("tensorboard", "wandb", "none"),
+            choices=(*TRACKERS, "all", "none"),
+            refused=dict.fromkeys(
+                ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "trackio"),
+                "accelerate knows it, and vfun does not write to it",
+            ),
             on_resume="harmless",
         ),
     ] = "tensorboard"
+    tracker_project_name: Annotated[
+        str,
+        Opt(help="Project of the run in wandb and swanlab.", panel=OUTPUT, on_resume="harmless"),
+    ] = "vfun"
+    logging_dir: Annotated[
+        str,
+        Opt(
+            help="Folder of what tensorboard, wandb and swanlab write, from output_dir.",
+            panel=OUTPUT,
+            on_resume="harmless",
+        ),
+    ] = "logs"
 
     memory: Annotated[
         str | None,
@@ -886,6 +1059,15 @@ class RunConfig:
             commands=LORA_COMMANDS,
         ),
     ] = ()
+    lora_skip_name: Annotated[
+        tuple[str, ...],
+        Opt(
+            help="Parts of layer names that get no adapter, of those that target_name chooses; comma-separated, the "
+            "model's names or the released ones.",
+            panel=LORA,
+            commands=LORA_COMMANDS,
+        ),
+    ] = ()
     network_path: Annotated[
         Path | None,
         Opt(
@@ -916,6 +1098,11 @@ class RunConfig:
     ] = "bf16"
 
     @property
+    def given_weights(self) -> Given:
+        """Weights that were named instead of the model directory's."""
+        return Given(transformer=self.transformer_path, vae=self.vae_path)
+
+    @property
     def bf16(self) -> bool:
         """Whether the transformer computes in bf16; else in float32."""
         return self.mixed_precision == "bf16"
@@ -936,6 +1123,13 @@ class RunConfig:
         return self.validation_meta is not None or self.validation_rows is not None
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where curves go, by name."""
+        if self.report_to == "all":
+            return tuple(name for name in TRACKERS if find_spec(name) is not None)
+        return (self.report_to,) if self.report_to in TRACKERS else ()
+
+    @property
     def validates(self) -> bool:
         """Whether there is anything to validate on."""
         given = (
@@ -945,37 +1139,29 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values by option name."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def absolute(self) -> "RunConfig":
         """The same with every path from the root: what it means wherever it is read."""
         paths: dict[str, Any] = {name: path.absolute() for name, path in vars(self).items() if isinstance(path, Path)}
         for name in LISTS_OF_PATHS:
             paths[name] = tuple(str(at_home(path).absolute()) for path in getattr(self, name))
-        return replace(self, **paths)
+        sets = tuple(each.over_paths(Path.absolute) for each in self.train_data_meta)
+        return replace(self, **paths, train_data_meta=sets)
 
     def moved(self, before: Path, after: Path) -> "RunConfig":
         """The same with every path below one folder as it is below another."""
-        paths: dict[str, Any] = {
-            name: after / path.relative_to(before)
-            for name, path in vars(self).items()
-            if isinstance(path, Path) and path.is_relative_to(before)
-        }
-        return replace(self, **paths)
+
+        def place(path: Path) -> Path:
+            return after / path.relative_to(before) if path.is_relative_to(before) else path
+
+        paths: dict[str, Any] = {name: place(path) for name, path in vars(self).items() if isinstance(path, Path)}
+        return replace(self, **paths, train_data_meta=tuple(each.over_paths(place) for each in self.train_data_meta))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`to_json`; an unknown name is a ConfigError."""
         return cls(**{name: parse(name, value, f"the option {name}") for name, value in values.items()})
-
-
-# Flags of the original scripts that vfun does not need: taken, named in a notice, without effect.
-IGNORED_FLAGS: dict[str, str] = {
-    "config_path": "the model directory's own configuration is used",
-    "use_peft_lora": "LoRA always goes through peft",
-    "add_full_ref_image_in_self_attention": "the reference is fed wherever the checkpoint has ref_conv",
-    "keep_all_node_same_token_length": "the plan gives all ranks equal cost anyway",
-}
 
 
 Declared = tuple[Field[Any], Any, Opt]
@@ -987,10 +1173,10 @@ def options(command: str | None = None) -> Mapping[str, Declared]:
     """Every option (of one command) by name."""
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     found = {}
-    for field in fields(RunConfig):
-        kind, opt = get_args(hints[field.name])
+    for declared in fields(RunConfig):
+        kind, opt = get_args(hints[declared.name])
         if command is None or command in opt.commands:
-            found[field.name] = (field, kind, opt)
+            found[declared.name] = (declared, kind, opt)
     return MappingProxyType(found)
 
 
@@ -1038,18 +1224,31 @@ def parse(name: str, value: Any, where: str) -> Any:
 
 def _parsed(name: str, value: Any, where: str) -> Any:
     _, kind, opt = options()[name]
+    if DataSet in get_args(kind):
+        return parse_data_sets(value, where)
+    if opt.verbatim and plain_kind(kind) is str:
+        return _as_typed(value, where)
     if opt.verbatim:
         return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
     parsed = _convert(kind, value if opt.switch is None else _switched(value, opt.switch), where)
     if parsed is not None and opt.choices and parsed not in opt.choices and parsed != default_of(name):
-        raise ConfigError(
-            f"{where} is {parsed!r}; choose one of: {', '.join(opt.choices)}.{did_you_mean(str(parsed), opt.choices)}",
-        )
+        why = f": {opt.refused[parsed]}" if parsed in opt.refused else ""
+        near = "" if why else did_you_mean(str(parsed), opt.choices)
+        raise ConfigError(f"{where} is {parsed!r}{why}; choose one of: {', '.join(opt.choices)}.{near}")
     if isinstance(parsed, float) and not math.isfinite(parsed):
         raise ConfigError(f"{where} is {parsed}; it takes a finite number.")
-    if isinstance(parsed, int | float):
-        _check_range(parsed, opt, where)
+    for number in parsed if isinstance(parsed, tuple) else (parsed,):
+        if isinstance(number, int | float):
+            _check_range(number, opt, where)
     return parsed
+
+
+def _as_typed(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is {value!r}; it takes text, in quotes.")
+    if odd := odd_sign(value):
+        raise ConfigError(f"{where} holds {odd!a}, which no caption has.")
+    return value
 
 
 def _check_range(value: float, opt: Opt, where: str) -> None:
@@ -1080,10 +1279,11 @@ def plain_kind(kind: Any) -> type:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is types.UnionType and value is None:
         return None
-    kind = plain_kind(kind)
+    arms, kind = get_args(kind), plain_kind(kind)
     if kind is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).split(",")
-        return tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
+        items = value if isinstance(value, list | tuple) else (value,)
+        parts = (part.strip() for item in items for part in str(item).split(","))
+        return tuple(_convert(arms[0], part, where) for part in parts if part)
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -1102,20 +1302,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
 
 
-def at_home(path: str | Path) -> Path:
-    """A path as people write it, with ~ for their home directory wherever no shell has replaced it.
-
-    Raises:
-        ValueError: it is empty, or there is no such home directory.
-    """
-    if not str(path) or "\0" in str(path):
-        raise ValueError("it is empty, or holds a zero byte")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {first_line(error)}") from None
-
-
 _BOOLEAN_WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off"), False),
@@ -1128,4 +1314,13 @@ def plain(value: Any) -> Any:
     """As JSON has it."""
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return sets_to_json(value) if value and isinstance(value[0], DataSet) else list(value)
+    return value
+
+
+def over_paths(name: str, value: Any, change: Callable[[Path], Path]) -> Any:
+    """A value as JSON has it, of an option that names files or folders, with these changed."""
+    if DataSet in get_args(options()[name][1]):
+        return sets_over_paths(value, change)
+    return str(change(Path(value))) if isinstance(value, str) else value

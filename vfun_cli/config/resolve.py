@@ -7,18 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vfun_cli import devices
+from vfun_cli import console, devices
 from vfun_cli.config.checks import check
+from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import open_bounded
+from vfun_cli.metadata.records import root_of
 
 SETTINGS_FILE = "vfun.toml"
 LARGEST_TOML = 1 << 20
 """Bytes: all options with comments are a hundredth of it."""
+
+DATA_TABLES = "data"
+"""Key of tables that name the data sets, one each."""
 
 OPTION = "option"
 """The layer of what was typed."""
@@ -26,11 +31,15 @@ OPTION = "option"
 HERE = "this machine"
 """The source of what was left open and follows from the machine; a reason worth a word comes after a colon."""
 
+CHOOSING_SIZES = ("random_hw_adapt", "training_with_video_token_length")
+"""Options of clips that have several sizes."""
+
 FOLLOWS: Mapping[str, tuple[str, str]] = {
     "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
     "image_sample_size": ("video_sample_size", "video_sample_size"),
     "cache_variants": ("cache", "default with a cache"),
     "mixed_precision": ("device", f"{HERE}: its processor has no units for bf16"),
+    **dict.fromkeys(CHOOSING_SIZES, ("fix_sample_size", "fix_sample_size")),
 }
 """Options that follow from another where nothing was said: which one, and what their source is called then."""
 
@@ -48,11 +57,7 @@ class Resolved:
     @property
     def said(self) -> set[str]:
         """Options that somebody has set for this launch: typed, exported or written down."""
-        return {
-            name
-            for name, source in self.sources.items()
-            if source == OPTION or source.startswith("$") or SETTINGS_FILE in source
-        }
+        return {name for name, source in self.sources.items() if is_said(source)}
 
     def settled(self, options: Mapping[str, Any], why: str) -> "Resolved":
         """With values of options that were left open. ``why``: their source from now on."""
@@ -94,14 +99,23 @@ def is_default(source: str) -> bool:
     return source.endswith("default")
 
 
-def family_defaults(command: str, spec: FamilySpec, strategy: str) -> RunConfig:
-    """What a command of a family trains with where nothing is said but the strategy."""
-    config, _ = _merge(_default_layers(command, spec, strategy))
+def is_said(source: str) -> bool:
+    """Whether somebody has set a value with this source for this launch: typed, exported or written it down."""
+    return source == OPTION or source.startswith("$") or SETTINGS_FILE in source
+
+
+def family_defaults(command: str, spec: FamilySpec, strategy: str, preset: str | None = None) -> RunConfig:
+    """What a command of a family trains with where nothing is said but the strategy and the preset."""
+    config, _ = _merge(_default_layers(command, spec, strategy, preset))
     return config
 
 
-def _default_layers(command: str, spec: FamilySpec, strategy: str) -> list[Layer]:
-    """What holds where nothing is said, the weakest first."""
+def _default_layers(command: str, spec: FamilySpec, strategy: str, preset: str | None) -> list[Layer]:
+    """What holds where nothing is said, the weakest first.
+
+    Raises:
+        ConfigError: the family has no such preset.
+    """
     defaults = spec.defaults
     layers: list[Layer] = [
         ("default", _own_defaults()),
@@ -111,6 +125,17 @@ def _default_layers(command: str, spec: FamilySpec, strategy: str) -> list[Layer
         layers.append((f"{spec.name} {strategy} default", defaults.by_strategy[strategy]))
     if command == "lora":
         layers.append((f"{spec.name} LoRA default", defaults.lora))
+    if preset is not None:
+        if preset not in defaults.presets:
+            raise ConfigError(
+                f"{spec.name} has no preset {preset!r}.{did_you_mean(preset, defaults.presets)}",
+                hint=f"Its presets: {', '.join(defaults.presets)}.",
+                option="--preset",
+            )
+        moved = defaults.presets[preset]
+        layers.append((f"{spec.name} {preset} default", moved.train))
+        if command == "lora":
+            layers.append((f"{spec.name} {preset} LoRA default", moved.lora))
     return layers
 
 
@@ -138,8 +163,13 @@ def _layers(
     said.append((OPTION, given))
     if base is not None:
         return [("default", _own_defaults()), ("run.json", base), *said]
-    strategy = next((layer["strategy"] for _, layer in reversed(said) if "strategy" in layer), "auto")
-    return [*_default_layers(command, spec, strategy), *said]
+    strategy, preset = _last_word(said, "strategy", "auto"), _last_word(said, "preset", None)
+    return [*_default_layers(command, spec, strategy, None if preset is None else str(preset)), *said]
+
+
+def _last_word(layers: Sequence[Layer], name: str, otherwise: Any) -> Any:
+    """The strongest value of an option that decides which defaults hold."""
+    return next((layer[name] for _, layer in reversed(layers) if name in layer), otherwise)
 
 
 def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
@@ -156,25 +186,56 @@ def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
 def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """Values that follow from others where nothing was said; notes their sources."""
     found: dict[str, Any] = {}
-    if is_default(sources["train_data_dir"]) and not is_default(sources["train_data_meta"]):
-        assert config.train_data_meta is not None
-        found["train_data_dir"] = config.train_data_meta.parent
+    if config.train_data_meta and not is_default(sources["train_data_meta"]):
+        typed = sources["train_data_dir"] == OPTION
+        stated = None if is_default(sources["train_data_dir"]) else config.train_data_dir
+        roots = [root_of_set(each, stated, typed=typed) for each in config.train_data_meta]
+        if len(roots) > 1:
+            sets = zip(config.train_data_meta, roots, strict=True)
+            config = replace(config, train_data_meta=tuple(replace(each, root=root) for each, root in sets))
+            root = stated
+        else:
+            (root,) = roots
+        if root != config.train_data_dir or stated is None:
+            found["train_data_dir"] = root
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
         found["cache_variants"] = DEFAULT_VARIANTS
     if config.device == "cpu" and is_default(sources["mixed_precision"]) and not devices.multiplies_bf16():
         found["mixed_precision"] = "no"
+    if config.fix_sample_size:
+        found |= dict.fromkeys(CHOOSING_SIZES, False)
+        typed_too = [name for name in CHOOSING_SIZES if is_said(sources[name]) and getattr(config, name)]
+        if typed_too:  # as the original scripts type and take them
+            console.warn(f"fix_sample_size gives every clip one size: no effect of {' and '.join(typed_too)}.")
     sources.update({name: FOLLOWS[name][1] for name in found})
     return replace(config, **found)
+
+
+def root_of_set(data: DataSet, stated: Path | None, *, typed: bool) -> Path:
+    """The same of a data set, whose own root counts before what is stated of all."""
+    return data_root(data.meta, data.root or stated, typed=typed or data.root is not None)
+
+
+def data_root(meta: Path, stated: Path | None, *, typed: bool) -> Path:
+    """The folder that the paths in metadata start from; tells where a folder of media makes what was typed useless.
+
+    Args:
+        stated: what somebody said, typed or not.
+    """
+    root = root_of(meta, stated)
+    if typed and stated is not None and root.absolute() != stated.absolute():
+        console.warn(f"{meta} is a folder: its files are known by their paths from there, not from {stated}.")
+    return root
 
 
 def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Top-level keys hold for every family, a ``[family]`` table for one."""
     content = _read_toml(path)
-    flat = {name: value for name, value in content.items() if not isinstance(value, dict)}
-    yield str(path), _known(flat, str(path))
-    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    flat = {name: value for name, value in content.items() if not isinstance(value, dict) or name == DATA_TABLES}
+    yield str(path), _known(_with_data_tables(flat, str(path)), str(path))
+    tables = {name: value for name, value in content.items() if name not in flat}
     from vfun_cli.families import FAMILIES
 
     for name, table in tables.items():
@@ -183,9 +244,24 @@ def _file_layers(path: Path, family: str) -> Iterator[tuple[str, Mapping[str, An
                 f"{path}: table [{name}] is no family.{did_you_mean(name, FAMILIES)}",
                 hint=f"Families: {', '.join(FAMILIES)}.",
             )
-        known = _known(table, f"{path} [{name}]")
+        known = _known(_with_data_tables(table, f"{path} [{name}]"), f"{path} [{name}]")
         if name == family:
             yield f"{path} [{name}]", known
+
+
+def _with_data_tables(layer: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """With the ``[[data]]`` tables of a layer as what they are: the data sets of ``train_data_meta``."""
+    if DATA_TABLES not in layer:
+        return layer
+    tables, others = layer[DATA_TABLES], {name: value for name, value in layer.items() if name != DATA_TABLES}
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(
+            f"{source}: {DATA_TABLES} is {tables!r}; it takes tables, one a set.",
+            hint='Write [[data]], and below it meta = "…".',
+        )
+    if {"train_data_meta", "train-data-meta"} & others.keys():
+        raise ConfigError(f"{source} has both train_data_meta and [[data]] tables.", hint="Keep one of them.")
+    return {**others, "train_data_meta": tables}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

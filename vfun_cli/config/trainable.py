@@ -1,5 +1,5 @@
 """What trains, from names alone, before a launch and again in the run: the parameters that ``--trainable-modules``
-means, the layers that get an adapter by ``--target-name``.
+means, the layers that get an adapter by ``--target-name`` and ``--lora-skip-name``.
 
 People type parts of the released names, as the original scripts take them. Some modules have diffusers' names here; a
 part that only those contain is taken too, with a notice.
@@ -83,7 +83,7 @@ def adapter_shapes(config: RunConfig, model_dir: Path, spec: FamilySpec, dims: M
     """
     linear = linear_layers(model_dir, spec)
     idle = spec.model.modules_without_gradient(dims)
-    layers = choose_layers(list(linear), config.target_name, spec.export.names["same"], idle)
+    layers = choose_layers(list(linear), config.target_name, spec.export.names["same"], idle, config.lora_skip_name)
     found: list[tuple[int, ...]] = []
     for outputs, inputs in (linear[layer] for layer in layers):
         found += [(config.rank, inputs), (outputs, config.rank), *([(outputs,)] if config.use_dora else [])]
@@ -147,14 +147,20 @@ def _some(names: Sequence[str]) -> str:
 
 
 def choose_layers(
-    linear: Sequence[str], targets: Sequence[str], released: Callable[[str], str], without_gradient: Sequence[str] = ()
+    linear: Sequence[str],
+    targets: Sequence[str],
+    released: Callable[[str], str],
+    without_gradient: Sequence[str] = (),
+    skipped: Sequence[str] = (),
 ) -> list[str]:
     """The linear layers whose name, the module's or the released one, is a target or ends in ``.<target>``.
 
-    Layers inside ``without_gradient`` are left out: their adapters would never change.
+    Layers inside ``without_gradient`` are left out: their adapters would never change. So are those of which either
+    name contains one of ``skipped``.
 
     Raises:
-        ConfigError: a target that matches nothing, with the nearest endings that there are.
+        ConfigError: a target that matches nothing, with the nearest endings that there are; what is to be skipped is
+            in no name, or in every one.
     """
     chosen: set[str] = set()
     for target in targets:
@@ -171,7 +177,29 @@ def choose_layers(
     layers = [layer for layer in linear if layer in chosen and layer not in unreachable]
     if not layers:
         raise ConfigError("target_name: none of the chosen layers ever gets a gradient.", hint="Choose other layers.")
-    return layers
+    return _without(skipped, {layer: released_layer(layer, released) for layer in layers})
+
+
+def _without(skipped: Sequence[str], layers: Mapping[str, str]) -> list[str]:
+    """The layers of which neither name contains one of ``skipped``; ``layers`` has the released one of each."""
+    for part in skipped:
+        if not any(part in name for names in layers.items() for name in names):
+            words = {word for names in layers.items() for name in names for word in (name, *name.split("."))}
+            some = list(layers.values())[-1]
+            raise ConfigError(
+                f"lora_skip_name: {part!r} is in the name of none of the {len(layers)} layers that get an adapter."
+                + did_you_mean(part, words),
+                hint=f"Drop it, or name a part of one of them, such as {some}.",
+                option="--lora-skip-name",
+            )
+    left = [layer for layer, name in layers.items() if not any(part in layer or part in name for part in skipped)]
+    if not left:
+        raise ConfigError(
+            f"lora_skip_name: all {len(layers)} layers that target_name chooses are skipped.",
+            hint="Skip fewer, or choose others with --target-name.",
+            option="--lora-skip-name",
+        )
+    return left
 
 
 def inside(layers: Sequence[str], modules: Sequence[str]) -> list[str]:

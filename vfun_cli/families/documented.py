@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from vfun_cli.families.spec import Preset
+
 COMMON: Mapping[str, object] = {
     "train_data_dir": "datasets/internal_datasets/",
     "train_batch_size": 1,
@@ -28,6 +30,12 @@ FULL_FINE_TUNE: Mapping[str, object] = {
     "trainable_modules": ".",
 }
 """Everything but CogVideoX-Fun, whose document trains LoRA."""
+
+NO_SCHEDULE: Mapping[str, object] = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+"""Of a command line that names none: the scripts' own default."""
+
+FIRST = Preset()
+"""The documents that the defaults are of."""
 
 DEMO: Mapping[str, object] = {
     "image_sample_size": 64,

@@ -111,6 +111,8 @@ class ModelSpec:
     """Whether a transformer's ``config.json`` is of this family: tells people which family a directory fits."""
     config_file: str = "config.json"
     """Where the transformer's configuration lies inside the model directory."""
+    vae: str = "vae"
+    """Where the VAE's weights lie there: a folder or a file."""
     other_settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """What ``read_dims`` reads beside it: a name, and the file of the model directory and its key with the value."""
     input_settings: tuple[str, ...] = ()
@@ -136,6 +138,8 @@ class ModelSpec:
     objective: Literal["flow-matching", "ddpm"]
     objective_options: Mapping[str, object] = field(default_factory=dict)
     """What the objective needs to know of this family: shift, timesteps, folder of the scheduler's configuration."""
+    embedded_guidance: Callable[[ModelDims], bool] = lambda dims: False
+    """Whether the transformer is told a scale of guidance, as one is that was distilled from it."""
     sampler: Literal["flow-shifted-twice", "flow-shifted-once", "flow-shifted-dynamically", "ddim"]
     """The noise levels that a video is made through, as the family is released (docs/numerics.md, Sampling)."""
     sampler_options: Mapping[str, float] = field(default_factory=dict)
@@ -232,6 +236,15 @@ class PlanSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Where other documents of the original scripts type another value than the family's defaults."""
+
+    train: Mapping[str, object] = field(default_factory=dict)
+    lora: Mapping[str, object] = field(default_factory=dict)
+    """Of ``vfun lora``, beside or instead of those of ``train``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DefaultOptions:
     """Option values by name, where they are not the options' own defaults."""
 
@@ -241,6 +254,8 @@ class DefaultOptions:
     """Where the published command line differs between strategies."""
     lora: Mapping[str, object] = field(default_factory=dict)
     """Where ``vfun lora`` differs from ``train``."""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """By the values of ``--preset``. Folders stay where they are, so that ``vfun resume`` finds a run."""
     lora_aliases: Mapping[str, str] = field(default_factory=dict)
     """Spellings of ``target_name`` in the published command lines that name no layer, and the layers they mean."""
     demo: Mapping[str, object] = field(default_factory=dict)
@@ -323,6 +338,8 @@ class FamilySpec:
     """Values of ``control_ref_image`` that the family trains with; none: it reads no reference image."""
     check_options: Callable[[ConditioningOptions], None] = lambda options: None
     """Refuses, with a ConfigError, an option value that exists but cannot train this family."""
+    fixed_flags: Mapping[str, object] = field(default_factory=dict)
+    """Flags of the family's original scripts alone that have one right value, and that value."""
     model: ModelSpec
     plan: PlanSpec
     sampling: SamplingSpec

@@ -8,7 +8,7 @@ from vfun_cli.families.spec import ClipShape
 from vfun_cli.forecast.request import Batch
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan
-from vfun_cli.plan.sizes import SQUARE, Size, bucket, size_set
+from vfun_cli.plan.sizes import size_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,7 @@ def _of_epoch(epoch: EpochPlan) -> Batches:
 
 def _of_sizes(plan: RunPlan) -> Batches:
     spec, options = plan.spec, plan.options
-    kind = spec.media_types[0]
-
-    def shape(size: Size) -> ClipShape:
-        height, width = bucket(SQUARE, size.base, spec)
-        return ClipShape(frames=size.frames, height=height, width=width)
+    sizes = size_set(spec.media_types[0], options, spec, plan.dims)
 
     def tokens(shape: ClipShape) -> int:
         return spec.model.sequence_tokens(shape, plan.dims)
@@ -57,5 +53,5 @@ def _of_sizes(plan: RunPlan) -> Batches:
         clips = options.train_batch_size if budget is None else max(1, budget // tokens(shape))
         return Batch(frames=shape.frames, height=shape.height, width=shape.width, clips=clips)
 
-    shapes = sorted(map(shape, size_set(kind, options, spec, plan.dims).sizes), key=tokens)
+    shapes = sorted(map(sizes.square, range(len(sizes.sizes))), key=tokens)
     return Batches(heaviest=batch(shapes[-1]), typical=batch(shapes[len(shapes) // 2]))

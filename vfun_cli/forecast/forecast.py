@@ -173,18 +173,22 @@ def _tried(subject: Subject, measurer: Measurer, together: tuple[Way, ...], batc
 
 def _smaller(subject: Subject, measurer: Measurer, together: tuple[Way, ...]) -> Tried | None:
     """The same with the largest clips that fit, of as many frames."""
-    side, least = subject.config.video_sample_size, subject.spec.plan.smallest_side
+    side = max(subject.config.fix_sample_size, default=subject.config.video_sample_size)
+    least = subject.spec.plan.smallest_side
     sizes = [size for size in range(SIZE_STEP, side, SIZE_STEP) if size >= max(least, side // SMALLEST)]
     found = None
     while sizes:  # halved, as memory grows with size
         middle = sizes[len(sizes) // 2]
-        tried = _tried(subject, measurer, (*together, _sized(subject.config, middle)), _scaled(subject, middle / side))
+        batch = _scaled(subject, middle / side)
+        tried = _tried(subject, measurer, (*together, _sized(subject.config, middle, batch)), batch)
         found = tried or found
         sizes = [size for size in sizes if (size > middle if tried is not None else size < middle)]
     return found
 
 
-def _sized(config: RunConfig, side: int) -> Way:
+def _sized(config: RunConfig, side: int, batch: Batch) -> Way:
+    if config.fix_sample_size:
+        return Way(options={"fix_sample_size": (batch.height, batch.width)}, costs="smaller clips")
     options = {"video_sample_size": side}
     if config.training_with_video_token_length:
         options["token_sample_size"] = min(side, config.token_sample_size)

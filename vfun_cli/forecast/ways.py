@@ -31,7 +31,8 @@ def _typed(name: str, value: Any) -> str:
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return flag if value else f"--no-{flag[2:]}"
-    return f"--{value}" if name == "strategy" and value != "single" else f"{flag} {value}"
+    words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{value}" if name == "strategy" and value != "single" else f"{flag} {words}"
 
 
 def possible_ways(config: RunConfig, ranks: int, *, lora: bool) -> Iterator[Way]:

@@ -1,6 +1,7 @@
 """A job, and how it is decided: devices, data, model, plan, files, command."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vfun_cli import __version__, console, devices
 from vfun_cli.checkpoints.state import read_state
 from vfun_cli.config import optimizers
-from vfun_cli.config.checks import check_streamed_blocks
+from vfun_cli.config.checks import check_guidance, check_streamed_blocks
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import Resolved
 from vfun_cli.errors import CheckpointError, ConfigError, MetadataError
@@ -20,9 +21,10 @@ from vfun_cli.families.spec import FamilySpec
 from vfun_cli.imports import require_installed
 from vfun_cli.launch.templates import LaunchPlan, plan_launch
 from vfun_cli.metadata.checks import Report
-from vfun_cli.metadata.records import Metadata, metadata_digest
+from vfun_cli.metadata.records import Metadata
 from vfun_cli.metadata.remembered import only_read
 from vfun_cli.plan import rows
+from vfun_cli.plan.sets import rows_digest
 from vfun_cli.run import ownership
 from vfun_cli.run.contents import Contents, contents_of
 from vfun_cli.run.locate import Found
@@ -148,10 +150,13 @@ def decide(
         with keeping():
             report = rows.checked_rows(config, spec)
             validation = rows.validation_table(config, spec)
+        if (notice := rows.undrawn_captions(config, report)) is not None:
+            console.hint(notice)
         plan = _plan(config, spec, found, report, validation)
     except MetadataError as error:
         raise error.with_command(rows.validate_command(config, spec)) from None
     check_streamed_blocks(config, spec, plan.dims)
+    check_guidance(config, spec, plan.dims)
     from vfun_cli.sampling.prompts import videos_of_prompts  # with numpy
 
     prompts = videos_of_prompts(config, spec, plan.dims)
@@ -163,12 +168,14 @@ def decide(
 
         check_shared_memory(config, plan)
     from vfun_cli.checkpoints.released import check_weights
+    from vfun_cli.families.given import require_given
 
     check_weights(config.pretrained_model_name_or_path)
+    require_given(spec, config.pretrained_model_name_or_path, config.given_weights)
     trained = _trained(command, config, spec, plan)
     with keeping():
         contents = {} if command == "cache" else _contents(config, spec, report.metadata)
-    assert config.train_data_meta is not None
+    own_sets = rows.of_validation(config).train_data_meta
     run = RunDir(config.output_dir)
     run_json = run.description(config.machine_rank)
     earlier = ownership.recorded(run.run_json) if found is not None and found.is_in(run) else None
@@ -186,8 +193,8 @@ def decide(
         run_id=ownership.new_id() if earlier is None else earlier.get("id"),
         most=ownership.most(config.to_json(), earlier),
         staging=ownership.MEMORY / f"vfun-{ownership.new_id()}" if config.async_checkpoint else None,
-        metadata_sha256=metadata_digest(config.train_data_meta),
-        validation_sha256=None if config.validation_meta is None else metadata_digest(config.validation_meta),
+        metadata_sha256=rows_digest(config.train_data_meta),
+        validation_sha256=rows_digest(own_sets) if own_sets else None,
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
 
@@ -248,6 +255,7 @@ def _contents(config: RunConfig, spec: FamilySpec, metadata: Metadata) -> dict[s
             spec.fields,
             config.train_data_dir,
             config.pretrained_model_name_or_path,
+            config.given_weights,
             cache=rows.header_cache(),
             progress=stage("reading samples of files"),
         )
@@ -259,8 +267,8 @@ def check_packages(config: RunConfig) -> None:
     Raises:
         EnvironmentFault: with the command that installs it.
     """
-    if config.report_to != "none":
-        devices.require_package(config.report_to, config.report_to)
+    for tracker in config.trackers:
+        devices.require_package(f"--report-to {tracker}", tracker)
     optimizer = optimizers.find(config.optimizer)
     if optimizer.module is not None:
         devices.require_package(f"--optimizer {optimizer.name}", optimizer.module, install=optimizer.package)
@@ -274,7 +282,8 @@ def check_batch(config: RunConfig, clips: int) -> None:
     Raises:
         ConfigError: it is larger than the data set.
     """
-    if config.train_batch_size > clips * max(1, config.video_repeat):
+    repeats = max((math.ceil(each.repeats) for each in config.train_data_meta), default=1)
+    if config.train_batch_size > clips * max(1, config.video_repeat) * repeats:
         raise ConfigError(
             f"train_batch_size {config.train_batch_size} cannot be filled: the data set has {clips} clips.",
             hint=f"Use a --train-batch-size of at most {clips}; clips of one micro-batch also share a size.",

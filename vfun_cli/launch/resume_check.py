@@ -13,13 +13,14 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config import optimizers
-from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, plain_kind
+from vfun_cli.config.datasets import parse_data_sets
+from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, over_paths, plain_kind
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.job import Job
-from vfun_cli.metadata.records import metadata_digest
+from vfun_cli.plan.sets import rows_digest
 from vfun_cli.run import locate
 from vfun_cli.run.contents import METADATA, SCHEME, what_changed
 from vfun_cli.run.locate import Found
@@ -136,16 +137,16 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
     found = {}
     for name in options():
         earlier = run.config.get(name, unknown[name])
-        if isinstance(earlier, str) and name in _paths():
-            earlier = str(Path(earlier).absolute())
+        if name in _paths():
+            earlier = over_paths(name, earlier, Path.absolute)
         if now[name] == earlier:
             continue
         effect: str = effect_on_resume(name, run.config, now)
         if name == ACCUMULATION and step_size(run.config) == step_size(now):
             effect = "sharding"  # the same steps, cut for another number of processes
-        if name in run.contents:
+        if name in run.contents and now[name] is not None:
             effect = "harmless"  # a path: what lies there is compared by its contents
-        words = f"{name} {earlier} -> {now[name]}"
+        words = f"{name} {_in_words(name, earlier)} -> {_in_words(name, now[name])}"
         found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
     followers = {name for name, (origin, words) in FOLLOWS.items()
                  if origin in found and resolved.sources.get(name) == words}  # fmt: skip
@@ -191,7 +192,8 @@ def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> Non
     changed = changes(run, resolved)
     _refuse(run, resolved, changed, allow)
     for change in changed:
-        console.warn(f"{change.name} changes from {change.before} to {change.after}.")
+        was, is_now = (_in_words(change.name, value) for value in (change.before, change.after))
+        console.warn(f"{change.name} changes from {was} to {is_now}.")
     before, now = step_size(run.config), step_size(resolved.config.to_json())
     if before != now:
         console.warn(
@@ -223,16 +225,20 @@ def with_same_contents(run: Earlier, job: Job, allow: Sequence[str] = ()) -> Job
 def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
     """What the run reads and is not what it began with."""
     config = job.config
-    assert config.train_data_meta is not None
     noted, now = run.contents, {name: each.digest for name, each in job.contents.items()}
     if METADATA not in noted:
         noted = {METADATA: run.described["metadata_sha256"]}
-        now = {METADATA: metadata_digest(config.train_data_meta)}
+        now = {METADATA: rows_digest(config.train_data_meta)}
     for name, before in noted.items():
-        if before != now[name]:
+        if name in now and before != now[name]:  # what is not named any more is a changed option
             how = what_changed(run.found.run.contents(), name, before, job.contents[name])
-            words = f"{name} {getattr(config, name)}: {how}"
+            words = f"{name} {_in_words(name, getattr(config, name))}: {how}"
             yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
+
+
+def _in_words(name: str, value: Any) -> str:
+    """Data sets as they are typed, any other value as it is."""
+    return ", ".join(map(str, parse_data_sets(value, name))) if name == METADATA else str(value)
 
 
 def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: Sequence[str]) -> None:
@@ -302,8 +308,8 @@ def _is_open(run: Earlier, resolved: Resolved, name: str) -> bool:
 
 
 def _paths() -> set[str]:
-    """The options that name a file or folder."""
-    return {name for name, (_, kind, _) in options().items() if plain_kind(kind) is Path}
+    """The options that name files or folders."""
+    return {name for name, (_, kind, _) in options().items() if plain_kind(kind) is Path} | {METADATA}
 
 
 def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,11 +320,13 @@ def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
     config, root = dict(described["config"]), found.run.root.absolute()
     was = Path(described.get("run_dir", root))
     if root != was:
+
+        def place(path: Path) -> Path:
+            beside = Path(os.path.normpath(root / os.path.relpath(path, was)))
+            return beside if path.is_absolute() and beside.exists() else path
+
         for name in _paths() & config.keys():
-            value = config[name]
-            if isinstance(value, str) and Path(value).is_absolute():
-                beside = Path(os.path.normpath(root / os.path.relpath(value, was)))
-                config[name] = str(beside) if beside.exists() else value
+            config[name] = over_paths(name, config[name], place)
     return {**config, "output_dir": str(found.run.root)}
 
 
@@ -336,11 +344,13 @@ def _command(run: Earlier, resolved: Resolved, allowed: Sequence[str]) -> str:
 
 def _typed(name: str, value: Any) -> list[str]:
     """An option as it is typed."""
+    if name == METADATA:
+        return [word for each in parse_data_sets(value, name) for word in (f"--{_hyphened(name)}", str(each))]
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
     if isinstance(value, list) and options()[name][2].verbatim:
         return [word for entry in value for word in (f"--{_hyphened(name)}", entry)]
-    return [f"--{_hyphened(name)}", ",".join(value) if isinstance(value, list) else str(value)]
+    return [f"--{_hyphened(name)}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
 def _hyphened(name: str) -> str:

@@ -16,7 +16,7 @@ from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
-from vfun_cli.metadata.fields import MetadataField, stated_media
+from vfun_cli.metadata.fields import MetadataField, odd_sign, stated_media, texts_of
 from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import NUMBERS, Metadata, Record
@@ -108,7 +108,7 @@ class Report:
 
     def table(self) -> "ClipTable":
         """The rows without errors, for the plan."""
-        return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows])
+        return _table([clip for row, clip in sorted(self.clips.items()) if row not in self.bad_rows], self.metadata)
 
     def require_ok(self) -> None:
         """Refuse a report with errors: training starts on good rows only.
@@ -122,7 +122,7 @@ class Report:
         lines = [f"  {describe(problem)}" for problem in errors[:10]]
         if len(errors) > 10:
             lines.append(f"  … and {len(errors) - 10} more")
-        where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else "the file"
+        where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else f"the {self.metadata.whole}"
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on{' (counted from 0)' * bool(self.bad_rows)}:\n"
             + "\n".join(lines),
@@ -164,6 +164,9 @@ def validate(
     """
     settings = settings or Settings()
     rows = [_Row(record, fields, Path(root or ".")) for record in metadata.records]
+    if metadata.format == "folder":
+        for row in rows:  # nobody counted them
+            row.known_by = row.field_of("visual")
     for row in rows:
         for check in _STATED_CHECKS:
             row.problems.extend(check(row, media_types))
@@ -210,7 +213,7 @@ def table_without_files(metadata: Metadata) -> "ClipTable | None":
     """
     clips = [_stated_clip(record) for record in metadata.records]
     stated = [clip for clip in clips if clip is not None]
-    return None if metadata.problems or len(stated) < len(clips) else _table(stated)
+    return None if metadata.problems or len(stated) < len(clips) else _table(stated, metadata)
 
 
 def exact_rate(value: Any) -> Fraction | None:
@@ -246,6 +249,8 @@ class _Row:
         self.root = root
         self.names: dict[str, str] = {item.media: item.name for item in fields}
         self.problems: list[Problem] = []
+        self.known_by: str | None = None
+        """The field whose file says which row it is, where a problem names none."""
         self.paths: dict[str, str] = {}
         """Absolute media paths by field."""
         self.borrowed = {item.name for item in fields if item.key(record.fields) != item.name}
@@ -279,7 +284,8 @@ class _Row:
         return self.facts.get(self.field_of(media) or "")
 
     def problem(self, code: str, message: str, name: str | None = None) -> Problem:
-        return Problem(row=self.record.row, code=code, message=message, field=name, path=self.paths.get(name or ""))
+        path = self.paths.get(name or "") or self.paths.get(self.known_by or "")
+        return Problem(row=self.record.row, code=code, message=message, field=name, path=path)
 
     def clip(self) -> RowFacts | None:
         """What the file says; where it was not opened, what the row states."""
@@ -356,24 +362,29 @@ def _check_text(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem
         if near := _like_text(tuple(row.record.fields)):
             yield row.problem("missing-field", f"text is missing.{near}", "text")
         return
-    text = row.record.fields["text"]
+    stated = row.record.fields["text"]
+    if not isinstance(stated, list):
+        yield from _check_caption(row, stated, "the caption")
+    elif not stated:
+        yield row.problem("wrong-type", "a list of captions is empty: leave text out", "text")
+    else:
+        for number, text in enumerate(stated):
+            yield from _check_caption(row, text, f"caption {number} of the list")
+
+
+def _check_caption(row: _Row, text: Any, which: str) -> Iterator[Problem]:
     if not isinstance(text, str):
-        yield row.problem("wrong-type", f"a caption is a text, not {_show(text)}", "text")
+        yield row.problem("wrong-type", f"{which} is no text, but {_show(text)}", "text")
     elif not text.strip():
-        yield row.problem("empty-caption", "the caption is empty", "text")
-    elif odd := next(
-        (c for c in text if c == "\ufffd" or (unicodedata.category(c) in _GARBLED and c not in "\n\r\t")), ""
-    ):
-        yield row.problem("garbled-caption", f"the caption holds {odd!a}", "text")
+        yield row.problem("empty-caption", f"{which} is empty", "text")
+    elif odd := odd_sign(text):
+        yield row.problem("garbled-caption", f"{which} holds {odd!a}", "text")
 
 
 @lru_cache  # the rows of a file have few different sets of keys
 def _like_text(keys: tuple[str, ...]) -> str:
     """Names a key that may be a misspelt text: such a row is not meant to have none."""
     return did_you_mean("text", [key for key in keys if key not in NUMBERS])
-
-
-_GARBLED = ("Cc", "Cs", "Co", "Cn")
 
 
 def _check_type(row: _Row, media_types: Sequence[MediaType]) -> Iterator[Problem]:
@@ -535,20 +546,21 @@ def _check_decoded(row: _Row, decoded: Mapping[tuple[str, str], DeepFacts | Fail
 
 
 def _check_duplicates(rows: Sequence[_Row]) -> None:
-    """Rows with the files and the text of an earlier one, and rows with its video only."""
+    """Rows with the files of an earlier one and no other text, and rows with its video only."""
     texts: defaultdict[str, dict[tuple[Any, ...], int]] = defaultdict(dict)
     for row in rows:
-        name, text = row.field_of("visual"), row.record.fields.get("text", "")
-        path = row.paths.get(name or "")
-        if path is None or not isinstance(text, str):
+        name, fields = row.field_of("visual"), row.record.fields
+        path, stated = row.paths.get(name or ""), texts_of(fields) or (("",) if "text" not in fields else ())
+        if path is None or not stated:
             continue
-        seen, key = texts[path], (tuple(row.paths.items()), text)
-        if key in seen:
-            row.problems.append(row.problem("duplicate-row", f"the same as row {seen[key]}", name))
+        seen, keys = texts[path], [(tuple(row.paths.items()), text) for text in stated]
+        if all(key in seen for key in keys):
+            row.problems.append(row.problem("duplicate-row", f"the same as row {seen[keys[0]]}", name))
         elif seen:
             first = min(seen.values())
             row.problems.append(row.problem("conflicting-row", f"the video of row {first} with another text", name))
-        seen.setdefault(key, row.record.row)
+        for key in keys:
+            seen.setdefault(key, row.record.row)
 
 
 def _check_captions(rows: Sequence[_Row]) -> Iterator[Problem]:
@@ -568,7 +580,7 @@ def _rate(fps: Fraction) -> str:
     return f"{float(fps):.5g} fps"
 
 
-def _table(clips: Sequence[RowFacts]) -> "ClipTable":
+def _table(clips: Sequence[RowFacts], metadata: Metadata) -> "ClipTable":
     import numpy as np
 
     from vfun_cli.metadata.table import ClipTable
@@ -586,6 +598,7 @@ def _table(clips: Sequence[RowFacts]) -> "ClipTable":
         fps_num=column(rate.numerator for rate in rates),
         fps_den=column(rate.denominator for rate in rates),
         held_out=np.zeros(len(clips), np.bool_),
+        set=column(metadata.set_of(clip.row) for clip in clips) if metadata.sets else np.zeros(len(clips), np.int64),
     )
 
 

@@ -50,23 +50,24 @@ CODES: dict[str, Code] = {
         _code(
             "unreadable-metadata",
             "error",
-            "The metadata file does not exist, is not a file, or may not be read.",
+            "The metadata file or folder does not exist, is neither, or may not be read.",
             "--train-data-meta datasets/metdata.json, and the file is called metadata.json",
             "Correct the path or the permissions.",
         ),
         _code(
             "unparsable-metadata",
             "error",
-            "The metadata is not a JSON list, JSON lines or CSV in UTF-8; the message has the line and column.",
+            "The metadata is not a JSON list, JSON lines or CSV in UTF-8, or a damaged Parquet file; the message has "
+            "the line and column.",
             'a comma after the last record, or the "....." of a published example left in',
             "Correct that line. Every record is an object with file_path, text and type.",
         ),
         _code(
             "empty-metadata",
             "error",
-            "The metadata holds no record at all.",
-            "[]",
-            "Write at least one record.",
+            "The metadata holds no record at all, or the folder no video and no picture.",
+            "[], or the folder of a model",
+            "Write at least one record, or put clips into the folder: 1.mp4 with its caption in 1.txt (docs/data.md).",
         ),
         _code(
             "foreign-layout",
@@ -78,9 +79,24 @@ CODES: dict[str, Code] = {
         _code(
             "malformed-row",
             "error",
-            "A row is not a record: not an object in JSON, not as many cells as the header in CSV.",
+            "A row is not a record: not an object in JSON, not as many cells as the header in CSV, bytes in Parquet; "
+            "in a folder, the caption or the sidecar of a clip cannot be read.",
             '["train/1.mp4", "A dog."] instead of {"file_path": "train/1.mp4", "text": "A dog."}',
-            "Write the row as an object; in CSV put texts with commas in quotes.",
+            "Write the row as an object; in CSV put texts with commas in quotes. In a folder, mend the file it names.",
+        ),
+        _code(
+            "orphan-file",
+            "warning",
+            "In a folder, a caption, sidecar, control clip or sound belongs to no clip, or its clip has one already.",
+            "clips/2.txt, and the clip is called clips/02.mp4",
+            "Give it the name of its clip, or put it elsewhere (docs/data.md says which names belong together).",
+        ),
+        _code(
+            "shared-name",
+            "warning",
+            "In a folder, several clips have the same name but for the suffix, and share what lies beside them.",
+            "1.mp4 and 1.png with one 1.txt",
+            "Rename one of the clips.",
         ),
         _code(
             "nothing-to-train",
@@ -114,7 +130,8 @@ CODES: dict[str, Code] = {
         _code(
             "wrong-type",
             "error",
-            "A value has the wrong kind: a path or text that is not a string, a size that is not a positive number.",
+            "A value has the wrong kind: a path that is no string, a text that is neither one nor a list of them, a "
+            "size that is not a positive number.",
             '"width": "640" or "text": null',
             "Correct the value. " + _REFILL,
         ),
@@ -149,14 +166,14 @@ CODES: dict[str, Code] = {
         _code(
             "missing-caption",
             "warning",
-            "Rows have no text: they train with an empty caption, as unconditional clips.",
+            "Rows have no text: they train with an empty caption, or with --caption-prefix alone.",
             '{"file_path": "train/1.mp4", "type": "video"}',
             "Write captions, if the model should learn from them.",
         ),
         _code(
             "empty-caption",
             "warning",
-            "The text is empty or only blanks: the model would learn the clip as unconditional.",
+            "The text, or one of its list, is empty or only blanks: the model would learn the clip as unconditional.",
             '"text": ""',
             "Write a caption.",
         ),
@@ -186,7 +203,7 @@ CODES: dict[str, Code] = {
             "note",
             "Another row uses the same video with another text.",
             "train/1.mp4 with a short and with a long caption",
-            "Nothing, if several captions a clip are meant.",
+            "Nothing, if that is meant; several captions of one clip may be a list in one row.",
         ),
         _code(
             "invalid-path",

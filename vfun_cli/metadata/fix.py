@@ -4,15 +4,16 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vfun_cli.errors import MetadataError
+from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.files import write_output
+from vfun_cli.metadata import parquet
 from vfun_cli.metadata.checks import Report, RowFacts
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.records import NUMBERS, MetadataFormat, Record, own_keys, renames
@@ -45,12 +46,14 @@ class Fixed:
 
 
 def write_fixed(report: Report, output: str | Path) -> Fixed:
-    """Write the rows that can be trained, in the format and order of the input, with FILLED values of the files.
+    """Write the rows that can be trained, in the order of the input, with FILLED values of the files.
+
+    In the format of the input; of a folder or Parquet, in that of the suffix of ``output``.
 
     Keys of another trainer become vfun's.
 
     Raises:
-        ConfigError: ``output`` exists (the input never changes).
+        ConfigError: ``output`` exists (the input never changes), or it is to be of a format that is not written.
         MetadataError: no row is left.
         EnvironmentFault: it cannot be written.
     """
@@ -68,7 +71,8 @@ def write_fixed(report: Report, output: str | Path) -> Fixed:
         )
     rows = [_corrected(own_keys(record.raw), report.clips.get(record.row)) for record in kept]
     changes = [set(_changes(row, record)) for row, record in zip(rows, kept, strict=True)]
-    data = _render(rows, report.metadata.format, own_keys(dict.fromkeys(report.metadata.columns)))
+    kind = report.metadata.format if report.metadata.format in WRITTEN else format_of(output)
+    data = rendered(rows, kind, own_keys(dict.fromkeys(report.metadata.columns)))
     write_output(output, data, "--fix", inputs=[report.metadata.path])
     counts = Counter(change for each in changes for change in each)
     by_key = {what: {key: count for (name, key), count in counts.items() if name == what} for what in _KEY_CHANGES}
@@ -128,8 +132,38 @@ def _number(fps: Fraction) -> int | float:
     return fps.numerator if fps.denominator == 1 else round(float(fps), 6)
 
 
-def _render(rows: list[dict[str, Any]], kind: MetadataFormat, columns: Iterable[str]) -> bytes:
+WRITTEN: Mapping[MetadataFormat, tuple[str, ...]] = {
+    "json": (".json",),
+    "jsonl": (".jsonl", ".ndjson"),
+    "csv": (".csv",),
+}
+"""Formats that are written, each with its suffixes."""
+
+
+def format_of(output: Path) -> MetadataFormat:
+    """The format that the suffix of a file to be written asks for; JSON where it says nothing.
+
+    Raises:
+        ConfigError: Parquet, which is only read.
+    """
+    suffix = output.suffix.lower()
+    if suffix == parquet.SUFFIX:
+        raise ConfigError(f"{output}: Parquet is read, not written.", hint="Name a .json, .jsonl or .csv file.")
+    return next((kind for kind, suffixes in WRITTEN.items() if suffix in suffixes), "json")
+
+
+def rendered(rows: Sequence[Mapping[str, Any]], kind: MetadataFormat, columns: Iterable[str] = ()) -> bytes:
+    """Rows as the bytes of a metadata file.
+
+    Args:
+        columns: those that come first in a CSV.
+
+    Raises:
+        ConfigError: CSV has no place for what a row holds.
+    """
     if kind == "csv":
+        if nested := [key for row in rows for key, value in row.items() if isinstance(value, list | dict)]:
+            raise ConfigError(f"a CSV has no place for a list, as {nested[0]} is.", hint="Write JSON or JSON lines.")
         header = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
         text = io.StringIO(newline="")
         # Python puts a cell in quotes for what is in the line's end: a lone \r would be read as one.
@@ -144,7 +178,7 @@ def _render(rows: list[dict[str, Any]], kind: MetadataFormat, columns: Iterable[
         return _json(rows, kind, True).encode()
 
 
-def _json(rows: list[dict[str, Any]], kind: MetadataFormat, ascii_only: bool) -> str:
+def _json(rows: Sequence[Mapping[str, Any]], kind: MetadataFormat, ascii_only: bool) -> str:
     if kind == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
-    return json.dumps(rows, ensure_ascii=ascii_only, indent=2) + "\n"
+    return json.dumps(list(rows), ensure_ascii=ascii_only, indent=2) + "\n"

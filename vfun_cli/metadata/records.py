@@ -1,25 +1,28 @@
-"""Metadata files: JSON lists, JSON lines and CSV, read into records with every bad row reported."""
+"""Metadata: JSON lists, JSON lines, CSV, Parquet and folders, read into records with every bad row reported."""
 
 import codecs
 import csv
 import hashlib
 import io
 import json
+import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from vfun_cli import lfs
 from vfun_cli.errors import ConfigError, did_you_mean
 from vfun_cli.files import open_bounded
+from vfun_cli.metadata import parquet
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.typed_json import is_deeper
 
-MetadataFormat = Literal["json", "jsonl", "csv"]
+MetadataFormat = Literal["json", "jsonl", "csv", "parquet", "folder"]
 LARGEST_METADATA = 1 << 34
 """Bytes: a hundred million rows."""
 DEEPEST = 50
@@ -45,11 +48,23 @@ class Record:
     """What the row says, under vfun's keys; in CSV empty cells are absent and the NUMBERS are numbers."""
     raw: Mapping[str, Any]
     """What the file has, for writing it back."""
+    root: Path | None = None
+    """Where its paths start from, if its data set has a place of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetOfRows:
+    """Where the rows of one of several data sets begin."""
+
+    name: str
+    first: int
+    said: str
+    """What else is said of the set, such as how often it is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """A metadata file as read. ``rows`` counts bad rows too."""
+    """A metadata file or a folder as read. ``rows`` counts bad rows too."""
 
     path: Path
     format: MetadataFormat
@@ -58,17 +73,46 @@ class Metadata:
     problems: tuple[Problem, ...]
     columns: tuple[str, ...] = field(default=())
     """The header of a CSV file."""
+    sets: tuple[SetOfRows, ...] = ()
+    """Where the rows are those of several data sets one after another, or more is said of the one."""
+
+    def set_of(self, row: int) -> int:
+        """Which of the data sets a row is of."""
+        return max(0, bisect_right(self.sets, row, key=lambda each: each.first) - 1)
+
+    def place(self, row: int) -> str:
+        """What a row is called in messages: its number in its own set, counted from 0."""
+        if len(self.sets) < 2:
+            return f"row {row}"
+        found = self.sets[self.set_of(row)]
+        return f"row {row - found.first} of {found.name}"
+
+    @property
+    def whole(self) -> str:
+        """What is meant with problems of no row."""
+        return "folder" if self.format == "folder" else "file"
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Read JSON, JSON lines or CSV. Never raises for what the file holds: bad rows and bad files become problems.
+    """Read JSON, JSON lines, CSV, Parquet or a folder. Never raises for what they hold: bad rows and files become
+    problems.
 
-    A ``.csv`` or ``.jsonl`` suffix decides the format; otherwise the first character does (``[`` or ``{``).
+    A ``.csv``, ``.jsonl`` or ``.parquet`` suffix decides the format; otherwise the first characters do.
+
+    Raises:
+        EnvironmentFault: it is Parquet, and pyarrow is not installed.
     """
     path = Path(path)
+    if is_folder(path):
+        from vfun_cli.metadata.folder import read_folder  # which makes what is declared above
+
+        return read_folder(path)
     try:
         with open_bounded(path, LARGEST_METADATA) as file:
             begin = file.read(4)  # of gigabytes that are no text, no more
+            if begin == parquet.MAGIC or path.suffix.lower() == parquet.SUFFIX:
+                file.seek(0)
+                return _read_parquet(path, file)
             if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin:
                 message = f"{path}: line 1: not UTF-8 (UTF-16, or no text)"
                 return _failed(path, "json", "unparsable-metadata", message)
@@ -113,8 +157,21 @@ def renames(keys: tuple[str, ...]) -> Mapping[str, str]:
 
 
 def metadata_digest(path: Path) -> str:
-    """SHA-256 of the metadata file's bytes."""
+    """SHA-256 of the metadata file's bytes; of a folder, of the records that it gives."""
+    if is_folder(path):
+        records = [(record.row, record.raw) for record in read_metadata(path).records]
+        return hashlib.sha256(json.dumps(records).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether metadata of this name are a folder of media."""
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where it may not look
+
+
+def root_of(meta: Path, stated: Path | None) -> Path:
+    """The folder that the paths in metadata start from: a folder itself, else what is stated, else the file's own."""
+    return meta if is_folder(meta) else stated or meta.parent
 
 
 def find_row(metadata: Metadata, wanted: str, names: Iterable[str]) -> int:
@@ -263,6 +320,26 @@ def _record(row: int, item: Any, place: str) -> Record | Problem:
     if is_deeper(item, DEEPEST):
         return Problem(row=row, code="malformed-row", message=f"{place}: nested too deeply")
     return Record(row=row, fields=own_keys(item), raw=item)
+
+
+def _read_parquet(path: Path, file: IO[bytes]) -> Metadata:
+    try:
+        columns, rows = parquet.read(file)
+    except ValueError as error:
+        return _failed(path, "parquet", "unparsable-metadata", f"{path}: {error}")
+    if not own_keys(dict.fromkeys(columns)).keys() & {"file_path", "text", "type"}:
+        message = f"{path}: no column file_path, text or type among {len(columns)}"
+        return _failed(path, "parquet", "unparsable-metadata", message)
+    try:
+        return _collect(path, "parquet", (_parquet_row(row, said) for row, said in enumerate(rows)))
+    except ValueError as error:  # pages are read only now
+        return _failed(path, "parquet", "unparsable-metadata", f"{path}: {error}")
+
+
+def _parquet_row(row: int, said: Mapping[str, Any] | str) -> Record | Problem:
+    if isinstance(said, str):
+        return Problem(row=row, code="malformed-row", message=f"record {row}: {said}")
+    return _record(row, said, f"record {row}")
 
 
 def _read_csv(path: Path, text: str) -> Metadata:

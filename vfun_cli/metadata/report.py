@@ -16,6 +16,7 @@ from rich.text import Text
 from vfun_cli.files import write_output
 from vfun_cli.metadata.checks import Report, describe, printable
 from vfun_cli.metadata.codes import CODES, Problem, Severity, explain
+from vfun_cli.metadata.fields import texts_of
 from vfun_cli.metadata.fix import Fixed
 
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -23,6 +24,8 @@ ORDER = {severity: place for place, severity in enumerate(COLOURS)}
 CAPTION_STEPS = (0, 50, 100, 200, 400, 800)
 """Characters."""
 BAR = 24
+MOST_LINES = 12
+"""Of one row in the table: of a folder as a whole there may be one for every file."""
 MOST_ROWS = 20
 """That are named where any number may be meant."""
 
@@ -85,11 +88,6 @@ def totals(report: Report) -> dict[str, Any]:
     """Clips, hours, sizes, frame rates and caption lengths of the rows without errors."""
     good = [clip for row, clip in sorted(report.clips.items()) if row not in report.bad_rows]
     videos = [clip for clip in good if clip.kind == "video" and clip.fps]
-    captions = [
-        len(record.fields["text"])
-        for record in report.metadata.records
-        if record.row not in report.bad_rows and isinstance(record.fields.get("text"), str)
-    ]
     return {
         "videos": len(videos),
         "images": sum(clip.kind == "image" for clip in good),
@@ -98,7 +96,7 @@ def totals(report: Report) -> dict[str, Any]:
         "sizes": _counted(f"{clip.width}x{clip.height}" for clip in good),
         "frame_rates": _counted(f"{float(clip.fps):.5g}" for clip in videos),
         "seconds": _min_median_max([float(clip.frames / clip.fps) for clip in videos]),
-        "caption_characters": _min_median_max(captions),
+        "caption_characters": _min_median_max(_caption_lengths(report)),
     }
 
 
@@ -118,7 +116,7 @@ def render(report: Report, console: Console, *, worst: int = 10) -> None:
     if bad:
         verdict = Text.assemble((f"{bad} of {report.rows} rows cannot be trained on", "red"), f", {good} can")
     elif report.errors:
-        whole = ("the file as a whole cannot be trained on", "red")
+        whole = (f"the {report.metadata.whole} as a whole cannot be trained on", "red")
         verdict = Text.assemble(whole, f", {good} of {report.rows} rows are good")
     warned = sum(problem.severity == "warning" for problem in report.problems)
     console.print(Text.assemble(verdict, f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""))
@@ -180,7 +178,9 @@ def summary_of_warnings(report: Report) -> list[str]:
     for code, count in Counter(problem.code for problem in warnings).most_common():
         first = next(problem for problem in warnings if problem.code == code)
         where = f"{count} row{'s' if count > 1 else ''}, {'first ' if count > 1 else ''}row {first.row}: "
-        lines.append(f"{code}: {'' if first.row is None else where}{printable(first.message)}")
+        if first.row is None:
+            where = f"{count} times, first " if count > 1 else ""
+        lines.append(f"{code}: {where}{printable(first.message)}")
     return lines
 
 
@@ -214,8 +214,10 @@ def _worst_table(report: Report, worst: int) -> Table:
     table = Table("row", "problems", title="Worst rows, counted from 0", title_justify="left")
     for row, problems in rows[:worst]:
         problems.sort(key=lambda problem: ORDER[problem.severity])
-        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems]
-        table.add_row("file" if row is None else str(row), Text("\n").join(lines))
+        lines = [Text(_without_row(problem), COLOURS[problem.severity]) for problem in problems[:MOST_LINES]]
+        if len(problems) > MOST_LINES:
+            lines.append(Text(f"and {len(problems) - MOST_LINES} more"))
+        table.add_row(report.metadata.whole if row is None else str(row), Text("\n").join(lines))
     if len(rows) > worst:
         table.caption = f"and {len(rows) - worst} more rows"
     return table
@@ -239,12 +241,13 @@ def _render_totals(report: Report, console: Console) -> None:
         low, middle, high = found["seconds"]
         grid.add_row("seconds a clip", f"{low:.2f} to {high:.2f}, median {middle:.2f}")
     console.print(grid)
-    captions = [
-        len(record.fields["text"])
-        for record in report.metadata.records
-        if isinstance(record.fields.get("text"), str) and record.row not in report.bad_rows
-    ]
-    console.print(_histogram("caption characters", captions, plain=console.options.ascii_only))
+    console.print(_histogram("caption characters", _caption_lengths(report), plain=console.options.ascii_only))
+
+
+def _caption_lengths(report: Report) -> list[int]:
+    """Characters of every caption of the rows without errors."""
+    good = (record for record in report.metadata.records if record.row not in report.bad_rows)
+    return [len(text) for record in good for text in texts_of(record.fields)]
 
 
 def _histogram(title: str, values: Sequence[int], *, plain: bool) -> Table:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import av
     from numpy.typing import NDArray
 
+SOUNDS = frozenset({
+    ".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aif", ".aiff", ".ac3", ".mka", ".au",
+    ".caf", ".w64",
+})  # fmt: skip
+"""Suffixes of the files in a folder that count as sounds."""
 SILENCE = 1e-3
 """-60 dB: nothing in the file is louder."""
 TIMED = frozenset({"asf", "avi", "flac", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpeg", "mpegts", "ogg"})

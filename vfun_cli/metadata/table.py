@@ -1,7 +1,7 @@
 """The clips of a dataset as columns: all that the plan knows of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,12 @@ class ClipTable:
     fps_den: IntArray
     held_out: BoolArray
     """Rows that are validated on and never trained."""
+    set: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which of the run's data sets the row is of; left out, all are of the first."""
 
     def __post_init__(self) -> None:
+        if not len(self.set):
+            object.__setattr__(self, "set", np.zeros(len(self.row), np.int64))
         for column in fields(self):
             kind = np.bool_ if column.name in ("is_image", "held_out") else np.int64
             values: NDArray[Any] = np.ascontiguousarray(getattr(self, column.name), dtype=kind)
@@ -81,5 +85,5 @@ class ClipTable:
     @classmethod
     def load(cls, path: Path) -> "ClipTable":
         """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as columns:
-            return cls(**{column.name: columns[column.name] for column in fields(cls)})
+        with np.load(path, allow_pickle=False) as columns:  # the first version knew one set
+            return cls(**{column.name: columns[column.name] for column in fields(cls) if column.name in columns})

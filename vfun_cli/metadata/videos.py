@@ -10,6 +10,12 @@ from vfun_cli.metadata.timeline import is_mp4, read_overview, video_stream
 if TYPE_CHECKING:
     import av
 
+VIDEOS = frozenset({
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".m2v", ".vob", ".ts",
+    ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".mxf", ".nut",
+})  # fmt: skip
+"""Suffixes of the files in a folder that count as videos; a row of a metadata file may name any other."""
+
 
 def probe_video(container: "av.container.InputContainer", path: str, track: PictureTrack | None = None) -> VisualFacts:
     """Size, length and rate of the first video of an open file; raises ProbeError if it has none.

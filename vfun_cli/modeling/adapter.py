@@ -9,6 +9,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.given import Given
+from vfun_cli.metadata.fields import texts_of
+from vfun_cli.modeling.captions import AS_STATED, CAPTION_DROPOUT, CaptionOptions, caption_of
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE
 from vfun_cli.modeling.encoders.frozen import Encoders, Output
 from vfun_cli.modeling.inputs import AudioSegment, ClipInput, LazyInput, Value
@@ -21,6 +24,8 @@ class AdapterOptions:
     """The part of the configuration that a family may depend on."""
 
     model_dir: Path
+    given: Given = field(default_factory=Given)
+    """Weights that were named instead of the model directory's."""
     compute_dtype: torch.dtype
     """dtype of the frozen encoders and of their outputs."""
     device: torch.device
@@ -29,6 +34,10 @@ class AdapterOptions:
     train_mode: str | None = None
     """None: the family's first mode."""
     control_ref_image: str = "first_frame"
+    caption_dropout: float = CAPTION_DROPOUT
+    """How often a caption is left out."""
+    guidance_scale: float = 6.0
+    """Embedded guidance in training, of a model that is told one."""
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     """Values of the transformer's ``config.json`` under the keys that the family's SPEC names (``input_settings``)."""
 
@@ -50,11 +59,19 @@ class SampleRequest:
     total_frames: int
     fps: tuple[int, int]
     """Source frame rate as (numerator, denominator)."""
+    place: str = ""
+    """What its row is called where there are several data sets; empty: by its number."""
+    captions: CaptionOptions = AS_STATED
+
+    @property
+    def row(self) -> str:
+        """What its row is called."""
+        return self.place or f"row {self.key.row}"
 
     @property
     def caption(self) -> str:
-        """The row's text; a row without one has an empty caption."""
-        return str(self.record.get("text", ""))
+        """What is read of the row's texts, unless it is dropped."""
+        return caption_of(texts_of(self.record), self.key.content, self.captions)
 
 
 @dataclass(frozen=True, kw_only=True)

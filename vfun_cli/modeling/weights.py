@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vfun_cli.checkpoints.released import POINT_AT_RELEASE, weight_files
+from vfun_cli.checkpoints.given import TRANSFORMER, VAE, typed
+from vfun_cli.checkpoints.given_tensors import files_of, is_safetensors, state_dict_of, wrapper_of
+from vfun_cli.checkpoints.released import POINT_AT_RELEASE, refuse_mismatch, weight_files
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.lfs import refuse_lfs_pointer
 from vfun_cli.modeling.foreign import made_of
@@ -27,7 +29,7 @@ from vfun_cli.typed_json import Check, check_fields, read_object, whole
 Module = TypeVar("Module", bound=nn.Module)
 
 LISTED = 10
-"""How many offending names an error shows of each kind."""
+"""How many offending names an error shows."""
 
 
 def empty_model(build: Callable[[], Module], *, where: str = "the configuration") -> Module:
@@ -165,12 +167,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
             hint=POINT_AT_RELEASE,
         )
     refuse_lfs_pointer(path)
-    state = load_pickled(path, path, mapped=True)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"{path} is not a state dict (tensors by name).", hint="Download the released file again."
-        )
-    return dict(state)
+    return dict(state_dict_of(load_pickled(path, path, mapped=True), path, Tensor))
 
 
 def load_weights(
@@ -181,6 +178,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     where: str,
     transformer: bool = False,
+    given: Path | None = None,
 ) -> None:
     """Give every parameter and persistent buffer of ``model`` its tensor. In place; the model may be on meta.
 
@@ -189,33 +187,37 @@ def load_weights(
     dtype: what floating-point tensors are cast to; others stay as they are.
     where: the file or folder, for the error message.
     transformer: this is the model that is trained, whose weights ``LazyWeights`` may read later.
+    given: what was named instead of ``tensors`` and ``where``, by ``--transformer-path`` or else ``--vae-path``.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
 
     Raises:
         CheckpointError: with all that is missing, unexpected or of another shape.
     """
+    if given is not None:
+        option = TRANSFORMER if transformer else VAE
+        tensors, where = given_tensors(given, option), typed(option, given)
     lazy = lazy_weights() if transformer else None
     first = _first_names(model)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
     state: dict[str, Tensor] = {}
-    given: set[str] = set()
+    seen: set[str] = set()
     unexpected: list[str] = []
     misshapen: list[str] = []
     for stored_name, tensor in _pairs(tensors):
         name = rename(stored_name) if rename else stored_name
         if name not in wanted:
             unexpected.append(name if name == stored_name else f"{stored_name} (as {name})")
-        elif name in given:
+        elif name in seen:
             unexpected.append(f"{name} (a second time)")
         elif tuple(tensor.shape) != wanted[name]:
             misshapen.append(f"{name} is {list(tensor.shape)}, the model has {list(wanted[name])}")
         else:
             state[first[name]] = tensor.to(dtype) if lazy is None and tensor.is_floating_point() else tensor
-        given.add(name)
-    covered = {first[name] for name in given & wanted.keys()}
+        seen.add(name)
+    covered = {first[name] for name in seen & wanted.keys()}
     missing = [name for name in wanted if first[name] not in covered]
-    _refuse_mismatch(where, type(model).__name__, missing, unexpected, misshapen)
+    refuse_mismatch(where, type(model).__name__, missing=missing, unexpected=unexpected, misshapen=misshapen)
     if lazy is not None:
         lazy.defer(model, {name: state.pop(name) for name, _ in model.named_parameters()}, dtype)
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
@@ -227,17 +229,35 @@ def load_weights(
     _refuse_meta(model)
 
 
+def given_tensors(place: Path, option: str) -> list[tuple[str, Tensor]]:
+    """The tensors of weights that an option names, without wrappers in their names; mapped where that is possible.
+
+    Raises:
+        CheckpointError: there are none, or a file is damaged; nothing in it is run.
+    """
+    files = files_of(place, option)
+    pairs = list(read_safetensors(files) if is_safetensors(files) else load_pth(files[0]).items())
+    wrapper = wrapper_of([name for name, _ in pairs])
+    return [(name.removeprefix(wrapper), tensor) for name, tensor in pairs]
+
+
 def load_diffusers(
-    kind: type[Any], folder: Path, *, dtype: torch.dtype = torch.float32, transformer: bool = False
+    kind: type[Any],
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    transformer: bool = False,
+    given: Path | None = None,
 ) -> Any:
-    """A model of one of diffusers' classes from its folder, on the CPU.
+    """A model of one of diffusers' classes from its folder, on the CPU; of ``given`` weights, as ``load_weights``.
 
     Raises:
         CheckpointError: ``config.json`` or the safetensors beside it are missing or do not fit.
     """
     config = read_json(folder / "config.json")
     model = empty_model(lambda: kind.from_config(config), where=str(folder / "config.json"))
-    load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder), transformer=transformer)
+    files = safetensors_files(folder)
+    load_weights(model, files, dtype=dtype, where=str(folder), transformer=transformer, given=given)
     return model
 
 
@@ -257,24 +277,12 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
 
 
-def _refuse_mismatch(
-    where: str, model: str, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]
-) -> None:
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    lines = [f"  {len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-    if lines:
-        raise CheckpointError(
-            "\n".join([f"the tensors in {where} do not fit {model}:", *lines]),
-            hint="Check that the folder is the model of this family, that its config.json belongs to the weights, "
-            "and that the download is complete.",
-        )
-
-
 def _refuse_meta(model: nn.Module) -> None:
     """A buffer without values is a mistake in the program, not in the checkpoint."""
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
-        raise RuntimeError(f"{type(model).__name__} has buffers on meta ({_some(empty)}): build it with empty_model")
+        some = ", ".join(empty[:LISTED])
+        raise RuntimeError(f"{type(model).__name__} has buffers on meta ({some}): build it with empty_model")
 
 
 def _open(file: Path) -> safe_open:
@@ -287,8 +295,3 @@ def _open(file: Path) -> safe_open:
             f"cannot read {file} ({file.stat().st_size} bytes): {first_line(error)}.",
             hint="The file is incomplete or damaged: download it again.",
         ) from error
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

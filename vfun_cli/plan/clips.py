@@ -1,15 +1,19 @@
 """What each clip of a table can become: usable or dropped, its stride, its length, and the shape it draws."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
-from vfun_cli.plan.draws import uniform
+from vfun_cli.plan.draws import random_words, uniform
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import (
+    ASPECTS,
+    CROPS,
     MOST_ENLARGED,
     SQUARE,
     SizeSet,
@@ -33,6 +37,11 @@ REASONS: dict[str, str] = {
 
 USED = -1
 
+CROPPED_TO = np.array([index for index, (key, _, _) in enumerate(ASPECTS) if key in CROPS], dtype=np.int64)
+"""The aspects that random_ratio_crop draws."""
+OFTEN = np.array(list(CROPS.values()), dtype=np.int8)
+"""How often each."""
+
 FULL_LENGTH_SHARE = 0.9
 """With random_frame_crop, the probability that a clip keeps its length; shorter ones share the rest."""
 
@@ -53,8 +62,9 @@ class Clips:
     available: IntArray
     """Frames of the whole clip at its stride."""
     aspect: IntArray
+    """The clip's own, index into ASPECTS; with random_ratio_crop it counts for nothing."""
     allowed: IntArray
-    """How many of the sizes, smallest first, do not enlarge the clip too much."""
+    """How many of the sizes, smallest first, do not enlarge the clip too much, at the aspect that allows most."""
 
     @property
     def used(self) -> BoolArray:
@@ -70,6 +80,12 @@ def _allowed_sizes(sizes: SizeSet, aspect: IntArray, height: IntArray, width: In
         fits = (sizes.heights[aspect, index] * down <= height * up) & (sizes.widths[aspect, index] * down <= width * up)
         count += fits & (count == index)
     return count
+
+
+def _allowed_crops(sizes: SizeSet, height: IntArray, width: IntArray) -> NDArray[np.int8]:
+    """The same for each aspect that random_ratio_crop draws: [clips, aspects]."""
+    columns = [_allowed_sizes(sizes, np.full(len(height), aspect), height, width) for aspect in CROPPED_TO]
+    return np.stack(columns, axis=1).astype(np.int8)
 
 
 def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOptions) -> Clips:
@@ -90,7 +106,11 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
         if sizes is not None:
             rows = np.flatnonzero(table.is_image == bool(is_image))
             supported[rows] = True
-            allowed[rows] = _allowed_sizes(sizes, aspect[rows], table.height[rows], table.width[rows])
+            sides = table.height[rows], table.width[rows]
+            if options.random_ratio_crop:
+                allowed[rows] = _allowed_crops(sizes, *sides).max(axis=1)
+            else:
+                allowed[rows] = _allowed_sizes(sizes, aspect[rows], *sides)
     video = ~table.is_image
     faults = {
         "held-out": table.held_out,
@@ -108,7 +128,8 @@ def prepare(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: PlanOp
         reason[faults[name]] = code
     for is_image, sizes in enumerate(sets):
         if sizes is not None:
-            _require_sides(sizes, aspect[(reason == USED) & (table.is_image == bool(is_image))], spec)
+            used = (reason == USED) & (table.is_image == bool(is_image))
+            _require_sides(sizes, CROPPED_TO if options.random_ratio_crop and used.any() else aspect[used], spec)
     return Clips(
         table=table, options=options, spec=spec, dims=dims, sets=(sets[0], sets[1]), reason=reason, stride=stride,
         available=available, aspect=aspect, allowed=allowed,
@@ -147,8 +168,9 @@ def _too_small(clips: Clips, index: int) -> str:
     sizes = clips.sets[int(clips.table.is_image[index])]
     assert sizes is not None
     height, width = int(clips.table.height[index]), int(clips.table.width[index])
-    bucket = int(sizes.heights[clips.aspect[index], 0]), int(sizes.widths[clips.aspect[index], 0])
-    scale = max(bucket[0] / height, bucket[1] / width)
+    aspects = CROPPED_TO if clips.options.random_ratio_crop else clips.aspect[[index]]
+    buckets = zip(sizes.heights[aspects, 0].tolist(), sizes.widths[aspects, 0].tolist(), strict=True)
+    scale, bucket = min((max(high / height, wide / width), (high, wide)) for high, wide in buckets)
     return f"{width}x{height} would be enlarged {scale:.2f} times for the smallest bucket, {bucket[1]}x{bucket[0]}"
 
 
@@ -184,18 +206,20 @@ def draw_shapes(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -
     variant = epoch % clips.options.cache_variants if clips.options.cache_variants else epoch
     chance = uniform("size", seed, variant, row, copy)
     is_image = clips.table.is_image[clip]
+    aspect, allowed = clips.aspect[clip], clips.allowed[clip]
+    if clips.options.random_ratio_crop:
+        aspect, allowed = _ratio_crop(clips, clip, copy, variant)
     frames, height, width = (np.zeros(len(clip), dtype=np.int64) for _ in range(3))
     for image, sizes in enumerate(clips.sets):
         if sizes is None:
             continue
         length = np.array([size.frames for size in sizes.sizes], dtype=np.int64)
-        for allowed in range(1, len(sizes.sizes) + 1):
-            here = np.flatnonzero((is_image == bool(image)) & (clips.allowed[clip] == allowed))
-            size = np.searchsorted(sizes.cumulative[allowed, : allowed - 1], chance[here], side="right")
-            aspect = clips.aspect[clip[here]]
+        for count in range(1, len(sizes.sizes) + 1):
+            here = np.flatnonzero((is_image == bool(image)) & (allowed == count))
+            size = np.searchsorted(sizes.cumulative[count, : count - 1], chance[here], side="right")
             frames[here] = length[size]
-            height[here] = sizes.heights[aspect, size]
-            width[here] = sizes.widths[aspect, size]
+            height[here] = sizes.heights[aspect[here], size]
+            width[here] = sizes.widths[aspect[here], size]
     if clips.options.random_frame_crop:
         frames = np.minimum(frames, _frame_crop(clips, row, copy, variant))
     frames = np.minimum(frames, clips.available[clip])
@@ -203,6 +227,25 @@ def draw_shapes(clips: Clips, clip: IntArray, copy: IntArray, epoch: IntArray) -
     rounded = np.array([round_frames(int(value), clips.spec, clips.dims) for value in values], dtype=np.int64)
     frames = np.where(is_image, 1, rounded[inverse] if len(values) else frames)
     return Samples(clip=clip, copy=copy, epoch=epoch, frames=frames, height=height, width=width, is_image=is_image)
+
+
+def _ratio_crop(clips: Clips, clip: IntArray, copy: IntArray, variant: IntArray) -> tuple[IntArray, IntArray]:
+    """The aspect of each sample under random_ratio_crop, and how many sizes it allows the clip.
+
+    Drawn, as often as CROPS says, among those at which the smallest size does not enlarge the clip too much.
+    """
+    table = clips.table
+    aspect, allowed = np.zeros_like(clip), np.zeros_like(clip)
+    for image, sizes in enumerate(clips.sets):
+        here = np.flatnonzero(table.is_image[clip] == bool(image))
+        if sizes is None or not len(here):
+            continue
+        counts = _allowed_crops(sizes, table.height[clip[here]], table.width[clip[here]])
+        running = np.cumsum(OFTEN * (counts > 0), axis=1, dtype=np.int8)
+        chance = uniform("aspect", clips.options.seed, variant[here], table.row[clip[here]], copy[here])
+        drawn = (running <= (chance * running[:, -1])[:, None]).sum(axis=1)
+        aspect[here], allowed[here] = CROPPED_TO[drawn], counts[np.arange(len(here)), drawn]
+    return aspect, allowed
 
 
 def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) -> IntArray:
@@ -215,10 +258,42 @@ def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) 
     return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])
 
 
+def times_shown(clips: Clips, epochs: int) -> IntArray:
+    """How often the first ``epochs`` epochs together show each entry of the table.
+
+    The i-th of the n clips of a set with r repeats, in an order that the seed decides: floor(r * epochs + i / n) times,
+    and a video ``video_repeat`` times as often. So each epoch shows a whole number next to r * n, and wherever
+    r * epochs is a whole number, all clips of the set have been shown equally often.
+    """
+    shown = np.zeros(len(clips.table), dtype=np.int64)
+    for number, repeats in enumerate(clips.options.repeats):
+        here = np.flatnonzero(clips.used & (clips.table.set == number))
+        whole, part = divmod(repeats.numerator * epochs, repeats.denominator)
+        shown[here] = whole
+        if part:
+            words = random_words("repeats", clips.options.seed, clips.table.row[here])
+            place = np.empty(len(here), dtype=np.int64)
+            place[np.argsort(words, kind="stable")] = np.arange(len(here))
+            shown[here] += (part * len(here) + place * repeats.denominator) // (repeats.denominator * len(here) or 1)
+    return np.where(clips.table.is_image, shown, shown * max(1, clips.options.video_repeat))
+
+
+def most_drawn(clips: Clips) -> int:
+    """Samples that an epoch draws, or a few more where repeats are no whole numbers."""
+    most = 0
+    for number, repeats in enumerate(clips.options.repeats):
+        here = clips.used & (clips.table.set == number)
+        images, videos = (int(np.count_nonzero(here & (clips.table.is_image == kind))) for kind in (True, False))
+        together = math.ceil(repeats * (images + videos))
+        most += min(together, math.ceil(repeats) * images)
+        most += min(together, math.ceil(repeats) * videos) * max(1, clips.options.video_repeat)
+    return most
+
+
 def draw_epoch(clips: Clips, epoch: int) -> Samples:
-    """Every sample of an epoch: each used image once, each used video ``video_repeat`` times."""
+    """Every sample of an epoch: each clip as often as ``times_shown`` has it."""
     used = np.flatnonzero(clips.used)
-    times = np.where(clips.table.is_image[used], 1, max(1, clips.options.video_repeat))
+    times = (times_shown(clips, epoch + 1) - times_shown(clips, epoch))[used]
     clip = np.repeat(used, times)
     copy = np.arange(len(clip)) - np.repeat(np.cumsum(times) - times, times)
     return draw_shapes(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))

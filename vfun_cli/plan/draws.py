@@ -11,7 +11,7 @@ from vfun_cli.metadata.table import IntArray
 
 Words = NDArray[np.uint64]
 
-PURPOSES = {"size": 1, "order": 2, "frames": 3, "step": 4, "independent": 5}
+PURPOSES = {"size": 1, "order": 2, "frames": 3, "step": 4, "independent": 5, "repeats": 6, "aspect": 7}
 
 
 def mix(words: Words) -> Words:

@@ -15,10 +15,10 @@ import numpy as np
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import ConfigError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
-from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.clips import KINDS, draw_shapes, prepare
 from vfun_cli.plan.options import PlanOptions, plan_options
+from vfun_cli.plan.sets import read_rows
 
 QUANTILES = tuple(tenth / 10 for tenth in range(1, 10))
 """Of the timesteps that training draws: where the loss of a held-out clip is computed, with the same noise at each."""
@@ -36,12 +36,11 @@ def hold_out(config: RunConfig, spec: FamilySpec, dims: ModelDims, table: ClipTa
     wanted = config.validation_rows
     if wanted is None:
         return table
-    assert config.train_data_meta is not None
     clips = prepare(spec, dims, table, plan_options(config))
     places = {int(table.row[index]): index for index in np.flatnonzero(clips.used).tolist()}
     visual = next(item.name for item in spec.fields if item.media == "visual")
     videos: dict[str, list[int]] = defaultdict(list)
-    for record in read_metadata(config.train_data_meta).records:
+    for record in read_rows(config).records:
         if record.row in places:
             videos[_rank(config.seed, record.fields.get(visual))].append(places[record.row])
     held_out = np.zeros(len(table), dtype=np.bool_)

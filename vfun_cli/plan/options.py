@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from vfun_cli.config.options import RunConfig
@@ -25,6 +26,10 @@ class PlanOptions:
     """Keep the aspect of each clip (nearest of 40); without it every clip is cropped to a square."""
     random_hw_adapt: bool = False
     training_with_video_token_length: bool = False
+    fix_sample_size: tuple[int, ...] = ()
+    """Height and width of every clip, in the place of all other sizes; empty: clips have those."""
+    random_ratio_crop: bool = False
+    """Draw the aspect of each clip instead of keeping the nearest of 40."""
     random_frame_crop: bool = False
     gradient_accumulation_steps: int = 1
     seed: int = 42
@@ -35,6 +40,8 @@ class PlanOptions:
     """Open each epoch with its most expensive step, so that what does not fit fails at once."""
     tokens_per_batch: int | None = None
     """Fill micro-batches up to this many tokens instead of ``train_batch_size`` clips."""
+    repeats: tuple[Fraction, ...] = (Fraction(1),)
+    """How often an epoch shows each clip, on average, by data set; ``video_repeat`` comes on top."""
 
     @classmethod
     def pick(cls, values: Mapping[str, Any], **more: Any) -> "PlanOptions":
@@ -60,4 +67,5 @@ class PlanOptions:
 
 def plan_options(config: RunConfig, world_size: int | None = None) -> PlanOptions:
     """The options of the plan, which share their names with the configuration's; by default on its own ranks."""
-    return PlanOptions.pick(vars(config), world_size=world_size or config.num_processes or 1)
+    repeats = tuple(each.repeats for each in config.train_data_meta) or (Fraction(1),)
+    return PlanOptions.pick(vars(config), world_size=world_size or config.num_processes or 1, repeats=repeats)

@@ -129,7 +129,7 @@ def _legend(scene: Scene, x: float, y: float, entries: tuple[tuple[str, str], ..
 
 
 def _size_name(row: SizeRow) -> str:
-    return f"{row.size}, image" if row.kind == "image" else f"{row.size}, {row.frames} frames"
+    return f"{row.name}, image" if row.kind == "image" else f"{row.name}, {row.frames} frames"
 
 
 def _sizes(scene: Scene, top: float, rows: list[SizeRow], buckets: Buckets, line: IntArray) -> float:

@@ -76,6 +76,8 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
     parts += [_sizes_used(plan, first), _buckets(first)]
     parts += [_heading("Epoch"), _facts(_total_facts(totals(plan, first)))]
     parts += [_heading("Rows", f"{first.ledger.rows:,} in the metadata"), _facts(_ledger_facts(first.ledger))]
+    if first.ledger.sets:
+        parts += [_heading("Data sets", "what an epoch shows of each"), _data_sets(plan, first.ledger)]
     loss, videos = held_out_cost(plan), samples_cost(plan)
     if loss is not None:
         parts += [_heading("Held-out loss", f"{loss.rows:,} rows at {len(QUANTILES)} timesteps"), _look(loss)]
@@ -92,12 +94,16 @@ def preview(plan: RunPlan, epochs: Sequence[EpochPlan] = ()) -> RenderableType:
 
 def _mode(plan: RunPlan) -> Text:
     options = plan.options
-    if options.training_with_video_token_length:
+    if options.fix_sample_size:
+        mode = f"every clip {'x'.join(map(str, options.fix_sample_size))}, up to {options.video_sample_n_frames} frames"
+    elif options.training_with_video_token_length:
         mode = f"token-length buckets, {options.video_sample_n_frames} frames at {options.token_sample_size}"
     elif options.random_hw_adapt:
         mode = f"random sizes, up to {options.video_sample_n_frames} frames"
     else:
         mode = f"one size, up to {options.video_sample_n_frames} frames"
+    if options.random_ratio_crop:
+        mode += ", cropped to random aspects"
     return Text.assemble(("Bucket plan", "bold"), f"  {plan.spec.name}  ", (mode, "dim"))
 
 
@@ -106,12 +112,13 @@ def _sizes_alone(plan: RunPlan) -> RenderableType:
     result = _table("size", "frames", "latents", "tokens", "sequence", "cost", "")
     most = max(row.flops for row in rows)
     for row in rows:
-        name = str(row.size) if row.kind == "video" else f"{row.size} image"
+        name = row.name if row.kind == "video" else f"{row.name} image"
         result.add_row(
             name, str(row.frames), "x".join(map(str, row.latents)), f"{row.tokens:,}", f"{row.sequence_tokens:,}",
             f"{row.flops / 1e12:,.0f} TF", Bar(row.flops / most, COMPUTE_STYLE, 16),
         )  # fmt: skip
-    note = "square clips; sequence: with text, reference and motion; cost: one forward pass"
+    whose = "every clip" if plan.options.fix_sample_size else "square clips"
+    note = f"{whose}; sequence: with text, reference and motion; cost: one forward pass"
     return Group(_heading("Sizes"), result, Text(note, style="dim"), _reference_note(plan.spec))
 
 
@@ -129,12 +136,13 @@ def _sizes_used(plan: RunPlan, epoch: EpochPlan) -> RenderableType:
     share = cost / cost.sum()
     result = _table("size", "frames", "latents", "tokens", "clips", "compute", "")
     for row, count, part in zip(rows, clips.tolist(), share.tolist(), strict=True):
-        name = str(row.size) if row.kind == "video" else f"{row.size} image"
+        name = row.name if row.kind == "video" else f"{row.name} image"
         result.add_row(
             name, str(row.frames), "x".join(map(str, row.latents)), f"{row.tokens:,}", f"{count:,.0f}",
             _percent(part), Bar(part / share.max(), COMPUTE_STYLE, 16),
         )  # fmt: skip
-    return Group(_heading("Sizes", "for square clips, at most"), result, _reference_note(plan.spec))
+    whose = "every clip" if plan.options.fix_sample_size else "square clips"
+    return Group(_heading("Sizes", f"for {whose}, at most"), result, _reference_note(plan.spec))
 
 
 def _buckets(epoch: EpochPlan) -> RenderableType:
@@ -222,6 +230,13 @@ def _ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
     if ledger.borrowed:
         facts.append(("borrowed", f"{ledger.borrowed:,} draws of following epochs: too few clips for one step"))
     return facts
+
+
+def _data_sets(plan: RunPlan, ledger: Ledger) -> Table:
+    result = _table("set", "repeats", "rows", "used", "shown")
+    for name, data in zip(plan.data_sets, ledger.sets, strict=True):
+        result.add_row(name, data.repeats, f"{data.rows:,}", f"{data.used:,}", f"{data.samples:,}")
+    return result
 
 
 def _look(cost: LookCost) -> Table:

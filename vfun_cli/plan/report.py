@@ -12,12 +12,12 @@ from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import ClipTable, IntArray
 from vfun_cli.plan.assignment import assignment_json, planned_digest
 from vfun_cli.plan.balance import independent_balance, mean_over_max, rounded
-from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare
+from vfun_cli.plan.clips import KINDS, REASONS, USED, Clips, draw_shapes, prepare, times_shown
 from vfun_cli.plan.held_out import QUANTILES
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import Buckets, EpochPlan
-from vfun_cli.plan.sizes import ASPECTS, SQUARE, Size, SizeSet, bucket, documented_frames, size_set
+from vfun_cli.plan.sizes import ASPECTS, CROPS, SizeSet, documented_frames, size_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class SizeRow:
     kind: str
     size: int
     """Base size in pixels, a fraction rounded down."""
+    name: str
+    """What people call it: the base size, or height x width of a fixed one."""
     frames: int
     """The published figure: with the reference frame, where one enters the VAE beside the clip."""
     clip_frames: int
@@ -40,10 +42,9 @@ class SizeRow:
     """FLOPs of one forward pass."""
 
 
-def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRow:
+def size_row(kind: str, sizes: SizeSet, index: int, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> SizeRow:
     """The line for one size."""
-    height, width = bucket(SQUARE, size.base, spec)
-    shape = ClipShape(frames=size.frames, height=height, width=width)
+    size, shape = sizes.sizes[index], sizes.square(index)
     frames, height, width = spec.plan.latent_shape(shape)
     tokens = spec.plan.video_tokens(shape)
     if spec.plan.reference_frame:
@@ -52,6 +53,7 @@ def size_row(kind: str, size: Size, spec: FamilySpec, dims: ModelDims) -> SizeRo
     return SizeRow(
         kind=kind,
         size=int(size.base),
+        name="x".join(map(str, options.fix_sample_size)) or str(int(size.base)),
         frames=documented_frames(size.frames, spec),
         clip_frames=size.frames,
         latents=(frames, height, width),
@@ -69,7 +71,11 @@ def size_sets(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> dict[s
 def size_table(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> list[SizeRow]:
     """Videos first, then images, each smallest first."""
     sets = size_sets(options, spec, dims)
-    return [size_row(kind, size, spec, dims) for kind, sizes in sets.items() for size in sizes.sizes]
+    return [
+        size_row(kind, sizes, index, options, spec, dims)
+        for kind, sizes in sets.items()
+        for index in range(len(sizes.sizes))
+    ]
 
 
 def size_of_bucket(buckets: Buckets, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> IntArray:
@@ -211,6 +217,8 @@ def plan_json(plan: RunPlan, epochs: Sequence[EpochPlan] = (), *, assignment: bo
         for kind, height, width, frames, tokens, clips, part in zip(*(c.tolist() for c in columns), strict=True)
     ]
     result["ledger"] = first.ledger.to_json()
+    for name, entry in zip(plan.data_sets, result["ledger"].get("sets", ()), strict=False):
+        entry["meta"] = name
     result["balance"] = {
         "world_size": first.world_size,
         "mean_over_max_flops": rounded(mean_over_max(first)),
@@ -291,13 +299,18 @@ def why(plan: RunPlan, row: int, epochs: Sequence[EpochPlan] = ()) -> dict[str, 
     if sizes is not None and height > 0 and width > 0:
         key = int(clips.aspect[0])
         story["ratio"] = round(height / width, 4)
-        story["aspect"] = ASPECTS[key][0]
-        story["sizes"] = [_candidate(clips, sizes, key, index, height, width) for index in range(len(sizes.sizes))]
+        if plan.options.random_ratio_crop:
+            story["aspects"] = list(CROPS)
+        else:
+            story["aspect"] = ASPECTS[key][0]
+            story["sizes"] = [_candidate(clips, sizes, key, index, height, width) for index in range(len(sizes.sizes))]
     reason = int(clips.reason[0])
     if reason != USED:
         name = list(REASONS)[reason]
         return story | {"dropped": name, "message": REASONS[name]}
-    story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in _copies(clips)]
+    every = prepare(plan.spec, plan.dims, table, plan.options)
+    times = {e.epoch: times_shown(every, e.epoch + 1)[here] - times_shown(every, e.epoch)[here] for e in epochs}
+    story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in range(times[epoch.epoch])]
     return story
 
 
@@ -311,10 +324,6 @@ def _candidate(clips: Clips, sizes: SizeSet, key: int, index: int, height: int, 
         "scale": round(max(bucket[0] / height, bucket[1] / width), 4),
         "allowed": index < int(clips.allowed[0]),
     }
-
-
-def _copies(clips: Clips) -> range:
-    return range(1 if clips.table.is_image[0] else max(1, clips.options.video_repeat))
 
 
 def _placed(clips: Clips, copy: int, epoch: EpochPlan) -> dict[str, Any]:
@@ -342,9 +351,10 @@ def _placed(clips: Clips, copy: int, epoch: EpochPlan) -> dict[str, Any]:
 
 def why_lines(story: dict[str, Any]) -> list[str]:
     """The story of :func:`why` in sentences."""
-    source = story["source"]
+    source, row = story["source"], story["row"]
     file = f" ({story['file']})" if "file" in story else ""
-    lines = [f"row {story['row']}{file}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
+    place = story.get("place", f"row {row}")
+    lines = [f"{place}{file}: {story['kind']}, {source['width']}x{source['height']} (width x height)"]
     if story["kind"] == "video":
         lines.append(
             f"{source['frames']} frames at {source['fps']} fps, every {story['stride']}. frame: "
@@ -352,6 +362,8 @@ def why_lines(story: dict[str, Any]) -> list[str]:
         )
     if "aspect" in story:
         lines.append(f"height / width = {story['ratio']}, nearest aspect {story['aspect']}")
+    if "aspects" in story:
+        lines.append(f"height / width = {story['ratio']}, cropped to one of {', '.join(map(str, story['aspects']))}")
     for size in story.get("sizes", ()):
         verdict = "allowed" if size["allowed"] else "left out: enlarged by more than 1.25"
         lines.append(

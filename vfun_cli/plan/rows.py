@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vfun_cli import console
+from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError
 from vfun_cli.families.spec import FamilySpec
@@ -32,11 +33,13 @@ from vfun_cli.metadata.checks import (
 )
 from vfun_cli.metadata.clip_needs import ClipNeeds
 from vfun_cli.metadata.codes import Problem
-from vfun_cli.metadata.fields import MetadataField
-from vfun_cli.metadata.records import Metadata, read_metadata
+from vfun_cli.metadata.fields import MetadataField, texts_of
+from vfun_cli.metadata.records import Metadata, read_metadata, root_of
 from vfun_cli.metadata.report import summary_of_warnings
-from vfun_cli.plan.captions import long_captions
+from vfun_cli.modeling.captions import possible_captions
+from vfun_cli.plan.captions import caption_options, long_captions
 from vfun_cli.plan.options import plan_options
+from vfun_cli.plan.sets import joined_reports, meta_of, one_by_one, read_rows
 
 if TYPE_CHECKING:
     from vfun_cli.metadata.table import ClipTable
@@ -54,16 +57,15 @@ EVERY_FIELD = (
 
 
 def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | None = None) -> Report:
-    """Validate the metadata of a run as its family and settings need it.
+    """Validate the metadata of a run's one data set as its family and settings need it.
 
     With ``deep_timeout`` everything is decoded too, at most so many seconds a file.
 
     Raises:
         ConfigError: options with which nothing can be planned.
     """
-    assert config.train_data_meta is not None
     report = _validate(
-        config.train_data_meta,
+        meta_of(config),
         config.train_data_dir,
         spec.fields,
         spec.media_types,
@@ -72,18 +74,32 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
     )
     if not report.ok:
         return report
-    captions = captions_of(report.metadata, report.bad_rows)
+    captions = captions_of(config, report.metadata, report.bad_rows)
     long = long_captions(spec, config.pretrained_model_name_or_path, captions)
     return report.plus([*long, *left_out_by_plan(config, spec, report)])
 
 
-def captions_of(metadata: Metadata, bad_rows: Collection[int] = ()) -> dict[int, str]:
-    """The texts of the rows that can be trained, by row."""
-    return {
-        record.row: text
+def captions_of(config: RunConfig, metadata: Metadata, bad_rows: Collection[int] = ()) -> list[tuple[int, str]]:
+    """Every caption that the rows which can be trained may train with, and its row."""
+    options = [caption_options(config, each) for each in config.train_data_meta]
+    return [
+        (record.row, caption)
         for record in metadata.records
-        if record.row not in bad_rows and isinstance(text := record.fields.get("text"), str)
-    }
+        if record.row not in bad_rows
+        for caption in possible_captions(texts_of(record.fields), options[metadata.set_of(record.row)])
+        if caption
+    ]
+
+
+def undrawn_captions(config: RunConfig, report: Report) -> str | None:
+    """In words, that some rows have more captions than are ever drawn for them; None where none has."""
+    most = max((len(texts_of(record.fields)) for record in report.metadata.records), default=0)
+    if config.cache_variants is None or most <= config.cache_variants:
+        return None
+    return (
+        f"Rows have up to {most} captions, and --cache-variants {config.cache_variants} draws at most so many of them: "
+        f"--cache-variants {most} leaves room for all."
+    )
 
 
 CODES_OF_REASONS = {"unsupported-type": "unsupported-type", "too-short": "clip-too-short", "too-small": "too-small"}
@@ -114,6 +130,14 @@ def check_rows_of_any_family(meta: Path, root: Path, *, deep_timeout: float | No
     return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
+def check_folder(metadata: Metadata, spec: FamilySpec | None) -> Report:
+    """Validate what a folder gives as a family needs it, or as every family does; whatever the settings of a run."""
+    fields, media_types = (EVERY_FIELD, MEDIA_TYPES) if spec is None else (spec.fields, spec.media_types)
+    with progress() as stage:
+        settings = Settings(cache=header_cache(), progress=stage)
+        return validate(metadata, fields, media_types, metadata.path, settings=settings)
+
+
 def _validate(
     meta: Path,
     root: Path | None,
@@ -140,8 +164,12 @@ def header_cache() -> Path | None:
 
 def validate_command(config: RunConfig, spec: FamilySpec) -> str:
     """The command that checks the metadata of a run as the run does."""
-    words = ["vfun", "validate-meta", str(config.train_data_meta), "--family", spec.name]
-    if config.train_data_dir is not None:
+    sets = config.train_data_meta
+    # Several sets of other roots are those of vfun.toml, which that command reads too.
+    placed = len(sets) > 1 and any(each.root not in (None, each.folder()) for each in sets)
+    words = ["vfun", "validate-meta", *([] if placed else [str(each.meta) for each in sets]), "--family", spec.name]
+    its_own = len(sets) == 1 and config.train_data_dir == sets[0].meta  # a folder is its own root
+    if config.train_data_dir is not None and not placed and not its_own:
         words += ["--data-root", str(config.train_data_dir)]
     model = config.pretrained_model_name_or_path
     if model is not None and model.is_dir():  # its tokenizer counts the captions
@@ -155,18 +183,30 @@ def checked_rows(config: RunConfig, spec: FamilySpec) -> Report:
     Raises:
         MetadataError: rows that cannot be trained on; the message names them.
     """
-    report = check_rows(config, spec)
-    for line in summary_of_warnings(report):
-        console.warn(line)
-    if any(problem.severity == "warning" for problem in report.problems):
-        console.hint(f"The rows, counted from 0: {validate_command(config, spec)}")
-    report.require_ok()
-    return report
+    reports, bad = [], []
+    for each in one_by_one(config):
+        report = check_rows(each, spec)
+        of_which = f"{meta_of(each)}: " if len(config.train_data_meta) > 1 else ""
+        for line in summary_of_warnings(report):
+            console.warn(f"{of_which}{line}")
+        if any(problem.severity == "warning" for problem in report.problems):
+            console.hint(f"The rows, counted from 0: {validate_command(each, spec)}")
+        try:
+            report.require_ok()
+        except MetadataError as error:
+            bad.append(error)
+        reports.append(report)
+    if bad:
+        raise MetadataError("\n".join(error.message for error in bad), hint=bad[0].hint)
+    return joined_reports(config, reports)
 
 
 def of_validation(config: RunConfig) -> RunConfig:
     """The configuration with the rows to validate on in the place of those to train on."""
-    return replace(config, train_data_meta=config.validation_meta)
+    meta = config.validation_meta
+    if meta is None:
+        return replace(config, train_data_meta=())
+    return replace(config, train_data_meta=(DataSet(meta=meta),), train_data_dir=root_of(meta, config.train_data_dir))
 
 
 def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool = False) -> "ClipTable | None":
@@ -189,11 +229,11 @@ def validation_table(config: RunConfig, spec: FamilySpec, *, trust_stated: bool 
 
 def stated_table(config: RunConfig, spec: FamilySpec) -> "ClipTable | None":
     """The clips of rows that state everything, to plan a cluster run on a laptop; None if they do not."""
-    assert config.train_data_meta is not None
-    metadata = read_metadata(config.train_data_meta)
+    metadata = read_rows(config)
     table = table_without_files(metadata)
     if table is not None:
-        for problem in long_captions(spec, config.pretrained_model_name_or_path, captions_of(metadata)):
+        captions = captions_of(config, metadata)
+        for problem in long_captions(spec, config.pretrained_model_name_or_path, captions):
             console.warn(f"{problem.code}: {problem.message}")
     return table
 

@@ -14,14 +14,14 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.errors import MetadataError, RunError
 from vfun_cli.families.detect import read_dims
 from vfun_cli.families.spec import FamilySpec, ModelDims
-from vfun_cli.metadata.records import metadata_digest
 from vfun_cli.metadata.table import ClipTable
 from vfun_cli.plan.held_out import Dates, HeldOut, held_out_clips, hold_out
 from vfun_cli.plan.options import PlanOptions, plan_options
-from vfun_cli.plan.rows import check_rows
+from vfun_cli.plan.rows import checked_rows, of_validation
 from vfun_cli.plan.rows import validation_table as checked_validation_table
 from vfun_cli.plan.samples import SampleSettings
 from vfun_cli.plan.schedule import EpochPlan, RunSegment, count_steps, plan_epoch, plan_run
+from vfun_cli.plan.sets import rows_digest
 
 ENDLESS_EPOCHS = 1_000_000
 """Epochs planned lazily when only the step limit ends a run."""
@@ -49,6 +49,8 @@ class RunPlan:
     """Whether it does so with the moving average of the weights too."""
     samples: SampleSettings | None = None
     """How it makes videos then of the rows that are validated on; None: not at all."""
+    data_sets: tuple[str, ...] = ()
+    """What its data sets are called."""
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class RunPlan:
             dates=Dates.of(config),
             averages=config.use_ema,
             samples=SampleSettings.of(config, spec),
+            data_sets=tuple(str(each.meta) for each in config.train_data_meta),
         )
 
     def epochs(self) -> Iterator[EpochPlan]:
@@ -135,13 +138,13 @@ def load_plan(config: RunConfig, spec: FamilySpec, described: Mapping[str, Any])
         MetadataError: the metadata changed since the launch checked it.
         RunError: the plan is another than the launch showed.
     """
-    for meta, digest in (
+    for sets, digest in (
         (config.train_data_meta, described["metadata_sha256"]),
-        (config.validation_meta, described.get("validation_sha256")),
+        (of_validation(config).train_data_meta, described.get("validation_sha256")),
     ):
-        if meta is not None and metadata_digest(meta) != digest:
+        if sets and rows_digest(sets) != digest:
             raise MetadataError(
-                f"{meta} changed since this run was launched.",
+                f"{', '.join(str(each.meta) for each in sets)} changed since this run was launched.",
                 hint="Start the run again, so that the rows are checked again.",
             )
     dims = read_dims(spec, config.pretrained_model_name_or_path)
@@ -168,7 +171,5 @@ def _saved_table(
     saved, validation = Path(described["clips"]), described.get("validation_clips")
     if saved.is_file():
         return ClipTable.load(saved), None if validation is None else ClipTable.load(Path(validation))
-    report = check_rows(config, spec)
-    report.require_ok()
-    table = hold_out(config, spec, dims, report.table())
+    table = hold_out(config, spec, dims, checked_rows(config, spec).table())
     return table, checked_validation_table(config, spec)

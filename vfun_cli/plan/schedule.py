@@ -9,15 +9,27 @@ was drawn in, so that its noise does not depend on the number of ranks.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vfun_cli.errors import MetadataError
+from vfun_cli.config.datasets import in_decimals
+from vfun_cli.errors import ConfigError, MetadataError
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import BoolArray, ClipTable, IntArray
-from vfun_cli.plan.clips import KINDS, REASONS, Clips, Samples, draw_epoch, draw_shapes, prepare
+from vfun_cli.plan.clips import (
+    KINDS,
+    REASONS,
+    Clips,
+    Samples,
+    draw_epoch,
+    draw_shapes,
+    most_drawn,
+    prepare,
+    times_shown,
+)
 from vfun_cli.plan.draws import random_words
 from vfun_cli.plan.options import PlanOptions
 from vfun_cli.plan.sizes import check_options
@@ -71,6 +83,18 @@ def earlier_segments(state: Mapping[str, Any], slots: int) -> tuple[RunSegment, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetLedger:
+    """The part of a ledger that is about one of several data sets."""
+
+    repeats: str
+    """How often an epoch shows each clip, on average."""
+    rows: int
+    used: int
+    samples: int
+    """Draws of this epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ledger:
     """Where every row of the table went in one epoch. ``used`` + all of ``dropped`` = ``rows``."""
 
@@ -90,10 +114,13 @@ class Ledger:
     """Draws of following epochs that complete the only step of a run too small for one."""
     trained: int
     """``samples`` + ``carried_in`` + ``borrowed`` - ``carried_out``."""
+    sets: tuple[SetLedger, ...] = ()
+    """Of each data set in the order of the options; of one that each epoch shows whole, none."""
 
     def to_json(self) -> dict[str, Any]:
         """All counts by name."""
-        return dict(vars(self))
+        sets = {"sets": [dict(vars(each)) for each in self.sets]} if self.sets else {}
+        return {name: value for name, value in vars(self).items() if name != "sets"} | sets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -313,8 +340,7 @@ def _borrow(clips: Clips, pool: Samples, epoch: int) -> list[Samples]:
         if missing <= 0:
             return parts
         # One sample completes at most one micro-batch, so these epochs are needed in any case.
-        per_epoch = len(parts[0]) if parts else len(draw_epoch(clips, epoch + 1))
-        for _ in range(-(-missing // per_epoch)):
+        for _ in range(-(-missing // most_drawn(clips))):
             parts.append(draw_epoch(clips, epoch + 1 + len(parts)))
 
 
@@ -408,6 +434,19 @@ def _ledger(clips: Clips, drawn: Samples, *, num_carried: int, num_left: int, nu
         carried_out=num_left,
         borrowed=num_trained + num_left - len(drawn) - num_carried,
         trained=num_trained,
+        sets=_set_ledgers(clips, drawn),
+    )
+
+
+def _set_ledgers(clips: Clips, drawn: Samples) -> tuple[SetLedger, ...]:
+    repeats = clips.options.repeats
+    if repeats == (Fraction(1),):
+        return ()
+    every = (clips.table.set, clips.table.set[clips.used], clips.table.set[drawn.clip])
+    counts = zip(*(np.bincount(column, minlength=len(repeats)).tolist() for column in every), strict=True)
+    return tuple(
+        SetLedger(repeats=in_decimals(times), rows=rows, used=used, samples=samples)
+        for times, (rows, used, samples) in zip(repeats, counts, strict=True)
     )
 
 
@@ -422,6 +461,13 @@ def checked_clips(spec: FamilySpec, dims: ModelDims, table: ClipTable, options: 
     clips = prepare(spec, dims, table, options)
     if not clips.used.any():
         raise _nothing_usable(clips)
+    numbers = np.bincount(clips.table.set[clips.used], minlength=len(options.repeats)).tolist()
+    if not any(int(times * number) for times, number in zip(options.repeats, numbers, strict=True)):
+        raise ConfigError(
+            f"the repeats of the data sets show none of {int(clips.used.sum())} clips in an epoch.",
+            hint="Raise them: an epoch must show one clip at least.",
+            option="--train-data-meta",
+        )
     return clips
 
 
@@ -525,9 +571,7 @@ def _count_micro_batches(
     """floor(clips / batch) summed over shapes; with one clip in a micro-batch the shapes do not matter."""
     clips = checked_clips(spec, dims, table, options)
     if options.train_batch_size == 1 and options.tokens_per_batch is None:
-        videos = int(np.count_nonzero(clips.used & ~clips.table.is_image))
-        images = int(np.count_nonzero(clips.used & clips.table.is_image))
-        return num_epochs * (videos * max(1, options.video_repeat) + images)
+        return int(times_shown(clips, num_epochs).sum())
     counts: dict[tuple[int, int, int, int], list[int]] = {}
     for epoch in range(num_epochs):
         shapes, shape = _shapes_of(draw_epoch(clips, epoch), clips)

@@ -1,6 +1,8 @@
 """Sizes and lengths: what a clip may become, before any clip is known."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.spec import FamilySpec, ModelDims
+from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.options import PlanOptions
 
@@ -32,6 +34,12 @@ ASPECTS: tuple[tuple[float, int, int], ...] = (
 )  # fmt: skip
 ASPECT_BASE = 512
 SQUARE = ASPECTS.index((1.0, 512, 512))
+
+CROPS: Mapping[float, int] = {
+    0.42: 1, 0.5: 2, 0.57: 4, 0.68: 4, 0.78: 4, 0.88: 4, 0.94: 8, 1.0: 8,
+    1.07: 8, 1.13: 4, 1.29: 4, 1.46: 4, 1.75: 4, 2.0: 2, 2.4: 1,
+}  # fmt: skip
+"""Aspects that random_ratio_crop draws, and how often each is drawn: those of the original scripts."""
 
 # Images in every adaptive mode, and videos with random_hw_adapt alone, divide the full size by one of these; larger
 # sizes have more to choose from.
@@ -67,6 +75,11 @@ class SizeSet:
     widths: IntArray
     cumulative: NDArray[np.float64]
     """[1 + sizes, sizes]: row k holds the running probability when only the k smallest sizes are allowed."""
+
+    def square(self, index: int) -> ClipShape:
+        """The longest clip of a size, as a square one gets it."""
+        height, width = int(self.heights[SQUARE, index]), int(self.widths[SQUARE, index])
+        return ClipShape(frames=self.sizes[index].frames, height=height, width=width)
 
 
 def round_frames(frames: int, spec: FamilySpec, dims: ModelDims) -> int:
@@ -111,6 +124,8 @@ def bases(kind: str, options: PlanOptions, spec: FamilySpec) -> list[Fraction]:
 
     One that two divisors lead to stands there twice: the original draws it twice as often.
     """
+    if options.fix_sample_size:
+        return [Fraction(math.isqrt(math.prod(options.fix_sample_size)))]
     if not (options.random_hw_adapt or options.training_with_video_token_length):
         image_size = options.image_sample_size or options.video_sample_size
         return [Fraction(options.video_sample_size if kind == "video" else image_size)]
@@ -152,6 +167,8 @@ def bucket(aspect: int, base: Fraction, spec: FamilySpec) -> tuple[int, int]:
 def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> SizeSet:
     """The sizes of ``kind`` ("video" or "image") with their buckets; sizes too large for a shortest clip are left out.
 
+    A fixed size is the bucket of every aspect.
+
     Raises:
         ConfigError: no size holds a clip within the token budget.
     """
@@ -172,7 +189,8 @@ def size_set(kind: str, options: PlanOptions, spec: FamilySpec, dims: ModelDims)
             f"at {int(smallest)}, the smallest size.",
             hint=f"Use --token-sample-size {int(smallest)} or more, or smaller sample sizes.",
         )
-    buckets = [[bucket(aspect, size.base, spec) for size in sizes] for aspect in range(len(ASPECTS))]
+    fixed = options.fix_sample_size
+    buckets = [[fixed or bucket(aspect, size.base, spec) for size in sizes] for aspect in range(len(ASPECTS))]
     sides = np.array(buckets, dtype=np.int64)  # [aspects, sizes, 2]
     return SizeSet(
         sizes=tuple(sizes),

@@ -135,7 +135,9 @@ def differences(told: Told) -> list[Difference]:
     """
     config, sources = told.described["config"], told.described.get("sources") or {}
     strategy = "auto" if sources.get("strategy", "").startswith(HERE) else str(config.get("strategy"))
-    defaults = family_defaults(told.described["command"], told.spec, strategy).to_json()
+    preset = config.get("preset")
+    preset = preset if preset in told.spec.defaults.presets else None  # resume takes any: it holds no defaults
+    defaults = family_defaults(told.described["command"], told.spec, strategy, preset).to_json()
     followed = {words for _, words in FOLLOWS.values()}
     found = []
     for name in options():

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.resolve import OPTION
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, ConfigError
 from vfun_cli.report import meter
 from vfun_cli.report.charts import Chart, Curve, Point, draw, smooth
 from vfun_cli.report.gather import Place, Record, Sample, Told, differences, number, numbers, picture
@@ -113,13 +114,21 @@ def _facts(told: Told) -> str:
     facts: dict[str, object] = {
         "Run": str(told.run.root.absolute()),
         "Model": config.get("pretrained_model_name_or_path"),
-        "Data": config.get("train_data_meta"),
+        "Data": _data(config.get("train_data_meta")),
         "Trained": f"{layout}, {config.get('mixed_precision')}",
         "Launched": _when(told.run.run_json),
         "Last record": _when(told.run.metrics),
         "vfun": told.described.get("vfun"),
     }
     return _list({name: text(value) for name, value in facts.items() if value})
+
+
+def _data(sets: object) -> str:
+    """The data sets of a run as they are typed; what is none in a damaged file is shown as it stands."""
+    try:
+        return ", ".join(map(str, parse_data_sets(sets, "")))
+    except ConfigError:
+        return str(sets)
 
 
 def _when(file: Path) -> str | None:

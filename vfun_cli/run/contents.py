@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.metadata.fields import MetadataField, stated_media
@@ -64,6 +65,7 @@ def contents_of(
     fields: Sequence[MetadataField],
     root: Path | None,
     model: Path,
+    given: Given,
     *,
     cache: Path | None,
     progress: OnProgress | None,
@@ -73,27 +75,33 @@ def contents_of(
     Args:
         metadata: rows without errors.
         fields: the media that the family reads.
-        root: the folder that paths in the metadata start from; None is the working directory.
+        root: the folder that paths in the metadata start from, where a row has none; None is the working directory.
+        given: weights that were named instead of the model's.
         cache: the SQLite file that remembers what was read.
 
     Raises:
         EnvironmentFault: a file cannot be read.
         CheckpointError: a weight file is damaged.
     """
-    stated = {
-        f"row {record.row}, {name}": str(value)
-        for record in metadata.records
-        for name, value in stated_media(record.fields, fields).items()
-        if value is not None
-    }
-    media = {piece: (root or Path()) / value for piece, value in stated.items()}
-    weights = model_files(model)
-    digests = file_digests([*media.values(), *weights.values()], cache=cache, progress=progress)
+    stated: dict[str, str] = {}
+    media: dict[str, Path] = {}
+    for record in metadata.records:
+        for name, value in stated_media(record.fields, fields).items():
+            if value is not None:
+                stated[f"row {record.row}, {name}"] = str(value)
+                media[f"row {record.row}, {name}"] = (record.root or root or Path()) / str(value)
+    weights = {MODEL: model_files(model), **{option: given_files(place, option) for option, place in given.named()}}
+    files = [path for pieces in weights.values() for path in pieces.values()]
+    digests = file_digests([*media.values(), *files], cache=cache, progress=progress)
     rows = {f"row {record.row}": _digest_of_row(record.fields) for record in metadata.records}
+    rows |= {f"data set {number}": f"{each.first} {each.said}" for number, each in enumerate(metadata.sets, 1)}
     return {
         METADATA: Contents(pieces=rows),
         DATA: Contents(pieces={piece: digests[path] for piece, path in media.items()}, files=stated),
-        MODEL: Contents(pieces={piece: digests[path] for piece, path in weights.items()}),
+        **{
+            name: Contents(pieces={piece: digests[path] for piece, path in pieces.items()})
+            for name, pieces in weights.items()
+        },
     }
 
 
@@ -135,6 +143,14 @@ def model_files(folder: Path) -> dict[str, Path]:
 
     files = (path for path in _walk(folder, frozenset()) if path.suffix in MODEL_FILES and path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+
+
+def given_files(place: Path, option: str) -> dict[str, Path]:
+    """What weights are read from that an option names, by what they are called wherever they lie."""
+    from vfun_cli.checkpoints.given_tensors import files_of  # with numpy
+
+    files = files_of(place, option)
+    return {"the file": place} if place.is_file() else {path.name: path for path in files}
 
 
 def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
@@ -216,8 +232,7 @@ def _of_archive(path: Path) -> list[tuple[int, int]]:
 
 _TOLD: dict[str, Callable[[Path], list[tuple[int, int]]]] = {
     ".safetensors": _of_tensors,
-    ".pth": _of_archive,
-    ".bin": _of_archive,
+    **dict.fromkeys((".pth", ".bin", ".pt", ".ckpt"), _of_archive),
 }
 
 

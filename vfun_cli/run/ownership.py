@@ -138,7 +138,9 @@ def clear(run: RunDir, machines: int) -> None:
         for _, path in manifest.numbered(run.root):
             if may_go(path, described.get("id")):
                 delete(path)
-        folders = [run.sanity_check, run.tensorboard, run.samples_folder, run.sampled_clips]
+        events = run.tensorboard(str(described["config"].get("logging_dir", "logs")))
+        folders = [run.sanity_check, run.samples_folder, run.sampled_clips]
+        folders += [events] if events.is_relative_to(run.root) else []
         folders += [folder for _, folder in run.sampled()]
         _delete(run, _written(run, described, machines), folders)
     run.deleted_json.unlink(missing_ok=True)
@@ -194,7 +196,13 @@ def _written(run: RunDir, described: dict[str, Any], machines: int) -> list[Path
 
 @contextmanager
 def noting(run: RunDir, folder: Path) -> Iterator[None]:
-    """Note the files that come into a folder during the block as the run's own, for when it is deleted."""
+    """Note the files that come into a folder during the block as the run's own, for when it is deleted.
+
+    Those in a folder outside of the run are not: it deletes nothing there.
+    """
+    if not folder.is_relative_to(run.root):
+        yield
+        return
     before = set(folder.rglob("*"))
     try:
         yield

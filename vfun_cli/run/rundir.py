@@ -1,6 +1,7 @@
 """Every path of a run directory, and the rules about using one."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ _SAMPLE = re.compile(r"(row|prompt)-\d+(-ema)?\.(json|mp4|png)|\.(row|prompt)-\d
 DESCRIBES: Mapping[str, Check] = {
     "command": one_of("train", "lora", "cache"),
     "family": text(),
-    "config": options("pretrained_model_name_or_path", "train_data_meta"),
+    "config": options("pretrained_model_name_or_path", data="train_data_meta"),
     "metadata_sha256": text(),
     "id": optional(text()),
     "most": optional(record({"num_processes": whole(1), "num_machines": whole(1)})),
@@ -92,10 +93,13 @@ class RunDir:
         """What the launcher and each rank said."""
         return self.root / "logs"
 
-    @property
-    def tensorboard(self) -> Path:
+    def trackers(self, logging_dir: str) -> Path:
+        """What trackers write, by the run's option; it may lie outside."""
+        return Path(os.path.normpath(self.root / Path(logging_dir).expanduser()))
+
+    def tensorboard(self, logging_dir: str = "logs") -> Path:
         """Event files with the run's curves."""
-        return self.logs / "tensorboard"
+        return self.trackers(logging_dir) / "tensorboard"
 
     @property
     def bad_step(self) -> Path:

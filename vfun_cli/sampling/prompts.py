@@ -32,8 +32,8 @@ def videos_of_prompts(config: RunConfig, spec: FamilySpec, dims: ModelDims) -> V
     if config.validation_image_paths:
         given["image"] = config.validation_image_paths
     media: Mapping[SamplingInput, Sequence[Path]] = {name: list(map(Path, paths)) for name, paths in given.items()}
-    side = Fraction(config.video_sample_size)
-    size = (on_grid(side, 0, spec), on_grid(side, 1, spec))
+    height, width = config.fix_sample_size or (config.video_sample_size, config.video_sample_size)
+    size = (on_grid(Fraction(height), 0, spec), on_grid(Fraction(width), 1, spec))
     frames = round_frames(config.video_sample_n_frames, spec, dims)
     ours = replace(spec, sampling=replace(spec.sampling, frames=frames, size=size))
     wanted = Wanted(steps=config.validation_sampling_steps, guidance=config.validation_guidance, seed=config.seed)

@@ -5,10 +5,11 @@
     found.require_ok()                   # every problem of every row at once
     request_of(found.videos[0])          # in sampling/requests.py, with torch
 
-A row has a prompt (``prompt`` or ``text``) and what the family can be given: ``image``, ``end_image``, ``reference``,
-``control``, ``edit``, ``edit_mask``, ``audio``, and its own settings under the names of :class:`Wanted`. A row of a
-data set is one too: its control clip and its sound are given, and the first frame of its clip is the image. What such
-a row states as frames, width, height and fps is of its clip; without ``file_path`` it is of the video to be made.
+A row has a prompt (``prompt`` or ``text``; of a list the first) and what the family can be given: ``image``,
+``end_image``, ``reference``, ``control``, ``edit``, ``edit_mask``, ``audio``, and its own settings under the names of
+:class:`Wanted`. A row of a data set is one too: its control clip and its sound are given, and the first frame of its
+clip is the image. What such a row states as frames, width, height and fps is of its clip; without ``file_path`` it is
+of the video to be made.
 """
 
 import math
@@ -25,7 +26,7 @@ from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.opening import absolute
 from vfun_cli.metadata.probe import MediaKind, probe_many
-from vfun_cli.metadata.records import Metadata, Record, cell_value, read_metadata, renames
+from vfun_cli.metadata.records import Metadata, Record, cell_value, read_metadata, renames, root_of
 from vfun_cli.plan.rows import header_cache, progress
 from vfun_cli.plan.sizes import round_frames
 from vfun_cli.sampling.settings import CHECKS, SEED, Wanted, check_setting, check_wanted, option, size_of, usual_frames
@@ -147,19 +148,18 @@ def settings_json(video: Video, source: Source) -> dict[str, Any]:
 
 
 def videos_of_rows(meta: Path, root: Path | None, spec: FamilySpec, dims: ModelDims, wanted: Wanted) -> Videos:
-    """The videos that the rows of a metadata file ask for, or a file that lies beside a video.
+    """The videos that the rows of a metadata file or a folder ask for, or a file that lies beside a video.
 
     Args:
-        root: the folder that paths start from; None: the file's own.
+        root: the folder that paths start from; None: the file's own. Of a folder, it is always that.
 
     Raises:
         ConfigError: settings with which this model makes no video.
     """
     check_wanted(wanted, spec, dims)
     metadata = read_metadata(meta)
-    rows = [
-        _Row(record.row, _stated(record, metadata.format == "csv"), root or meta.parent) for record in metadata.records
-    ]
+    start = root_of(meta, root)
+    rows = [_Row(record.row, _stated(record, metadata.format == "csv"), start) for record in metadata.records]
     found = _videos(str(meta), rows, spec, dims, wanted)
     problems = sorted([*_of_the_file(metadata), *found.problems], key=_by_row)
     return replace(found, rows=metadata.rows, problems=tuple(problems))
@@ -283,6 +283,8 @@ def _stated(record: Record, is_csv: bool) -> dict[str, Any]:
         for other in others:
             if other in there:
                 there.setdefault(name, there.pop(other))
+    if isinstance(prompts := there.get("prompt"), list) and prompts:
+        there["prompt"] = prompts[0]
     if is_csv:
         there |= {name: cell_value(there[name]) for name in NUMBERS if name in there}
         if (start := there.get("start_from_ref")) in BOOLEANS:

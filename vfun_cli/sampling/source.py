@@ -7,12 +7,13 @@ Nothing is loaded here: what cannot be meant is said in a moment, before gigabyt
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vfun_cli import families
 from vfun_cli.checkpoints import manifest
+from vfun_cli.checkpoints.given import Given
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.checkpoints.state import STATE_FILE
 from vfun_cli.errors import CheckpointError, ConfigError
@@ -54,6 +55,8 @@ class Source:
     spec: FamilySpec
     model: Path
     """The released directory: configuration, encoders, VAE, scheduler, and the weights that nothing replaces."""
+    given: Given = field(default_factory=Given)
+    """What of that is read from elsewhere."""
     train_mode: str | None = None
     """Of the run that trained; None: the family's first."""
     full: Full | None = None
@@ -72,6 +75,7 @@ def find_source(
     strength: float | None = None,
     ema: bool = False,
     train_mode: str | None = None,
+    given: Given | None = None,
 ) -> Source:
     """What is meant by a path or a bare name; by None the LoRA, else the newest checkpoint of ``output_dir``.
 
@@ -81,6 +85,7 @@ def find_source(
         lora: a LoRA over what is named.
         strength: of that LoRA or, without one, of a LoRA that is named itself.
         train_mode: in the place of the run's.
+        given: weights in the place of the model directory's, before those that the run named.
 
     Raises:
         ConfigError: options that mean nothing here.
@@ -99,7 +104,8 @@ def find_source(
             )
         loras[-1] = replace(loras[-1], strength=strength)
     detect.read_dims(found.spec, found.model)  # what is not there or another family's is said now
-    return replace(found, train_mode=train_mode or found.train_mode, loras=tuple(loras), ema=ema)
+    given = (given or Given()).before(found.given)
+    return replace(found, train_mode=train_mode or found.train_mode, loras=tuple(loras), ema=ema, given=given)
 
 
 def _find(name: str | None, output_dir: Path, model: Path | None, default_model: Path | None) -> Source:
@@ -128,6 +134,7 @@ def _checkpoint(found: trained.Trained) -> Source:
         path=found.path,
         spec=found.spec,
         model=found.model,
+        given=found.given,
         train_mode=found.train_mode,
         full=None if found.is_lora else Full(path=found.path, is_checkpoint=True, released=found.released),
         loras=(Lora(path=found.path),) if found.is_lora else (),
@@ -161,6 +168,7 @@ def _export(path: Path, record: dict[str, Any], model: Path | None, default_mode
         path=path,
         spec=spec,
         model=directory,
+        given=Given.of(record),
         train_mode=record.get("train_mode"),
         full=None if is_lora else Full(path=folder, is_checkpoint=False),
         loras=(Lora(path=path),) if is_lora else (),

@@ -18,6 +18,7 @@ from vfun_cli.checkpoints.tensors import TensorSource, read_float32
 from vfun_cli.config.network import matched
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families import adapter_of, detect
+from vfun_cli.families.given import require_given, transformer_tensors
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.encoders.placement import encoder_dtype, freeze
 from vfun_cli.modeling.lazy_weights import LazyWeights, replace_parameter
@@ -79,6 +80,7 @@ def adapter_options(source: Source, options: LoadOptions) -> AdapterOptions:
     stated = read_json(source.model / source.spec.model.config_file)
     return AdapterOptions(
         model_dir=source.model,
+        given=source.given,
         compute_dtype=encoder_dtype(options.compute_dtype, options.device),
         device=options.device,
         vae_mini_batch=options.vae_mini_batch,
@@ -95,7 +97,11 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
         CheckpointError: they do not fit the model, or a file is damaged.
     """
     spec, folder = source.spec, source.spec.model.transformer_dir(source.model)
-    base = {spec.export.parameter(name): tensor for name, tensor in read_base(folder)[1].items()}
+    require_given(spec, source.model, source.given)
+    if source.given.transformer is None:
+        base = {spec.export.parameter(name): tensor for name, tensor in read_base(folder)[1].items()}
+    else:
+        base = transformer_tensors(spec, source.model, source.given.transformer)
     tensors, weights = dict(base), _WEIGHTS[source.ema]
     if source.full is not None:
         released = source.full.released

@@ -38,6 +38,8 @@ OF_A_MACHINE = frozenset(
         "pretrained_model_name_or_path",
         "train_data_dir",
         "train_data_meta",
+        "transformer_path",
+        "vae_path",
         "validation_meta",
     }
 )

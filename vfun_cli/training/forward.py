@@ -21,4 +21,4 @@ def error_of(
     """The loss of a micro-batch, scalar. Noise and error are float32; the model sees ``dtype``."""
     seen = {name: value for name, value in conditions.items() if name != MASK}
     prediction = adapter.predict(model, corrupted.noisy.to(dtype), corrupted.timesteps, cast(seen, dtype))
-    return objective.loss(prediction, corrupted.target, conditions.get(MASK))
+    return objective.loss(prediction, corrupted.target, conditions.get(MASK), corrupted.weights)

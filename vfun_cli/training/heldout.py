@@ -34,6 +34,7 @@ class HeldOutLoss:
     adapter: ModelAdapter
     state: TrainedState
     objective: Objective
+    """The training's, whose timesteps these losses are at."""
     dtype: torch.dtype
     """What the model computes in."""
     requests: Sequence[SampleRequest]
@@ -78,6 +79,7 @@ class HeldOutLoss:
     def _losses(self, weights: str) -> list[list[float]]:
         mine: dict[int, list[float]] = {}
         indices = [self.objective.at_quantile(quantile) for quantile in QUANTILES]
+        objective = self.objective.plain()  # so that runs that weigh otherwise can be compared
         with evaluating(self.state, weights) as transformer:
             for place, sample in zip(self.places, self.encoded, strict=True):
                 keys = [self.requests[place % len(self.requests)].key]
@@ -85,8 +87,8 @@ class HeldOutLoss:
                 losses = []
                 for index in indices:
                     go_on(self.stop)
-                    corrupted = self.objective.corrupt_at(latents, keys, [index])
-                    error = error_of(self.adapter, self.objective, transformer, corrupted, conditions, self.dtype)
+                    corrupted = objective.corrupt_at(latents, keys, [index])
+                    error = error_of(self.adapter, objective, transformer, corrupted, conditions, self.dtype)
                     losses.append(error.item())  # waits for the device, so that a request to stop is heard in time
                 if place < len(self.requests):
                     mine[place] = losses

@@ -39,16 +39,18 @@ from vfun_cli.training.state.live import TrainedState, trained_parameters
 def add_adapters(
     transformer: nn.Module, config: RunConfig, spec: FamilySpec, dims: ModelDims, lazy: LazyWeights = NOT_LAZY
 ) -> list[str]:
-    """Freeze the transformer and give the layers that ``target_name`` chooses an adapter; their names.
+    """Freeze the transformer and give the layers that ``target_name`` chooses an adapter, but those of
+    ``lora_skip_name``; their names.
 
     A starts uniform (Kaiming, a = sqrt 5) from the run's seed, B zero. Everything is in the transformer's dtype.
 
     Raises:
-        ConfigError: a target that matches no layer.
+        ConfigError: a target that matches no layer, or a part to skip that is in no layer's name.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     released = spec.export.names["same"]
-    layers = choose_layers(linear, config.target_name, released, spec.model.modules_without_gradient(dims))
+    idle = spec.model.modules_without_gradient(dims)
+    layers = choose_layers(linear, config.target_name, released, idle, config.lora_skip_name)
     alpha = int(config.network_alpha) if config.network_alpha.is_integer() else config.network_alpha
     transformer.requires_grad_(False)
     torch.manual_seed(config.seed)  # the same A whatever was drawn while the model was loaded
@@ -59,7 +61,7 @@ def add_adapters(
         lora_dropout=config.lora_dropout,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        base_model_name_or_path=str(config.pretrained_model_name_or_path),
+        base_model_name_or_path=str(config.transformer_path or config.pretrained_model_name_or_path),
     )
     inject_adapter_in_model(peft_config, transformer, ADAPTER)
     adapted = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}

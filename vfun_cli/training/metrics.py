@@ -68,11 +68,12 @@ class Metrics:
         self.last_line = 0.0
         self.done_share, self.done_seconds = 0.0, 0.0
         self.file: MetricsFile | None = None
-        self.tracker: Tracker | None = None
+        self.trackers: dict[str, Tracker] = {}
         if writes:
             self.file = MetricsFile(run.metrics, last_step=first_step)
-            with only_reports(f"{config.report_to} cannot be started"), noting(run, run.tensorboard):
-                self.tracker = TRACKERS[config.report_to](run, config) if config.report_to in TRACKERS else None
+            for name in config.trackers:
+                with only_reports(f"{name} cannot be started"), noting(run, run.tensorboard(config.logging_dir)):
+                    self.trackers[name] = TRACKERS[name](run, config)
 
     def wait(self, batches: Iterator[LoadedBatch | None]) -> LoadedBatch | None:
         """The next micro-batch, None if it is not there yet, counting the seconds it was not there yet."""
@@ -135,12 +136,11 @@ class Metrics:
 
     def _track(self, step: int, log: Callable[[Tracker], None]) -> None:
         """One failure is enough: a service that is gone may take its time to say so."""
-        if self.tracker is None:
-            return
-        with only_reports(f"{self.config.report_to} took no record of step {step}") as failed:
-            log(self.tracker)
-        if failed:
-            self.tracker = None
+        for name, tracker in [*self.trackers.items()]:
+            with only_reports(f"{name} took no record of step {step}") as failed:
+                log(tracker)
+            if failed:
+                del self.trackers[name]
 
     def _say(self, record: Mapping[str, Any]) -> None:
         """A line for the log, every few seconds and at the end."""
@@ -225,9 +225,9 @@ class Metrics:
         """Flush and close everything."""
         if self.file is not None:
             self.file.close()
-        if self.tracker is not None:
-            with only_reports(f"{self.config.report_to} could not be closed"):
-                self.tracker.close()
+        for name, tracker in self.trackers.items():
+            with only_reports(f"{name} could not be closed"):
+                tracker.close()
 
     def _seconds_left(self, step: int, share: float, seconds: float) -> float:
         """Steps to come at the time a mean step takes; a moving average would swing with the mix of buckets."""

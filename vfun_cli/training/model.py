@@ -42,12 +42,15 @@ def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -
     stated = read_json(config.pretrained_model_name_or_path / spec.model.config_file)
     return AdapterOptions(
         model_dir=config.pretrained_model_name_or_path,
+        given=config.given_weights,
         compute_dtype=encoder_dtype(compute_dtype(config), device),
         device=device,
         vae_mini_batch=config.vae_mini_batch,
         low_vram=config.low_vram,
         train_mode=config.train_mode,
         control_ref_image=config.control_ref_image,
+        caption_dropout=config.caption_dropout,
+        guidance_scale=config.guidance_scale,
         model_settings={name: stated.get(name) for name in spec.model.input_settings},
     )
 

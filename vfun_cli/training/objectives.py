@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from diffusers import DDPMScheduler
@@ -14,8 +14,7 @@ from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.foreign import from_folder
 from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.transfer import upload
-
-NUM_TIMESTEPS = 1000
+from vfun_cli.training.variant import NUM_TIMESTEPS, PLAIN, Variant
 
 OUTLIER = 50.0
 """Elements further off than this count as zero (docs/numerics.md, The loss)."""
@@ -31,6 +30,8 @@ class Corrupted:
     """[B], 0..1000"""
     target: Tensor
     """[B, C, F, H, W]"""
+    weights: Tensor | None = None
+    """[B] float32, how much each sample counts; None: all alike."""
 
 
 class Objective(Protocol):
@@ -48,22 +49,17 @@ class Objective(Protocol):
         """The place of the schedule at a quantile (above 0, at most 1) of what training draws, least noise first."""
         ...
 
-    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """Scalar float32 loss; ``mask`` broadcasts over [B, C, F, H, W], 1 counts."""
+    def plain(self) -> "Objective":
+        """The same without what a run asks for beside it: nothing weighs more, uniform timesteps, white noise."""
+        ...
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """Scalar float32 loss; ``mask`` broadcasts over [B, C, F, H, W], 1 counts; ``weights`` are [B]."""
         ...
 
 
-def _noise(latents: Tensor, keys: Sequence[SampleKey]) -> Tensor:
-    return upload(torch.stack([key.normal("noise", tuple(latents.shape[1:])) for key in keys]), latents.device)
-
-
-def _timestep_indices(keys: Sequence[SampleKey]) -> list[int]:
-    """Uniform over the schedule for every sample, whatever its rank."""
-    return [int(key.numpy("timestep").integers(NUM_TIMESTEPS)) for key in keys]
-
-
 def _noise_rank(quantile: float) -> int:
-    """How many of the timesteps that training draws, all alike, have less noise than that at the quantile."""
+    """How many of the timesteps, if all are drawn alike, have less noise than that at the quantile."""
     return round(quantile * NUM_TIMESTEPS) - 1
 
 
@@ -74,8 +70,52 @@ def _weighted_mean(errors: Tensor, mask: Tensor | None) -> Tensor:
     return (errors * weights).sum() / weights.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
-class FlowMatching:
+def _motion_error(difference: Tensor, mask: Tensor | None) -> Tensor:
+    """How far off the steps from frame to frame are; those between two frames that count."""
+    steps = difference[:, :, 1:] - difference[:, :, :-1]
+    if mask is not None:
+        wide = mask.to(difference).expand_as(difference)
+        mask = wide[:, :, 1:] * wide[:, :, :-1]
+    return _weighted_mean(steps.square(), mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objective:
+    """What both objectives have: draws by the samples' keys, and how the error counts."""
+
+    outlier: float = math.inf
+    variant: Variant = PLAIN
+
+    def plain(self) -> Self:
+        """See :class:`Objective`."""
+        return replace(self, variant=PLAIN)
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """Mean squared error over elements. Outliers, where the family has them, count as zero, but NaN and infinity
+        do not vanish. Of clips of more than two latent frames a share is the error of the steps between frames, to
+        which neither outliers nor weights apply (docs/numerics.md, The loss).
+        """
+        difference = prediction.float() - target
+        errors = difference.square() * (difference.abs() <= self.outlier)
+        error = _weighted_mean(errors if weights is None else errors * weights.view(-1, 1, 1, 1, 1), mask)
+        share = self.variant.motion_sub_loss_ratio
+        if not share or difference.shape[2] <= 2:
+            return error
+        return (1 - share) * error + share * _motion_error(difference, mask)
+
+    def _noise(self, latents: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        drawn = [self.variant.noise(key.normal("noise", tuple(latents.shape[1:]))) for key in keys]
+        return upload(torch.stack(drawn), latents.device)
+
+    def _timestep_indices(self, keys: Sequence[SampleKey]) -> list[int]:
+        """For every sample, whatever its rank."""
+        if self.variant.is_uniform:
+            return [int(key.numpy("timestep").integers(NUM_TIMESTEPS)) for key in keys]
+        return self.variant.indices([float(key.numpy("timestep-density").random()) for key in keys])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching(_Objective):
     """Rectified flow: noisy = (1 - sigma) x + sigma n, target = n - x (docs/numerics.md, Flow matching)."""
 
     shift: float
@@ -89,44 +129,47 @@ class FlowMatching:
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""
-        return self.corrupt_at(latents, keys, _timestep_indices(keys))
+        return self.corrupt_at(latents, keys, self._timestep_indices(keys))
 
     def corrupt_at(self, latents: Tensor, keys: Sequence[SampleKey], indices: Sequence[int]) -> Corrupted:
         """See :class:`Objective`."""
         sigma = upload(self.sigmas()[list(indices)], latents.device)
-        noise = _noise(latents, keys)
+        noise = self._noise(latents, keys)
         wide = sigma.view(-1, 1, 1, 1, 1)
         return Corrupted(
-            noisy=(1 - wide) * latents + wide * noise, timesteps=sigma * NUM_TIMESTEPS, target=noise - latents
+            noisy=(1 - wide) * latents + wide * noise,
+            timesteps=sigma * NUM_TIMESTEPS,
+            target=noise - latents,
+            weights=self.variant.weights(sigma),
         )
 
     def at_quantile(self, quantile: float) -> int:
         """See :class:`Objective`; the schedule begins at the most noise."""
-        return NUM_TIMESTEPS - 1 - _noise_rank(quantile)
-
-    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean squared error over elements; outliers count as zero, NaN and infinity do not vanish."""
-        difference = prediction.float() - target
-        return _weighted_mean(difference.square() * (difference.abs() <= self.outlier), mask)
+        if self.variant.is_uniform:
+            return NUM_TIMESTEPS - 1 - _noise_rank(quantile)
+        (index,) = self.variant.indices([1 - quantile])
+        return index
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPM:
-    """Discrete diffusion over the scheduler's alphas_cumprod (docs/numerics.md, Denoising diffusion)."""
+class DDPM(_Objective):
+    """Discrete diffusion over the scheduler's alphas_cumprod (docs/numerics.md, Denoising diffusion).
+
+    All timesteps are drawn alike: a ``weighting_scheme`` is of flow matching, and refused with the options.
+    """
 
     alphas_cumprod: Tensor
     """[1000] float32"""
     prediction_type: str
-    outlier: float = math.inf
 
     def corrupt(self, latents: Tensor, keys: Sequence[SampleKey]) -> Corrupted:
         """See :class:`Objective`."""
-        return self.corrupt_at(latents, keys, _timestep_indices(keys))
+        return self.corrupt_at(latents, keys, self._timestep_indices(keys))
 
     def corrupt_at(self, latents: Tensor, keys: Sequence[SampleKey], indices: Sequence[int]) -> Corrupted:
         """noisy = sqrt(a) x + sqrt(1 - a) n; target is v = sqrt(a) n - sqrt(1 - a) x, or the noise."""
         drawn = torch.tensor(list(indices))
-        noise = _noise(latents, keys)
+        noise = self._noise(latents, keys)
         alpha = upload(self.alphas_cumprod[drawn], latents.device).view(-1, 1, 1, 1, 1)
         signal, amount = alpha.sqrt(), (1 - alpha).sqrt()
         velocity = self.prediction_type == "v_prediction"
@@ -140,15 +183,10 @@ class DDPM:
         """See :class:`Objective`; the schedule begins at the least noise."""
         return _noise_rank(quantile)
 
-    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean squared error over elements; outliers, where the family has them, count as zero."""
-        difference = prediction.float() - target
-        return _weighted_mean(difference.square() * (difference.abs() <= self.outlier), mask)
 
-
-def make_objective(name: str, settings: Mapping[str, Any], model_dir: Path) -> Objective:
-    """The family's objective from its ``objective_options`` and its model directory."""
-    return OBJECTIVES[name](settings, model_dir)
+def make_objective(name: str, settings: Mapping[str, Any], model_dir: Path, variant: Variant = PLAIN) -> Objective:
+    """The family's objective from its ``objective_options`` and its model directory, as a run asks for it."""
+    return OBJECTIVES[name]({**settings, "variant": variant}, model_dir)
 
 
 def _flow_matching(settings: Mapping[str, Any], model_dir: Path) -> Objective:

@@ -24,7 +24,7 @@ from vfun_cli.run.rundir import RunDir
 from vfun_cli.sampling.schedules import make_schedule
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
 from vfun_cli.training.data.loader import load_ahead, load_held_out
-from vfun_cli.training.data.stream import held_out_requests, micro_batches, record_reader
+from vfun_cli.training.data.stream import held_out_requests, micro_batches, row_reader
 from vfun_cli.training.heldout import HeldOutLoss
 from vfun_cli.training.ledger import EpochLedger
 from vfun_cli.training.lora import ADAPTER_FORMAT
@@ -47,6 +47,7 @@ from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation, held_out_look, samples_look
+from vfun_cli.training.variant import variant_of
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -87,8 +88,10 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
             first_step=first_step,
             total_steps=plan.steps(),
         )
-        objective = make_objective(spec.model.objective, spec.model.objective_options, options.model_dir)
-        read_record = record_reader(config, spec)
+        objective = make_objective(
+            spec.model.objective, spec.model.objective_options, options.model_dir, variant_of(config)
+        )
+        read_row = row_reader(config, spec)
         held_out = HeldOutLoss(
             accelerator=accelerator,
             adapter=adapter,
@@ -135,7 +138,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     loaded = load_ahead(
         adapter_of(spec),
         options,
-        micro_batches(plan, read_record, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
+        micro_batches(plan, read_row, rank=accelerator.process_index, first_step=first_step, tell=ledger.plan),
         config.dataloader_num_workers,
         config.on_bad_sample,
         cache,

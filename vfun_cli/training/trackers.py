@@ -1,4 +1,4 @@
-"""Where the curves of a run go beside metrics.jsonl: TensorBoard or Weights & Biases."""
+"""Where the curves of a run go beside metrics.jsonl: TensorBoard, Weights & Biases, SwanLab."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ class TensorBoard:
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.tensorboard))
+        self.writer = SummaryWriter(str(run.tensorboard(config.logging_dir)))
 
     def log(self, record: dict[str, Any]) -> None:
         """The curves; what is not known leaves a gap."""
@@ -73,12 +73,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project ``vfun``."""
+    """A run of a project."""
 
     def __init__(self, run: RunDir, config: RunConfig) -> None:
         import wandb
 
-        self.session = wandb.init(project="vfun", dir=str(run.logs), config=config.to_json(), resume="allow")
+        folder = run.trackers(config.logging_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.session = wandb.init(
+            project=config.tracker_project_name, dir=str(folder), config=config.to_json(), resume="allow"
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         """Everything."""
@@ -100,5 +104,40 @@ class WeightsAndBiases:
         self.session.finish()
 
 
-TRACKERS: dict[str, Callable[[RunDir, RunConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-"""By the value of ``report_to``; any other keeps ``metrics.jsonl`` alone."""
+class SwanLab:
+    """An experiment of a project."""
+
+    def __init__(self, run: RunDir, config: RunConfig) -> None:
+        import swanlab
+
+        folder = run.trackers(config.logging_dir) / "swanlab"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.session = swanlab.init(project=config.tracker_project_name, log_dir=str(folder), config=config.to_json())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The curves; what is not known leaves a gap."""
+        known = {f"train/{name}": record[name] for name in CURVES if record[name] is not None}
+        self.session.log(known, step=record["step"])
+
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
+        """A curve each."""
+        self.session.log(dict(values), step=step)
+
+    def log_videos(self, files: Sequence[Path], step: int) -> None:
+        """GIFs, the videos that SwanLab takes, and pictures."""
+        import swanlab
+
+        kinds = {".mp4": lambda file: swanlab.Video(animation(file)[2]), ".png": lambda file: swanlab.Image(str(file))}
+        self.session.log({f"samples/{file.stem}": kinds[file.suffix](file) for file in files}, step=step)
+
+    def close(self) -> None:
+        """End the session."""
+        self.session.finish()
+
+
+TRACKERS: dict[str, Callable[[RunDir, RunConfig], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "swanlab": SwanLab,
+}
+"""By the names of ``RunConfig.trackers``."""

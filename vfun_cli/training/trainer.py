@@ -311,7 +311,7 @@ class Trainer:
         with torch.no_grad(), self.side_stream.context():
             latents, conditions = encode(self.adapter, loaded.samples, keys, add, loaded.shared_calls)
             corrupted = self.objective.corrupt(latents, keys)
-        self.side_stream.hand_over([corrupted.noisy, corrupted.timesteps, corrupted.target, *conditions.values()])
+        self.side_stream.hand_over([*vars(corrupted).values(), *conditions.values()])
         if self.config.lora_dropout:  # torch's dropout has no key of its own: without this, resuming draws anew
             torch.manual_seed(keys[0].entropy("dropout") % 2**63)
         error = error_of(self.adapter, self.objective, model, corrupted, conditions, self.dtype)

@@ -9,7 +9,7 @@ from typing import cast
 
 from vfun_cli.checkpoints.naming import unchanged
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import COMMON, DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT
+from vfun_cli.families.documented import COMMON, DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, NO_SCHEDULE
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -21,6 +21,7 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingInput,
     SamplingSpec,
 )
@@ -213,6 +214,18 @@ SPEC = FamilySpec(
             "network_alpha": 32,
             # The published "ff.0,ff.2" name no module: its feed-forward stayed untrained without a word.
             "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+        },
+        presets={
+            "2025": FIRST,
+            "2026": Preset(  # which has a document of the full fine-tune too
+                train={
+                    "learning_rate": 2e-5,
+                    "lr_scheduler": "constant_with_warmup",
+                    "lr_warmup_steps": 100,
+                    "low_vram": False,
+                },
+                lora={"learning_rate": 1e-4, **NO_SCHEDULE, "low_vram": True},
+            ),
         },
         lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
         demo=DEMO,

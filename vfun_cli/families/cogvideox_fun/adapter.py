@@ -42,8 +42,6 @@ from vfun_cli.modeling.weights import empty_model, read_json
 
 SAMPLED_STRENGTH = 0.0563
 """Of the noise on known pixels when a video is made: the mean of what training draws."""
-TEXT_DROP = 0.1
-"""How often a caption is left out, for classifier-free guidance."""
 EMPTY_DROP = 0.9
 """How often a clip without any known pixel gets zeros instead of the latents of an all-masked clip."""
 MASKED = -1.0
@@ -132,7 +130,9 @@ class CogVideoXFunAdapter(WholeVideo):
         return cls(
             scale=read_scale(folder / "vae"),
             encoders=encoders,
-            transformer=load_transformer(folder / "transformer", read_json(folder / SPEC.model.config_file)),
+            transformer=load_transformer(
+                folder / "transformer", read_json(folder / SPEC.model.config_file), options.given.transformer
+            ),
             options=options,
         )
 
@@ -165,7 +165,11 @@ class CogVideoXFunAdapter(WholeVideo):
         length = read_dims(read_json(folder / SPEC.model.config_file)).extra["text_tokens"]
         sources = {
             "vae": folder_source(
-                CogVideoXVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
+                CogVideoXVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
             ),
             "text": text_source(load_t5, folder / "text_encoder", folder / "tokenizer", dtype=dtype, length=length),
         }
@@ -175,7 +179,7 @@ class CogVideoXFunAdapter(WholeVideo):
     def inputs(request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; ``options`` has the spec's ``input_settings``."""
         key = request.key
-        caption = "" if key.chance("text-drop", TEXT_DROP) else request.caption
+        caption = "" if key.chance("text-drop", options.caption_dropout) else request.caption
         if train_mode(options.train_mode) != "inpaint":
             return compose(clip_of(request), caption)
         mask = DrawnMask(key.content, request.frames, (request.height, request.width))

@@ -5,7 +5,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_sincos_pos_embed
 from torch import Tensor
@@ -116,14 +115,14 @@ def build_transformer(config: Mapping[str, Any]) -> CogVideoXFunTransformer:
     return CogVideoXFunTransformer(**given)
 
 
-def load_transformer(folder: Path, config: Mapping[str, Any]) -> CogVideoXFunTransformer:
-    """The transformer of a released model directory in float32 on the CPU.
+def load_transformer(folder: Path, config: Mapping[str, Any], given: Path | None = None) -> CogVideoXFunTransformer:
+    """The transformer of a released model directory in float32 on the CPU, with other weights if they are given.
 
     Raises:
         CheckpointError: files are missing or do not fit.
     """
     model = empty_model(lambda: build_transformer(config), where=str(folder))
-    load_weights(model, safetensors_files(folder), dtype=torch.float32, where=str(folder), transformer=True)
+    load_weights(model, safetensors_files(folder), where=str(folder), transformer=True, given=given)
     return model
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import cast
 
 from vfun_cli.errors import ConfigError
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
 from vfun_cli.families.easyanimate_control.names import diffusers_name, released_name
 from vfun_cli.families.spec import (
     LAYERS,
@@ -20,6 +20,7 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingInput,
     SamplingSpec,
 )
@@ -288,6 +289,12 @@ V5_1 = FamilySpec(
             "network_alpha": 32,
             "learning_rate": 1e-4,
             "target_name": ("to_q", "to_k", "to_v", "ff.net.0.proj", "ff.net.2"),
+        },
+        presets={
+            "2025": FIRST,
+            "2026": Preset(
+                lora={**NO_SCHEDULE, "rank": 128, "network_alpha": 64, "low_vram": True}
+            ),  # of the LoRA guide
         },
         lora_aliases={"ff.0": "ff.net.0.proj", "ff.2": "ff.net.2"},
         demo=DEMO,

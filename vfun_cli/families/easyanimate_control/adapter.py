@@ -36,7 +36,6 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, read_json
 
-TEXT_DROP = 0.10
 CONTROL_DROP = 0.20
 REFERENCE_DROP = 0.20
 """Independent of each other, per sample (docs/numerics.md, Timesteps, noise and drops)."""
@@ -69,7 +68,7 @@ class EasyAnimateControl(WholeVideo):
         _check_family(config, cls.spec, folder)
         encoders = cls.encoders_of(options)
         _check_channels(config, latent_channels(folder / "vae"), cls.train_mode(options.train_mode), folder)
-        return cls(load_transformer(folder / "transformer", config), encoders, options)
+        return cls(load_transformer(folder / "transformer", config, options.given.transformer), encoders, options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> Self:
@@ -106,7 +105,13 @@ class EasyAnimateControl(WholeVideo):
             for (argument, (load, model, tokenizer)), length in zip(cls.text.items(), lengths, strict=False)
         }
         sources = {
-            "vae": folder_source(MagvitVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch),
+            "vae": folder_source(
+                MagvitVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
+            ),
             **text,
         }
         return Encoders(sources, options.device, low_vram=options.low_vram)
@@ -120,7 +125,7 @@ class EasyAnimateControl(WholeVideo):
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; the control clip shows the same frames as the clip."""
         usable = V5_1.plan.usable_span
-        caption = "" if request.key.chance("text-drop", TEXT_DROP) else request.caption
+        caption = "" if request.key.chance("text-drop", options.caption_dropout) else request.caption
         pixels = clip_of(request, usable_span=usable)
         control = clip_of(request, "control_file_path", usable_span=usable)
         return cls.compose(pixels, control, caption, train_mode=cls.train_mode(options.train_mode))
@@ -142,7 +147,7 @@ class EasyAnimateControl(WholeVideo):
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, C, F, H, W] and ``control_latents`` [B, C or 2C, F, H, W], float32; text [B, 256, channels] each.
 
-        The control latents and the reference are each left out of one sample in five, the caption of one in ten.
+        The control latents and the reference are each left out of one sample in five.
         """
         control = _drop(_sampled(outputs, keys, "control"), keys, "control-drop", CONTROL_DROP)
         reference = None

@@ -73,8 +73,10 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**CONFIG_DEFAULTS, **model_settings(given, known, model="EasyAnimate Control")}
 
 
-def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTransformer3DModel:
-    """The transformer of a released model directory in float32 on the CPU.
+def load_transformer(
+    folder: Path, config: Mapping[str, Any], given: Path | None = None
+) -> EasyAnimateTransformer3DModel:
+    """The transformer of a released model directory in float32 on the CPU, with other weights if they are given.
 
     Raises:
         CheckpointError: files are missing or do not fit.
@@ -87,5 +89,6 @@ def load_transformer(folder: Path, config: Mapping[str, Any]) -> EasyAnimateTran
         dtype=torch.float32,
         where=str(folder),
         transformer=True,
+        given=given,
     )
     return model

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vfun_cli.checkpoints.naming import unchanged
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FULL_FINE_TUNE
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, ENGLISH_NEGATIVE_PROMPT, FIRST, FULL_FINE_TUNE, NO_SCHEDULE
 from vfun_cli.families.hunyuanvideo.comfyui import comfyui_location, original_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     ASSISTANT_TOKENS,
+    IMAGE_INTERLEAVE,
     PATCH_SIZE,
     PROMPT_TOKENS,
     SHIFT,
@@ -27,6 +28,7 @@ from vfun_cli.families.spec import (
     FamilySpec,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingInput,
     SamplingSpec,
 )
@@ -93,6 +95,7 @@ def _spec(
         fields=(MetadataField(name="file_path", media="visual"),),
         media_types=media_types,
         train_modes=(train_mode,),
+        fixed_flags={"num_hidden_layers_to_skip": 2, "image_embed_interleave": IMAGE_INTERLEAVE},
         model=ModelSpec(
             released=released(condition),
             layers=("num_layers", "num_single_layers"),
@@ -112,6 +115,7 @@ def _spec(
             attention_flops=attention_flops,
             objective="flow-matching",
             objective_options={"shift": SHIFT},
+            embedded_guidance=lambda dims: bool(dims.extra["guidance_embeds"]),
             sampler="flow-shifted-once",
             sampler_options={"shift": SHIFT},
         ),
@@ -138,6 +142,7 @@ def _spec(
             },
             lora=_LORA,
             lora_aliases=_LORA_ALIASES,
+            presets={"2025": FIRST, "2026": Preset(lora=NO_SCHEDULE)},
             demo=DEMO,
         ),
         export=ExportSpec(

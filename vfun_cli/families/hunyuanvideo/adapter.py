@@ -44,10 +44,8 @@ from vfun_cli.modeling.randomness import SampleKey
 from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_diffusers, read_json, require_parts
 
-TEXT_DROP = 0.1
-"""How often a caption is left out, for classifier-free guidance."""
-GUIDANCE_SCALE = 6.0
-"""The embedded guidance that these guidance-distilled models are trained and sampled at."""
+SAMPLED_GUIDANCE = 6.0
+"""The embedded guidance that videos of these guidance-distilled models are made at."""
 IMAGE_IN_NOISE = 0.001
 """How much of the image the noise holds that a video starts from."""
 BLACK = -1.0
@@ -92,7 +90,7 @@ class HunyuanVideoAdapter(WholeVideo):
         _check_shift(folder / "scheduler" / "scheduler_config.json")
         check_config(read_json(folder / "transformer" / "config.json"), cls.condition)
         encoders = cls.encoders_of(options)
-        transformer = load_transformer(folder / "transformer", cls.condition)
+        transformer = load_transformer(folder / "transformer", cls.condition, options.given.transformer)
         return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
@@ -113,7 +111,7 @@ class HunyuanVideoAdapter(WholeVideo):
             "pooled": {"pooled": latents.new_empty(config.pooled_projection_dim, dtype=dtype)},
             "image": {"mean": latents[0, :, :1]},
         }
-        return self._loss_mask(latents) | self._conditions([output] * len(latents))
+        return self._loss_mask(latents) | self._conditions([output] * len(latents), self.options.guidance_scale)
 
     @staticmethod
     def blank_vae(options: AdapterOptions) -> HunyuanVAE:
@@ -132,7 +130,11 @@ class HunyuanVideoAdapter(WholeVideo):
         model, tokenizer = folder / "text_encoder_2", folder / "tokenizer_2"
         sources = {
             "vae": folder_source(
-                HunyuanVAE.from_folder, folder / "vae", dtype=dtype, mini_batch=options.vae_mini_batch
+                HunyuanVAE.from_folder,
+                folder / "vae",
+                dtype=dtype,
+                mini_batch=options.vae_mini_batch,
+                given=options.given.vae,
             ),
             "prompt": cls._prompt_source(folder, dtype),
             "pooled": EncoderSource(
@@ -150,12 +152,12 @@ class HunyuanVideoAdapter(WholeVideo):
     @classmethod
     def inputs(cls, request: SampleRequest, options: AdapterOptions) -> Inputs:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
-        return cls.compose(clip_of(request), request.caption, request.key)
+        caption = "" if request.key.chance("text-drop", options.caption_dropout) else request.caption
+        return cls.compose(clip_of(request), Value(caption))
 
     @classmethod
-    def compose(cls, pixels: ClipInput, text: str, key: SampleKey) -> Inputs:
-        """``clip``, ``prompt`` and ``pooled``; the caption is empty for both encoders one time in ten."""
-        caption = Value("" if key.chance("text-drop", TEXT_DROP) else text)
+    def compose(cls, pixels: ClipInput, caption: Value) -> Inputs:
+        """``clip``, ``prompt`` and ``pooled``; both text encoders read the same caption."""
         return {
             "clip": Input(encoder="vae", lazy=pixels),
             "pooled": Input(encoder="pooled", lazy=caption),
@@ -170,13 +172,13 @@ class HunyuanVideoAdapter(WholeVideo):
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
         """Latents [B, 16, f, h, w] float32 and what ``predict`` needs; the clips of a micro-batch have one shape."""
         latents = sample_posteriors([output["clip"] for output in outputs], keys, "posterior")
-        return latents, self._loss_mask(latents) | self._conditions(outputs)
+        return latents, self._loss_mask(latents) | self._conditions(outputs, self.options.guidance_scale)
 
-    def _conditions(self, outputs: Sequence[Mapping[str, Output]]) -> Conditions:
+    def _conditions(self, outputs: Sequence[Mapping[str, Output]], guidance: float) -> Conditions:
         """What ``predict`` reads."""
-        # In bf16 this is 6016, not 6000: the value the released models are sampled with.
+        # In bf16 six of them are 6016, not 6000: the value the released models are sampled with.
         device = outputs[0]["pooled"]["pooled"].device
-        scale = torch.full((len(outputs),), GUIDANCE_SCALE, device=device, dtype=self.options.compute_dtype)
+        scale = torch.full((len(outputs),), guidance, device=device, dtype=self.options.compute_dtype)
         return {
             **self._image_conditions(outputs),
             "text": torch.stack([output["prompt"]["states"] for output in outputs]),
@@ -220,7 +222,7 @@ class HunyuanVideoAdapter(WholeVideo):
         self, outputs: Mapping[str, Output], request: VideoRequest, segment: int, shown: Tensor | None
     ) -> Branches:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`; both have the embedded guidance."""
-        return both_branches(outputs, request, lambda found: self._conditions([found]))
+        return both_branches(outputs, request, lambda found: self._conditions([found], SAMPLED_GUIDANCE))
 
 
 class TextToVideoAdapter(HunyuanVideoAdapter):
@@ -312,15 +314,17 @@ def _with_first(latents: Tensor, conditions: Conditions) -> Tensor:
     return torch.cat([conditions["first_latent"].to(latents), latents[:, :, 1:]], dim=2)
 
 
-def load_transformer(folder: Path, condition: Condition) -> HunyuanVideoTransformer3DModel:
-    """The released transformer in float32 on the CPU.
+def load_transformer(folder: Path, condition: Condition, given: Path | None = None) -> HunyuanVideoTransformer3DModel:
+    """The released transformer in float32 on the CPU, with other weights if they are given.
 
     Raises:
         ConfigError: the directory is another family's.
         CheckpointError: the tensors do not fit.
     """
     check_config(read_json(folder / "config.json"), condition)
-    model: HunyuanVideoTransformer3DModel = load_diffusers(HunyuanVideoTransformer3DModel, folder, transformer=True)
+    model: HunyuanVideoTransformer3DModel = load_diffusers(
+        HunyuanVideoTransformer3DModel, folder, transformer=True, given=given
+    )
     return model
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from vfun_cli.errors import CheckpointError
-from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.documented import DEMO, DEMO_VIDEO, FIRST, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     LAYERS,
     SIZE,
@@ -27,6 +27,7 @@ from vfun_cli.families.spec import (
     ModelDims,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingInput,
     SamplingSpec,
 )
@@ -173,6 +174,7 @@ SPEC = FamilySpec(
         # Wan2.1-Fun-14B-Control, the published default. V1.1 has one frame of tokens more, as its config.json says.
         released={"in_dim": CONTROL_IN_DIM, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
         read_dims=read_dims,
+        vae="Wan2.1_VAE.pth",
         recognises=lambda config: config.get("_class_name") == "WanModel" and config.get("in_dim") == CONTROL_IN_DIM,
         encoders={
             "vae": EncoderSize(weights=0.127),
@@ -217,6 +219,19 @@ SPEC = FamilySpec(
             "rank": 64,
             "network_alpha": 32,
             "target_name": "q,k,v,ffn.0,ffn.2",
+        },
+        presets={
+            "2025": FIRST,
+            "2026": Preset(
+                train={
+                    "pretrained_model_name_or_path": "models/Diffusion_Transformer/Wan2.1-Fun-V1.1-14B-Control",
+                    "image_sample_size": 640,
+                    "video_sample_size": 640,
+                    "token_sample_size": 640,
+                    "train_mode": "control_ref",
+                    "control_ref_image": "random",
+                }
+            ),
         },
         demo={
             **DEMO,

@@ -43,7 +43,7 @@ from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, load_weights, read_json, require_parts, safetensors_files
 
 DROP = 0.1
-"""Probability, for each condition on its own, of training a sample without it."""
+"""Probability, for each condition but the caption on its own, of training a sample without it."""
 BLACK = -1.0
 REQUIRED_FILES = ("config.json", umt5.WEIGHTS, umt5.TOKENIZER, wan_vae.WEIGHTS, clip_vision.WEIGHTS)
 """What a released directory holds beside the transformer's safetensors."""
@@ -116,7 +116,8 @@ class WanFunControlAdapter(WholeVideo):
             CheckpointError: a file is missing, or is another model's; an encoder's is found out when it is loaded.
         """
         encoders = cls.encoders_of(options)
-        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+        transformer = load_transformer(options.model_dir, options.given.transformer)
+        return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanFunControlAdapter":
@@ -151,7 +152,7 @@ class WanFunControlAdapter(WholeVideo):
         dims, clip = read_dims(read_json(folder / SPEC.model.config_file)), folder / clip_vision.WEIGHTS
         return Encoders(
             {
-                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch, given=options.given.vae),
                 "text": umt5.source(folder, dtype=dtype, text_len=TEXT_TOKENS, dim=dims.extra["text_dim"]),
                 "clip": EncoderSource(
                     load=lambda: ClipImageEncoder.from_file(clip, dtype=dtype), files=(clip,), settings=str(dtype)
@@ -173,7 +174,7 @@ class WanFunControlAdapter(WholeVideo):
         return cls.compose(
             pixels,
             clip_of(request, "control_file_path") if has_control else black,
-            request.caption,
+            "" if request.key.chance("text", options.caption_dropout) else request.caption,
             request.key,
             train_mode=options.train_mode,
             control_ref_image=options.control_ref_image,
@@ -184,20 +185,20 @@ class WanFunControlAdapter(WholeVideo):
         cls,
         pixels: ClipInput,
         control: ClipInput,
-        text: str,
+        caption: str,
         key: SampleKey,
         *,
         train_mode: str | None,
         control_ref_image: str,
     ) -> Inputs:
-        """``clip``, ``control`` and ``text``, empty one time in ten; ``picture`` and ``image``, if the mode has them.
+        """``clip``, ``control`` and ``text``; ``picture`` and ``image``, if the mode has them.
 
         These two are one frame of the clip, for the VAE and for CLIP. Whether the sample keeps them is decided later.
         """
         inputs = {
             "clip": Input(encoder="vae", lazy=pixels),
             "control": Input(encoder="vae", lazy=control),
-            "text": Input(encoder="text", lazy=Value("" if key.chance("text", DROP) else text)),
+            "text": Input(encoder="text", lazy=Value(caption)),
         }
         if has_picture(train_mode):
             picture = pixels.take([reference_frame(key, pixels.count, control_ref_image)])
@@ -310,8 +311,9 @@ def _sampled(outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey],
     return sample_posteriors([output[part] for output in outputs], keys, f"{part} posterior")
 
 
-def load_transformer(folder: Path) -> WanFunControlTransformer:
-    """The transformer of a released directory, float32 on the CPU; its variant is read off the tensors' shapes.
+def load_transformer(folder: Path, given: Path | None = None) -> WanFunControlTransformer:
+    """The transformer of a released directory, float32 on the CPU; its variant is read off the tensors' shapes. With
+    other weights if they are given.
 
     Raises:
         CheckpointError: no such model there, or another one.
@@ -319,5 +321,5 @@ def load_transformer(folder: Path) -> WanFunControlTransformer:
     files = safetensors_files(folder)
     config = transformer_config(tensor_shapes(folder), read_json(folder / SPEC.model.config_file))
     model = empty_model(lambda: WanFunControlTransformer(**config), where=str(folder))
-    load_weights(model, files, rename=live_name, dtype=torch.float32, where=str(folder), transformer=True)
+    load_weights(model, files, rename=live_name, where=str(folder), transformer=True, given=given)
     return model

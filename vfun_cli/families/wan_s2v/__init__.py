@@ -1,6 +1,6 @@
 """Wan2.2-S2V: a talking video from speech, a reference image and a control clip."""
 
-from vfun_cli.families.documented import DEMO_VIDEO, FULL_FINE_TUNE, WAN_NEGATIVE_PROMPT
+from vfun_cli.families.documented import DEMO_VIDEO, FIRST, FULL_FINE_TUNE, NO_SCHEDULE, WAN_NEGATIVE_PROMPT
 from vfun_cli.families.spec import (
     DefaultOptions,
     EncoderSize,
@@ -8,6 +8,7 @@ from vfun_cli.families.spec import (
     FamilySpec,
     ModelSpec,
     PlanSpec,
+    Preset,
     SamplingSpec,
 )
 from vfun_cli.families.wan_s2v.sizes import (
@@ -48,11 +49,13 @@ SPEC = FamilySpec(
     ),
     media_types=("video",),
     reference_images=("first_frame", "random"),
+    fixed_flags={"boundary_type": "full", "motion_frames": MOTION_FRAMES},
     model=ModelSpec(
         released=RELEASED_CONFIG,
         layers=("num_layers", "audio_inject_layers"),
         with_layers=with_layers,
         read_dims=read_dims,
+        vae="Wan2.1_VAE.pth",
         recognises=lambda config: config.get("model_type") == "s2v",
         encoders={
             "vae": EncoderSize(weights=0.127),
@@ -98,6 +101,10 @@ SPEC = FamilySpec(
     defaults=DefaultOptions(
         train=DEFAULTS,
         lora={"rank": 64, "network_alpha": 32, "target_name": "q,k,v,ffn.0,ffn.2", "learning_rate": 1e-4},
+        presets={
+            "2025": FIRST,
+            "2026": Preset(train={"video_sample_stride": 2, "control_ref_image": "random"}, lora=NO_SCHEDULE),
+        },
         demo={
             "video_sample_size": 96,
             "token_sample_size": 96,

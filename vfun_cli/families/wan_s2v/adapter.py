@@ -49,7 +49,7 @@ from vfun_cli.modeling.shaped import Shaped
 from vfun_cli.modeling.weights import empty_model, read_json, require_parts, require_same
 
 DROP = 0.1
-"""Probability of leaving out the text, the control, the sound, the end of both, or the history."""
+"""Probability of leaving out the control, the sound, the end of both, or the history."""
 FIRST_FRAME_AS_HISTORY = 0.5
 """Probability that a clip without history, referenced by its first frame, gets that frame as its history."""
 REFERENCE_HISTORY = 6
@@ -81,12 +81,12 @@ class Decisions:
     """Only read for a clip without history."""
 
 
-def decide(key: SampleKey, *, frames: int, control_ref_image: str) -> Decisions:
+def decide(key: SampleKey, *, frames: int, options: AdapterOptions) -> Decisions:
     """The choices for one sample, each drawn by its own purpose so that none depends on another."""
-    reference = reference_frame(key, frames, control_ref_image)
+    reference = reference_frame(key, frames, options.control_ref_image)
     cut_tail = key.chance("drop-tail", DROP)
     return Decisions(
-        drop_text=key.chance("drop-text", DROP),
+        drop_text=key.chance("drop-text", options.caption_dropout),
         drop_control=key.chance("drop-control", DROP),
         drop_audio=key.chance("drop-audio", DROP),
         drop_history=key.chance("drop-history", DROP),
@@ -197,7 +197,8 @@ class WanS2VAdapter:
             CheckpointError: a file is missing or does not fit; of an encoder that does not fit, when it is loaded.
         """
         encoders = cls.encoders_of(options)
-        return cls(transformer=load_transformer(options.model_dir), encoders=encoders, options=options)
+        transformer = load_transformer(options.model_dir, options.given.transformer)
+        return cls(transformer=transformer, encoders=encoders, options=options)
 
     @classmethod
     def blank(cls, config: Mapping[str, Any], options: AdapterOptions) -> "WanS2VAdapter":
@@ -244,7 +245,7 @@ class WanS2VAdapter:
 
         return Encoders(
             {
-                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch),
+                "vae": wan_vae.source(folder, dtype=dtype, mini_batch=options.vae_mini_batch, given=options.given.vae),
                 "text": umt5.source(folder, dtype=dtype, text_len=config["text_len"], dim=config["text_dim"]),
                 "speech": EncoderSource(load=load_speech, files=(folder / wav2vec2.FOLDER,), settings="float32"),
             },
@@ -257,7 +258,7 @@ class WanS2VAdapter:
         """See :class:`~vfun_cli.modeling.adapter.ModelAdapter`."""
         return compose(
             talking_clip(request),
-            decide(request.key, frames=request.frames, control_ref_image=options.control_ref_image),
+            decide(request.key, frames=request.frames, options=options),
         )
 
     def assemble(self, outputs: Sequence[Mapping[str, Output]], keys: Sequence[SampleKey]) -> tuple[Tensor, Conditions]:
@@ -310,7 +311,7 @@ class WanS2VAdapter:
     def _speech_features(self, output: Mapping[str, Output], key: SampleKey) -> Tensor:
         """Speech features [25, audio_dim, n] float32, silent when dropped or from a cut tail on."""
         features = output["audio"]["features"].clone()  # [n, 25, audio_dim]
-        decisions = decide(key, frames=len(features), control_ref_image=self.options.control_ref_image)
+        decisions = decide(key, frames=len(features), options=self.options)
         features[0 if decisions.drop_audio else decisions.silent_from or len(features) :] = 0
         return features.permute(1, 2, 0)
 

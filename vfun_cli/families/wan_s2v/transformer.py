@@ -583,12 +583,13 @@ def empty_transformer(config: Mapping[str, Any], *, where: str = "the configurat
     return empty_model(lambda: WanS2VTransformer3DModel(**settings), where=where)
 
 
-def load_transformer(model_dir: Path) -> WanS2VTransformer3DModel:
-    """The transformer of a released model directory, float32 on the CPU; every tensor must fit.
+def load_transformer(model_dir: Path, given: Path | None = None) -> WanS2VTransformer3DModel:
+    """The transformer of a released model directory, float32 on the CPU; every tensor must fit. With other weights if
+    they are given.
 
     Raises:
         CheckpointError: files are missing, damaged or do not fit, or a key is unknown.
     """
     model = empty_transformer(read_json(model_dir / SPEC.model.config_file), where=str(model_dir))
-    load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True)
+    load_weights(model, safetensors_files(model_dir), where=str(model_dir), transformer=True, given=given)
     return model

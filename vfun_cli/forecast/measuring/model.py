@@ -82,7 +82,7 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
 def _adapters(config: RunConfig, transformer: nn.Module, released: Any, idle: Sequence[str]) -> list[Weight]:
     linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     found = []
-    for name in choose_layers(list(linear), config.target_name, released, idle):
+    for name in choose_layers(list(linear), config.target_name, released, idle, config.lora_skip_name):
         rows, columns = linear[name].out_features, linear[name].in_features
         shapes: dict[str, tuple[int, ...]] = {"lora_A": (config.rank, columns), "lora_B": (rows, config.rank)}
         if config.use_dora:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vfun_cli.checkpoints.given import VAE
+from vfun_cli.checkpoints.given_tensors import files_of
 from vfun_cli.modeling.encoders.frozen import EncoderSource, Output
 from vfun_cli.modeling.pixels import LoadedClip, clip_shape, float_pixels
 from vfun_cli.modeling.randomness import SampleKey
@@ -102,15 +104,18 @@ def require_whole_latents(pixels: Tensor) -> None:
         raise ValueError(f"the VAE encodes 1 + 4k frames, got {frames}")
 
 
-def folder_source(load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
-    """A VAE that ``load`` makes of a released ``vae`` folder.
+def folder_source(
+    load: Callable[..., ClipVAE], folder: Path, *, dtype: torch.dtype, mini_batch: int, given: Path | None
+) -> EncoderSource:
+    """A VAE that ``load`` makes of a released ``vae`` folder, of its weights or of those that are given.
 
     Raises:
         CheckpointError: no weights are there.
     """
+    weights = safetensors_files(folder) if given is None else files_of(given, VAE)
     return EncoderSource(
-        load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch),
-        files=(folder / "config.json", *safetensors_files(folder)),
+        load=lambda: load(folder, dtype=dtype, mini_batch=mini_batch, given=given),
+        files=(folder / "config.json", *weights),
         settings=str(dtype),
     )
 

@@ -29,13 +29,15 @@ class CogVideoXVAE(ClipVAE):
         self.mini_batch = mini_batch
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "CogVideoXVAE":
-        """From ``config.json`` and the safetensors beside it.
+    def from_folder(
+        cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1, given: Path | None = None
+    ) -> "CogVideoXVAE":
+        """From ``config.json`` and the safetensors beside it, or those that are given.
 
         Raises:
             CheckpointError: they do not fit.
         """
-        return cls(load_diffusers(AutoencoderKLCogVideoX, folder, dtype=dtype), mini_batch=mini_batch)
+        return cls(load_diffusers(AutoencoderKLCogVideoX, folder, dtype=dtype, given=given), mini_batch=mini_batch)
 
     @property
     def scale(self) -> float:

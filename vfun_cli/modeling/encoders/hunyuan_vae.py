@@ -23,13 +23,15 @@ class HunyuanVAE(ClipVAE):
         self.mini_batch = mini_batch
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "HunyuanVAE":
-        """From ``config.json`` and the safetensors beside it.
+    def from_folder(
+        cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1, given: Path | None = None
+    ) -> "HunyuanVAE":
+        """From ``config.json`` and the safetensors beside it, or those that are given.
 
         Raises:
             CheckpointError: they do not fit.
         """
-        return cls(load_diffusers(AutoencoderKLHunyuanVideo, folder, dtype=dtype), mini_batch=mini_batch)
+        return cls(load_diffusers(AutoencoderKLHunyuanVideo, folder, dtype=dtype, given=given), mini_batch=mini_batch)
 
     @property
     def scale(self) -> float:

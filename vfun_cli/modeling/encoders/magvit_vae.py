@@ -35,15 +35,17 @@ class MagvitVAE(ClipVAE):
         self.mini_batch = mini_batch
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "MagvitVAE":
-        """From ``config.json`` and the safetensors beside it.
+    def from_folder(
+        cls, folder: Path, *, dtype: torch.dtype, mini_batch: int = 1, given: Path | None = None
+    ) -> "MagvitVAE":
+        """From ``config.json`` and the safetensors beside it, or those that are given.
 
         Raises:
             CheckpointError: they do not fit.
         """
         arguments = read_arguments(folder)
         model = empty_model(lambda: AutoencoderKLMagvit(**arguments), where=str(folder))
-        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder))
+        load_weights(model, safetensors_files(folder), dtype=dtype, where=str(folder), given=given)
         return cls(model, mini_batch=mini_batch)
 
     @property

@@ -8,11 +8,13 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from vfun_cli.checkpoints.given import VAE, typed
+from vfun_cli.checkpoints.given_tensors import files_of, require_same_tensors
 from vfun_cli.errors import CheckpointError
 from vfun_cli.modeling.encoders.clip_vae import ClipVAE, require_whole_latents
 from vfun_cli.modeling.encoders.frozen import EncoderSource
 from vfun_cli.modeling.encoders.placement import freeze
-from vfun_cli.modeling.weights import empty_model, load_pth, load_weights
+from vfun_cli.modeling.weights import empty_model, given_tensors, load_pth, load_weights
 
 WEIGHTS = "Wan2.1_VAE.pth"
 Z_DIM = 16
@@ -37,13 +39,19 @@ class WanVAE(ClipVAE):
         self.std: Tensor
 
     @classmethod
-    def from_file(cls, path: Path, *, dtype: torch.dtype, mini_batch: int = 1) -> "WanVAE":
-        """The released ``Wan2.1_VAE.pth``, or a smaller one of its layout.
+    def from_file(cls, path: Path, *, dtype: torch.dtype, mini_batch: int = 1, given: Path | None = None) -> "WanVAE":
+        """The released ``Wan2.1_VAE.pth``, or a smaller one of its layout; with other weights, if they are given.
 
         Raises:
             CheckpointError: the file is missing or does not fit.
         """
-        return cls(load_wan_vae(load_pth(path), dtype=dtype, where=str(path)), mini_batch=mini_batch)
+        state, where = load_pth(path), str(path)
+        if given is not None:
+            other = dict(given_tensors(given, VAE))
+            where = typed(VAE, given)
+            require_same_tensors(_shapes(other), _shapes(state), given, VAE)
+            state = other
+        return cls(load_wan_vae(state, dtype=dtype, where=where), mini_batch=mini_batch)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (mu - mean) / std and deviation exp(logvar / 2) [B, z, f, h, w] float32; F = 1 + 4k, f = 1 + k.
@@ -66,11 +74,21 @@ class WanVAE(ClipVAE):
         return pixels
 
 
-def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int) -> EncoderSource:
-    """The VAE of a released Wan directory."""
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def source(model_dir: Path, *, dtype: torch.dtype, mini_batch: int, given: Path | None) -> EncoderSource:
+    """The VAE of a released Wan directory, with other weights if they are given.
+
+    Raises:
+        CheckpointError: those are not there.
+    """
     path = model_dir / WEIGHTS
     return EncoderSource(
-        load=lambda: WanVAE.from_file(path, dtype=dtype, mini_batch=mini_batch), files=(path,), settings=str(dtype)
+        load=lambda: WanVAE.from_file(path, dtype=dtype, mini_batch=mini_batch, given=given),
+        files=(path,) if given is None else tuple(files_of(given, VAE)),
+        settings=str(dtype),
     )
 
 

@@ -22,7 +22,7 @@ from vfun_cli.run.metrics_file import MetricsFile
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.agreement import all_or_none, require_one_job
 from vfun_cli.training.data.loader import MicroBatch, load_ahead
-from vfun_cli.training.data.stream import ReadRecord, held_out_requests, micro_batches, record_reader
+from vfun_cli.training.data.stream import ReadRow, held_out_requests, micro_batches, row_reader
 from vfun_cli.training.model import adapter_options
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.strategy import make_accelerator, prepare_environment
@@ -46,8 +46,8 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         cache = Cache.for_encoders(config.cache, encoders)
         needed = MissingEntries(adapter, options, cache)
         plan = load_plan(config, spec, described)
-        read_record, held_out = record_reader(config, spec), held_out_requests(plan, config)
-        work = list(needed.missing(plan, read_record, rank, accelerator.num_processes, held_out))
+        read_row, held_out = row_reader(config, spec), held_out_requests(plan, config)
+        work = list(needed.missing(plan, read_row, rank, accelerator.num_processes, held_out))
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])
         if accelerator.is_main_process:
@@ -89,13 +89,13 @@ class MissingEntries:
         self.keys: set[str] = set()
 
     def missing(
-        self, plan: RunPlan, read_record: ReadRecord, rank: int, world_size: int, held_out: Sequence[SampleRequest]
+        self, plan: RunPlan, read_row: ReadRow, rank: int, world_size: int, held_out: Sequence[SampleRequest]
     ) -> Iterator[MicroBatch]:
         """One micro-batch for each clip of which an entry is not there yet, each entry once; the held-out ones last.
 
         All epochs of a clip are one rank's: training has it on any rank, and each of them would encode it.
         """
-        trained = self._trained(plan, read_record, rank, world_size)
+        trained = self._trained(plan, read_row, rank, world_size)
         for number, request in enumerate(chain(trained, held_out[rank::world_size])):
             inputs = self.adapter.inputs(request, self.options).values()
             keys = {self.cache.key(each) for each in inputs if each.encoder is not None} - self.keys
@@ -103,11 +103,11 @@ class MissingEntries:
             if not all(self.cache.has(key) for key in keys):
                 yield MicroBatch(epoch=request.key.epoch, step=number, index=0, requests=(request,))
 
-    def _trained(self, plan: RunPlan, read_record: ReadRecord, rank: int, world_size: int) -> Iterator[SampleRequest]:
+    def _trained(self, plan: RunPlan, read_row: ReadRow, rank: int, world_size: int) -> Iterator[SampleRequest]:
         # One process that accumulates takes the steps of all.
         alone = replace(plan.options, world_size=1, gradient_accumulation_steps=plan.options.slots)
         owners: dict[int, int] = {}
-        for batch in micro_batches(replace(plan, options=alone), read_record, rank=0, first_step=0):
+        for batch in micro_batches(replace(plan, options=alone), read_row, rank=0, first_step=0):
             for request in batch.requests:
                 if owners.setdefault(request.key.row, len(owners) % world_size) == rank:
                     yield request

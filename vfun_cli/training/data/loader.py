@@ -140,12 +140,12 @@ def _named(error: Exception, request: SampleRequest) -> VfunError:
     Raises:
         Exception: the error itself, where it is no known one.
     """
-    without_memory = memory_error(error, f"row {request.key.row}: ")
+    without_memory = memory_error(error, f"{request.row}: ")
     if without_memory is not None:  # whatever a decoder made of it, the clip is not to blame
         return without_memory
     if isinstance(error, MetadataError):
         hint = f"--on-bad-sample skip trains without such clips. {_DEEP_HINT}"
-        return MetadataError(f"row {request.key.row}: {error.message}", hint=hint)
+        return MetadataError(f"{request.row}: {error.message}", hint=hint)
     if isinstance(error, VfunError):
         return error
     raise error
@@ -163,7 +163,7 @@ def load_held_out(
     try:
         return load(adapter, request, options, cache)
     except MetadataError as error:
-        message = f"row {request.key.row} of those to validate on: {error.message}"
+        message = f"{request.row} of those to validate on: {error.message}"
         raise MetadataError(message, hint="Encode the file again, or leave its row out.") from None
 
 
@@ -174,8 +174,8 @@ def _handed_over(loaded: LoadedBatch) -> HandedOver:
     try:
         return bytes(ForkingPickler.dumps(loaded))
     except Exception as error:
-        rows = [request.key.row for request in loaded.batch.requests]
-        told = _not_handed_over(f"rows {rows} were decoded and cannot be handed over: {first_line(error)}.", error)
+        rows = ", ".join(request.row for request in loaded.batch.requests)
+        told = _not_handed_over(f"{rows} were decoded and cannot be handed over: {first_line(error)}.", error)
         bad = tuple((request, told) for request in loaded.batch.requests)
         return bytes(ForkingPickler.dumps(LoadedBatch(batch=replace(loaded.batch, requests=()), samples=[], bad=bad)))
 
@@ -405,9 +405,9 @@ def _arriving(decoded: Iterator[HandedOver]) -> Arriving:
 
 def _lost(batch: MicroBatch) -> RunError:
     """A net under all that is known to go wrong: without it, the rank would wait for ever."""
-    rows = [request.key.row for request in batch.requests]
+    rows = ", ".join(request.row for request in batch.requests)
     return RunError(
-        f"no decoding process has been at work for {LOAD_TIMEOUT} s, and rows {rows} were not handed over.",
+        f"no decoding process has been at work for {LOAD_TIMEOUT} s, and {rows} were not handed over.",
         hint="The log of this rank may say what became of them; --dataloader-num-workers 0 decodes without processes.",
     )
 
@@ -481,9 +481,9 @@ def _faults(status: WorkerStatus, ended: _Ended, waiting: Iterable[MicroBatch]) 
     if faults:
         return faults
     codes = {number: process.exitcode for number, process in ended.processes.items() if process.exitcode}
-    rows = [r.key.row for batch in waiting for r in batch.requests if batch.place in map(places.get, codes)]
+    rows = [r.row for batch in waiting for r in batch.requests if batch.place in map(places.get, codes)]
     said = f"a decoding process ended with exit status {', '.join(map(str, sorted(set(codes.values())))) or '0'}"
-    message = f"{said}{f' while it was at rows {rows}' if rows else ''}"
+    message = said + (f" while it was at {', '.join(rows)}" if rows else "")
     if -signal.SIGBUS in codes.values():
         raise FitError(f"{message}: /dev/shm is full, or a file was cut while it was read.", hint=SHARED_MEMORY_HINT)
     if -signal.SIGKILL in codes.values():

@@ -1,6 +1,7 @@
 """The plan as the loader wants it: this rank's micro-batches with paths and keys, from any step on."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +11,53 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.fields import stated_media
 from vfun_cli.metadata.opening import absolute
-from vfun_cli.metadata.records import read_metadata
 from vfun_cli.modeling.adapter import SampleRequest
+from vfun_cli.modeling.captions import AS_STATED, CaptionOptions
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.rows import of_validation
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
+from vfun_cli.plan.sets import read_rows
 from vfun_cli.training.data.loader import MicroBatch
 
-ReadRecord = Callable[[int], dict[str, Any]]
-"""What a row of the metadata says, its media as absolute paths; what stands in for a field is filled in."""
+
+@dataclass(frozen=True, kw_only=True)
+class RowToTrain:
+    """A row of the metadata for those who decode it."""
+
+    record: dict[str, Any]
+    """What it says, its media as absolute paths; what stands in for a field is filled in."""
+    place: str = ""
+    """What it is called, if not by its number."""
+    captions: CaptionOptions = AS_STATED
+    """What is made of its texts."""
 
 
-def record_reader(config: RunConfig, spec: FamilySpec) -> ReadRecord:
+ReadRow = Callable[[int], RowToTrain]
+"""A row by its number among those of all data sets."""
+
+
+def row_reader(config: RunConfig, spec: FamilySpec) -> ReadRow:
     """The rows of a run's metadata."""
-    assert config.train_data_meta is not None
-    records = {record.row: record.fields for record in read_metadata(config.train_data_meta).records}
-    root = config.train_data_dir
+    metadata = read_rows(config)
+    records = {record.row: record for record in metadata.records}
+    captions = [caption_options(config, each) for each in config.train_data_meta]
 
-    def read_record(row: int) -> dict[str, Any]:
-        fields = dict(records[row])
+    def read_row(row: int) -> RowToTrain:
+        record = records[row]
+        fields, root = dict(record.fields), record.root or config.train_data_dir or Path()
         for name, path in stated_media(fields, spec.fields).items():
             if path:
-                fields[name] = absolute((root or Path()) / str(path))
-        return fields
+                fields[name] = absolute(root / str(path))
+        return RowToTrain(record=fields, place=metadata.place(row), captions=captions[metadata.set_of(row)])
 
-    return read_record
+    return read_row
 
 
 def micro_batches(
     plan: RunPlan,
-    read_record: ReadRecord,
+    read_row: ReadRow,
     *,
     rank: int,
     first_step: int,
@@ -63,23 +80,25 @@ def micro_batches(
                 return
             for index, batch in enumerate(batches):
                 requests = tuple(
-                    _request(plan, batch, sample, place[sample.row], read_record(sample.row))
-                    for sample in batch.samples
+                    _request(plan, batch, sample, place[sample.row], read_row(sample.row)) for sample in batch.samples
                 )
                 yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
             step += 1
 
 
 def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
-    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own."""
+    """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own.
+
+    A row with several captions is looked at with one of them, the same at every step.
+    """
     if plan.held_out is None:
         return []
     own_meta = config.validation_meta is not None
-    read_record = record_reader(of_validation(config) if own_meta else config, plan.spec)
+    read_row = row_reader(of_validation(config) if own_meta else config, plan.spec)
     return [
         SampleRequest(
             key=SampleKey(seed=plan.options.seed, epoch=0, row=clip.row, drops=False),
-            record=read_record(clip.row),
+            **vars(read_row(clip.row)),
             kind=clip.kind,
             frames=clip.shape.frames,
             height=clip.shape.height,
@@ -103,7 +122,7 @@ def _shares(plan: EpochPlan) -> list[float]:
 
 
 def _request(
-    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int, record: dict[str, Any]
+    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int, row: RowToTrain
 ) -> SampleRequest:
     table = plan.table
     return SampleRequest(
@@ -114,7 +133,7 @@ def _request(
             copy=sample.copy,
             variants=plan.options.cache_variants or 0,
         ),
-        record=record,
+        **vars(row),
         kind=batch.kind,
         frames=batch.shape.frames,
         height=batch.shape.height,
