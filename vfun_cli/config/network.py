@@ -108,7 +108,9 @@ def start_of(
     if missing:
         by = "--target-name and --lora-skip-name leave" if config.lora_skip_name else "--target-name leaves"
         said.append(f"it has adapters for {len(missing)} layers that {by} out: {listed(missing)}")
-        typed.append(f"--target-name {','.join(_targets(missing, linear, parts.pairs.keys(), config.target_name))}")
+        targets = _targets(missing, linear, parts.pairs.keys(), config.target_name)
+        typed += [f"--target-name {','.join(targets)}"] if targets != tuple(config.target_name) else []
+        typed += ['--lora-skip-name ""'] if any(_skipped(layer, config) for layer in missing) else []
     if ranks:
         said.append(_told_ranks(ranks, parts, config.rank))
         rank = _common_rank(parts, config.rank)
@@ -199,6 +201,11 @@ def _targets(
         exact = (e for e in endings if all(other in wanted for other in others if _ends(other, e)))
         found.append(next(exact, endings[-1]))
     return tuple(found)
+
+
+def _skipped(layer: str, config: RunConfig) -> bool:
+    """Whether a target means the layer, so that only ``--lora-skip-name`` can have left it out."""
+    return bool(config.lora_skip_name) and any(_ends(layer, target) for target in config.target_name)
 
 
 _BLOCK = re.compile(r"^.*\.\d+\.(?=\D)")
