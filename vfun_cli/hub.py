@@ -1,8 +1,8 @@
 """Files of released models, from the Hugging Face hub: for ``vfun fetch``, and nothing else ever downloads.
 
 By huggingface_hub, whose settings hold here too: ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, proxies. It keeps
-what it knows of the files under ``.cache/huggingface`` in their folder. By itself it begins a file anew that was left in
-the middle, and that of Wan2.1-Fun 14B has 33 GB: here a file goes on, and the library then checks it.
+what it knows of the files under ``.cache/huggingface`` in their folder. By itself it begins a file anew that was left
+in the middle, and that of Wan2.1-Fun 14B has 33 GB: here a file goes on, and the library then checks it.
 """
 
 import shutil
