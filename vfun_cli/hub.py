@@ -73,10 +73,10 @@ def plan(spec: FamilySpec, release: Release, folder: Path) -> Fetch:
             f"{release.hugging_face} lists {outside[0]!r}, which is no path inside a folder: nothing was fetched.",
             hint="Look at where HF_ENDPOINT leads: the hub itself has no such names.",
         )
-    if not read:
+    if lacking := releases.parts_without(spec, [file.name for file in read]):
         raise EnvironmentFault(
-            f"{release.hugging_face} has none of the files that {spec.name} reads.",
-            hint="Look at where HF_ENDPOINT leads, and at docs/families.md.",
+            f"{release.hugging_face} has nothing of what {spec.name} reads as {', '.join(lacking)}: nothing was fetched.",
+            hint="Look at where HF_ENDPOINT leads, and at what the repository's page says of its files.",
         )
     return Fetch(spec=spec, release=release, folder=folder, revision=info.sha, files=tuple(read))
 

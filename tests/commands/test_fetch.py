@@ -125,6 +125,13 @@ def test_fetch_says_what_the_hub_refuses(status: int, headers: dict[str, str], w
     assert "--local-dir 'a model'" in said.err and "--local_dir 'a model'" in said.err
 
 
+def test_fetch_begins_with_nothing_where_the_repository_lacks_a_part(hub: Hub) -> None:
+    shutil.rmtree(hub.folder / "vae")
+    said = fetch()
+    assert said.code == 6 and "reads as VAE" in said.err, said.err
+    assert hub.asked == [] and not Path("models").exists()
+
+
 def test_fetch_says_that_the_network_is_forbidden(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = fetch()

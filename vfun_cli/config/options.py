@@ -117,7 +117,7 @@ class RunConfig:
     pretrained_model_name_or_path: Annotated[
         Path | None,
         Opt(
-            help="Model directory in its released layout. Nothing is ever downloaded.",
+            help="Model directory in its released layout; vfun fetch gets one, and nothing else is ever downloaded.",
             panel=MODEL,
             variables=("MODEL_NAME",),
             on_resume="contents",

@@ -4,7 +4,7 @@ Nothing is downloaded here. ``vfun_cli.hub`` does, and only for ``vfun fetch``.
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -68,13 +68,19 @@ def parts_of(spec: FamilySpec, model_dir: Path, path: Path) -> list[str]:
     ]
 
 
-def missing_parts(spec: FamilySpec, model_dir: Path) -> list[str]:
-    """The parts of which a model directory holds no file."""
+def parts_without(spec: FamilySpec, names: Collection[str]) -> list[str]:
+    """The parts of which none of these files is one."""
     return [
         part
         for part, files in spec.files.items()
-        if not any(path.is_file() for pattern in files for path in model_dir.glob(pattern))
+        if not any(fnmatchcase(name, pattern) for pattern in files for name in names)
     ]
+
+
+def missing_parts(spec: FamilySpec, model_dir: Path) -> list[str]:
+    """The parts of which a model directory holds no file."""
+    found = [path for pattern in patterns(spec) for path in model_dir.glob(pattern) if path.is_file()]
+    return parts_without(spec, [path.relative_to(model_dir).as_posix() for path in found])
 
 
 def require_parts(spec: FamilySpec, model_dir: Path) -> None:
