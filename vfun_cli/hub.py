@@ -75,7 +75,8 @@ def plan(spec: FamilySpec, release: Release, folder: Path) -> Fetch:
         )
     if lacking := releases.parts_without(spec, [file.name for file in read]):
         raise EnvironmentFault(
-            f"{release.hugging_face} has nothing of what {spec.name} reads as {', '.join(lacking)}: nothing was fetched.",
+            f"{release.hugging_face} has nothing of what {spec.name} reads as {', '.join(lacking)}: "
+            "nothing was fetched.",
             hint="Look at where HF_ENDPOINT leads, and at what the repository's page says of its files.",
         )
     return Fetch(spec=spec, release=release, folder=folder, revision=info.sha, files=tuple(read))
