@@ -124,5 +124,5 @@ def test_a_job_whose_shared_memory_is_full_ends_and_says_so(workplace: Path) -> 
     _, (rank,) = training_processes(run)
     fill(Path(f"/proc/{rank}/root/dev/shm"))
     said = " ".join(finish(job, FitError.exit_code).err.split())
-    assert re.search(r"rows \[\d+\] were decoded and cannot be handed over: .*No space left on device", said)
+    assert re.search(r"row \d+ were decoded and cannot be handed over: .*No space left on device", said)
     assert "/dev/shm" in said

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = ("wan-s2v", "wan-fun-control", "hunyuanvideo-t2v", "easyanimate-v5.1-control", "cogvideox-fun")
 FULL = [(name, form) for name in FAMILIES for form in families.find(name).export.names]
+FULL.append(("hunyuanvideo-t2v", "original"))
 LORAS = [(name, form) for name in FAMILIES for form in families.find(name).export.lora_formats]
 TARGETS = ("q", "v", "to_q", "to_v", "ffn.0", "ff.net.2", "proj_mlp")
 CPU = LoadOptions(device=torch.device("cpu"), compute_dtype=torch.float32)
@@ -174,6 +175,46 @@ def test_a_merged_lora_is_its_base_with_the_update(base: Callable[[str], Base], 
     pairs = adapter_of_layers(model, 1)
     checkpoint = write_checkpoint(model, tmp_path, "lora", peft_names(pairs), {})
     merged = exported(checkpoint, tmp_path / "merged", "same", merge=True)
+    assert_same(loaded(merged), with_update(model, pairs), 1e-5)
+
+
+def test_the_first_releases_names_are_those_that_diffusers_converts(
+    base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    """By its converter of single files, which takes the width of the released model for granted in one place."""
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers as convert
+
+    model = base("hunyuanvideo-t2v")
+    checkpoint = write_checkpoint(model, tmp_path, "train", dict(model.weights), {})
+    output = exported(checkpoint, tmp_path / "out", "original")
+    stored = {name: value for file in output.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert {
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "img_in.proj.weight",
+        "final_layer.linear.weight",
+        "guidance_in.mlp.0.weight",
+        "double_blocks.0.img_attn_qkv.weight",
+    } <= stored.keys()  # ComfyUI's look at it
+    dim = model.weights["transformer_blocks.0.attn.to_q.weight"].shape[0]
+    for name in [name for name in stored if "linear1" in name]:
+        kind, block = name.rpartition(".")[2], f"single_transformer_{name.partition('.linear1')[0][7:]}"
+        parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        whole = torch.cat([model.weights[f"{block}.{part}.{kind}"] for part in parts])
+        assert len(whole) > 3 * dim and torch.equal(stored.pop(name), whole)
+    found = convert(stored)
+    parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    others = {name for name in model.weights if "single_" in name and any(f".{part}." in name for part in parts)}
+    assert_same(found, {name: value for name, value in model.weights.items() if name not in others})
+
+
+def test_a_merged_lora_comes_in_the_first_releases_names(base: Callable[[str], Base], tmp_path: Path) -> None:
+    model = base("hunyuanvideo-t2v")
+    pairs = adapter_of_layers(model, 1)
+    norm = "norm_out.linear"
+    pairs[f"{norm}.lora_A.weight"] = torch.randn(RANK, model.weights[f"{norm}.weight"].shape[1])
+    pairs[f"{norm}.lora_B.weight"] = torch.randn(len(model.weights[f"{norm}.weight"]), RANK)
+    checkpoint = write_checkpoint(model, tmp_path, "lora", peft_names(pairs), {})
+    merged = exported(checkpoint, tmp_path / "merged", "original", merge=True)
     assert_same(loaded(merged), with_update(model, pairs), 1e-5)
 
 

@@ -287,7 +287,7 @@ def test_trackers_get_a_curve_for_each_quantile(live_model: LIVE, tmp_path: Path
     tracker = SimpleNamespace(
         log=lambda record: None, log_values=lambda values, step: noted.update({n: (v, step) for n, v in values.items()})
     )
-    parts.trainer.metrics.tracker = tracker  # type: ignore[assignment]
+    parts.trainer.metrics.trackers["tensorboard"] = tracker  # type: ignore[assignment]
     look_at(parts, rows, [3])
     trained(parts)
     found = [json.loads(line) for line in parts.metrics_file.read_text().splitlines() if "held-out" in line]

@@ -113,6 +113,27 @@ def test_parts_of_a_joint_layer_that_were_not_trained_start_fresh(live_model: Li
     assert_alike(started(live, folder, config), adapter, ALPHA / RANK)
 
 
+def test_layers_outside_the_blocks_have_the_names_of_comfyuis_modules(live_model: LiveModels, tmp_path: Path) -> None:
+    """comfy/ldm/hunyuan_video/model.py: MLPEmbedder has in_layer and out_layer, LastLayer shift before scale."""
+    live = live_model(HUNYUAN)
+    layers = [layer for layer in linear_of(live) if "blocks." not in layer]
+    checkpoint, adapter = checkpoint_of(live, tmp_path, layers)
+    locate = live.spec.export.comfyui_location
+    assert locate is not None
+    folder = export_adapter(
+        checkpoint, tmp_path / "out", format="comfyui", dtype="fp32", locate=lambda layer: locate(layer, live.dims)
+    ).output
+    stored = load_file(folder / "checkpoint-1.safetensors")
+    embedders = ("time_in", "vector_in", "guidance_in", "txt_in.t_embedder", "txt_in.c_embedder")
+    assert {name.removeprefix("diffusion_model.").removesuffix(".alpha") for name in stored if ".alpha" in name} == {
+        *(f"{embedder}.{side}_layer" for embedder in embedders for side in ("in", "out")),
+        "txt_in.input_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1",
+    }  # fmt: skip
+    up = stored["diffusion_model.final_layer.adaLN_modulation.1.lora_up.weight"]
+    scale, shift = (ALPHA / RANK * adapter["norm_out.linear"][1]).chunk(2)
+    torch.testing.assert_close(up, torch.cat([shift, scale]))
+
+
 def joint_file(live: LiveModel, file: Path, rank: int) -> Adapter:
     """As musubi-tuner writes it: one A for q, k and v, and an alpha."""
     generator, dim = torch.Generator().manual_seed(1), live.dims.dim

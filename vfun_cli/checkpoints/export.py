@@ -18,6 +18,7 @@ import numpy as np
 
 from vfun_cli.checkpoints import manifest, safetensors
 from vfun_cli.checkpoints.given import TRANSFORMER, VAE, Given
+from vfun_cli.checkpoints.joint import Locate, joined
 from vfun_cli.checkpoints.manifest import write_json
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.tensors import CHUNK, Array, TensorSource, convert, converted_dtype
@@ -71,6 +72,7 @@ def export(
     given: Mapping[str, TensorSource] | None = None,
     names: Callable[[str], str] = lambda name: name,
     output_names: Callable[[str], str] = lambda name: name,
+    locate: Locate | None = None,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
     weights: Weights = "trained",
@@ -82,7 +84,8 @@ def export(
 
     ``base_dir`` is the directory with the released transformer's safetensors and ``config.json``; ``given`` has tensors
     that the run started from instead of those, by the same names; ``names`` turns a parameter name into the released
-    one, ``output_names`` a released name into the one to write.
+    one, ``output_names`` a released name into the one to write, ``locate`` a released layer into its place in a release
+    that joins layers.
 
     Raises:
         ConfigError: a wrong option, or an output that exists.
@@ -96,6 +99,8 @@ def export(
     verify_source(checkpoint, trained.values())
     replace_tensors(sources, trained, names, checkpoint, base_dir)
     named = {output_names(name): source for name, source in sources.items()}
+    if locate is not None:
+        named = joined(sources, locate, base_dir)
     return write_model(
         stem, named, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
         progress=progress, workers=workers,

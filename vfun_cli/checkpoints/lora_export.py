@@ -12,6 +12,7 @@
 their pairs become one of their ranks' sum, with the strength multiplied into B.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from vfun_cli.checkpoints.export import (
     verify_source,
     write_model,
 )
+from vfun_cli.checkpoints.joint import Locate, joined
 from vfun_cli.checkpoints.lora_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -66,7 +68,8 @@ def export_adapter(
     *,
     format: str,
     released: Callable[[str], str] = lambda name: name,
-    locate: Callable[[str], LayerLocation | None] | None = None,
+    locate: Locate | None = None,
+    metadata: Mapping[str, str] | None = None,
     dtype: str = "bf16",
     weights: Weights = "trained",
     overwrite: bool = False,
@@ -76,6 +79,7 @@ def export_adapter(
     Args:
         released: from a parameter's name in the module to its released name.
         locate: from a layer's name in the module to its location in ComfyUI; by default its released name.
+        metadata: what the header says of the file; the hash of its tensors comes to it.
 
     Raises:
         ConfigError: unknown format or type, an output that exists, DoRA in a format that cannot carry it, a layer
@@ -100,7 +104,7 @@ def export_adapter(
     names = {"peft": ADAPTER_FILE, "diffusers": DIFFUSERS_FILE}
     needed = sum(values.nbytes for _, values in tensors.values())
     with replacing(output, needed=needed, overwrite=overwrite) as partial:
-        result = _write(partial, names.get(format, f"{checkpoint.name}.safetensors"), tensors)
+        result = _write(partial, names.get(format, f"{checkpoint.name}.safetensors"), tensors, metadata or {})
         if format == "peft":
             (partial / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.config), indent=2), encoding="utf-8")
     return ExportResult(output=output.resolve(), **result)
@@ -113,6 +117,7 @@ def merge_adapter(
     base_dir: Path,
     given: Mapping[str, TensorSource] | None = None,
     released: Callable[[str], str] = lambda name: name,
+    locate: Locate | None = None,
     max_shard_size: str = "10GB",
     dtype: str = "bf16",
     weights: Weights = "trained",
@@ -132,6 +137,8 @@ def merge_adapter(
     stem, sources = read_base(base_dir)
     sources |= given or {}
     merge_into(sources, adapter, {layer: released_layer(layer, released) for layer in adapter.pairs}, base_dir)
+    if locate is not None:
+        sources = joined(sources, locate, base_dir)
     return write_model(
         stem, sources, output, base_dir=base_dir, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite,
         workers=workers,
@@ -247,7 +254,7 @@ def _original(adapter: AdapterFile, released: Callable[[str], str], dtype: str) 
     return _kohya(adapter, lambda layer: "lora_unet__" + released_layer(layer, released).replace(".", "_"), dtype)
 
 
-def _joined(adapter: AdapterFile, locate: Callable[[str], LayerLocation | None], dtype: str) -> Tensors:
+def _joined(adapter: AdapterFile, locate: Locate, dtype: str) -> Tensors:
     """B of a joint layer has each part's rows in the columns of that part's rank, and zeros for what is not trained."""
     parts: dict[str, list[tuple[LayerLocation, Pair]]] = {}
     for layer, pair in adapter.pairs.items():
@@ -309,7 +316,7 @@ def _stored(values: Matrix, dtype: str) -> tuple[str, Array]:
     return dtype, convert(flat, "F32", dtype, np.empty(len(flat), np.float32)).reshape(values.shape)
 
 
-def _write(folder: Path, file: str, tensors: Tensors) -> dict[str, Any]:
+def _write(folder: Path, file: str, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
     """One safetensors file, read back and compared by hash; the fields of an ExportResult."""
     entries = [Entry(name=name, dtype=dtype, shape=values.shape) for name, (dtype, values) in tensors.items()]
     stem = file.removesuffix(".safetensors")
@@ -318,7 +325,8 @@ def _write(folder: Path, file: str, tensors: Tensors) -> dict[str, Any]:
         yield tensors[entry.name][1].reshape(-1)
 
     shards = plan_shards(entries, stem, 1 + sum(entry.nbytes for entry in entries))
-    digests = write_shards(folder, stem, shards, elements, workers=1, done=lambda count: None)
+    stated = {**metadata, **_hashes(tensors)} if metadata else {}
+    digests = write_shards(folder, stem, shards, elements, workers=1, done=lambda count: None, metadata=stated)
     _compare(safetensors.read_file(folder / file), tensors, folder / file)
     return {
         "tensors": len(entries),
@@ -326,6 +334,14 @@ def _write(folder: Path, file: str, tensors: Tensors) -> dict[str, Any]:
         "sha256": content_hash(entries, digests),
         "verified": True,
     }
+
+
+def _hashes(tensors: Tensors) -> dict[str, str]:
+    """sha256 of all that follows the header, as the specification of ``modelspec`` and kohya's tools count it."""
+    digest = hashlib.sha256()
+    for _, values in tensors.values():
+        digest.update(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
+    return {"modelspec.hash_sha256": f"0x{digest.hexdigest()}", "sshs_model_hash": digest.hexdigest()}
 
 
 def _compare(found: Mapping[str, TensorSource], written: Tensors, path: Path) -> None:

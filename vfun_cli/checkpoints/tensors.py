@@ -222,6 +222,38 @@ class Joined(TensorSource):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Elements(TensorSource):
+    """Some elements of a tensor, which may be computed while it is read."""
+
+    whole: TensorSource
+    start: int
+
+    @classmethod
+    def rows(cls, whole: TensorSource, first: int, count: int) -> TensorSource:
+        """Rows of it, counted along its first axis."""
+        width = whole.numel // whole.shape[0]
+        return cls(
+            shape=(count, *whole.shape[1:]), dtype=whole.dtype, locate=whole.locate, whole=whole, start=first * width
+        )
+
+    def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
+        """The elements in order."""
+        position, end = 0, self.start + self.numel
+        for chunk in self.whole.chunks(buffer):
+            piece = chunk[max(self.start - position, 0) : max(end - position, 0)]
+            if piece.size:
+                yield piece
+            position += len(chunk)
+            if position >= end:
+                return
+
+    def read(self) -> Array:
+        """The elements, as :meth:`TensorSource.read` gives them."""
+        values = np.concatenate([chunk.copy() for chunk in self.chunks()])
+        return (bf16_to_fp32(values) if self.dtype == "BF16" else values).reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Held(TensorSource):
     """A small tensor that is in memory already."""
 

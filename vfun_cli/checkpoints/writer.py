@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,15 +86,23 @@ def plan_shards(entries: Sequence[Entry], stem: str, max_shard_size: int) -> lis
 
 
 def write_shards(
-    directory: Path, stem: str, shards: Sequence[Shard], produce: Produce, *, workers: int, done: Callable[[int], None]
+    directory: Path,
+    stem: str,
+    shards: Sequence[Shard],
+    produce: Produce,
+    *,
+    workers: int,
+    done: Callable[[int], None],
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write and fsync the files, and the index when there are several. Returns the sha256 of each tensor's bytes.
 
-    ``done`` is called with the size of each finished tensor, from the worker threads.
+    ``done`` is called with the size of each finished tensor, from the worker threads. ``metadata`` stands in
+    each header, beside the format.
     """
     digests: dict[str, str] = {}
     for shard in shards:
-        header, starts = _header(shard)
+        header, starts = _header(shard, metadata or {})
         path = directory / shard.file
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -130,9 +138,9 @@ def content_hash(entries: Sequence[Entry], digests: dict[str, str]) -> str:
     return total.hexdigest()
 
 
-def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
+def _header(shard: Shard, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, and where each tensor starts in the file."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets = {}
     position = 0
     for entry in shard.entries:

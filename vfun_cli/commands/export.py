@@ -43,7 +43,8 @@ def export_bf16(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="same: the naming of the model directory; diffusers: diffusers' naming. Of a LoRA: peft (the same), "
+            help="same: the naming of the model directory; diffusers: diffusers' naming; original: the first "
+            "release's, where it differs, which ComfyUI reads. Of a LoRA: peft (the same), "
             "diffusers (load_lora_weights), comfyui, original (the original scripts' inference).",
         ),
     ] = "same",
@@ -72,6 +73,13 @@ def export_bf16(
             show_default=False,
         ),
     ] = None,
+    lora_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--lora-metadata/--no-lora-metadata",
+            help="Of a LoRA: the file's header says of which model it is, its rank, alpha, steps, date and hash.",
+        ),
+    ] = True,
     overwrite: Overwrite = False,
     demo: Demo = False,
     json: Json = False,
@@ -97,8 +105,9 @@ def export_bf16(
         given=Given(transformer=transformer),
     )
     form = exporting.Form(
-        format=format, dtype=dtype, merge=merge, ema=ema, max_shard_size=max_shard_size, overwrite=overwrite
-    )
+        format=format, dtype=dtype, merge=merge, ema=ema, max_shard_size=max_shard_size, overwrite=overwrite,
+        lora_metadata=lora_metadata,
+    )  # fmt: skip
     exporting.check(trained, form)
     result = exporting.export(trained, output or trained.path.with_name(trained.path.name + "-outputs"), form)
     if json:

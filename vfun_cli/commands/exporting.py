@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING
 from vfun_cli.checkpoints.naming import LayerLocation, unchanged
 from vfun_cli.errors import ConfigError
 from vfun_cli.families import detect
+from vfun_cli.families.spec import ModelDims
 from vfun_cli.families.trained import Trained
 from vfun_cli.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from vfun_cli.checkpoints.export import ExportResult
+
+
+ORIGINAL = "original"
+"""Of a whole model: the names of its first release, where those are not the released directory's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,8 @@ class Form:
     ema: bool
     max_shard_size: str
     overwrite: bool
+    lora_metadata: bool = True
+    """The header of a LoRA says what it is of."""
 
 
 def check(trained: Trained, form: Form) -> None:
@@ -39,9 +46,10 @@ def check(trained: Trained, form: Form) -> None:
     spec, is_lora, merge = trained.spec, trained.is_lora, form.merge
     if merge and not is_lora:
         raise ConfigError("--merge is for LoRA checkpoints; this one holds the model's own weights.", hint="Drop it.")
-    possible = tuple(spec.export.names)
+    original = (ORIGINAL,) if spec.export.original_location is not None else ()
+    possible = (*spec.export.names, *original)
     if is_lora:
-        possible = ("same",) if merge else ("same", *spec.export.lora_formats)
+        possible = ("same", *original) if merge else ("same", *spec.export.lora_formats)
     if form.format not in possible:
         what = "a merged model" if merge else "a LoRA" if is_lora else "a full checkpoint"
         raise ConfigError(f"--format {form.format}: {what} of {spec.name} comes as: {', '.join(possible)}.")
@@ -73,6 +81,7 @@ def export(trained: Trained, output: Path, form: Form) -> "ExportResult":
 def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
     from vfun_cli.checkpoints import export as model_export
     from vfun_cli.checkpoints import lora_export
+    from vfun_cli.commands import lora_metadata
 
     weights: model_export.Weights = "ema" if form.ema else "trained"
     if trained.is_lora and not form.merge:
@@ -81,11 +90,13 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
             output,
             format="peft" if form.format == "same" else trained.spec.export.lora_formats[form.format],
             released=trained.released,
-            locate=_comfyui_locations(trained) if form.format == "comfyui" else None,
+            locate=_locations(trained, trained.spec.export.comfyui_location) if form.format == "comfyui" else None,
+            metadata=lora_metadata.about(trained) if form.lora_metadata else {},
             dtype=form.dtype,
             weights=weights,
             overwrite=form.overwrite,
         )
+    locate = _locations(trained, trained.spec.export.original_location) if form.format == ORIGINAL else None
     if form.merge:
         return lora_export.merge_adapter(
             trained.path,
@@ -93,6 +104,7 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
             base_dir=trained.transformer_dir,
             given=trained.given_tensors(),
             released=trained.released,
+            locate=locate,
             max_shard_size=form.max_shard_size,
             dtype=form.dtype,
             weights=weights,
@@ -104,7 +116,8 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
         base_dir=trained.transformer_dir,
         given=trained.given_tensors(),
         names=trained.released,
-        output_names=unchanged if form.format == "same" else trained.spec.export.names[form.format],
+        output_names=trained.spec.export.names[form.format] if form.format not in ("same", ORIGINAL) else unchanged,
+        locate=locate,
         max_shard_size=form.max_shard_size,
         dtype=form.dtype,
         overwrite=form.overwrite,
@@ -112,10 +125,12 @@ def _written(trained: Trained, output: Path, form: Form) -> "ExportResult":
     )
 
 
-def _comfyui_locations(trained: Trained) -> Callable[[str], LayerLocation | None] | None:
-    """Where ComfyUI looks for the layers of the model that a checkpoint belongs to."""
-    location, spec = trained.spec.export.comfyui_location, trained.spec
+def _locations(
+    trained: Trained, location: Callable[[str, ModelDims], LayerLocation | None] | None
+) -> Callable[[str], LayerLocation | None] | None:
+    """Where another program keeps the layers of the model that a checkpoint belongs to."""
     if location is None:
         return None
-    dims = detect.dims_of(spec, trained.path / "config" / Path(spec.model.config_file).name)
+    spec, beside = trained.spec, trained.path / "config" / Path(trained.spec.model.config_file).name
+    dims = detect.dims_of(spec, beside) if beside.is_file() else detect.read_dims(spec, trained.model)
     return lambda layer: location(layer, dims)

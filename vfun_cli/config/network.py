@@ -84,17 +84,15 @@ def start_of(
         layer = known.get(stored)
         if layer is None:
             unknown.append(stored)
-        elif pair.joint and _is_zero(pair, config.rank):  # a part of a joint layer that was not trained
-            continue
         elif layer not in chosen:
-            left_out.append(layer)
+            left_out += [] if _without_update(pair) else [layer]
         elif (pair.up.shape[0], pair.down.shape[1]) != linear[layer]:
             misshapen.append(layer)
         else:
             fitted = pair if pair.rank == config.rank else at_rank(pair, config.rank)
             if fitted is None:
                 ranks.setdefault(pair.rank, []).append(layer)
-            else:
+            elif fitted.rank:
                 scale = adapter.scale(pair)
                 pairs[layer], factors[layer] = fitted, 1.0 if scale is None else scale / _strength(config)
     idle = inside(left_out, without_gradient)
@@ -110,7 +108,9 @@ def start_of(
     if missing:
         by = "--target-name and --lora-skip-name leave" if config.lora_skip_name else "--target-name leaves"
         said.append(f"it has adapters for {len(missing)} layers that {by} out: {listed(missing)}")
-        typed.append(f"--target-name {','.join(_targets(missing, linear, parts.pairs.keys(), config.target_name))}")
+        targets = _targets(missing, linear, parts.pairs.keys(), config.target_name)
+        typed += [f"--target-name {','.join(targets)}"] if targets != tuple(config.target_name) else []
+        typed += ['--lora-skip-name ""'] if any(_skipped(layer, config) for layer in missing) else []
     if ranks:
         said.append(_told_ranks(ranks, parts, config.rank))
         rank = _common_rank(parts, config.rank)
@@ -158,9 +158,10 @@ def matched(
     return parts, match_layers(parts.pairs, linear, spec.export.names["same"], parts.path)
 
 
-def _is_zero(pair: Pair, rank: int) -> bool:
-    fitted = at_rank(pair, rank)
-    return fitted is not None and not fitted.rank
+def _without_update(pair: Pair) -> bool:
+    """Whether it is the part of a joint layer that was not trained with the others."""
+    part = at_rank(pair, pair.rank)
+    return part is not None and not part.rank
 
 
 def _strength(config: RunConfig) -> float:
@@ -200,6 +201,11 @@ def _targets(
         exact = (e for e in endings if all(other in wanted for other in others if _ends(other, e)))
         found.append(next(exact, endings[-1]))
     return tuple(found)
+
+
+def _skipped(layer: str, config: RunConfig) -> bool:
+    """Whether a target means the layer, so that only ``--lora-skip-name`` can have left it out."""
+    return bool(config.lora_skip_name) and any(_ends(layer, target) for target in config.target_name)
 
 
 _BLOCK = re.compile(r"^.*\.\d+\.(?=\D)")

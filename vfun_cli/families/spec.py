@@ -311,6 +311,10 @@ class ExportSpec:
     )
     """What ``export-bf16`` can make of a LoRA checkpoint, and the style of ``checkpoints.lora_export`` it takes:
     ComfyUI nodes of some families read the original's keys."""
+    architecture: str | None = None
+    """What other trainers call the model in a LoRA's header; None: the family's name."""
+    implementation: str | None = None
+    """The repository whose names the model's files have, for that header; None: VideoX-Fun."""
     comfyui_location: Callable[[str, ModelDims], LayerLocation | None] | None = None
     """Where ComfyUI looks for a layer, by its module name; None: under its released name."""
     original_location: Callable[[str, ModelDims], LayerLocation | None] | None = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import Weights, read_base, replace_tensors, trained_weights
+from vfun_cli.checkpoints.joint import split
 from vfun_cli.checkpoints.lora_export import merge_into, open_adapter
 from vfun_cli.checkpoints.lora_files import AdapterFile, read_adapter
 from vfun_cli.checkpoints.state import STATE_FILE
@@ -105,7 +106,7 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
     tensors, weights = dict(base), _WEIGHTS[source.ema]
     if source.full is not None:
         released = source.full.released
-        found = _opened(source.full, weights)
+        found = _in_own_names(_opened(source.full, weights), base, source)
         replace_tensors(tensors, found, lambda name: spec.export.parameter(released(name)), source.full.path, folder)
     linear = {name.removesuffix(".weight"): each.shape for name, each in tensors.items() if _is_linear(name, each)}
     for lora in source.loras:
@@ -113,6 +114,17 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
         adapter, layers = matched(_opened_lora(lora, weights), linear, spec, dims)
         merge_into(tensors, adapter, layers, folder, strength=1.0 if lora.strength is None else lora.strength)
     return {name: tensor for name, tensor in tensors.items() if tensor is not base[name]}
+
+
+def _in_own_names(
+    stored: Mapping[str, TensorSource], base: Mapping[str, TensorSource], source: Source
+) -> Mapping[str, TensorSource]:
+    """Weights in the names of the model's first release, which may join layers, in the transformer's own."""
+    locate = source.spec.export.original_location
+    if locate is None or stored.keys() <= base.keys():
+        return stored
+    dims = detect.read_dims(source.spec, source.model)
+    return split(stored, {name: tensor.shape for name, tensor in base.items()}, lambda layer: locate(layer, dims))
 
 
 _WEIGHTS: Mapping[bool, Weights] = {False: "trained", True: "ema"}

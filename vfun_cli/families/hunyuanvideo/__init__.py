@@ -160,6 +160,8 @@ def _spec(
         ),
         export=ExportSpec(
             names={"same": unchanged, "diffusers": unchanged},
+            architecture="hunyuan-video",
+            implementation="https://github.com/Tencent/HunyuanVideo",
             comfyui_location=comfyui_location,
             original_location=original_location,
         ),

@@ -253,5 +253,10 @@ SPEC = FamilySpec(
             "control_ref_image": "random",
         },
     ),
-    export=ExportSpec(names={"same": released_name}, parameter=live_name),
+    export=ExportSpec(
+        names={"same": released_name},
+        parameter=live_name,
+        architecture="wan2.1",
+        implementation="https://github.com/Wan-Video/Wan2.1",
+    ),
 )

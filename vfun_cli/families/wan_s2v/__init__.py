@@ -128,6 +128,8 @@ SPEC = FamilySpec(
         },
     ),
     export=ExportSpec(
+        architecture="wan2.2-s2v",
+        implementation="https://github.com/Wan-Video/Wan2.2",
         lora_formats={"peft": "peft", "comfyui": "comfyui", "original": "original"},  # diffusers has no Wan-S2V
     ),
 )
