@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.commands.conftest import Vfun, digest
+from tests.commands.conftest import TRAINED, Vfun, digest
 from tests.jobs import Said, vfun_here
 from tests.tiny_hub import Hub, serving
 from vfun_cli import families
@@ -25,6 +25,7 @@ from vfun_cli.families.detect import read_dims
 FAMILY = "cogvideox-fun"
 SPEC = families.find(FAMILY)
 NOT_READ = ("README.md", "asset/1.mp4", "transformer/diffusion_pytorch_model.bin", "setup.py", "vae/readme.md")
+MODEL = "vfun-demo/wan-s2v/model"
 KEPT = 10 * 2**20
 """Bytes: huggingface_hub writes so many at a time."""
 SMALL = "vae/config.json"
@@ -252,6 +253,18 @@ def test_what_is_missing_of_a_model_is_named_with_how_to_get_it(
     assert line[:3] == ["hf", "download", "Wan-AI/Wan2.2-S2V-14B"] and pattern in line
     assert len(line) < 12  # that part alone
     assert "  vfun fetch wan-s2v --to vfun-demo/wan-s2v/model" in said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("train", "wan-s2v", "--demo", *TRAINED), ("generate", MODEL, "--demo")])
+def test_what_only_loading_finds_missing_is_named_with_how_to_get_it(
+    command: tuple[str, ...], place: Path, vfun: Vfun
+) -> None:
+    (place / MODEL / "wav2vec2-large-xlsr-53-english/model.safetensors").unlink()
+    said = vfun(*command)
+    assert said.code == 5, said.err
+    line = next(shlex.split(line) for line in said.err.splitlines() if line.startswith("  hf "))
+    assert line[3:5] == ["--include", "wav2vec2-large-xlsr-53-english/*.json"] and len(line) == 9
 
 
 def test_a_directory_that_is_not_there_is_got_by_the_lines_for_its_size(place: Path, vfun: Vfun) -> None:
