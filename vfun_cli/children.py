@@ -5,12 +5,17 @@ decide how its processes train, and nothing that lies in the working directory m
 itself says all of it, through env(1): started by hand from any folder, it starts the same processes.
 """
 
+import json
 import os
+import select
+import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 SHARE_CORES = "_VFUN_SHARE_CORES"
 """Set for ranks whose number of threads nobody stated; in ``THREADS`` they then find accelerate's, which is 1."""
@@ -69,6 +74,44 @@ def command(
         module,
         *arguments,
     ]
+
+
+def answering(module: str) -> "subprocess.Popen[bytes]":
+    """A module started as a process that answers each line with one, on one thread. Ctrl-C is for its parent, which
+    ends it."""
+    return subprocess.Popen(
+        command(module, variables={THREADS: "1"}),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True,
+    )  # fmt: skip
+
+
+def ask(process: "subprocess.Popen[bytes]", question: Any) -> None:
+    """Write a line of JSON to an answering process.
+
+    Raises:
+        BrokenPipeError: it has ended.
+    """
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(question).encode() + b"\n")
+    process.stdin.flush()
+
+
+def answer(process: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """The next line that an answering process writes, without its end.
+
+    Raises:
+        TimeoutError: none came in this time.
+        EOFError: it has ended.
+    """
+    assert process.stdout is not None
+    deadline, received = time.monotonic() + seconds, b""
+    while not received.endswith(b"\n"):
+        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError
+        if not (piece := os.read(process.stdout.fileno(), 1)):  # one: the next line may be there already
+            raise EOFError
+        received += piece
+    return received[:-1]
 
 
 def absolute_entries(search_path: str) -> str:

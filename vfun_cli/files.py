@@ -36,6 +36,11 @@ def regular_status(path: str | Path) -> os.stat_result:
     return status
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it, in which it will be made."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
 def at_home(path: str | Path) -> Path:
     """A path as people write it, with ~ for their home directory wherever no shell has replaced it.
 

@@ -21,6 +21,7 @@ from vfun_cli.disks.abilities import HINTS, fault
 from vfun_cli.errors import ConfigError, EnvironmentFault, VfunError, first_line
 from vfun_cli.families import detect, releases
 from vfun_cli.families.spec import FamilySpec, Release
+from vfun_cli.files import existing
 from vfun_cli.typed_json import stays_inside
 
 GOES_ON = "The same command goes on from there; HF_ENDPOINT names a mirror of the hub."
@@ -191,8 +192,7 @@ def _require_place(spec: FamilySpec, release: Release, folder: Path) -> None:
 
 def _require_room(job: Fetch) -> None:
     needed = sum(file.size for file in job.left)
-    there = next(place for place in (job.folder, *job.folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing(job.folder)).free
     if needed > free:
         raise EnvironmentFault(
             f"{job.release.hugging_face} takes {size_text(needed)} more in {job.folder}, {size_text(free)} are free.",

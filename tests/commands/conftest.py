@@ -5,13 +5,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.jobs import Said, vfun_process
+from tests.run.small_run import write_checkpoint
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
+from vfun_cli.launch import supervise
+from vfun_cli.launch.machines import Machine
 from vfun_cli.main import main
+from vfun_cli.run.messages import Outcome
 
 DEMO_FAMILIES = ("wan-s2v", "cogvideox-fun")
 TRAIN = ("train", "wan-s2v", "--demo")
@@ -85,3 +90,15 @@ def digest(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "output_dir" not in path.relative_to(folder).parts
     }
+
+
+@pytest.fixture
+def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch writes what a run has after four steps."""
+
+    def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
+        run, described = machine.run, machine.run.read_run()
+        write_checkpoint(run.checkpoint(4), described["id"], run_config=described["config"])
+        return Outcome(ending="completed", step=4)
+
+    monkeypatch.setattr(supervise, "launch", launch)

@@ -3,33 +3,18 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.commands.conftest import Vfun
-from tests.run.small_run import write_checkpoint
-from vfun_cli.launch import supervise
-from vfun_cli.launch.machines import Machine
-from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir
+
+pytestmark = pytest.mark.usefixtures("never_trains")
 
 TRAIN = ("train", "cogvideox-fun", "--demo", "--output-dir", "run")
 MODEL = Path("vfun-demo/cogvideox-fun/model")
 FILE = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch writes what a run has after four steps."""
-
-    def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
-        run, described = machine.run, machine.run.read_run()
-        write_checkpoint(run.checkpoint(4), described["id"], run_config=described["config"])
-        return Outcome(ending="completed", step=4)
-
-    monkeypatch.setattr(supervise, "launch", launch)
 
 
 def other_weights(part: str, target: Path, by: float = 0.5) -> Path:

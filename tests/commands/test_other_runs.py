@@ -16,19 +16,9 @@ from vfun_cli.run import lock, ownership
 from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir
 
+pytestmark = pytest.mark.usefixtures("never_trains")
+
 A, B = RunDir(Path("A")), RunDir(Path("B"))
-
-
-@pytest.fixture(autouse=True)
-def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch writes what a run has after four steps."""
-
-    def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
-        run, described = machine.run, machine.run.read_run()
-        write_checkpoint(run.checkpoint(4), described["id"], run_config=described["config"])
-        return Outcome(ending="completed", step=4)
-
-    monkeypatch.setattr(supervise, "launch", launch)
 
 
 def runs_in(*runs: RunDir) -> dict[str, bytes]:

@@ -100,15 +100,19 @@ def test_every_format_starts_a_run_with_the_same_matrices(
         assert_alike(started(live, folder, config), adapter, alpha / RANK)
 
 
+def exported_for_comfyui(live: LiveModel, checkpoint: Path, output: Path) -> Path:
+    locate = live.spec.export.comfyui_location
+    assert locate is not None
+    return export_adapter(
+        checkpoint, output, format="comfyui", dtype="fp32", locate=lambda layer: locate(layer, live.dims)
+    ).output
+
+
 def test_parts_of_a_joint_layer_that_were_not_trained_start_fresh(live_model: LiveModels, tmp_path: Path) -> None:
     live = live_model(HUNYUAN)
     layers = [layer for layer in linear_of(live) if layer.endswith((".attn.to_q", ".proj_mlp"))]
     checkpoint, adapter = checkpoint_of(live, tmp_path, layers)
-    locate = live.spec.export.comfyui_location
-    assert locate is not None
-    folder = export_adapter(
-        checkpoint, tmp_path / "out", format="comfyui", dtype="fp32", locate=lambda layer: locate(layer, live.dims)
-    ).output
+    folder = exported_for_comfyui(live, checkpoint, tmp_path / "out")
     config = config_of(live, target_name=("attn.to_q", "attn.to_k", "proj_mlp"))
     assert_alike(started(live, folder, config), adapter, ALPHA / RANK)
 
@@ -118,11 +122,7 @@ def test_layers_outside_the_blocks_have_the_names_of_comfyuis_modules(live_model
     live = live_model(HUNYUAN)
     layers = [layer for layer in linear_of(live) if "blocks." not in layer]
     checkpoint, adapter = checkpoint_of(live, tmp_path, layers)
-    locate = live.spec.export.comfyui_location
-    assert locate is not None
-    folder = export_adapter(
-        checkpoint, tmp_path / "out", format="comfyui", dtype="fp32", locate=lambda layer: locate(layer, live.dims)
-    ).output
+    folder = exported_for_comfyui(live, checkpoint, tmp_path / "out")
     stored = load_file(folder / "checkpoint-1.safetensors")
     embedders = ("time_in", "vector_in", "guidance_in", "txt_in.t_embedder", "txt_in.c_embedder")
     assert {name.removeprefix("diffusion_model.").removesuffix(".alpha") for name in stored if ".alpha" in name} == {

@@ -1,10 +1,10 @@
 """A model's tensors in the names of another release that joins layers, and back; unread, so that they stream."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vfun_cli.checkpoints.naming import LayerLocation
-from vfun_cli.checkpoints.tensors import Elements, Joined, TensorSource
+from vfun_cli.checkpoints.tensors import Joined, TensorSource, rows_of
 from vfun_cli.errors import CheckpointError
 
 Locate = Callable[[str], LayerLocation | None]
@@ -30,7 +30,7 @@ def joined(sources: Mapping[str, TensorSource], locate: Locate, where: Path) -> 
         target, count = f"{location.name}.{kind}", source.shape[0]
         rows[target] = location.rows or count
         pieces.setdefault(target, []).extend(
-            (there, _rows(source, here, length)) for here, there, length in _spans(location, count)
+            (there, _rows(source, here, length)) for here, there, length in location.spans(count)
         )
     tensors = {}
     for target, found in pieces.items():
@@ -57,18 +57,10 @@ def split(
         if location is None or source is None or source.shape[0] != (location.rows or shape[0]):
             continue
         used.add(f"{location.name}.{kind}")
-        parts = [_rows(source, there, length) for _, there, length in _spans(location, shape[0])]
+        parts = [_rows(source, there, length) for _, there, length in location.spans(shape[0])]
         tensors[name] = Joined.of(parts, shape)
     return tensors | {name: source for name, source in stored.items() if name not in used}
 
 
-def _spans(location: LayerLocation, count: int) -> Iterator[tuple[int, int, int]]:
-    """Runs of rows: the first of the model's layer, the first of the other release's, and how many."""
-    here = 0
-    for there, length in location.spans(count):
-        yield here, there, length
-        here += length
-
-
 def _rows(source: TensorSource, first: int, count: int) -> TensorSource:
-    return source if count == source.shape[0] else Elements.rows(source, first, count)
+    return source if count == source.shape[0] else rows_of(source, first, count)

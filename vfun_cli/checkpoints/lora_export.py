@@ -271,10 +271,9 @@ def _joined(adapter: AdapterFile, locate: Locate, dtype: str) -> Tensors:
         up = np.zeros((members[0][0].rows or members[0][1].up.shape[0], ranks), np.float32)
         column = 0
         for where, pair in members:
-            values, start = _float(pair.up) * np.float32(_scale(adapter, pair)), 0
-            for first, count in where.spans(len(values)):
-                up[first : first + count, column : column + pair.rank] = values[start : start + count]
-                start += count
+            values = _float(pair.up) * np.float32(_scale(adapter, pair))
+            for here, there, count in where.spans(len(values)):
+                up[there : there + count, column : column + pair.rank] = values[here : here + count]
             column += pair.rank
         down = np.concatenate([_float(pair.down) for _, pair in members])
         tensors[f"{COMFYUI_PREFIX}{name}.alpha"] = ("F32", np.array(ranks, np.float32))

@@ -328,8 +328,8 @@ def taken_apart(
 def _part(pair: Pair, location: LayerLocation, count: int) -> Pair:
     """The rows of one layer of a joint one."""
     spans = location.spans(count)
-    up = [rows_of(pair.up, first, rows) for first, rows in spans]
-    length = None if pair.magnitude is None else [elements_of(pair.magnitude, *span) for span in spans]
+    up = [rows_of(pair.up, there, rows) for _, there, rows in spans]
+    length = None if pair.magnitude is None else [elements_of(pair.magnitude, there, rows) for _, there, rows in spans]
     return replace(
         pair,
         up=Joined.of(up, (count, pair.rank)),

@@ -14,13 +14,14 @@ class LayerLocation:
     rows: int | None = None
     """Of the joint layer; None: the layer is one there too."""
 
-    def spans(self, count: int) -> list[tuple[int, int]]:
-        """Where the layer's ``count`` rows lie there, in its own order: first row and number of each run.
+    def spans(self, count: int) -> list[tuple[int, int, int]]:
+        """Where the layer's ``count`` rows lie there: of each run its first row here, its first row there, its length.
 
         They go on at the top where the joint layer ends: so a layer whose halves change places is one, too.
         """
         before_end = count if self.rows is None else min(count, self.rows - self.first_row)
-        return [(self.first_row, before_end), *([(0, count - before_end)] if before_end < count else [])]
+        wrapped = [(before_end, 0, count - before_end)] if before_end < count else []
+        return [(0, self.first_row, before_end), *wrapped]
 
 
 def unchanged(name: str) -> str:

@@ -171,13 +171,15 @@ def tensor_at(path: Path, offset: int, *, shape: tuple[int, ...], dtype: str) ->
 
 
 def rows_of(tensor: TensorSource, first: int, count: int) -> TensorSource:
-    """Some rows of a matrix, still unread."""
-    width = tensor.shape[1]
-    return replace(elements_of(tensor, first * width, count * width), shape=(count, width))
+    """Some rows, counted along the first axis, still unread."""
+    width = tensor.numel // tensor.shape[0]
+    return replace(elements_of(tensor, first * width, count * width), shape=(count, *tensor.shape[1:]))
 
 
 def elements_of(tensor: TensorSource, start: int, count: int) -> TensorSource:
     """Some elements of the flattened tensor, [count], still unread."""
+    if type(tensor) is not TensorSource:  # computed while it is read: no segments are what it gives
+        return Elements(shape=(count,), dtype=tensor.dtype, locate=tensor.locate, whole=tensor, start=start)
     end = start + count
 
     def locate() -> tuple[Segment, ...]:
@@ -223,18 +225,10 @@ class Joined(TensorSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Elements(TensorSource):
-    """Some elements of a tensor, which may be computed while it is read."""
+    """Some elements of a tensor that is computed while it is read."""
 
     whole: TensorSource
     start: int
-
-    @classmethod
-    def rows(cls, whole: TensorSource, first: int, count: int) -> TensorSource:
-        """Rows of it, counted along its first axis."""
-        width = whole.numel // whole.shape[0]
-        return cls(
-            shape=(count, *whole.shape[1:]), dtype=whole.dtype, locate=whole.locate, whole=whole, start=first * width
-        )
 
     def chunks(self, buffer: Array | None = None) -> Iterator[Array]:
         """The elements in order."""

@@ -13,6 +13,7 @@ from vfun_cli import console
 from vfun_cli.commands.flags import Debug, Json, typed_path
 from vfun_cli.devices import cpu_cores, gpu_count
 from vfun_cli.errors import ConfigError, EnvironmentFault, MetadataError
+from vfun_cli.files import existing
 from vfun_cli.launch.preemption import nothing_to_save
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def _settings(wants: str | None, *, kind: str, low: int, high: int, blur: float,
 
 def _require_writable(folder: Path, left: "list[Clip]", out: Path | None) -> None:
     """Say it once, and before the first video is decoded."""
-    place = out or folder / "control"
-    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    from vfun_cli.control.clips import FOLDER
+
+    there = existing(out or folder / FOLDER)
     if not os.access(there, os.W_OK | os.X_OK):
         raise EnvironmentFault(f"{there} may not be written to.", hint="Name a folder that may with --out DIR.")
 

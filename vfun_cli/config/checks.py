@@ -141,11 +141,6 @@ def _check_conditioning(config: RunConfig, spec: FamilySpec) -> None:
 def _check_sizes(config: RunConfig, spec: FamilySpec) -> None:
     """One size for all clips that they can have, and nothing beside it that chooses another."""
     size, grid = config.fix_sample_size, spec.plan.grid
-    choosing = {
-        "random_hw_adapt": config.random_hw_adapt,
-        "training_with_video_token_length": config.training_with_video_token_length,
-        "random_ratio_crop": config.random_ratio_crop,
-    }
     if size and len(size) != 2:
         raise ConfigError(
             f"fix_sample_size is {' '.join(map(str, size))}; it takes a height and a width.",
@@ -160,13 +155,12 @@ def _check_sizes(config: RunConfig, spec: FamilySpec) -> None:
             hint=f"The nearest is --fix-sample-size {nearest[0]} {nearest[1]}.",
             option="--fix-sample-size",
         )
-    for name, chooses in choosing.items():
-        if size and chooses:
-            raise ConfigError(
-                f"fix_sample_size gives every clip one size, {name} gives it several.",
-                hint=f"Drop --fix-sample-size, or --{name.replace('_', '-')}.",
-                option=f"--{name.replace('_', '-')}",
-            )
+    if size and config.random_ratio_crop:
+        raise ConfigError(
+            "fix_sample_size gives every clip one size, random_ratio_crop gives it several.",
+            hint="Drop --fix-sample-size, or --random-ratio-crop.",
+            option="--random-ratio-crop",
+        )
     if config.random_ratio_crop and not config.enable_bucket:
         raise ConfigError(
             "random_ratio_crop draws an aspect ratio, but without enable_bucket every clip is cropped to a square.",

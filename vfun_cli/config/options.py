@@ -1224,7 +1224,7 @@ def parse(name: str, value: Any, where: str) -> Any:
 
 def _parsed(name: str, value: Any, where: str) -> Any:
     _, kind, opt = options()[name]
-    if DataSet in get_args(kind):
+    if _holds_data_sets(name):
         return parse_data_sets(value, where)
     if opt.verbatim and plain_kind(kind) is str:
         return _as_typed(value, where)
@@ -1319,8 +1319,31 @@ def plain(value: Any) -> Any:
     return value
 
 
+def names_paths(name: str) -> bool:
+    """Whether an option names files or folders."""
+    return _holds_data_sets(name) or plain_kind(options()[name][1]) is Path
+
+
+def in_words(name: str, value: Any) -> str:
+    """A value for people, of the option's type or as JSON has it: data sets as they are typed, any other as it is."""
+    return ", ".join(map(str, parse_data_sets(value, name))) if _holds_data_sets(name) else str(value)
+
+
+def typed_entries(name: str, value: Any) -> list[str]:
+    """What a list, of the option's type or as JSON has it, is typed as: the texts behind the option, which is repeated
+    for each; one for all, with commas, where an entry can hold none.
+    """
+    if _holds_data_sets(name):
+        return [str(each) for each in parse_data_sets(value, name)]
+    return [*map(str, value)] if options()[name][2].verbatim else [",".join(map(str, value))]
+
+
+def _holds_data_sets(name: str) -> bool:
+    return DataSet in get_args(options()[name][1])
+
+
 def over_paths(name: str, value: Any, change: Callable[[Path], Path]) -> Any:
     """A value as JSON has it, of an option that names files or folders, with these changed."""
-    if DataSet in get_args(options()[name][1]):
+    if _holds_data_sets(name):
         return sets_over_paths(value, change)
     return str(change(Path(value))) if isinstance(value, str) else value

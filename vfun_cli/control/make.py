@@ -1,11 +1,8 @@
 """Making the control clips of a folder: some processes beside one another, each file whole or not at all."""
 
 import json
-import os
-import select
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -111,23 +108,13 @@ class _Workers:
 
     def _ask(self, request: list[str]) -> dict[str, Any]:
         process = self._process()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
+        children.ask(process, request)
         while "frame" in (answer := self._answer(process)):
             pass
         return answer
 
     def _answer(self, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
-        assert process.stdout is not None
-        deadline, received = time.monotonic() + PATIENCE, b""
-        while not received.endswith(b"\n"):
-            if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
-            if not (piece := os.read(process.stdout.fileno(), 1)):
-                raise EOFError
-            received += piece
-        answer: dict[str, Any] = json.loads(received)
+        answer: dict[str, Any] = json.loads(children.answer(process, PATIENCE))
         return answer
 
     def _process(self) -> "subprocess.Popen[bytes]":
@@ -135,18 +122,13 @@ class _Workers:
         if process is None:
             if self._ended:
                 raise EOFError
-            process = subprocess.Popen(
-                children.command("vfun_cli.control.worker", variables={"OMP_NUM_THREADS": "1"}),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                start_new_session=True,  # Ctrl-C is for us; we end the workers
-            )  # fmt: skip
+            process = children.answering("vfun_cli.control.worker")
             self._own.process = process
             self._all.append(process)
             if self._ended:  # meanwhile
                 self._drop()
                 raise EOFError
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(self._settings.to_json()).encode() + b"\n")
+            children.ask(process, self._settings.to_json())
             if "failed" in (answer := self._answer(process)):
                 raise _failure(answer)
         return process

@@ -4,13 +4,13 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfun_cli.checkpoints.size import state_bytes
 from vfun_cli.config import optimizers
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.files import existing
 from vfun_cli.launch.job import Job
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def need_of(config: RunConfig, plan: "RunPlan", each: int, *, first: int = 0) ->
     return DiskNeed(
         checkpoint_bytes=each,
         checkpoints=kept,
-        free_bytes=shutil.disk_usage(_existing(config.output_dir)).free,
+        free_bytes=shutil.disk_usage(existing(config.output_dir)).free,
     )
 
 
@@ -92,11 +92,6 @@ def checkpoint_bytes_with(command: str, config: RunConfig, parameters: int, *, m
     copies = command == "train" and STRATEGIES[config.strategy].saves_copies
     copy_bytes = copies * config.compute_bytes
     return state_bytes(parameters, moments=moments, average=config.use_ema, copy_bytes=copy_bytes)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or what it will be made in."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _size(value: float) -> str:

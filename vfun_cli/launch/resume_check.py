@@ -13,8 +13,17 @@ from typing import Any
 
 from vfun_cli import console, families
 from vfun_cli.config import optimizers
-from vfun_cli.config.datasets import parse_data_sets
-from vfun_cli.config.options import RunConfig, default_of, effect_on_resume, options, over_paths, plain_kind
+from vfun_cli.config.options import (
+    RunConfig,
+    default_of,
+    effect_on_resume,
+    in_words,
+    names_paths,
+    options,
+    over_paths,
+    plain_kind,
+    typed_entries,
+)
 from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
@@ -137,7 +146,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
     found = {}
     for name in options():
         earlier = run.config.get(name, unknown[name])
-        if name in _paths():
+        if names_paths(name):
             earlier = over_paths(name, earlier, Path.absolute)
         if now[name] == earlier:
             continue
@@ -146,7 +155,7 @@ def changes(run: Earlier, resolved: Resolved) -> list[Change]:
             effect = "sharding"  # the same steps, cut for another number of processes
         if name in run.contents and now[name] is not None:
             effect = "harmless"  # a path: what lies there is compared by its contents
-        words = f"{name} {_in_words(name, earlier)} -> {_in_words(name, now[name])}"
+        words = f"{name} {in_words(name, earlier)} -> {in_words(name, now[name])}"
         found[name] = Change(name=name, before=earlier, after=now[name], effect=effect, words=words)
     followers = {name for name, (origin, words) in FOLLOWS.items()
                  if origin in found and resolved.sources.get(name) == words}  # fmt: skip
@@ -192,7 +201,7 @@ def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> Non
     changed = changes(run, resolved)
     _refuse(run, resolved, changed, allow)
     for change in changed:
-        was, is_now = (_in_words(change.name, value) for value in (change.before, change.after))
+        was, is_now = (in_words(change.name, value) for value in (change.before, change.after))
         console.warn(f"{change.name} changes from {was} to {is_now}.")
     before, now = step_size(run.config), step_size(resolved.config.to_json())
     if before != now:
@@ -232,13 +241,8 @@ def _changed_contents(run: Earlier, job: Job) -> Iterator[Change]:
     for name, before in noted.items():
         if name in now and before != now[name]:  # what is not named any more is a changed option
             how = what_changed(run.found.run.contents(), name, before, job.contents[name])
-            words = f"{name} {_in_words(name, getattr(config, name))}: {how}"
+            words = f"{name} {in_words(name, getattr(config, name))}: {how}"
             yield Change(name=name, before=before, after=now[name], effect="trajectory", words=words)
-
-
-def _in_words(name: str, value: Any) -> str:
-    """Data sets as they are typed, any other value as it is."""
-    return ", ".join(map(str, parse_data_sets(value, name))) if name == METADATA else str(value)
 
 
 def _refuse(run: Earlier, resolved: Resolved, changed: Sequence[Change], allow: Sequence[str]) -> None:
@@ -307,11 +311,6 @@ def _is_open(run: Earlier, resolved: Resolved, name: str) -> bool:
     return source in ("default", FOLLOWS[name][1]) or (is_default(source) and run.follows(name))
 
 
-def _paths() -> set[str]:
-    """The options that name files or folders."""
-    return {name for name, (_, kind, _) in options().items() if plain_kind(kind) is Path} | {METADATA}
-
-
 def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run. If its directory was moved or copied, what lay beside it may have been so too.
 
@@ -325,7 +324,7 @@ def _placed(found: Found, described: Mapping[str, Any]) -> dict[str, Any]:
             beside = Path(os.path.normpath(root / os.path.relpath(path, was)))
             return beside if path.is_absolute() and beside.exists() else path
 
-        for name in _paths() & config.keys():
+        for name in filter(names_paths, options().keys() & config.keys()):
             config[name] = over_paths(name, config[name], place)
     return {**config, "output_dir": str(found.run.root)}
 
@@ -344,13 +343,10 @@ def _command(run: Earlier, resolved: Resolved, allowed: Sequence[str]) -> str:
 
 def _typed(name: str, value: Any) -> list[str]:
     """An option as it is typed."""
-    if name == METADATA:
-        return [word for each in parse_data_sets(value, name) for word in (f"--{_hyphened(name)}", str(each))]
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
-    if isinstance(value, list) and options()[name][2].verbatim:
-        return [word for entry in value for word in (f"--{_hyphened(name)}", entry)]
-    return [f"--{_hyphened(name)}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    entries = typed_entries(name, value) if plain_kind(options()[name][1]) is tuple else [str(value)]
+    return [word for entry in entries for word in (f"--{_hyphened(name)}", entry)]
 
 
 def _hyphened(name: str) -> str:

@@ -1,11 +1,8 @@
 """Decoding every frame of every file in processes that can be killed: decoders hang and crash on broken files."""
 
-import json
 import os
-import select
 import subprocess
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +74,9 @@ class _Workers:
         """The answer for one file, see ``_unpack``."""
         path, kind = key
         process = self._process()
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps([path, kind.removeprefix("deep-")]).encode() + b"\n")
-            process.stdin.flush()
-            answer = self._read_line(process.stdout.fileno())
+            children.ask(process, [path, kind.removeprefix("deep-")])
+            answer = children.answer(process, self._timeout)
         except TimeoutError:
             self._drop(process)
             return f"decode-timeout|decoding took longer than {self._timeout:g} s"
@@ -90,24 +85,10 @@ class _Workers:
             return f"decode-crash|the decoder died (exit status {process.returncode})"
         return answer.decode("utf-8", "replace")
 
-    def _read_line(self, pipe: int) -> bytes:
-        deadline, received = time.monotonic() + self._timeout, b""
-        while not received.endswith(b"\n"):
-            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
-            if not (piece := os.read(pipe, 1 << 16)):
-                raise EOFError
-            received += piece
-        return received.rstrip(b"\n")
-
     def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         if process is None or process.poll() is not None:
-            process = subprocess.Popen(
-                children.command("vfun_cli.metadata.decoder", variables={"OMP_NUM_THREADS": "1"}),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                start_new_session=True,  # Ctrl-C is for us; we end the workers
-            )  # fmt: skip
+            process = children.answering("vfun_cli.metadata.decoder")
             self._own.process = process
             self._all.append(process)
             self._read_ready(process)

@@ -258,8 +258,8 @@ def _frame_crop(clips: Clips, row: IntArray, copy: IntArray, variant: IntArray) 
     return np.where(chance < FULL_LENGTH_SHARE, lengths[-1], lengths[np.clip(shorter, 0, len(lengths) - 1)])
 
 
-def times_shown(clips: Clips, epochs: int) -> IntArray:
-    """How often the first ``epochs`` epochs together show each entry of the table.
+def times_shown(clips: Clips, epochs: int, since: int = 0) -> IntArray:
+    """How often the first ``epochs`` epochs, but for those before ``since``, together show each entry of the table.
 
     The i-th of the n clips of a set with r repeats, in an order that the seed decides: floor(r * epochs + i / n) times,
     and a video ``video_repeat`` times as often. So each epoch shows a whole number next to r * n, and wherever
@@ -268,13 +268,14 @@ def times_shown(clips: Clips, epochs: int) -> IntArray:
     shown = np.zeros(len(clips.table), dtype=np.int64)
     for number, repeats in enumerate(clips.options.repeats):
         here = np.flatnonzero(clips.used & (clips.table.set == number))
-        whole, part = divmod(repeats.numerator * epochs, repeats.denominator)
-        shown[here] = whole
-        if part:
+        place = np.zeros(len(here), dtype=np.int64)
+        if repeats.denominator > 1:
             words = random_words("repeats", clips.options.seed, clips.table.row[here])
-            place = np.empty(len(here), dtype=np.int64)
             place[np.argsort(words, kind="stable")] = np.arange(len(here))
-            shown[here] += (part * len(here) + place * repeats.denominator) // (repeats.denominator * len(here) or 1)
+        for end, sign in ((epochs, 1), (since, -1)):
+            whole, part = divmod(repeats.numerator * end, repeats.denominator)
+            more = (part * len(here) + place * repeats.denominator) // (repeats.denominator * len(here) or 1)
+            shown[here] += sign * (whole + more)
     return np.where(clips.table.is_image, shown, shown * max(1, clips.options.video_repeat))
 
 
@@ -293,7 +294,7 @@ def most_drawn(clips: Clips) -> int:
 def draw_epoch(clips: Clips, epoch: int) -> Samples:
     """Every sample of an epoch: each clip as often as ``times_shown`` has it."""
     used = np.flatnonzero(clips.used)
-    times = (times_shown(clips, epoch + 1) - times_shown(clips, epoch))[used]
+    times = times_shown(clips, epoch + 1, since=epoch)[used]
     clip = np.repeat(used, times)
     copy = np.arange(len(clip)) - np.repeat(np.cumsum(times) - times, times)
     return draw_shapes(clips, clip, copy, np.full(len(clip), epoch, dtype=np.int64))

@@ -309,7 +309,7 @@ def why(plan: RunPlan, row: int, epochs: Sequence[EpochPlan] = ()) -> dict[str, 
         name = list(REASONS)[reason]
         return story | {"dropped": name, "message": REASONS[name]}
     every = prepare(plan.spec, plan.dims, table, plan.options)
-    times = {e.epoch: times_shown(every, e.epoch + 1)[here] - times_shown(every, e.epoch)[here] for e in epochs}
+    times = {each.epoch: int(times_shown(every, each.epoch + 1, since=each.epoch)[here]) for each in epochs}
     story["draws"] = [_placed(clips, copy, epoch) for epoch in epochs for copy in range(times[epoch.epoch])]
     return story
 

@@ -65,7 +65,7 @@ def check_rows(config: RunConfig, spec: FamilySpec, *, deep_timeout: float | Non
         ConfigError: options with which nothing can be planned.
     """
     report = _validate(
-        meta_of(config),
+        read_metadata(meta_of(config)),
         config.train_data_dir,
         spec.fields,
         spec.media_types,
@@ -127,19 +127,17 @@ def left_out_by_plan(config: RunConfig, spec: FamilySpec, report: Report) -> lis
 
 def check_rows_of_any_family(meta: Path, root: Path, *, deep_timeout: float | None = None) -> Report:
     """Validate what every family needs; ``deep_timeout`` as in :func:`check_rows`."""
-    return _validate(meta, root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
+    return _validate(read_metadata(meta), root, EVERY_FIELD, MEDIA_TYPES, needs=None, deep_timeout=deep_timeout)
 
 
 def check_folder(metadata: Metadata, spec: FamilySpec | None) -> Report:
     """Validate what a folder gives as a family needs it, or as every family does; whatever the settings of a run."""
     fields, media_types = (EVERY_FIELD, MEDIA_TYPES) if spec is None else (spec.fields, spec.media_types)
-    with progress() as stage:
-        settings = Settings(cache=header_cache(), progress=stage)
-        return validate(metadata, fields, media_types, metadata.path, settings=settings)
+    return _validate(metadata, metadata.path, fields, media_types, needs=None, deep_timeout=None)
 
 
 def _validate(
-    meta: Path,
+    metadata: Metadata,
     root: Path | None,
     fields: Sequence[MetadataField],
     media_types: Sequence[MediaType],
@@ -151,7 +149,7 @@ def _validate(
         settings = Settings(cache=header_cache(), progress=stage)
         if deep_timeout is not None:
             settings = replace(settings, deep=True, deep_timeout=deep_timeout)
-        return validate(read_metadata(meta), fields, media_types, root, needs=needs, settings=settings)
+        return validate(metadata, fields, media_types, root, needs=needs, settings=settings)
 
 
 def header_cache() -> Path | None:

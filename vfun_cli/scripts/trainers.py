@@ -138,11 +138,6 @@ MODELS: Mapping[str, str] = {
 """What paths of a family's models and configuration files contain; the first that fits is meant."""
 
 
-def known_options() -> frozenset[str]:
-    """Options of vfun that the originals have too."""
-    return frozenset(WITHOUT_DEFAULT).union(*(trainer.defaults for trainer in TRAINERS))
-
-
 def trainer_of(script: str, where: str, family: str | None) -> Trainer:
     """The training script at this path. ``where`` begins the message of an error; ``family``: as the user says.
 

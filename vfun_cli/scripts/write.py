@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vfun_cli.config.options import options, plain, plain_kind
+from vfun_cli.config.options import options, plain, plain_kind, typed_entries
 from vfun_cli.config.strategies import STRATEGY_FLAGS
 from vfun_cli.scripts.rows import Setting
 
@@ -33,9 +33,7 @@ def words_of(name: str, option: str, setting: Setting) -> list[str]:
     if isinstance(value, bool):
         return [option if value else f"--no-{option[2:]}"]
     if isinstance(value, tuple):
-        apart = options()[name][2].verbatim or name == "train_data_meta"
-        entries = [str(entry) for entry in value] if apart else [",".join(map(str, value))]
-        return [word for entry in entries for word in _pair(option, entry)]
+        return [word for entry in typed_entries(name, value) for word in _pair(option, entry)]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return _pair(option, str(plain(value)))
