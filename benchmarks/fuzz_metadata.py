@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
 
 from tests.hostile_media import PLAYLISTS, accepted
+from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.options import RunConfig
 from vfun_cli.demo.media import build_media
 from vfun_cli.errors import VfunError
@@ -49,7 +50,7 @@ from vfun_cli.metadata.fix import write_fixed
 from vfun_cli.metadata.probe import probe_many
 from vfun_cli.metadata.records import read_metadata
 from vfun_cli.metadata.report import render, to_json
-from vfun_cli.training.data.stream import record_reader
+from vfun_cli.training.data.stream import row_reader
 
 FIELDS = (
     MetadataField(name="file_path", media="visual"),
@@ -254,8 +255,8 @@ def fuzz_playlists(root: Path, folder: Path, count: int, seed: int) -> dict[str,
             Path(address).parent.mkdir(parents=True, exist_ok=True)
             Path(address).write_bytes(film)
             Path("rows.json").write_text(json.dumps([{"file_path": address, "text": "", "type": "video"}]))
-            config = RunConfig(train_data_meta=Path("rows.json"), train_data_dir=Path())
-            took = accepted(record_reader(config, SPEC)(0)["file_path"])
+            config = RunConfig(train_data_meta=parse_data_sets("rows.json", "rows"), train_data_dir=Path())
+            took = accepted(row_reader(config, SPEC)(0).record["file_path"])
             if took != ["header, visual", "deep, picture", "training, frames"]:
                 read_wrongly.append({"path": address, "by": took})
     os.chdir(before)
