@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from vfun_cli.checkpoints.given import Given
 from vfun_cli.commands.exporting import Form, export
 from vfun_cli.demo.default import make_model
 from vfun_cli.errors import CheckpointError, ConfigError
-from vfun_cli.families import trained
+from vfun_cli.families import adapter_of, trained
+from vfun_cli.families.given import require_given
 from vfun_cli.families.spec import FamilySpec
+from vfun_cli.modeling.adapter import AdapterOptions
+from vfun_cli.modeling.lazy_weights import LazyWeights
 from vfun_cli.sampling import weights
 from vfun_cli.sampling.source import find_source
 from vfun_cli.sampling.weights import LoadOptions, load_model
@@ -151,6 +155,25 @@ def test_full_weights_are_the_same_from_the_checkpoint_and_from_its_export(
     assert_same(loaded(tmp_path), expected)  # the run
     rounded = {name: value.bfloat16().float() for name, value in expected.items()}
     assert_same(loaded(exported(checkpoint, tmp_path / "bf16", form, dtype="bf16")), rounded)
+
+
+@pytest.mark.parametrize(("family", "form"), FULL)
+def test_a_run_starts_from_every_form_of_full_weights(
+    family: str, form: str, base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    """As the trainer loads ``--transformer-path``, at once and from its files later; and as the launch looks at it."""
+    model = base(family)
+    values = other_values(model.weights, 1)
+    checkpoint = write_checkpoint(model, tmp_path, "train", values, {})
+    given = Given(transformer=exported(checkpoint, tmp_path / "out", form))
+    require_given(model.spec, model.folder, given)
+    options = AdapterOptions(model_dir=model.folder, given=given, compute_dtype=torch.float32, device=CPU.device)
+    for lazy in (False, True):
+        stored = LazyWeights()
+        with stored.transformer() if lazy else nullcontext():
+            transformer = adapter_of(model.spec).from_pretrained(options).transformer
+        found = {name: stored.value(each, CPU.device).detach() for name, each in transformer.named_parameters()}
+        assert_same(found, {name: values[name] for name in found})
 
 
 @pytest.mark.parametrize(("family", "form"), LORAS)

@@ -83,7 +83,16 @@ def as_wrapped(weights: Weights, folder: Path) -> Path:
     return as_file({f"model.{name}": value for name, value in weights.items()}, folder)
 
 
-FORMS = (as_file, as_folder, as_model, as_pickle, as_wrapped)
+def as_deepspeed(weights: Weights, folder: Path) -> Path:
+    torch.save({"module": weights, "iteration": 3}, folder / "mp_rank_00_model_states.pt")
+    return folder / "mp_rank_00_model_states.pt"
+
+
+def as_comfyui(weights: Weights, folder: Path) -> Path:
+    return as_file({f"model.diffusion_model.{name}": value for name, value in weights.items()}, folder)
+
+
+FORMS = (as_file, as_folder, as_model, as_pickle, as_wrapped, as_deepspeed, as_comfyui)
 
 
 def loaded(live: LiveModel, **paths: Path | None) -> ModelAdapter:

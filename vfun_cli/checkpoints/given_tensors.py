@@ -21,11 +21,13 @@ from vfun_cli.lfs import refuse_lfs_pointer
 INSIDE = {TRANSFORMER: "transformer", VAE: "vae"}
 """Where they are in a whole model directory."""
 
-WRAPPERS = ("module.", "model.")
-"""What stands before every name where a wrapper of the model was saved: DDP's, and the original scripts' VAE of Wan."""
+WRAPPERS = ("module.", "model.", "diffusion_model.")
+"""What stands before every name where a wrapper of the model was saved: DDP's, the original scripts' VAE of Wan, and
+ComfyUI's (``model.diffusion_model.``)."""
 
-STATE_DICT = "state_dict"
-"""Under which some programs keep the tensors in a file of ``torch.save``."""
+STATE_DICT = ("state_dict", "module")
+"""Under which some programs keep the tensors in a file of ``torch.save``: the second is DeepSpeed's, which the first
+release of HunyuanVideo has."""
 
 ANOTHER = "Name a safetensors file or a folder with such files, of the whole model: what vfun export-bf16 writes."
 
@@ -80,7 +82,9 @@ def state_dict_of(saved: Any, path: Path, tensor: type) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it holds anything else.
     """
-    state = saved.get(STATE_DICT, saved) if isinstance(saved, Mapping) else saved
+    state = saved
+    if isinstance(saved, Mapping):
+        state = next((saved[name] for name in STATE_DICT if name in saved), saved)
     if not isinstance(state, Mapping) or not all(isinstance(value, tensor) for value in state.values()):
         raise CheckpointError(f"{path} is not a state dict (tensors by name).", hint=ANOTHER, at=path)
     return state

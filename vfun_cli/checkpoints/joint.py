@@ -1,7 +1,8 @@
 """A model's tensors in the names of another release that joins layers, and back; unread, so that they stream."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from vfun_cli.checkpoints.naming import LayerLocation
 from vfun_cli.checkpoints.tensors import Joined, TensorSource, rows_of
@@ -9,6 +10,20 @@ from vfun_cli.errors import CheckpointError
 
 Locate = Callable[[str], LayerLocation | None]
 """From a layer's name to where the other release keeps it."""
+
+Span = tuple[int, int, int]
+"""Rows of a layer: the first here, the first in the other release's tensor, how many."""
+
+
+class Shaped(Protocol):
+    """Anything that has a tensor's shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+
+
+T = TypeVar("T", bound=Shaped)
 
 
 def joined(sources: Mapping[str, TensorSource], locate: Locate, where: Path) -> dict[str, TensorSource]:
@@ -42,14 +57,18 @@ def joined(sources: Mapping[str, TensorSource], locate: Locate, where: Path) -> 
 
 
 def split(
-    stored: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]], locate: Locate
-) -> dict[str, TensorSource]:
+    stored: Mapping[str, T],
+    shapes: Mapping[str, tuple[int, ...]],
+    locate: Locate,
+    take: Callable[[T, Sequence[Span]], T],
+) -> dict[str, T]:
     """The other release's tensors by the model's own names; what fits no layer keeps its name.
 
     Args:
         shapes: of the model's own tensors.
+        take: from a tensor and rows of it to the tensor that has these rows.
     """
-    tensors, used = {}, set()
+    tensors, used = dict[str, T](), set[str]()
     for name, shape in shapes.items():
         layer, _, kind = name.rpartition(".")
         location = locate(layer)
@@ -57,9 +76,14 @@ def split(
         if location is None or source is None or source.shape[0] != (location.rows or shape[0]):
             continue
         used.add(f"{location.name}.{kind}")
-        parts = [_rows(source, there, length) for _, there, length in location.spans(shape[0])]
-        tensors[name] = Joined.of(parts, shape)
+        tensors[name] = take(source, location.spans(shape[0]))
     return tensors | {name: source for name, source in stored.items() if name not in used}
+
+
+def taken(source: TensorSource, spans: Sequence[Span]) -> TensorSource:
+    """Rows of a tensor that is still in its file."""
+    parts = [_rows(source, there, length) for _, there, length in spans]
+    return Joined.of(parts, (sum(part.shape[0] for part in parts), *source.shape[1:]))
 
 
 def _rows(source: TensorSource, first: int, count: int) -> TensorSource:

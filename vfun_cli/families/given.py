@@ -5,8 +5,10 @@ from pathlib import Path
 
 from vfun_cli.checkpoints.given import TRANSFORMER, VAE, Given
 from vfun_cli.checkpoints.given_tensors import require_same_tensors, stored_tensors
+from vfun_cli.checkpoints.joint import split, taken
 from vfun_cli.checkpoints.released import tensor_shapes
 from vfun_cli.checkpoints.tensors import TensorSource
+from vfun_cli.families import detect
 from vfun_cli.families.spec import FamilySpec
 
 
@@ -29,11 +31,30 @@ def transformer_tensors(spec: FamilySpec, model_dir: Path, place: Path) -> dict[
     Raises:
         CheckpointError: as of :func:`require_given`.
     """
-    found = {spec.export.parameter(name): each for name, each in stored_tensors(place, TRANSFORMER).items()}
     shapes = tensor_shapes(spec.model.transformer_dir(model_dir))
     own = {spec.export.parameter(name): shape for name, shape in shapes.items()}
+    stored = in_own_names(spec, model_dir, stored_tensors(place, TRANSFORMER), own)
+    found = {spec.export.parameter(name): each for name, each in stored.items()}
     require_same_tensors(_shapes(found), own, place, TRANSFORMER)
     return found
+
+
+def in_own_names(
+    spec: FamilySpec,
+    model_dir: Path,
+    stored: Mapping[str, TensorSource],
+    own: Mapping[str, tuple[int, ...]],
+) -> Mapping[str, TensorSource]:
+    """Weights in the names of the model's first release, which may join layers, in its own; others as they are.
+
+    Args:
+        own: the shapes of the transformer's parameters.
+    """
+    locate = spec.export.original_location
+    if locate is None:
+        return stored
+    dims = detect.read_dims(spec, model_dir)
+    return split(stored, own, lambda layer: locate(layer, dims), taken)
 
 
 def _shapes(tensors: Mapping[str, TensorSource]) -> dict[str, tuple[int, ...]]:

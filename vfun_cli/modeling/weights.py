@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vfun_cli.checkpoints.given import TRANSFORMER, VAE, typed
 from vfun_cli.checkpoints.given_tensors import files_of, is_safetensors, state_dict_of, wrapper_of
+from vfun_cli.checkpoints.joint import Locate, Span, split
 from vfun_cli.checkpoints.released import POINT_AT_RELEASE, refuse_mismatch, weight_files
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.lfs import refuse_lfs_pointer
@@ -180,6 +181,7 @@ def load_weights(
     where: str,
     transformer: bool = False,
     given: Path | None = None,
+    locate: Locate | None = None,
 ) -> None:
     """Give every parameter and persistent buffer of ``model`` its tensor. In place; the model may be on meta.
 
@@ -189,6 +191,7 @@ def load_weights(
     where: the file or folder, for the error message.
     transformer: this is the model that is trained, whose weights ``LazyWeights`` may read later.
     given: what was named instead of ``tensors`` and ``where``, by ``--transformer-path`` or else ``--vae-path``.
+    locate: from a layer's name to where another release keeps it, which ``given`` may be of.
 
     Parameters that the model ties stay tied; the checkpoint may hold either name or both.
 
@@ -201,6 +204,8 @@ def load_weights(
     lazy = lazy_weights() if transformer else None
     first = _first_names(model)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
+    if given is not None and locate is not None:
+        tensors = split(dict(_pairs(tensors)), wanted, locate, _taken)
     state: dict[str, Tensor] = {}
     seen: set[str] = set()
     unexpected: list[str] = []
@@ -249,6 +254,7 @@ def load_diffusers(
     dtype: torch.dtype = torch.float32,
     transformer: bool = False,
     given: Path | None = None,
+    locate: Locate | None = None,
 ) -> Any:
     """A model of one of diffusers' classes from its folder, on the CPU; of ``given`` weights, as ``load_weights``.
 
@@ -258,8 +264,14 @@ def load_diffusers(
     config = read_json(folder / "config.json")
     model = empty_model(lambda: kind.from_config(config), where=str(folder / "config.json"))
     files = safetensors_files(folder)
-    load_weights(model, files, dtype=dtype, where=str(folder), transformer=transformer, given=given)
+    load_weights(model, files, dtype=dtype, where=str(folder), transformer=transformer, given=given, locate=locate)
     return model
+
+
+def _taken(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Rows of a mapped tensor; only those that do not lie one after another are read now."""
+    parts = [tensor[there : there + length] for _, there, length in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pairs(

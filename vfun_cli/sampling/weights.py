@@ -11,7 +11,6 @@ from torch import nn
 
 from vfun_cli.checkpoints import safetensors
 from vfun_cli.checkpoints.export import Weights, read_base, replace_tensors, trained_weights
-from vfun_cli.checkpoints.joint import split
 from vfun_cli.checkpoints.lora_export import merge_into, open_adapter
 from vfun_cli.checkpoints.lora_files import AdapterFile, read_adapter
 from vfun_cli.checkpoints.state import STATE_FILE
@@ -19,7 +18,7 @@ from vfun_cli.checkpoints.tensors import TensorSource, read_float32
 from vfun_cli.config.network import matched
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families import adapter_of, detect
-from vfun_cli.families.given import require_given, transformer_tensors
+from vfun_cli.families.given import in_own_names, require_given, transformer_tensors
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.encoders.placement import encoder_dtype, freeze
 from vfun_cli.modeling.lazy_weights import LazyWeights, replace_parameter
@@ -106,7 +105,8 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
     tensors, weights = dict(base), _WEIGHTS[source.ema]
     if source.full is not None:
         released = source.full.released
-        found = _in_own_names(_opened(source.full, weights), base, source)
+        own = {name: tensor.shape for name, tensor in base.items()}
+        found = in_own_names(spec, source.model, _opened(source.full, weights), own)
         replace_tensors(tensors, found, lambda name: spec.export.parameter(released(name)), source.full.path, folder)
     linear = {name.removesuffix(".weight"): each.shape for name, each in tensors.items() if _is_linear(name, each)}
     for lora in source.loras:
@@ -114,17 +114,6 @@ def changed_weights(source: Source) -> dict[str, TensorSource]:
         adapter, layers = matched(_opened_lora(lora, weights), linear, spec, dims)
         merge_into(tensors, adapter, layers, folder, strength=1.0 if lora.strength is None else lora.strength)
     return {name: tensor for name, tensor in tensors.items() if tensor is not base[name]}
-
-
-def _in_own_names(
-    stored: Mapping[str, TensorSource], base: Mapping[str, TensorSource], source: Source
-) -> Mapping[str, TensorSource]:
-    """Weights in the names of the model's first release, which may join layers, in the transformer's own."""
-    locate = source.spec.export.original_location
-    if locate is None or stored.keys() <= base.keys():
-        return stored
-    dims = detect.read_dims(source.spec, source.model)
-    return split(stored, {name: tensor.shape for name, tensor in base.items()}, lambda layer: locate(layer, dims))
 
 
 _WEIGHTS: Mapping[bool, Weights] = {False: "trained", True: "ema"}

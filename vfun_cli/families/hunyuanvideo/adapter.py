@@ -1,6 +1,7 @@
 """HunyuanVideo for the trainer: what is decoded, encoded and given to the transformer."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vfun_cli.errors import CheckpointError
 from vfun_cli.families.hunyuanvideo import T2V
+from vfun_cli.families.hunyuanvideo.comfyui import original_location
 from vfun_cli.families.hunyuanvideo.sizes import (
     IMAGE_INTERLEAVE,
     PROMPT_TOKENS,
@@ -17,6 +19,7 @@ from vfun_cli.families.hunyuanvideo.sizes import (
     TEXT_TOKENS,
     Condition,
     check_config,
+    dims_reader,
 )
 from vfun_cli.modeling.adapter import (
     NEGATIVE,
@@ -321,9 +324,10 @@ def load_transformer(folder: Path, condition: Condition, given: Path | None = No
         ConfigError: the directory is another family's.
         CheckpointError: the tensors do not fit.
     """
-    check_config(read_json(folder / "config.json"), condition)
+    dims = dims_reader(condition)(read_json(folder / "config.json"))
+    locate = partial(original_location, dims=dims)
     model: HunyuanVideoTransformer3DModel = load_diffusers(
-        HunyuanVideoTransformer3DModel, folder, transformer=True, given=given
+        HunyuanVideoTransformer3DModel, folder, transformer=True, given=given, locate=locate
     )
     return model
 
