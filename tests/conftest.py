@@ -4,11 +4,15 @@ import gc
 import signal
 
 import pytest
+from hypothesis import settings
 
 LONGEST = ("test_readme.py", "test_blocks.py", "test_cache_fill.py")
 """Files whose slow tests take longest: begun last, one process would work on them alone."""
 
 gc.disable()  # until the tests are collected: nothing of what they import is garbage
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine needs longer than 200 ms for a first call
+settings.load_profile("no deadline")
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 

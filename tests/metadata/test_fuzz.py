@@ -28,9 +28,7 @@ VALUES = st.recursive(
     max_leaves=5,
 )  # fmt: skip
 ROWS = st.lists(st.dictionaries(KEYS, VALUES, max_size=8).map(lambda change: {**ROW, **change}) | VALUES, max_size=4)
-FUZZ = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def report_on(path: Path, root: Path, cache: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vfun_cli.families import FAMILIES, adapter_of
@@ -59,7 +59,6 @@ captions = st.builds(CaptionOptions, prefix=st.text(), suffix=st.text(), shuffle
 
 
 @given(key=keys, texts=st.lists(st.text(), max_size=5).map(tuple), options=captions)
-@settings(deadline=None)
 def test_a_caption_depends_on_seed_epoch_row_and_repetition_alone(
     key: SampleKey, texts: tuple[str, ...], options: CaptionOptions
 ) -> None:
@@ -73,7 +72,6 @@ def test_a_caption_depends_on_seed_epoch_row_and_repetition_alone(
 
 
 @given(key=keys, texts=st.lists(st.text(), min_size=1, max_size=5), options=captions)
-@settings(deadline=None)
 def test_prefix_and_suffix_stand_at_the_ends_as_typed_around_one_of_the_texts(
     key: SampleKey, texts: list[str], options: CaptionOptions
 ) -> None:

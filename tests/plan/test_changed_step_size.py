@@ -50,7 +50,7 @@ def test_what_was_trained_before_the_change_is_what_was_planned_then(mixed: Mixe
     assert samples(first) == samples(taken)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(20, 90),
     sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), max_size=3),

@@ -53,7 +53,6 @@ def shown(plan: EpochPlan) -> Counter[int]:
     images=st.integers(0, 6),
     seed=st.integers(0, 2**40),
 )
-@settings(deadline=None)
 def test_over_epochs_each_clip_of_a_set_is_drawn_as_often_as_the_others_within_one_and_the_set_as_it_says(
     sets: list[tuple[int, Fraction]], epochs: int, video_repeat: int, images: int, seed: int
 ) -> None:
@@ -76,7 +75,7 @@ def test_over_epochs_each_clip_of_a_set_is_drawn_as_often_as_the_others_within_o
 
 
 @given(seed=st.integers(0, 2**40), ranks=st.sampled_from([1, 2, 3, 8]), accumulation=st.sampled_from([1, 2]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_is_trained_of_weighted_sets_is_the_same_on_any_number_of_ranks(
     seed: int, ranks: int, accumulation: int
 ) -> None:

@@ -68,7 +68,7 @@ def samples_of(epoch: EpochPlan) -> Counter[tuple[int, ...]]:
     seed=st.integers(0, 9),
     tokens=st.sampled_from([None, 30_000]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_clip_has_the_fixed_size_or_is_dropped_for_being_too_small(
     plain: FamilySpec, table: ClipTable, size: tuple[int, int], ranks: int, seed: int, tokens: int | None
 ) -> None:
@@ -88,7 +88,7 @@ def test_every_clip_has_the_fixed_size_or_is_dropped_for_being_too_small(
 
 
 @given(table=datasets, seed=st.integers(0, 2**40), mode=st.sampled_from([{}, TOKENS]), repeat=st.integers(1, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_drawn_aspect_never_enlarges_a_clip_too_much_and_loses_none(
     plain: FamilySpec, table: ClipTable, seed: int, mode: dict[str, Any], repeat: int
 ) -> None:

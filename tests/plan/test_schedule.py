@@ -79,7 +79,7 @@ choices = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(table=datasets, chosen=choices, videos_only=st.booleans())
 def test_every_clip_is_trained_once_an_epoch_or_carried(
     plain: FamilySpec, speech: FamilySpec, table: ClipTable, chosen: dict[str, Any], videos_only: bool
@@ -107,7 +107,7 @@ def test_every_clip_is_trained_once_an_epoch_or_carried(
         carry = plan.carry
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(table=datasets, chosen=choices)
 def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any]
@@ -138,7 +138,7 @@ def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
                 assert batch.shape.frames % 4 == 1 and batch.shape.frames >= 5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(table=datasets, chosen=choices, ranks=st.integers(2, 4))
 def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], ranks: int
@@ -157,7 +157,7 @@ def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
     assert runs[1] == runs[ranks]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(table=datasets, chosen=choices)
 def test_one_process_accumulating_two_takes_the_steps_of_two_processes(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any]
@@ -289,7 +289,7 @@ def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: F
     assert len(plan.carry) == 6 and (plan.carry.epoch == 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(table=datasets, chosen=choices, num_epochs=st.integers(1, 6))
 def test_counted_steps_are_the_planned_steps(
     plain: FamilySpec, table: ClipTable, chosen: dict[str, Any], num_epochs: int

@@ -368,7 +368,7 @@ ANY_TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_charact
 
 
 @given(st.lists(ANY_TEXT, min_size=1, max_size=5))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_quoted_words_are_read_as_the_shell_reads_them(words: list[str]) -> None:
     found = read("run " + " ".join(map(shlex.quote, words)), "s").commands[0]
     assert [word.text for word in found.words[1:]] == words
@@ -399,7 +399,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_expansions_are_those_of_bash(pieces: list[str]) -> None:
     start = "A='1 2'\nB=3\n"
     line = "run x" + "".join(pieces)
@@ -412,7 +412,6 @@ def test_expansions_are_those_of_bash(pieces: list[str]) -> None:
 
 
 @given(ANY_TEXT)
-@settings(deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         read(text, "s")

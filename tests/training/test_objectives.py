@@ -169,7 +169,7 @@ def test_a_quantile_of_a_density_has_that_share_of_the_draws_below(asked: dict[s
         assert (found >= place).double().mean().item() == pytest.approx(tenth / 10, abs=0.03)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     asked=st.fixed_dictionaries({
         "weighting_scheme": st.sampled_from(SCHEMES), "logit_mean": st.floats(-10, 10),
