@@ -198,8 +198,12 @@ WRONG = [
     (("--kind", "cany"), 2, "Did you mean 'canny'?"),
     (("--low", 300), 2, "above --high"),
     (("--model", "."), 2, "has no model"),
-    (("--kind", "depth"), 2, "no --model is named"),
-    (("--kind", "depth", "--model", "none"), 2, "there is no folder none"),
+    (
+        ("--kind", "depth"),
+        2,
+        "To get one: hf download depth-anything/Depth-Anything-V2-Small-hf --local-dir models/depth",
+    ),
+    (("--kind", "depth", "--model", "no ne"), 2, "V2-Small-hf --local-dir 'no ne'"),
 ]
 
 

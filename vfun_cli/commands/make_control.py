@@ -1,6 +1,7 @@
 """``vfun make-control``: the control clips of a folder of videos and pictures."""
 
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ from vfun_cli.launch.preemption import nothing_to_save
 
 if TYPE_CHECKING:
     from vfun_cli.control.clips import Clip
-    from vfun_cli.control.kinds import Settings
+    from vfun_cli.control.kinds import Kind, Settings
 
 
 def make_control(
@@ -87,7 +88,7 @@ def make_control(
     """
     from vfun_cli.control import kinds
 
-    settings = _settings(kinds.find(kind).model, kind=kind, low=low, high=high, blur=blur, model=model)
+    settings = _settings(kinds.find(kind), name=kind, low=low, high=high, blur=blur, model=model)
     from vfun_cli.control.clips import clips_of, doubled
 
     clips, unread = clips_of(folder, out)
@@ -116,19 +117,24 @@ def make_control(
         raise typer.Exit(MetadataError.exit_code)
 
 
-def _settings(wants: str | None, *, kind: str, low: int, high: int, blur: float, model: Path | None) -> "Settings":
+def _settings(kind: "Kind", *, name: str, low: int, high: int, blur: float, model: Path | None) -> "Settings":
     from vfun_cli.control.kinds import Settings
 
     if low > high:
         raise ConfigError(f"--low {low} is above --high {high}.", option="--low")
-    if wants is None:
+    if kind.model is None:
         if model is not None:
-            raise ConfigError(f"--kind {kind} has no model.", hint="Drop --model.", option="--model")
-        return Settings(kind=kind, low=low, high=high, blur=blur)
+            raise ConfigError(f"--kind {name} has no model.", hint="Drop --model.", option="--model")
+        return Settings(kind=name, low=low, high=high, blur=blur)
     if model is None or not model.is_dir():
-        what = "no --model is named" if model is None else f"there is no folder {model}"
-        raise ConfigError(f"{what}.", hint=f"--kind {kind} needs a folder with {wants}.", option="--model")
-    return Settings(kind=kind, model=str(model.absolute()), device="cuda" if gpu_count() else "cpu")
+        what = "no folder is named by --model" if model is None else f"there is no folder {model}"
+        place = shlex.quote(str(model or f"models/{name}"))
+        raise ConfigError(
+            f"{what}; --kind {name} needs one with {kind.model}.",
+            hint=f"To get one: hf {kind.download} --local-dir {place}\nThen name it with --model {place}.",
+            option="--model",
+        )
+    return Settings(kind=name, model=str(model.absolute()), device="cuda" if gpu_count() else "cpu")
 
 
 def _require_writable(folder: Path, left: "list[Clip]", out: Path | None) -> None:
