@@ -70,6 +70,7 @@ def wanted(hub: Hub) -> dict[str, str]:
     return {name: value for name, value in digest(hub.folder).items() if name not in unread}
 
 
+@pytest.mark.slow
 def test_fetch_brings_what_the_family_reads_to_where_train_looks_for_it(hub: Hub) -> None:
     said = fetch_by_variables()
     assert said.code == 0, said.err
@@ -81,6 +82,7 @@ def test_fetch_brings_what_the_family_reads_to_where_train_looks_for_it(hub: Hub
     assert fetch_by_variables().code == 0 and len(hub.fetched()) == before  # nothing comes twice
 
 
+@pytest.mark.slow
 def test_fetch_goes_on_within_a_file_where_the_connection_was_lost(hub: Hub) -> None:
     large = "tokenizer/large.model"
     (hub.folder / large).write_bytes(bytes(2 * KEPT + 4000))
@@ -95,6 +97,7 @@ def test_fetch_goes_on_within_a_file_where_the_connection_was_lost(hub: Hub) -> 
     assert not list(Path("model").rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_fetch_replaces_a_file_that_was_cut_short_or_changed(hub: Hub) -> None:
     shutil.copytree(hub.folder, "model")
     Path("model", LARGE).write_bytes((hub.folder / LARGE).read_bytes()[:1000])
@@ -108,6 +111,7 @@ def test_fetch_replaces_a_file_that_was_cut_short_or_changed(hub: Hub) -> None:
     assert json.loads(said.out)["repository"] == hub.repository
 
 
+@pytest.mark.slow
 def test_fetch_keeps_nothing_that_came_damaged(hub: Hub) -> None:
     hub.damages = LARGE
     said = fetch_by_variables("--to", "model")

@@ -31,6 +31,7 @@ def in_one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "part"), [("transformer-path", "transformer"), ("vae-path", "vae")])
 def test_a_run_goes_on_with_the_same_contents_wherever_they_lie_and_with_no_others(
     option: str, part: str, vfun: Vfun

@@ -91,6 +91,7 @@ def test_all_frames_at_once_are_those_that_are_read_one_by_one(name: str, clips:
     assert np.array_equal(pictures(clips / name), np.stack([one.permute(1, 2, 0).numpy() for one in each]))
 
 
+@pytest.mark.slow
 def test_the_same_clips_become_the_same_bytes_by_any_number_of_processes(clips: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "again", tmp_path / "three"]
     for out, workers in zip(outs, (1, 1, 3), strict=True):
@@ -104,6 +105,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_what_is_missing_or_whose_video_or_settings_changed(clips: Path) -> None:
     assert make(clips).code == 0
     before = stamps(clips / "control")
@@ -165,6 +167,7 @@ def test_ctrl_c_leaves_whole_files_alone_and_the_same_command_goes_on(tmp_path: 
     assert make(folder).out == f"done: {6 - len(names)} made, {len(names)} there already\n"
 
 
+@pytest.mark.slow
 def test_a_folder_with_its_control_clips_passes_validation_as_a_folder_and_as_metadata(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     for name in ("1.mp4", "a/2.mov"):

@@ -177,6 +177,7 @@ def known_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask.Measurer, "ask", ask_known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory", "typed", "strategy", "kept"),
     [

@@ -47,6 +47,7 @@ SHORT_FORM = (
 """One of each difficulty; all of them, and longer: benchmarks/frame_matrix.py."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT_FORM)
 def test_what_a_run_trains_on_is_what_a_player_shows(name: str, tmp_path: Path) -> None:
     clip = BY_NAME[name]

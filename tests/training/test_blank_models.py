@@ -31,6 +31,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_blank_model_has_the_weights_and_conditions_of_the_one_in_the_files(
     family: str, live_model: Callable[[str], LiveModel]

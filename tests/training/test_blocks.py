@@ -384,6 +384,7 @@ def test_without_a_compiler_compile_says_so(live_model: LIVE, monkeypatch: pytes
         compile_blocks(live.transformer(), live.spec.model.block_classes)
 
 
+@pytest.mark.slow
 def test_blocks_are_found_under_every_family_by_their_class(live_model: LIVE) -> None:
     for family in FAMILIES:
         live = live_model(family)

@@ -280,6 +280,7 @@ def harm(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_changed_byte_of_a_model_file_changes_exactly_what_its_encoder_makes(family: str, tmp_path: Path) -> None:
     spec = families.find(family)

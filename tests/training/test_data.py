@@ -100,6 +100,7 @@ def outcome(batches: list[LoadedBatch]) -> list[tuple[list[int], float, list[int
     return [(values(batch), batch.weight, [request.key.row for request, _ in batch.bad]) for batch in batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 3])
 def test_micro_batches_come_in_the_order_of_the_plan(workers: int) -> None:
     found = loaded(stream(*[(n, 100 + n) for n in range(10)]), workers)

@@ -136,6 +136,7 @@ def losses(live: LiveModel, adapter: ModelAdapter, steps: int = 2) -> list[float
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_from_given_weights_is_training_from_a_directory_that_has_them(
     family: str, live_model: LiveModels, tmp_path: Path
@@ -158,6 +159,7 @@ def test_training_from_given_weights_is_training_from_a_directory_that_has_them(
         assert torch.equal(lazy.value(parameter, CPU), now[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clips_are_encoded_with_the_given_vae(family: str, live_model: LiveModels, tmp_path: Path) -> None:
     live = live_model(family)

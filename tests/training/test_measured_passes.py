@@ -83,6 +83,7 @@ def different(live: LiveModel, command: str, checkpointing: str, precision: str,
     return {where: off for where, off in found.items() if abs(off) > CLOSE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_measured_pass_holds_what_that_of_the_live_model_does(
     family: str, live_model: Callable[[str], LiveModel], no_accelerator: None

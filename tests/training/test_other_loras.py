@@ -81,6 +81,7 @@ def forms_of(live: LiveModel) -> list[str]:
     return list(live.spec.export.lora_formats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [ALPHA, 6.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_format_starts_a_run_with_the_same_matrices(
