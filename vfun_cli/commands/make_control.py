@@ -131,7 +131,7 @@ def _settings(kind: "Kind", *, name: str, low: int, high: int, blur: float, mode
         place = shlex.quote(str(model or f"models/{name}"))
         raise ConfigError(
             f"{what}; --kind {name} needs one with {kind.model}.",
-            hint=f"To get one: hf {kind.download} --local-dir {place}\nThen name it with --model {place}.",
+            hint=f"To get one: hf download {kind.released} --local-dir {place}\nThen name it with --model {place}.",
             option="--model",
         )
     return Settings(kind=name, model=str(model.absolute()), device="cuda" if gpu_count() else "cpu")

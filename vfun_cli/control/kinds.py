@@ -20,8 +20,8 @@ class Kind:
     """What it imports beside vfun's own packages, and what is installed for that."""
     model: str | None = None
     """What ``--model`` must hold; None: it has no weights."""
-    download: str | None = None
-    """What ``hf`` is told to get one, but for the folder where it goes."""
+    released: str | None = None
+    """A repository of the Hugging Face hub that has one, and the files of it that are read; none: all."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -30,13 +30,13 @@ KINDS: Mapping[str, Kind] = {
         drawing="vfun_cli.control.depth:depth",
         packages={"transformers": "transformers"},
         model="a Depth Anything or DPT model as transformers saves it",
-        download="download depth-anything/Depth-Anything-V2-Small-hf",
+        released="depth-anything/Depth-Anything-V2-Small-hf",
     ),
     "pose": Kind(
         drawing="vfun_cli.control.pose:pose",
         packages={"cv2": "opencv-python-headless", "rtmlib": "rtmlib", "onnxruntime": "onnxruntime"},
         model="DWPose's yolox_l.onnx and dw-ll_ucoco_384.onnx, or others of rtmlib's",
-        download="download yzd-v/DWPose yolox_l.onnx dw-ll_ucoco_384.onnx",
+        released="yzd-v/DWPose yolox_l.onnx dw-ll_ucoco_384.onnx",
     ),
 }
 
