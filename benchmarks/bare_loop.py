@@ -54,7 +54,7 @@ class Encoded:
     """An adapter of a transformer without encoders, and the one clip that it knows, as a warm cache has it."""
 
     def __init__(self) -> None:
-        latent = SPEC.plan.latent_shape(SimpleNamespace(**SHAPE))  # type: ignore[arg-type]
+        latent = SPEC.plan.latent_shape(SimpleNamespace(**SHAPE))
         torch.manual_seed(1)
         self.latents, self.text = torch.randn(1, 16, *latent), torch.randn(1, 226, MODEL["text_embed_dim"])
         self.encoders = Encoders({}, CPU)
@@ -63,7 +63,7 @@ class Encoded:
         """The clip as the only sample of a step."""
         request = SampleRequest(
             key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", stride=1, total_frames=40, fps=(16, 1),
-            **SHAPE,
+            **SHAPE,  # type: ignore[arg-type]
         )  # fmt: skip
         found = {"clip": {"value": self.latents[0]}, "text": {"value": self.text[0]}}
         return LoadedBatch(

@@ -49,6 +49,7 @@ class Work(nn.Module):
         self.config = {"text_len": TEXT_LEN}
         self.repeats = repeats
         self.layer, self.mix = nn.Linear(WIDTH, WIDTH), nn.Linear(LATENT[0], LATENT[0])
+        self.start: Tensor
         self.register_buffer("start", torch.randn(ROWS, WIDTH))
 
     def forward(self, hidden_states: Tensor, **conditions: Any) -> Tensor:
@@ -189,7 +190,9 @@ def shortest(rows: list[dict[str, Any]], workers: int) -> float | None:
 def main() -> None:
     """Fill, measure, print and write."""
     given = parser("data_wait", __doc__).parse_args()
-    lengths, workers_tried, least_steps, row_seconds = STEP_SECONDS, WORKERS, STEPS, ROW_SECONDS
+    lengths: tuple[float, ...] = STEP_SECONDS
+    workers_tried: tuple[int, ...] = WORKERS
+    least_steps, row_seconds = STEPS, ROW_SECONDS
     if given.smoke:
         lengths, workers_tried, least_steps, row_seconds = STEP_SECONDS[-1:], WORKERS[:1], 4, 0.0
     torch.set_num_threads(1)

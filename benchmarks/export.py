@@ -142,11 +142,12 @@ def write_fsdp(directory: Path, blocks: int) -> None:
     """One rank of what accelerate's save_state writes with SHARDED_STATE_DICT; run under torchrun."""
     import torch
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
     dist.init_process_group("gloo")
-    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (RANKS,))
     rng = np.random.default_rng(dist.get_rank())
 
     def shard(shape: tuple[int, ...], *, zeros: bool) -> DTensor:
@@ -155,13 +156,13 @@ def write_fsdp(directory: Path, blocks: int) -> None:
         return DTensor.from_local(values, mesh, [Shard(0)])
 
     model = {name: shard(shape, zeros=False) for name, shape in shapes(blocks).items()}
-    dcp.save({"model": model}, checkpoint_id=directory / "pytorch_model_fsdp_0")
+    save({"model": model}, checkpoint_id=directory / "pytorch_model_fsdp_0")
     del model
     state = {
         name: {"exp_avg": shard(shape, zeros=True), "exp_avg_sq": shard(shape, zeros=True), "step": torch.tensor(1.0)}
         for name, shape in shapes(blocks).items()
     }
-    dcp.save({"optimizer": {"state": state}}, checkpoint_id=directory / "optimizer_0")
+    save({"optimizer": {"state": state}}, checkpoint_id=directory / "optimizer_0")
     dist.destroy_process_group()
 
 
@@ -189,8 +190,8 @@ os.fsync(output)
 
 def commands(strategy: str, checkpoint: Path, base: Path, out: Path, parameters: int) -> dict[str, list[str]]:
     """The argument vector of each tool."""
-    read = sorted(checkpoint.rglob("*.distcp" if strategy == "fsdp" else "*optim_states.pt"))
-    read = [str(file) for file in read if "optimizer_0" not in file.parts]
+    files = sorted(checkpoint.rglob("*.distcp" if strategy == "fsdp" else "*optim_states.pt"))
+    read = [str(file) for file in files if "optimizer_0" not in file.parts]
     tools = {
         "floor": [sys.executable, "-S", "-c", _FLOOR, str(out), str(parameters), *read],
         "vfun": [sys.executable, "-c", _OURS, str(checkpoint), str(out), str(base)],

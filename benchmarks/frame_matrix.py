@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -31,7 +32,7 @@ def main() -> None:
     clips, draws = (MATRIX[:2], 2) if arguments.smoke else (MATRIX, arguments.draws)
     av.logging.set_level(av.logging.PANIC)
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for clip in clips:

@@ -43,7 +43,7 @@ from vfun_cli.errors import VfunError
 from vfun_cli.families.wan_s2v import SPEC
 from vfun_cli.metadata.checks import Settings, validate
 from vfun_cli.metadata.clip_needs import ClipNeeds
-from vfun_cli.metadata.deep import decode_many
+from vfun_cli.metadata.deep import Kind, decode_many
 from vfun_cli.metadata.facts import Failure
 from vfun_cli.metadata.fields import MetadataField
 from vfun_cli.metadata.fix import write_fixed
@@ -186,7 +186,7 @@ def fuzz_media(root: Path, folder: Path, count: int, seed: int) -> dict[str, Any
         kinds[f"{kind} {source.suffix}"] += 1
         paths.append(folder / f"{number:04d}{source.suffix}")
         paths[-1].write_bytes(content)
-    keys = [(str(path), "audio" if path.suffix == ".wav" else "visual") for path in paths]
+    keys: list[tuple[str, Kind]] = [(str(path), "audio" if path.suffix == ".wav" else "visual") for path in paths]
     ends, failures, slowest = Counter[str](), [], 0.0
     for key in keys:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -122,7 +122,9 @@ def write_clip(folder: Path, frames: int, size: int) -> dict[str, Any]:
     pixels = torch.from_numpy(rng.random((frames, 3, size, size), dtype=np.float32)) * 2 - 1
     for name in ("clip.mp4", "control.mp4"):
         writing.write_video(folder / name, pixels, Fraction(16))
-    writing.write_wav(folder / "sound.wav", rng.standard_normal(frames * 1000).astype(np.float32) / 10, 16000)
+    writing.write_wav(
+        folder / "sound.wav", rng.standard_normal(frames * 1000, dtype=np.float32) / np.float32(10), 16000
+    )
     return {
         "file_path": str(folder / "clip.mp4"), "control_file_path": str(folder / "control.mp4"),
         "audio_path": str(folder / "sound.wav"), "text": "waves roll in", "type": "video",
@@ -193,6 +195,7 @@ class Bench:
         plan: Any = SimpleNamespace(spec=self.spec)
         prepare_blocks(replace(config, gradient_checkpointing=checkpointing, compile=compiled), plan, transformer)
         accelerator = make_accelerator(config)
+        assert config.pretrained_model_name_or_path is not None
         costs = Costs(spec=self.spec, dims=dims, share=trained_share(transformer))
         idle: Any = SimpleNamespace(reason=lambda: 0)
         return Trainer(
@@ -323,7 +326,7 @@ def main() -> None:
 
         def note(family: str, name: str, measure: Callable[[], Any]) -> None:
             """One result under its name, or among the rows; what there is no time for is said."""
-            result = measure() if time.monotonic() < end else {"not_measured": "out of time"}
+            result: dict[str, Any] = measure() if time.monotonic() < end else {"not_measured": "out of time"}
             if name == "rows":
                 if "tflops" in result:
                     result["mfu_of_matrix_product"] = round(result["tflops"] * 1e12 / ceiling, 4)
@@ -337,12 +340,12 @@ def main() -> None:
         for mode in MODES[:2] if given.smoke else MODES:
             for shape in shapes:
                 for family, bench in benches.items():
-                    note(family, "rows", lambda bench=bench, shape=shape, mode=mode: bench.measure(shape, *mode))
+                    note(family, "rows", partial(bench.measure, shape, *mode))
             if mode == PROFILED:
                 for family, bench in benches.items():
-                    note(family, "profile", lambda bench=bench: bench.profile(shapes[0]))
+                    note(family, "profile", partial(bench.profile, shapes[0]))
         for family, bench in benches.items():
-            note(family, "rows", lambda bench=bench: bench.measure(shapes[0], *MODES[0], inline=True))
+            note(family, "rows", partial(bench.measure, shapes[0], *MODES[0], inline=True))
         for family, bench in benches.items() if device.type == "cuda" else ():
             note(family, "first_square_that_does_not_fit", bench.first_too_large)
 

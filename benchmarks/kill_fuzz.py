@@ -330,7 +330,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    strategies, steps = STRATEGIES, STEPS
+    strategies: tuple[str, ...] = STRATEGIES
+    steps = STEPS
     if given.smoke:
         given.kills, strategies, steps = 1, STRATEGIES[:1], 6
     rng, seen, began = random.Random(given.seed), Counter[str](), time.monotonic()

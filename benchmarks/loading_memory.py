@@ -138,9 +138,8 @@ class Peaks(threading.Thread):
 def resident() -> tuple[int, int]:
     """RssAnon and RssFile of this process in bytes."""
     status = Path("/proc/self/status").read_text()
-    found = [re.search(rf"{name}:\s+(\d+) kB", status) for name in ("RssAnon", "RssFile")]
-    assert all(found)
-    return tuple(1024 * int(each[1]) for each in found)
+    kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", status))
+    return 1024 * int(kilobytes["RssAnon"]), 1024 * int(kilobytes["RssFile"])
 
 
 def rank(folder: Path, name: str, way: str) -> None:
@@ -188,20 +187,20 @@ def rank(folder: Path, name: str, way: str) -> None:
         choose_trainable(transformer, config.trainable_modules)
     if way == "in-files":  # at once, no weight is in its place before all are
         peaks.model = transformer
-    make_optimizer = model.make_optimizer
+    make_optimizer = model.make_optimizer  # type: ignore[attr-defined]
 
     def all_read(*given: Any, **named: Any) -> Any:
         peaks.reading = False
         return make_optimizer(*given, **named)
 
-    model.make_optimizer = all_read
+    model.make_optimizer = all_read  # type: ignore[attr-defined]
     take = streaming.BlockStream.take
 
     def noted(stream: Any, *given: Any) -> None:
         peaks.streams = [stream]
         take(stream, *given)
 
-    streaming.BlockStream.take = noted
+    streaming.BlockStream.take = noted  # type: ignore[assignment,method-assign]
     adapter: Any = SimpleNamespace(transformer=transformer)
     state = model.prepare_state(config, SPEC, adapter, accelerator, lazy)
     accelerator.wait_for_everyone()

@@ -86,14 +86,14 @@ def measure(ranks: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
             made.numbers = watch.around(made.numbers)  # type: ignore[method-assign]
             return made
 
-        trainer.gather = gather_from_all  # type: ignore[method-assign]
-        trainer_module.Download = watch.around(download)  # type: ignore[assignment, misc]
+        trainer.gather = gather_from_all  # type: ignore[assignment,method-assign]
+        trainer_module.Download = watch.around(download)  # type: ignore[assignment,attr-defined]
         try:
             source = batches()
             trainer.train(source, 0)
             next(source, None)
         finally:
-            trainer_module.Download = Download  # type: ignore[misc]
+            trainer_module.Download = Download  # type: ignore[attr-defined]
             metrics.close()
     meter, step = np.array(in_meter[WARM_UP:]), np.array(whole[WARM_UP:])
     assert len(meter) == steps and meter.min() > 0

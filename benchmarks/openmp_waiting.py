@@ -68,7 +68,7 @@ def make_step(folder: Path) -> Callable[[], None]:
             "file_path": str(root / "train/00000001.mp4"), "audio_path": str(root / "wav/00000001.wav"),
             "control_file_path": str(root / "control/00000001.mp4"), "text": "a red circle moves", "type": "video",
         },
-        **SHAPE,
+        **SHAPE,  # type: ignore[arg-type]
     )  # fmt: skip
     sample = prepared(adapter_of(spec).inputs(request, options))
 

@@ -45,14 +45,16 @@ def main() -> None:
                 for world_size in ranks:
                     chosen = PlanOptions.pick(spec.defaults.train, **{**options, "world_size": world_size})
                     plan = plan_epoch(spec, spec.model.dims, table, chosen, 0)
-                    line = {
+                    balance, independent = mean_over_max(plan), independent_balance(plan)
+                    assert balance is not None and independent is not None  # there are rows
+                    line: dict[str, Any] = {
                         "family": name,
                         "data": data,
                         "batch": batch,
                         "world_size": world_size,
                         "steps": plan.num_steps,
-                        "mean_over_max_flops": round(mean_over_max(plan), 4),
-                        "independent_draws": round(independent_balance(plan), 4),
+                        "mean_over_max_flops": round(balance, 4),
+                        "independent_draws": round(independent, 4),
                     }
                     numbers.append(line)
                     print(*line.values(), sep="  ")

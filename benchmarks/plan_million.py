@@ -36,6 +36,8 @@ def main() -> None:
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
             started = time.perf_counter()
             digest = plan.digest()
+            balance = mean_over_max(plan)
+            assert balance is not None  # there are rows
             line = {
                 "family": name,
                 "world_size": world_size,
@@ -46,7 +48,7 @@ def main() -> None:
                 "steps": plan.num_steps,
                 "buckets": len(plan.buckets),
                 "used": plan.ledger.used,
-                "mean_over_max_flops": round(mean_over_max(plan), 5),
+                "mean_over_max_flops": round(balance, 5),
                 "digest": digest,
             }
             numbers.append(line)

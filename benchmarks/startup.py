@@ -124,7 +124,7 @@ def stall(strategy: str, lengths: dict[str, int], *more: str, background: bool) 
     saves = {line["step"]: (moment, line["seconds"]) for moment, line in lines if line.get("event") == "checkpoint"}
     del saves[steps]
     writing = {step: max(0.0, whole[f"checkpoint-{step}"] - moment) for step, (moment, _) in saves.items()}
-    alone, beside, left = [], [], 0.0
+    alone, beside, left = list[float](), list[float](), 0.0
     for line in (line for _, line in lines if "loss" in line):
         left = writing.get(line["step"] - 1, left)
         if line["step"] > WARM_UP:
@@ -179,7 +179,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("startup", "stall"), help="measure one of the two; default: both")
     given = parser.parse_args()
-    strategies, small, large = STRATEGIES, SMALL, LARGE
+    strategies: tuple[str, ...] = STRATEGIES
+    small, large = SMALL, LARGE
     if given.smoke:
         given.repeats, strategies = 1, STRATEGIES[:1]
         small = large = {"steps": 4, "every": 2}

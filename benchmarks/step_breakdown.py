@@ -134,7 +134,7 @@ def timed_rank(run_json: Path) -> int:
             spent[part].append(seconds)
         return result
 
-    trainer.Trainer.enqueue = timed_step  # type: ignore[method-assign]
+    trainer.Trainer.enqueue = timed_step  # type: ignore[assignment,method-assign]
     code = run_rank(run_json)
     profiler.stop()
     collectives = sum(event.time_range.elapsed_us() for event in profiler.events() if event.name.startswith("gloo:"))

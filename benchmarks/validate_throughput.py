@@ -24,7 +24,7 @@ from vfun_cli.demo.media import build_media
 from vfun_cli.devices import cpu_cores
 from vfun_cli.metadata.checks import Settings, validate
 from vfun_cli.metadata.fields import MetadataField
-from vfun_cli.metadata.probe import probe_many
+from vfun_cli.metadata.probe import MediaKind, probe_many
 from vfun_cli.metadata.records import read_metadata
 
 FIELDS = (
@@ -70,7 +70,7 @@ def both_clocks(work: Any) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - worked
 
 
-def compare(paths: list[tuple[str, str]], threads: int) -> dict[str, Any]:
+def compare(paths: list[tuple[str, MediaKind]], threads: int) -> dict[str, Any]:
     """Files a second of both, taken in turns: medians, and the median of each turn's ratio."""
     files = [path for path, _ in paths]
 
@@ -122,8 +122,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows = rows_over(root, arguments.files)
-        video = [(str(root / row["file_path"]), "visual") for row in rows]
-        sound = [(str(root / row["audio_path"]), "audio") for row in rows]
+        video: list[tuple[str, MediaKind]] = [(str(root / row["file_path"]), "visual") for row in rows]
+        sound: list[tuple[str, MediaKind]] = [(str(root / row["audio_path"]), "audio") for row in rows]
         result = {
             "threads": threads,
             "files_per_second": {

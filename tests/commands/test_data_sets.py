@@ -96,12 +96,18 @@ def test_the_rows_of_all_sets_are_checked_and_each_bad_one_is_named_with_its_set
         (["rows.json", "rows.json:2"], "more than once"),
         ([""], "is empty"),
         ([":2"], ":2: No such file"),
+        (["rows.json:-1"], "'-1' does not say how often an epoch shows rows.json"),
+        (["rows.json:twice"], "rows.json:0.5 half of them"),
+        (["gone.json"], "next: Correct the path"),
+        (["gone.json:twice"], "gone.json:twice: No such file"),
+        (["x" * 300 + ":twice"], "too long"),
     ],
 )
 def test_what_is_no_data_set_is_refused_with_words(
     vfun: Vfun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text("[]")
     said = vfun("plan-buckets", FAMILY, *(word for each in typed for word in ("--train-data-meta", each)))
     assert said.code in (2, 3) and words in " ".join(said.err.split()), said.err
 

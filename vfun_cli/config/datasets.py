@@ -9,6 +9,7 @@ Typed as ``a.json:2``, or written down in ``vfun.toml``:
     caption_prefix = "in the style of b"
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -114,9 +115,21 @@ def _parse_one(entry: Any, where: str) -> DataSet:
         case str() | Path():
             stated = _REPEATED.fullmatch(str(entry))
             if stated is None:
-                return DataSet(meta=_path(str(entry), where))
+                return DataSet(meta=_without_repeats(_path(str(entry), where), where))
             return DataSet(meta=_path(stated["meta"], where), repeats=_repeats(stated["repeats"], where))
     raise ConfigError(f"{where} is {entry!r}; it takes a path.")
+
+
+def _without_repeats(path: Path, where: str) -> Path:
+    """A path in which a colon may stand, unless what is there is what stands before the colon."""
+    meta, _, repeats = str(path).rpartition(":")
+    there = os.path.exists  # Path.exists raises where it may not look, and for names that are too long
+    if meta and there(meta) and not there(path):
+        raise ConfigError(
+            f"{where}: there is no {path}, and {repeats!r} does not say how often an epoch shows {meta}.",
+            hint=f"{meta}:2 shows each of its clips twice, {meta}:0.5 half of them.",
+        )
+    return path
 
 
 def _from_table(table: Mapping[str, Any], where: str) -> DataSet:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vfun_cli.errors import MetadataError, did_you_mean
 from vfun_cli.metadata.clip_needs import ClipNeeds
-from vfun_cli.metadata.codes import Problem
+from vfun_cli.metadata.codes import CODES, Problem
 from vfun_cli.metadata.deep import DeepFacts, decode_many
 from vfun_cli.metadata.facts import AudioFacts, Facts, Failure, VisualFacts
 from vfun_cli.metadata.fields import MetadataField, odd_sign, stated_media, texts_of
@@ -123,10 +123,11 @@ class Report:
         if len(errors) > 10:
             lines.append(f"  … and {len(errors) - 10} more")
         where = f"{len(self.bad_rows)} of {self.rows} rows" if self.bad_rows else f"the {self.metadata.whole}"
+        way_out = "--fix OUT writes a corrected copy without bad rows." if self.bad_rows else CODES[errors[0].code].fix
         raise MetadataError(
             f"{self.metadata.path}: {where} cannot be trained on{' (counted from 0)' * bool(self.bad_rows)}:\n"
             + "\n".join(lines),
-            hint="--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
+            hint=f"{way_out} All that is wrong: vfun validate-meta",
         )
 
 
