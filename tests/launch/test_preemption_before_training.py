@@ -27,6 +27,22 @@ def test_a_signal_ends_the_block_and_the_handlers_come_back(number: int) -> None
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
+def test_a_signal_ends_the_block_from_where_python_drops_exceptions(number: int) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    hook = sys.unraisablehook
+    with pytest.raises(NothingToSave), nothing_to_save():
+        dying = Dying()
+        del dying
+        time.sleep(1)
+        pytest.fail("dropped")
+    assert sys.unraisablehook is hook
+
+
 def test_a_signal_during_validation_leaves_no_run(tmp_path: Path) -> None:
     command = ("train", "wan-s2v", "--demo", "--strategy", "single", "--max-train-steps", "1")
     job = subprocess.Popen(

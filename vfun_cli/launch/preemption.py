@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +22,7 @@ class NothingToSave(VfunError):
 
 
 class _Preempted(KeyboardInterrupt):
-    """Goes where Ctrl-C goes: past every handler of errors."""
+    """Goes where Ctrl-C goes: past every handler of errors; its argument is the signal."""
 
 
 @contextmanager
@@ -33,11 +35,14 @@ def nothing_to_save(
         NothingToSave: there was a signal.
     """
     before = {number: signal.signal(number, _on_signal) for number in preemption_signals()}
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda lost: _again(lost.exc_value) or unraisable(lost)
     try:
         yield
     except _Preempted:
         raise NothingToSave(message) from None
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -54,4 +59,12 @@ def leave_terminal(number: int) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     leave_terminal(number)
-    raise _Preempted
+    raise _Preempted(number)
+
+
+def _again(lost: BaseException | None) -> bool:
+    """Send a signal once more whose exception came up where Python drops it, as in a ``__del__`` during an import."""
+    if not isinstance(lost, _Preempted):
+        return False
+    threading.Timer(0.01, os.kill, (os.getpid(), lost.args[0])).start()  # when this place has been left
+    return True
