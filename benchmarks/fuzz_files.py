@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import record
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.written_runs import FAMILY, write_run
 from vfun_cli import families
@@ -74,11 +74,7 @@ def targets(smoke: bool) -> list[Target]:
     found = [target for run in (full, lora) for target in of_run(run, merged=run is lora)]
     kohya = Path("kohya.safetensors")
     shutil.copy2(lora.checkpoint(4) / "model" / ADAPTER_FILE, kohya)
-    pairs = {
-        "lora_unet__a.lora_down.weight": np.ones((2, 3), np.float32),
-        "lora_unet__a.alpha": np.ones((), np.float32),
-    }
-    save_file(pairs | {"lora_unet__a.lora_up.weight": np.ones((3, 2), np.float32)}, "alphas.safetensors")
+    save_file(with_alphas(load_file(kohya)), "alphas.safetensors")
     for file in (kohya, Path("alphas.safetensors")):
         start = (
             "lora",
@@ -96,6 +92,17 @@ def targets(smoke: bool) -> list[Target]:
     for name in (FAMILY,) if smoke else families.FAMILIES:
         found += of_model(families.find(name))
     return found
+
+
+def with_alphas(adapter: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """A LoRA of peft's names in kohya's: ``lora_unet__a_b.lora_down.weight``, and an alpha for each layer."""
+    parts = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = dict[str, np.ndarray[Any, Any]]()
+    for name, values in adapter.items():
+        layer, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        start = f"lora_unet__{layer.replace('.', '_')}"
+        renamed |= {f"{start}.{parts[part]}.weight": values, f"{start}.alpha": np.ones((), np.float32)}
+    return renamed
 
 
 def of_run(run: RunDir, *, merged: bool) -> list[Target]:

@@ -260,7 +260,7 @@ def test_every_hint_with_a_command_stands_in_this_file() -> None:
         "vfun make-meta FOLDER; of a metadata file, vfun validate-meta META --fix OUT fills in what it lacks.",
         "Go on with --optimizer {}, or begin a new run from the weights: vfun export-bf16 {}",  # another optimizer
         # rows that cannot be trained on
-        "--fix OUT writes a corrected copy without bad rows. All that is wrong: vfun validate-meta",
+        "{} All that is wrong: vfun validate-meta",
         "All codes: vfun validate-meta --explain all",  # a code that does not exist
         "What to do: vfun validate-meta --explain {}",  # rows that no video can be made of: tests/sampling/test_rows.py
         "All files that cannot be decoded: vfun validate-meta --deep",  # a file that only decoding finds broken
