@@ -10,6 +10,7 @@ the file deserves, or take longer than a moment.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -168,7 +169,7 @@ def mutate_values(text: bytes, rng: random.Random) -> bytes:
                 rng.choice(["[" * NESTED + "]" * NESTED, '{"a":' * 200 + "1" + "}" * 200]),
             )
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))  # of its own: the next change may go into it
     written = json.dumps(content)
     if buried:
         written = written.replace('"BURIED"', buried)

@@ -14,6 +14,9 @@ from typing import IO
 from vfun_cli.disks.abilities import fsync
 from vfun_cli.errors import ConfigError, EnvironmentFault, first_line
 
+LONGEST_NAME = 255
+"""Bytes of a name between slashes."""
+
 
 class NotRegular(OSError):
     """A directory, a pipe or a device: to read it might never end."""
@@ -36,6 +39,11 @@ def regular_status(path: str | Path) -> os.stat_result:
     return status
 
 
+def has_too_long_a_name(path: str) -> bool:
+    """Whether no file system has such a file; to ask whether it exists is an error there, not a no."""
+    return any(len(name) > LONGEST_NAME for name in os.fsencode(path).split(b"/"))
+
+
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it, in which it will be made."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
@@ -53,6 +61,18 @@ def at_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{path}: {first_line(error)}") from None
+
+
+def possible(path: str | Path) -> Path:
+    """The same of a path that a file can have, so that it can be asked for without an error of the system.
+
+    Raises:
+        ValueError: as of :func:`at_home`, or a name in it is too long.
+    """
+    found = at_home(path)
+    if has_too_long_a_name(str(found)):
+        raise ValueError(f"a name in it has more than {LONGEST_NAME} bytes")
+    return found
 
 
 def open_bounded(path: Path, most: int) -> IO[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vfun_cli.errors import CheckpointError, first_line
-from vfun_cli.files import open_bounded
+from vfun_cli.files import LONGEST_NAME, has_too_long_a_name, open_bounded
 from vfun_cli.lfs import refuse_lfs_pointer
 
 Check = Callable[[str, Any], None]
@@ -143,6 +143,8 @@ def file_path(name: str, value: Any) -> None:
         _refuse(name, value, f"a path of at most {LONGEST_PATH} characters")
     if "\0" in value or not _can(lambda: os.fsencode(value)):
         _refuse(name, value, "a path without NUL and half characters")
+    if has_too_long_a_name(value):
+        _refuse(name, value, f"a path whose names have at most {LONGEST_NAME} bytes")
 
 
 def one_of(*known: str | int) -> Check:

@@ -100,7 +100,7 @@ def test_the_rows_of_all_sets_are_checked_and_each_bad_one_is_named_with_its_set
         (["rows.json:twice"], "rows.json:0.5 half of them"),
         (["gone.json"], "next: Correct the path"),
         (["gone.json:twice"], "gone.json:twice: No such file"),
-        (["x" * 300 + ":twice"], "too long"),
+        (["x" * 300 + ":twice"], "it takes a path"),
     ],
 )
 def test_what_is_no_data_set_is_refused_with_words(

@@ -181,7 +181,7 @@ def test_a_path_may_begin_at_home_and_is_never_empty(
     for way, value in said.items():
         (tmp_path / way).mkdir()
         assert getattr(settle(command, **{way: value}, folder=tmp_path / way).config, name) == tmp_path / "x", way
-    for wrong in ("", "~nobody-of-this-name/x", "a\0b"):
+    for wrong in ("", "~nobody-of-this-name/x", "a\0b", f"a/{'x' * 300}/b"):
         with pytest.raises(ConfigError, match=f"{name} is .* takes a path"):
             parse(name, wrong, name)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli.errors import ConfigError, did_you_mean
-from vfun_cli.files import at_home
+from vfun_cli.files import possible
 from vfun_cli.metadata.records import root_of
 
 FINEST = 10_000
@@ -159,7 +159,7 @@ def _path(value: Any, where: str) -> Path:
     if not isinstance(value, str | Path):
         raise ConfigError(f"{where} is {value!r}; it takes a path.")
     try:
-        return at_home(value)
+        return possible(value)
     except ValueError:
         empty = not str(value)
         raise ConfigError(

@@ -20,7 +20,7 @@ from vfun_cli.config.datasets import DataSet, parse_data_sets, sets_over_paths, 
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import ConfigError, did_you_mean
-from vfun_cli.files import at_home
+from vfun_cli.files import at_home, possible
 from vfun_cli.metadata.fields import odd_sign
 from vfun_cli.modeling.captions import CAPTION_DROPOUT
 
@@ -1297,7 +1297,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     try:
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
-        return at_home(value) if kind is Path else kind(value)
+        return possible(value) if kind is Path else kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where} is {value!r}; it takes {_TYPE_WORDS[kind]}.") from None
 
