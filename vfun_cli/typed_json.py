@@ -137,12 +137,17 @@ def text(longest: int = 4096) -> Check:
     return check
 
 
-def file_path(name: str, value: Any) -> None:
-    """Text that can name a file, also one whose name is no UTF-8."""
+def text_or_path(name: str, value: Any) -> None:
+    """Text of any meaning: also the path of a file whose name is no UTF-8."""
     if not isinstance(value, str) or len(value) > LONGEST_PATH:
         _refuse(name, value, f"a path of at most {LONGEST_PATH} characters")
     if "\0" in value or not _can(lambda: os.fsencode(value)):
         _refuse(name, value, "a path without NUL and half characters")
+
+
+def file_path(name: str, value: Any) -> None:
+    """The same of what a file can be called."""
+    text_or_path(name, value)
     if has_too_long_a_name(value):
         _refuse(name, value, f"a path whose names have at most {LONGEST_NAME} bytes")
 

@@ -107,6 +107,15 @@ def test_only_an_older_export_is_written_over(other: str, tmp_path: Path) -> Non
     assert len(list(output.iterdir())) == 1
 
 
+def test_an_export_whose_record_is_damaged_is_left_and_another_place_is_asked_for(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    put(output, "old")
+    (output / RECORD).write_text('{"schema": 1, "files": 7}')
+    with pytest.raises(ConfigError, match="no longer says what it wrote") as caught:
+        check_output(output, "bf16", overwrite=True, sources=())
+    assert "Name another --output" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("output", ["run/checkpoint-4", "run/checkpoint-4/model", "run", "model", "link"])
 def test_an_export_never_deletes_what_it_is_made_from(output: str, tmp_path: Path) -> None:
     reads = (tmp_path / "run" / "checkpoint-4", tmp_path / "model" / "transformer")

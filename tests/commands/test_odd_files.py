@@ -119,6 +119,7 @@ ODD: list[tuple[Path, Callable[[str], str], tuple[str, ...]]] = [
     (STATE, setting("layouts", to=[{"until": 1}]), RESUME),
     (STATE, setting("run_config", to=[]), EXPORT),
     (STATE, setting("run_config", "pretrained_model_name_or_path", to=7), EXPORT),
+    (STATE, setting("run_config", "train_mode", to=[1, 2]), EXPORT),
     (STATE, setting("run_config", "transformer_path", to="a/" + "x" * 300), EXPORT),
     (STATE, setting("family", to="none"), EXPORT),
     (STATE, deep, EXPORT),

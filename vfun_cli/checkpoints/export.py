@@ -147,7 +147,11 @@ def refuse_taken(output: Path, *, overwrite: bool) -> None:
     hint = f"{ANOTHER[:-1]}, or move what is there away yourself."
     if not output.is_dir():
         raise ConfigError(f"--output {output} is no folder.", hint=hint)
-    own = {RECORD, *(read_record(output) or {"files": ()})["files"]}
+    try:
+        own = {RECORD, *(read_record(output) or {"files": ()})["files"]}
+    except CheckpointError as error:
+        what = f"--output {output} is an export that no longer says what it wrote"
+        raise ConfigError(f"{what}: {error.message}", hint=hint) from None
     foreign = sorted(path.name for path in output.iterdir() if path.name not in own or path.is_dir())
     if foreign:
         raise ConfigError(

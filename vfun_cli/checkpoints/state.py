@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vfun_cli.checkpoints.given import TRANSFORMER, VAE
 from vfun_cli.typed_json import (
     LARGEST_NUMBER,
     Check,
@@ -15,6 +16,7 @@ from vfun_cli.typed_json import (
     read_object,
     record,
     text,
+    text_or_path,
     whole,
 )
 
@@ -32,7 +34,7 @@ def setting(name: str, value: Any) -> None:
     elif isinstance(value, dict):
         _entry(name, value)
     elif isinstance(value, str):
-        file_path(name, value)
+        text_or_path(name, value)
     elif isinstance(value, float):
         number()(name, value)
     elif value is not None and not isinstance(value, bool):
@@ -41,14 +43,22 @@ def setting(name: str, value: Any) -> None:
 
 def _entry(name: str, value: Any) -> None:
     """Of a list: text, a number, or a data set with all that is said of it."""
-    (mapping(file_path) if isinstance(value, dict) else whole() if isinstance(value, int) else file_path)(name, value)
+    check = mapping(text_or_path) if isinstance(value, dict) else whole() if isinstance(value, int) else text_or_path
+    check(name, value)
+
+
+READ_WITHOUT_A_RUN: Mapping[str, Check] = {
+    **dict.fromkeys((TRANSFORMER, VAE), optional(file_path)),
+    "train_mode": optional(text()),
+}
+"""Options that an export and ``vfun generate`` take from a checkpoint, and that may be left out."""
 
 
 def options(*paths: str, data: str | None = None) -> Check:
     """The options of a run; ``paths`` name those that must be there and are paths, ``data`` its data sets'."""
     counted = {"num_processes": whole(1, MOST_PROCESSES), "gradient_accumulation_steps": whole(1)}
     sets = {} if data is None else {data: setting}
-    fields = record({**counted, **dict.fromkeys(paths, file_path), **sets})
+    fields = record({**counted, **dict.fromkeys(paths, file_path), **sets, **READ_WITHOUT_A_RUN})
     values = mapping(setting)
 
     def check(name: str, value: Any) -> None:
