@@ -42,7 +42,7 @@ from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation
 
 REPEATS, WARM_UP = 24, 3
-SHAPE = {"frames": 9, "height": 128, "width": 128}
+SHAPE: dict[str, Any] = {"frames": 9, "height": 128, "width": 128}
 MODEL = {
     "num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 16, "num_layers": 4, "text_embed_dim": 512,
     "sample_width": 16, "sample_height": 16, "use_rotary_positional_embeddings": True,
@@ -63,7 +63,7 @@ class Encoded:
         """The clip as the only sample of a step."""
         request = SampleRequest(
             key=SampleKey(seed=1, epoch=0, row=step), record={}, kind="video", stride=1, total_frames=40, fps=(16, 1),
-            **SHAPE,  # type: ignore[arg-type]
+            **SHAPE,
         )  # fmt: skip
         found = {"clip": {"value": self.latents[0]}, "text": {"value": self.text[0]}}
         return LoadedBatch(

@@ -187,6 +187,7 @@ def rank(folder: Path, name: str, way: str) -> None:
         choose_trainable(transformer, config.trainable_modules)
     if way == "in-files":  # at once, no weight is in its place before all are
         peaks.model = transformer
+    # The trainer's own functions tell when they are called: what is measured must be what vfun runs.
     make_optimizer = model.make_optimizer  # type: ignore[attr-defined]
 
     def all_read(*given: Any, **named: Any) -> Any:

@@ -86,6 +86,7 @@ def measure(ranks: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
             made.numbers = watch.around(made.numbers)  # type: ignore[method-assign]
             return made
 
+        # The trainer's own functions, timed: what is measured must be what vfun runs.
         trainer.gather = gather_from_all  # type: ignore[assignment,method-assign]
         trainer_module.Download = watch.around(download)  # type: ignore[assignment,attr-defined]
         try:

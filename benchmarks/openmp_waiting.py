@@ -37,7 +37,7 @@ ROUNDS, BUSY_ROUNDS, WARM_UP = 15, 5, 1
 FOREIGN = 0.1
 """Share of the machine's time that others may take in a quiet round."""
 FAMILY = "wan-s2v"
-SHAPE = {"frames": 8, "height": 64, "width": 64}
+SHAPE: dict[str, Any] = {"frames": 8, "height": 64, "width": 64}
 
 
 def make_step(folder: Path) -> Callable[[], None]:
@@ -68,7 +68,7 @@ def make_step(folder: Path) -> Callable[[], None]:
             "file_path": str(root / "train/00000001.mp4"), "audio_path": str(root / "wav/00000001.wav"),
             "control_file_path": str(root / "control/00000001.mp4"), "text": "a red circle moves", "type": "video",
         },
-        **SHAPE,  # type: ignore[arg-type]
+        **SHAPE,
     )  # fmt: skip
     sample = prepared(adapter_of(spec).inputs(request, options))
 

@@ -134,6 +134,7 @@ def timed_rank(run_json: Path) -> int:
             spent[part].append(seconds)
         return result
 
+    # The trainer's own step, timed: what is measured must be what vfun runs.
     trainer.Trainer.enqueue = timed_step  # type: ignore[assignment,method-assign]
     code = run_rank(run_json)
     profiler.stop()

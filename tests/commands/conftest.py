@@ -94,7 +94,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def never_trains(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch writes what a run has after four steps."""
+    """A launch writes what a run has after four steps: for tests of what commands do before and after a training."""
 
     def launch(argv: list[str], machine: Machine, *args: Any, **named: Any) -> Outcome:
         run, described = machine.run, machine.run.read_run()

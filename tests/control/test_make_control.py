@@ -206,6 +206,8 @@ WRONG = [
         2,
         "To get one: hf download depth-anything/Depth-Anything-V2-Small-hf --local-dir models/depth",
     ),
+    (("--kind", "depth"), 2, "no folder is named by --model"),
+    (("--kind", "depth", "--model", "none"), 2, "there is no folder none"),
     (("--kind", "depth", "--model", "no ne"), 2, "V2-Small-hf --local-dir 'no ne'"),
 ]
 

@@ -4,18 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from vfun_cli.checkpoints.naming import LayerLocation
+from vfun_cli.checkpoints.naming import LayerLocation, Span
 from vfun_cli.checkpoints.tensors import Joined, TensorSource, rows_of
 from vfun_cli.errors import CheckpointError
 
 Locate = Callable[[str], LayerLocation | None]
 """From a layer's name to where the other release keeps it."""
 
-Span = tuple[int, int, int]
-"""Rows of a layer: the first here, the first in the other release's tensor, how many."""
 
-
-class Shaped(Protocol):
+class HasShape(Protocol):
     """Anything that has a tensor's shape."""
 
     @property
@@ -23,7 +20,7 @@ class Shaped(Protocol):
         """Rows first."""
 
 
-T = TypeVar("T", bound=Shaped)
+T = TypeVar("T", bound=HasShape)
 
 
 def joined(sources: Mapping[str, TensorSource], locate: Locate, where: Path) -> dict[str, TensorSource]:

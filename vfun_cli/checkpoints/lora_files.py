@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vfun_cli.checkpoints import safetensors
+from vfun_cli.checkpoints.joint import taken
 from vfun_cli.checkpoints.lora_layouts import ANY, DIFFUSERS_METADATA, FINETRAINERS_METADATA, Layout, layout_of
 from vfun_cli.checkpoints.naming import LayerLocation
 from vfun_cli.checkpoints.tensors import Joined, TensorSource, elements_of, held, read_float32, rows_of
@@ -328,11 +329,10 @@ def taken_apart(
 def _part(pair: Pair, location: LayerLocation, count: int) -> Pair:
     """The rows of one layer of a joint one."""
     spans = location.spans(count)
-    up = [rows_of(pair.up, there, rows) for _, there, rows in spans]
     length = None if pair.magnitude is None else [elements_of(pair.magnitude, there, rows) for _, there, rows in spans]
     return replace(
         pair,
-        up=Joined.of(up, (count, pair.rank)),
+        up=taken(pair.up, spans),
         magnitude=None if length is None else Joined.of(length, (count,)),
         joint=count != location.rows,
     )

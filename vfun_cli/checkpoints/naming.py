@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+Span = tuple[int, int, int]
+"""A run of a layer's rows: its first row here, its first row in the other program's tensor, how many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLocation:
@@ -14,8 +17,8 @@ class LayerLocation:
     rows: int | None = None
     """Of the joint layer; None: the layer is one there too."""
 
-    def spans(self, count: int) -> list[tuple[int, int, int]]:
-        """Where the layer's ``count`` rows lie there: of each run its first row here, its first row there, its length.
+    def spans(self, count: int) -> list[Span]:
+        """Where the layer's ``count`` rows lie there.
 
         They go on at the top where the joint layer ends: so a layer whose halves change places is one, too.
         """

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vfun_cli.errors import EXIT_PREEMPTED, VfunError
 from vfun_cli.run.messages import preemption_signals
@@ -36,7 +37,14 @@ def nothing_to_save(
     """
     before = {number: signal.signal(number, _on_signal) for number in preemption_signals()}
     unraisable = sys.unraisablehook
-    sys.unraisablehook = lambda lost: _again(lost.exc_value) or unraisable(lost)
+
+    def on_unraisable(lost: Any) -> None:
+        if isinstance(lost.exc_value, _Preempted):
+            _send_again(lost.exc_value)
+        else:
+            unraisable(lost)
+
+    sys.unraisablehook = on_unraisable
     try:
         yield
     except _Preempted:
@@ -62,9 +70,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     raise _Preempted(number)
 
 
-def _again(lost: BaseException | None) -> bool:
-    """Send a signal once more whose exception came up where Python drops it, as in a ``__del__`` during an import."""
-    if not isinstance(lost, _Preempted):
-        return False
-    threading.Timer(0.01, os.kill, (os.getpid(), lost.args[0])).start()  # when this place has been left
-    return True
+def _send_again(lost: _Preempted) -> None:
+    """For an exception that came up where Python drops it, as in a callback during an import or in ``__del__``."""
+    threading.Timer(0.01, os.kill, (os.getpid(), lost.args[0])).start()  # when that place has been left

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vfun_cli.checkpoints.given import TRANSFORMER, VAE, typed
 from vfun_cli.checkpoints.given_tensors import files_of, is_safetensors, state_dict_of, wrapper_of
-from vfun_cli.checkpoints.joint import Locate, Span, split
+from vfun_cli.checkpoints.joint import Locate, split
+from vfun_cli.checkpoints.naming import Span
 from vfun_cli.checkpoints.released import POINT_AT_RELEASE, refuse_mismatch, weight_files
 from vfun_cli.errors import CheckpointError, did_you_mean, first_line
 from vfun_cli.lfs import refuse_lfs_pointer
