@@ -91,6 +91,7 @@ class Job:
             "config": self.config.absolute().to_json(),
             "sources": self.resolved.sources,
             "clips": str(self.run.clips(self.config.machine_rank).absolute()),
+            "rows": str(self.run.rows.absolute()),
             "metadata_sha256": self.metadata_sha256,
             "validation_clips": self._validation_clips(),
             "validation_sha256": self.validation_sha256,

@@ -13,6 +13,8 @@ from vfun_cli.launch import show, supervise
 from vfun_cli.launch.job import Job, continued
 from vfun_cli.launch.machines import Machine
 from vfun_cli.launch.preemption import NothingToSave
+from vfun_cli.metadata.stored import store_rows
+from vfun_cli.plan.sets import read_rows
 from vfun_cli.run import locate, lock, ownership
 from vfun_cli.run.contents import write_contents
 from vfun_cli.run.locate import Found
@@ -112,9 +114,11 @@ def _looked_at_again(job: Job, found: Found) -> Job:
 
 
 def write_plan(job: Job) -> None:
-    """What the training processes make their plan from."""
+    """What the training processes make their plan from, and read their rows from."""
     run, machine = job.run, job.config.machine_rank
     run.launch(machine).mkdir(parents=True, exist_ok=True)
+    if machine == 0:
+        store_rows(run.rows, read_rows(job.config), job.metadata_sha256)
     job.plan.table.save(run.clips(machine))
     if job.plan.validation_table is not None:
         job.plan.validation_table.save(run.validation_clips(machine))

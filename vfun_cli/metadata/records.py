@@ -161,7 +161,8 @@ def metadata_digest(path: Path) -> str:
     if is_folder(path):
         records = [(record.row, record.raw) for record in read_metadata(path).records]
         return hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_folder(path: Path) -> bool:

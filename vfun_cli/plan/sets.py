@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.codes import Problem
 from vfun_cli.metadata.records import Metadata, Record, SetOfRows, metadata_digest, read_metadata
+from vfun_cli.metadata.stored import stored_rows
 
 
 def one_by_one(config: RunConfig) -> list[RunConfig]:
@@ -31,6 +32,27 @@ def meta_of(config: RunConfig) -> Path:
 def read_rows(config: RunConfig) -> Metadata:
     """All rows of a run."""
     return joined(config, [read_metadata(each.meta) for each in config.train_data_meta])
+
+
+def rows_by_number(config: RunConfig, stored: Path | None, digest: str) -> tuple[Metadata, Callable[[int], Record]]:
+    """What the rows of a run are, and a function that gives one.
+
+    Args:
+        stored: where a launch has stored them; what was started by hand after a dry run reads the metadata instead.
+        digest: of the rows (``rows_digest``).
+    """
+    found = None if stored is None else stored_rows(stored, digest)
+    if found is None:
+        metadata = read_rows(config)
+        return metadata, {record.row: record for record in metadata.records}.__getitem__
+    about, fields_of = found
+    roots = [each.train_data_dir for each in one_by_one(config)]
+
+    def record_of(row: int) -> Record:
+        fields = fields_of(row)
+        return Record(row=row, fields=fields, raw=fields, root=roots[about.set_of(row)] if about.sets else None)
+
+    return about, record_of
 
 
 def joined(config: RunConfig, read: Sequence[Metadata]) -> Metadata:

@@ -16,6 +16,7 @@ from vfun_cli.checkpoints.state import LAYOUTS, options
 from vfun_cli.disks import abilities
 from vfun_cli.errors import CheckpointError, EnvironmentFault
 from vfun_cli.files import open_bounded
+from vfun_cli.metadata.stored import unfinished
 from vfun_cli.typed_json import (
     LARGEST_FILE,
     Check,
@@ -49,6 +50,7 @@ DESCRIBES: Mapping[str, Check] = {
     "run_dir": optional(file_path),
     "clips": optional(file_path),
     "validation_clips": optional(file_path),
+    "rows": optional(file_path),
     "validation_sha256": optional(text()),
     "resume": optional(file_path),
     "layouts": optional(LAYOUTS),
@@ -178,6 +180,11 @@ class RunDir:
         """The checked clips to validate on, where they have metadata of their own."""
         return self.launch(machine_rank) / "validation-clips.npz"
 
+    @property
+    def rows(self) -> Path:
+        """The rows to train on, for the processes of all machines."""
+        return self.launch() / "rows.sqlite"
+
     def contents(self, machine_rank: int = 0) -> Path:
         """The digest of every file and row that the run reads."""
         return self.launch(machine_rank) / "contents.json"
@@ -221,6 +228,7 @@ class RunDir:
         folder = self.launch(machine_rank)
         generated = [folder / name for name in ("accelerate.yaml", "deepspeed.json", "run.json")]
         read = [self.clips(machine_rank), self.validation_clips(machine_rank), self.contents(machine_rank)]
+        read += [self.rows, unfinished(self.rows)] if machine_rank == 0 else []
         said = [each(machine_rank) for each in (self.stop_request, self.listening, self.outcome, self.machine_report)]
         return [*generated, *read, *said, self.launcher_log(machine_rank)]
 

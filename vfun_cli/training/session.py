@@ -91,14 +91,14 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
         objective = make_objective(
             spec.model.objective, spec.model.objective_options, options.model_dir, variant_of(config)
         )
-        read_row = row_reader(config, spec)
+        read_row = row_reader(config, spec, stored=described.get("rows"), digest=described["metadata_sha256"])
         held_out = HeldOutLoss(
             accelerator=accelerator,
             adapter=adapter,
             state=state,
             objective=objective,
             dtype=compute_dtype(config),
-            requests=held_out_requests(plan, config),
+            requests=held_out_requests(plan, config, read_row),
             load=partial(load_held_out, adapter_of(spec), options=options, cache=cache),
             cache=cache,
             stop=stop,

@@ -46,7 +46,8 @@ def fill_cache(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> Non
         cache = Cache.for_encoders(config.cache, encoders)
         needed = MissingEntries(adapter, options, cache)
         plan = load_plan(config, spec, described)
-        read_row, held_out = row_reader(config, spec), held_out_requests(plan, config)
+        read_row = row_reader(config, spec, stored=described.get("rows"), digest=described["metadata_sha256"])
+        held_out = held_out_requests(plan, config, read_row)
         work = list(needed.missing(plan, read_row, rank, accelerator.num_processes, held_out))
     if described.get("prune"):
         everyone: list[set[str]] = gather_object([needed.keys])

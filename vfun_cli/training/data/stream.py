@@ -11,6 +11,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.metadata.fields import stated_media
 from vfun_cli.metadata.opening import absolute
+from vfun_cli.metadata.table import IntArray
 from vfun_cli.modeling.adapter import SampleRequest
 from vfun_cli.modeling.captions import AS_STATED, CaptionOptions
 from vfun_cli.modeling.randomness import SampleKey
@@ -18,7 +19,7 @@ from vfun_cli.plan.captions import caption_options
 from vfun_cli.plan.rows import of_validation
 from vfun_cli.plan.run_plan import RunPlan
 from vfun_cli.plan.schedule import EpochPlan, PlannedMicroBatch, PlannedSample
-from vfun_cli.plan.sets import read_rows
+from vfun_cli.plan.sets import rows_by_number
 from vfun_cli.training.data.loader import MicroBatch
 
 
@@ -38,14 +39,17 @@ ReadRow = Callable[[int], RowToTrain]
 """A row by its number among those of all data sets."""
 
 
-def row_reader(config: RunConfig, spec: FamilySpec) -> ReadRow:
-    """The rows of a run's metadata."""
-    metadata = read_rows(config)
-    records = {record.row: record for record in metadata.records}
+def row_reader(config: RunConfig, spec: FamilySpec, *, stored: str | None = None, digest: str = "") -> ReadRow:
+    """The rows of a run's metadata.
+
+    Args:
+        stored: where the launch has stored them, with this digest; None: they are read from the metadata.
+    """
+    metadata, record_of = rows_by_number(config, None if stored is None else Path(stored), digest)
     captions = [caption_options(config, each) for each in config.train_data_meta]
 
     def read_row(row: int) -> RowToTrain:
-        record = records[row]
+        record = record_of(row)
         fields, root = dict(record.fields), record.root or config.train_data_dir or Path()
         for name, path in stated_media(fields, spec.fields).items():
             if path:
@@ -67,7 +71,7 @@ def micro_batches(
 
     ``tell`` hears of every epoch of which a step is trained, with the step of the run that it starts at.
     """
-    place = {int(row): position for position, row in enumerate(plan.table.row)}
+    order = np.argsort(plan.table.row, kind="stable")
     step, total_steps = 0, plan.steps()
     for epoch_plan in plan.epochs():
         skipped = min(max(0, first_step - step), epoch_plan.num_steps)
@@ -79,22 +83,23 @@ def micro_batches(
             if step >= total_steps:
                 return
             for index, batch in enumerate(batches):
-                requests = tuple(
-                    _request(plan, batch, sample, place[sample.row], read_row(sample.row)) for sample in batch.samples
-                )
+                requests = tuple(_request(plan, batch, sample, order, read_row(sample.row)) for sample in batch.samples)
                 yield MicroBatch(epoch=epoch_plan.epoch, step=step, index=index, requests=requests, share=share)
             step += 1
 
 
-def held_out_requests(plan: RunPlan, config: RunConfig) -> list[SampleRequest]:
+def held_out_requests(plan: RunPlan, config: RunConfig, read_row: ReadRow) -> list[SampleRequest]:
     """What the held-out loss of a run is computed on, in row order: with all conditions, under keys of their own.
 
     A row with several captions is looked at with one of them, the same at every step.
+
+    Args:
+        read_row: of the rows to train on, of which some may be held out.
     """
     if plan.held_out is None:
         return []
-    own_meta = config.validation_meta is not None
-    read_row = row_reader(of_validation(config) if own_meta else config, plan.spec)
+    if config.validation_meta is not None:
+        read_row = row_reader(of_validation(config), plan.spec)
     return [
         SampleRequest(
             key=SampleKey(seed=plan.options.seed, epoch=0, row=clip.row, drops=False),
@@ -122,9 +127,10 @@ def _shares(plan: EpochPlan) -> list[float]:
 
 
 def _request(
-    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, position: int, row: RowToTrain
+    plan: RunPlan, batch: PlannedMicroBatch, sample: PlannedSample, order: IntArray, row: RowToTrain
 ) -> SampleRequest:
     table = plan.table
+    position = order[np.searchsorted(table.row, sample.row, sorter=order)]
     return SampleRequest(
         key=SampleKey(
             seed=plan.options.seed,
