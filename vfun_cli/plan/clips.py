@@ -196,7 +196,10 @@ class Samples:
 
     @staticmethod
     def concatenate(parts: "list[Samples]") -> "Samples":
-        """All samples of the parts, in order."""
+        """All samples of the parts, in order; of a single part that has any, its own columns, which nobody changes."""
+        parts = [part for part in parts if len(part)] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
         return Samples(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
