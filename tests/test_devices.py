@@ -1,6 +1,7 @@
 """What a process may use of the machine it runs on."""
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from vfun_cli import devices
 from vfun_cli.devices import check_processes, cpu_cores
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.training.launcher import let_ranks_share_cores
-from vfun_cli.training.strategy import prepare_environment
+from vfun_cli.training.strategy import OPEN_FILES, prepare_environment
 
 
 @pytest.mark.slow
@@ -157,3 +158,13 @@ def test_processes_that_the_kernel_ended_for_want_of_memory_are_counted_where_th
         (tmp_path / "job/step").mkdir(parents=True)
         (tmp_path / "job/step/memory.events").write_text(events)
     assert devices.oom_kills() == found
+
+
+def test_a_rank_may_open_as_many_files_as_hundreds_of_other_ranks_take() -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        prepare_environment("cuda")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(most, OPEN_FILES), most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))

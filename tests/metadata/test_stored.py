@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_media import encode_video
 
-from vfun_cli.config.options import RunConfig
 from vfun_cli.config.datasets import parse_data_sets
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families import FAMILIES
 from vfun_cli.metadata.records import Metadata, Record
 from vfun_cli.metadata.stored import store_rows, stored_rows

@@ -5,6 +5,7 @@ set-up here keeps the real strategies on gloo, and ``assert_strategy`` refuses a
 """
 
 import os
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.waiting import COLLECTIVE_LIMIT
+
+
+OPEN_FILES = 65_536
+"""As many as a rank may ask for. A gloo group takes a connection to each other rank, and there are two or three of them
+beside NCCL's: the usual 1,024 are not enough for 500 ranks."""
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -114,6 +120,8 @@ def prepare_environment(device: str) -> None:
     A user's OMP_NUM_THREADS holds. Otherwise the ranks of a machine share its cores, beside GPUs too: there AdamW works
     on the processor where the optimizer is offloaded.
     """
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(usual, min(most, OPEN_FILES)), most))
     if device == "cpu":
         os.environ.setdefault("ACCELERATE_USE_CPU", "false")
     if SHARE_CORES in os.environ:
