@@ -31,7 +31,6 @@ from vfun_cli.errors import RunError
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.waiting import COLLECTIVE_LIMIT
 
-
 OPEN_FILES = 65_536
 """As many as a rank may ask for. A gloo group takes a connection to each other rank, and there are two or three of them
 beside NCCL's: the usual 1,024 are not enough for 500 ranks."""
