@@ -90,7 +90,7 @@ def main(folder: Path) -> int:
         config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
         options = replace(adapter_options(config, spec, CPU), compute_dtype=torch.bfloat16)
         whole, sharded = (adapter_of(spec).encoders_of(options) for _ in range(2))
-        sharded.shard_over(EncoderSharding.over_all_ranks(CPU))
+        sharded.shard_over(EncoderSharding.within_a_machine(CPU))
         found = {}
         for name in sharded.shared:
             calls = inputs_of(sharded.sources[name].dummy_input, rank)

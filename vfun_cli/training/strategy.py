@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -20,6 +21,7 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vfun_cli.children import SHARE_CORES
@@ -27,6 +29,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
+from vfun_cli.modeling.shards import shard_group
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.waiting import COLLECTIVE_LIMIT
 
@@ -74,7 +77,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
             state = PartialState(cpu=True, timeout=COLLECTIVE_LIMIT)
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
-        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config))
+        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config), parallelism_config=_groups(config))
     if wrapper == "ddp":  # a bucket view saves a copy of every gradient: 4 bytes a weight
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     return Accelerator(**settings, cpu=device == "cpu")
@@ -98,6 +101,16 @@ def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     reduced = torch.bfloat16 if config.fsdp_reduce_dtype == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _groups(config: RunConfig) -> ParallelismConfig | None:
+    """Hybrid sharding: groups of consecutive ranks, each with all weights. None: all ranks are one group.
+
+    It is said here and not in the launch file, so that no environment takes part in it.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    size = config.parts_of(ranks)
+    return None if size == ranks else ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)
 
 
 def prefetch_blocks(blocks: Sequence[nn.Module], ahead: int) -> None:
@@ -134,6 +147,25 @@ def assert_strategy(name: str, model: nn.Module) -> None:
             f"strategy {name} was asked for, but accelerate prepared {prepared} ({type(model).__name__}).",
             hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.",
         )
+
+
+def assert_shards(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to train where FSDP cuts weights over other groups of ranks than was asked for.
+
+    Raises:
+        RunError: it does, naming both.
+    """
+    for name, weight in model.named_parameters() if isinstance(model, FSDPModule) else ():
+        assert isinstance(weight, DTensor)
+        ranks = dist.get_process_group_ranks(shard_group(weight))
+        size = config.parts_of(dist.get_world_size())
+        first = dist.get_rank() // size * size
+        if ranks != list(range(first, first + size)):
+            raise RunError(
+                f"{name} is cut over the ranks {', '.join(map(str, ranks))}, and fsdp_shard_size asks for the "
+                f"{size} from {first} on.",
+                hint="This is a fault of vfun or of accelerate; please report it.",
+            )
 
 
 def assert_accumulation(config: RunConfig, model: nn.Module) -> None:
