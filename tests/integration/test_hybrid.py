@@ -3,7 +3,7 @@ checkpoints go on under one process.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from tests.integration.matrix import COMMANDS, Run, losses
+from tests.integration.test_kept import forecast, most
+from tests.integration.test_kept import held as kept_by_ranks
 from tests.integration.test_other_world_sizes import FAMILY, LAYOUTS, Continued, arrays, launch
 from vfun_cli import families
 from vfun_cli.checkpoints.reader import open_checkpoint
@@ -21,8 +23,13 @@ pytestmark = pytest.mark.slow
 FAMILIES = tuple(families.FAMILIES)
 HALF, LAST = 1, 2
 """The step of the first checkpoint, and the run's end."""
-IN_FLOAT32: Mapping[str, Any] = {"mixed_precision": "no", "adam_epsilon": 1e-4, "max_train_steps": LAST, "use_ema": True,
-                                 "checkpointing_steps": HALF}  # fmt: skip
+IN_FLOAT32: Mapping[str, Any] = {
+    "mixed_precision": "no",
+    "adam_epsilon": 1e-4,
+    "max_train_steps": LAST,
+    "checkpointing_steps": HALF,
+    "use_ema": True,
+}
 
 
 def straight(family: str, command: str, layout: str) -> Run:
@@ -71,13 +78,23 @@ def test_four_processes_train_as_one_does(family: str, command: str, hybrid: Non
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
     one, four, before = held(alone, LAST), held(shared, LAST), held(alone, HALF)
     assert one.keys() == four.keys()
-    moments = {name for name in one if name.rpartition(".")[2] in ("exp_avg", "exp_avg_sq", "step", "average")}
-    for names in (one.keys() - moments, {name for name in moments if name.endswith(".exp_avg")}):
+    beside = ("average", "exp_avg", "exp_avg_sq", "step")
+    kinds = {name: name.rpartition(".")[2] for name in one}
+    for kind in {kind if kind in beside else "weight" for kind in kinds.values()} - {"step"}:
+        names = [name for name, of in kinds.items() if of == kind or (kind == "weight" and of not in beside)]
+        off, way = (
+            math.sqrt(sum(np.square(one[name] - others[name], dtype=np.float64).sum() for name in names))
+            for others in (four, before)
+        )
+        assert 0 < off < 1e-4 * way, kind
 
-        def distance(others: Mapping[str, Any], names: Collection[str] = names) -> float:
-            return math.sqrt(sum(np.square(one[name] - others[name], dtype=np.float64).sum() for name in names))
 
-        assert 0 < distance(four) < 1e-4 * distance(before)
+@every_cell
+def test_what_ranks_keep_is_forecast_to_the_byte(family: str, command: str, hybrid: None) -> None:
+    run = straight(family, command, "hybrid")
+    ranks = kept_by_ranks(run)
+    assert len(ranks) == 4
+    assert ranks[0] == most(ranks) == forecast(run, 4)
 
 
 @every_cell

@@ -162,8 +162,8 @@ def assert_shards(config: RunConfig, model: nn.Module) -> None:
         first = dist.get_rank() // size * size
         if ranks != list(range(first, first + size)):
             raise RunError(
-                f"{name} is cut over the ranks {', '.join(map(str, ranks))}, and fsdp_shard_size asks for the "
-                f"{size} from {first} on.",
+                f"{name} is cut over the ranks {', '.join(map(str, ranks))}, and the run asks for the {size} from "
+                f"{first} on.",
                 hint="This is a fault of vfun or of accelerate; please report it.",
             )
 
