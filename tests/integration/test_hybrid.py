@@ -2,8 +2,10 @@
 checkpoints go on under one process.
 """
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,13 @@ def part(family: str, command: str, layout: str, before: str, last: int = LAST) 
     )  # fmt: skip
 
 
+def accumulated(layout: str) -> Run:
+    """A step of twice as many micro-batches."""
+    run = straight(FAMILY, "train", layout)
+    more = {"gradient_accumulation_steps": 2 * LAYOUTS[layout]["gradient_accumulation_steps"], "max_train_steps": 1}
+    return replace(run, name=f"{run.name}-accumulated", options={**run.options, **more})
+
+
 CELLS = [(family, command) for command in COMMANDS for family in FAMILIES]
 
 
@@ -55,16 +64,30 @@ def hybrid(workplace: Path) -> None:
     """All runs: one process, four, and one that takes over what the four had."""
     made = [run for cell in CELLS for run in (straight(*cell, "hybrid"), part(*cell, "hybrid", "hybrid"))]
     made += [part(family, command, "hybrid", "single", HALF) for family, command in CELLS if family == FAMILY]
-    launch([straight(*cell, "single") for cell in CELLS])
+    made.append(accumulated("hybrid"))
+    launch([*(straight(*cell, "single") for cell in CELLS), accumulated("single")])
     launch(made)
     launch([part(*cell, "single", "hybrid", HALF) for cell in CELLS])
 
 
+BESIDE = ("average", "exp_avg", "exp_avg_sq")
 every_cell = pytest.mark.parametrize(("family", "command"), CELLS)
 
 
 def held(run: Run, step: int) -> dict[str, np.ndarray[Any, Any]]:
     return arrays(open_checkpoint(RunDir(run.folder).checkpoint(step)))
+
+
+def distance(one: Mapping[str, Any], other: Mapping[str, Any], kind: str) -> float:
+    """Of all weights, or of all that there is of a kind beside them."""
+
+    def of_the_kind(name: str) -> bool:
+        last = name.rpartition(".")[2]
+        return last == kind if kind in BESIDE else last not in (*BESIDE, "step")
+
+    assert one.keys() == other.keys()
+    names = filter(of_the_kind, one)
+    return math.sqrt(sum(np.square(one[name] - other[name], dtype=np.float64).sum() for name in names))
 
 
 def same(one: Mapping[str, np.ndarray[Any, Any]], other: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -77,16 +100,22 @@ def test_four_processes_train_as_one_does(family: str, command: str, hybrid: Non
     alone, shared = straight(family, command, "single"), straight(family, command, "hybrid")
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
     one, four, before = held(alone, LAST), held(shared, LAST), held(alone, HALF)
-    assert one.keys() == four.keys()
-    beside = ("average", "exp_avg", "exp_avg_sq", "step")
-    kinds = {name: name.rpartition(".")[2] for name in one}
-    for kind in {kind if kind in beside else "weight" for kind in kinds.values()} - {"step"}:
-        names = [name for name, of in kinds.items() if of == kind or (kind == "weight" and of not in beside)]
-        off, way = (
-            math.sqrt(sum(np.square(one[name] - others[name], dtype=np.float64).sum() for name in names))
-            for others in (four, before)
-        )
-        assert 0 < off < 1e-4 * way, kind
+    for kind in ("weight", *BESIDE):
+        assert 0 < distance(one, four, kind) < 1e-4 * distance(one, before, kind), kind
+
+
+def test_groups_sum_their_gradients_once_a_step_and_ranks_those_of_every_micro_batch(hybrid: None) -> None:
+    one, four = accumulated("single"), accumulated("hybrid")
+    assert losses(four) == pytest.approx(losses(one), rel=1e-4)
+    alone, shared, of_half = (held(run, 1) for run in (one, four, straight(FAMILY, "train", "single")))
+    assert distance(alone, shared, "exp_avg") < 1e-4 * distance(alone, of_half, "exp_avg")
+    two_steps, of_two = (sums_of_rank_0(run) for run in (straight(FAMILY, "train", "hybrid"), four))
+    assert two_steps > 0 and of_two == two_steps * 3 / 4  # in a step of one micro-batch each sum is followed by another
+
+
+def sums_of_rank_0(run: Run) -> int:
+    noted = json.loads((RunDir(run.folder).logs / "noted-rank-0.json").read_text())
+    return sum(noted["reductions"].values())
 
 
 @every_cell

@@ -121,6 +121,19 @@ def prefetch_blocks(blocks: Sequence[nn.Module], ahead: int) -> None:
         block.set_modules_to_backward_prefetch(sharded[max(0, index - ahead) : index][::-1])
 
 
+def sum_over_groups(config: RunConfig, model: nn.Module, *, last: bool) -> None:
+    """Under hybrid sharding, let the groups sum their gradients after the next backward pass, or after a later one.
+
+    Within a group each micro-batch is summed at once, so that a rank keeps a shard of it; between groups, which is
+    between machines, a step's sum is sent once. Not so in bf16, in which sums of several micro-batches would round.
+
+    Args:
+        last: whether the next micro-batch is the last one of its step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last or config.fsdp_reduce_dtype == "bf16")
+
+
 def prepare_environment(device: str) -> None:
     """Settings that must be in place before torch starts threads or a process group.
 
