@@ -173,7 +173,7 @@ def rank(folder: Path, name: str, way: str) -> None:
     elif config.strategy == "fsdp":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(SPEC.model.block_classes),
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(SPEC.model.gathered_classes),
         }  # fmt: skip
     accelerator = make_accelerator(config)
     accelerator.wait_for_everyone()

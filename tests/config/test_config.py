@@ -118,6 +118,21 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
         ({"given": {"num_machines": 2, "num_processes": 2}}, ["port", "--main-process-port"]),
         ({"given": {"machine_rank": 1}}, ["machine_rank 1"]),
+        ({"given": {"num_processes": 2, "fsdp_shard_size": 2}}, ["fsdp_shard_size is about FSDP", "add --fsdp"]),
+        ({"given": {"strategy": "fsdp", "num_processes": 4, "fsdp_shard_size": 1}}, ["which is DDP", "--ddp"]),
+        ({"given": {"strategy": "fsdp", "num_processes": 4, "fsdp_shard_size": 3}}, ["4 does not divide", "divides 4"]),
+        (
+            {
+                "given": {
+                    "strategy": "fsdp",
+                    "num_processes": 12,
+                    "num_machines": 3,
+                    "fsdp_shard_size": 6,
+                    "main_process_port": 1,
+                }
+            },
+            ["fsdp_shard_size 6", "machines of 4 processes", "Choose 4"],
+        ),
         ({"given": {"trainable_modules": ()}}, ["trainable_modules"]),
     ],
 )

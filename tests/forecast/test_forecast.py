@@ -139,6 +139,8 @@ def test_phases_hold_what_lies_there_then() -> None:
     assert all(
         parts["encoders"] == 127_000_000 * 2 + 315_000_000 * 4 + 5_681_000_000 * 2 // 8 for parts in resident.values()
     )
+    two_machines = memory(replace(config, num_machines=2), SPEC, MEASURED, 8)
+    assert two_machines.parts["encode"]["encoders"] == 5_681_000_000 * 2 // 4, "shared by the ranks of a machine"
     cached = memory(replace(config, cache=Path("cache")), SPEC, MEASURED, 8)
     assert not any({"encoders", "encoding"} & parts.keys() for parts in cached.parts.values())
     summed = memory(replace(config, gradient_accumulation_steps=2), SPEC, MEASURED, 8)

@@ -1,9 +1,9 @@
-"""Five strategies into five: weights, their average, moments and step counts carried over bit for bit, and the run
+"""Six layouts into six: weights, their average, moments and step counts carried over bit for bit, and the run
 goes on.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.integration import matrix
-from tests.integration.matrix import STRATEGIES, Run, losses
+from tests.integration.matrix import Run, losses
 from vfun_cli.checkpoints.reader import CheckpointReader, open_checkpoint
 from vfun_cli.run.rundir import RunDir
 
@@ -22,6 +22,16 @@ pytestmark = pytest.mark.long
 FAMILY = "wan-s2v"
 CHANGED, LAST = 2, 4
 """The step of the change, and the run's end."""
+_TWO = {"num_processes": 2, "gradient_accumulation_steps": 2}
+LAYOUTS: Mapping[str, Mapping[str, Any]] = {
+    "single": {"strategy": "single", "num_processes": 1, "gradient_accumulation_steps": 4},
+    "ddp": {"strategy": "ddp", **_TWO},
+    "fsdp": {"strategy": "fsdp", **_TWO},
+    "hybrid": {"strategy": "fsdp", "num_processes": 4, "gradient_accumulation_steps": 1, "fsdp_shard_size": 2},
+    "zero2": {"strategy": "zero2", **_TWO},
+    "zero3": {"strategy": "zero3", **_TWO},
+}
+"""A step of four micro-batches everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,62 +45,62 @@ class Continued(Run):
         return RunDir(self.source.folder).checkpoint(self.at)
 
 
-def options(strategy: str, **more: Any) -> Mapping[str, Any]:
-    """A step of two micro-batches everywhere, over clips of several shapes."""
-    processes = 1 if strategy == "single" else 2
-    return {
+def straight(layout: str) -> Run:
+    """Over clips of several shapes."""
+    options = {
         "train_data_meta": f"vfun-demo/{FAMILY}/data/metadata.json",
         "video_sample_size": 96,
         "image_sample_size": 96,
         "token_sample_size": 96,
-        "num_processes": processes,
-        "gradient_accumulation_steps": 2 // processes,
         "max_train_steps": LAST,
         "checkpointing_steps": CHANGED,
         "use_ema": True,
-        **more,
+        **LAYOUTS[layout],
     }
-
-
-def straight(strategy: str) -> Run:
-    return Run(name="straight", family=FAMILY, strategy=strategy, options=options(strategy))
+    return Run(name=f"straight-{layout}", family=FAMILY, strategy=LAYOUTS[layout]["strategy"], options=options)
 
 
 def copied(source: str, target: str) -> Continued:
     """Takes a checkpoint over and saves it again, without a step."""
-    return Continued(
-        name=f"copy-of-{source}",
-        family=FAMILY,
-        strategy=target,
-        source=straight(source),
-        options=options(target, max_train_steps=CHANGED),
-    )
+    run = continued(source, target)
+    return replace(run, name=f"copy-{run.name}", options={**run.options, "max_train_steps": CHANGED})
 
 
 def continued(source: str, target: str) -> Continued:
-    return replace(copied(source, target), name=f"after-{source}", options=options(target))
+    run = straight(target)
+    return Continued(
+        name=f"{target}-after-{source}", family=FAMILY, strategy=run.strategy, source=straight(source),
+        options=run.options,
+    )  # fmt: skip
+
+
+def launch(runs: Sequence[Run]) -> None:
+    """On a machine of any size, which otherwise refuses more processes than it has cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vfun_cli.devices.cpu_cores", lambda: 4)
+        matrix.launch(runs)
 
 
 @pytest.fixture(scope="session")
 def begun(workplace: Path) -> Callable[[str], None]:
-    """The straight run of a strategy, once."""
+    """The straight run of a layout, once."""
 
     @cache
-    def begin(strategy: str) -> None:
-        matrix.launch([straight(strategy)])
+    def begin(layout: str) -> None:
+        launch([straight(layout)])
 
     return begin
 
 
 @pytest.fixture(scope="session")
 def taken_over(begun: Callable[[str], None]) -> Callable[[str], None]:
-    """All continuations under a strategy, in one launch."""
+    """All continuations in a layout, in one launch."""
 
     @cache
     def take_over(target: str) -> None:
-        for source in STRATEGIES:
+        for source in LAYOUTS:
             begun(source)
-        matrix.launch([make(source, target) for source in STRATEGIES for make in (copied, continued)])
+        launch([make(source, target) for source in LAYOUTS for make in (copied, continued)])
 
     return take_over
 
@@ -104,8 +114,8 @@ def arrays(checkpoint: CheckpointReader) -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("target", STRATEGIES)
-@pytest.mark.parametrize("source", STRATEGIES)
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
 def test_weights_average_moments_and_step_counts_arrive_bit_for_bit(
     source: str, target: str, taken_over: Callable[[str], None]
 ) -> None:
@@ -118,8 +128,8 @@ def test_weights_average_moments_and_step_counts_arrive_bit_for_bit(
     assert not different, different[:5]
 
 
-@pytest.mark.parametrize("target", STRATEGIES)
-@pytest.mark.parametrize("source", STRATEGIES)
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
 def test_the_losses_are_those_of_an_uninterrupted_run(
     source: str, target: str, taken_over: Callable[[str], None]
 ) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -30,9 +30,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.computed_types import noted
 from tests.integration.matrix import BROKEN, BROKEN_ROW, CUT_OFF
+from vfun_cli import families
 from vfun_cli.modeling.inputs import MediaFile
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.__main__ import run_rank
+from vfun_cli.training.blocks import find_blocks
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState
@@ -46,7 +48,8 @@ def main(list_file: str) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         run = RunDir(Path(described["run_dir"]))
-        with training_noted(run, described["config"]["strategy"]), saving_noted(run), samples_noted(run):
+        strategy, blocks = described["config"]["strategy"], families.find(described["family"]).model.block_classes
+        with training_noted(run, strategy, blocks), saving_noted(run), samples_noted(run):
             failed = run_rank(Path(run_json))
         if bool(failed) != (run.root.name == BROKEN):
             print(f"FAILED {run_json}" if failed else f"{run_json} should have failed", file=sys.stderr)
@@ -55,7 +58,7 @@ def main(list_file: str) -> int:
 
 
 @contextmanager
-def training_noted(run: RunDir, strategy: str) -> Iterator[None]:
+def training_noted(run: RunDir, strategy: str, block_classes: Collection[str]) -> Iterator[None]:
     """Leave in the run's logs, of this rank: a digest of its frozen weights before and after training; its gathers;
     the types that its modules compute in; what it read of the transformer's files and what it keeps of that.
     """
@@ -67,7 +70,8 @@ def training_noted(run: RunDir, strategy: str) -> Iterator[None]:
         if run.root.name == BROKEN:
             break_gradients(self)
         before = frozen_weights(self.state.model)
-        sharded = [module for module in self.state.model.modules() if isinstance(module, FSDPModule)]
+        blocks = find_blocks(self.state.model, block_classes)
+        sharded = [each for each in [self.state.model, *blocks] if isinstance(each, FSDPModule)]
         compiled = self.config.compile  # for which each hook is a graph more
         types = {} if compiled else noted(unwrapped(self.state.model))
         with (

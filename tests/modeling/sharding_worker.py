@@ -1,9 +1,10 @@
-"""Two processes: every family's encoders whole and sharded over the ranks, on the same inputs.
+"""Two machines of two processes: every family's encoders whole and sharded over a machine, on the same inputs.
 
-    torchrun --nproc_per_node=2 sharding_worker.py FOLDER
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=2 ... sharding_worker.py FOLDER
 
-``FOLDER/<family>-<rank>.pt`` holds what both gave, and how much of the sharded ones lies on this rank;
-``FOLDER/begun-<rank>.pt`` what the ranks agreed on before their steps.
+``FOLDER/<family>-<rank>.pt`` holds what both gave, how much of the sharded ones lies on this rank, and the ranks that
+share them; ``FOLDER/begun-<rank>.pt`` what the ranks agreed on before their steps. The ranks of either machine have the
+same to do.
 """
 
 import os
@@ -25,6 +26,7 @@ from vfun_cli.modeling.adapter import Input
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.encoders.sharding import EncoderSharding
 from vfun_cli.modeling.inputs import Value
+from vfun_cli.modeling.shards import shard_group
 from vfun_cli.training.data.loader import LoadedBatch, MicroBatch
 from vfun_cli.training.ending import end_with
 from vfun_cli.training.model import adapter_options
@@ -84,22 +86,24 @@ def micro_batches(encoders: Encoders, rank: int) -> list[LoadedBatch]:
 def main(folder: Path) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, of_machine = dist.get_rank(), int(os.environ["LOCAL_RANK"])
     os.chdir(folder)
     for spec in families.FAMILIES.values():
         config = resolve("train", spec, {"low_vram": True}, demo=demo_default.make(spec), environ={}).config
         options = replace(adapter_options(config, spec, CPU), compute_dtype=torch.bfloat16)
         whole, sharded = (adapter_of(spec).encoders_of(options) for _ in range(2))
-        sharded.shard_over(EncoderSharding.over_all_ranks(CPU))
+        sharded.shard_over(EncoderSharding.within_a_machine(CPU))
         found = {}
         for name in sharded.shared:
-            calls = inputs_of(sharded.sources[name].dummy_input, rank)
+            calls = inputs_of(sharded.sources[name].dummy_input, of_machine)
             alone, shared = outputs(whole, name, calls), outputs(sharded, name, calls)
-            here = sum(parameter.to_local().numel() for parameter in sharded[name].model.parameters())
+            parameters = list(sharded[name].model.parameters())
+            here = sum(parameter.to_local().numel() for parameter in parameters)
+            ranks = {tuple(dist.get_process_group_ranks(shard_group(parameter))) for parameter in parameters}
             everything = sum(parameter.numel() for parameter in whole[name].model.parameters())
-            found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything}
+            found[name] = {"alone": alone, "shared": shared, "here": here, "everything": everything, "ranks": ranks}
         torch.save(found, folder / f"{spec.name}-{rank}.pt")
-    torch.save(begun_together(sharded, rank), folder / f"begun-{rank}.pt")
+    torch.save(begun_together(sharded, of_machine), folder / f"begun-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -55,7 +55,7 @@ FSDP = {
 }
 
 
-def accelerator(strategy: str, folder: Path, *, bf16: bool = True) -> Accelerator:
+def accelerator(strategy: str, folder: Path, *, bf16: bool = True, **options: Any) -> Accelerator:
     """As a launch would make it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -81,7 +81,8 @@ def accelerator(strategy: str, folder: Path, *, bf16: bool = True) -> Accelerato
         file = folder / f"{strategy}-{os.environ['RANK']}.json"
         file.write_text(json.dumps(content))
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    return make_accelerator(RunConfig(strategy=strategy, device="cpu", mixed_precision="bf16" if bf16 else "no"))
+    precision = "bf16" if bf16 else "no"
+    return make_accelerator(RunConfig(strategy=strategy, device="cpu", mixed_precision=precision, **options))
 
 
 def start(strategy: str, folder: Path) -> TrainedState:

@@ -56,7 +56,8 @@ READ_WITHOUT_A_RUN: Mapping[str, Check] = {
 
 def options(*paths: str, data: str | None = None) -> Check:
     """The options of a run; ``paths`` name those that must be there and are paths, ``data`` its data sets'."""
-    counted = {"num_processes": whole(1, MOST_PROCESSES), "gradient_accumulation_steps": whole(1)}
+    counted = {"num_processes": whole(1, MOST_PROCESSES), "gradient_accumulation_steps": whole(1),
+               "fsdp_shard_size": optional(whole(1, MOST_PROCESSES))}  # fmt: skip
     sets = {} if data is None else {data: setting}
     fields = record({**counted, **dict.fromkeys(paths, file_path), **sets, **READ_WITHOUT_A_RUN})
     values = mapping(setting)

@@ -75,9 +75,10 @@ def _check_processes(config: RunConfig) -> None:
 def _check_strategy(config: RunConfig) -> None:
     """Options that only some strategies can follow."""
     strategy = STRATEGIES[config.strategy]
-    for name, value in (("fsdp_prefetch", config.fsdp_prefetch), ("fsdp_reduce_dtype", config.fsdp_reduce_dtype)):
-        if strategy.wrapper != "fsdp" and value != default_of(name):
+    for name in ("fsdp_shard_size", "fsdp_prefetch", "fsdp_reduce_dtype"):
+        if strategy.wrapper != "fsdp" and getattr(config, name) != default_of(name):
             raise ConfigError(f"{name} is about FSDP; the strategy is {strategy.name}.", hint="Drop it, or add --fsdp.")
+    _check_shards(config)
     if config.compile and not strategy.whole_blocks:
         raise ConfigError(
             "compile cannot be combined with ZeRO-3, which gathers each layer's weights in the middle of a block.",
@@ -85,6 +86,30 @@ def _check_strategy(config: RunConfig) -> None:
         )
     if config.compile and config.base_precision != "bf16":
         raise ConfigError("compile and a quantised base cannot be combined.", hint="Drop one of them.")
+
+
+def _check_shards(config: RunConfig) -> None:
+    """Groups of ranks that each have all weights: several in a machine, or several machines in a group."""
+    assert config.num_processes is not None
+    size, ranks = config.fsdp_shard_size, config.num_processes
+    here = ranks // config.num_machines
+    if size is None:
+        return
+    if size == 1 < ranks:
+        raise ConfigError(
+            "fsdp_shard_size 1 leaves all weights on each rank, which is DDP.", hint="Drop it, and choose --ddp."
+        )
+    if ranks % size:
+        raise ConfigError(
+            f"num_processes {ranks} does not divide into groups of fsdp_shard_size {size}.",
+            hint=f"Choose one that divides {ranks}, or drop it: then all ranks are one group.",
+        )
+    if here % size and size % here:
+        raise ConfigError(
+            f"groups of fsdp_shard_size {size} would lie across machines of {here} processes each, and some of them "
+            "in one alone.",
+            hint=f"Choose {here}, the processes of a machine, or what divides it.",
+        )
 
 
 def _check_optimizer(config: RunConfig) -> None:

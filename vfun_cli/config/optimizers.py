@@ -361,7 +361,7 @@ def step_bytes(config: "RunConfig", shapes: Iterable[Shape]) -> int:
 
 def ranks_of_a_parameter(config: "RunConfig") -> int:
     """Over how many ranks FSDP cuts each parameter; 1 under other strategies."""
-    return (config.num_processes or 1) if STRATEGIES[config.strategy].wrapper == "fsdp" else 1
+    return config.parts_of(config.num_processes or 1) if STRATEGIES[config.strategy].wrapper == "fsdp" else 1
 
 
 def _shards(shape: Shape, ranks: int) -> Iterator[Shape]:
@@ -374,12 +374,17 @@ def _shards(shape: Shape, ranks: int) -> Iterator[Shape]:
         yield (min(rows, shape[0] - first), *shape[1:])
 
 
+def cut_by(options: Mapping[str, Any]) -> tuple[str, int]:
+    """The strategy of a run's options, and over how many ranks it cuts what the optimizer keeps."""
+    return str(options["strategy"]), int(options.get("fsdp_shard_size") or options["num_processes"])
+
+
 def carries_over(optimizer: Optimizer, before: tuple[str, int], now: tuple[str, int]) -> bool:
     """Whether another strategy or number of ranks can go on from what the optimizer kept.
 
     Args:
-        before: strategy and number of ranks that saved it.
-        now: those that would load it.
+        before: the strategy that saved it, and over how many ranks that cut it (``cut_by``).
+        now: the same of the one that would load it.
     """
     whole = all(strategy in STRATEGIES and STRATEGIES[strategy].whole_weights for strategy, _ in (before, now))
     return optimizer.converts or whole or before == now

@@ -772,6 +772,20 @@ class RunConfig:
             commands=LORA_COMMANDS,
         ),
     ] = None
+    fsdp_shard_size: Annotated[
+        int | None,
+        Opt(
+            help="Cut weights, gradients and moments (FSDP) over groups of this many ranks that follow each other, and "
+            "keep them once in each group: with the ranks of a machine, only sums of gradients cross machines. Without "
+            "it, all ranks are one group.",
+            panel=MEMORY,
+            unit="ranks",
+            minimum=1,
+            maximum=MOST_RANKS,
+            on_resume="sharding",
+            commands=PLAN_COMMANDS,
+        ),
+    ] = None
     fsdp_prefetch: Annotated[
         int,
         Opt(
@@ -1116,6 +1130,10 @@ class RunConfig:
     def compute_bytes(self) -> int:
         """Of a number in that type."""
         return 2 if self.bf16 else 4
+
+    def parts_of(self, ranks: int) -> int:
+        """Into how many parts that which so many ranks shard is cut: under hybrid sharding a group of them does."""
+        return self.fsdp_shard_size or ranks
 
     @property
     def holds_out(self) -> bool:

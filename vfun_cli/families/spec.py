@@ -123,6 +123,10 @@ class ModelSpec:
     """What each text encoder reads of a caption, in the order in which the adapter loads them."""
     block_classes: tuple[str, ...]
     """Transformer block classes: what FSDP gathers at a time and ``--compile`` compiles."""
+    unit_classes: tuple[str, ...] = ()
+    """Further classes that FSDP gathers one at a time: of modules outside of blocks, of tens of millions of weights or
+    more. Each runs once in every forward pass, whatever the clip, and nothing but its own forward reads its weights;
+    otherwise ranks would wait for each other, or read a part for the whole."""
     blocks: Callable[[ModelDims], int] = lambda dims: dims.num_layers
     """How many of them there are, of all classes."""
     injection_classes: tuple[str, ...] = ()
@@ -144,6 +148,11 @@ class ModelSpec:
     """The noise levels that a video is made through, as the family is released (docs/numerics.md, Sampling)."""
     sampler_options: Mapping[str, float] = field(default_factory=dict)
     """The shift of a flow, or what it is made of."""
+
+    @property
+    def gathered_classes(self) -> tuple[str, ...]:
+        """All that FSDP gathers at a time."""
+        return (*self.block_classes, *self.unit_classes)
 
     @property
     def dims(self) -> ModelDims:

@@ -16,7 +16,7 @@ from vfun_cli.forecast.request import Measured, Question
 from vfun_cli.run.rundir import write_atomically
 
 FOLDER = Path("~/.cache/vfun/forecasts")
-FORMAT = 7
+FORMAT = 8
 """Raise it when something is measured otherwise."""
 PACKAGES = ("torch", "diffusers", "peft", "deepspeed", "accelerate")
 """On whose versions the answers depend."""

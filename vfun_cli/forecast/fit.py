@@ -62,8 +62,8 @@ def _outlook(
     known = pace(config, spec.name, config.gpu or _gpu_name())
     here = config.memory is None and devices.gpu_count() > 0
     share = share_of(measured.parameters, measured.trained, lora=subject.lora)
-    moments = measured.moments * (subject.ranks if "optimizer" in STRATEGIES[config.strategy].sharded else 1)
-    checkpoint = checkpoint_bytes_with(command, config, measured.trained, moments=moments)
+    parts = config.parts_of(subject.ranks) if "optimizer" in STRATEGIES[config.strategy].sharded else 1
+    checkpoint = checkpoint_bytes_with(command, config, measured.trained, moments=measured.moments * parts)
     return Outlook(
         forecast=found,
         host=host_memory(config, spec, measured, plan if epoch is not None else None, subject.ranks, checkpoint),

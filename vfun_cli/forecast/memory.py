@@ -61,7 +61,7 @@ def memory(config: RunConfig, spec: FamilySpec, measured: Measured, ranks: int) 
     """Of one rank of so many; the micro-batch is the one that was measured."""
     strategy = STRATEGIES[config.strategy]
     kept = _kept(config, strategy, measured)
-    encoders = encoder_bytes(config, spec, measured, ranks)
+    encoders = encoder_bytes(config, spec, measured, max(1, ranks // config.num_machines))
     resident = 0 if config.low_vram else sum(encoders.values())
     working = resident if not config.low_vram else max(encoders.values(), default=0)
     gathered = _gathered(config, strategy, measured)
@@ -88,13 +88,17 @@ def memory(config: RunConfig, spec: FamilySpec, measured: Measured, ranks: int) 
     return Memory(parts={phase: _with_losses(found, ranks) for phase, found in parts.items()})
 
 
-def encoder_bytes(config: RunConfig, spec: FamilySpec, measured: Measured, ranks: int) -> dict[str, int]:
-    """Weights of each encoder on one rank's device; none where a cache has what they give."""
+def encoder_bytes(config: RunConfig, spec: FamilySpec, measured: Measured, here: int) -> dict[str, int]:
+    """Weights of each encoder on one rank's device; none where a cache has what they give.
+
+    Args:
+        here: the ranks of a machine, which may share one.
+    """
     if config.cache is not None:
         return {}
     shares, size = STRATEGIES[config.strategy].shares_encoders, config.compute_bytes
     return {
-        name: measured.encoders[name] * (4 if each.float32 else size) // (ranks if each.shared and shares else 1)
+        name: measured.encoders[name] * (4 if each.float32 else size) // (here if each.shared and shares else 1)
         for name, each in spec.model.encoders.items()
     }
 

@@ -177,13 +177,14 @@ def require_same_optimizer(run: Earlier, config: RunConfig) -> None:
             f"vfun export-bf16 {shlex.quote(str(checkpoint))}",
             option="--optimizer",
         )
-    assert config.num_processes is not None
-    saved = str(run.config["strategy"]), int(run.config["num_processes"])
-    if not optimizers.carries_over(optimizers.find(now), saved, (config.strategy, config.num_processes)):
+    saved, asked = optimizers.cut_by(run.config), optimizers.cut_by(config.to_json())
+    if not optimizers.carries_over(optimizers.find(now), saved, asked):
+        shards = run.config.get("fsdp_shard_size")
+        groups = "" if shards is None else f" --fsdp-shard-size {shards}"
         raise ConfigError(
-            f"{checkpoint} holds the state of optimizer {now} as {saved[1]} processes under {saved[0]} kept it; it "
-            f"cannot be cut anew for {config.num_processes} under {config.strategy}.",
-            hint=f"Go on with --strategy {saved[0]} --num-processes {saved[1]}.",
+            f"{checkpoint} holds the state of optimizer {now} as {saved[0]} cut it over {saved[1]} processes; it "
+            f"cannot be cut anew over {asked[1]} under {asked[0]}.",
+            hint=f"Go on with --strategy {saved[0]} --num-processes {run.config['num_processes']}{groups}.",
             option="--strategy",
         )
 

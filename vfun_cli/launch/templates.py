@@ -101,7 +101,7 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
         "main_process_ip": _yaml_text(config.main_process_ip),
         # On one machine PET_RDZV_ENDPOINT says it. Here 0 keeps accelerate from looking whether that port is free.
         "main_process_port": config.main_process_port if config.num_machines > 1 else 0,
-        "block_classes": ",".join(spec.model.block_classes),
+        "gathered_classes": ",".join(spec.model.gathered_classes),
         "train_batch_size": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "max_grad_norm": config.max_grad_norm,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vfun_cli.modeling.mapped import give_back
+from vfun_cli.modeling.shards import rows_before
 
 
 class LazyWeights:
@@ -109,19 +110,15 @@ def lazy_weights() -> LazyWeights | None:
 
 @torch.no_grad()
 def load_shards(model: nn.Module, files: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a sharded model on meta its memory, and each shard its rows of the mapped tensor. In place.
-
-    FSDP2 shards along the first dimension as ``torch.chunk`` splits: equal parts, the last ones shorter or empty.
-    """
+    """Give a sharded model on meta its memory, and each shard its rows of the mapped tensor. In place."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     for name, parameter in model.named_parameters():
         if name not in files:
             continue
         assert isinstance(parameter, DTensor)
         stored, shard = files[name], parameter.to_local()
-        part = -(-len(stored) // parameter.device_mesh.size())
-        first = parameter.device_mesh.get_local_rank() * part
-        shard.copy_(_read(stored[first : first + part], shard.dtype, device))
+        first = rows_before(parameter)
+        shard.copy_(_read(stored[first : first + len(shard)], shard.dtype, device))
 
 
 def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -17,7 +17,7 @@ from vfun_cli.families import adapter_of
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.modeling.adapter import AdapterOptions, ModelAdapter
 from vfun_cli.modeling.encoders.placement import encoder_dtype
-from vfun_cli.modeling.encoders.sharding import EncoderSharding
+from vfun_cli.modeling.encoders.sharding import EncoderSharding, ranks_here
 from vfun_cli.modeling.lazy_weights import NOT_LAZY, LazyWeights, load_shards
 from vfun_cli.modeling.weights import read_json
 from vfun_cli.plan.run_plan import RunPlan
@@ -28,7 +28,7 @@ from vfun_cli.training.precision import compute_dtype, kept_dtype, use_in
 from vfun_cli.training.quantised import quantise_layers
 from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState, master_weights
-from vfun_cli.training.strategy import assert_accumulation, assert_strategy, prefetch_blocks
+from vfun_cli.training.strategy import assert_accumulation, assert_shards, assert_strategy, prefetch_blocks
 from vfun_cli.training.streaming import stream_blocks
 
 
@@ -70,9 +70,9 @@ def load_adapter(spec: FamilySpec, options: AdapterOptions) -> tuple[ModelAdapte
 
 
 def share_encoders(config: RunConfig, adapter: ModelAdapter, accelerator: Accelerator) -> None:
-    """Let the ranks share the large encoders, where the strategy does that; all ranks together."""
-    if STRATEGIES[config.strategy].shares_encoders and accelerator.num_processes > 1:
-        adapter.encoders.shard_over(EncoderSharding.over_all_ranks(accelerator.device))
+    """Let the ranks of a machine share the large encoders, where the strategy does that; all ranks together."""
+    if STRATEGIES[config.strategy].shares_encoders and ranks_here() > 1:
+        adapter.encoders.shard_over(EncoderSharding.within_a_machine(accelerator.device))
 
 
 def choose_weights(
@@ -137,6 +137,7 @@ def prepare_state(
     shapes = [tuple(parameter.shape) for parameter in trainable(transformer).values()]
     model, optimizer = _WRAP[strategy.gathers](make, transformer, accelerator, lazy)
     assert_strategy(config.strategy, model)
+    assert_shards(config, model)
     assert_accumulation(config, model)
     if config.fsdp_prefetch:
         prefetch_blocks(blocks, config.fsdp_prefetch)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -21,6 +22,7 @@ from accelerate.utils import (
 )
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vfun_cli.children import SHARE_CORES
@@ -28,6 +30,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
+from vfun_cli.modeling.shards import shard_group
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.waiting import COLLECTIVE_LIMIT
 
@@ -79,7 +82,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
             state = PartialState(cpu=True, timeout=COLLECTIVE_LIMIT)
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
-        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config))
+        return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config), parallelism_config=_groups(config))
     if wrapper == "ddp":  # a bucket view saves a copy of every gradient: 4 bytes a weight
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     return Accelerator(**settings, cpu=device == "cpu")
@@ -105,12 +108,35 @@ def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
+def _groups(config: RunConfig) -> ParallelismConfig | None:
+    """Hybrid sharding: groups of consecutive ranks, each with all weights. None: all ranks are one group.
+
+    It is said here and not in the launch file, so that no environment takes part in it.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    size = config.parts_of(ranks)
+    return None if size == ranks else ParallelismConfig(dp_replicate_size=ranks // size, dp_shard_size=size)
+
+
 def prefetch_blocks(blocks: Sequence[nn.Module], ahead: int) -> None:
     """Let FSDP gather the weights of ``ahead`` blocks early: the following ones forward, the earlier ones backward."""
     sharded: list[Any] = [block for block in blocks if isinstance(block, FSDPModule)]
     for index, block in enumerate(sharded):
         block.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + ahead])
         block.set_modules_to_backward_prefetch(sharded[max(0, index - ahead) : index][::-1])
+
+
+def sum_over_groups(config: RunConfig, model: nn.Module, *, last: bool) -> None:
+    """Under hybrid sharding, let the groups sum their gradients after the next backward pass, or after a later one.
+
+    Within a group each micro-batch is summed at once, so that a rank keeps a shard of it; between groups, which is
+    between machines, a step's sum is sent once. Not so in bf16, in which sums of several micro-batches would round.
+
+    Args:
+        last: whether the next micro-batch is the last one of its step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last or config.fsdp_reduce_dtype == "bf16")
 
 
 def prepare_environment(device: str) -> None:
@@ -141,6 +167,25 @@ def assert_strategy(name: str, model: nn.Module) -> None:
             f"strategy {name} was asked for, but accelerate prepared {prepared} ({type(model).__name__}).",
             hint="Check the accelerate file in the run's launch directory and ACCELERATE_* variables.",
         )
+
+
+def assert_shards(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to train where FSDP cuts weights over other groups of ranks than was asked for.
+
+    Raises:
+        RunError: it does, naming both.
+    """
+    for name, weight in model.named_parameters() if isinstance(model, FSDPModule) else ():
+        assert isinstance(weight, DTensor)
+        ranks = dist.get_process_group_ranks(shard_group(weight))
+        size = config.parts_of(dist.get_world_size())
+        first = dist.get_rank() // size * size
+        if ranks != list(range(first, first + size)):
+            raise RunError(
+                f"{name} is cut over the ranks {', '.join(map(str, ranks))}, and the run asks for the {size} from "
+                f"{first} on.",
+                hint="This is a fault of vfun or of accelerate; please report it.",
+            )
 
 
 def assert_accumulation(config: RunConfig, model: nn.Module) -> None:

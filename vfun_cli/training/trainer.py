@@ -32,6 +32,7 @@ from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.signals import CONTINUE, StopFlag
 from vfun_cli.training.state.checkpointer import Checkpointer
 from vfun_cli.training.state.live import TrainedState, fingerprint, master_weights
+from vfun_cli.training.strategy import sum_over_groups
 from vfun_cli.training.turns import begin_step
 from vfun_cli.training.validation import Validation
 from vfun_cli.training.waiting import gather_all
@@ -185,7 +186,8 @@ class Trainer:
         def add(key: str, output: Output) -> None:
             entries[key] = {name: Download(values) for name, values in output.items()}
 
-        for loaded in micro_batches:
+        for left, loaded in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            sum_over_groups(self.config, model, last=not left)
             with accelerator.accumulate(model):
                 loss, masked_tokens = self.loss(model, loaded, None if self.cache is None else add)
                 accelerator.backward(loss)

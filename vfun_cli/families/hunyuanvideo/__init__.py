@@ -122,6 +122,7 @@ def _spec(
             },
             captions=lambda dims: (captions.instructed("tokenizer", PROMPT_TOKENS, cut), captions.clip("tokenizer_2")),
             block_classes=block_classes,
+            unit_classes=("HunyuanVideoTokenRefiner",),
             blocks=lambda dims: dims.num_layers + dims.extra["num_single_layers"],
             sequence_tokens=sequence_tokens,
             forward_flops=forward_flops,

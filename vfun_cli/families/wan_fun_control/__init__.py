@@ -193,6 +193,7 @@ SPEC = FamilySpec(
         },
         captions=lambda dims: (captions.umt5(TEXT_TOKENS),),
         block_classes=("WanTransformerBlock",),
+        unit_classes=("WanTimeTextImageEmbedding",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,
         attention_flops=attention_flops,

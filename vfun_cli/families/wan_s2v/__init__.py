@@ -73,6 +73,7 @@ SPEC = FamilySpec(
         },
         captions=lambda dims: (captions.umt5(dims.extra["text_len"]),),
         block_classes=("WanS2VBlock",),
+        unit_classes=("InjectedAttention", "AudioAdaNorm", "AudioMotionEncoder", "TimeProjection"),
         injection_classes=("AudioInjector",),
         sequence_tokens=sequence_tokens,
         forward_flops=forward_flops,

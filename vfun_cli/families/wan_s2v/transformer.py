@@ -317,12 +317,16 @@ class AudioAdaNorm(nn.Module):
         return plain_layer_norm(x, ADAIN_EPS) * (1 + scale) + shift
 
 
+class InjectedAttention(WanS2VAttention):
+    """Attention to audio: a class of its own, which FSDP gathers alone, as it does a block."""
+
+
 class AudioInjector(nn.Module):
     """Cross-attention of each latent frame to the audio tokens of that frame, one set of weights for each layer."""
 
     def __init__(self, dim: int, num_heads: int, num_layers: int, eps: float) -> None:
         super().__init__()
-        self.injector = nn.ModuleList(WanS2VAttention(dim, num_heads, eps) for _ in range(num_layers))
+        self.injector = nn.ModuleList(InjectedAttention(dim, num_heads, eps) for _ in range(num_layers))
         self.injector_adain_layers = nn.ModuleList(AudioAdaNorm(dim) for _ in range(num_layers))
 
     def forward(self, index: int, x: Tensor, local: Tensor, overall: Tensor) -> Tensor:
@@ -348,6 +352,10 @@ class FramePacker(nn.Module):
         oldest, older, newest = motion.split((16, 2, 1), dim=2)
         scales = (self.proj(newest), self.proj_2x(older), self.proj_4x(oldest))
         return torch.cat([to_tokens(scale) for scale in scales], dim=1)
+
+
+class TimeProjection(nn.Sequential):
+    """From the time embedding to the modulation of blocks; a class of its own, as above."""
 
 
 class Head(nn.Module):
@@ -429,7 +437,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.trainable_cond_mask = nn.Embedding(3, dim)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_projection = TimeProjection(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanS2VBlock(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, math.prod(patch) * out_dim, eps)
         self.casual_audio_encoder = CausalAudioEncoder(audio_dim, dim, num_audio_token)  # spelt as released

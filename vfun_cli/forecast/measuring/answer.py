@@ -120,7 +120,7 @@ def _encoders(model: Model, model_dir: str | None) -> dict[str, int]:
 
 
 def _units(weights: Sequence[Weight]) -> Mapping[str, int]:
-    """Numbers of the heaviest block and of what lies outside of blocks."""
+    """Numbers of the heaviest unit that FSDP gathers, a block as a rule, and of what lies outside of them."""
     inside, trained = Counter[str](), Counter[str]()
     for weight in weights:
         inside[weight.block] += weight.numel

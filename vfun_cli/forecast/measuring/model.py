@@ -35,7 +35,7 @@ class Weight:
     shape: tuple[int, ...]
     trained: bool
     block: str = ""
-    """Name of the transformer block that it is in; none: it lies outside of blocks."""
+    """Name of the transformer block, or other unit of FSDP's, that it is in; none: it lies outside of them."""
     slow: bool = False
     """Whether it trains at a lower rate than others, which makes a parameter group of it and its like."""
     itemsize: int | None = None
@@ -57,7 +57,7 @@ def weights_of(spec: FamilySpec, config: RunConfig, stated: Mapping[str, Any], *
     transformer = _blank_adapter(spec, config, stated).transformer
     released, idle = spec.export.names["same"], spec.model.modules_without_gradient(spec.model.read_dims(stated))
     names = [name for name, _ in transformer.named_parameters()]
-    classes = spec.model.block_classes
+    classes = spec.model.gathered_classes
     blocks = [name for name, module in transformer.named_modules() if type(module).__name__ in classes]
     trained = set() if lora else set(choose(config.trained_modules, names, released, idle).names)
     slow = slow_names(config, trained, released)

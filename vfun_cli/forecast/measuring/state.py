@@ -64,7 +64,7 @@ def _sharded(config: RunConfig, weights: Sequence[Weight], ranks: int) -> Kept:
     """FSDP cuts each weight along its first dimension into equal parts, the last ones shorter."""
 
     def part(weight: Weight) -> tuple[int, ...]:
-        return (-(-weight.shape[0] // ranks), *weight.shape[1:])
+        return (-(-weight.shape[0] // config.parts_of(ranks)), *weight.shape[1:])
 
     return _whole(config, [replace(weight, shape=part(weight)) for weight in weights], 1)
 

@@ -1,9 +1,11 @@
-"""A large text encoder sharded over the ranks, where the strategy shards the transformer.
+"""A large text encoder sharded over the ranks of a machine, where the strategy shards the transformer.
 
-Each rank keeps a part of every block and gathers a block's weights while it computes, so the ranks run such an encoder
-together: all of them, equally often, or each would wait for the others for ever.
+Each rank keeps a part of every block and gathers a block's weights while it computes; between machines nothing is sent.
+So the ranks of a machine must run such an encoder together, equally often, or each would wait for the others for ever;
+those of all machines do.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,14 +18,16 @@ from torch.distributed.fsdp import fully_shard
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSharding:
-    """The ranks that share an encoder."""
+    """The ranks of this machine, which share an encoder."""
 
     mesh: DeviceMesh
 
     @classmethod
-    def over_all_ranks(cls, device: torch.device) -> "EncoderSharding":
+    def within_a_machine(cls, device: torch.device) -> "EncoderSharding":
         """Collective: every rank of the job calls it."""
-        return cls(mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
+        here = ranks_here()
+        shape = (dist.get_world_size() // here, here)
+        return cls(mesh=init_device_mesh(device.type, shape, mesh_dim_names=("machine", "rank"))["rank"])
 
     def shard(self, encoder: nn.Module) -> None:
         """Keep this rank's shard of each block, on its device; a block's weights are gathered while it computes."""
@@ -34,6 +38,11 @@ class EncoderSharding:
         fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
         # transformers looks up what a model can give (its hidden states) by how its class is printed.
         type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
+
+
+def ranks_here() -> int:
+    """How many ranks of the job this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

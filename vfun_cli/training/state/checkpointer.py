@@ -15,7 +15,7 @@ from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.checkpoints.size import most_bytes
 from vfun_cli.checkpoints.state import STATE_FILE, read_state
-from vfun_cli.config.optimizers import carries_over
+from vfun_cli.config.optimizers import carries_over, cut_by
 from vfun_cli.config.options import default_of
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
@@ -28,7 +28,7 @@ from vfun_cli.training.background import Background
 from vfun_cli.training.state.averaged import load_average
 from vfun_cli.training.state.convert import load_converted
 from vfun_cli.training.state.formats import CheckpointFormat, format_of
-from vfun_cli.training.state.live import TrainedState, is_partitioned, trained_parameters
+from vfun_cli.training.state.live import TrainedState, cut_over, is_partitioned, trained_parameters
 from vfun_cli.training.state.parts import numel_of
 from vfun_cli.training.waiting import FILES_LIMIT, gather_all, patient_group
 
@@ -239,13 +239,14 @@ class Checkpointer:
             ConfigError: naming both.
         """
         saved, now = run_state["run_config"].get("optimizer", default_of("optimizer")), state.kind.name
-        before = (run_state["strategy"], run_state["world_size"])
+        saved_by = {"strategy": run_state["strategy"], "num_processes": run_state["world_size"]}
+        before, here = cut_by(run_state["run_config"] | saved_by), (self.strategy, cut_over(state))
         if saved != now:
             raise ConfigError(f"{checkpoint} holds the state of optimizer {saved}, which means nothing to {now}.")
-        if not carries_over(state.kind, before, (self.strategy, state.accelerator.num_processes)):
+        if not carries_over(state.kind, before, here):
             raise ConfigError(
-                f"{checkpoint} holds the state of optimizer {now} as {before[1]} processes under {before[0]} kept it, "
-                f"which cannot be cut anew for {state.accelerator.num_processes} under {self.strategy}."
+                f"{checkpoint} holds the state of optimizer {now} as {before[0]} cut it over {before[1]} processes, "
+                f"which cannot be cut anew over {here[1]} under {self.strategy}."
             )
 
     def _is_native(self, run_state: Mapping[str, Any], world_size: int) -> bool:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
 
 from vfun_cli.checkpoints.manifest import files_of
 from vfun_cli.checkpoints.naming import PARAMETER_GROUPS, by_parameter
@@ -32,6 +33,7 @@ from vfun_cli.checkpoints.pickles import Listed, listed_classes, load_pickle
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, VfunError, first_line
 from vfun_cli.modeling.pickled import load_pickled
+from vfun_cli.modeling.shards import shard_here
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.modeling.weights import read_safetensors
 from vfun_cli.training.agreement import all_or_none
@@ -136,7 +138,8 @@ def _sharded(state: TrainedState, moments: Kept, counted: Mapping[str, Tensor]) 
 
 def _stored(state: TrainedState, metadata: Metadata) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Room for what the folder holds of the optimizer, as far as it is this rank's."""
-    trained, rank = trained_parameters(state), state.accelerator.process_index
+    trained = trained_parameters(state)
+    own = {name: (None, shard_here(weight)) for name, weight in trained.items() if isinstance(weight, DTensor)}
     moments: dict[str, dict[str, Tensor]] = {}
     counted: dict[str, Tensor] = {}
     for entry, path in (metadata.planner_data or {}).items():
@@ -146,7 +149,7 @@ def _stored(state: TrainedState, metadata: Metadata) -> tuple[dict[str, dict[str
         room = partial(torch.zeros, described.size, dtype=described.properties.dtype)
         if kind == ("optimizer", "groups"):
             counted[path[2]] = room()
-        elif kind == ("optimizer", "state") and path[2] in trained and of_a_rank(path[3]) in (None, rank):
+        elif kind == ("optimizer", "state") and path[2] in own and of_a_rank(path[3]) in own[path[2]]:
             name, key = path[2:]
             shared = of_a_rank(key) is None and described.size == trained[name].shape
             moments.setdefault(name, {})[key] = torch.zeros_like(trained[name]).detach() if shared else room()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfun_cli.checkpoints.naming import PARAMETER_GROUPS
+from vfun_cli.modeling.shards import shard_group
 from vfun_cli.training.state.live import (
     TrainedState,
     is_partitioned,
@@ -76,8 +77,10 @@ def _whole(state: TrainedState, parameter: nn.Parameter, part: Part | None, flat
     full = torch.zeros(numel_of(parameter), device=state.accelerator.device)
     if part is not None and flat is not None:
         full.narrow(0, part.offset, part.count).copy_(part.inside(flat.detach()))
-    if is_partitioned(state) or isinstance(parameter, DTensor):
+    if is_partitioned(state):
         dist.all_reduce(full)
+    elif isinstance(parameter, DTensor):
+        dist.all_reduce(full, group=shard_group(parameter))
     return full.reshape(shape_of(parameter))
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from vfun_cli.config.optimizers import OPTIMIZERS, Optimizer
 from vfun_cli.errors import CheckpointError
+from vfun_cli.modeling.shards import shards_of
 from vfun_cli.training.optim import trainable
 from vfun_cli.training.state.ema import WeightAverage
 
@@ -39,6 +40,12 @@ def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
 def is_partitioned(state: TrainedState) -> bool:
     """Whether DeepSpeed trains it: it cuts the masters into parts by rules of its own."""
     return hasattr(state.model, "zero_optimization_stage")
+
+
+def cut_over(state: TrainedState) -> int:
+    """Over how many ranks each parameter is cut, or would be: under hybrid sharding, over a group of them."""
+    shards = (shards_of(each) for each in trained_parameters(state).values() if isinstance(each, DTensor))
+    return next(shards, state.accelerator.num_processes)
 
 
 def master_weights(state: TrainedState) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """What an optimizer keeps, as named tensors: whatever it is, of one process, DDP and FSDP2.
 
 A name is what the optimizer calls it. What is made of several tensors (8-bit codes and their scales) has theirs behind
-it, and what each rank has for itself the rank: ``exp_avg.rank1.codes``. Numbers of Python's are tensors of one number,
-in types that tell them from the optimizers' own.
+it, and what each rank has for itself the number of its shard: ``exp_avg.rank1.codes``. Numbers of Python's are tensors
+of one number, in types that tell them from the optimizers' own.
 """
 
 import re
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vfun_cli.errors import CheckpointError, RunError
+from vfun_cli.modeling.shards import shard_here
 from vfun_cli.training.optim import RATE_SHARE, set_learning_rate
 from vfun_cli.training.state.live import TrainedState, inner_optimizer, stepping_optimizer, trained_parameters
 
@@ -90,7 +91,7 @@ def place(state: TrainedState, moments: Kept) -> None:
 
 
 def of_a_rank(name: str) -> int | None:
-    """The rank whose own it is; None for what all ranks have together."""
+    """The shard whose own it is; None for what all ranks have together."""
     match = _RANK.search(name)
     return int(match[1]) if match else None
 
@@ -99,7 +100,7 @@ def _parts(value: Any, state: TrainedState) -> Iterator[tuple[str, Tensor]]:
     """A value as plain tensors, with what is added to its name; empty ones are left out."""
     where = ""
     if isinstance(value, DTensor) and state.kind.in_blocks:
-        value, where = value.to_local(), f".rank{state.accelerator.process_index}"
+        value, where = value.to_local(), f".rank{shard_here(value)}"
     if not isinstance(value, Tensor):
         yield where, _tensor(value)
     elif hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vfun_cli.modeling.shards import rows_before
 from vfun_cli.training.state.live import TrainedState, is_partitioned, trained_parameters
 
 
@@ -55,12 +56,11 @@ def partition_of(zero: Any, parameter: Any) -> Part | None:
 
 
 def _rows(number: int, parameter: Tensor) -> Part | None:
-    """Of a whole parameter everything; of FSDP2's shards, cut along the first dimension as ``torch.chunk`` does."""
+    """Of a whole parameter everything, of FSDP2's shards the rows of this rank's."""
     if not isinstance(parameter, DTensor):
         return Part(master=number, start=0, count=parameter.numel(), offset=0)
-    count, mesh = parameter.to_local().numel(), parameter.device_mesh
-    before = mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size())
-    offset = before * math.prod(parameter.shape[1:])
+    count = parameter.to_local().numel()
+    offset = rows_before(parameter) * math.prod(parameter.shape[1:])
     return Part(master=number, start=0, count=count, offset=offset) if count else None
 
 
