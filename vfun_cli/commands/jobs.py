@@ -11,14 +11,19 @@ from vfun_cli import console
 from vfun_cli.config.optimizers import notices
 from vfun_cli.launch import show
 from vfun_cli.launch.job import Job, with_options
-from vfun_cli.launch.start import start
+from vfun_cli.launch.start import Part, start
 
 if TYPE_CHECKING:
     from vfun_cli.forecast.fit import Outlook
 
 
-def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+def show_or_start(
+    job: Job, *, dry_run: bool, overwrite: bool, as_json: bool, part: Part | None = None
+) -> None:
     """One or the other.
+
+    Args:
+        part: that this command takes already, among several machines.
 
     Raises:
         FitError: it will not fit.
@@ -39,7 +44,7 @@ def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) ->
         refuse(found, job.config)
     if dry_run:
         return
-    outcome = start(job, overwrite=overwrite)
+    outcome = start(job, overwrite=overwrite, part=part)
     show.result(job, outcome, as_json=as_json)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)

@@ -202,6 +202,7 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
             if not too_early:
                 with suppress(OSError):  # a terminal that was closed must not end the run
                     stop.tell()
+                    machine.tell()
             if stop.at_once or too_early or machine.must_end():
                 process.kill()  # before the ranks: its log then holds only what they died of by themselves
                 kill(stop.job)  # again: it may have been on its way into exec, without the mark
