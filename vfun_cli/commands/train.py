@@ -104,7 +104,8 @@ def _run(
             job = resume_check.with_same_contents(earlier, job)
         if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
             job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
-        show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json, part=part)
+        code = show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json, part=part)
+    raise typer.Exit(code)
 
 
 def _list_families(command: str, *, as_json: bool) -> None:

@@ -28,7 +28,7 @@ from vfun_cli.errors import (
     VfunError,
     first_line,
 )
-from vfun_cli.launch.preemption import NothingToSave
+from vfun_cli.launch.preemption import NothingToSave, interruption
 from vfun_cli.run import locate, ownership
 from vfun_cli.run.messages import Failure, MachineReport, RankError
 from vfun_cli.run.rundir import RunDir
@@ -245,7 +245,8 @@ class Machine:
         """
         if not self._heard:  # the others have not come yet, or never will
             cause = own or self._lost()
-            self._say(state="failed", failure=cause)
+            if self.peers:
+                self._say(state="failed", failure=cause)
             return cause
         self._say(state="failing" if self.number == 0 else "failed", failure=own)
         cause = None
@@ -330,5 +331,8 @@ def error_of(failure: Failure) -> VfunError:
 
 def failure_of(error: BaseException) -> Failure:
     """An error as the other machines hear of it; none of them starts over for it."""
-    known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
+    if isinstance(error, KeyboardInterrupt):
+        known: VfunError = interruption(error)
+    else:
+        known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
     return Failure(kind="error", time=time.time(), message=known.message, hint=known.hint, exit_code=known.exit_code)
