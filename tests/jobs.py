@@ -182,12 +182,20 @@ def listened_at(processes: Collection[int]) -> set[str]:
 
 
 def kill_all(job: Job) -> None:
-    """kill -9 of a command and of all that it started, in whatever session: they inherit its mark."""
-    mark = environment_of(job.pid)[MARK]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if environment_of(int(process.name)).get(MARK) == mark:
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
+    """kill -9 of a command and of all that it started."""
+    for process in processes_of(job):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     job.wait()
+
+
+def processes_of(job: Job) -> list[int]:
+    """A command that has not been waited for, and all that it started, in whatever session: they inherit its mark."""
+    found = []
+    with suppress(OSError, KeyError):  # it has ended
+        mark = environment_of(job.pid)[MARK]
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if environment_of(int(process.name)).get(MARK) == mark:
+                    found.append(int(process.name))
+    return found

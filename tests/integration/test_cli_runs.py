@@ -127,7 +127,7 @@ def told_otherwise() -> list[Said]:
 @pytest.mark.ahead.with_args(told_otherwise)
 def test_machines_that_are_told_otherwise_both_refuse(result: list[Said]) -> None:
     for said in result:
-        expected = "error: rank 1: the machines do not run the same: --learning-rate is 0.5 on machine 1"
+        expected = "error: rank 1 on machine 1: the machines do not run the same: --learning-rate is 0.5 on machine 1"
         assert expected in said.err, said.err
 
 

@@ -30,7 +30,7 @@ from vfun_cli.errors import (
 )
 from vfun_cli.launch.preemption import NothingToSave, interruption
 from vfun_cli.run import locate, ownership
-from vfun_cli.run.messages import Failure, MachineReport, RankError
+from vfun_cli.run.messages import Failure, MachineReport, RankError, named_machines
 from vfun_cli.run.rundir import RunDir
 
 BEAT = 2.0
@@ -86,9 +86,7 @@ class Machine:
         """The machines that this one looks at."""
         self.ended_ranks = False
         """Whether the ranks of this attempt were ended here, since something had failed."""
-        self._report = MachineReport(
-            machine=number, state="works", attempt=1, beat="", command=ownership.new_id()
-        )
+        self._report = MachineReport(machine=number, state="works", attempt=1, beat="", command=ownership.new_id())
         self._written = time.monotonic()
         """When a sign of life of this machine got through last."""
         self._writing = threading.Lock()
@@ -107,6 +105,15 @@ class Machine:
     def attempt(self) -> int:
         """Which launch of the job this is, from 1."""
         return self._report.attempt
+
+    def rank(self, number: int) -> str:
+        """A rank of the job, for messages of all machines."""
+        return f"rank {number}" + (f" on machine {number // len(self.ranks)}" if self.peers else "")
+
+    @property
+    def launcher(self) -> str:
+        """What has started the ranks here, for the same."""
+        return "the launcher" + (f" on machine {self.number}" if self.peers else "")
 
     # What this machine says ------------------------------------------------------------------------------------------
 
@@ -156,13 +163,13 @@ class Machine:
         late = time.monotonic() - self._written
         for peer in self.peers:
             said, before = MachineReport.read(self.run, peer), self._heard.get(peer, self._before[peer])
-            if said is None and before is not None:
-                continue
             if said == before:
                 if late <= IN_TIME:
                     self._unchanged[peer] += 1
                 elif peer in self._heard:  # whatever keeps this machine's may keep the others' as long
                     self._unchanged[peer] = -min(int(late), MOST_PATIENCE)
+            elif said is None:
+                continue
             elif peer in self._heard and said.command != self._heard[peer].command:
                 self._replaced.add(peer)
             else:
@@ -192,19 +199,17 @@ class Machine:
         absent = self._absent(SAID_AFTER)
         if absent and not self._told:
             self._told = True
-            minutes = COMES_WITHIN // 60
-            console.hint(
-                f"waiting for {_named(absent)}: no vfun command of this job has reported in {self.run.logs} there. "
-                f"{self._last_words(absent)}Without {'it' if len(absent) == 1 else 'them'} this ends in {minutes} minutes."
-            )
+            ends = f"Without {'it' if len(absent) == 1 else 'them'} this ends in {COMES_WITHIN // 60} minutes."
+            console.hint(f"waiting for {named_machines(absent)}: {self._what_is_known(absent)} {ends}")
         elif self._told and len(self._heard) == len(self.peers):
             self._told = False
             console.hint("all machines have come.")
 
-    def _last_words(self, absent: Sequence[int]) -> str:
-        """What earlier commands there ended with: perhaps this job's own, which began before this one."""
-        ended = {peer: said.failure for peer in absent if (said := self._before[peer]) is not None and said.failure}
-        return "".join(f"The last one there ended with this: {failure.message} " for failure in ended.values())
+    def _what_is_known(self, absent: Sequence[int]) -> str:
+        """With what earlier commands there ended: perhaps this job's own, which began before this one."""
+        before = [said.failure for peer in absent if (said := self._before[peer]) is not None]
+        ended = [f"The last one there ended with this: {failure.message}" for failure in before if failure is not None]
+        return " ".join([f"no vfun command has reported from there in {self.run.logs}.", *ended])
 
     def errors(self) -> list[RankError]:
         """What the ranks of this machine met, the first first."""
@@ -243,19 +248,16 @@ class Machine:
             own: what was met here; None if the ranks were ended only since another machine had failed.
             given_up: asked while waiting; ends it with what was met here.
         """
-        if not self._heard:  # the others have not come yet, or never will
-            cause = own or self._lost()
-            if self.peers:
-                self._say(state="failed", failure=cause)
-            return cause
-        self._say(state="failing" if self.number == 0 else "failed", failure=own)
         cause = None
-        while cause is None and not given_up():
-            self.look()
-            cause = self._decide(own) if self.number == 0 else self._decided(own)
-            time.sleep(0.0 if cause else LOOK)
+        if self._heard:  # otherwise the others have not come yet, or never will
+            self._say(state="failing" if self.number == 0 else "failed", failure=own)
+            while cause is None and not given_up():
+                self.look()
+                cause = self._decide(own) if self.number == 0 else self._decided(own)
+                time.sleep(0.0 if cause else LOOK)
         cause = cause or own or self._lost()
-        self._say(state="failed", failure=cause)
+        if self.peers:
+            self._say(state="failed", failure=cause)
         return cause
 
     def _decide(self, own: Failure | None) -> Failure | None:
@@ -277,12 +279,10 @@ class Machine:
         """That machines have gone or never came."""
         if gone := self._gone():
             each = "its vfun command or the whole machine has died, or no longer reaches"
-            message = f"{_named(gone)} {_have(gone)} gone without a word: {each} {self.run.root}."
+            message = f"{named_machines(gone)} {_have(gone)} gone without a word: {each} {self.run.root}."
         elif absent := self._absent(COMES_WITHIN):
-            message = (
-                f"{_named(absent)} {_have(absent)} not come within {COMES_WITHIN // 60} minutes: no vfun command of "
-                f"this job has reported in {self.run.logs} there. {self._last_words(absent)}"
-            ).rstrip()
+            late = f"{named_machines(absent)} {_have(absent)} not come within {COMES_WITHIN // 60} minutes"
+            message = f"{late}: {self._what_is_known(absent)}"
         else:
             message = f"the machines lost each other: a vfun command has died, or no longer reaches {self.run.root}."
         return Failure(
@@ -314,10 +314,6 @@ class Machine:
         step = step if self.number == 0 else said.step
         self._say(attempt=attempt, state="works", step=step, failure=None)
         return step
-
-
-def _named(machines: Sequence[int]) -> str:
-    return f"machine{'' if len(machines) == 1 else 's'} {', '.join(map(str, machines))}"
 
 
 def _have(machines: Sequence[int]) -> str:

@@ -82,7 +82,7 @@ def start(
     if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
-    with taking_part(job.command, job.config) if part is None else nullcontext(part) as part:
+    with taking_part(job.command, job.config) if part is None else nullcontext(part) as mine:
         # The look at the directory was before the lock: another command may have run in between.
         refuse_used(job.config, job.found, overwrite=overwrite)
         ownership.remove_leftovers(job.run, job.config.machine_rank)
@@ -94,7 +94,7 @@ def start(
             ownership.clear(job.run, job.config.num_machines)
         announce(job)
         write_plan(job)
-        return _launch(job, part.claim, part.machine)
+        return _launch(job, mine.claim, mine.machine)
 
 
 def _machine(command: str, config: RunConfig, run: RunDir) -> Machine:

@@ -252,7 +252,8 @@ def _failure(
         return Failure(
             kind="crash" if first.crash else "error",
             time=first.time,
-            message=f"rank {culprit}: {first.message}" + (f" ({after} more ranks failed after it.)" if after else ""),
+            message=f"{machine.rank(culprit)}: {first.message}"
+            + (f" ({after} more ranks failed after it.)" if after else ""),
             hint=first.hint or hint,
             exit_code=first.exit_code,
         )
@@ -260,7 +261,7 @@ def _failure(
         return None
     if killed or code < 0:
         rank, number = killed or (None, -code)
-        ended = f"{'the launcher' if rank is None else f'rank {rank}'} was ended by {_signal_name(number)}"
+        ended = f"{machine.launcher if rank is None else machine.rank(rank)} was ended by {_signal_name(number)}"
         own = texts.get(machine.run.rank_log(rank), "") if rank else text
         cause = _want_of_memory(number, own, memory_ran_out=memory_ran_out)
         if cause is not None:
@@ -270,7 +271,7 @@ def _failure(
         return failure_of(does_not_fit(line))
     else:
         cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
-        message = f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."
+        message = f"{machine.launcher} ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."
     return Failure(
         kind="killed" if killed else "crash",
         time=time.time(),

@@ -6,7 +6,7 @@ Readers take what is missing or damaged as not said.
 import json
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,6 +244,11 @@ class MachineReport:
     @classmethod
     def _of(cls, *, failure: dict[str, Any] | None, **said: Any) -> "MachineReport":
         return cls(**said, failure=None if failure is None else Failure(**failure))
+
+
+def named_machines(machines: Sequence[int]) -> str:
+    """These, for messages."""
+    return f"machine{'' if len(machines) == 1 else 's'} {', '.join(map(str, machines))}"
 
 
 def clear_messages(run: RunDir, machine_rank: int = 0, *, ranks_elsewhere: Collection[int] = ()) -> None:
