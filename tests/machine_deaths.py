@@ -31,7 +31,12 @@ HARMED_AFTER = 6
 NOTICED = 30
 """Seconds within which all others have ended."""
 OLD_PACKAGE, OLD_VERSION = "peft", "0.17.0"
-ROWS, OTHER_ROWS = "one-clip.json", "other-clip.json"
+ROWS, OTHER_ROWS = "one-clip.json", "held-out.json"
+"""Metadata that tests make beside those of the demo, of one row and of two."""
+
+
+Own = tuple[Sequence[object], Mapping[str, str]]
+"""Arguments and variables of a machine alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +62,8 @@ class Case:
     code: int
     """What they end with."""
     machines: int = 2
-    otherwise: Callable[[Place], tuple[Sequence[object], Mapping[str, str]]] = lambda place: ((), {})
-    """Arguments and variables of the harmed machine alone."""
+    otherwise: Sequence[Callable[[Host], Own]] = ()
+    """What the last machines have of their own, one each."""
     harm: Callable[[Place, Job], None] | None = None
     """What happens to it, once it trains; without it, the machines refuse to begin."""
     disk: Callable[[Place], Path] | None = None
@@ -130,34 +135,34 @@ def disk_filled(place: Place, job: Job) -> None:
     fill(place.run.root)
 
 
-def cache_on_a_full_disk(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
-    fill(own_disk(place))
+def cache_on_a_full_disk(host: Host) -> Own:
+    fill(host.folder / "cache")
     return [], {}
 
 
-def another_folder(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
-    return [f"--output-dir={place.harmed.folder / 'run'}"], {}
+def another_folder(host: Host) -> Own:
+    return [f"--output-dir={host.folder / 'run'}"], {}
 
 
-def another_option(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
+def another_option(host: Host) -> Own:
     return ["--learning-rate=0.5"], {}
 
 
-def other_rows(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
+def other_rows(host: Host) -> Own:
     return [f"--train-data-meta=vfun-demo/{FAMILY}/data/{OTHER_ROWS}"], {}
 
 
-def older_package(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
+def older_package(host: Host) -> Own:
     """Its metadata, which come first where it is looked for."""
-    metadata = place.harmed.folder / "packages" / f"{OLD_PACKAGE}-{OLD_VERSION}.dist-info" / "METADATA"
+    metadata = host.folder / "packages" / f"{OLD_PACKAGE}-{OLD_VERSION}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: {OLD_PACKAGE}\nVersion: {OLD_VERSION}\n")
     return [], {"PYTHONPATH": os.pathsep.join([str(metadata.parents[1]), str(ROOT)])}
 
 
-def other_header(place: Place) -> tuple[Sequence[object], Mapping[str, str]]:
+def other_header(host: Host) -> Own:
     """The VAE's header says the same in other bytes."""
-    (file,) = (place.harmed.folder / "vfun-demo" / FAMILY / "model" / "vae").glob("*.safetensors")
+    (file,) = (host.folder / "vfun-demo" / FAMILY / "model" / "vae").glob("*.safetensors")
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
@@ -181,50 +186,55 @@ CASES = [
         says=r"no checkpoint can be written to .*: [\d,]+ bytes are missing",
     ),
     Case(
-        name="own disk full", disk=own_disk, otherwise=cache_on_a_full_disk, code=6,
+        name="own disk full", disk=own_disk, otherwise=[cache_on_a_full_disk], code=6,
         says="error: rank 1 on machine 1: .*No space left on device",
     ),
     Case(
-        name="another directory", otherwise=another_folder, code=2,
+        name="another directory", otherwise=[another_folder], code=2,
         says="error: rank 1 on machine 1: its run directory .* is not the one that rank 0 writes to",
     ),
     Case(
-        name="another option", otherwise=another_option, code=2,
+        name="another option", otherwise=[another_option], code=2,
         says="the machines do not run the same: --learning-rate is 0.5 on machine 1 and 0.004 on machine 0",
     ),
     Case(
-        name="another plan", otherwise=other_rows, code=2,
-        says="the machines do not run the same: what --train-data-meta holds differs: row 0 .* on machine 1",
+        name="another plan", otherwise=[other_rows], code=2,
+        says="the machines do not run the same: what --train-data-meta holds has another row 0, row 1 on machine 1",
     ),
     Case(
-        name="an older package", otherwise=older_package, code=2,
+        name="an older package", otherwise=[older_package], code=2,
         says=f"the machines do not run the same: {OLD_PACKAGE} is {OLD_VERSION} on machine 1 and ",
     ),
     Case(
-        name="another model file", otherwise=other_header, code=2,
-        says="the machines do not run the same: what --pretrained-model-name-or-path holds differs: "
-        r"vae/.*\.safetensors .* on machine 1",
+        name="another model file", otherwise=[other_header], code=2,
+        says="the machines do not run the same: what --pretrained-model-name-or-path holds has another "
+        r"vae/\S*\.safetensors on machine 1 than on machine 0",
+    ),
+    Case(
+        name="all otherwise", machines=4, otherwise=[another_option, older_package, other_header], code=2,
+        says="the machines do not run the same: --learning-rate is 0.5 on machine 1 and 0.004 on machine 0; "
+        rf"{OLD_PACKAGE} is {OLD_VERSION} on machine 2 and .* holds has another vae/\S*\.safetensors on machine 3 than",
     ),
 ]  # fmt: skip
 
 
 def rows_of_one_clip(demo: Path) -> None:
-    """Metadata of one clip, and of another one, beside those of the demo."""
+    """Metadata of one clip, and of another two, beside those of the demo."""
     data = demo / FAMILY / "data"
     rows = json.loads((data / "metadata.json").read_text(encoding="utf-8"))
-    videos = [row for row in rows if row["type"] == "video"]
-    (data / ROWS).write_text(json.dumps(videos[:1]), encoding="utf-8")
-    (data / OTHER_ROWS).write_text(json.dumps([videos[0] | {"text": "Something else."}]), encoding="utf-8")
+    video = next(row for row in rows if row["type"] == "video")
+    (data / ROWS).write_text(json.dumps([video]), encoding="utf-8")
+    (data / OTHER_ROWS).write_text(json.dumps([video | {"text": str(number)} for number in (0, 1)]), encoding="utf-8")
 
 
 def begin(place: Place, case: Case | None = None) -> list[Job]:
     """The command of each machine, as the case has it."""
     port = free_port()
-    arguments, variables = ((), {}) if case is None else case.otherwise(place)
-    count = len(place.machines)
+    count, functions = len(place.machines), () if case is None else case.otherwise
+    harmed = place.machines[count - len(functions) :]
+    own = {host.number: function(host) for host, function in zip(harmed, functions, strict=True)}
 
     def said(host: Host) -> list[object]:
-        own = arguments if host is place.harmed else ()
         return [
             "train", FAMILY, "--demo", "--ddp", f"--output-dir={place.run.root}",
             f"--train-data-meta=vfun-demo/{FAMILY}/data/{ROWS}", "--video-sample-size=64", "--image-sample-size=64",
@@ -234,10 +244,10 @@ def begin(place: Place, case: Case | None = None) -> list[Job]:
             "--resume-from-checkpoint=latest",
             f"--num-machines={count}", f"--num-processes={count}", f"--machine-rank={host.number}",
             f"--main-process-ip={place.machines[0].address}", f"--main-process-port={port}",
-            *(() if case is None else case.arguments), *own,
+            *(() if case is None else case.arguments), *own.get(host.number, ((), {}))[0],
         ]  # fmt: skip
 
-    return start_on(place.machines, said, lambda host: variables if host is place.harmed else {})
+    return start_on(place.machines, said, lambda host: own.get(host.number, ((), {}))[1])
 
 
 def prepared(folder: Path, demo: Path, machines: int = 2) -> Place:
@@ -280,8 +290,9 @@ def performed(case: Case, folder: Path, demo: Path, *, again: bool = True) -> En
         if again and said[0].code:
             if case.disk is not None:
                 (case.disk(place) / "the rest").unlink()
-            shutil.rmtree(place.harmed.folder / demo.name)
-            shutil.copytree(demo, place.harmed.folder / demo.name)
+            for host in place.machines:
+                shutil.rmtree(host.folder / demo.name)
+                shutil.copytree(demo, host.folder / demo.name)
             finish_all(begin(place))
         became = trained(place.run) if place.run.checkpoint(STEPS).exists() else None
     return Ending(

@@ -169,10 +169,10 @@ def _differing_pieces(described: Mapping[str, Any], names: Collection[str]) -> d
     Args:
         names: what differs of the statement.
     """
-    run, machine = RunDir(Path(described["run_dir"])), described["config"]["machine_rank"]
     if not any(name in names for name in map(_holds, described.get("contents") or {})):
         return {}
-    pieces = differing_pieces(run.contents(machine), run.contents(0))
+    run = RunDir(Path(described["run_dir"]))
+    pieces = differing_pieces(run.contents(described["config"]["machine_rank"]), run.contents(0))
     return {
         _holds(name): ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         for name, found in pieces.items()
