@@ -257,9 +257,9 @@ def prepared(folder: Path, demo: Path, machines: int = 2) -> Place:
     return Place(run=run, machines=hosts(machines, folder, demo=demo))
 
 
-def undisturbed(folder: Path, demo: Path) -> Trained:
-    """What the run of two machines comes to, to which nothing happens."""
-    place = prepared(folder, demo)
+def undisturbed(folder: Path, demo: Path, *, machines: int = 2) -> Trained:
+    """What the run comes to where nothing happens."""
+    place = prepared(folder, demo, machines)
     finish_all(begin(place))
     return trained(place.run)
 

@@ -155,15 +155,15 @@ def _looked_at_again(job: Job, found: Found) -> Job:
 
 
 def write_plan(job: Job) -> None:
-    """What the training processes make their plan from."""
+    """What the training processes make their plan from; what people read of it is machine 0's to write."""
     run, machine = job.run, job.config.machine_rank
     run.launch(machine).mkdir(parents=True, exist_ok=True)
     job.plan.table.save(run.clips(machine))
     if job.plan.validation_table is not None:
         job.plan.validation_table.save(run.validation_clips(machine))
-    write_atomically(
-        run.plan_json, json.dumps({"digest": job.plan.first_epoch.digest(), **job.plan_summary()}, indent=1)
-    )
+    if machine == 0:
+        summary = {"digest": job.plan.first_epoch.digest(), **job.plan_summary()}
+        write_atomically(run.plan_json, json.dumps(summary, indent=1))
 
 
 def write_launch_files(job: Job) -> None:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_LIMIT = timedelta(minutes=10)
-"""How late a rank may be at a collective of a training step: NCCL's own default. Only one that is lost should be so late:
-all come to a step together (``turns.py``), and inside the slowest that a whole one does is to compile its blocks, minutes.
-What reads, writes or waits for files on one rank alone is followed by a wait of this module before the next one."""
+"""How late a rank may be at a collective of a training step: NCCL's own default. Only a rank that is lost should be.
+All come to a step together (``turns.py``), and the slowest that a whole one does inside is to compile its blocks, which
+takes minutes. What reads, writes or waits for files on one rank alone is followed by a wait of this module."""
 
 TURN_LIMIT = timedelta(minutes=30)
 """How late a rank may be where all ask each other, as before a step: beside what a step takes, to decode a long video
