@@ -65,7 +65,7 @@ def row(case: Case, ending: machine_deaths.Ending, straight: Trained) -> dict[st
         "seconds": ending.seconds,
         "complete_checkpoints": ending.steps,
         "bit_equal_afterwards": equal,
-        "good": bool(told and alike and equal and (not case.code or max(ending.seconds) < NOTICED)),
+        "good": bool(told and alike and equal and (not case.harm or not case.code or max(ending.seconds) < NOTICED)),
     }  # fmt: skip
 
 

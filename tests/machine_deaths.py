@@ -144,6 +144,10 @@ def another_folder(host: Host) -> Own:
     return [f"--output-dir={host.folder / 'run'}"], {}
 
 
+def without_a_model(host: Host) -> Own:
+    return ["--pretrained-model-name-or-path=nowhere"], {}
+
+
 def another_option(host: Host) -> Own:
     return ["--learning-rate=0.5"], {}
 
@@ -188,6 +192,10 @@ CASES = [
     Case(
         name="own disk full", disk=own_disk, otherwise=[cache_on_a_full_disk], code=6,
         says="error: rank 1 on machine 1: .*No space left on device",
+    ),
+    Case(
+        name="no model there", otherwise=[without_a_model], code=5,
+        says="error: machine 1: .*nowhere",
     ),
     Case(
         name="another directory", otherwise=[another_folder], code=2,

@@ -18,6 +18,7 @@ from tests.machine_deaths import (
     performed,
     undisturbed,
 )
+from vfun_cli.run.messages import MachineReport
 from vfun_cli.run.rundir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -67,13 +68,16 @@ def test_all_machines_end_alike_and_the_run_goes_on_to_the_same_bits(
         assert said.code == case.code, said.err
         assert re.search(case.says, " ".join(said.err.split())), said.err
     assert harmed.code in (case.code, -9)
-    if case.code:
+    if case.code and case.harm is not None:
         assert max(result.seconds) < 3 * NOTICED, "on a machine that does much else"
     run = RunDir(place_of(case.name) / "shared" / "run")
     if case.disk is None and case.harm is None:  # what is there is machine 0's
         described = json.loads(run.run_json.read_text(encoding="utf-8"))
         assert json.loads(run.plan_json.read_text(encoding="utf-8"))["digest"] == described["plan_digest"]
         assert described["config"]["machine_rank"] == 0
+    if case.code == 0:
+        reports = [MachineReport.read(run, number) for number in range(case.machines)]
+        assert [said and said.attempt for said in reports] == [2] * case.machines
     if case.harm is not None:
         assert SAVED_EVERY in result.steps, "what was saved is there, every byte"
         assert case.machines > 2 or result.became == straight.result()
