@@ -8,10 +8,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -49,17 +48,21 @@ def vfun_here(*arguments: object) -> Said:
 Job = subprocess.Popen[str]
 
 
-def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = (), by: Sequence[str] = ()) -> Job:
-    """A vfun command in a session of its own, on these processor cores alone where some are named.
+def start(
+    *arguments: object,
+    cwd: Path | None = None,
+    by: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Job:
+    """A vfun command in a session of its own.
 
     Args:
         by: the command that starts it, where it is not started straight away.
     """
     return subprocess.Popen(
         [*by, sys.executable, "-m", "vfun_cli", *map(str, arguments)],
-        cwd=cwd, env=os.environ | {MARK: str(uuid4())}, start_new_session=True,
+        cwd=cwd, env={**environment, MARK: str(uuid4())}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
     )  # fmt: skip
 
 
@@ -179,12 +182,20 @@ def listened_at(processes: Collection[int]) -> set[str]:
 
 
 def kill_all(job: Job) -> None:
-    """kill -9 of a command and of all that it started, in whatever session: they inherit its mark."""
-    mark = environment_of(job.pid)[MARK]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if environment_of(int(process.name)).get(MARK) == mark:
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:
-            continue
+    """kill -9 of a command and of all that it started."""
+    for process in processes_of(job):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     job.wait()
+
+
+def processes_of(job: Job) -> list[int]:
+    """A command that has not been waited for, and all that it started, in whatever session: they inherit its mark."""
+    found = []
+    with suppress(OSError, KeyError):  # it has ended
+        mark = environment_of(job.pid)[MARK]
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if environment_of(int(process.name)).get(MARK) == mark:
+                    found.append(int(process.name))
+    return found

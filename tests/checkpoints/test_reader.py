@@ -14,10 +14,14 @@ import pytest
 import torch
 from write_sample import STRATEGIES, sample_moments, sample_weights
 
+from tests.jobs import vfun_here
+from tests.run.small_run import write_run
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.pickles import TorchArchive
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.errors import CheckpointError
+from vfun_cli.run import locate
+from vfun_cli.run.rundir import RunDir
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -192,6 +196,31 @@ def test_a_missing_rank_is_an_error(samples: Path, tmp_path: Path, strategy: str
     file.unlink()
     with pytest.raises(CheckpointError):
         open_checkpoint(checkpoint).weights["head.weight"].read()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_that_lacks_any_of_its_files_counts_for_nothing(
+    samples: Path, tmp_path: Path, strategy: str
+) -> None:
+    run = RunDir(tmp_path)
+    write_run(run, steps=(2, 4))
+    newest = run.checkpoint(4)
+    shutil.copytree(samples / strategy, newest, dirs_exist_ok=True)
+    manifest.write_manifest(newest)
+    files = manifest.files_of(newest)
+    assert len(files) > 2 and locate.checkpoint(None, output_dir=run.root).checkpoint == newest
+    for file in files:
+        file.rename(tmp_path / "away")
+        assert [path.name for path in manifest.checkpoints(run.root)] == ["checkpoint-2"]
+        found = [locate.newest(run), locate.checkpoint(None, output_dir=run.root)]
+        assert [each and each.step for each in [*found, locate.to_resume("latest", output_dir=run.root)]] == [2, 2, 2]
+        if file == files[-1]:
+            for words in (["checkpoints", "verify", newest], ["export-bf16", newest], ["resume", newest]):
+                said = vfun_here(*words)
+                assert said.code == CheckpointError.exit_code
+                assert f"{file.name} is missing" in " ".join(said.err.split())
+        (tmp_path / "away").rename(file)
+    assert len(manifest.checkpoints(run.root)) == 2
 
 
 def test_compressed_members_are_refused(samples: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def trained(workplace: Path, pool: ThreadPoolExecutor, request: pytest.FixtureRe
     The launches of all strategies that tests of this session name or need begin at once, before all other commands.
     """
     items = request.session.items
-    named = {"single", *map(strategy_of, items), *(need for item in items for need in needs_of(item))}
+    named = {*map(strategy_of, items), *(need for item in items for need in needs_of(item))} - {None}
+    if named:
+        named.add("single")
     launches: dict[str, Future[None]] = {}
 
     def begin(strategy: str) -> None:
@@ -71,7 +73,8 @@ def results(
 ) -> dict[pytest.Item, "Future[Any]"]:
     """What the commands of marked tests come to: ``@pytest.mark.ahead.with_args(work, *arguments, needs=strategies)``.
 
-    ``work`` begins with the session, beside other tests, when the strategies that it needs are trained.
+    ``work`` begins with the session, beside other tests, when the strategies that it needs are trained; with
+    ``needs=None`` after nothing: it has a cache of its own.
     """
 
     def after(needs: Sequence[str], work: Callable[..., Any], *arguments: Any) -> Any:
@@ -114,7 +117,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def needs_of(item: pytest.Item) -> Sequence[str]:
     """The strategies whose launch a test's own commands come after; of all of them the one that fills the cache."""
     mark = item.get_closest_marker("ahead")
-    return () if mark is None else ("single", *mark.kwargs.get("needs", ()))
+    needs = None if mark is None else mark.kwargs.get("needs", ())
+    return () if needs is None else ("single", *needs)
 
 
 def strategy_of(item: pytest.Item) -> str | None:

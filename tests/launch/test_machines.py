@@ -1,5 +1,6 @@
 """Commands of several machines in one run directory: what one of them meets ends all, in the same words."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from vfun_cli.errors import CheckpointError, VfunError
 from vfun_cli.launch import machines, supervise
-from vfun_cli.launch.machines import GRACE, SILENT, SILENT_AT_WORK, Machine
+from vfun_cli.launch.machines import COMES_WITHIN, GRACE, MOST_PATIENCE, SAID_AFTER, SILENT, Machine
 from vfun_cli.run.messages import Failure, MachineReport, RankError
 from vfun_cli.run.rundir import RunDir
 
@@ -16,6 +17,7 @@ from vfun_cli.run.rundir import RunDir
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "LOOK", 0.0)
+    monkeypatch.setattr(machines.ownership, "new_id", lambda: "a command")
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def met(run: RunDir, count: int) -> list[Machine]:
 def beat(run: RunDir, number: int, **said: object) -> None:
     """A sign of life of a machine, in place of its command's thread."""
     beat.count = getattr(beat, "count", 0) + 1  # type: ignore[attr-defined]
-    values = {"state": "works", "attempt": 1, **said}
+    values = {"state": "works", "attempt": 1, "command": "a command", **said}
     MachineReport(machine=number, beat=str(beat.count), **values).write(run)  # type: ignore[arg-type, attr-defined]
 
 
@@ -73,10 +75,9 @@ def test_a_machine_that_fails_ends_the_ranks_of_the_others_after_they_could_spea
     first, second, third = met(run, 3)
     assert not ends(first) and not ends(second)
     beat(run, 2, state="failed", failure=failure("crash", 1, "x"))
+    assert not ends(second), "the others hear of it from machine 0"
     assert not first.must_end()
-    assert ends(first) and not ends(second), "the others hear of it from machine 0"
-    beat(run, 0, state="failing")
-    assert ends(second)
+    assert ends(first) and ends(second)
     RankError(rank=5, time=1, message="", hint=None, exit_code=1, crash=True, traceback="").write(run)
     assert ends(third)
     assert [error.rank for error in third.errors()] == [5] and not second.errors()
@@ -85,10 +86,10 @@ def test_a_machine_that_fails_ends_the_ranks_of_the_others_after_they_could_spea
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_machine_without_a_sign_of_life_is_named(number: int, run: RunDir) -> None:
     machine, gone = met(run, 2)[number], 1 - number
-    for _ in range(SILENT_AT_WORK - 1):
+    for _ in range(SILENT - 1):
         assert not machine.must_end()
     beat(run, gone)
-    looks = [machine.must_end() for _ in range(1 + SILENT_AT_WORK + GRACE)]
+    looks = [machine.must_end() for _ in range(1 + SILENT + GRACE)]
     assert not any(looks[:-1]) and looks[-1]
     said = machine.agree(failure("crash", 1, "Connection closed by peer"))
     assert f"machine {gone} has gone without a word" in said.message and said.kind == "error"
@@ -102,6 +103,114 @@ def test_a_peer_that_was_lost_is_waited_for_before_it_is_blamed(run: RunDir) -> 
     assert "machine 1 has gone" in first.agree(failure("crash", 1, "lost")).message
 
 
+def test_looks_count_while_own_signs_of_life_get_through_and_others_get_as_long_as_those_were_late(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any run of stalls of the disk: nobody is blamed within SILENT looks after the last, who is dead is then."""
+    clock = Clock()
+    monkeypatch.setattr(machines.time, "monotonic", clock)
+    draws = random.Random(7)
+    for _ in range(6):
+        machine, _ = met(run, 2)
+        machine._say()
+        for _ in range(draws.randrange(4)):
+            stall = draws.randrange(5, 120)
+            for _ in range(stall):  # no sign of life gets through, of either
+                clock.now += 1
+                assert not machine.must_end()
+            machine._say()
+            patience = SILENT + min(stall, MOST_PATIENCE)
+            for _ in range(draws.randrange(1, patience)):  # the other one is not back yet
+                clock.now += 1
+                machine._say()
+                assert not machine.must_end()
+            beat(run, 1)
+        looks = 0
+        while not machine._gone():
+            clock.now += 1
+            machine._say()
+            machine.must_end()
+            looks += 1
+        assert SILENT <= looks <= SILENT + 1
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_command_that_was_lost_and_started_anew_is_not_taken_for_the_lost_one(run: RunDir) -> None:
+    first, second = met(run, 2)
+    beat(run, 1, command="another")
+    assert ends(first) and "machine 1 has gone" in first.agree(failure("crash", 1, "lost")).message
+    beat(run, 0, command="another")
+    assert ends(second) and "machine 0 has gone" in second.agree(None).message
+
+
+def test_who_has_not_come_is_said_and_when_all_have(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    beat(run, 2, state="ended", failure=failure("error", 1, "no model there"))
+    machine = Machine(run, 0, machines=4, processes=4)
+    beat(run, 1)
+    for _ in range(SAID_AFTER + 5):
+        assert not machine.must_end()
+        machine.tell()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("waiting for machines 2, 3:") == 1 and "ended with this: no model there" in said
+    assert "this ends in 30 minutes" in said
+    for number in (2, 3):
+        beat(run, number)
+    machine.must_end()
+    machine.tell()
+    machine.tell()
+    assert capsys.readouterr().err == "all machines have come.\n"
+
+
+def test_who_never_comes_ends_all(run: RunDir) -> None:
+    first, second, _ = (Machine(run, number, machines=3, processes=3) for number in range(3))
+    beat(run, 1)
+    beat(run, 0)
+    for look in range(COMES_WITHIN + GRACE - 1):
+        if look % (SILENT // 2) == 0:
+            beat(run, 1)
+        assert not first.must_end()
+    assert first.must_end() and ends(second)
+    beat(run, 1, state="failed")
+    said = first.agree(None)
+    assert said.message.startswith("machine 2 has not come within 30 minutes") and said.kind == "error"
+    assert second.agree(None) == said
+
+
+def test_all_machines_that_have_gone_are_named(run: RunDir) -> None:
+    first, *_ = met(run, 4)
+    for _ in range(SILENT + 2):
+        beat(run, 2)
+        first.must_end()
+    beat(run, 2, state="failed")
+    assert first.agree(None).message.startswith("machines 1, 3 have gone without a word")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CheckpointError("no model."), 5, "machine 1: no model."),
+        (KeyboardInterrupt(), 130, "machine 1: interrupted."),
+        (ValueError("odd"), 1, "machine 1: ValueError: odd."),
+    ],
+)
+def test_what_a_command_meets_before_its_ranks_ends_the_others_too(
+    error: BaseException, code: int, words: str, run: RunDir
+) -> None:
+    first, second = (Machine(run, number, machines=2, processes=2) for number in range(2))
+    with pytest.raises(type(error)), second.taking_part():
+        first.look()  # it is there
+        raise error
+    assert ends(first)
+    said = first.agree(None)
+    assert (said.message, said.exit_code, said.kind) == (words, code, "error")
+
+
 def test_what_an_earlier_command_reported_counts_for_nothing(run: RunDir) -> None:
     beat(run, 1, state="ended", failure=failure("error", 1, "of an earlier job"))
     machine = Machine(run, 0, machines=2, processes=2)
@@ -110,12 +219,13 @@ def test_what_an_earlier_command_reported_counts_for_nothing(run: RunDir) -> Non
 
 
 @pytest.mark.parametrize(
-    "harm", ["", "{", "[]", '{"machine": 1, "state": "?", "attempt": 1, "beat": "", "failure": null}']
+    "harm",
+    ["", "{", "[]", '{"machine": 1, "state": "?", "attempt": 1, "beat": "", "command": "", "failure": null}'],
 )
 def test_a_report_that_cannot_be_read_is_no_silence(harm: str, run: RunDir) -> None:
     machine, _ = met(run, 2)
     run.machine_report(1).write_text(harm)
-    for _ in range(2 * SILENT_AT_WORK):
+    for _ in range(2 * SILENT):
         assert not machine.must_end()
 
 
@@ -135,7 +245,7 @@ def test_no_attempt_begins_after_machine_0_has_ended(run: RunDir) -> None:
         assert agree(run, job, [failure("crash", 1, "x")] * 2) == ["x", "x"]
         raise CheckpointError("it is damaged.")
     job[1].look()
-    with pytest.raises(CheckpointError, match=r"^it is damaged\.$"):
+    with pytest.raises(CheckpointError, match=r"^machine 0: it is damaged\.$"):
         job[1].next_attempt(2)
 
 

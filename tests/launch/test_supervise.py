@@ -78,7 +78,7 @@ def test_a_killed_rank_is_known_before_the_launcher_has_ended_its_peers(tmp_path
     argv = [sys.executable, "-c", f"raise SystemExit({early!r})"]
     with (
         supervise.stop_requests(machine.run) as stop,
-        pytest.raises(supervise.Crashed, match="rank 3 was ended by SIGKILL"),
+        pytest.raises(supervise.Crashed, match="rank 3 on machine 1 was ended by SIGKILL"),
     ):
         supervise.launch(argv, machine, 0, stop, stdin=subprocess.DEVNULL, way_on=str)
 

@@ -77,6 +77,16 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert names(run.root) == {"checkpoint-4", "logs", "plan.json"}
 
 
+def test_another_machine_of_the_new_run_keeps_what_it_has_written_already(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_run(run, config={**CONFIG, "num_machines": 3, "num_processes": 3})
+    mine, gone = run.files_of_machine(1), run.files_of_machine(2)
+    for path in [*mine, *gone]:
+        write(path)
+    ownership.clear(run, 2)
+    assert all(path.exists() for path in mine) and not any(path.exists() for path in gone)
+
+
 @pytest.mark.slow
 def test_a_deletion_that_dies_at_any_moment_is_known_and_goes_on(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")

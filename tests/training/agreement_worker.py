@@ -16,6 +16,7 @@ from vfun_cli.errors import FitError, MetadataError, RunError, VfunError
 from vfun_cli.modeling.adapter import Inputs, SampleRequest
 from vfun_cli.modeling.encoders.frozen import Encoders
 from vfun_cli.modeling.randomness import SampleKey
+from vfun_cli.run.contents import Contents, write_contents
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training import agreement, looking
 from vfun_cli.training.agreement import all_or_none, require_one_directory, require_one_job
@@ -67,6 +68,16 @@ def one(path: Path) -> RunDir:
     path.mkdir(exist_ok=True)
     (path / "logs").mkdir(exist_ok=True)
     return RunDir(path)
+
+
+def two_models() -> object:
+    """Of which a file differs between the machines, as their launch folders tell."""
+    run = one(folder / "run")
+    contents = {"pretrained_model_name_or_path": Contents(pieces={"config.json": "0", "vae/weights.bin": str(rank)})}
+    write_contents(run.contents(rank), contents)
+    accelerator.wait_for_everyone()
+    digests = {name: each.digest for name, each in contents.items()}
+    return require_one_job(job(contents=digests, run_dir=str(run.root)))
 
 
 def full_memory() -> object:
@@ -144,6 +155,7 @@ def main() -> int:
     noted("two directories", lambda: require_one_directory(one(folder / f"run-{rank}")))
     noted("one job", lambda: require_one_job(job()))
     noted("two plans", lambda: require_one_job(job(plan_digest=f"plan {rank}")))
+    noted("two models", two_models)
     noted("full memory", full_memory)
     noted("a bad clip", lambda: begun(late=False))
     noted("a bad clip while others wait", lambda: begun(late=True))

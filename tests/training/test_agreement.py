@@ -39,6 +39,8 @@ def test_two_ranks_end_in_the_same_words(tmp_path: Path) -> None:
     assert (kind, rank) == ("ConfigError", 1) and f"{tmp_path}/run-1 is not the one that rank 0" in message
     difference = "the machines do not run the same: the plan is plan 1 on machine 1 and plan 0 on machine 0."
     assert plans == ["ConfigError", difference, 1]
+    difference = "what --pretrained-model-name-or-path holds has another vae/weights.bin on machine 1 than on machine 0"
+    assert first.pop("two models") == ["ConfigError", f"the machines do not run the same: {difference}.", 1]
     assert not first
 
 

@@ -19,7 +19,7 @@ from vfun_cli.training import waiting
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.turns import begin_step
-from vfun_cli.training.waiting import COLLECTIVE_LIMIT, FILES_LIMIT, wait_for_all
+from vfun_cli.training.waiting import COLLECTIVE_LIMIT, FILES_LIMIT, TURN_LIMIT, wait_for_all
 
 pytestmark = pytest.mark.usefixtures("no_accelerator")
 
@@ -84,4 +84,4 @@ def test_ranks_begin_a_step_and_wait_for_files_on_gloo_whatever_the_devices_do(
         assert begin_step(lambda: None, 0, stop, Encoders({}, torch.device("cpu"))) == (CONTINUE, [])
         wait_for_all()
     assert used == ["MAX group 1", "barrier group 2"] * 2
-    assert made == [{"backend": "gloo", "timeout": limit} for limit in (COLLECTIVE_LIMIT, FILES_LIMIT)]
+    assert made == [{"backend": "gloo", "timeout": limit} for limit in (TURN_LIMIT, FILES_LIMIT)]

@@ -5,25 +5,25 @@ On GPUs its forecast comes first: it settles what was left open, and refuses wha
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from vfun_cli import console
 from vfun_cli.config.optimizers import notices
 from vfun_cli.launch import show
 from vfun_cli.launch.job import Job, with_options
-from vfun_cli.launch.start import start
+from vfun_cli.launch.start import Part, start
 
 if TYPE_CHECKING:
     from vfun_cli.forecast.fit import Outlook
 
 
-def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) -> None:
-    """One or the other.
+def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool, part: Part | None) -> int:
+    """One or the other; returns the exit code: not 0 where the job was interrupted or preempted and its state is saved.
+
+    Args:
+        part: that this command takes already, among several machines.
 
     Raises:
         FitError: it will not fit.
         VfunError: the run failed.
-        typer.Exit: it was interrupted or preempted; its state is saved.
     """
     job, found = _forecast(job, dry_run=dry_run)
     for notice in notices(job.config, job.resolved.said):
@@ -38,11 +38,10 @@ def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool) ->
             (console.out if dry_run else console.err).print(shown(found), soft_wrap=True)
         refuse(found, job.config)
     if dry_run:
-        return
-    outcome = start(job, overwrite=overwrite)
+        return 0
+    outcome = start(job, overwrite=overwrite, part=part)
     show.result(job, outcome, as_json=as_json)
-    if outcome.exit_code:
-        raise typer.Exit(outcome.exit_code)
+    return outcome.exit_code
 
 
 def _forecast(job: Job, *, dry_run: bool) -> "tuple[Job, Outlook | None]":

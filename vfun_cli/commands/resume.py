@@ -45,24 +45,26 @@ def resume(
     [bold]vfun resume --learning-rate 1e-5 --allow learning-rate[/bold]
     """
     with nothing_to_save():
-        _continue(given, run, allow, demo=demo, dry_run=dry_run, as_json=json)
+        code = _continue(given, run, allow, demo=demo, dry_run=dry_run, as_json=json)
+    raise typer.Exit(code)
 
 
 def _continue(
     given: dict[str, Any], run: str | None, allow: list[str] | None, *, demo: bool, dry_run: bool, as_json: bool
-) -> None:
+) -> int:
     from vfun_cli.commands.jobs import show_or_start
     from vfun_cli.launch import resume_check
     from vfun_cli.launch.job import decide
-    from vfun_cli.launch.start import refuse_used
+    from vfun_cli.launch.start import refuse_used, taking_part_early
     from vfun_cli.run import locate
 
     found = locate.checkpoint(run, output_dir=defaults.output_dir(demo=demo))
     earlier = resume_check.earlier_run(found)
     command, spec, resolved = resume_check.resolve_as_before(earlier, given)
-    resolved = resume_check.continuation(earlier, command, spec, resolved, allow=allow or ())
-    if not dry_run:
-        refuse_used(resolved.config, found)  # now: checking the rows may take minutes
-    job = decide(command, spec, resolved, found=found, dry_run=dry_run)
-    job = resume_check.with_same_contents(earlier, job, allow or ())
-    show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json)
+    with taking_part_early(command, resolved.config, dry_run=dry_run) as part:
+        resolved = resume_check.continuation(earlier, command, spec, resolved, allow=allow or ())
+        if not dry_run:
+            refuse_used(resolved.config, found)  # now: checking the rows may take minutes
+        job = decide(command, spec, resolved, found=found, dry_run=dry_run)
+        job = resume_check.with_same_contents(earlier, job, allow or ())
+        return show_or_start(job, dry_run=dry_run, overwrite=False, as_json=as_json, part=part)

@@ -77,7 +77,7 @@ def _run(
         from vfun_cli.commands.jobs import show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
-        from vfun_cli.launch.start import refuse_used
+        from vfun_cli.launch.start import refuse_used, taking_part_early
         from vfun_cli.run import locate
 
         place = demo_default.FOLDER
@@ -87,6 +87,7 @@ def _run(
         resolved = resolve(command, spec, given, demo=layer)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
+        part = stack.enter_context(taking_part_early(command, resolved.config, dry_run=dry_run))
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
         found, earlier = None, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
@@ -103,7 +104,8 @@ def _run(
             job = resume_check.with_same_contents(earlier, job)
         if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
             job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
-        show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+        code = show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json, part=part)
+    raise typer.Exit(code)
 
 
 def _list_families(command: str, *, as_json: bool) -> None:

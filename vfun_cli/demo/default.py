@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from vfun_cli import console
@@ -84,16 +85,22 @@ def _media(spec: FamilySpec, folder: Path) -> None:
 
 
 def _build_atomically(folder: Path, build: Any) -> None:
-    """Build in a folder next to it and rename, so that an interrupted build leaves nothing that looks finished."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Build in a folder next to it and rename, so that an interrupted build leaves nothing that looks finished.
+
+    Commands of several machines may build the same one at once; the first that is done counts.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{token_hex(4)}")
     partial.mkdir(parents=True)
-    with _quiet():
-        build(partial)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            make_usual(file)
-    partial.replace(folder)
+    try:
+        with _quiet():
+            build(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                make_usual(file)
+        if not folder.exists():
+            partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

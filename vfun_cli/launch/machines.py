@@ -5,16 +5,18 @@ fails on one machine, each ends its own ranks and says what they met; machine 0 
 command ends with. If it is one that allows another attempt, all begin that after the last has ended the former, from
 the checkpoint that machine 0 names.
 
-No clock of another machine is believed: whoever changes its report lives, and whoever does not has gone.
+No clock of another machine is believed: whoever changes its report lives, and whoever does not has gone. Nor is a
+silence while this machine's own reports do not get through: then the disk is at fault, not the machine.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from secrets import token_hex
 
+from vfun_cli import console
 from vfun_cli.errors import (
     CheckpointError,
     ConfigError,
@@ -26,21 +28,28 @@ from vfun_cli.errors import (
     VfunError,
     first_line,
 )
-from vfun_cli.launch.preemption import NothingToSave
-from vfun_cli.run import locate
-from vfun_cli.run.messages import Failure, MachineReport, RankError
+from vfun_cli.launch.preemption import NothingToSave, interruption
+from vfun_cli.run import locate, ownership
+from vfun_cli.run.messages import Failure, MachineReport, RankError, named_machines
 from vfun_cli.run.rundir import RunDir
 
-BEAT = 5.0
+BEAT = 2.0
 """Seconds between two signs of life."""
 LOOK = 1.0
 """Seconds between two looks at the others."""
 GRACE = 3
 """Looks for which the ranks may say what they met, after something has failed."""
-SILENT = 20
-"""Looks without a sign of life after which a machine has gone, where the ranks here have failed: they lost it."""
-SILENT_AT_WORK = 60
-"""The same while the ranks here go on: a checkpoint that is written may keep a sign of life on its way that long."""
+SILENT = 18
+"""Looks without a sign of life after which a machine has gone: with a beat before them, and two graces after them (of
+machine 0 and of those that hear of it there), all end within 30 seconds."""
+IN_TIME = 2 * BEAT
+"""Seconds after which a sign of life of this machine is late: the disk, or the way to it, stands still."""
+MOST_PATIENCE = 60
+"""Looks that others get at most beside ``SILENT`` for as long as this machine's own signs of life were late."""
+SAID_AFTER = 15
+"""Looks without any report of a machine after which people are told who is waited for."""
+COMES_WITHIN = 1800
+"""Looks, of a second each, within which every machine must have begun: a container image is fetched in minutes."""
 
 _ERRORS = {
     error.exit_code: error
@@ -77,20 +86,34 @@ class Machine:
         """The machines that this one looks at."""
         self.ended_ranks = False
         """Whether the ranks of this attempt were ended here, since something had failed."""
-        self._report = MachineReport(machine=number, state="works", attempt=1, beat="")
+        self._report = MachineReport(machine=number, state="works", attempt=1, beat="", command=ownership.new_id())
+        self._written = time.monotonic()
+        """When a sign of life of this machine got through last."""
         self._writing = threading.Lock()
         self._before = {peer: MachineReport.read(run, peer) for peer in self.peers}
         """What an earlier command of a machine may have said."""
         self._heard: dict[int, MachineReport] = {}
         self._unchanged = dict.fromkeys(self.peers, 0)
-        """Looks since a machine last changed its report."""
+        """Looks since a machine last changed its report; below zero where it gets that many more."""
+        self._replaced: set[int] = set()
+        """Machines whose command was lost, and started anew since."""
         self._next_look = 0.0
         self._looks_at_failure = 0
+        self._told = False
 
     @property
     def attempt(self) -> int:
         """Which launch of the job this is, from 1."""
         return self._report.attempt
+
+    def rank(self, number: int) -> str:
+        """A rank of the job, for messages of all machines."""
+        return f"rank {number}" + (f" on machine {number // len(self.ranks)}" if self.peers else "")
+
+    @property
+    def launcher(self) -> str:
+        """What has started the ranks here, for the same."""
+        return "the launcher" + (f" on machine {self.number}" if self.peers else "")
 
     # What this machine says ------------------------------------------------------------------------------------------
 
@@ -107,12 +130,19 @@ class Machine:
         try:
             yield
         except BaseException as error:
-            failure = failure_of(error)
+            failure = self._of_this_machine(failure_of(error))
             raise
         finally:
             done.set()
             thread.join()
             self._say(state="ended", failure=failure)
+
+    def _of_this_machine(self, failure: Failure) -> Failure:
+        """What this command met, as the others say it; what all agreed on says already where it was met."""
+        agreed = self._report.failure
+        if agreed is not None and agreed.message == failure.message:
+            return failure
+        return replace(failure, message=f"machine {self.number}: {failure.message}")
 
     def _beat(self, done: threading.Event) -> None:
         self._say()
@@ -124,31 +154,62 @@ class Machine:
             self._report = replace(self._report, **changed, beat=token_hex(8))  # type: ignore[arg-type]
             with suppress(OSError):  # the next sign of life may succeed
                 self._report.write(self.run)
+                self._written = time.monotonic()
 
     # What the others say ---------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Read what the others report. A report that cannot be read says nothing, not that its machine has gone."""
+        late = time.monotonic() - self._written
         for peer in self.peers:
-            said = MachineReport.read(self.run, peer)
-            if said is None:
+            said, before = MachineReport.read(self.run, peer), self._heard.get(peer, self._before[peer])
+            if said == before:
+                if late <= IN_TIME:
+                    self._unchanged[peer] += 1
+                elif peer in self._heard:  # whatever keeps this machine's may keep the others' as long
+                    self._unchanged[peer] = -min(int(late), MOST_PATIENCE)
+            elif said is None:
                 continue
-            if said == self._heard.get(peer, self._before[peer]):
-                self._unchanged[peer] += 1
-                continue
-            if peer not in self._heard and self.number != 0:  # it may have started over without this one
-                with self._writing:
-                    self._report = replace(self._report, attempt=said.attempt)
-            self._heard[peer], self._unchanged[peer] = said, 0
+            elif peer in self._heard and said.command != self._heard[peer].command:
+                self._replaced.add(peer)
+            else:
+                self._hear(peer, said)
+
+    def _hear(self, peer: int, said: MachineReport) -> None:
+        if peer not in self._heard and self.number != 0:  # it may have started over without this one
+            with self._writing:
+                self._report = replace(self._report, attempt=said.attempt)
+        self._heard[peer], self._unchanged[peer] = said, 0
 
     def must_end(self) -> bool:
         """Whether the ranks here are to be ended: something has failed, and they had time to say what they met."""
         if self.peers and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK
             self.look()
-            self._looks_at_failure = self._looks_at_failure + 1 if self._sees_failure() else 0
+            if self._looks_at_failure:
+                self._looks_at_failure += 1
+            elif self._sees_failure():
+                self._looks_at_failure = 1
+                self._say(state="failing")  # so that the others' time begins now, too
             self.ended_ranks = self._looks_at_failure > GRACE
         return self.ended_ranks
+
+    def tell(self) -> None:
+        """Say once who is waited for, and when all have come."""
+        absent = self._absent(SAID_AFTER)
+        if absent and not self._told:
+            self._told = True
+            ends = f"Without {'it' if len(absent) == 1 else 'them'} this ends in {COMES_WITHIN // 60} minutes."
+            console.hint(f"waiting for {named_machines(absent)}: {self._what_is_known(absent)} {ends}")
+        elif self._told and len(self._heard) == len(self.peers):
+            self._told = False
+            console.hint("all machines have come.")
+
+    def _what_is_known(self, absent: Sequence[int]) -> str:
+        """With what earlier commands there ended: perhaps this job's own, which began before this one."""
+        before = [said.failure for peer in absent if (said := self._before[peer]) is not None]
+        ended = [f"The last one there ended with this: {failure.message}" for failure in before if failure is not None]
+        return " ".join([f"no vfun command has reported from there in {self.run.logs}.", *ended])
 
     def errors(self) -> list[RankError]:
         """What the ranks of this machine met, the first first."""
@@ -156,7 +217,7 @@ class Machine:
 
     def _sees_failure(self) -> bool:
         heard = self._heard.values()
-        return any(map(self._has_failed, heard)) or bool(self._silent(SILENT_AT_WORK)) or bool(self.errors())
+        return any(map(self._has_failed, heard)) or bool(self._gone() or self._absent(COMES_WITHIN) or self.errors())
 
     def _has_failed(self, said: MachineReport) -> bool:
         if said.state == "ended":
@@ -166,8 +227,17 @@ class Machine:
     def _has_ended_attempt(self, said: MachineReport) -> bool:
         return said.state == "ended" or (said.state == "failed" and said.attempt == self.attempt)
 
-    def _silent(self, looks: int) -> list[int]:
-        return [peer for peer, said in self._heard.items() if said.state != "ended" and self._unchanged[peer] >= looks]
+    def _gone(self) -> list[int]:
+        """Machines that began and give no sign of life any more."""
+        return [
+            peer
+            for peer, said in self._heard.items()
+            if said.state != "ended" and (self._unchanged[peer] >= SILENT or peer in self._replaced)
+        ]
+
+    def _absent(self, looks: int) -> list[int]:
+        """Machines that did not begin within so many looks."""
+        return [peer for peer in self.peers if peer not in self._heard and self._unchanged[peer] >= looks]
 
     # What comes of it ------------------------------------------------------------------------------------------------
 
@@ -178,24 +248,24 @@ class Machine:
             own: what was met here; None if the ranks were ended only since another machine had failed.
             given_up: asked while waiting; ends it with what was met here.
         """
-        if not self._heard:  # the others have not come yet, or never will
-            return own or self._lost()
-        self._say(state="failing" if self.number == 0 else "failed", failure=own)
         cause = None
-        while cause is None and not given_up():
-            self.look()
-            cause = self._decide(own) if self.number == 0 else self._decided(own)
-            time.sleep(0.0 if cause else LOOK)
+        if self._heard:  # otherwise the others have not come yet, or never will
+            self._say(state="failing" if self.number == 0 else "failed", failure=own)
+            while cause is None and not given_up():
+                self.look()
+                cause = self._decide(own) if self.number == 0 else self._decided(own)
+                time.sleep(0.0 if cause else LOOK)
         cause = cause or own or self._lost()
-        self._say(state="failed", failure=cause)
+        if self.peers:
+            self._say(state="failed", failure=cause)
         return cause
 
     def _decide(self, own: Failure | None) -> Failure | None:
-        silent = self._silent(SILENT)
-        if not all(self._has_ended_attempt(said) for peer, said in self._heard.items() if peer not in silent):
+        gone = self._gone()
+        if not all(self._has_ended_attempt(said) for peer, said in self._heard.items() if peer not in gone):
             return None
-        if silent:
-            return self._lost(silent[0])
+        if gone:
+            return self._lost()
         met = [own, *(said.failure for said in self._heard.values() if self._has_failed(said))]
         return min((failure for failure in met if failure), key=lambda failure: failure.order, default=self._lost())
 
@@ -203,14 +273,22 @@ class Machine:
         said = self._heard[0]
         if self._has_ended_attempt(said) or said.attempt > self.attempt:
             return said.failure or own or self._lost()
-        return self._lost(0) if self._silent(SILENT) else None
+        return self._lost() if self._gone() else None
 
-    def _lost(self, peer: int | None = None) -> Failure:
-        who = "the machines lost each other" if peer is None else f"machine {peer} has gone without a word"
+    def _lost(self) -> Failure:
+        """That machines have gone or never came."""
+        if gone := self._gone():
+            each = "its vfun command or the whole machine has died, or no longer reaches"
+            message = f"{named_machines(gone)} {_have(gone)} gone without a word: {each} {self.run.root}."
+        elif absent := self._absent(COMES_WITHIN):
+            late = f"{named_machines(absent)} {_have(absent)} not come within {COMES_WITHIN // 60} minutes"
+            message = f"{late}: {self._what_is_known(absent)}"
+        else:
+            message = f"the machines lost each other: a vfun command has died, or no longer reaches {self.run.root}."
         return Failure(
             kind="error",  # nobody there starts over
             time=time.time(),
-            message=f"{who}: its vfun command or the whole machine has died, or no longer reaches {self.run.root}.",
+            message=message,
             hint=f"Look after it, then start the same command on all machines. {locate.way_on(self.run)}",
             exit_code=RunError.exit_code,
         )
@@ -229,13 +307,17 @@ class Machine:
             return step
         attempt = self.attempt + 1
         while self.number != 0 and (said := self._heard[0]).attempt < attempt:
-            if said.state == "ended" or self._silent(SILENT_AT_WORK):
-                raise error_of(said.failure or self._lost(0))
+            if said.state == "ended" or self._gone():
+                raise error_of(said.failure or self._lost())
             time.sleep(LOOK)
             self.look()
         step = step if self.number == 0 else said.step
-        self._say(attempt=attempt, state="works", step=step)
+        self._say(attempt=attempt, state="works", step=step, failure=None)
         return step
+
+
+def _have(machines: Sequence[int]) -> str:
+    return "has" if len(machines) == 1 else "have"
 
 
 def error_of(failure: Failure) -> VfunError:
@@ -245,5 +327,8 @@ def error_of(failure: Failure) -> VfunError:
 
 def failure_of(error: BaseException) -> Failure:
     """An error as the other machines hear of it; none of them starts over for it."""
-    known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
+    if isinstance(error, KeyboardInterrupt):
+        known: VfunError = interruption(error)
+    else:
+        known = error if isinstance(error, VfunError) else RunError(f"{type(error).__name__}: {first_line(error)}.")
     return Failure(kind="error", time=time.time(), message=known.message, hint=known.hint, exit_code=known.exit_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vfun_cli.errors import EXIT_PREEMPTED, VfunError
+from vfun_cli.errors import EXIT_PREEMPTED, Interrupted, VfunError
 from vfun_cli.run.messages import preemption_signals
 
 
@@ -26,10 +26,16 @@ class _Preempted(KeyboardInterrupt):
     """Goes where Ctrl-C goes: past every handler of errors; its argument is the signal."""
 
 
+PREEMPTED = "preempted while no training process was running: there was nothing to save."
+
+
+def interruption(error: KeyboardInterrupt) -> VfunError:
+    """Ctrl-C or a preemption signal as the error that the command ends with."""
+    return NothingToSave(PREEMPTED) if isinstance(error, _Preempted) else Interrupted("interrupted.")
+
+
 @contextmanager
-def nothing_to_save(
-    message: str = "preempted while no training process was running: there was nothing to save.",
-) -> Iterator[None]:
+def nothing_to_save(message: str = PREEMPTED) -> Iterator[None]:
     """End the block at a preemption signal; inside, ``supervise.stop_requests`` may take the signals over.
 
     Raises:

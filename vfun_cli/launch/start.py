@@ -1,8 +1,9 @@
 """Starting a job: the run directory is locked, the files are written, the processes launched, once or again."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vfun_cli import console
@@ -22,7 +23,51 @@ from vfun_cli.run.messages import Outcome
 from vfun_cli.run.rundir import RunDir, ensure_writable, write_atomically
 
 
-def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] = show.preview) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """This command's part in a job."""
+
+    claim: int
+    """Of the run directory, which the processes get as their stdin."""
+    machine: Machine
+
+
+@contextmanager
+def taking_part(command: str, config: RunConfig) -> Iterator[Part]:
+    """Until the end of the block, have the run directory for this machine, and the other machines know how it does.
+
+    Raises:
+        EnvironmentFault: the directory cannot be written.
+        ConfigError: another command is at work there.
+    """
+    run = RunDir(config.output_dir)
+    ensure_writable(run.root)
+    machine = _machine(command, config, run)
+    with lock.held(run, machine.number) as claim, machine.taking_part():
+        yield Part(claim=claim, machine=machine)
+
+
+@contextmanager
+def taking_part_early(command: str, config: RunConfig, *, dry_run: bool) -> Iterator[Part | None]:
+    """The same for what comes before a job among several machines is decided: what one of them meets while it checks
+    its rows and its model ends the others too, and they wait for as long as that takes.
+
+    A machine alone leaves nothing behind where it refuses a job.
+    """
+    if dry_run or config.num_machines == 1:
+        yield None
+        return
+    with taking_part(command, config) as part:
+        yield part
+
+
+def start(
+    job: Job,
+    *,
+    overwrite: bool = False,
+    announce: Callable[[Job], None] = show.preview,
+    part: Part | None = None,
+) -> Outcome:
     """Run a job to its end, alone in its run directory.
 
     A job that crashes is launched again from its newest checkpoint, ``max_restarts`` times at most.
@@ -30,6 +75,7 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
     Args:
         overwrite: delete the run that the directory holds.
         announce: says what begins, once nothing stands in its way.
+        part: that this command takes already.
 
     Raises:
         ConfigError: the directory holds a run already, or another command is at work there.
@@ -38,9 +84,7 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
     if job.found is not None and job.found.step >= (job.config.max_train_steps or job.found.step + 1):
         console.hint("The run was complete; a larger --max-train-steps trains on.")
         return Outcome(ending="completed", step=job.found.step)
-    ensure_writable(job.run.root)
-    machine = _machine(job)
-    with lock.held(job.run, job.config.machine_rank) as claim, machine.taking_part():
+    with taking_part(job.command, job.config) if part is None else nullcontext(part) as mine:
         # The look at the directory was before the lock: another command may have run in between.
         refuse_used(job.config, job.found, overwrite=overwrite)
         ownership.remove_leftovers(job.run, job.config.machine_rank)
@@ -52,16 +96,15 @@ def start(job: Job, *, overwrite: bool = False, announce: Callable[[Job], None] 
             ownership.clear(job.run, job.config.num_machines)
         announce(job)
         write_plan(job)
-        return _launch(job, claim, machine)
+        return _launch(job, mine.claim, mine.machine)
 
 
-def _machine(job: Job) -> Machine:
+def _machine(command: str, config: RunConfig, run: RunDir) -> Machine:
     """This machine among those of the job. A cache is filled by each for itself, in a directory of its own."""
-    config = job.config
-    if job.command == "cache":
-        return Machine(job.run, config.machine_rank)
+    if command == "cache":
+        return Machine(run, config.machine_rank)
     assert config.num_processes is not None
-    return Machine(job.run, config.machine_rank, machines=config.num_machines, processes=config.num_processes)
+    return Machine(run, config.machine_rank, machines=config.num_machines, processes=config.num_processes)
 
 
 def refuse_used(config: RunConfig, found: Found | None, *, overwrite: bool = False) -> None:
@@ -114,17 +157,18 @@ def _looked_at_again(job: Job, found: Found) -> Job:
 
 
 def write_plan(job: Job) -> None:
-    """What the training processes make their plan from, and read their rows from."""
+    """What the training processes make their plan from. Machine 0 writes for all what people read of the plan, and the
+    rows.
+    """
     run, machine = job.run, job.config.machine_rank
     run.launch(machine).mkdir(parents=True, exist_ok=True)
-    if machine == 0:
-        store_rows(run.rows, read_rows(job.config), job.metadata_sha256)
     job.plan.table.save(run.clips(machine))
     if job.plan.validation_table is not None:
         job.plan.validation_table.save(run.validation_clips(machine))
-    write_atomically(
-        run.plan_json, json.dumps({"digest": job.plan.first_epoch.digest(), **job.plan_summary()}, indent=1)
-    )
+    if machine == 0:
+        store_rows(run.rows, read_rows(job.config), job.metadata_sha256)
+        summary = {"digest": job.plan.first_epoch.digest(), **job.plan_summary()}
+        write_atomically(run.plan_json, json.dumps(summary, indent=1))
 
 
 def write_launch_files(job: Job) -> None:

@@ -202,6 +202,7 @@ def _watch(process: "subprocess.Popen[bytes]", machine: Machine, first_step: int
             if not too_early:
                 with suppress(OSError):  # a terminal that was closed must not end the run
                     stop.tell()
+                    machine.tell()
             if stop.at_once or too_early or machine.must_end():
                 process.kill()  # before the ranks: its log then holds only what they died of by themselves
                 kill(stop.job)  # again: it may have been on its way into exec, without the mark
@@ -251,7 +252,8 @@ def _failure(
         return Failure(
             kind="crash" if first.crash else "error",
             time=first.time,
-            message=f"rank {culprit}: {first.message}" + (f" ({after} more ranks failed after it.)" if after else ""),
+            message=f"{machine.rank(culprit)}: {first.message}"
+            + (f" ({after} more ranks failed after it.)" if after else ""),
             hint=first.hint or hint,
             exit_code=first.exit_code,
         )
@@ -259,7 +261,7 @@ def _failure(
         return None
     if killed or code < 0:
         rank, number = killed or (None, -code)
-        ended = f"{'the launcher' if rank is None else f'rank {rank}'} was ended by {_signal_name(number)}"
+        ended = f"{machine.launcher if rank is None else machine.rank(rank)} was ended by {_signal_name(number)}"
         own = texts.get(machine.run.rank_log(rank), "") if rank else text
         cause = _want_of_memory(number, own, memory_ran_out=memory_ran_out)
         if cause is not None:
@@ -269,7 +271,7 @@ def _failure(
         return failure_of(does_not_fit(line))
     else:
         cause = _first_exception(text) or " / ".join([line for line in text.splitlines() if line.strip()][-3:])
-        message = f"the launcher ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."
+        message = f"{machine.launcher} ended with exit code {code}: {cause.rstrip('.') or 'it said nothing'}."
     return Failure(
         kind="killed" if killed else "crash",
         time=time.time(),

@@ -37,6 +37,10 @@ _UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
 
 _LOOPBACK = "127.0.0.1"
 
+_MEETING = ["--rdzv_conf", f"timeout={12 * 3600}"]
+"""How long machines wait for each other to start their ranks. The commands know better who has come and who still
+checks rows or a checkpoint (``machines.COMES_WITHIN``); torchrun's own 10 minutes would end those."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
@@ -66,7 +70,7 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
         "vfun_cli.training.launcher",
         "--config_file",
         str(accelerate_file),
-        *(["--rdzv_backend", "loopback"] if alone else []),  # accelerate heeds no such line of its file
+        *(["--rdzv_backend", "loopback"] if alone else _MEETING),  # accelerate heeds no such line of its file
         "-m",
         "vfun_cli.training",
         str(run_json.absolute()),

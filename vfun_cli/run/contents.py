@@ -131,6 +131,23 @@ def what_changed(path: Path, name: str, digest: str, now: Contents) -> str:
     return "; ".join(said[:LISTED]) + more
 
 
+def differing_pieces(path: Path, other: Path) -> dict[str, list[str]]:
+    """Which pieces differ between what :func:`write_contents` wrote here and there, by the options; none where one of
+    the two cannot be read.
+    """
+    try:
+        mine, theirs = (json.loads(each.read_text(encoding="utf-8")) for each in (path, other))
+        return {
+            name: [
+                piece for piece in {**theirs[name], **mine[name]} if mine[name].get(piece) != theirs[name].get(piece)
+            ]
+            for name in mine
+            if name in theirs and mine[name] != theirs[name]
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def _difference(before: str | None, now: str | None) -> str | None:
     if before == now:
         return None

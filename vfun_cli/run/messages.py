@@ -6,11 +6,12 @@ Readers take what is missing or damaged as not said.
 import json
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vfun_cli.disks.abilities import fsync
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from vfun_cli.run.rundir import RunDir, write_atomically
 
@@ -189,7 +190,8 @@ FAILURES = ("error", "killed", "crash")
 may not happen again, and may be such a loss."""
 
 STATES = ("works", "failing", "failed", "ended")
-"""Of a machine: its attempt goes on; is over, and machine 0 waits for the others; is over; so is its command."""
+"""Of a machine: its attempt goes on; something has failed, so its ranks end, and machine 0 waits for the others; its
+attempt is over; so is its command."""
 
 REPORT_SPACE = 4096
 """Bytes of a machine's report at least, so that a full disk does not stop its signs of life."""
@@ -206,6 +208,8 @@ class MachineReport:
     """Which launch of the job this is about, from 1."""
     beat: str
     """Another one with every sign of life."""
+    command: str
+    """An id of the command: one that was started anew in the place of a lost one has another."""
     step: int | None = None
     """Of machine 0: the checkpoint that a later attempt goes on from; None: where the job began."""
     failure: Failure | None = None
@@ -217,6 +221,7 @@ class MachineReport:
 
     def write(self, run: RunDir) -> None:
         """Say it, in place: NFS shows what is in a file when that is closed, but a renamed file up to a minute late.
+        When this returns, the disk has it.
 
         Raises:
             OSError: it cannot be written; a run directory that has vanished is not made anew.
@@ -227,6 +232,7 @@ class MachineReport:
         try:
             os.pwrite(file, text, 0)
             os.ftruncate(file, len(text))
+            fsync(file)
         finally:
             os.close(file)
 
@@ -238,6 +244,11 @@ class MachineReport:
     @classmethod
     def _of(cls, *, failure: dict[str, Any] | None, **said: Any) -> "MachineReport":
         return cls(**said, failure=None if failure is None else Failure(**failure))
+
+
+def named_machines(machines: Sequence[int]) -> str:
+    """These, for messages."""
+    return f"machine{'' if len(machines) == 1 else 's'} {', '.join(map(str, machines))}"
 
 
 def clear_messages(run: RunDir, machine_rank: int = 0, *, ranks_elsewhere: Collection[int] = ()) -> None:

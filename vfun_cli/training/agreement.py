@@ -10,7 +10,7 @@ launcher on its machine and by ``launch/machines.py`` on the others.
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,9 @@ from vfun_cli import __version__, devices
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config import optimizers
 from vfun_cli.errors import ConfigError, VfunError
+from vfun_cli.run.contents import differing_pieces, file_digests
 from vfun_cli.run.known import known
+from vfun_cli.run.messages import named_machines
 from vfun_cli.run.ownership import new_id
 from vfun_cli.run.rundir import RunDir
 from vfun_cli.training.waiting import gather_all
@@ -33,6 +35,7 @@ OF_A_MACHINE = frozenset(
         "dataloader_num_workers",
         "machine_rank",
         "main_process_ip",
+        "network_path",
         "output_dir",
         "peak_tflops",
         "pretrained_model_name_or_path",
@@ -138,21 +141,49 @@ def require_one_job(described: Mapping[str, Any]) -> None:
     if len(set(digests)) == 1:
         return
     everyone = gather_all((described["config"]["machine_rank"], mine))
-    rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-    (machine, theirs), (_, first) = everyone[rank], everyone[0]
-    differing = [
-        f"{name} is {_shown(theirs.get(name))} on machine {machine} and {_shown(first.get(name))} on machine 0"
-        for name in {**first, **theirs}
-        if theirs.get(name) != first.get(name)
-    ]
-    more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    first = everyone[0][1]
+    pieces = gather_all(
+        _differing_pieces(described, [name for name, value in mine.items() if first.get(name) != value])
+    )
+    found: dict[tuple[str, str], set[int]] = {}  # of one difference, all machines that have it
+    for (machine, theirs), differing in zip(everyone, pieces, strict=True):
+        for name in {**first, **theirs}:
+            if theirs.get(name) != first.get(name):
+                words = _difference(name, theirs.get(name), first.get(name), differing.get(name))
+                found.setdefault(words, set()).add(machine)
+    said = [f"{there} on {named_machines(sorted(who))} {here} on machine 0" for (there, here), who in found.items()]
+    rest = {machine for machines in list(found.values())[SHOWN:] for machine in machines}
+    more = f"; and {len(said) - SHOWN} more of {named_machines(sorted(rest))}" if rest else ""
     raise _of_rank(
-        rank,
+        next(rank for rank, digest in enumerate(digests) if digest != digests[0]),
         ConfigError(
-            f"the machines do not run the same: {'; '.join(differing[:SHOWN])}{more}.",
+            f"the machines do not run the same: {'; '.join(said[:SHOWN])}{more}.",
             hint="Start the same command on every machine, with the same versions, data and model there.",
         ),
     )
+
+
+def _differing_pieces(described: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    """In which files or rows contents differ from machine 0's, by what a statement calls them, as far as can be read.
+
+    Args:
+        names: what differs of the statement.
+    """
+    if not any(name in names for name in map(_holds, described.get("contents") or {})):
+        return {}
+    run = RunDir(Path(described["run_dir"]))
+    pieces = differing_pieces(run.contents(described["config"]["machine_rank"]), run.contents(0))
+    return {
+        _holds(name): ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+        for name, found in pieces.items()
+    }
+
+
+def _difference(name: str, theirs: Any, first: Any, pieces: str | None) -> tuple[str, str]:
+    """What is said of the machines that differ and of machine 0."""
+    if pieces is not None:
+        return f"{name} has another {pieces}", "than"
+    return f"{name} is {_shown(theirs)}", f"and {_shown(first)}"
 
 
 def _shown(value: Any) -> str:
@@ -171,13 +202,27 @@ def statement(described: Mapping[str, Any]) -> dict[str, Any]:
         "the family": described["family"],
         **options,
         "the checkpoint": None if resume is None else f"{resume.name} ({manifest.fingerprint(resume)})",
-        **{f"what {_option(name)} holds": digest for name, digest in (described.get("contents") or {}).items()},
+        **{_holds(name): digest for name, digest in (described.get("contents") or {}).items()},
+        "what --network-path holds": _digest_of(described["config"].get("network_path")) if resume is None else None,
         "the rows to validate on": described.get("validation_sha256"),
         "the plan": described.get("plan_digest"),
         "vfun": __version__,
         "Python": f"{sys.version_info.major}.{sys.version_info.minor}",
         **devices.installed_versions((*PACKAGES, *optimizers.packages(described["config"].get("optimizer")))),
     }
+
+
+def _digest_of(place: str | None) -> str | None:
+    """Of a file, or of all in a folder."""
+    if place is None:
+        return None
+    files = [Path(place)] if Path(place).is_file() else manifest.files_of(Path(place))
+    return sha256(json.dumps(list(file_digests(files).values())).encode()).hexdigest()[:16]
+
+
+def _holds(name: str) -> str:
+    """What a statement calls the contents of what an option names."""
+    return f"what {_option(name)} holds"
 
 
 def _option(name: str) -> str:

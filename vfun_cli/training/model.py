@@ -30,6 +30,7 @@ from vfun_cli.training.state.ema import WeightAverage
 from vfun_cli.training.state.live import TrainedState, master_weights
 from vfun_cli.training.strategy import assert_accumulation, assert_shards, assert_strategy, prefetch_blocks
 from vfun_cli.training.streaming import stream_blocks
+from vfun_cli.training.waiting import wait_for_all
 
 
 def adapter_options(config: RunConfig, spec: FamilySpec, device: torch.device) -> AdapterOptions:
@@ -178,6 +179,7 @@ def _wrap(make: Make, transformer: nn.Module, accelerator: Any, lazy: LazyWeight
     for _ in lazy.placed(transformer, accelerator.device):
         pass
     transformer.to(accelerator.device)  # the buffers
+    wait_for_all()  # their disks may differ, and DDP begins with a collective
     model, optimizer = accelerator.prepare(transformer, make(trainable(transformer)))
     return model, optimizer
 

@@ -48,6 +48,7 @@ from vfun_cli.training.strategy import make_accelerator, prepare_environment
 from vfun_cli.training.trainer import Trainer
 from vfun_cli.training.validation import Validation, held_out_look, samples_look
 from vfun_cli.training.variant import variant_of
+from vfun_cli.training.waiting import wait_for_all
 
 
 def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
@@ -148,7 +149,7 @@ def train(run: RunDir, described: Mapping[str, Any], stop: StopFlag) -> None:
     metrics.close()
     if accelerator.is_local_main_process:
         Outcome(ending=ENDINGS[reason], step=trainer.saved_step or 0).write(run, config.machine_rank)
-    accelerator.wait_for_everyone()
+    wait_for_all()  # trackers may take a while to say the last of it
 
 
 def _checkpointer(run: RunDir, config: RunConfig, described: Mapping[str, Any], config_file: Path) -> Checkpointer:

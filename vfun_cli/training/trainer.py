@@ -35,7 +35,7 @@ from vfun_cli.training.state.live import TrainedState, fingerprint, master_weigh
 from vfun_cli.training.strategy import sum_over_groups
 from vfun_cli.training.turns import begin_step
 from vfun_cli.training.validation import Validation
-from vfun_cli.training.waiting import gather_all
+from vfun_cli.training.waiting import gather_all, wait_for_all
 
 VISIBLE_RATE = 1e-6
 """A step at a smaller learning rate may round away in float32 weights of size 8."""
@@ -125,6 +125,7 @@ class Trainer:
                 break
             if step == first_step and first_step == 0:
                 self.metrics.show_first_batch(micro_batches[0])
+                wait_for_all()  # rank 0 has written videos
             epoch = micro_batches[0].batch.epoch
             looks = not self.moved and learning_rate(step, self.config, self.total_steps) >= VISIBLE_RATE
             before = fingerprint(self.state) if looks else None

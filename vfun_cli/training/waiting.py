@@ -1,8 +1,9 @@
-"""How ranks wait for each other while files are written: through the hosts, and with patience.
+"""How ranks wait for each other while files are read and written: through the hosts, and with patience.
 
 A collective of NCCL ends the job where one rank is late by more than ``COLLECTIVE_LIMIT``. To write the state of
-Wan2.2-S2V, 196 GB, may take a shared disk longer than that, so whatever waits for files goes through a group of its
-own, of gloo, whose limit is ``FILES_LIMIT``.
+Wan2.2-S2V, 196 GB, may take a shared disk longer than that, and to read its weights too, so whatever waits for files
+goes through a group of its own, of gloo, whose limit is ``FILES_LIMIT``. Ranks that wait there hear at once of one that
+has died, by its connection, and of a machine that does not answer any more by ``launch/machines.py``.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_LIMIT = timedelta(minutes=30)
-"""How late a rank may be at a collective of a training step. Only a rank that is lost should be: the slowest that a
-whole one does between two of them is to compile its blocks, or to wait for files that hang until a worker is given up,
-a few minutes each. NCCL's own default is 10 minutes, gloo's 30."""
+COLLECTIVE_LIMIT = timedelta(minutes=10)
+"""How late a rank may be at a collective of a training step: NCCL's own default. Only a rank that is lost should be.
+All come to a step together (``turns.py``), and the slowest that a whole one does inside is to compile its blocks, which
+takes minutes. What reads, writes or waits for files on one rank alone is followed by a wait of this module."""
+
+TURN_LIMIT = timedelta(minutes=30)
+"""How late a rank may be where all ask each other, as before a step: beside what a step takes, to decode a long video
+that was made, and to wait for files that hang until a worker is given up, five minutes. gloo's own default."""
 
 FILES_LIMIT = timedelta(hours=12)
 """How long a checkpoint may be written: 196 GB at 5 MB/s. That a rank has died, its connection tells at once."""
@@ -63,9 +68,9 @@ def of_rank(rank: int, value: T) -> T:
 
 
 def most_of_all(numbers: Sequence[int]) -> list[int]:
-    """The largest of each number over all ranks, within the time of a training step; all of them call it together."""
+    """The largest of each number over all ranks, within ``TURN_LIMIT``; all of them call it together."""
     if not dist.is_initialized():
         return list(numbers)
     largest = torch.tensor(numbers)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_beside(dist.group.WORLD, COLLECTIVE_LIMIT))
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_beside(dist.group.WORLD, TURN_LIMIT))
     return largest.tolist()
