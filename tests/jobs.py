@@ -8,10 +8,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -49,17 +48,21 @@ def vfun_here(*arguments: object) -> Said:
 Job = subprocess.Popen[str]
 
 
-def start(*arguments: object, cwd: Path | None = None, cores: Collection[int] = (), by: Sequence[str] = ()) -> Job:
-    """A vfun command in a session of its own, on these processor cores alone where some are named.
+def start(
+    *arguments: object,
+    cwd: Path | None = None,
+    by: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Job:
+    """A vfun command in a session of its own.
 
     Args:
         by: the command that starts it, where it is not started straight away.
     """
     return subprocess.Popen(
         [*by, sys.executable, "-m", "vfun_cli", *map(str, arguments)],
-        cwd=cwd, env=os.environ | {MARK: str(uuid4())}, start_new_session=True,
+        cwd=cwd, env={**environment, MARK: str(uuid4())}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
     )  # fmt: skip
 
 

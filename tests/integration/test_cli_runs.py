@@ -5,12 +5,10 @@ before all runs on two processes. What a run is compared with is waited for when
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -33,6 +31,7 @@ from tests.jobs import (
     wait_for,
     wait_for_step,
 )
+from tests.machines import finish_all, free_port, hosts, start_on
 from vfun_cli.checkpoints.lora_files import ADAPTER_FILE
 from vfun_cli.run.rundir import RunDir
 
@@ -89,32 +88,26 @@ def test_a_killed_run_resumes_to_the_same_weights(
 
 
 def two_machines(run: RunDir, *more: str, **changes: object) -> list[Job]:
-    """Two launchers on one host, one process each.
-
-    Each has half of the cores, as each of two processes under one launcher has: sums over another number of threads
-    round otherwise.
+    """A command on each of two machines, one process each, which share the run directory and the cache.
 
     Args:
         more: what only the second command is told.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        start(
-            "train", FAMILY, "--demo", "--ddp", *options(run.root, **changes), "--num-machines=2",
-            "--num-processes=2", f"--machine-rank={rank}", "--main-process-ip=127.0.0.1",
-            f"--main-process-port={port}", *more[: rank * len(more)], cores=cores[rank : len(cores) // 2 * 2 : 2],
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    machines, port = hosts(2, Path("machines") / run.root, demo=Path("vfun-demo")), free_port()
+    together = options(run.root.absolute(), cache=Path("cache").absolute(), **changes)
+    return start_on(
+        machines,
+        lambda host: [
+            "train", FAMILY, "--demo", "--ddp", *together, "--num-machines=2", "--num-processes=2",
+            f"--machine-rank={host.number}", f"--main-process-ip={machines[0].address}",
+            f"--main-process-port={port}", *more[: host.number * len(more)],
+        ],
+    )  # fmt: skip
 
 
 def trained_on_two_machines() -> RunDir:
     run = RunDir(Path("two-machines"))
-    for job in two_machines(run, max_train_steps=4):
-        finish(job)
+    finish_all(two_machines(run, max_train_steps=4))
     return run
 
 
@@ -127,7 +120,7 @@ def test_two_machines_join_one_job(result: RunDir, workplace: Path, trained: Tra
 def told_otherwise() -> list[Said]:
     """What two machines say of which one was told another learning rate."""
     jobs = two_machines(RunDir(Path("two-rates")), "--learning-rate=0.5")
-    return [finish(job, 2) for job in jobs]
+    return finish_all(jobs, 2)
 
 
 @pytest.mark.long
