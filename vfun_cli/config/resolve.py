@@ -73,6 +73,7 @@ def resolve(
     base: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
     directory: Path = Path(),
+    gpus_there: int | None = None,
 ) -> Resolved:
     """Settle every option for one command.
 
@@ -80,13 +81,14 @@ def resolve(
         given: options from the command line, by name, only those that were typed.
         demo: the embedded default, which replaces everything but typed options.
         base: values of an earlier run's ``run.json``; then neither environment nor vfun.toml is read.
+        gpus_there: of each machine that the command is meant for, if that is not this one.
 
     Raises:
         ConfigError: an unknown name, a value of the wrong type, a combination that cannot work.
     """
     layers = _layers(command, spec, given, demo=demo, base=base, environ=environ, directory=directory)
     config, sources = _merge(layers)
-    config = _settle_placement(config, sources)
+    config = _settle_placement(config, sources, gpus_there)
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
@@ -308,9 +310,9 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
             yield f"${variable}", {name: value}
 
 
-def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
+def _settle_placement(config: RunConfig, sources: dict[str, str], gpus_there: int | None) -> RunConfig:
     """Device, strategy and number of processes where they were left to us; notes their sources."""
-    gpus = devices.gpu_count()
+    gpus = devices.gpu_count() if gpus_there is None else gpus_there
     for name, value, open_value in (
         ("device", config.device, "auto"),
         ("strategy", config.strategy, "auto"),

@@ -8,19 +8,21 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__
 from vfun_cli.config.options import LISTS_OF_PATHS, RunConfig, names_paths, options
 from vfun_cli.config.resolve import Resolved, is_default, is_said, root_of_set
 from vfun_cli.errors import EXIT_PREEMPTED, ConfigError
-from vfun_cli.launch.job import Job
 from vfun_cli.run.messages import PREEMPTION_SIGNALS
 from vfun_cli.scripts.rows import Setting
 from vfun_cli.scripts.write import double_quoted, words_of
 from vfun_cli.shipped import shipped
+
+if TYPE_CHECKING:
+    from vfun_cli.launch.job import Job
 
 USUAL_GPUS = 8
 """Of each machine, where nobody says how many and there is none here."""
@@ -47,8 +49,10 @@ _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What was typed beside --emit."""
+    """What was typed of --emit."""
 
+    engine: str
+    """One of ``ENGINES``."""
     gpus_per_node: int | None = None
     time_limit: float | None = None
     """Hours."""
@@ -77,13 +81,16 @@ class Engine:
 class Emitted:
     """A job as a file needs it."""
 
-    job: Job
+    job: "Job"
+    engine: Engine
     hours: float | None
     """After which the scheduler ends it."""
     grace: int
     """Seconds between its warning and its end."""
-    words: Sequence[Sequence[str]] = field(repr=False)
+    words: Sequence[Sequence[str]]
     """The command, an option with its value each."""
+    notices: Sequence[str]
+    """What was taken to be so, since nobody said."""
 
     @property
     def config(self) -> RunConfig:
@@ -117,45 +124,60 @@ class Emitted:
         return f"vfun-{self.job.command}-{self.job.spec.name}".replace(".", "-")
 
 
-def file_of(engine: str, emitted: Emitted) -> str:
-    """The file of an engine."""
-    made = ENGINES[engine]
-    values = {
-        "title": _title(emitted),
-        "facts": "\n".join(_facts(made, emitted)),
-        "name": emitted.name,
-        "machines": emitted.config.num_machines,
-        "processes_each": emitted.processes_each,
-        "gpus": emitted.gpus,
-        "grace": emitted.grace,
-        "port": emitted.port,
-        "preempted": EXIT_PREEMPTED,
-        **made.values(emitted),
-    }
-    return _rendered(made.template, values)
-
-
-def _rendered(template: str, values: Mapping[str, object]) -> str:
-    return Template((shipped("templates") / template).read_text(encoding="utf-8")).substitute(values)
-
-
-def emitted(engine: str, job: Job, wishes: Wishes) -> Emitted:
+def emitted(job: "Job", wishes: Wishes) -> Emitted:
     """A job as the file of an engine needs it.
 
     Raises:
         ConfigError: it cannot be started from such a file.
     """
+    engine, config = ENGINES[wishes.engine], job.config
     _require_elsewhere(job.resolved)
-    _require_gpus(job.config, wishes)
-    grace = wishes.grace if wishes.grace is not None else USUAL_GRACE
-    hours, max_hours = _hours(ENGINES[engine], job.config, wishes.time_limit, grace)
+    _require_gpus(config, wishes)
+    if wishes.grace is not None and wishes.time_limit is None and not (engine.limits_time or engine.warns):
+        raise ConfigError(
+            f"--grace says how long before its end a job is asked to stop, which --emit {wishes.engine} never does.",
+            hint="Drop it, or add --time-limit.",
+            option="--grace",
+        )
+    grace = USUAL_GRACE if wishes.grace is None else wishes.grace
+    hours, max_hours = _hours(engine, config, wishes.time_limit, grace)
     own = {
-        "num_machines": job.config.num_machines,
-        "num_processes": job.config.num_processes,
+        "num_machines": config.num_machines,
+        "num_processes": config.num_processes,
         "max_hours": max_hours,
         "resume_from_checkpoint": "latest",
     }
-    return Emitted(job=job, hours=hours, grace=grace, words=_command(job, own))
+    made = Emitted(job=job, engine=engine, hours=hours, grace=grace, words=_command(job, own), notices=[])
+    return replace(made, notices=[*_assumed(made, wishes)])
+
+
+def _assumed(made: Emitted, wishes: Wishes) -> Iterator[str]:
+    if made.gpus and wishes.gpus_per_node is None and not is_said(made.job.resolved.sources["num_processes"]):
+        yield f"Each machine is taken to have {made.gpus} GPUs; --gpus-per-node says another number."
+    if made.hours is not None and wishes.time_limit is None:
+        yield f"The job is given {made.hours:g} hours; --time-limit says another number."
+
+
+def file_of(made: Emitted) -> str:
+    """The file of an engine."""
+    values = {
+        "title": _title(made),
+        "facts": "\n".join(_facts(made)),
+        "name": made.name,
+        "machines": made.config.num_machines,
+        "processes_each": made.processes_each,
+        "gpus": made.gpus,
+        "cpus": made.cpus,
+        "grace": made.grace,
+        "port": made.port,
+        "preempted": EXIT_PREEMPTED,
+        **made.engine.values(made),
+    }
+    return _rendered(made.engine.template, values)
+
+
+def _rendered(template: str, values: Mapping[str, object]) -> str:
+    return Template((shipped("templates") / template).read_text(encoding="utf-8")).substitute(values)
 
 
 def _require_elsewhere(resolved: Resolved) -> None:
@@ -225,7 +247,7 @@ def _hours(
     return limit, left
 
 
-def _command(job: Job, own: Mapping[str, Any]) -> list[list[str]]:
+def _command(job: "Job", own: Mapping[str, Any]) -> list[list[str]]:
     """The words of the command, by what belongs together.
 
     Raises:
@@ -277,21 +299,21 @@ def _require_typed_sets(config: RunConfig) -> None:
 # What stands in the files ------------------------------------------------------------------------------------------
 
 
-def _title(emitted: Emitted) -> str:
-    config = emitted.config
+def _title(made: Emitted) -> str:
+    config = made.config
     machines = "1 machine" if config.num_machines == 1 else f"{config.num_machines} machines"
-    what = "GPU" if emitted.gpus else "process"
-    each = f"{emitted.processes_each} {what}{'' if emitted.processes_each == 1 else 's' if emitted.gpus else 'es'}"
-    return f"vfun {emitted.job.command} {emitted.job.spec.name} on {machines} with {each} each, by vfun {__version__}"
+    what = "GPU" if made.gpus else "process"
+    each = f"{made.processes_each} {what}{'' if made.processes_each == 1 else 's' if made.gpus else 'es'}"
+    return f"vfun {made.job.command} {made.job.spec.name} on {machines} with {each} each, by vfun {__version__}"
 
 
-def _facts(engine: Engine, emitted: Emitted) -> Iterator[str]:
+def _facts(made: Emitted) -> Iterator[str]:
     """Comments: what is to be done, and what the command needs."""
     yield "#"
-    yield f"# Fill in, then: {engine.submit}"
-    yield from (f"#   {placeholder:<10}{meaning}" for placeholder, meaning in engine.fill_in.items())
+    yield f"# Fill in, then: {made.engine.submit}"
+    yield from (f"#   {placeholder:<10}{meaning}" for placeholder, meaning in made.engine.fill_in.items())
     yield "# The command names these, which all machines must see there:"
-    yield from (f"#   {double_quoted(path)}" for path in _places(emitted.config))
+    yield from (f"#   {double_quoted(path)}" for path in _places(made.config))
 
 
 def _places(config: RunConfig) -> list[str]:
@@ -309,36 +331,34 @@ def _places(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _shell_lines(emitted: Emitted, *, indent: str, end: str = "") -> str:
+def _shell_lines(made: Emitted, *, end: str = "") -> str:
     """The command for a shell, an option a line."""
-    lines = [shlex.join(words) for words in emitted.words]
-    return f"{end}\n".join([f"{indent}{line}" for line in lines])
+    return f"{end}\n  ".join(shlex.join(words) for words in made.words)
 
 
-def _slurm(emitted: Emitted) -> Mapping[str, object]:
-    assert emitted.hours is not None
-    minutes = math.ceil(60 * emitted.hours)
+def _slurm(made: Emitted) -> Mapping[str, object]:
+    assert made.hours is not None
+    minutes = math.ceil(60 * made.hours)
     return {
-        "cpus": emitted.cpus,
         "time": f"{minutes // 60}:{minutes % 60:02}:00",
         "signal": SIGNAL,
-        "command": _shell_lines(emitted, indent="  "),
+        "command": f"  {_shell_lines(made)}",
     }
 
 
-def _kubernetes(emitted: Emitted) -> Mapping[str, object]:
-    words = [word for words in emitted.words for word in words]
+def _kubernetes(made: Emitted) -> Mapping[str, object]:
+    words = [word for words in made.words for word in words]
     escaped = (word.replace("$", "$$") for word in words)  # $(NAME) would become a variable of the container
-    workers = emitted.config.num_machines - 1
+    workers = made.config.num_machines - 1
     return {
         "arguments": "\n".join(f"{16 * ' '}- {double_quoted(word)}" for word in escaped),
         "workers": _rendered("kubernetes/workers.yaml", {"workers": workers}) if workers else "",
     }
 
 
-def _skypilot(emitted: Emitted) -> Mapping[str, object]:
-    lines = _shell_lines(emitted, indent="  ", end=" \\").split("\n")
-    accelerators = f'accelerators: "<GPU>:{emitted.gpus}"' if emitted.gpus else f'cpus: "{emitted.cpus}+"'
+def _skypilot(made: Emitted) -> Mapping[str, object]:
+    lines = _shell_lines(made, end=" \\").split("\n")  # a quoted line's end is one too
+    accelerators = f'accelerators: "<GPU>:{made.gpus}"' if made.gpus else f'cpus: "{made.cpus}+"'
     return {"accelerators": accelerators, "command": "\n".join(f"  {line}" for line in lines)}
 
 
