@@ -97,7 +97,7 @@ def faults_of_bash(script: str) -> Iterator[str]:
     """What bash and, where it is installed, shellcheck find in a script."""
     checks = [["bash", "-n"]]
     if shutil.which("shellcheck") is not None:
-        checks.append(["shellcheck", "--severity=style", "-"])
+        checks.append(["shellcheck", "--severity=warning", "-"])
     for check in checks:
         said = subprocess.run(check, input=script, capture_output=True, text=True, check=False)
         if said.returncode:
@@ -210,7 +210,7 @@ def faults_of_skypilot(text: str) -> Iterator[str]:
     """What ``sky jobs launch`` would not take."""
     task = _one_document(text)
     yield from faults(task, SKYPILOT)
-    yield from faults_of_bash(f"#!/bin/bash\n{task['run']}")
+    yield from faults_of_bash(f"#!/bin/bash\n{task.get('run', '')}")
 
 
 class _Strict(yaml.SafeLoader):

@@ -118,6 +118,8 @@ def _run(
         if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
             job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
         if file is not None:
+            if place != demo_default.FOLDER:
+                console.hint(f"The demo's files are not there yet: vfun validate-meta --family {spec.name} --demo")
             emit(job, file, as_json=as_json)
             return
         show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
