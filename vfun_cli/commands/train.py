@@ -84,7 +84,7 @@ def _run(
         if demo and dry_run and not demo_default.is_made(spec):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
-        resolved = resolve(command, spec, given, demo=layer)
+        resolved = resolve(command, spec, given, demo=layer, starts=True)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
