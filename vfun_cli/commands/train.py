@@ -98,7 +98,8 @@ def _run(
         if demo and not starts and not demo_default.is_made(spec):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
-        resolved = resolve(command, spec, given, demo=layer, gpus_there=file and emitting.gpus_there(file))
+        there = None if file is None else emitting.gpus_there(file)
+        resolved = resolve(command, spec, given, demo=layer, starts=file is None, gpus_there=there)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir

@@ -13,6 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from vfun_cli import __version__
+from vfun_cli.config.cluster import DEFAULT_PORT
 from vfun_cli.config.options import LISTS_OF_PATHS, RunConfig, names_paths, options
 from vfun_cli.config.resolve import Resolved, is_default, is_said, root_of_set
 from vfun_cli.errors import EXIT_PREEMPTED, ConfigError
@@ -31,9 +32,6 @@ USUAL_HOURS = 24.0
 USUAL_GRACE = 300
 """Seconds. A checkpoint of the largest family, of a dozen bytes for each of 14 billion weights, takes two minutes to a
 disk that writes 1.5 GB/s."""
-PORT = 29500
-"""At which machine 0 is met where nobody says another: torchrun's own."""
-
 SIGNAL = PREEMPTION_SIGNALS[0].name.removeprefix("SIG")
 """What a scheduler sends before the time is over. It reaches all processes of the job, also Python's own helpers, which
 ignore this one of those that vfun takes."""
@@ -116,7 +114,7 @@ class Emitted:
     @property
     def port(self) -> int:
         """Of machine 0."""
-        return self.config.main_process_port or PORT
+        return self.config.main_process_port or DEFAULT_PORT
 
     @property
     def name(self) -> str:
