@@ -58,5 +58,5 @@ def test_a_job_that_is_preempted_is_started_again_and_ends_with_the_same_weights
     saved = [step for step, _ in manifest.numbered(run.root)]
     assert len(saved) == 2 and 2 <= saved[0] < saved[1] == STEPS, "where it was preempted, and at the end"
     assert last_step(run) == STEPS and losses(run) == losses(uninterrupted)
-    weights = [each.checkpoint(STEPS) / ADAPTER_FILE for each in (run, uninterrupted)]
+    weights = [each.checkpoint(STEPS) / "model" / ADAPTER_FILE for each in (run, uninterrupted)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

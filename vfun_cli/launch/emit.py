@@ -355,9 +355,9 @@ def _kubernetes(made: Emitted) -> Mapping[str, object]:
 
 
 def _skypilot(made: Emitted) -> Mapping[str, object]:
-    lines = f"exec {_shell_lines(made, end=' \\')}".split("\n")  # a quoted line's end is one too
+    lines = _shell_lines(made, end=" \\").split("\n")  # the end of a quoted line is one too
     accelerators = f'accelerators: "<GPU>:{made.gpus}"' if made.gpus else f'cpus: "{made.cpus}+"'
-    return {"accelerators": accelerators, "command": "\n".join(f"  {line}" for line in lines)}
+    return {"accelerators": accelerators, "command": "\n  ".join(lines)}
 
 
 ENGINES: Mapping[str, Engine] = {
