@@ -26,7 +26,8 @@ NOT_INHERITED = {
     "DeepSpeed": ("DS_ACCELERATOR",),
     "the ranks of another job": ("RANK", "WORLD_SIZE", "LOCAL_*", "GROUP_*", "ROLE_*", "NODE_RANK", "CROSS_*"),
     "where another job meets": ("MASTER_ADDR", "MASTER_PORT"),
-    "mpirun": ("PMI_*", "OMPI_COMM_WORLD_*", "MV2_COMM_WORLD_*", "MPI_LOCALNRANKS"),
+    "mpirun": ("PMI_*", "PMIX_*", "PALS_*", "OMPI_COMM_WORLD_*", "MV2_COMM_WORLD_*", "MPI_LOCAL*"),
+    "srun": ("SLURM_STEP_*", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS*", "SLURM_NPROCS"),
     "torch, which then unpickles anything": ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",),
     "the launcher of another run": (SHARE_CORES,),
 }

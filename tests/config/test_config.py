@@ -116,7 +116,6 @@ def test_the_names_own_variable_wins_over_the_documents() -> None:
         ),
         ({"given": {"strategy": "single", "num_processes": 2}}, ["single", "num_processes 2"]),
         ({"given": {"num_machines": 2, "num_processes": 3}}, ["num_processes 3", "num_machines 2"]),
-        ({"given": {"num_machines": 2, "num_processes": 2}}, ["port", "--main-process-port"]),
         ({"given": {"machine_rank": 1}}, ["machine_rank 1"]),
         ({"given": {"num_processes": 2, "fsdp_shard_size": 2}}, ["fsdp_shard_size is about FSDP", "add --fsdp"]),
         ({"given": {"strategy": "fsdp", "num_processes": 4, "fsdp_shard_size": 1}}, ["which is DDP", "--ddp"]),

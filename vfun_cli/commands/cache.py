@@ -48,7 +48,7 @@ def cache(
     if verify and prune:
         raise ConfigError("--verify only reads, --prune deletes before it fills.", hint="Drop one of them.")
     needs_demo = demo and not verify  # making the demo loads torch
-    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if needs_demo else None)
+    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if needs_demo else None, starts=not verify)
     for notice in settle(originals, spec, resolved.config):
         console.hint(notice)
     folder = resolved.config.cache

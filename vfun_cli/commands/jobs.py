@@ -1,4 +1,5 @@
-"""What train, lora and resume do with a job that is decided: show it, or start it and say how it went.
+"""What train, lora and resume do with a job that is decided: show it, print a file that starts it, or start it and say
+how it went.
 
 On GPUs its forecast comes first: it settles what was left open, and refuses what will not fit.
 """
@@ -6,8 +7,10 @@ On GPUs its forecast comes first: it settles what was left open, and refuses wha
 from typing import TYPE_CHECKING
 
 from vfun_cli import console
+from vfun_cli.commands import emitting
 from vfun_cli.config.optimizers import notices
 from vfun_cli.launch import show
+from vfun_cli.launch.emit import Wishes
 from vfun_cli.launch.job import Job, with_options
 from vfun_cli.launch.start import Part, start
 
@@ -42,6 +45,23 @@ def show_or_start(job: Job, *, dry_run: bool, overwrite: bool, as_json: bool, pa
     outcome = start(job, overwrite=overwrite, part=part)
     show.result(job, outcome, as_json=as_json)
     return outcome.exit_code
+
+
+def emit(job: Job, wishes: Wishes, *, as_json: bool) -> None:
+    """Print the file that starts the job on all machines, if it fits into them as far as is known here.
+
+    Raises:
+        FitError: it will not fit.
+        ConfigError: it cannot be started from a file.
+    """
+    job, found = _forecast(job, dry_run=True)
+    for notice in notices(job.config, job.resolved.said):
+        console.warn(notice)
+    if found is not None:
+        from vfun_cli.forecast.fit import refuse
+
+        refuse(found, job.config)
+    emitting.show(job, wishes, as_json=as_json)
 
 
 def _forecast(job: Job, *, dry_run: bool) -> "tuple[Job, Outlook | None]":

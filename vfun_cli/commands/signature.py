@@ -150,7 +150,7 @@ def _parameter(name: str, kind: Any, opt: Opt) -> inspect.Parameter:
     if variables:
         help_text += f" [${variables}]"
     declaration = typer.Option(
-        *_names(name, kind),
+        *_names(name, kind, opt),
         help=help_text,
         metavar="WORD" if opt.choices else _METAVARS.get(plain_kind(kind)),
         rich_help_panel=opt.panel,
@@ -163,8 +163,9 @@ _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "LIST"
 """What a value is, in the help."""
 
 
-def _names(name: str, kind: Any) -> list[str]:
-    return [f"{_long(name)}/{_no(name)}"] if kind is bool else [_long(name)]
+def _names(name: str, kind: Any, opt: Opt) -> list[str]:
+    names = [name, *opt.other_names]
+    return [f"{_long(each)}/{_no(each)}" if kind is bool else _long(each) for each in names]
 
 
 def _no(name: str) -> str:

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from vfun_cli import console, families
+from vfun_cli.commands import emitting
+from vfun_cli.commands.emitting import Emit, GpusPerNode, Grace, TimeLimit
 from vfun_cli.commands.flags import FAMILY_HELP, Debug, Demo, DryRun, Json, Overwrite, typed_name
 from vfun_cli.commands.signature import with_options
 from vfun_cli.config.originals import settle
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
+from vfun_cli.launch.emit import Wishes
 from vfun_cli.launch.preemption import nothing_to_save
 
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
@@ -28,15 +31,20 @@ def train(
     demo: Demo = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    emit: Emit = None,
+    gpus_per_node: GpusPerNode = None,
+    time_limit: TimeLimit = None,
+    grace: Grace = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune all weights of a model, or those that --trainable-modules names.
 
     Examples: [bold]vfun train wan-s2v --fsdp[/bold] · [bold]vfun train wan-s2v --fsdp --demo[/bold] ·
-    [bold]vfun train wan-s2v --zero3 --dry-run[/bold]
+    [bold]vfun train wan-s2v --zero3 --dry-run[/bold] · [bold]vfun train wan-s2v --nodes 4 --emit slurm[/bold]
     """
-    _run("train", family, given, originals, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+    file = emitting.asked(emit, gpus_per_node, time_limit, grace, dry_run=dry_run, overwrite=overwrite)
+    _run("train", family, given, originals, file, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
 @with_options("lora", choosing_flags=True)
@@ -47,6 +55,10 @@ def lora(
     demo: Demo = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    emit: Emit = None,
+    gpus_per_node: GpusPerNode = None,
+    time_limit: TimeLimit = None,
+    grace: Grace = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -55,7 +67,8 @@ def lora(
     Examples: [bold]vfun lora cogvideox-fun[/bold] · [bold]vfun lora wan-s2v --rank 32 --fsdp[/bold] ·
     [bold]vfun lora cogvideox-fun --demo[/bold]
     """
-    _run("lora", family, given, originals, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
+    file = emitting.asked(emit, gpus_per_node, time_limit, grace, dry_run=dry_run, overwrite=overwrite)
+    _run("lora", family, given, originals, file, demo=demo, dry_run=dry_run, overwrite=overwrite, as_json=json)
 
 
 def _run(
@@ -63,6 +76,7 @@ def _run(
     family: str | None,
     given: dict[str, Any],
     originals: dict[str, str | bool],
+    file: Wishes | None,
     *,
     demo: bool,
     dry_run: bool,
@@ -74,20 +88,21 @@ def _run(
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
     with nothing_to_save(), ExitStack() as stack:
-        from vfun_cli.commands.jobs import show_or_start
+        from vfun_cli.commands.jobs import emit, show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
         from vfun_cli.launch.start import refuse_used, taking_part_early
         from vfun_cli.run import locate
 
-        place = demo_default.FOLDER
-        if demo and dry_run and not demo_default.is_made(spec):
+        starts, place = not dry_run and file is None, demo_default.FOLDER
+        if demo and not starts and not demo_default.is_made(spec):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
-        resolved = resolve(command, spec, given, demo=layer)
+        there = None if file is None else emitting.gpus_there(file)
+        resolved = resolve(command, spec, given, demo=layer, starts=file is None, gpus_there=there)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
-        part = stack.enter_context(taking_part_early(command, resolved.config, dry_run=dry_run))
+        part = stack.enter_context(taking_part_early(command, resolved.config, dry_run=not starts))
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
         found, earlier = None, None
         if name is not None:  # as the original scripts have it: the command line's options are the run's
@@ -97,13 +112,18 @@ def _run(
                 resolved = resume_check.continuation(earlier, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-        if not dry_run:
+        if starts:
             refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
-        job = decide(command, spec, resolved, found=found, dry_run=dry_run)
+        job = decide(command, spec, resolved, found=found, dry_run=not starts)
         if earlier is not None:
             job = resume_check.with_same_contents(earlier, job)
         if place != demo_default.FOLDER:  # shown is where the demo of a real run will be
             job = replace(job, resolved=replace(job.resolved, config=job.config.moved(place, demo_default.FOLDER)))
+        if file is not None:
+            if place != demo_default.FOLDER:
+                console.hint(f"The demo's files are not there yet: vfun validate-meta --family {spec.name} --demo")
+            emit(job, file, as_json=as_json)
+            return
         code = show_or_start(job, dry_run=dry_run, overwrite=overwrite, as_json=as_json, part=part)
     raise typer.Exit(code)
 

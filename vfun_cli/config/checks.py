@@ -68,8 +68,6 @@ def _check_processes(config: RunConfig) -> None:
         )
     if config.machine_rank >= config.num_machines:
         raise ConfigError(f"machine_rank {config.machine_rank} of {config.num_machines} machines: ranks count from 0.")
-    if config.num_machines > 1 and config.main_process_port is None:
-        raise ConfigError("several machines need the port to meet at.", hint="Add --main-process-port 29500.")
 
 
 def _check_strategy(config: RunConfig) -> None:

@@ -73,6 +73,8 @@ class Opt:
     another length, which is a trajectory where the learning rate depends on it, or another place, whose contents tell.
     """
     hidden: bool = False
+    other_names: tuple[str, ...] = ()
+    """What it is called too on the command line, with underscores."""
 
     @property
     def bounds(self) -> str:
@@ -878,8 +880,9 @@ class RunConfig:
     num_machines: Annotated[
         int,
         Opt(
-            help="Machines in the job; start the same command on each.",
+            help="Machines in the job; start the same command on each, or --emit the file of a scheduler.",
             panel=PARALLEL,
+            other_names=("nodes",),
             minimum=1,
             maximum=MOST_RANKS,
             on_resume="sharding",

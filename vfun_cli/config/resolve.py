@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console, devices
+from vfun_cli.config import cluster
 from vfun_cli.config.checks import check
 from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.lora import translate_targets
@@ -38,6 +39,7 @@ FOLLOWS: Mapping[str, tuple[str, str]] = {
     "train_data_dir": ("train_data_meta", "folder of train_data_meta"),
     "image_sample_size": ("video_sample_size", "video_sample_size"),
     "cache_variants": ("cache", "default with a cache"),
+    "main_process_port": ("num_machines", "default with several machines"),
     "mixed_precision": ("device", f"{HERE}: its processor has no units for bf16"),
     **dict.fromkeys(CHOOSING_SIZES, ("fix_sample_size", "fix_sample_size")),
 }
@@ -71,22 +73,33 @@ def resolve(
     *,
     demo: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
+    starts: bool = False,
     environ: Mapping[str, str] = os.environ,
     directory: Path = Path(),
+    gpus_there: int | None = None,
 ) -> Resolved:
     """Settle every option for one command.
 
     Args:
         given: options from the command line, by name, only those that were typed.
         demo: the embedded default, which replaces everything but typed options.
-        base: values of an earlier run's ``run.json``; then neither environment nor vfun.toml is read.
+        base: values of an earlier run's ``run.json``; then neither environment nor vfun.toml is read for others.
+        starts: whether the command starts processes: then the environment also tells where, see ``config.cluster``.
+        gpus_there: of each machine that the command is meant for, if that is not this one.
 
     Raises:
         ConfigError: an unknown name, a value of the wrong type, a combination that cannot work.
     """
-    layers = _layers(command, spec, given, demo=demo, base=base, environ=environ, directory=directory)
+    said = _said_layers(spec, given, demo=demo, base=base, environ=environ, directory=directory)
+    placed = _machine_layers(said, base, environ) if starts else []
+    if base is not None:
+        layers = [("default", _own_defaults()), ("run.json", base), *placed, *said]
+    else:
+        strategy, preset = _last_word(said, "strategy", "auto"), _last_word(said, "preset", None)
+        defaults = _default_layers(command, spec, strategy, None if preset is None else str(preset))
+        layers = [*defaults, *placed, *said]
     config, sources = _merge(layers)
-    config = _settle_placement(config, sources)
+    config = _settle_placement(config, sources, gpus_there)
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
@@ -144,8 +157,7 @@ def _own_defaults() -> dict[str, Any]:
     return {name: default_of(name) for name in options()}
 
 
-def _layers(
-    command: str,
+def _said_layers(
     spec: FamilySpec,
     given: Mapping[str, Any],
     *,
@@ -154,17 +166,56 @@ def _layers(
     environ: Mapping[str, str],
     directory: Path,
 ) -> list[Layer]:
-    """Where values may come from, the weakest first."""
+    """What somebody said, the weakest first."""
     said: list[Layer] = []
     if base is None:
         said += [*_file_layers(directory / SETTINGS_FILE, spec.name), *_environment_layers(environ)]
     if demo is not None:
         said.append(("demo", demo))
-    said.append((OPTION, given))
-    if base is not None:
-        return [("default", _own_defaults()), ("run.json", base), *said]
-    strategy, preset = _last_word(said, "strategy", "auto"), _last_word(said, "preset", None)
-    return [*_default_layers(command, spec, strategy, None if preset is None else str(preset)), *said]
+    return [*said, (OPTION, given)]
+
+
+def _machine_layers(said: Sequence[Layer], base: Mapping[str, Any] | None, environ: Mapping[str, str]) -> list[Layer]:
+    """Where the environment finds the machines of the job, as far as nobody said it.
+
+    Raises:
+        ConfigError: it contradicts itself or what was said, or asks for several processes of a strategy that has one.
+    """
+    typed = {
+        name: (parse(name, layer[name], _place(source, name)), _place(source, name))
+        for source, layer in said
+        for name in cluster.OPTIONS
+        if name in layer
+    }
+    chosen = [("run.json", base or {}), *said]
+    job = cluster.read(environ)
+    if "num_machines" not in typed and (notice := cluster.outside_of_step(environ)) is not None:
+        console.hint(notice)
+    strategy = str(_last_word(chosen, "strategy", "auto"))
+    if strategy in STRATEGIES and not STRATEGIES[strategy].several_processes:
+        _refuse_several(strategy, job, environ)
+    found = cluster.settle(job, typed, environ, counts_gpus=_last_word(chosen, "device", "auto") != "cpu")
+    layers: list[Layer] = [(each.variables, {name: each.value}) for name, each in found.items()]
+    if base is not None and "num_machines" in found and found["num_machines"].value != base.get("num_machines"):
+        layers.insert(0, (HERE, {"num_processes": None}))  # so many were those of other machines
+    return layers
+
+
+def _refuse_several(strategy: str, job: cluster.Job, environ: Mapping[str, str]) -> None:
+    for name in ("num_machines", "num_processes"):
+        if name in job.stated and job.stated[name][0].value != 1:
+            found, source = job.stated[name]
+            raise ConfigError(
+                f"strategy {strategy} trains in one process, and {found.variables} makes {name} {found.value}.",
+                hint="Choose --ddp, --fsdp, --zero2 or --zero3, or leave out what does not belong to this job: "
+                f"{source.left_out(environ)} before the command.",
+                option="--strategy",
+            )
+
+
+def _place(source: str, name: str) -> str:
+    """Where a value was said, in words."""
+    return f"--{name.replace('_', '-')}" if source == OPTION else f"{source}: {name}"
 
 
 def _last_word(layers: Sequence[Layer], name: str, otherwise: Any) -> Any:
@@ -178,8 +229,7 @@ def _merge(layers: Sequence[Layer]) -> tuple[RunConfig, dict[str, str]]:
     sources: dict[str, str] = {}
     for source, layer in layers:
         for name, value in layer.items():
-            where = f"--{name.replace('_', '-')}" if source == OPTION else f"{source}: {name}"
-            values[name], sources[name] = parse(name, value, where), source
+            values[name], sources[name] = parse(name, value, _place(source, name)), source
     return RunConfig(**values), sources
 
 
@@ -198,6 +248,8 @@ def _fill_in(config: RunConfig, sources: dict[str, str]) -> RunConfig:
             (root,) = roots
         if root != config.train_data_dir or stated is None:
             found["train_data_dir"] = root
+    if config.num_machines > 1 and config.main_process_port is None:
+        found["main_process_port"] = cluster.DEFAULT_PORT
     if config.image_sample_size is None:
         found["image_sample_size"] = config.video_sample_size
     if config.cache is not None and config.cache_variants is None:
@@ -308,9 +360,9 @@ def _environment_layers(environ: Mapping[str, str]) -> Iterator[tuple[str, Mappi
             yield f"${variable}", {name: value}
 
 
-def _settle_placement(config: RunConfig, sources: dict[str, str]) -> RunConfig:
+def _settle_placement(config: RunConfig, sources: dict[str, str], gpus_there: int | None) -> RunConfig:
     """Device, strategy and number of processes where they were left to us; notes their sources."""
-    gpus = devices.gpu_count()
+    gpus = devices.gpu_count() if gpus_there is None else gpus_there
     for name, value, open_value in (
         ("device", config.device, "auto"),
         ("strategy", config.strategy, "auto"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vfun_cli import console, families
-from vfun_cli.config import optimizers
+from vfun_cli.config import cluster, optimizers
 from vfun_cli.config.options import (
     RunConfig,
     default_of,
@@ -24,7 +24,7 @@ from vfun_cli.config.options import (
     plain_kind,
     typed_entries,
 )
-from vfun_cli.config.resolve import FOLLOWS, OPTION, Resolved, is_default, resolve
+from vfun_cli.config.resolve import FOLLOWS, HERE, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
 from vfun_cli.families.spec import FamilySpec
@@ -64,7 +64,17 @@ class Earlier:
 
     def follows(self, name: str) -> bool:
         """Whether an option was not given, but followed from another."""
-        return name in FOLLOWS and self.described.get("sources", {}).get(name) in (FOLLOWS[name][1], RUNS_OWN)
+        return name in FOLLOWS and self._source(name) in (FOLLOWS[name][1], RUNS_OWN)
+
+    def let_go(self, name: str) -> bool:
+        """Whether the next launch finds an option anew: it followed from another, or from how that one was started."""
+        if name == "num_processes" and self._source(name) == HERE:
+            return self.let_go("num_machines")
+        return self.follows(name) or cluster.is_told(name, self._source(name))
+
+    def _source(self, name: str) -> str:
+        source: str = self.described.get("sources", {}).get(name, "")
+        return source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +117,8 @@ def resolve_as_before(run: Earlier, given: Mapping[str, Any]) -> tuple[str, Fami
     strategy = STRATEGIES.get(given.get("strategy", ""))
     if strategy is not None and not strategy.several_processes:
         given = {"num_processes": 1, **given}
-    kept = {name: value for name, value in run.config.items() if name in KEPT or not run.follows(name)}
-    return command, spec, resolve(command, spec, given, base=kept)
+    kept = {name: value for name, value in run.config.items() if name in KEPT or not run.let_go(name)}
+    return command, spec, resolve(command, spec, given, base=kept, starts=True)
 
 
 def continuation(
@@ -202,6 +212,8 @@ def check_options(run: Earlier, resolved: Resolved, allow: Sequence[str]) -> Non
     changed = changes(run, resolved)
     _refuse(run, resolved, changed, allow)
     for change in changed:
+        if change.effect == "harmless" and cluster.is_told(change.name, resolved.sources.get(change.name, "")):
+            continue  # where a job runs is nobody's change
         was, is_now = (in_words(change.name, value) for value in (change.before, change.after))
         console.warn(f"{change.name} changes from {was} to {is_now}.")
     before, now = step_size(run.config), step_size(resolved.config.to_json())

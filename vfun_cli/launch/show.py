@@ -7,6 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from vfun_cli import console
+from vfun_cli.config import cluster
 from vfun_cli.config.options import options
 from vfun_cli.config.resolve import HERE
 from vfun_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
@@ -27,6 +28,13 @@ def preview(job: Job) -> None:
     start = f", from {job.found.checkpoint.name}" if job.found else ""
     what = f" under {config.strategy} on {where} ({config.device}){start} -> {job.run.root}"
     console.err.print(Text.assemble("\n", (f"{job.command} {job.spec.name}", "bold"), what), soft_wrap=True)
+    told = [
+        f"{name} {getattr(config, name)} ({job.resolved.sources[name]})"
+        for name in cluster.OPTIONS
+        if cluster.is_told(name, job.resolved.sources[name])
+    ]
+    if told:
+        console.err.print(Text(", ".join(told)), soft_wrap=True)
     for name, source in job.resolved.sources.items():
         if source.startswith(f"{HERE}: "):
             console.err.print(

@@ -70,7 +70,7 @@ def toml(translation: "Translation") -> str:
     lines += ["", f"[{_key(translation.family)}]"]
     for setting in translation.settings:
         if setting.word is not None:
-            lines.append(f"# {setting.name} = {_text(setting.word.text)}  # the script does not say it: type it")
+            lines.append(f"# {setting.name} = {double_quoted(setting.word.text)}  # the script does not say it: type it")
         else:
             value = setting.value if setting.raw is None else setting.raw
             lines.append(f"{setting.name} = {_value(setting.name, value)}")
@@ -81,19 +81,19 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(str(each) if isinstance(each, int) else _text(str(each)) for each in value)}]"
+        return f"[{', '.join(str(each) if isinstance(each, int) else double_quoted(str(each)) for each in value)}]"
     if isinstance(value, int | float):
         return repr(float(value)) if plain_kind(options()[name][1]) is float else str(value)
-    return _text(str(plain(value)))
+    return double_quoted(str(plain(value)))
 
 
 def _key(name: str) -> str:
     """A name as a key of TOML: bare, where it may be."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _text(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else double_quoted(name)
 
 
-def _text(value: str) -> str:
-    """A basic string of TOML."""
+def double_quoted(value: str) -> str:
+    """A basic string of TOML, which is a double-quoted one of YAML too."""
     escaped = "".join(_ESCAPES.get(letter) or (letter if letter.isprintable() else _escape(letter)) for letter in value)
     return f'"{escaped}"'
 
