@@ -53,12 +53,12 @@ def asked_of_accelerate(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
-def test_ranks_on_gpus_wait_half_an_hour_for_each_other_and_for_files_longer(
+def test_ranks_on_gpus_wait_ten_minutes_for_each_other_and_for_files_longer(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_of_accelerate(monkeypatch, strategy=strategy, device="cuda")
     group = next(each for each in asked if isinstance(each, InitProcessGroupKwargs))
-    assert (group.backend, group.timeout) == ("nccl", timedelta(minutes=30))
+    assert (group.backend, group.timeout) == ("nccl", timedelta(minutes=10))
     assert COLLECTIVE_LIMIT * 10 < FILES_LIMIT
 
 
