@@ -190,8 +190,8 @@ FAILURES = ("error", "killed", "crash")
 may not happen again, and may be such a loss."""
 
 STATES = ("begins", "works", "failing", "failed", "ended")
-"""Of a machine: it checks what it is to do; its launcher is at work; something has failed, so its ranks end and machine 0
-waits for the others; its attempt is over; so is its command."""
+"""Of a machine: it checks what it is to do; its launcher is at work; something has failed, so its ranks end, and
+machine 0 waits for the others; its attempt is over; so is its command."""
 
 REPORT_SPACE = 4096
 """Bytes of a machine's report at least, so that a full disk does not stop its signs of life."""
