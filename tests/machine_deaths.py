@@ -65,7 +65,9 @@ class Case:
     otherwise: Sequence[Callable[[Host], Own]] = ()
     """What the last machines have of their own, one each."""
     harm: Callable[[Place, Job], None] | None = None
-    """What happens to it, once it trains; without it, the machines refuse to begin."""
+    """What happens to it; without it, the machines refuse to begin."""
+    after: Callable[[Place], bool] = lambda place: last_step(place.run) >= HARMED_AFTER
+    """When."""
     disk: Callable[[Place], Path] | None = None
     """What lies on a disk of its own, of ``DISK``."""
     arguments: Sequence[object] = ()
@@ -96,6 +98,11 @@ class Ending:
 
 
 DISK = "size=32m"
+
+
+def loading(place: Place) -> bool:
+    """Its rank has been started."""
+    return place.run.rank_error_space(place.harmed.number).exists()
 
 
 def gone(place: Place, job: Job) -> None:
@@ -178,6 +185,10 @@ def other_header(host: Host) -> Own:
 CASES = [
     Case(name="machine gone", harm=gone, code=1, says="error: machine 1 has gone without a word"),
     Case(name="machine frozen", harm=frozen, code=1, says="error: machine 1 has gone without a word"),
+    Case(
+        name="machine frozen while it loads", harm=frozen, after=loading, code=1,
+        says="error: machine 1 has gone without a word",
+    ),
     Case(name="machine gone of four", machines=4, harm=gone, code=1, says="error: machine 3 has gone without a word"),
     Case(name="rank killed", harm=without_a_rank, code=1, says="error: rank 1 on machine 1 was ended by SIGKILL"),
     Case(
@@ -312,7 +323,7 @@ def ended(case: Case, place: Place) -> tuple[list[Said], list[float]]:
     """What each command said, and after how many seconds; one that is frozen goes on when the others have ended."""
     jobs = begin(place, case)
     if case.harm is not None:
-        wait_for(lambda: last_step(place.run) >= HARMED_AFTER, jobs[0])
+        wait_for(lambda: case.after(place), jobs[0])
         case.harm(place, jobs[-1])
     began = time.monotonic()
     found = [finished(job, began) for job in jobs[:-1]]

@@ -17,7 +17,6 @@ import pytest
 
 from tests.integration.matrix import STEPS, memorised, straight, together
 from tests.jobs import (
-    Job,
     Said,
     children_of,
     command_line,
@@ -87,27 +86,20 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert hashes[0] == hashes[1]
 
 
-def two_machines(run: RunDir, *more: str, **changes: object) -> list[Job]:
-    """A command on each of two machines, one process each, which share the run directory and the cache.
-
-    Args:
-        more: what only the second command is told.
-    """
+def trained_on_two_machines() -> RunDir:
+    """By a command on each, one process each, which share the run directory and the cache."""
+    run = RunDir(Path("two-machines"))
     machines, port = hosts(2, Path("machines") / run.root, demo=Path("vfun-demo")), free_port()
-    together = options(run.root.absolute(), cache=Path("cache").absolute(), **changes)
-    return start_on(
+    together = options(run.root.absolute(), cache=Path("cache").absolute(), max_train_steps=4)
+    jobs = start_on(
         machines,
         lambda host: [
             "train", FAMILY, "--demo", "--ddp", *together, "--num-machines=2", "--num-processes=2",
             f"--machine-rank={host.number}", f"--main-process-ip={machines[0].address}",
-            f"--main-process-port={port}", *more[: host.number * len(more)],
+            f"--main-process-port={port}",
         ],
     )  # fmt: skip
-
-
-def trained_on_two_machines() -> RunDir:
-    run = RunDir(Path("two-machines"))
-    finish_all(two_machines(run, max_train_steps=4))
+    finish_all(jobs)
     return run
 
 
@@ -115,35 +107,6 @@ def trained_on_two_machines() -> RunDir:
 def test_two_machines_join_one_job(result: RunDir, workplace: Path, trained: Trained) -> None:
     """The same losses as two processes under one launcher."""
     assert losses(result) == losses_of_the_matrix(trained, "ddp")[:4]
-
-
-def told_otherwise() -> list[Said]:
-    """What two machines say of which one was told another learning rate."""
-    jobs = two_machines(RunDir(Path("two-rates")), "--learning-rate=0.5")
-    return finish_all(jobs, 2)
-
-
-@pytest.mark.long
-@pytest.mark.ahead.with_args(told_otherwise)
-def test_machines_that_are_told_otherwise_both_refuse(result: list[Said]) -> None:
-    for said in result:
-        expected = "error: rank 1 on machine 1: the machines do not run the same: --learning-rate is 0.5 on machine 1"
-        assert expected in said.err, said.err
-
-
-def left_alone() -> Said:
-    """What a machine says when the other was killed."""
-    run = RunDir(Path("one-machine-dies"))
-    survivor, killed = two_machines(run, max_train_steps=100_000, checkpointing_steps=100_000)
-    wait_for_step(run, 1, survivor)
-    kill_all(killed)
-    return finish(survivor, 1)
-
-
-@pytest.mark.long
-@pytest.mark.ahead.with_args(left_alone)
-def test_a_machine_that_is_killed_ends_the_other_which_names_it(result: Said) -> None:
-    assert "error: machine 1 has gone without a word" in result.err, result.err
 
 
 def lora_resumed_with_offload(elsewhere: str) -> tuple[RunDir, list[float], bytes]:

@@ -9,7 +9,7 @@ import pytest
 
 from vfun_cli.errors import CheckpointError, VfunError
 from vfun_cli.launch import machines, supervise
-from vfun_cli.launch.machines import COMES_WITHIN, GRACE, MOST_PATIENCE, SAID_AFTER, SILENT, Machine
+from vfun_cli.launch.machines import COMES_WITHIN, GRACE, MEETS_WITHIN, MOST_PATIENCE, SAID_AFTER, SILENT, Machine
 from vfun_cli.run.messages import Failure, MachineReport, RankError
 from vfun_cli.run.rundir import RunDir
 
@@ -180,6 +180,35 @@ def test_who_never_comes_ends_all(run: RunDir) -> None:
     said = first.agree(None)
     assert said.message.startswith("machine 2 has not come within 30 minutes") and said.kind == "error"
     assert second.agree(None) == said
+
+
+def test_launchers_that_do_not_meet_end_all_once_every_machine_has_started_its_own(run: RunDir) -> None:
+    first, second, _ = met(run, 3)
+    for look in range(MEETS_WITHIN + 100):
+        if look % 10 == 0:
+            beat(run, 0)
+            beat(run, 1)
+            beat(run, 2, state="begins")  # it still checks its rows
+        assert not first.must_end() and not second.must_end()
+    for look in range(MEETS_WITHIN + GRACE - 1):
+        if look % 10 == 0:
+            beat(run, 1)
+            beat(run, 2)
+        assert not first.must_end()
+    assert first.must_end() and ends(second)
+    beat(run, 1, state="failed")
+    beat(run, 2, state="failed")
+    said = first.agree(None)
+    assert "their launchers have not met within 10 minutes" in said.message and "--main-process-ip" in str(said.hint)
+
+
+def test_ranks_that_have_started_may_take_as_long_as_they_like(run: RunDir) -> None:
+    first, _ = met(run, 2)
+    RankError.reserve(run, 0)
+    for look in range(2 * MEETS_WITHIN):
+        if look % 10 == 0:
+            beat(run, 1)
+        assert not first.must_end()
 
 
 def test_all_machines_that_have_gone_are_named(run: RunDir) -> None:

@@ -14,8 +14,8 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import RunError
 from vfun_cli.modeling.encoders.frozen import Encoders
+from vfun_cli.training import model, waiting
 from vfun_cli.training import strategy as strategies
-from vfun_cli.training import waiting
 from vfun_cli.training.signals import CONTINUE
 from vfun_cli.training.strategy import make_accelerator
 from vfun_cli.training.turns import begin_step
@@ -53,13 +53,23 @@ def asked_of_accelerate(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
-def test_ranks_on_gpus_wait_half_an_hour_for_each_other_and_for_files_longer(
+def test_ranks_on_gpus_wait_ten_minutes_for_each_other_and_for_files_longer(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_of_accelerate(monkeypatch, strategy=strategy, device="cuda")
     group = next(each for each in asked if isinstance(each, InitProcessGroupKwargs))
-    assert (group.backend, group.timeout) == ("nccl", timedelta(minutes=30))
+    assert (group.backend, group.timeout) == ("nccl", timedelta(minutes=10))
     assert COLLECTIVE_LIMIT * 10 < FILES_LIMIT
+
+
+def test_ranks_wait_for_each_others_disks_before_ddp_begins_with_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(model, "wait_for_all", lambda: order.append("waited"))
+    lazy: Any = SimpleNamespace(placed=lambda *given: iter([order.append("read")]))
+    device = torch.device("cpu")
+    accelerator = SimpleNamespace(device=device, prepare=lambda *given: order.append("prepared") or given)
+    model._WRAP[None](lambda named: torch.optim.SGD(named.values()), torch.nn.Linear(1, 1), accelerator, lazy)
+    assert order == ["read", "waited", "prepared"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -30,7 +30,7 @@ from vfun_cli.errors import (
 )
 from vfun_cli.launch.preemption import NothingToSave, interruption
 from vfun_cli.run import locate, ownership
-from vfun_cli.run.messages import Failure, MachineReport, RankError, named_machines
+from vfun_cli.run.messages import STATES, Failure, MachineReport, RankError, named_machines
 from vfun_cli.run.rundir import RunDir
 
 BEAT = 2.0
@@ -50,6 +50,8 @@ SAID_AFTER = 15
 """Looks without any report of a machine after which people are told who is waited for."""
 COMES_WITHIN = 1800
 """Looks, of a second each, within which every machine must have begun: a container image is fetched in minutes."""
+MEETS_WITHIN = 600
+"""Looks within which ranks must have started that all machines are starting: they do when their launchers have met."""
 
 _ERRORS = {
     error.exit_code: error
@@ -86,7 +88,7 @@ class Machine:
         """The machines that this one looks at."""
         self.ended_ranks = False
         """Whether the ranks of this attempt were ended here, since something had failed."""
-        self._report = MachineReport(machine=number, state="works", attempt=1, beat="", command=ownership.new_id())
+        self._report = MachineReport(machine=number, state="begins", attempt=1, beat="", command=ownership.new_id())
         self._written = time.monotonic()
         """When a sign of life of this machine got through last."""
         self._writing = threading.Lock()
@@ -100,6 +102,9 @@ class Machine:
         self._next_look = 0.0
         self._looks_at_failure = 0
         self._told = False
+        self._met = False
+        """Whether the launchers of this attempt have met: they start their ranks then."""
+        self._looks_apart = 0
 
     @property
     def attempt(self) -> int:
@@ -149,6 +154,11 @@ class Machine:
         while not done.wait(BEAT):
             self._say()
 
+    def started(self) -> None:
+        """Say that the launcher of this attempt has been started here."""
+        if self.peers:
+            self._say(state="works")
+
     def _say(self, **changed: object) -> None:
         with self._writing:
             self._report = replace(self._report, **changed, beat=token_hex(8))  # type: ignore[arg-type]
@@ -186,6 +196,7 @@ class Machine:
         if self.peers and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK
             self.look()
+            self._looks_apart += self._waits_to_meet()
             if self._looks_at_failure:
                 self._looks_at_failure += 1
             elif self._sees_failure():
@@ -193,6 +204,12 @@ class Machine:
                 self._say(state="failing")  # so that the others' time begins now, too
             self.ended_ranks = self._looks_at_failure > GRACE
         return self.ended_ranks
+
+    def _waits_to_meet(self) -> bool:
+        """Whether all machines start their ranks, and none has: what machine 0 sees, where the launchers meet."""
+        self._met |= self.run.rank_error_space(self.ranks.start).exists()
+        works = [said.state == "works" for said in self._heard.values()]
+        return self.number == 0 and not self._met and all(works) and len(works) == len(self.peers)
 
     def tell(self) -> None:
         """Say once who is waited for, and when all have come."""
@@ -217,12 +234,13 @@ class Machine:
 
     def _sees_failure(self) -> bool:
         heard = self._heard.values()
-        return any(map(self._has_failed, heard)) or bool(self._gone() or self._absent(COMES_WITHIN) or self.errors())
+        missing = self._gone() or self._absent(COMES_WITHIN) or self._looks_apart >= MEETS_WITHIN
+        return bool(missing or self.errors()) or any(map(self._has_failed, heard))
 
     def _has_failed(self, said: MachineReport) -> bool:
         if said.state == "ended":
             return said.failure is not None
-        return said.state != "works" and said.attempt == self.attempt
+        return said.state not in STATES[:2] and said.attempt == self.attempt
 
     def _has_ended_attempt(self, said: MachineReport) -> bool:
         return said.state == "ended" or (said.state == "failed" and said.attempt == self.attempt)
@@ -276,20 +294,24 @@ class Machine:
         return self._lost() if self._gone() else None
 
     def _lost(self) -> Failure:
-        """That machines have gone or never came."""
+        """That machines have gone, never came or do not find each other."""
+        hint = "Look after it, then start the same command on all machines."
         if gone := self._gone():
             each = "its vfun command or the whole machine has died, or no longer reaches"
             message = f"{named_machines(gone)} {_have(gone)} gone without a word: {each} {self.run.root}."
         elif absent := self._absent(COMES_WITHIN):
             late = f"{named_machines(absent)} {_have(absent)} not come within {COMES_WITHIN // 60} minutes"
             message = f"{late}: {self._what_is_known(absent)}"
+        elif self._looks_apart >= MEETS_WITHIN:
+            message = f"all machines have begun, but their launchers have not met within {MEETS_WITHIN // 60} minutes."
+            hint = "Every machine must reach --main-process-ip at --main-process-port: mend that, then start all again."
         else:
             message = f"the machines lost each other: a vfun command has died, or no longer reaches {self.run.root}."
         return Failure(
             kind="error",  # nobody there starts over
             time=time.time(),
             message=message,
-            hint=f"Look after it, then start the same command on all machines. {locate.way_on(self.run)}",
+            hint=f"{hint} {locate.way_on(self.run)}",
             exit_code=RunError.exit_code,
         )
 
@@ -302,7 +324,7 @@ class Machine:
         Raises:
             VfunError: machine 0 begins none.
         """
-        self.ended_ranks, self._looks_at_failure = False, 0
+        self.ended_ranks, self._looks_at_failure, self._looks_apart, self._met = False, 0, 0, False
         if not self._heard:
             return step
         attempt = self.attempt + 1
@@ -312,7 +334,7 @@ class Machine:
             time.sleep(LOOK)
             self.look()
         step = step if self.number == 0 else said.step
-        self._say(attempt=attempt, state="works", step=step, failure=None)
+        self._say(attempt=attempt, state="begins", step=step, failure=None)
         return step
 
 

@@ -141,6 +141,7 @@ def launch(
             start_new_session=True,
             env=os.environ | {_MARK: stop.job},
         )
+        machine.started()
         too_early = _watch(process, machine, first_step, stop)
     kill(stop.job)
     outcome = Outcome.read(run_dir, machine.number)

@@ -189,9 +189,9 @@ FAILURES = ("error", "killed", "crash")
 """An error that the user can act on; a process that was killed, whose peers fail because they lost it; an error that
 may not happen again, and may be such a loss."""
 
-STATES = ("works", "failing", "failed", "ended")
-"""Of a machine: its attempt goes on; something has failed, so its ranks end, and machine 0 waits for the others; its
-attempt is over; so is its command."""
+STATES = ("begins", "works", "failing", "failed", "ended")
+"""Of a machine: it checks what it is to do; its launcher is at work; something has failed, so its ranks end, and
+machine 0 waits for the others; its attempt is over; so is its command."""
 
 REPORT_SPACE = 4096
 """Bytes of a machine's report at least, so that a full disk does not stop its signs of life."""
