@@ -53,19 +53,26 @@ def without_image(script: str) -> str:
     return script.replace("IMAGE='<IMAGE>'", "IMAGE=''")
 
 
+ONE_RANK = '#!/bin/sh\nwhile [ "$1" != --no-python ]; do shift; done\nshift\nLOCAL_RANK=0 exec "$@"\n'
+"""What is started in place of torchrun by a machine with one process."""
+
+
 def started_by(engine: str, text: str) -> list[str]:
     """The words of the command that a file starts on a machine."""
     with tempfile.TemporaryDirectory() as folder:
         _program(Path(folder, "vfun"), "#!/bin/sh\nprintf '%s\\0' vfun \"$@\"\n")
         _program(Path(folder, "srun"), '#!/bin/sh\nwhile [ "$1" != vfun ]; do shift; done\nexec "$@"\n')
-        environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
+        _program(Path(folder, "torchrun"), ONE_RANK)
+        environment = os.environ | {
+            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1", "NODE_RANK": "0", "MASTER_ADDR": "here"
+        }  # fmt: skip
         said = subprocess.run(_starts(engine, text), env=environment, capture_output=True, check=True)
     return said.stdout.decode().split("\0")[:-1]
 
 
 def _starts(engine: str, text: str) -> list[str]:
     match engine:
-        case "slurm":
+        case "slurm" | "torchrun":
             return ["bash", "-c", without_image(text)]
         case "kubernetes":
             return container_of(text, "Master")
@@ -313,5 +320,33 @@ class SkyPilot(Scheduler):
             self._begin()
 
 
-SCHEDULERS: Mapping[str, type[Scheduler]] = {"slurm": Slurm, "kubernetes": Operator, "skypilot": SkyPilot}
+class Person(Scheduler):
+    """Starts a script on each machine, and starts it again where it says that the state is saved."""
+
+    def start(self) -> Job:
+        self._begin()
+        return self.scripts[0]
+
+    def _begin(self) -> None:
+        self.starts += 1
+        self.scripts = [
+            self.launch(
+                host, ["bash", "-c", self.text], NODE_RANK=str(host.number), MASTER_ADDR=self.machines[0].address
+            )
+            for host in self.machines
+        ]
+
+    def warn(self) -> None:
+        """SIGTERM to the script of the last machine alone."""
+        self.scripts[-1].terminate()
+
+    def finish(self) -> int:
+        while set(codes := wait_all(self.scripts)) == {75}:
+            self._begin()
+        return max(codes)
+
+
+SCHEDULERS: Mapping[str, type[Scheduler]] = {
+    "slurm": Slurm, "kubernetes": Operator, "skypilot": SkyPilot, "torchrun": Person
+}  # fmt: skip
 """By the word that --emit takes."""

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.commands.conftest import Vfun, digest
 from tests.job_files import FAULTS_OF, directives
-from tests.schedulers import container_of, started_by
+from tests.schedulers import ONE_RANK, container_of, started_by, without_image
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -25,6 +27,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.launch import emit
 from vfun_cli.launch.emit import ENGINES, Emitted, Wishes, emitted, file_of
 from vfun_cli.launch.job import Job, decide
+from vfun_cli.run.messages import PREEMPTION_SIGNALS
 
 COMMAND = ("lora", "cogvideox-fun", "--demo")
 SMALL = ("--video-sample-size=64", "--token-sample-size=64", "--video-sample-n-frames=16")
@@ -338,7 +341,7 @@ def test_a_job_of_slurm_ends_with_the_runs_code_and_is_queued_again_after_75(
         (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / tool).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    script = emits("slurm", "--no-fit-check").replace("'<IMAGE>'", "''")
+    script = without_image(emits("slurm", "--no-fit-check"))
     assert subprocess.run(["bash"], input=script, env=environment, text=True, check=False).returncode == code
     asked = tmp_path / "scontrol.said"
     assert asked.exists() == (code == 75)
@@ -363,6 +366,50 @@ def test_a_pod_that_is_asked_to_stop_waits_until_its_command_has_saved(job: Job,
     assert pod.wait(30) == 143 and (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_a_script_for_torchrun_ends_with_the_runs_code(code: int, job: Job, tmp_path: Path) -> None:
+    made = replace(of_engine("torchrun", job), words=[["sh", "-c", f"exit {code}"]])
+    said = subprocess.run(["bash", "-c", file_of(made)], env=with_torchrun(tmp_path), check=False)
+    assert said.returncode == code
+
+
+def test_a_script_for_torchrun_hands_a_request_on_to_the_run_alone(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(WAITS_FOR_SIGTERM)
+    made = replace(of_engine("torchrun", job), words=[[sys.executable, str(tmp_path / "run.py")]])
+    for asks in (signal.SIGTERM, signal.SIGINT):
+        script = subprocess.Popen(
+            ["bash", "-c", file_of(made)], env=with_torchrun(tmp_path), stdout=subprocess.PIPE, text=True
+        )
+        assert script.stdout is not None and script.stdout.readline() == "works\n"
+        script.send_signal(asks)
+        assert script.communicate(timeout=30)[0] == "saved\n" and script.returncode == 75
+
+
+WAITS_FOR_SIGTERM = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+print("works", flush=True)
+signal.sigwait([signal.SIGTERM])
+print("saved", flush=True)
+raise SystemExit(75)
+"""
+
+
+def with_torchrun(folder: Path) -> dict[str, str]:
+    """The environment of a machine on which torchrun starts one process, and ends with 1 if that fails."""
+    (folder / "torchrun").write_text(f"{ONE_RANK.replace('exec ', '')}[ $? -eq 0 ] || exit 1\n")
+    (folder / "torchrun").chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "NODE_RANK": "0", "MASTER_ADDR": "here"}
+
+
+def test_a_script_for_torchrun_that_is_not_told_its_machine_ends_at_once(job: Job) -> None:
+    script = file_of(of_engine("torchrun", job))
+    for variables in ({}, {"NODE_RANK": "0"}, {"MASTER_ADDR": "10.0.0.1"}):
+        said = subprocess.run(["bash", "-c", script], env=os.environ | variables, capture_output=True, text=True)
+        assert said.returncode == 2 and "NODE_RANK" in said.stderr and "MASTER_ADDR" in said.stderr
+
+
 def test_an_image_that_is_not_filled_in_is_none_that_a_registry_could_have(job: Job) -> None:
     reference = re.compile(r"[a-z0-9]+([._/:-]+[A-Za-z0-9]+)*")
     for engine in ("kubernetes", "skypilot"):
@@ -377,17 +424,14 @@ def test_checks_of_the_files_find_what_is_wrong(engine: str, job: Job) -> None:
         "slurm": {"--signal=TERM@300": "--signal=TERM,300", "--nodes=4": "--node=4", "esac": "esca", "24:00:00": "1d"},
         "kubernetes": {"ExitCode": "OnExit", "name: pytorch\n": "name: torch\n", 'Node: "8"': "Node: 8", "limits": "limit"},
         "skypilot": {"num_nodes: 4": 'num_nodes: "4"', "recover_on_exit_codes": "recover_on", "run:": "runs:"},
+            "torchrun": {"kill -0": "(kill -0", "trap 'rm": "trap rm"},
     }
     text = file_of(of_engine(engine, job))
     assert not list(FAULTS_OF[engine](text))
-    for right, wrong in wrongs.get(engine, {}).items():
+    for right, wrong in wrongs[engine].items():
         assert right in text
         assert list(FAULTS_OF[engine](text.replace(right, wrong))), wrong
 
 
 def test_the_signal_is_one_that_the_run_takes() -> None:
-    import signal
-
-    from vfun_cli.run.messages import PREEMPTION_SIGNALS
-
     assert getattr(signal, f"SIG{emit.SIGNAL}") in PREEMPTION_SIGNALS

@@ -67,7 +67,7 @@ class Engine:
     """The command, of whoever has the file under the name in it."""
     fill_in: Mapping[str, str]
     """Placeholders in the file, and what belongs there."""
-    values: Callable[["Emitted"], Mapping[str, object]]
+    values: Callable[["Emitted"], Mapping[str, object]] = lambda made: {}
     """What its template takes beside what all do."""
     limits_time: bool = False
     """Whether it ends a job after some hours in any case."""
@@ -169,6 +169,7 @@ def file_of(made: Emitted) -> str:
         "grace": made.grace,
         "port": made.port,
         "preempted": EXIT_PREEMPTED,
+        "command": _shell_lines(made),
         **made.engine.values(made),
     }
     return _rendered(made.engine.template, values)
@@ -309,7 +310,7 @@ def _facts(made: Emitted) -> Iterator[str]:
     """Comments: what is to be done, and what the command needs."""
     yield "#"
     yield f"# Fill in, then: {made.engine.submit}"
-    yield from (f"#   {placeholder:<10}{meaning}" for placeholder, meaning in made.engine.fill_in.items())
+    yield from (f"#   {placeholder:<12} {meaning}" for placeholder, meaning in made.engine.fill_in.items())
     yield "# The command names these, which all machines must see there:"
     yield from (f"#   {double_quoted(path)}" for path in _places(made.config))
 
@@ -340,7 +341,6 @@ def _slurm(made: Emitted) -> Mapping[str, object]:
     return {
         "time": f"{minutes // 60}:{minutes % 60:02}:00",
         "signal": SIGNAL,
-        "command": f"  {_shell_lines(made)}",
     }
 
 
@@ -393,6 +393,14 @@ ENGINES: Mapping[str, Engine] = {
             "<MOUNT>": "where the command's paths have it",
         },
         values=_skypilot,
+    ),
+    "torchrun": Engine(
+        template="torchrun/job.sh",
+        submit="NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash job.sh",
+        fill_in={
+            "NODE_RANK": "number of each machine, from 0",
+            "MASTER_ADDR": "address of machine 0, the same on each",
+        },
     ),
 }
 """By the word that --emit takes."""
