@@ -190,7 +190,9 @@ class Slurm(Scheduler):
             "SLURM_NNODES": str(len(hosts)),
             "SLURM_CPUS_PER_TASK": str(self.asked["cpus-per-task"]),
             "SLURM_RESTART_COUNT": str(self.starts - 1),
-            "FAKE_SLURM": json.dumps({"hosts": hosts, "port": self.port, "mark": self.step, "folder": str(self.folder)}),
+            "FAKE_SLURM": json.dumps(
+                {"hosts": hosts, "port": self.port, "mark": self.step, "folder": str(self.folder)}
+            ),
         }
         with self.log.open("ab") as output:
             self.job = subprocess.Popen(
@@ -224,9 +226,7 @@ def srun() -> NoReturn:
     told = json.loads(os.environ["FAKE_SLURM"])
     tasks = []
     for number, (_, folder) in enumerate(told["hosts"]):
-        at = Place(
-            machines=len(told["hosts"]), machine=number, each=1, address=told["hosts"][0][0], port=told["port"]
-        )
+        at = Place(machines=len(told["hosts"]), machine=number, each=1, address=told["hosts"][0][0], port=told["port"])
         variables = {**step(at), "SLURM_JOB_ID": os.environ["SLURM_JOB_ID"], MARK: told["mark"]}
         tasks.append(subprocess.Popen(words[count:], cwd=folder, env=os.environ | variables, start_new_session=True))
     sys.exit(max(wait_all(tasks)))

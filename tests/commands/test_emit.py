@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.commands.conftest import Vfun, digest
 from tests.job_files import FAULTS_OF, directives
 from tests.schedulers import ONE_RANK, container_of, started_by, without_image
+from tests.started import Place, step
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -65,9 +66,7 @@ def of_engine(engine: str, job: Job, **wishes: Any) -> Emitted:
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("machines", [1, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_scheduler_takes_the_file(
-    engine: str, machines: int, device: str, emits: Callable[..., str]
-) -> None:
+def test_the_scheduler_takes_the_file(engine: str, machines: int, device: str, emits: Callable[..., str]) -> None:
     text = emits(engine, "--nodes", str(machines), "--device", device, "--no-fit-check")
     assert not list(FAULTS_OF[engine](text))
     assert started_by(engine, text)[:3] == ["vfun", "lora", "cogvideox-fun"]
@@ -93,7 +92,9 @@ def test_what_is_asked_of_kubernetes(emits: Callable[..., str]) -> None:
         pod = replica["template"]["spec"]
         assert replica["restartPolicy"] == "ExitCode" and pod["terminationGracePeriodSeconds"] == 77
         assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 2}
-        shared_memory = next(mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+        shared_memory = next(
+            mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/dev/shm"
+        )
         volume = next(volume for volume in pod["volumes"] if volume["name"] == shared_memory["name"])
         assert volume["emptyDir"] == {"medium": "Memory"}
 
@@ -117,9 +118,7 @@ def option(words: Sequence[str], name: str) -> str:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_command_is_the_users_own(
-    engine: str, vfun: Vfun, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_is_the_users_own(engine: str, vfun: Vfun, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typed, exported or written down, from wherever it is started; nothing of this machine."""
     (place / "a run").mkdir()
     model, data = (f"vfun-demo/cogvideox-fun/{part}" for part in ("model", "data"))
@@ -238,11 +237,24 @@ def test_what_makes_no_sense_together_is_said(
     assert all(word in said.err for word in words), said.err
 
 
-def test_a_job_that_always_begins_at_one_checkpoint_is_refused(vfun: Vfun, trained: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(trained)
-    begin = ("train", "wan-s2v", "--demo", "--emit", "slurm", "--no-fit-check", "--device=cpu", "--num-processes=1")
-    said = vfun(*begin, "--resume-from-checkpoint", "checkpoint-2")
-    assert said.code in (2, 5) and not said.out, said.err
+def test_a_job_that_always_begins_at_one_checkpoint_is_refused(job: Job) -> None:
+    config = replace(job.config, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(
+        ConfigError, match=r"resume_from_checkpoint checkpoint-2: the job would go back there each time"
+    ):
+        emit.check(replace(job.resolved, config=config), Wishes(engine="slurm"))
+
+
+def test_a_directory_that_holds_another_run_is_refused_before_the_job_waits_in_a_queue(
+    vfun: Vfun, place: Path, never_trains: None
+) -> None:
+    """What the job will say when it starts is said now."""
+    small = ("--device=cpu", "--strategy=single", "--nodes=1", "--max-train-steps=4", "--dataloader-num-workers=0")
+    assert vfun(*COMMAND, *small).code == 0
+    said = vfun(*COMMAND, *small, "--emit=slurm", "--learning-rate=0.5")
+    assert said.code == 5 and "learning_rate" in said.err and not said.out
+    said = vfun(*COMMAND, *small, "--emit=slurm", "--max-train-steps=8")
+    assert said.code == 0 and "begins anew" not in said.err
 
 
 def test_data_that_only_a_file_can_describe_are_refused(vfun: Vfun, place: Path) -> None:
@@ -287,6 +299,16 @@ def test_gpus_of_this_machine_are_those_of_the_job(vfun: Vfun, place: Path, monk
     assert option(started_by("slurm", said.out), "--num-processes") == "6"
 
 
+def test_the_machines_of_this_commands_own_job_are_not_those_of_the_file(
+    emits: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that salloc has given."""
+    before = emits("slurm", "--no-fit-check", "--nodes=4")
+    for name, value in step(Place(machines=2, machine=1, each=3)).items():
+        monkeypatch.setenv(name, value)
+    assert emits("slurm", "--no-fit-check", "--nodes=4") == before
+
+
 def test_nodes_are_machines(vfun: Vfun, place: Path) -> None:
     found = [
         json.loads(vfun(*COMMAND, "--dry-run", "--json", "--device=cpu", name, "2", "--main-process-port=29500").out)
@@ -301,6 +323,7 @@ def test_the_help_has_them(command: str, vfun: Vfun) -> None:
     assert all(flag in said.out for flag in ("--emit", "--nodes", "--gpus-per-node", "--time-limit", "--grace"))
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_not_made_is_told_how_to_be(vfun: Vfun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = vfun("train", "wan-s2v", "--demo", "--emit=slurm", "--no-fit-check")
@@ -357,7 +380,9 @@ def test_a_pod_ends_so_that_the_operator_starts_it_again_after_75_alone(code: in
 
 
 def test_a_pod_that_is_asked_to_stop_waits_until_its_command_has_saved(job: Job, tmp_path: Path) -> None:
-    command = f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/works; while :; do sleep 0.05; done"
+    command = (
+        f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/works; while :; do sleep 0.05; done"
+    )
     made = replace(of_engine("kubernetes", job), words=[["bash", "-c", command]])
     pod = subprocess.Popen(container_of(file_of(made), "Worker"))
     while not (tmp_path / "works").exists():
@@ -422,9 +447,14 @@ def test_an_image_that_is_not_filled_in_is_none_that_a_registry_could_have(job: 
 def test_checks_of_the_files_find_what_is_wrong(engine: str, job: Job) -> None:
     wrongs: Mapping[str, Mapping[str, str]] = {
         "slurm": {"--signal=TERM@300": "--signal=TERM,300", "--nodes=4": "--node=4", "esac": "esca", "24:00:00": "1d"},
-        "kubernetes": {"ExitCode": "OnExit", "name: pytorch\n": "name: torch\n", 'Node: "8"': "Node: 8", "limits": "limit"},
+        "kubernetes": {
+            "ExitCode": "OnExit",
+            "name: pytorch\n": "name: torch\n",
+            'Node: "8"': "Node: 8",
+            "limits": "limit",
+        },
         "skypilot": {"num_nodes: 4": 'num_nodes: "4"', "recover_on_exit_codes": "recover_on", "run:": "runs:"},
-            "torchrun": {"kill -0": "(kill -0", "trap 'rm": "trap rm"},
+        "torchrun": {"kill -0": "(kill -0", "trap 'rm": "trap rm"},
     }
     text = file_of(of_engine(engine, job))
     assert not list(FAULTS_OF[engine](text))

@@ -98,8 +98,10 @@ def _run(
         if demo and not starts and not demo_default.is_made(spec):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
-        there = None if file is None else emitting.gpus_there(file)
-        resolved = resolve(command, spec, given, demo=layer, starts=file is None, gpus_there=there)
+        if file is None:
+            resolved = resolve(command, spec, given, demo=layer, starts=True)
+        else:
+            resolved = emitting.resolved(file, command, spec, given, demo=layer)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
         name, folder = resolved.config.resume_from_checkpoint, resolved.config.output_dir
@@ -111,7 +113,7 @@ def _run(
                 resolved = resume_check.continuation(earlier, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-        if starts:
+        if not dry_run:
             refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found, dry_run=not starts)
         if earlier is not None:
