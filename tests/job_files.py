@@ -223,7 +223,7 @@ class _Strict(yaml.SafeLoader):
 
 
 def _one_document(text: str) -> Any:
-    return yaml.load(text, _Strict)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Strict)
 
 
 FAULTS_OF = {

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from uuid import uuid4
 
 import yaml
@@ -64,7 +64,8 @@ def started_by(engine: str, text: str) -> list[str]:
         _program(Path(folder, "srun"), '#!/bin/sh\nwhile [ "$1" != vfun ]; do shift; done\nexec "$@"\n')
         _program(Path(folder, "torchrun"), ONE_RANK)
         environment = os.environ | {
-            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1", "NODE_RANK": "0", "MASTER_ADDR": "here"
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_CPUS_PER_TASK": "1", "NODE_RANK": "0", "MASTER_ADDR": "here",
         }  # fmt: skip
         said = subprocess.run(_starts(engine, text), env=environment, capture_output=True, check=True)
     return said.stdout.decode().split("\0")[:-1]
