@@ -39,7 +39,7 @@ class Loopback(StaticTCPRendezvous):
             rank=int(parameters.get("rank", 0)),
             world_size=parameters.max_nodes,
             run_id=parameters.run_id,
-            timeout=600,
+            timeout=int(parameters.get("timeout", 600)),
         )
 
     def get_backend(self) -> str:
