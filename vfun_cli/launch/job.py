@@ -139,7 +139,7 @@ def decide(
     assert config.num_processes is not None
     if not (dry_run and config.num_processes):
         devices.check_processes(config.device, config.num_processes // config.num_machines)
-    interface = _interface(config, dry_run=dry_run)
+    interface = interface_of(config, dry_run=dry_run)
     check_packages(config)
     if config.pretrained_model_name_or_path is None:
         raise CheckpointError(
@@ -205,7 +205,7 @@ def decide(
     )
 
 
-def _interface(config: RunConfig, *, dry_run: bool) -> str | None:
+def interface_of(config: RunConfig, *, dry_run: bool) -> str | None:
     """By which network interface this machine reaches machine 0; None for a machine alone, or where the user says it.
 
     Raises:
