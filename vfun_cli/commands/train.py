@@ -1,6 +1,6 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
 from vfun_cli.launch.emit import Wishes
+from vfun_cli.launch.joining import first_of_machine
 from vfun_cli.launch.preemption import nothing_to_save
 
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
@@ -87,7 +88,9 @@ def _run(
         _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
-    with nothing_to_save(), ExitStack() as stack:
+    with nullcontext(True) if file else first_of_machine() as first, nothing_to_save(), ExitStack() as stack:
+        if not first:
+            return
         from vfun_cli.commands.jobs import emit, show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
