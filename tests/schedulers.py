@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from uuid import uuid4
 
 import yaml
@@ -53,19 +53,27 @@ def without_image(script: str) -> str:
     return script.replace("IMAGE='<IMAGE>'", "IMAGE=''")
 
 
+ONE_RANK = '#!/bin/sh\nwhile [ "$1" != --no-python ]; do shift; done\nshift\nLOCAL_RANK=0 exec "$@"\n'
+"""What is started in place of torchrun by a machine with one process."""
+
+
 def started_by(engine: str, text: str) -> list[str]:
     """The words of the command that a file starts on a machine."""
     with tempfile.TemporaryDirectory() as folder:
         _program(Path(folder, "vfun"), "#!/bin/sh\nprintf '%s\\0' vfun \"$@\"\n")
         _program(Path(folder, "srun"), '#!/bin/sh\nwhile [ "$1" != vfun ]; do shift; done\nexec "$@"\n')
-        environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
+        _program(Path(folder, "torchrun"), ONE_RANK)
+        environment = os.environ | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_CPUS_PER_TASK": "1", "NODE_RANK": "0", "MASTER_ADDR": "here",
+        }  # fmt: skip
         said = subprocess.run(_starts(engine, text), env=environment, capture_output=True, check=True)
     return said.stdout.decode().split("\0")[:-1]
 
 
 def _starts(engine: str, text: str) -> list[str]:
     match engine:
-        case "slurm":
+        case "slurm" | "torchrun":
             return ["bash", "-c", without_image(text)]
         case "kubernetes":
             return container_of(text, "Master")
@@ -183,7 +191,9 @@ class Slurm(Scheduler):
             "SLURM_NNODES": str(len(hosts)),
             "SLURM_CPUS_PER_TASK": str(self.asked["cpus-per-task"]),
             "SLURM_RESTART_COUNT": str(self.starts - 1),
-            "FAKE_SLURM": json.dumps({"hosts": hosts, "port": self.port, "mark": self.step, "folder": str(self.folder)}),
+            "FAKE_SLURM": json.dumps(
+                {"hosts": hosts, "port": self.port, "mark": self.step, "folder": str(self.folder)}
+            ),
         }
         with self.log.open("ab") as output:
             self.job = subprocess.Popen(
@@ -217,9 +227,7 @@ def srun() -> NoReturn:
     told = json.loads(os.environ["FAKE_SLURM"])
     tasks = []
     for number, (_, folder) in enumerate(told["hosts"]):
-        at = Place(
-            machines=len(told["hosts"]), machine=number, each=1, address=told["hosts"][0][0], port=told["port"]
-        )
+        at = Place(machines=len(told["hosts"]), machine=number, each=1, address=told["hosts"][0][0], port=told["port"])
         variables = {**step(at), "SLURM_JOB_ID": os.environ["SLURM_JOB_ID"], MARK: told["mark"]}
         tasks.append(subprocess.Popen(words[count:], cwd=folder, env=os.environ | variables, start_new_session=True))
     sys.exit(max(wait_all(tasks)))
@@ -313,5 +321,33 @@ class SkyPilot(Scheduler):
             self._begin()
 
 
-SCHEDULERS: Mapping[str, type[Scheduler]] = {"slurm": Slurm, "kubernetes": Operator, "skypilot": SkyPilot}
+class Person(Scheduler):
+    """Starts a script on each machine, and starts it again where it says that the state is saved."""
+
+    def start(self) -> Job:
+        self._begin()
+        return self.scripts[0]
+
+    def _begin(self) -> None:
+        self.starts += 1
+        self.scripts = [
+            self.launch(
+                host, ["bash", "-c", self.text], NODE_RANK=str(host.number), MASTER_ADDR=self.machines[0].address
+            )
+            for host in self.machines
+        ]
+
+    def warn(self) -> None:
+        """SIGTERM to the script of the last machine alone."""
+        self.scripts[-1].terminate()
+
+    def finish(self) -> int:
+        while set(codes := wait_all(self.scripts)) == {75}:
+            self._begin()
+        return max(codes)
+
+
+SCHEDULERS: Mapping[str, type[Scheduler]] = {
+    "slurm": Slurm, "kubernetes": Operator, "skypilot": SkyPilot, "torchrun": Person
+}  # fmt: skip
 """By the word that --emit takes."""

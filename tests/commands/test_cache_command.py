@@ -38,7 +38,7 @@ def ranks_that_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """In place of the launcher and its ranks: a process that says how they ended."""
 
     def end(ending: str) -> None:
-        def plan(config: Any, spec: Any, run: Any, run_json: Any) -> LaunchPlan:
+        def plan(config: Any, spec: Any, run: Any, run_json: Any, **others: Any) -> LaunchPlan:
             return LaunchPlan(files={}, argv=[sys.executable, "-c", RANK, str(run.root.absolute()), ending])
 
         monkeypatch.setattr(job, "plan_launch", plan)

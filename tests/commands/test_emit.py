@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from hypothesis import strategies as st
 
 from tests.commands.conftest import Vfun, digest
 from tests.job_files import FAULTS_OF, directives
-from tests.schedulers import container_of, started_by
+from tests.schedulers import ONE_RANK, container_of, started_by, without_image
+from tests.started import Place, step
 from vfun_cli import families
 from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
@@ -25,6 +28,7 @@ from vfun_cli.errors import ConfigError
 from vfun_cli.launch import emit
 from vfun_cli.launch.emit import ENGINES, Emitted, Wishes, emitted, file_of
 from vfun_cli.launch.job import Job, decide
+from vfun_cli.run.messages import PREEMPTION_SIGNALS
 
 COMMAND = ("lora", "cogvideox-fun", "--demo")
 SMALL = ("--video-sample-size=64", "--token-sample-size=64", "--video-sample-n-frames=16")
@@ -62,9 +66,7 @@ def of_engine(engine: str, job: Job, **wishes: Any) -> Emitted:
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("machines", [1, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_scheduler_takes_the_file(
-    engine: str, machines: int, device: str, emits: Callable[..., str]
-) -> None:
+def test_the_scheduler_takes_the_file(engine: str, machines: int, device: str, emits: Callable[..., str]) -> None:
     text = emits(engine, "--nodes", str(machines), "--device", device, "--no-fit-check")
     assert not list(FAULTS_OF[engine](text))
     assert started_by(engine, text)[:3] == ["vfun", "lora", "cogvideox-fun"]
@@ -90,7 +92,9 @@ def test_what_is_asked_of_kubernetes(emits: Callable[..., str]) -> None:
         pod = replica["template"]["spec"]
         assert replica["restartPolicy"] == "ExitCode" and pod["terminationGracePeriodSeconds"] == 77
         assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 2}
-        shared_memory = next(mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+        shared_memory = next(
+            mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == "/dev/shm"
+        )
         volume = next(volume for volume in pod["volumes"] if volume["name"] == shared_memory["name"])
         assert volume["emptyDir"] == {"medium": "Memory"}
 
@@ -114,9 +118,7 @@ def option(words: Sequence[str], name: str) -> str:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_command_is_the_users_own(
-    engine: str, vfun: Vfun, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_is_the_users_own(engine: str, vfun: Vfun, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Typed, exported or written down, from wherever it is started; nothing of this machine."""
     (place / "a run").mkdir()
     model, data = (f"vfun-demo/cogvideox-fun/{part}" for part in ("model", "data"))
@@ -235,11 +237,24 @@ def test_what_makes_no_sense_together_is_said(
     assert all(word in said.err for word in words), said.err
 
 
-def test_a_job_that_always_begins_at_one_checkpoint_is_refused(vfun: Vfun, trained: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(trained)
-    begin = ("train", "wan-s2v", "--demo", "--emit", "slurm", "--no-fit-check", "--device=cpu", "--num-processes=1")
-    said = vfun(*begin, "--resume-from-checkpoint", "checkpoint-2")
-    assert said.code in (2, 5) and not said.out, said.err
+def test_a_job_that_always_begins_at_one_checkpoint_is_refused(job: Job) -> None:
+    config = replace(job.config, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(
+        ConfigError, match=r"resume_from_checkpoint checkpoint-2: the job would go back there each time"
+    ):
+        emit.check(replace(job.resolved, config=config), Wishes(engine="slurm"))
+
+
+def test_a_directory_that_holds_another_run_is_refused_before_the_job_waits_in_a_queue(
+    vfun: Vfun, place: Path, never_trains: None
+) -> None:
+    """What the job will say when it starts is said now."""
+    small = ("--device=cpu", "--strategy=single", "--nodes=1", "--max-train-steps=4", "--dataloader-num-workers=0")
+    assert vfun(*COMMAND, *small).code == 0
+    said = vfun(*COMMAND, *small, "--emit=slurm", "--learning-rate=0.5")
+    assert said.code == 5 and "learning_rate" in said.err and not said.out
+    said = vfun(*COMMAND, *small, "--emit=slurm", "--max-train-steps=8")
+    assert said.code == 0 and "begins anew" not in said.err
 
 
 def test_data_that_only_a_file_can_describe_are_refused(vfun: Vfun, place: Path) -> None:
@@ -284,6 +299,16 @@ def test_gpus_of_this_machine_are_those_of_the_job(vfun: Vfun, place: Path, monk
     assert option(started_by("slurm", said.out), "--num-processes") == "6"
 
 
+def test_the_machines_of_this_commands_own_job_are_not_those_of_the_file(
+    emits: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that salloc has given."""
+    before = emits("slurm", "--no-fit-check", "--nodes=4")
+    for name, value in step(Place(machines=2, machine=1, each=3)).items():
+        monkeypatch.setenv(name, value)
+    assert emits("slurm", "--no-fit-check", "--nodes=4") == before
+
+
 def test_nodes_are_machines(vfun: Vfun, place: Path) -> None:
     found = [
         json.loads(vfun(*COMMAND, "--dry-run", "--json", "--device=cpu", name, "2", "--main-process-port=29500").out)
@@ -298,6 +323,7 @@ def test_the_help_has_them(command: str, vfun: Vfun) -> None:
     assert all(flag in said.out for flag in ("--emit", "--nodes", "--gpus-per-node", "--time-limit", "--grace"))
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_not_made_is_told_how_to_be(vfun: Vfun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = vfun("train", "wan-s2v", "--demo", "--emit=slurm", "--no-fit-check")
@@ -338,7 +364,7 @@ def test_a_job_of_slurm_ends_with_the_runs_code_and_is_queued_again_after_75(
         (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / tool).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    script = emits("slurm", "--no-fit-check").replace("'<IMAGE>'", "''")
+    script = without_image(emits("slurm", "--no-fit-check"))
     assert subprocess.run(["bash"], input=script, env=environment, text=True, check=False).returncode == code
     asked = tmp_path / "scontrol.said"
     assert asked.exists() == (code == 75)
@@ -354,13 +380,59 @@ def test_a_pod_ends_so_that_the_operator_starts_it_again_after_75_alone(code: in
 
 
 def test_a_pod_that_is_asked_to_stop_waits_until_its_command_has_saved(job: Job, tmp_path: Path) -> None:
-    command = f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/works; while :; do sleep 0.05; done"
+    command = (
+        f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/works; while :; do sleep 0.05; done"
+    )
     made = replace(of_engine("kubernetes", job), words=[["bash", "-c", command]])
     pod = subprocess.Popen(container_of(file_of(made), "Worker"))
     while not (tmp_path / "works").exists():
         assert pod.poll() is None
     pod.terminate()
     assert pod.wait(30) == 143 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_a_script_for_torchrun_ends_with_the_runs_code(code: int, job: Job, tmp_path: Path) -> None:
+    made = replace(of_engine("torchrun", job), words=[["sh", "-c", f"exit {code}"]])
+    said = subprocess.run(["bash", "-c", file_of(made)], env=with_torchrun(tmp_path), check=False)
+    assert said.returncode == code
+
+
+def test_a_script_for_torchrun_hands_a_request_on_to_the_run_alone(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(WAITS_FOR_SIGTERM)
+    made = replace(of_engine("torchrun", job), words=[[sys.executable, str(tmp_path / "run.py")]])
+    for asks in (signal.SIGTERM, signal.SIGINT):
+        script = subprocess.Popen(
+            ["bash", "-c", file_of(made)], env=with_torchrun(tmp_path), stdout=subprocess.PIPE, text=True
+        )
+        assert script.stdout is not None and script.stdout.readline() == "works\n"
+        script.send_signal(asks)
+        assert script.communicate(timeout=30)[0] == "saved\n" and script.returncode == 75
+
+
+WAITS_FOR_SIGTERM = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+print("works", flush=True)
+signal.sigwait([signal.SIGTERM])
+print("saved", flush=True)
+raise SystemExit(75)
+"""
+
+
+def with_torchrun(folder: Path) -> dict[str, str]:
+    """The environment of a machine on which torchrun starts one process, and ends with 1 if that fails."""
+    (folder / "torchrun").write_text(f"{ONE_RANK.replace('exec ', '')}[ $? -eq 0 ] || exit 1\n")
+    (folder / "torchrun").chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "NODE_RANK": "0", "MASTER_ADDR": "here"}
+
+
+def test_a_script_for_torchrun_that_is_not_told_its_machine_ends_at_once(job: Job) -> None:
+    script = file_of(of_engine("torchrun", job))
+    for variables in ({}, {"NODE_RANK": "0"}, {"MASTER_ADDR": "10.0.0.1"}):
+        said = subprocess.run(["bash", "-c", script], env=os.environ | variables, capture_output=True, text=True)
+        assert said.returncode == 2 and "NODE_RANK" in said.stderr and "MASTER_ADDR" in said.stderr
 
 
 def test_an_image_that_is_not_filled_in_is_none_that_a_registry_could_have(job: Job) -> None:
@@ -375,19 +447,21 @@ def test_an_image_that_is_not_filled_in_is_none_that_a_registry_could_have(job: 
 def test_checks_of_the_files_find_what_is_wrong(engine: str, job: Job) -> None:
     wrongs: Mapping[str, Mapping[str, str]] = {
         "slurm": {"--signal=TERM@300": "--signal=TERM,300", "--nodes=4": "--node=4", "esac": "esca", "24:00:00": "1d"},
-        "kubernetes": {"ExitCode": "OnExit", "name: pytorch\n": "name: torch\n", 'Node: "8"': "Node: 8", "limits": "limit"},
+        "kubernetes": {
+            "ExitCode": "OnExit",
+            "name: pytorch\n": "name: torch\n",
+            'Node: "8"': "Node: 8",
+            "limits": "limit",
+        },
         "skypilot": {"num_nodes: 4": 'num_nodes: "4"', "recover_on_exit_codes": "recover_on", "run:": "runs:"},
+        "torchrun": {"kill -0": "(kill -0", "trap 'rm": "trap rm"},
     }
     text = file_of(of_engine(engine, job))
     assert not list(FAULTS_OF[engine](text))
-    for right, wrong in wrongs.get(engine, {}).items():
+    for right, wrong in wrongs[engine].items():
         assert right in text
         assert list(FAULTS_OF[engine](text.replace(right, wrong))), wrong
 
 
 def test_the_signal_is_one_that_the_run_takes() -> None:
-    import signal
-
-    from vfun_cli.run.messages import PREEMPTION_SIGNALS
-
     assert getattr(signal, f"SIG{emit.SIGNAL}") in PREEMPTION_SIGNALS

@@ -1,4 +1,4 @@
-"""Files of ``--emit`` in the hands of a scheduler: started, preempted, started again, and at the end the same weights."""
+"""Files of ``--emit`` in a scheduler's hands: started, preempted, started again, and at the end the same weights."""
 
 import shutil
 from pathlib import Path

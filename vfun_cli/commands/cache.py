@@ -15,6 +15,8 @@ from vfun_cli.config.originals import settle
 from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.launch.joining import first_of_machine
 from vfun_cli.launch.preemption import nothing_to_save
 
 if TYPE_CHECKING:
@@ -47,15 +49,31 @@ def cache(
     spec = families.find(family)
     if verify and prune:
         raise ConfigError("--verify only reads, --prune deletes before it fills.", hint="Drop one of them.")
+    with first_of_machine() as first:
+        if first:
+            _fill_or_verify(given, originals, spec, verify=verify, prune=prune, demo=demo, as_json=json)
+
+
+def _fill_or_verify(
+    given: dict[str, Any],
+    originals: dict[str, str | bool],
+    spec: FamilySpec,
+    *,
+    verify: bool,
+    prune: bool,
+    demo: bool,
+    as_json: bool,
+) -> None:
     needs_demo = demo and not verify  # making the demo loads torch
-    resolved = resolve("train", spec, given, demo=demo_default.make(spec) if needs_demo else None, starts=not verify)
+    layer = demo_default.make(spec) if needs_demo else None
+    resolved = resolve("train", spec, given, demo=layer, starts=not verify)
     for notice in settle(originals, spec, resolved.config):
         console.hint(notice)
     folder = resolved.config.cache
     if folder is None:
         raise ConfigError("no cache is named.", hint="Name its folder with --cache.")
     if verify:
-        _verify(folder, as_json=json)
+        _verify(folder, as_json=as_json)
         return
     from vfun_cli.launch.job import decide
     from vfun_cli.launch.start import start
@@ -64,7 +82,7 @@ def cache(
         job = replace(decide("cache", spec, _for_filling(resolved, folder)), prune=prune)
         outcome = start(job, announce=_announce)
         shutil.rmtree(job.run.root)  # an error leaves its logs
-    _report(folder, outcome, as_json=json)
+    _report(folder, outcome, as_json=as_json)
 
 
 def _announce(job: "Job") -> None:

@@ -1,12 +1,15 @@
 """``--emit`` of train and lora: its flags, what goes beside it, and how its file is printed."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vfun_cli import console, devices
+from vfun_cli.config.resolve import Resolved, resolve
 from vfun_cli.errors import ConfigError, did_you_mean
-from vfun_cli.launch.emit import ENGINES, USUAL_GPUS, USUAL_GRACE, USUAL_HOURS, Wishes, emitted, file_of
+from vfun_cli.families.spec import FamilySpec
+from vfun_cli.launch.emit import ENGINES, USUAL_GPUS, USUAL_GRACE, USUAL_HOURS, Wishes, check, emitted, file_of
 
 if TYPE_CHECKING:
     from vfun_cli.launch.job import Job
@@ -53,6 +56,7 @@ Grace = Annotated[
         "--grace",
         metavar="SECONDS",
         min=1,
+        max=65_535,  # the most that --signal of Slurm takes
         help="What a checkpoint and a step take: so long before the job is ended it is asked to stop. "
         f"[default: {USUAL_GRACE}]",
         rich_help_panel=PANEL,
@@ -86,7 +90,9 @@ def asked(
             option="--emit",
         )
     if dry_run:
-        raise ConfigError("--emit and --dry-run both start nothing, and print one thing each.", hint="Drop one of them.")
+        raise ConfigError(
+            "--emit and --dry-run both start nothing, and print one thing each.", hint="Drop one of them."
+        )
     if overwrite:
         raise ConfigError(
             "--emit with --overwrite: each time the job is started again it would delete what it has done.",
@@ -95,9 +101,23 @@ def asked(
     return Wishes(engine=engine, gpus_per_node=gpus_per_node, time_limit=time_limit, grace=grace)
 
 
-def gpus_there(wishes: Wishes) -> int:
-    """GPUs of each machine of the job, where neither its device nor its processes are said."""
-    return wishes.gpus_per_node or devices.gpu_count() or USUAL_GPUS
+def resolved(
+    wishes: Wishes, command: str, spec: FamilySpec, given: Mapping[str, Any], *, demo: Mapping[str, Any] | None
+) -> Resolved:
+    """The options of a job on other machines than this one, which goes on where there is something to go on from.
+
+    Raises:
+        ConfigError: as of ``resolve``, or they cannot be started from a file.
+    """
+    found = resolve(
+        command,
+        spec,
+        {"resume_from_checkpoint": "latest", **given},
+        demo=demo,
+        gpus_there=wishes.gpus_per_node or devices.gpu_count() or USUAL_GPUS,
+    )
+    check(found, wishes)
+    return found
 
 
 def show(job: "Job", wishes: Wishes, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import typer
 from vfun_cli.commands import defaults
 from vfun_cli.commands.flags import Debug, Demo, DryRun, Json, typed_name
 from vfun_cli.commands.signature import with_options
+from vfun_cli.launch.joining import first_of_machine
 from vfun_cli.launch.preemption import nothing_to_save
 
 Run = Annotated[
@@ -44,7 +45,9 @@ def resume(
     Examples: [bold]vfun resume[/bold] · [bold]vfun resume output_dir/checkpoint-500[/bold] ·
     [bold]vfun resume --learning-rate 1e-5 --allow learning-rate[/bold]
     """
-    with nothing_to_save():
+    with first_of_machine() as first, nothing_to_save():
+        if not first:
+            return
         code = _continue(given, run, allow, demo=demo, dry_run=dry_run, as_json=json)
     raise typer.Exit(code)
 

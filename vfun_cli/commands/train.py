@@ -1,6 +1,6 @@
 """``vfun train`` and ``vfun lora``: the same command with and without adapters."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from vfun_cli.config.resolve import resolve
 from vfun_cli.demo import default as demo_default
 from vfun_cli.errors import ConfigError
 from vfun_cli.launch.emit import Wishes
+from vfun_cli.launch.joining import first_of_machine
 from vfun_cli.launch.preemption import nothing_to_save
 
 Family = Annotated[str | None, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, show_default=False)]
@@ -87,7 +88,9 @@ def _run(
         _list_families(command, as_json=as_json)
         raise typer.Exit(ConfigError.exit_code)
     spec = families.find(family)
-    with nothing_to_save(), ExitStack() as stack:
+    with nullcontext(True) if file else first_of_machine() as first, nothing_to_save(), ExitStack() as stack:
+        if not first:
+            return
         from vfun_cli.commands.jobs import emit, show_or_start
         from vfun_cli.launch import resume_check
         from vfun_cli.launch.job import decide
@@ -98,8 +101,10 @@ def _run(
         if demo and not starts and not demo_default.is_made(spec):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="vfun-demo-of-a-dry-run-")))
         layer = demo_default.make(spec, place) if demo else None
-        there = None if file is None else emitting.gpus_there(file)
-        resolved = resolve(command, spec, given, demo=layer, starts=file is None, gpus_there=there)
+        if file is None:
+            resolved = resolve(command, spec, given, demo=layer, starts=True)
+        else:
+            resolved = emitting.resolved(file, command, spec, given, demo=layer)
         for notice in settle(originals, spec, resolved.config):
             console.hint(notice)
         part = stack.enter_context(taking_part_early(command, resolved.config, dry_run=not starts))
@@ -112,7 +117,7 @@ def _run(
                 resolved = resume_check.continuation(earlier, command, spec, resolved)
             else:
                 console.hint(f"There is no checkpoint in {folder} yet: the run begins anew.")
-        if starts:
+        if not dry_run:
             refuse_used(resolved.config, found, overwrite=overwrite)  # now: checking the rows may take minutes
         job = decide(command, spec, resolved, found=found, dry_run=not starts)
         if earlier is not None:

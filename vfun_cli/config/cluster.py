@@ -494,6 +494,11 @@ def is_told(option: str, source: str) -> bool:
     return option in OPTIONS and source.startswith("$") and not source.startswith("$VFUN_")
 
 
+def launcher_listens(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher of ranks has a store of its own where they are told to meet: nobody else can listen there."""
+    return bool(environ.get("LOCAL_RANK")) and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def outside_of_step(variables: Mapping[str, str]) -> str | None:
     """What to say to a command that a batch script of several machines starts on one of them; None elsewhere."""
     environ = {name: value.strip() for name, value in variables.items() if value.strip()}

@@ -880,7 +880,9 @@ class RunConfig:
     num_machines: Annotated[
         int,
         Opt(
-            help="Machines in the job; start the same command on each, or --emit the file of a scheduler.",
+            help="Machines in the job; start the same command on each, or --emit the file of a scheduler. Left out, "
+            "the environment of srun, torchrun, mpirun, SkyPilot or a PyTorchJob says this, the machine's rank, the "
+            "address and the port.",
             panel=PARALLEL,
             other_names=("nodes",),
             minimum=1,
@@ -899,7 +901,7 @@ class RunConfig:
     main_process_port: Annotated[
         int | None,
         Opt(
-            help="Port on machine 0; a free one is chosen for a single machine.",
+            help="Port on machine 0; for a single machine a free one, for several 29500 where nothing says another.",
             panel=PARALLEL,
             minimum=1,
             maximum=65_535,

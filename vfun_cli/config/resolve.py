@@ -100,6 +100,8 @@ def resolve(
         layers = [*defaults, *placed, *said]
     config, sources = _merge(layers)
     config = _settle_placement(config, sources, gpus_there)
+    if starts and config.device == "cuda":
+        _require_gpus_of_all(cluster.read(environ).local_ranks)
     config = _fill_in(config, sources)
     if command == "lora":
         config = replace(config, target_name=translate_targets(spec, config.target_name))
@@ -211,6 +213,16 @@ def _refuse_several(strategy: str, job: cluster.Job, environ: Mapping[str, str])
                 f"{source.left_out(environ)} before the command.",
                 option="--strategy",
             )
+
+
+def _require_gpus_of_all(ranks: int) -> None:
+    """Refuse to start the ranks of a machine from a process that sees its own GPU alone."""
+    if 0 < devices.gpu_count() < ranks:
+        raise ConfigError(
+            f"{ranks} ranks of this machine were started, and the first, which does the work of all, sees "
+            f"{devices.gpu_count()} GPUs.",
+            hint="Start one task a machine (srun --ntasks-per-node=1), or show each all GPUs (srun --gpu-bind=none).",
+        )
 
 
 def _place(source: str, name: str) -> str:

@@ -57,6 +57,11 @@ class Wishes:
     grace: int | None = None
     """Seconds."""
 
+    @property
+    def seconds(self) -> int:
+        """Of grace."""
+        return USUAL_GRACE if self.grace is None else self.grace
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
@@ -67,7 +72,7 @@ class Engine:
     """The command, of whoever has the file under the name in it."""
     fill_in: Mapping[str, str]
     """Placeholders in the file, and what belongs there."""
-    values: Callable[["Emitted"], Mapping[str, object]]
+    values: Callable[["Emitted"], Mapping[str, object]] = lambda made: {}
     """What its template takes beside what all do."""
     limits_time: bool = False
     """Whether it ends a job after some hours in any case."""
@@ -122,30 +127,40 @@ class Emitted:
         return f"vfun-{self.job.command}-{self.job.spec.name}".replace(".", "-")
 
 
-def emitted(job: "Job", wishes: Wishes) -> Emitted:
-    """A job as the file of an engine needs it.
+def check(resolved: Resolved, wishes: Wishes) -> None:
+    """Refuse what cannot be started from a file, before anything is read.
 
     Raises:
-        ConfigError: it cannot be started from such a file.
+        ConfigError: options of one machine or of one start, data sets that cannot be typed, no time that is left.
     """
-    engine, config = ENGINES[wishes.engine], job.config
-    _require_elsewhere(job.resolved)
+    engine, config = ENGINES[wishes.engine], resolved.config
+    _require_elsewhere(resolved)
     _require_gpus(config, wishes)
+    _require_typed_sets(config)
     if wishes.grace is not None and wishes.time_limit is None and not (engine.limits_time or engine.warns):
         raise ConfigError(
             f"--grace says how long before its end a job is asked to stop, which --emit {wishes.engine} never does.",
             hint="Drop it, or add --time-limit.",
             option="--grace",
         )
-    grace = USUAL_GRACE if wishes.grace is None else wishes.grace
-    hours, max_hours = _hours(engine, config, wishes.time_limit, grace)
+    _hours(config, wishes)
+
+
+def emitted(job: "Job", wishes: Wishes) -> Emitted:
+    """A job, of checked options, as the file of an engine needs it.
+
+    Raises:
+        ConfigError: an option holds what no file can say.
+    """
+    config, (hours, max_hours) = job.config, _hours(job.config, wishes)
     own = {
         "num_machines": config.num_machines,
         "num_processes": config.num_processes,
         "max_hours": max_hours,
         "resume_from_checkpoint": "latest",
     }
-    made = Emitted(job=job, engine=engine, hours=hours, grace=grace, words=_command(job, own), notices=[])
+    engine, words = ENGINES[wishes.engine], _command(job, own)
+    made = Emitted(job=job, engine=engine, hours=hours, grace=wishes.seconds, words=words, notices=[])
     return replace(made, notices=[*_assumed(made, wishes)])
 
 
@@ -169,6 +184,7 @@ def file_of(made: Emitted) -> str:
         "grace": made.grace,
         "port": made.port,
         "preempted": EXIT_PREEMPTED,
+        "command": _shell_lines(made),
         **made.engine.values(made),
     }
     return _rendered(made.engine.template, values)
@@ -212,20 +228,17 @@ def _require_gpus(config: RunConfig, wishes: Wishes) -> None:
         )
 
 
-def _hours(
-    engine: Engine, config: RunConfig, limit: float | None, grace: int
-) -> tuple[float | None, float | None]:
+def _hours(config: RunConfig, wishes: Wishes) -> tuple[float | None, float | None]:
     """The time limit of the job, and --max-hours of the run: it stops a grace before the scheduler asks it to, which is
     a grace before the end.
 
     Raises:
         ConfigError: there is no time left.
     """
-    margin, typed = 2 * grace / 3600, config.max_hours
-    if limit is None and typed is not None and engine.limits_time:
-        limit = typed + margin
-    if limit is None and engine.limits_time:
-        limit = USUAL_HOURS
+    limit, typed, grace = wishes.time_limit, config.max_hours, wishes.seconds
+    margin = 2 * grace / 3600
+    if limit is None and ENGINES[wishes.engine].limits_time:
+        limit = USUAL_HOURS if typed is None else typed + margin
     if limit is None or (typed is not None and typed + margin <= limit):
         return limit, typed
     left = math.floor(100 * (limit - margin)) / 100
@@ -249,9 +262,8 @@ def _command(job: "Job", own: Mapping[str, Any]) -> list[list[str]]:
     """The words of the command, by what belongs together.
 
     Raises:
-        ConfigError: an option that cannot be typed, or not written down.
+        ConfigError: an option holds what no file can say.
     """
-    _require_typed_sets(job.config)
     config = job.config.absolute()
     said = {name: getattr(config, name) for name in options(job.command) if _belongs(name, job.resolved)}
     settings = {name: value for name, value in {**said, **own}.items() if value is not None}
@@ -309,7 +321,7 @@ def _facts(made: Emitted) -> Iterator[str]:
     """Comments: what is to be done, and what the command needs."""
     yield "#"
     yield f"# Fill in, then: {made.engine.submit}"
-    yield from (f"#   {placeholder:<10}{meaning}" for placeholder, meaning in made.engine.fill_in.items())
+    yield from (f"#   {placeholder:<12} {meaning}" for placeholder, meaning in made.engine.fill_in.items())
     yield "# The command names these, which all machines must see there:"
     yield from (f"#   {double_quoted(path)}" for path in _places(made.config))
 
@@ -340,7 +352,6 @@ def _slurm(made: Emitted) -> Mapping[str, object]:
     return {
         "time": f"{minutes // 60}:{minutes % 60:02}:00",
         "signal": SIGNAL,
-        "command": f"  {_shell_lines(made)}",
     }
 
 
@@ -393,6 +404,14 @@ ENGINES: Mapping[str, Engine] = {
             "<MOUNT>": "where the command's paths have it",
         },
         values=_skypilot,
+    ),
+    "torchrun": Engine(
+        template="torchrun/job.sh",
+        submit="NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash job.sh",
+        fill_in={
+            "NODE_RANK": "number of each machine, from 0",
+            "MASTER_ADDR": "address of machine 0, the same on each",
+        },
     ),
 }
 """By the word that --emit takes."""

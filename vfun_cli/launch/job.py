@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,8 @@ from vfun_cli.families.detect import read_dims
 from vfun_cli.families.releases import downloads_named, require_parts
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.imports import require_installed
-from vfun_cli.launch.templates import LaunchPlan, plan_launch
+from vfun_cli.launch import interfaces
+from vfun_cli.launch.templates import GLOO_INTERFACE, LaunchPlan, plan_launch
 from vfun_cli.metadata.checks import Report
 from vfun_cli.metadata.records import Metadata
 from vfun_cli.metadata.remembered import only_read
@@ -138,6 +140,7 @@ def decide(
     assert config.num_processes is not None
     if not (dry_run and config.num_processes):
         devices.check_processes(config.device, config.num_processes // config.num_machines)
+    interface = interface_of(config, dry_run=dry_run)
     check_packages(config)
     if config.pretrained_model_name_or_path is None:
         raise CheckpointError(
@@ -191,7 +194,7 @@ def decide(
         trained=trained,
         run=run,
         run_json=run_json,
-        launch=plan_launch(config, spec, run, run_json),
+        launch=plan_launch(config, spec, run, run_json, interface=interface),
         found=found,
         contents=contents,
         run_id=ownership.new_id() if earlier is None else earlier.get("id"),
@@ -201,6 +204,23 @@ def decide(
         validation_sha256=rows_digest(own_sets) if own_sets else None,
         deadline=None if config.max_hours is None or dry_run else time.time() + 3600 * config.max_hours,
     )
+
+
+def interface_of(config: RunConfig, *, dry_run: bool) -> str | None:
+    """By which network interface this machine reaches machine 0; None for a machine alone, or where the user says it.
+
+    Raises:
+        ConfigError: it reaches none. A dry run, which may be meant for another machine, only says so.
+    """
+    if config.num_machines == 1 or os.environ.get(GLOO_INTERFACE):
+        return None
+    try:
+        return interfaces.towards(config.main_process_ip, own=config.machine_rank == 0)
+    except ConfigError as error:
+        if not dry_run:
+            raise
+        console.warn(f"{error.message} The command that is shown names no {GLOO_INTERFACE}.")
+        return None
 
 
 def _trained(command: str, config: RunConfig, spec: FamilySpec, plan: "RunPlan") -> list[tuple[int, ...]]:
@@ -294,13 +314,17 @@ def check_batch(config: RunConfig, clips: int) -> None:
         )
 
 
+def _launch_of(job: Job, config: RunConfig) -> LaunchPlan:
+    return plan_launch(config, job.spec, job.run, job.run_json, interface=job.launch.interface)
+
+
 def with_options(job: Job, resolved: Resolved) -> Job:
     """The same job with other values of options that do not change its plan."""
-    return replace(job, resolved=resolved, launch=plan_launch(resolved.config, job.spec, job.run, job.run_json))
+    return replace(job, resolved=resolved, launch=_launch_of(job, resolved.config))
 
 
 def continued(job: Job, step: int | None) -> Job:
     """The same job from the checkpoint of this step of its run; from where it began for None."""
-    launch = plan_launch(job.config, job.spec, job.run, job.run_json)
+    launch = _launch_of(job, job.config)
     found = job.found if step is None else Found(run=job.run, checkpoint=job.run.checkpoint(step), step=step)
     return replace(job, found=found, launch=launch)

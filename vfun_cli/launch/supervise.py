@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from vfun_cli import console
+from vfun_cli.config import cluster
 from vfun_cli.devices import oom_kills
 from vfun_cli.errors import (
     RunError,
@@ -20,7 +21,15 @@ from vfun_cli.launch import progress
 from vfun_cli.launch.machines import Machine, error_of, failure_of
 from vfun_cli.launch.preemption import leave_terminal
 from vfun_cli.run.memory_errors import does_not_fit, memory_line
-from vfun_cli.run.messages import EXIT_CODES, Failure, Outcome, StopRequest, clear_messages, preemption_signals
+from vfun_cli.run.messages import (
+    EXIT_CODES,
+    PREEMPTION_SIGNALS,
+    Failure,
+    Outcome,
+    StopRequest,
+    clear_messages,
+    preemption_signals,
+)
 from vfun_cli.run.ownership import MEMORY
 from vfun_cli.run.rundir import RunDir
 
@@ -40,7 +49,8 @@ class StopRequests:
     """Ctrl-C and preemption become a request that the ranks read; the second one kills every process of the job, and so
     does the first while they are starting: there is nothing to save, and they may wait where they hear nothing.
 
-    A hang-up is never the second one: the terminal and the shell both send it.
+    A hang-up is never the second one: the terminal and the shell both send it. Nor is any preemption signal where a
+    launcher has started a process for each rank: the scheduler sends it to all, and the launcher passes it on.
     """
 
     def __init__(self, run_dir: RunDir, machine_rank: int) -> None:
@@ -48,13 +58,16 @@ class StopRequests:
         self.machine_rank = machine_rank
         self.asked: list[int] = []
         self.told = False
+        started_by_launcher = cluster.read(os.environ).local_rank is not None
+        self.repeated = PREEMPTION_SIGNALS if started_by_launcher else (signal.SIGHUP,)
+        """Signals that are never the second request."""
         self.job = f"{os.getpid()}-{time.time_ns()}"
         """Marks the environment of all processes of this run."""
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The signal handler. It prints nothing: it may have come in the middle of something that is printed."""
         leave_terminal(number)
-        if self.asked and number == signal.SIGHUP:
+        if self.asked and number in self.repeated:
             return
         self.asked.append(number)
         if self.at_once:

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from vfun_cli import children
+from vfun_cli.config import cluster
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.families.spec import FamilySpec
@@ -35,10 +36,12 @@ _UNLESS_STATED: Sequence[tuple[Collection[str], Mapping[str, str]]] = (
 )
 """What ranks find in their environment where the user's has none of these names."""
 
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+
 _LOOPBACK = "127.0.0.1"
 
-_MEETING = ["--rdzv_conf", f"timeout={12 * 3600}"]
-"""How long machines wait for each other to start their ranks. The commands know better who has come and who still
+_MEETS_WITHIN = f"timeout={12 * 3600}"
+"""Seconds. How long machines wait for each other to start their ranks. The commands know better who has come and who still
 checks rows or a checkpoint (``machines.COMES_WITHIN``); torchrun's own 10 minutes would end those."""
 
 
@@ -48,6 +51,8 @@ class LaunchPlan:
 
     files: dict[Path, str]
     argv: list[str]
+    interface: str | None = None
+    """By which this machine reaches machine 0, as far as it was looked for."""
 
     @property
     def command(self) -> str:
@@ -55,8 +60,14 @@ class LaunchPlan:
         return shlex.join(self.argv)
 
 
-def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path) -> LaunchPlan:
-    """Render the launch files of this machine."""
+def plan_launch(
+    config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path, *, interface: str | None = None
+) -> LaunchPlan:
+    """Render the launch files of this machine.
+
+    Args:
+        interface: the network interface by which gloo finds the other machines; None where the user's variable says it.
+    """
     folder = run.launch(config.machine_rank).absolute()
     accelerate_file = folder / "accelerate.yaml"
     deepspeed_file = folder / "deepspeed.json"
@@ -65,20 +76,20 @@ def plan_launch(config: RunConfig, spec: FamilySpec, run: RunDir, run_json: Path
     files = {accelerate_file: _render(strategy.launch_file, values)}
     if strategy.deepspeed_file is not None:
         files[deepspeed_file] = _render(strategy.deepspeed_file, values)
-    alone = config.num_machines == 1
+    meeting, variables = _meeting(config, interface, os.environ)
     argv = children.command(
         "vfun_cli.training.launcher",
         "--config_file",
         str(accelerate_file),
-        *(["--rdzv_backend", "loopback"] if alone else _MEETING),  # accelerate heeds no such line of its file
+        *meeting,  # accelerate heeds no such lines of its file
         "-m",
         "vfun_cli.training",
         str(run_json.absolute()),
         # accelerate's DeepSpeed launcher lets the ranks import from the folder that it is started in.
         directory=shipped("templates") / "accelerate",
-        variables=_VARIABLES | _unless_stated(os.environ) | (_within_the_machine(config) if alone else {}),
+        variables=_VARIABLES | _unless_stated(os.environ) | variables,
     )
-    return LaunchPlan(files=files, argv=argv)
+    return LaunchPlan(files=files, argv=argv, interface=interface)
 
 
 def _unless_stated(environ: Mapping[str, str]) -> dict[str, str]:
@@ -87,11 +98,31 @@ def _unless_stated(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for variables in left for name, value in variables.items()}
 
 
-def _within_the_machine(config: RunConfig) -> dict[str, str]:
-    """Where ranks listen that have no other machine to hear from: at the meeting place, by default a free port, and
-    for the exchange of tensors on a CPU.
+def _meeting(config: RunConfig, interface: str | None, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Where ranks listen: at the meeting place, and for the exchange of tensors on a CPU. As arguments, and variables.
+
+    Those that have no other machine to hear from listen on the loopback address, by default at a free port.
     """
-    return {"PET_RDZV_ENDPOINT": f"{_LOOPBACK}:{config.main_process_port or 0}", "GLOO_SOCKET_IFNAME": "lo"}
+    if config.num_machines == 1:
+        where = {"PET_RDZV_ENDPOINT": f"{_LOOPBACK}:{config.main_process_port or 0}", GLOO_INTERFACE: "lo"}
+        return ["--rdzv_backend", "loopback"], where
+    gloo = {} if interface is None else {GLOO_INTERFACE: interface}
+    if not cluster.launcher_listens(environ):
+        return ["--rdzv_conf", _MEETS_WITHIN], gloo
+    where = {
+        "PET_RDZV_ENDPOINT": f"{config.main_process_ip}:{config.main_process_port}",
+        "PET_RDZV_ID": environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    }
+    # Without --same_network accelerate would have an endpoint of its own.
+    return ["--rdzv_backend", "beside-store", "--rdzv_conf", f"rank={config.machine_rank},{_MEETS_WITHIN}", "--same_network"], {
+        **where,
+        **gloo,
+    }
+
+
+def _meets_elsewhere(config: RunConfig, environ: Mapping[str, str]) -> bool:
+    """Whether PET_RDZV_ENDPOINT says where the ranks meet, instead of accelerate's file."""
+    return config.num_machines == 1 or cluster.launcher_listens(environ)
 
 
 def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
@@ -103,8 +134,8 @@ def _values(config: RunConfig, spec: FamilySpec) -> dict[str, Any]:
         "num_processes": config.num_processes,
         "machine_rank": config.machine_rank,
         "main_process_ip": _yaml_text(config.main_process_ip),
-        # On one machine PET_RDZV_ENDPOINT says it. Here 0 keeps accelerate from looking whether that port is free.
-        "main_process_port": config.main_process_port if config.num_machines > 1 else 0,
+        # Where PET_RDZV_ENDPOINT says it, 0 keeps accelerate from looking whether that port is free.
+        "main_process_port": 0 if _meets_elsewhere(config, os.environ) else config.main_process_port,
         "gathered_classes": ",".join(spec.model.gathered_classes),
         "train_batch_size": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -70,7 +70,9 @@ def toml(translation: "Translation") -> str:
     lines += ["", f"[{_key(translation.family)}]"]
     for setting in translation.settings:
         if setting.word is not None:
-            lines.append(f"# {setting.name} = {double_quoted(setting.word.text)}  # the script does not say it: type it")
+            lines.append(
+                f"# {setting.name} = {double_quoted(setting.word.text)}  # the script does not say it: type it"
+            )
         else:
             value = setting.value if setting.raw is None else setting.raw
             lines.append(f"{setting.name} = {_value(setting.name, value)}")

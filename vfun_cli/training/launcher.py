@@ -1,4 +1,5 @@
-"""``accelerate launch``, with one more place where the ranks of a job can meet: the loopback address of one machine.
+"""``accelerate launch``, with two more places where the ranks of a job can meet: the loopback address of one machine,
+and beside the store of a launcher that has started the commands of several machines.
 
 It also tells the ranks whether the number of threads that accelerate gives them is the user's or accelerate's own.
 
@@ -24,28 +25,38 @@ with uncollected():
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-NAME = "loopback"
-
 
 class Loopback(StaticTCPRendezvous):
     """A static meeting of one machine, at this port of the loopback address; at a free one for 0."""
 
+    name = "loopback"
+
     def __init__(self, parameters: RendezvousParameters) -> None:
         address, _, port = parameters.endpoint.rpartition(":")
-        super().__init__(address, int(port), rank=0, world_size=1, run_id=parameters.run_id, timeout=600)
+        super().__init__(
+            address,
+            int(port),
+            rank=int(parameters.get("rank", 0)),
+            world_size=parameters.max_nodes,
+            run_id=parameters.run_id,
+            timeout=int(parameters.get("timeout", 600)),
+        )
 
     def get_backend(self) -> str:
         """Its name in torchrun's registry."""
-        return NAME
+        return self.name
 
     @cached_property
     def store(self) -> TCPStore:
-        """The store, which has its port from now on. It cannot be told an address, but takes a socket that has one.
+        """The store, which has its port from now on.
 
         Raises:
             OSError: the port is taken.
         """
-        listening = socket.create_server((self.master_addr, self.master_port))
+        return self._served(socket.create_server((self.master_addr, self.master_port)))
+
+    def _served(self, listening: socket.socket) -> TCPStore:
+        """A store of this process. It cannot be told an address, but takes a socket that has one."""
         port = listening.getsockname()[1]
         return TCPStore(
             self.master_addr, port, self.world_size, True, self.timeout, master_listen_fd=listening.detach()
@@ -57,6 +68,27 @@ class Loopback(StaticTCPRendezvous):
         return RendezvousInfo(PrefixStore(self.run_id, self.store), self.rank, self.world_size, where)
 
 
+class BesideStore(Loopback):
+    """A static meeting of several machines at a free port of the first. They learn it from the store at the endpoint,
+    where the launcher that has started their commands listens itself.
+    """
+
+    name = "beside-store"
+
+    @cached_property
+    def store(self) -> TCPStore:
+        """The store of this launch: each machine counts its own, and all launch as often."""
+        outer = TCPStore(self.master_addr, self.master_port, is_master=False, timeout=self.timeout)
+        known = PrefixStore(f"vfun-{self.run_id}", outer)
+        launch = known.add(f"launches of {self.rank}", 1)
+        if self.rank == 0:
+            listening = socket.create_server((self.master_addr, 0))
+            known.set(f"port {launch}", str(listening.getsockname()[1]))
+            return self._served(listening)
+        port = int(known.get(f"port {launch}"))
+        return TCPStore(self.master_addr, port, self.world_size, False, self.timeout)
+
+
 def let_ranks_share_cores(environ: MutableMapping[str, str]) -> None:
     """Unless their number of threads is stated, which is the last moment to see that: accelerate always states one."""
     if THREADS not in environ:
@@ -65,5 +97,6 @@ def let_ranks_share_cores(environ: MutableMapping[str, str]) -> None:
 
 if __name__ == "__main__":
     let_ranks_share_cores(os.environ)
-    rendezvous_handler_registry.register(NAME, Loopback)
+    for place in (Loopback, BesideStore):
+        rendezvous_handler_registry.register(place.name, place)
     main()
