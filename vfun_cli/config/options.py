@@ -864,8 +864,8 @@ class RunConfig:
     num_machines: Annotated[
         int,
         Opt(
-            help="Machines in the job; start the same command on each. Left out, the environment of srun, torchrun, mpirun, "
-            "SkyPilot or a PyTorchJob says this, the machine's rank, the address and the port.",
+            help="Machines in the job; start the same command on each. Left out, the environment of srun, torchrun, "
+            "mpirun, SkyPilot or a PyTorchJob says this, the machine's rank, the address and the port.",
             panel=PARALLEL,
             minimum=1,
             maximum=MOST_RANKS,
