@@ -41,7 +41,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = "127.0.0.1"
 
 _MEETS_WITHIN = f"timeout={12 * 3600}"
-"""Seconds. How long machines wait for each other to start their ranks. The commands know better who has come and who still
+"""Seconds that machines wait for each other to start their ranks. The commands know better who has come and who still
 checks rows or a checkpoint (``machines.COMES_WITHIN``); torchrun's own 10 minutes would end those."""
 
 
@@ -114,7 +114,13 @@ def _meeting(config: RunConfig, interface: str | None, environ: Mapping[str, str
         "PET_RDZV_ID": environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     }
     # Without --same_network accelerate would have an endpoint of its own.
-    return ["--rdzv_backend", "beside-store", "--rdzv_conf", f"rank={config.machine_rank},{_MEETS_WITHIN}", "--same_network"], {
+    return [
+        "--rdzv_backend",
+        "beside-store",
+        "--rdzv_conf",
+        f"rank={config.machine_rank},{_MEETS_WITHIN}",
+        "--same_network",
+    ], {
         **where,
         **gloo,
     }
