@@ -106,24 +106,14 @@ def _meeting(config: RunConfig, interface: str | None, environ: Mapping[str, str
     if config.num_machines == 1:
         where = {"PET_RDZV_ENDPOINT": f"{_LOOPBACK}:{config.main_process_port or 0}", GLOO_INTERFACE: "lo"}
         return ["--rdzv_backend", "loopback"], where
-    gloo = {} if interface is None else {GLOO_INTERFACE: interface}
+    variables = {} if interface is None else {GLOO_INTERFACE: interface}
     if not cluster.launcher_listens(environ):
-        return ["--rdzv_conf", _MEETS_WITHIN], gloo
-    where = {
-        "PET_RDZV_ENDPOINT": f"{config.main_process_ip}:{config.main_process_port}",
-        "PET_RDZV_ID": environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    }
+        return ["--rdzv_conf", _MEETS_WITHIN], variables
+    variables["PET_RDZV_ENDPOINT"] = f"{config.main_process_ip}:{config.main_process_port}"
+    variables["PET_RDZV_ID"] = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    conf = f"rank={config.machine_rank},{_MEETS_WITHIN}"
     # Without --same_network accelerate would have an endpoint of its own.
-    return [
-        "--rdzv_backend",
-        "beside-store",
-        "--rdzv_conf",
-        f"rank={config.machine_rank},{_MEETS_WITHIN}",
-        "--same_network",
-    ], {
-        **where,
-        **gloo,
-    }
+    return ["--rdzv_backend", "beside-store", "--rdzv_conf", conf, "--same_network"], variables
 
 
 def _meets_elsewhere(config: RunConfig, environ: Mapping[str, str]) -> bool:
