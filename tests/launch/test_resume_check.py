@@ -158,7 +158,7 @@ def test_what_follows_from_a_changed_option_changes_with_it() -> None:
 ALLOWED_TO_CHANGE = {"harmless", "sharding", "length", "contents"}
 OTHERS: dict[str, Any] = {
     "strategy": "zero2", "num_processes": 4, "train_mode": "control", "trainable_modules": "proj_out",
-    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"], "fix_sample_size": "480,832",
+    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"], "fix_sample_size": "480,832", "fsdp_shard_size": 2,
 }  # fmt: skip
 """Where not every other value goes with the rest of a run."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -238,8 +238,16 @@ def test_a_changed_option_does_what_its_declaration_says(
             {"optimizer": "adamw"},
             "came, which means nothing to adamw",
         ),
-        ({"optimizer": "adamw8bit"}, {"strategy": "ddp"}, "adamw8bit as 4 processes under fsdp .* for 4 under ddp"),
-        ({"optimizer": "adamw8bit"}, {"num_processes": 2}, "adamw8bit as 4 processes under fsdp .* for 2 under fsdp"),
+        (
+            {"optimizer": "adamw8bit"},
+            {"strategy": "ddp"},
+            "adamw8bit as fsdp cut it over 4 processes; .* over 4 under ddp",
+        ),
+        (
+            {"optimizer": "adamw8bit"},
+            {"num_processes": 2},
+            "adamw8bit as fsdp cut it over 4 processes; .* over 2 under fsdp",
+        ),
         ({"optimizer": "adamw8bit", "strategy": "ddp"}, {"num_processes": 2}, None),
         ({"optimizer": "came", "strategy": "ddp"}, {"strategy": "single", "num_processes": 1}, None),
         ({"optimizer": "torch.optim.RAdam"}, {"strategy": "zero3", "num_processes": 2}, None),
