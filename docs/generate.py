@@ -89,9 +89,10 @@ def options_page() -> str:
 
 
 def _row(name: str, kind: Any, opt: Opt) -> str:
-    variables = "".join(f" Also `${variable}`." for variable in opt.variables)
+    also = [*(f"${variable}" for variable in opt.variables), *(f"--{other}" for other in opt.other_names)]
+    names = "".join(f" Also `{each}`." for each in also)
     default = _text(default_of(name))
-    return f"| `{name}` | {_takes(kind, opt)} | {default} | {opt.on_resume} | {_cell(opt.help)}{variables} |\n"
+    return f"| `{name}` | {_takes(kind, opt)} | {default} | {opt.on_resume} | {_cell(opt.help)}{names} |\n"
 
 
 def _fate(flag: Flag) -> str:

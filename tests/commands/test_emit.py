@@ -141,6 +141,13 @@ def test_the_command_is_the_users_own(engine: str, vfun: Vfun, place: Path, monk
     assert not {"--machine-rank", "--main-process-ip", "--device", "--max-grad-norm", "--emit"} & set(words)
 
 
+def test_a_path_that_nobody_said_is_where_the_command_was_typed(vfun: Vfun, place: Path) -> None:
+    model, data = (f"vfun-demo/cogvideox-fun/{part}" for part in ("model", "data/metadata.json"))
+    said = vfun("lora", "cogvideox-fun", "--emit=slurm", "--no-fit-check", "--pretrained-model-name-or-path", model,
+                "--train-data-meta", data, *SMALL)  # fmt: skip
+    assert option(started_by("slurm", said.out), "--output-dir") == str(place / "output_dir")
+
+
 def test_the_command_means_the_same_wherever_it_is_started(job: Job, tmp_path: Path) -> None:
     """Read again in another folder and without variables, its options are those that were decided."""
     made = of_engine("slurm", job, time_limit=3)

@@ -41,7 +41,7 @@ class Known(ask.Measurer):
         batch, sharded = question.batch, question.config["strategy"] in ("fsdp", "zero3-offload")
         share = batch.frames * batch.height * batch.width / (HEAVY.frames * HEAVY.height * HEAVY.width)
         kept = 14 if question.config["gradient_checkpointing"] == "none" else 1
-        times = 1 if sharded else 8
+        times = 8 // (question.config["fsdp_shard_size"] or 8) if sharded else 8
         return replace(
             MEASURED, weights=MEASURED.weights * times, gradients=MEASURED.gradients * times,
             moments=MEASURED.moments * times, forward=int(MEASURED.forward * share * kept),
@@ -128,6 +128,12 @@ def test_smaller_clips_are_named_by_the_largest_size_that_fits() -> None:
     assert options["token_sample_size"] == side and side % 32 == 0
     larger = replace(HEAVY, height=side + 32, width=side + 32)
     assert found.subject.needs(Known(), larger).peak > 56 * GIB
+
+
+def test_groups_in_which_a_run_does_not_fit_become_one_of_all_ranks() -> None:
+    found = forecast(subject(80, strategy="fsdp", fsdp_shard_size=4), Known())
+    assert found.fits is False and found.tried[0].typed == "--fsdp-shard-size 8"
+    assert found.tried[0].peak == forecast(subject(80, strategy="fsdp"), Known()).heaviest.peak
 
 
 def test_phases_hold_what_lies_there_then() -> None:

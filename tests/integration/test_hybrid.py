@@ -17,6 +17,7 @@ from tests.integration.test_kept import forecast, most
 from tests.integration.test_kept import held as kept_by_ranks
 from tests.integration.test_other_world_sizes import FAMILY, LAYOUTS, Continued, arrays, launch
 from vfun_cli import families
+from vfun_cli.checkpoints.export import export
 from vfun_cli.checkpoints.reader import open_checkpoint
 from vfun_cli.run.rundir import RunDir
 
@@ -137,6 +138,17 @@ def test_a_resumed_run_is_bit_equal(family: str, command: str, hybrid: None) -> 
 def test_one_process_takes_over_what_four_have(family: str, command: str, hybrid: None) -> None:
     taken = part(family, command, "single", "hybrid", HALF)
     same(held(taken.source, HALF), held(taken, HALF))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_exported_as_what_one_process_made_of_it(family: str, hybrid: None, tmp_path: Path) -> None:
+    spec, taken = families.find(family), part(family, "train", "single", "hybrid", HALF)
+    base = Path("vfun-demo", family, "model", spec.model.config_file).parent
+    four, one = (
+        export(RunDir(run.folder).checkpoint(HALF), tmp_path / run.name, base_dir=base, names=spec.export.names["same"])
+        for run in (taken.source, taken)
+    )
+    assert four.verified and four.sha256 == one.sha256
 
 
 @pytest.mark.parametrize("command", COMMANDS)

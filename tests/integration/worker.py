@@ -70,8 +70,9 @@ def training_noted(run: RunDir, strategy: str, block_classes: Collection[str]) -
         if run.root.name == BROKEN:
             break_gradients(self)
         before = frozen_weights(self.state.model)
-        blocks = find_blocks(self.state.model, block_classes)
-        sharded = [each for each in [self.state.model, *blocks] if isinstance(each, FSDPModule)]
+        named = {f"FSDP{name}" for name in block_classes}
+        sharded = [each for each in [self.state.model, *find_blocks(self.state.model, named)]
+                   if isinstance(each, FSDPModule)]  # fmt: skip
         compiled = self.config.compile  # for which each hook is a graph more
         types = {} if compiled else noted(unwrapped(self.state.model))
         with (

@@ -10,6 +10,7 @@ from live_models import FAMILIES, SMALL, LiveModel
 from torch import Tensor
 
 from vfun_cli import families
+from vfun_cli.config.options import RunConfig
 from vfun_cli.families import adapter_of
 from vfun_cli.forecast.measuring.model import blank_model, weights_of
 from vfun_cli.modeling.weights import read_json
@@ -61,6 +62,18 @@ def test_the_released_model_has_as_many_weights_as_are_known_of_it(
     spec, live = families.find(family), live_model(family)
     blank = adapter_of(spec).blank(spec.model.released, adapter_options(live.config, spec, CPU))
     assert sum(weight.numel() for weight in blank.transformer.parameters()) == WEIGHTS[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_a_released_model_fsdp_keeps_little_gathered(family: str) -> None:
+    """All but a tenth of a billion weights are in blocks and in other units, each at most half a billion."""
+    spec = families.find(family)
+    units = dict[str, int]()
+    for weight in weights_of(spec, RunConfig(), spec.model.released, lora=False):
+        units[weight.block] = units.get(weight.block, 0) + weight.numel
+    assert 0 < units.pop("") < 0.1e9
+    assert len(units) >= spec.model.blocks(spec.model.dims) + len(spec.model.unit_classes)
+    assert max(units.values()) < 0.5e9
 
 
 def test_what_trains_at_a_lower_rate_is_forecast_to_train(live_model: Callable[[str], LiveModel]) -> None:

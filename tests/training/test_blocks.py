@@ -2,7 +2,9 @@
 
 import copy
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer_parts import Parts, loaded
 
+from vfun_cli import families
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.resolve import resolve
 from vfun_cli.errors import EnvironmentFault
@@ -135,6 +138,42 @@ def test_a_layer_of_wan_s2v_keeps_0_37_gb_of_attention_instead_of_4_3_of_all_pro
     assert tokens == 36_000
     assert kept["attention"] == tokens * (dims.dim * 2 + 40 * 4)
     assert kept["attention"] == 374_400_000 and kept["selective"] > 4.3e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if families.find(name).model.unit_classes])
+def test_other_units_run_once_whatever_is_left_out_and_nothing_else_reads_their_weights(
+    family: str, live_model: LIVE
+) -> None:
+    """FSDP has a part of them before and behind."""
+    live, runs = live_model(family), Counter[nn.Module]()
+    classes, model = live.spec.model.unit_classes, live.transformer()
+    units, found = find_blocks(model, classes), find_blocks(model, live.spec.model.block_classes)
+    assert {type(unit).__name__ for unit in units} == set(classes)
+    assert not set(units) & {part for block in found for part in block.modules()}
+    inputs = live.inputs(*SMALL)
+    dropped = {"drop_motion": [True]} if "drop_motion" in inputs.conditions else {}
+    with torch.no_grad():
+        clips = [inputs, replace(inputs, conditions=inputs.conditions | dropped)]
+        expected = [live.loss(model, clip) for clip in clips]
+        for unit in units:
+            whole = {weight: weight.data for weight in unit.parameters()}
+
+            def gather(unit: nn.Module, *_: Any, whole: dict[nn.Parameter, Tensor] = whole) -> None:
+                runs[unit] += 1
+                for weight, values in whole.items():
+                    weight.data = values
+
+            def let_go(*_: Any, whole: dict[nn.Parameter, Tensor] = whole) -> None:
+                for weight, values in whole.items():
+                    weight.data = torch.full_like(values, torch.nan)
+
+            let_go()
+            unit.register_forward_pre_hook(gather)
+            unit.register_forward_hook(let_go)
+        for clip, loss in zip(clips, expected, strict=True):
+            assert live.loss(model, clip) == loss
+    assert runs == dict.fromkeys(units, len(clips))
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ class Opt:
     """
     hidden: bool = False
     other_names: tuple[str, ...] = ()
-    """What it is called too on the command line, with underscores."""
+    """What it is called too, on the command line alone."""
 
     @property
     def bounds(self) -> str:

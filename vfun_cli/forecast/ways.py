@@ -37,6 +37,8 @@ def _typed(name: str, value: Any) -> str:
 
 def possible_ways(config: RunConfig, ranks: int, *, lora: bool) -> Iterator[Way]:
     """All single changes that may make a run smaller, the cheapest first; each has to be tried."""
+    if config.parts_of(ranks) < ranks:
+        yield Way(options={"fsdp_shard_size": ranks}, costs="weights are gathered from all machines")
     for possible, way in _WAYS:
         if possible(config, ranks, lora) and way.applied(config) != config:
             yield way

@@ -25,6 +25,8 @@ def preview(job: Job) -> None:
     where = f"{config.num_processes} process{'es' if config.num_processes != 1 else ''}"
     if config.num_machines > 1:
         where += f" on {config.num_machines} machines"
+    if config.fsdp_shard_size is not None:
+        where += f", sharded over groups of {config.fsdp_shard_size}"
     start = f", from {job.found.checkpoint.name}" if job.found else ""
     what = f" under {config.strategy} on {where} ({config.device}){start} -> {job.run.root}"
     console.err.print(Text.assemble("\n", (f"{job.command} {job.spec.name}", "bold"), what), soft_wrap=True)

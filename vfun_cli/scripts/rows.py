@@ -1,9 +1,10 @@
 """What becomes of each thing that a script says."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from vfun_cli.scripts.shell import Word
+if TYPE_CHECKING:
+    from vfun_cli.scripts.shell import Word
 
 Outcome = Literal["kept", "translated", "without effect", "differs", "refused"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "translated", "without effect", "differs", "refused")
@@ -33,7 +34,7 @@ class Setting:
     name: str
     value: Any
     """As the option's type has it; None where the script does not say it."""
-    word: Word | None = None
+    word: "Word | None" = None
     """What stands in the place of a value that the script does not say."""
     raw: str | None = None
     """Of a path, as it was typed: with ~ and its last slash."""
