@@ -158,7 +158,8 @@ def test_what_follows_from_a_changed_option_changes_with_it() -> None:
 ALLOWED_TO_CHANGE = {"harmless", "sharding", "length", "contents"}
 OTHERS: dict[str, Any] = {
     "strategy": "zero2", "num_processes": 4, "train_mode": "control", "trainable_modules": "proj_out",
-    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"], "fix_sample_size": "480,832", "fsdp_shard_size": 2,
+    "resume_from_checkpoint": "latest", "optimizer_args": ["amsgrad=true"], "fix_sample_size": "480,832",
+    "fsdp_shard_size": 2,
 }  # fmt: skip
 """Where not every other value goes with the rest of a run."""
 BESIDE: dict[str, dict[str, Any]] = {
