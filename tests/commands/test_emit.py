@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -387,15 +388,8 @@ def test_a_pod_ends_so_that_the_operator_starts_it_again_after_75_alone(code: in
 
 
 def test_a_pod_that_is_asked_to_stop_waits_until_its_command_has_saved(job: Job, tmp_path: Path) -> None:
-    command = (
-        f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/works; while :; do sleep 0.05; done"
-    )
-    made = replace(of_engine("kubernetes", job), words=[["bash", "-c", command]])
-    pod = subprocess.Popen(container_of(file_of(made), "Worker"))
-    while not (tmp_path / "works").exists():
-        assert pod.poll() is None
-    pod.terminate()
-    assert pod.wait(30) == 143 and (tmp_path / "saved").exists()
+    made = replace(of_engine("kubernetes", job), words=that_waits(tmp_path))
+    assert asked_to_stop(container_of(file_of(made), "Worker"), signal.SIGTERM, dict(os.environ)) == (143, "saved\n")
 
 
 @pytest.mark.parametrize("code", EXIT_CODES)
@@ -405,16 +399,33 @@ def test_a_script_for_torchrun_ends_with_the_runs_code(code: int, job: Job, tmp_
     assert said.returncode == code
 
 
-def test_a_script_for_torchrun_hands_a_request_on_to_the_run_alone(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(WAITS_FOR_SIGTERM)
-    made = replace(of_engine("torchrun", job), words=[[sys.executable, str(tmp_path / "run.py")]])
-    for asks in (signal.SIGTERM, signal.SIGINT):
-        script = subprocess.Popen(
-            ["bash", "-c", file_of(made)], env=with_torchrun(tmp_path), stdout=subprocess.PIPE, text=True
-        )
-        assert script.stdout is not None and script.stdout.readline() == "works\n"
-        script.send_signal(asks)
-        assert script.communicate(timeout=30)[0] == "saved\n" and script.returncode == 75
+@pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_for_torchrun_hands_a_request_on_to_the_run_alone(
+    asks: signal.Signals, job: Job, tmp_path: Path
+) -> None:
+    made = replace(of_engine("torchrun", job), words=that_waits(tmp_path))
+    assert asked_to_stop(["bash", "-c", file_of(made)], asks, with_torchrun(tmp_path)) == (75, "saved\n")
+
+
+def that_waits(folder: Path) -> list[list[str]]:
+    """A command that saves at SIGTERM."""
+    (folder / "run.py").write_text(WAITS_FOR_SIGTERM)
+    return [[sys.executable, str(folder / "run.py")]]
+
+
+def asked_to_stop(command: Sequence[str], asks: signal.Signals, environment: Mapping[str, str]) -> tuple[int, str]:
+    """How a command ends whose first process gets a signal, and what it says then."""
+    started = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    try:
+        assert started.stdout is not None and started.stdout.readline() == "works\n"
+        started.send_signal(asks)
+        said, _ = started.communicate(timeout=30)
+        return started.returncode, said
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 WAITS_FOR_SIGTERM = """
