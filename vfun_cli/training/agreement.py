@@ -174,7 +174,8 @@ def _differing_pieces(described: Mapping[str, Any], names: Collection[str]) -> d
     run = RunDir(Path(described["run_dir"]))
     pieces = differing_pieces(run.contents(described["config"]["machine_rank"]), run.contents(0))
     return {
-        _holds(name): ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+        _holds(name): ", ".join(piece.replace(",", "") for piece in found[:SHOWN])
+        + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         for name, found in pieces.items()
     }
 
