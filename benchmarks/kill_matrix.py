@@ -55,8 +55,6 @@ def row(case: Case, ending: machine_deaths.Ending, straight: Trained) -> dict[st
     *others, harmed = ending.said
     codes = [said.code for said in ending.said]
     equal = ending.became == straight
-    # DDP lays its buckets out anew after the first step of a launch: more than two ranks then sum in another order.
-    expected = equal or case.machines > 2
     told = all(re.search(case.says, " ".join(said.err.split())) for said in others)
     alike = {said.code for said in others} == {case.code} and harmed.code in (case.code, -9)
     return {
@@ -67,7 +65,7 @@ def row(case: Case, ending: machine_deaths.Ending, straight: Trained) -> dict[st
         "seconds": ending.seconds,
         "complete_checkpoints": ending.steps,
         "bit_equal_afterwards": equal,
-        "good": bool(told and alike and expected and (not case.harm or not case.code or max(ending.seconds) < NOTICED)),
+        "good": bool(told and alike and equal and (not case.harm or not case.code or max(ending.seconds) < NOTICED)),
     }  # fmt: skip
 
 

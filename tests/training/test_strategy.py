@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from tests.two_ranks import run_on_ranks
 from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.errors import RunError
@@ -95,3 +97,9 @@ def test_ranks_begin_a_step_and_wait_for_files_on_gloo_whatever_the_devices_do(
         wait_for_all()
     assert used == ["MAX group 1", "barrier group 2"] * 2
     assert made == [{"backend": "gloo", "timeout": limit} for limit in (TURN_LIMIT, FILES_LIMIT)]
+
+
+@pytest.mark.slow
+def test_four_ranks_sum_a_step_alike_whether_their_launch_begins_with_it(tmp_path: Path) -> None:
+    run_on_ranks(4, Path(__file__).parent / "ddp_worker.py", tmp_path)
+    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["True"] * 4

@@ -83,9 +83,19 @@ def _accelerator(config: RunConfig) -> Accelerator:
             state.distributed_type = DistributedType.MULTI_GPU
             state._cpu = False
         return Accelerator(**settings, fsdp_plugin=_fsdp_plugin(config), parallelism_config=_groups(config))
-    if wrapper == "ddp":  # a bucket view saves a copy of every gradient: 4 bytes a weight
-        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    if wrapper == "ddp":
+        handlers.append(_ddp_settings())
     return Accelerator(**settings, cpu=device == "cpu")
+
+
+def _ddp_settings() -> DistributedDataParallelKwargs:
+    """DDP that sums the gradients of every step in the same order, and keeps no second copy of them (4 bytes a weight).
+
+    Unless it looks for weights without a gradient, DDP lays its buckets out anew after the first step of a launch. More
+    than two ranks sum by place in a bucket, so that the first step of a resumed run would be another than the same step
+    of one that was not stopped, by rounding. To look takes a walk over the graph of a step's operations.
+    """
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def use_gloo_alone() -> None:
