@@ -77,6 +77,8 @@ def test_what_is_typed_otherwise_is_refused_and_named(way: str, at: Place, optio
 @given(first=places(), second=places())
 def test_two_environments_that_differ_are_refused_and_both_named(way: str, first: Place, second: Place) -> None:
     assume(first.machines != second.machines)
+    # WORLD_SIZE beside torchrun's settings may count the processes of all pods, as a PyTorchJob's does.
+    assume(way not in ("operator", "rendezvous") or first.machines * first.each != second.machines)
     inner = way == "rank"  # its WORLD_SIZE is no number of machines, which another way says then
     other = skypilot(second) if inner else {**exports(second), **address_of(first)}
     said = refusal({**other, **WAYS[way](first)})
@@ -211,6 +213,16 @@ def test_a_continuation_is_where_its_own_launch_is() -> None:
     assert settle({}, base=alone).config.num_machines == 1
     again = settle({**exports(TWO), "WORLD_SIZE": "4", "NUM_PROCESS": ""}, base=first.config.to_json())
     assert (again.config.num_machines, again.sources["num_processes"]) == (4, HERE)
+
+
+@pytest.mark.parametrize("way", ["rank", "tasks", "mpirun"])
+def test_a_first_process_that_sees_its_own_gpu_alone_is_refused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = Place(machines=2, machine=0, each=4)
+    monkeypatch.setattr("vfun_cli.devices.gpu_count", lambda: 1)
+    said = refusal(WAYS[way](at), device="cuda")
+    assert "4 ranks of this machine were started" in said and "sees 1 GPUs" in said and "one task a machine" in said
+    monkeypatch.setattr("vfun_cli.devices.gpu_count", lambda: 4)
+    assert settle(WAYS[way](at), device="cuda").config.num_processes == 8
 
 
 def test_a_command_that_starts_nothing_reads_no_machines() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.jobs import TIMEOUT
 from tests.machines import bare_environment, free_port
 from tests.started import Place, exports, rank
 from vfun_cli.errors import ConfigError
@@ -99,3 +100,42 @@ def test_one_that_finds_no_first_process_says_so_and_ends(
 def test_a_command_that_nobody_started_as_a_rank_is_the_machines(environ: dict[str, str]) -> None:
     with first_of_machine(environ) as first, first_of_machine(environ) as second:
         assert first and second
+
+
+LAUNCHES = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from vfun_cli.training.launcher import BesideStore
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+if rank == 0:  # in place of torchrun's own
+    outer = TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=300), wait_for_workers=False)
+met = []
+for launch in ("first", "second"):
+    place = BesideStore(RendezvousParameters("beside-store", f"127.0.0.1:{port}", "0", 2, 2, rank=str(rank)))
+    store = place.next_rendezvous().store
+    store.set(f"{launch} {rank}", "here")
+    store.get(f"{launch} {1 - rank}")
+    met.append(store)
+    store.check(["first 0"]) == (launch == "first") or sys.exit("it met in the store of an earlier launch")
+print("met", len(met), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_machines_meet_anew_with_each_launch_beside_the_store_of_torchrun(at: Place) -> None:
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-c", LAUNCHES, str(number), str(at.port)], env=bare_environment(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    try:
+        assert [said(each) for each in machines] == ["met 2"] * 2
+        assert [each.communicate(timeout=TIMEOUT) and each.returncode for each in machines] == [0, 0]
+    finally:
+        for each in machines:
+            each.kill()

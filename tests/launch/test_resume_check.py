@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.started import Place, exports, step
 from vfun_cli import families
 from vfun_cli.config.options import LR_SCHEDULERS, RunConfig, options, plain_kind
 from vfun_cli.config.resolve import Resolved, resolve
@@ -124,6 +125,22 @@ def test_a_run_keeps_its_precision_on_another_processor(
     with pytest.raises(CheckpointError, match=f"mixed_precision {precision} -> {other}"):
         typed = resolve("train", spec, {**given, "mixed_precision": other}, environ={})
         resume_check.continuation(run, "train", spec, typed)
+
+
+def test_where_a_run_was_started_says_nothing_of_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, at = families.find("wan-s2v"), Place(machines=4, machine=0, each=1, address="gpu001")
+    for way in (exports(at), step(at)):
+        first = resolve("train", spec, {"device": "cpu"}, environ=way, starts=True)
+        described = {"config": first.config.to_json(), "sources": first.sources, "command": "train"}
+        run = resume_check.Earlier(found=FOUND, described={**described, "family": spec.name})
+        *_, alone = resume_check.resolve_as_before(run, {})
+        assert (alone.config.num_machines, alone.config.main_process_port) == (1, None)
+        with monkeypatch.context() as patch:
+            for name, value in exports(Place(machines=2, machine=1, each=1, address="gpu007")).items():
+                patch.setenv(name, value)
+            *_, again = resume_check.resolve_as_before(run, {})
+        assert (again.config.num_machines, again.config.machine_rank) == (2, 1)
+        assert (again.config.main_process_ip, again.sources["num_machines"]) == ("gpu007", "$WORLD_SIZE")
 
 
 def test_what_follows_from_a_changed_option_changes_with_it() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import file_system
+from tests.started import Place, rank
 from vfun_cli.errors import EXIT_PREEMPTED, FitError, RunError, VfunError
 from vfun_cli.launch import supervise
 from vfun_cli.launch.machines import Machine
@@ -208,6 +209,21 @@ def test_an_error_finds_the_room_that_was_kept_for_it_on_a_full_disk(tmp_path: P
         error.write(run)
         (read,) = RankError.read_all(run)
         assert (read.message, read.rank) == ("no space left", 3) and read.traceback.endswith("the end")
+
+
+def test_what_a_launcher_of_ranks_passes_on_is_no_second_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler tells every process, and torchrun tells its own again; Ctrl-C twice is still meant."""
+    monkeypatch.setattr(supervise, "kill", lambda job: None)
+    for name, value in rank(Place(machines=1, machine=0, each=2)).items():
+        monkeypatch.setenv(name, value)
+    with supervise.stop_requests(RunDir(tmp_path)) as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert not stop.at_once and stop.reason == "preempted"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.at_once
 
 
 def test_a_hang_up_asks_once_however_often_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

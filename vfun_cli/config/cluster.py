@@ -442,7 +442,7 @@ def _local(source: Source, environ: Environ) -> tuple[int, int] | None:
     if rank is None:
         return None
     if ranks is None:
-        raise _incomplete(f"{rank.variables} is set", "how many ranks this machine has", "LOCAL_WORLD_SIZE")
+        raise _incomplete(f"{rank.variables} is set", "how many ranks this machine has", "Export LOCAL_WORLD_SIZE too")
     if int(rank.value) >= int(ranks.value):
         raise ConfigError(f"{rank.variables} is {rank.value} of {ranks.value} ({ranks.variables}): ranks count from 0.")
     return int(rank.value), int(ranks.value)
@@ -479,13 +479,15 @@ def settle(
             )
     known = {*typed, *suggested, *stated}
     if "machine_rank" in stated and machines is None:
-        raise _incomplete(f"{stated['machine_rank'].variables} is set", "how many machines there are", "WORLD_SIZE")
+        raise _incomplete(
+            f"{stated['machine_rank'].variables} is set", "how many machines there are", "Export WORLD_SIZE too"
+        )
     if "num_machines" in stated and machines != 1:
         why = f"{stated['num_machines'].variables} makes num_machines {machines}"
         if "machine_rank" not in known:
-            raise _incomplete(why, "which of them this is", "RANK")
+            raise _incomplete(why, "which of them this is", "Export RANK too, add --machine-rank")
         if "main_process_ip" not in known:
-            raise _incomplete(why, "the address of machine 0", "MASTER_ADDR")
+            raise _incomplete(why, "the address of machine 0", "Export MASTER_ADDR too, add --main-process-ip")
     return {option: found for option, found in {**suggested, **stated}.items() if option not in typed}
 
 
@@ -536,7 +538,5 @@ def _are(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _incomplete(why: str, what: str, variable: str) -> ConfigError:
-    return ConfigError(
-        f"{why}, and nothing says {what}.", hint=f"Export {variable} too, or unset what belongs to another job."
-    )
+def _incomplete(why: str, what: str, way: str) -> ConfigError:
+    return ConfigError(f"{why}, and nothing says {what}.", hint=f"{way}, or unset what belongs to another job.")
