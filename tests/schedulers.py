@@ -102,6 +102,8 @@ class Scheduler(ABC):
         self.port = port
         self.starts = 0
         """How often the job was started."""
+        self.marks: list[str] = []
+        """By which all processes of each command are known."""
         self.tools = folder / "tools"
         self.tools.mkdir()
         _program(self.tools / "vfun", f'#!/bin/sh\nexec {sys.executable} -P -m vfun_cli "$@"\n')
@@ -124,10 +126,16 @@ class Scheduler(ABC):
             machines=len(self.machines), machine=number, each=1, address=self.machines[0].address, port=self.port
         )
 
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for mark in self.marks:
+            send(signal.SIGKILL, mark)
+
     def launch(self, host: Host, command: Sequence[str], **variables: str) -> Job:
-        """A command on a machine, which is known by its mark."""
+        """A command on a machine, with a mark of its own."""
+        self.marks.append(str(uuid4()))
         path = f"{self.tools}:{os.environ['PATH']}"
-        environment = {**bare_environment(), "PATH": path, MARK: str(uuid4()), **variables}
+        environment = {**bare_environment(), "PATH": path, MARK: self.marks[-1], **variables}
         output = (self.folder / f"machine-{host.number}.log").open("ab")
         return subprocess.Popen(
             [*host.by, *command], cwd=host.folder, env=environment, start_new_session=True, stdout=output, stderr=output
@@ -149,11 +157,6 @@ def send(number: signal.Signals, mark: str) -> None:
     for process in processes_of(mark):
         with suppress(ProcessLookupError):
             os.kill(process, number)
-
-
-def mark_of(job: Job) -> str:
-    """By which the processes of a command are known."""
-    return environment_of(job.pid)[MARK]
 
 
 def wait_all(jobs: Sequence[Job]) -> list[int]:
@@ -182,6 +185,7 @@ class Slurm(Scheduler):
     def _begin(self) -> None:
         self.starts += 1
         self.step = f"{self.STEP} {uuid4()}"
+        self.marks.append(self.step)
         hosts = [[host.address, str(host.folder)] for host in self.machines]
         environment = {
             **bare_environment(),
@@ -301,7 +305,6 @@ class SkyPilot(Scheduler):
             self.launch(host, ["bash", "-c", self.task["run"]], **skypilot(self.place(host.number)))
             for host in self.machines
         ]
-        self.marks = [mark_of(command) for command in self.commands]
 
     def warn(self) -> None:
         """The last machine is shut down: SIGTERM to all of its processes."""
@@ -313,8 +316,7 @@ class SkyPilot(Scheduler):
             while not (ended := [command.poll() for command in self.commands if command.poll() is not None]):
                 time.sleep(0.1)
             if any(ended):
-                for mark in self.marks:
-                    send(signal.SIGKILL, mark)
+                self.end()
             codes = wait_all(self.commands)
             if not set(codes) & set(again):
                 return max(codes)

@@ -149,6 +149,16 @@ def test_a_path_that_nobody_said_is_where_the_command_was_typed(vfun: Vfun, plac
     assert option(started_by("slurm", said.out), "--output-dir") == str(place / "output_dir")
 
 
+@pytest.mark.parametrize(
+    ("engine", "typed"), [("slurm", True), ("skypilot", True), ("kubernetes", False), ("torchrun", False)]
+)
+def test_a_port_is_typed_where_no_variable_says_it(engine: str, typed: bool, emits: Callable[..., str]) -> None:
+    """Beside torchrun, which listens there itself, a command of one machine would find the port taken."""
+    text = emits(engine, "--no-fit-check", "--main-process-port=31234")
+    assert "31234" in text
+    assert ("--main-process-port" in started_by(engine, text)) == typed
+
+
 def test_the_command_means_the_same_wherever_it_is_started(job: Job, tmp_path: Path) -> None:
     """Read again in another folder and without variables, its options are those that were decided."""
     made = of_engine("slurm", job, time_limit=3)

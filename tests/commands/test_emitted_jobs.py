@@ -51,9 +51,12 @@ def test_a_job_that_is_preempted_is_started_again_and_ends_with_the_same_weights
         text = text.replace(placeholder, value)
     (place / "submitted").mkdir()
     scheduler = SCHEDULERS[engine](text, hosts(2, place / "machines"), place / "submitted", port)
-    wait_for_step(run, 2, scheduler.start())
-    scheduler.warn()
-    assert scheduler.finish() == 0
+    try:
+        wait_for_step(run, 2, scheduler.start())
+        scheduler.warn()
+        assert scheduler.finish() == 0
+    finally:
+        scheduler.end()
     assert scheduler.starts == 2
     saved = [step for step, _ in manifest.numbered(run.root)]
     assert len(saved) == 2 and 2 <= saved[0] < saved[1] == STEPS, "where it was preempted, and at the end"

@@ -74,6 +74,8 @@ class Engine:
     """Placeholders in the file, and what belongs there."""
     values: Callable[["Emitted"], Mapping[str, object]] = lambda made: {}
     """What its template takes beside what all do."""
+    tells_port: bool = False
+    """Whether the file says by itself at which port the machines meet, and the command hears of it there."""
     limits_time: bool = False
     """Whether it ends a job after some hours in any case."""
     warns: bool = False
@@ -159,7 +161,10 @@ def emitted(job: "Job", wishes: Wishes) -> Emitted:
         "max_hours": max_hours,
         "resume_from_checkpoint": "latest",
     }
-    engine, words = ENGINES[wishes.engine], _command(job, own)
+    engine = ENGINES[wishes.engine]
+    if not engine.tells_port and is_said(job.resolved.sources["main_process_port"]):
+        own["main_process_port"] = config.main_process_port
+    words = _command(job, own)
     made = Emitted(job=job, engine=engine, hours=hours, grace=wishes.seconds, words=words, notices=[])
     return replace(made, notices=[*_assumed(made, wishes)])
 
@@ -285,7 +290,7 @@ def _belongs(name: str, resolved: Resolved) -> bool:
     """Whether an option is the user's word, or a path, which depends on where the command is started."""
     source = resolved.sources[name]
     if name in (*DECIDED_HERE, *DECIDED_THERE):
-        return name == "main_process_port" and is_said(source)
+        return False
     path = names_paths(name) or name in LISTS_OF_PATHS
     return is_said(source) or source == DEMO or (path and is_default(source) and bool(getattr(resolved.config, name)))
 
@@ -385,6 +390,7 @@ ENGINES: Mapping[str, Engine] = {
     ),
     "kubernetes": Engine(
         template="kubernetes/pytorchjob.yaml",
+        tells_port=True,
         submit="kubectl create -f job.yaml",
         fill_in={
             "<IMAGE>": "container image of vfun (Dockerfile)",
@@ -407,6 +413,7 @@ ENGINES: Mapping[str, Engine] = {
     ),
     "torchrun": Engine(
         template="torchrun/job.sh",
+        tells_port=True,
         submit="NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash job.sh",
         fill_in={
             "NODE_RANK": "number of each machine, from 0",
