@@ -5,19 +5,15 @@ gloo otherwise takes the one of the host's name, which many systems have as 127.
 
 import errno
 import socket
-import struct
 from collections.abc import Iterator
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import psutil
 
 from vfun_cli.errors import ConfigError
 
 ANY_PORT = 9
 """A datagram's address is connected to, and nothing is sent."""
-
-_HEADER, _ADDRESS, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBBBI"), struct.Struct("=HH")
-"""Of netlink: of a message, of one about an address, of what follows that."""
-_ASK_FOR_ALL, _ABOUT_ADDRESSES, _AN_ADDRESS, _END = 0x301, 22, 20, 3
-_ITS_ADDRESS, _ITS_OWN_END = 1, 2
 
 
 def towards(address: str, *, own: bool) -> str:
@@ -61,10 +57,10 @@ def towards(address: str, *, own: bool) -> str:
 
 
 def _interface_of(own: str) -> str:
-    """The interface that has an address; of loopback addresses that nobody has given, the one of their network."""
+    """The interface that has an address; of loopback addresses that nobody has given, any that has one."""
     address = ip_address(own.partition("%")[0])
-    having = [name for name, interface in addresses() if interface.ip == address]
-    having += [name for name, interface in addresses() if address.is_loopback and address in interface.network]
+    having = [name for name, each in addresses() if each == address]
+    having += [name for name, each in addresses() if each.is_loopback and address.is_loopback]
     if not having:
         raise ConfigError(
             f"no network interface of this machine has {own}, by which it reaches machine 0.",
@@ -74,30 +70,12 @@ def _interface_of(own: str) -> str:
 
 
 def _listed() -> str:
-    return ", ".join(str(interface.ip) for _, interface in addresses() if not interface.ip.is_loopback) or "it has none"
+    return ", ".join(str(each) for _, each in addresses() if not each.is_loopback) or "it has none"
 
 
-def addresses() -> Iterator[tuple[str, IPv4Interface | IPv6Interface]]:
-    """The names of all interfaces and the addresses that they have, as the kernel tells them."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as kernel:
-        kernel.send(_HEADER.pack(_HEADER.size + _ADDRESS.size, _ABOUT_ADDRESSES, _ASK_FOR_ALL, 1, 0) + bytes(8))
-        while True:
-            answer = kernel.recv(1 << 16)
-            while answer:
-                length, kind, *_ = _HEADER.unpack_from(answer)
-                if kind == _END:
-                    return
-                if kind == _AN_ADDRESS:
-                    yield _told(answer[_HEADER.size : length])
-                answer = answer[-(-length // 4) * 4 :]
-
-
-def _told(message: bytes) -> tuple[str, IPv4Interface | IPv6Interface]:
-    _, prefix, _, _, index = _ADDRESS.unpack_from(message)
-    attributes, rest = {}, message[_ADDRESS.size :]
-    while rest:
-        length, kind = _ATTRIBUTE.unpack_from(rest)
-        attributes[kind] = rest[_ATTRIBUTE.size : length]
-        rest = rest[-(-length // 4) * 4 :]
-    address = attributes.get(_ITS_OWN_END, attributes.get(_ITS_ADDRESS, b""))
-    return socket.if_indextoname(index), ip_interface((address, prefix))
+def addresses() -> Iterator[tuple[str, IPv4Address | IPv6Address]]:
+    """The names of all interfaces and the addresses that they have."""
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if entry.family in (socket.AF_INET, socket.AF_INET6):
+                yield name, ip_address(entry.address.partition("%")[0])

@@ -6,7 +6,7 @@ Readers take what is missing or damaged as not said.
 import json
 import os
 import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,9 +136,10 @@ class RankError:
         space.replace(run.rank_error(self.rank))
 
     @classmethod
-    def read_all(cls, run: RunDir) -> "list[RankError]":
-        """Of all ranks that left one, of every machine; the first first."""
-        return sorted(_read_all(run.rank_errors(), cls), key=lambda error: error.time)
+    def read_all(cls, run: RunDir, ranks: Iterable[int] | None = None) -> "list[RankError]":
+        """Of all ranks that left one, of every machine or of these ranks; the first first."""
+        paths = run.rank_errors() if ranks is None else [run.rank_error(rank) for rank in ranks]
+        return sorted(_read_all(paths, cls), key=lambda error: error.time)
 
 
 @dataclass(frozen=True, kw_only=True)
