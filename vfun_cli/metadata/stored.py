@@ -1,7 +1,7 @@
 """The rows of a run as its processes read them: one at a time, from a file that machine 0 has written for all.
 
 A rank of a thousand trains a thousandth of the rows, but does not know which before it has planned. As Python's objects
-ten million rows take 24 GB of each rank, and minutes to read; of an SQLite file a rank reads what it trains.
+ten million rows take 25 GB of each rank, and minutes to read; of an SQLite file a rank reads what it trains.
 """
 
 import errno
