@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,45 @@ def test_a_machine_alone_reports_nothing_and_waits_for_nobody(run: RunDir) -> No
         assert not ends(alone) and alone.next_attempt(3) == 3
         assert alone.agree(failure("crash", 1, "x")).message == "x"
     assert not [*run.logs.iterdir()]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_a_machine_meets_ends_others_that_still_check_their_rows(
+    number: int, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "BEAT", 0.02)
+    machine, other = met(run, 3)[number], 2 * (number == 0)
+    reason = Failure(kind="error", time=1, message=f"machine {other}: no model", hint="Get it.", exit_code=5)
+    with pytest.raises(CheckpointError, match=rf"^machine {other}: no model$"), machine.taking_part():
+        beat(run, other, state="ended", failure=reason)
+        checks_rows()
+    said = MachineReport.read(run, number)
+    assert said is not None and (said.state, said.failure) == ("ended", reason), (
+        "and the others hear it in the same words"
+    )
+
+
+def test_a_machine_that_dies_ends_others_that_still_check_their_rows(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "BEAT", 0.02)
+    with pytest.raises(VfunError, match="machine 1 has gone without a word"), met(run, 2)[0].taking_part():
+        checks_rows()
+
+
+def test_ranks_that_are_launched_are_ended_by_whoever_watches_them(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "BEAT", 0.02)
+    machine = met(run, 2)[0]
+    with machine.taking_part():
+        machine.launches()
+        beat(run, 1, state="ended", failure=failure("error", 1, "x"))
+        time.sleep(0.3)
+    assert ends(machine)
+
+
+def checks_rows() -> None:
+    """As long as nobody stops it, up to ten seconds."""
+    for _ in range(1000):
+        time.sleep(0.01)

@@ -9,11 +9,13 @@ No clock of another machine is believed: whoever changes its report lives, and w
 silence while this machine's own reports do not get through: then the disk is at fault, not the machine.
 """
 
+import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from secrets import token_hex
 
 from vfun_cli import console
@@ -105,6 +107,10 @@ class Machine:
         self._met = False
         """Whether the launchers of this attempt have met: they start their ranks then."""
         self._looks_apart = 0
+        self._prepares = True
+        """Whether this command has not come to launch anything yet."""
+        self._ends_with: Failure | None = None
+        """What another machine met meanwhile."""
 
     @property
     def attempt(self) -> int:
@@ -124,7 +130,11 @@ class Machine:
 
     @contextmanager
     def taking_part(self) -> Iterator[None]:
-        """Give signs of life until the end of the block, and say how that ended."""
+        """Give signs of life until the end of the block, and say how that ended.
+
+        Raises:
+            VfunError: another machine failed before this one had come to launch anything (``launches``).
+        """
         if not self.peers:
             yield
             return
@@ -135,6 +145,9 @@ class Machine:
         try:
             yield
         except BaseException as error:
+            if self._ends_with is not None and isinstance(error, KeyboardInterrupt):
+                failure = self._ends_with
+                raise error_of(failure) from None
             failure = self._of_this_machine(failure_of(error))
             raise
         finally:
@@ -151,8 +164,30 @@ class Machine:
 
     def _beat(self, done: threading.Event) -> None:
         self._say()
-        while not done.wait(BEAT):
-            self._say()
+        for number in count(1):
+            if done.wait(BEAT / 2):
+                return
+            if self._prepares:
+                self._heed()
+            if number % 2 == 0:
+                self._say()
+
+    def _heed(self) -> None:
+        """End what this command does, as Ctrl-C would, where another machine has failed or gone: to check rows or every
+        byte of a checkpoint takes minutes.
+        """
+        self.look()
+        met = (said.failure for said in self._heard.values() if self._has_failed(said))
+        failure = next((each for each in met if each is not None), self._lost() if self._gone() else None)
+        with self._writing:
+            if failure is not None and self._prepares:
+                self._prepares, self._ends_with = False, failure
+                _thread.interrupt_main()
+
+    def launches(self) -> None:
+        """From here on whoever watches the ranks looks at the other machines (``must_end``)."""
+        with self._writing:
+            self._prepares = False
 
     def started(self) -> None:
         """Say that the launcher of this attempt has been started here."""

@@ -216,6 +216,7 @@ def _launch_once(job: Job, claim: int, machine: Machine) -> Outcome:
         manifest.verify(job.found.checkpoint)  # every byte: what is loaded here is trained on for days
     first_step = job.found.step if job.found else 0
     # Until here a signal ends the command. From here on there is a run, which only a checkpoint can continue.
+    machine.launches()
     with supervise.stop_requests(job.run, machine.number) as stop:
         if job.staging is not None:
             _make_staging(job.staging)
