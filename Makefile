@@ -21,7 +21,7 @@ test-fast: $(INSTALLED)
 # What needs torchao, which diffusers and peft would import in every other test.
 test-8bit: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao "$(TORCHAO)"
-	PYTHONPATH=$(CURDIR)/$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "8bit or 8_bit" tests/training/test_optimizers.py tests/training/test_optimizers_sharded.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "8bit or 8_bit" tests/training/test_optimizers.py tests/training/test_optimizers_sharded.py tests/training/test_hybrid_sharding.py
 
 test-long: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
