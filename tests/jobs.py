@@ -191,11 +191,16 @@ def kill_all(job: Job) -> None:
 
 def processes_of(job: Job) -> list[int]:
     """A command that has not been waited for, and all that it started, in whatever session: they inherit its mark."""
-    found = []
     with suppress(OSError, KeyError):  # it has ended
-        mark = environment_of(job.pid)[MARK]
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if environment_of(int(process.name)).get(MARK) == mark:
-                    found.append(int(process.name))
+        return marked(environment_of(job.pid)[MARK])
+    return []
+
+
+def marked(mark: str) -> list[int]:
+    """All processes that were started with this mark, in whatever session."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone
+            if environment_of(int(process.name)).get(MARK) == mark:
+                found.append(int(process.name))
     return found

@@ -23,7 +23,7 @@ from uuid import uuid4
 import yaml
 
 from tests.job_files import directives
-from tests.jobs import MARK, TIMEOUT, environment_of
+from tests.jobs import MARK, TIMEOUT, marked
 from tests.machines import Host, bare_environment
 from tests.started import Place, pytorchjob, skypilot, step
 
@@ -142,19 +142,9 @@ class Scheduler(ABC):
         )
 
 
-def processes_of(mark: str) -> list[int]:
-    """All that were started with this mark, in whatever session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone
-            if environment_of(int(folder.name)).get(MARK) == mark:
-                found.append(int(folder.name))
-    return found
-
-
 def send(number: signal.Signals, mark: str) -> None:
     """A signal to all of them."""
-    for process in processes_of(mark):
+    for process in marked(mark):
         with suppress(ProcessLookupError):
             os.kill(process, number)
 

@@ -5,15 +5,13 @@
 ``FOLDER/results.json`` says of each rank what came of each optimizer; ``FOLDER/<optimizer>`` holds its checkpoint.
 """
 
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from optimizers_worker import RATE, Adapter, digest, train
+from optimizers_worker import RATE, Adapter, digest, leave, train
 from sharded_worker import accelerator
 
 from vfun_cli.config.options import RunConfig
@@ -92,10 +90,7 @@ def main(folder: Path) -> int:
         results[f"{made_for} for {size}"] = refused(
             lambda size=size, made_for=made_for: start("adamw", size, folder, made_for=made_for)
         )
-    everyone: list[Any] = [None] * RANKS
-    dist.all_gather_object(everyone, results)
-    if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(everyone))
+    leave(results, folder)
     return 0
 
 

@@ -206,11 +206,16 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)
     results = {case: run(case, folder) for case in CASES}
     results |= {f"{source} to {target}": take_over(source, target, folder) for source, target in TAKEN_OVER}
-    everyone: list[Any] = [None, None]
+    leave(results, folder)
+    return 0
+
+
+def leave(results: dict[str, Any], folder: Path) -> None:
+    """What each rank has found, in a file of all."""
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(everyone))
-    return 0
 
 
 if __name__ == "__main__":

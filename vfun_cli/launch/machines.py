@@ -177,8 +177,7 @@ class Machine:
         byte of a checkpoint takes minutes.
         """
         self.look()
-        met = (said.failure for said in self._heard.values() if self._has_failed(said))
-        failure = next((each for each in met if each is not None), self._lost() if self._gone() else None)
+        failure = self._cause(None) or (self._lost() if self._gone() else None)
         with self._writing:
             if failure is not None and self._prepares:
                 self._prepares, self._ends_with = False, failure
@@ -320,8 +319,12 @@ class Machine:
             return None
         if gone:
             return self._lost()
+        return self._cause(own) or self._lost()
+
+    def _cause(self, own: Failure | None) -> Failure | None:
+        """Of what was met here and what the others that have failed say, that which the rest comes of."""
         met = [own, *(said.failure for said in self._heard.values() if self._has_failed(said))]
-        return min((failure for failure in met if failure), key=lambda failure: failure.order, default=self._lost())
+        return min((failure for failure in met if failure), key=lambda failure: failure.order, default=None)
 
     def _decided(self, own: Failure | None) -> Failure | None:
         said = self._heard[0]

@@ -30,6 +30,7 @@ from vfun_cli.config.options import RunConfig
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.devices import cpu_cores
 from vfun_cli.errors import RunError
+from vfun_cli.modeling.encoders.sharding import ranks_here
 from vfun_cli.modeling.shards import shard_group
 from vfun_cli.training.precision import compute_dtype
 from vfun_cli.training.waiting import COLLECTIVE_LIMIT
@@ -160,8 +161,7 @@ def prepare_environment(device: str) -> None:
     if device == "cpu":
         os.environ.setdefault("ACCELERATE_USE_CPU", "false")
     if SHARE_CORES in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, cpu_cores() // local))
+        torch.set_num_threads(max(1, cpu_cores() // ranks_here()))
 
 
 def assert_strategy(name: str, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from vfun_cli.config.options import default_of
 from vfun_cli.config.strategies import STRATEGIES
 from vfun_cli.disks.abilities import copy_folder, fsync_directory
 from vfun_cli.errors import ConfigError, FitError, RunError, first_line
+from vfun_cli.modeling.encoders.sharding import ranks_here
 from vfun_cli.run import ownership
 from vfun_cli.run.locate import way_on
 from vfun_cli.run.rundir import RunDir
@@ -170,8 +171,7 @@ class Checkpointer:
         """From memory to the disk, one process of each machine; the first one waits for the others and finishes."""
         with self._failure_named(run_state["step"]):
             accelerator, partial = state.accelerator, self.run.partial_checkpoint(run_state["step"])
-            on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            machine, machines = accelerator.process_index // on_machine, accelerator.num_processes // on_machine
+            machine, machines = accelerator.process_index // ranks_here(), accelerator.num_processes // ranks_here()
             copied = [partial / file.relative_to(waiting) for file in manifest.files_of(waiting)]
             copy_folder(waiting, partial)
             shutil.rmtree(waiting)
