@@ -88,6 +88,9 @@ def _program(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+INSTALLED = {"vfun": "vfun_cli", "torchrun": "torch.distributed.run"}
+"""The programs that a machine with vfun has, and the modules that they are."""
+
 # Schedulers --------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +109,8 @@ class Scheduler(ABC):
         """By which all processes of each command are known."""
         self.tools = folder / "tools"
         self.tools.mkdir()
-        _program(self.tools / "vfun", f'#!/bin/sh\nexec {sys.executable} -P -m vfun_cli "$@"\n')
+        for name, module in INSTALLED.items():
+            _program(self.tools / name, f'#!/bin/sh\nexec {sys.executable} -P -m {module} "$@"\n')
 
     @abstractmethod
     def start(self) -> Job:
