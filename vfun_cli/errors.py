@@ -114,6 +114,11 @@ EXIT_CLOSED_PIPE = 141
 """Whoever read stdout has gone (``vfun ... | head``): what a shell says of a program that SIGPIPE ended."""
 
 
+def as_flag(name: str) -> str:
+    """An option as it is typed: ``--max-train-steps`` for ``max_train_steps``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def first_line(error: BaseException) -> str:
     """What another library says first, without its full stop, to stand in a sentence of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

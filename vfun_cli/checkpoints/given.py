@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from vfun_cli.errors import as_flag
+
 TRANSFORMER, VAE = "transformer_path", "vae_path"
 """The options."""
 
@@ -35,4 +37,4 @@ class Given:
 
 def typed(option: str, place: Path) -> str:
     """The option and what it names, for messages."""
-    return f"--{option.replace('_', '-')} {place}"
+    return f"{as_flag(option)} {place}"

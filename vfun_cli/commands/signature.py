@@ -13,7 +13,7 @@ from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
 from vfun_cli.config.options import Opt, default_of, options, plain_kind
 from vfun_cli.config.originals import FLAGS
 from vfun_cli.config.strategies import STRATEGY_FLAGS
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, as_flag
 from vfun_cli.families import FAMILIES
 
 Command = Callable[..., None]
@@ -28,8 +28,8 @@ def hyphenate(arguments: Sequence[str]) -> list[str]:
     An option with a value that is also a switch (``Opt.switch``) gets that value where it stands alone or is negated.
     A list may be written with spaces, as the original scripts take it: see :func:`_spaced`.
     """
-    switches = {_long(name): (opt.switch, opt.choices) for name, (_, _, opt) in options().items() if opt.switch}
-    lists = {_long(name) for name, (_, kind, _) in options().items() if plain_kind(kind) is tuple}
+    switches = {as_flag(name): (opt.switch, opt.choices) for name, (_, _, opt) in options().items() if opt.switch}
+    lists = {as_flag(name) for name, (_, kind, _) in options().items() if plain_kind(kind) is tuple}
     result: list[str] = []
     position = 0
     while position < len(arguments):
@@ -123,7 +123,7 @@ def _parameters(command: str, *, choosing_flags: bool) -> list[inspect.Parameter
 
 def _original_flag(name: str) -> inspect.Parameter:
     kind = bool if FLAGS[name].switch else str
-    return _keyword(name, Annotated[kind | None, typer.Option(_long(name), hidden=True)])
+    return _keyword(name, Annotated[kind | None, typer.Option(as_flag(name), hidden=True)])
 
 
 def _flag_help(name: str, meant: str) -> str:
@@ -165,20 +165,16 @@ _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "LIST"
 
 def _names(name: str, kind: Any, opt: Opt) -> list[str]:
     names = [name, *opt.other_names]
-    return [f"{_long(each)}/{_no(each)}" if kind is bool else _long(each) for each in names]
+    return [f"{as_flag(each)}/{_no(each)}" if kind is bool else as_flag(each) for each in names]
 
 
 def _no(name: str) -> str:
-    return f"--no-{_long(name)[2:]}"
-
-
-def _long(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return as_flag(f"no_{name}")
 
 
 def _flag(name: str, panel: str, help_text: str) -> inspect.Parameter:
     declaration = typer.Option(
-        _long(name), help=help_text, rich_help_panel=panel, hidden=name.startswith("use_"), show_default=False
+        as_flag(name), help=help_text, rich_help_panel=panel, hidden=name.startswith("use_"), show_default=False
     )
     return _keyword(name, Annotated[bool | None, declaration])
 

@@ -3,7 +3,7 @@
 from vfun_cli.config import optimizers
 from vfun_cli.config.options import ENDING_SCHEDULERS, TIMESTEP_DENSITIES, RunConfig, default_of, parse
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, EnvironmentFault, did_you_mean
+from vfun_cli.errors import ConfigError, EnvironmentFault, as_flag, did_you_mean
 from vfun_cli.families.spec import FamilySpec, ModelDims
 
 MOST_CLIPS_OF_A_STEP = 10_000_000
@@ -142,7 +142,7 @@ def _check_schedule(config: RunConfig) -> None:
             raise ConfigError(
                 f"{name} is {value}, which has no effect on lr_scheduler {config.lr_scheduler}.",
                 hint=f"Drop it, or choose --lr-scheduler {' or '.join(schedulers)}.",
-                option=f"--{name.replace('_', '-')}",
+                option=as_flag(name),
             )
 
 
@@ -226,7 +226,7 @@ def _check_objective(config: RunConfig, spec: FamilySpec) -> None:
                 f"{name} is {getattr(config, name)}, which has no effect without {needs}"
                 f"{'' if value is True else f' {value}'}.",
                 hint=f"Drop it, or add {switch}.",
-                option=f"--{name.replace('_', '-')}",
+                option=as_flag(name),
             )
 
 
@@ -259,7 +259,7 @@ def _check_validation(config: RunConfig) -> None:
             raise ConfigError(
                 f"{name} is {every}, but there is nothing to validate on.",
                 hint="Add --validation-rows N, --validation-meta FILE or --validation-prompts TEXT, or drop it.",
-                option=f"--{name.replace('_', '-')}",
+                option=as_flag(name),
             )
 
 

@@ -19,7 +19,7 @@ from vfun_cli.checkpoints.given import Given
 from vfun_cli.config.datasets import DataSet, parse_data_sets, sets_over_paths, sets_to_json
 from vfun_cli.config.optimizers import OPTIMIZERS
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.errors import ConfigError, as_flag, did_you_mean
 from vfun_cli.files import at_home, possible
 from vfun_cli.metadata.fields import odd_sign
 from vfun_cli.modeling.captions import CAPTION_DROPOUT
@@ -1241,7 +1241,7 @@ def parse(name: str, value: Any, where: str) -> Any:
     try:
         return _parsed(name, value, where)
     except ConfigError as error:
-        error.option = f"--{name.replace('_', '-')}"
+        error.option = as_flag(name)
         raise
 
 

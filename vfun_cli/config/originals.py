@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vfun_cli.config.options import RunConfig
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, as_flag
 from vfun_cli.families.spec import FamilySpec
 
 NOISE_LEVELS = 1000
@@ -136,7 +136,7 @@ def meaning(name: str, value: str | bool, spec: FamilySpec, config: RunConfig | 
         value: as it was typed; True for a switch.
         config: the options that it was typed with, where they are known: what it would have done with them.
     """
-    flag, typed = FLAGS[name], f"--{name.replace('_', '-')}"
+    flag, typed = FLAGS[name], as_flag(name)
     match flag.fate:
         case "fixed":
             return _meaning_of_fixed(typed, value, flag, right_values(spec).get(name), spec)
@@ -178,12 +178,12 @@ def settle(typed: Mapping[str, str | bool], spec: FamilySpec, config: RunConfig)
     meanings = {name: meaning(name, value, spec, config) for name, value in typed.items()}
     for name, found in meanings.items():
         if found.kind == "refused":
-            raise ConfigError(found.words, hint=found.hint, option=f"--{name.replace('_', '-')}")
+            raise ConfigError(found.words, hint=found.hint, option=as_flag(name))
     lines = [found.words for found in meanings.values() if found.kind == "idle"]
     dead = [name for name, found in meanings.items() if found.kind == "dead"]
     return [*lines, *([_no_effect(dead)] if dead else [])]
 
 
 def _no_effect(names: Iterable[str]) -> str:
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    flags = ", ".join(as_flag(name) for name in names)
     return f"Without effect, as in the original scripts: {flags}."

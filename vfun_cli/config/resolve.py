@@ -14,7 +14,7 @@ from vfun_cli.config.datasets import DataSet
 from vfun_cli.config.lora import translate_targets
 from vfun_cli.config.options import DEFAULT_VARIANTS, RunConfig, default_of, options, parse
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import ConfigError, did_you_mean
+from vfun_cli.errors import ConfigError, as_flag, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import open_bounded
 from vfun_cli.metadata.records import root_of
@@ -227,7 +227,7 @@ def _require_gpus_of_all(ranks: int) -> None:
 
 def _place(source: str, name: str) -> str:
     """Where a value was said, in words."""
-    return f"--{name.replace('_', '-')}" if source == OPTION else f"{source}: {name}"
+    return as_flag(name) if source == OPTION else f"{source}: {name}"
 
 
 def _last_word(layers: Sequence[Layer], name: str, otherwise: Any) -> Any:

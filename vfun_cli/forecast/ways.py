@@ -7,6 +7,7 @@ from typing import Any
 
 from vfun_cli.config.options import BASE_PRECISIONS, RunConfig
 from vfun_cli.config.strategies import STRATEGIES
+from vfun_cli.errors import as_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class Way:
 
 
 def _typed(name: str, value: Any) -> str:
-    flag = f"--{name.replace('_', '-')}"
+    flag = as_flag(name)
     if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
+        return flag if value else as_flag(f"no_{name}")
     words = " ".join(map(str, value)) if isinstance(value, tuple) else value
     return f"--{value}" if name == "strategy" and value != "single" else f"{flag} {words}"
 

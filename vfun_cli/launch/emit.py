@@ -16,7 +16,7 @@ from vfun_cli import __version__
 from vfun_cli.config.cluster import DEFAULT_PORT
 from vfun_cli.config.options import LISTS_OF_PATHS, RunConfig, names_paths, options
 from vfun_cli.config.resolve import Resolved, is_default, is_said, root_of_set
-from vfun_cli.errors import EXIT_PREEMPTED, ConfigError
+from vfun_cli.errors import EXIT_PREEMPTED, ConfigError, as_flag
 from vfun_cli.run.messages import PREEMPTION_SIGNALS
 from vfun_cli.scripts.rows import Setting
 from vfun_cli.scripts.write import double_quoted, words_of
@@ -207,7 +207,7 @@ def _require_elsewhere(resolved: Resolved) -> None:
                 f"{name} is of one machine, and the file that --emit prints is started on all; each hears there "
                 f"which one it is. It comes from: {resolved.sources[name]}.",
                 hint="Leave it out.",
-                option=f"--{name.replace('_', '-')}",
+                option=as_flag(name),
             )
     given = resolved.config.resume_from_checkpoint
     if given not in (None, "latest"):
@@ -274,7 +274,7 @@ def _command(job: "Job", own: Mapping[str, Any]) -> list[list[str]]:
     settings = {name: value for name, value in {**said, **own}.items() if value is not None}
     found = [["vfun", job.command, job.spec.name]]
     for name, value in settings.items():
-        option = f"--{name.replace('_', '-')}"
+        option = as_flag(name)
         words = words_of(name, option, Setting(name=name, value=value))
         if odd := next((odd for word in words if (odd := _UNWRITABLE.search(word))), None):
             raise ConfigError(

@@ -26,7 +26,7 @@ from vfun_cli.config.options import (
 )
 from vfun_cli.config.resolve import FOLLOWS, HERE, OPTION, Resolved, is_default, resolve
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.errors import CheckpointError, ConfigError, did_you_mean
+from vfun_cli.errors import CheckpointError, ConfigError, as_flag, did_you_mean
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.launch.job import Job
 from vfun_cli.plan.sets import rows_digest
@@ -350,17 +350,13 @@ def _command(run: Earlier, resolved: Resolved, allowed: Sequence[str]) -> str:
         if change.after is not None and not kept and change.name != "resume_from_checkpoint":
             words += _typed(change.name, change.after)
     for name in allowed:
-        words += ["--allow", _hyphened(name)]
+        words += ["--allow", as_flag(name).removeprefix("--")]
     return shlex.join(words)
 
 
 def _typed(name: str, value: Any) -> list[str]:
     """An option as it is typed."""
     if isinstance(value, bool):
-        return [f"--{'' if value else 'no-'}{_hyphened(name)}"]
+        return [as_flag(name if value else f"no_{name}")]
     entries = typed_entries(name, value) if plain_kind(options()[name][1]) is tuple else [str(value)]
-    return [word for entry in entries for word in (f"--{_hyphened(name)}", entry)]
-
-
-def _hyphened(name: str) -> str:
-    return name.replace("_", "-")
+    return [word for entry in entries for word in (as_flag(name), entry)]

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, as_flag
 from vfun_cli.families.spec import ClipShape, FamilySpec, ModelDims
 from vfun_cli.metadata.table import IntArray
 from vfun_cli.plan.options import PlanOptions
@@ -219,7 +219,7 @@ def check_options(options: PlanOptions, spec: FamilySpec, dims: ModelDims) -> No
     for name in ("video_sample_size", "image_sample_size"):
         value = getattr(options, name)
         if value is not None and value < least:
-            flag = "--" + name.replace("_", "-")
+            flag = as_flag(name)
             raise ConfigError(f"{flag} is {value}; it must be {least} or more.", hint=f"For example {flag} {least}.")
     fewest = spec.plan.frame_rule.fewest
     if round_frames(options.video_sample_n_frames, spec, dims) < fewest:

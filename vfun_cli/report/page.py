@@ -13,7 +13,7 @@ from typing import Any
 from vfun_cli import console
 from vfun_cli.config.datasets import parse_data_sets
 from vfun_cli.config.resolve import OPTION
-from vfun_cli.errors import CheckpointError, ConfigError
+from vfun_cli.errors import CheckpointError, ConfigError, as_flag
 from vfun_cli.report import meter
 from vfun_cli.report.charts import Chart, Curve, Point, draw, smooth
 from vfun_cli.report.gather import Place, Record, Sample, Told, differences, number, numbers, picture
@@ -368,10 +368,7 @@ def _options(told: Told) -> str:
     found = differences(told)
     if not found:
         return _note(f"All options are the defaults of {text(told.spec.name)}.")
-    rows = [
-        (f"--{each.name.replace('_', '-')}", _value(each.value), _value(each.default), _source(each.source))
-        for each in found
-    ]
+    rows = [(as_flag(each.name), _value(each.value), _value(each.default), _source(each.source)) for each in found]
     return _table(("option", "value", f"default of {told.spec.name}", "from"), rows)
 
 

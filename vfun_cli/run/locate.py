@@ -7,7 +7,7 @@ from pathlib import Path
 from vfun_cli import console
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.state import STATE_FILE
-from vfun_cli.errors import CheckpointError
+from vfun_cli.errors import CheckpointError, as_flag
 from vfun_cli.run import ownership
 from vfun_cli.run.rundir import RunDir
 
@@ -119,13 +119,13 @@ def way_on(run: RunDir, **changed: object) -> str:
     Args:
         changed: options that should change, although they change what is trained.
     """
-    options = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = [word for name, value in changed.items() for word in (as_flag(name), str(value))]
     if newest(run) is None:
         needed = [*options, *(["--overwrite"] if holds_results(run) else [])]
         return (
             f"No checkpoint was saved: the same command {' '.join(['with', *needed, '']) if needed else ''}begins anew."
         )
-    allowed = [word for name in changed for word in ("--allow", name.replace("_", "-"))]
+    allowed = [word for name in changed for word in ("--allow", as_flag(name).removeprefix("--"))]
     return "To go on: " + shlex.join(["vfun", "resume", str(run.root), *options, *allowed])
 
 

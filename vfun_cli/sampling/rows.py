@@ -19,7 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from vfun_cli.errors import ConfigError, MetadataError
+from vfun_cli.errors import ConfigError, MetadataError, as_flag
 from vfun_cli.families.spec import FamilySpec, ModelDims, SamplingInput, steps_of_edit
 from vfun_cli.metadata.checks import describe, exact_rate, path_fault
 from vfun_cli.metadata.codes import Problem
@@ -29,7 +29,7 @@ from vfun_cli.metadata.probe import MediaKind, probe_many
 from vfun_cli.metadata.records import Metadata, Record, cell_value, read_metadata, renames, root_of
 from vfun_cli.plan.rows import header_cache, progress
 from vfun_cli.plan.sizes import round_frames
-from vfun_cli.sampling.settings import CHECKS, SEED, Wanted, check_setting, check_wanted, option, size_of, usual_frames
+from vfun_cli.sampling.settings import CHECKS, SEED, Wanted, check_setting, check_wanted, size_of, usual_frames
 from vfun_cli.sampling.source import Source
 
 INPUTS: tuple[SamplingInput, ...] = ("image", "end_image", "reference", "control", "edit", "edit_mask", "audio")
@@ -183,14 +183,14 @@ def videos_of_options(
     if wrong := [name for name in given if name != "prompt" and name not in taken]:
         why = unable.get(wrong[0])  # type: ignore[call-overload]
         raise ConfigError(
-            f"{option(wrong[0])}: {why or f'{spec.name} makes no video from it'}.", hint=f"{_takes(spec, taken)}."
+            f"{as_flag(wrong[0])}: {why or f'{spec.name} makes no video from it'}.", hint=f"{_takes(spec, taken)}."
         )
     if lacking := [name for name in ("prompt", *spec.sampling.required) if not given.get(name)]:
-        raise ConfigError(f"no {option(lacking[0])} is given.", hint=f"{_takes(spec, taken)}.")
+        raise ConfigError(f"no {as_flag(lacking[0])} is given.", hint=f"{_takes(spec, taken)}.")
     count = max(len(values) for values in given.values())
     if odd := [name for name, values in given.items() if len(values) not in (1, count)]:
         raise ConfigError(
-            f"{option(odd[0])} is given {len(given[odd[0]])} times, for {count} videos.",
+            f"{as_flag(odd[0])} is given {len(given[odd[0]])} times, for {count} videos.",
             hint="Give each option once for all videos, or once for each.",
         )
     rows = [
@@ -311,8 +311,8 @@ def _taken(spec: FamilySpec, dims: ModelDims) -> tuple[SamplingInput, ...]:
 
 
 def _takes(spec: FamilySpec, taken: Sequence[SamplingInput]) -> str:
-    needed = ["--prompt", *(option(name) for name in taken if name in spec.sampling.required)]
-    others = [option(name) for name in taken if name not in spec.sampling.required]
+    needed = ["--prompt", *(as_flag(name) for name in taken if name in spec.sampling.required)]
+    others = [as_flag(name) for name in taken if name not in spec.sampling.required]
     return f"{spec.name} takes {', '.join(needed)}{' and, where wanted, ' * bool(others)}{', '.join(others)}"
 
 

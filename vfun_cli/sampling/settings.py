@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import count
 from typing import Any
 
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, as_flag
 from vfun_cli.families.spec import FamilySpec, ModelDims
 from vfun_cli.metadata.facts import VisualFacts
 from vfun_cli.plan.sizes import round_frames
@@ -63,7 +63,7 @@ def check_wanted(wanted: Wanted, spec: FamilySpec, dims: ModelDims) -> None:
         try:
             check_setting(item.name, value, spec, dims)
         except ValueError as error:
-            raise ConfigError(f"{option(item.name)}: {error}.") from None
+            raise ConfigError(f"{as_flag(item.name)}: {error}.") from None
 
 
 def check_setting(name: str, value: Any, spec: FamilySpec, dims: ModelDims) -> None:
@@ -75,11 +75,6 @@ def check_setting(name: str, value: Any, spec: FamilySpec, dims: ModelDims) -> N
     CHECKS[name](name, value)
     if name in _OF_THE_FAMILY:
         _OF_THE_FAMILY[name](value, spec, dims)
-
-
-def option(name: str) -> str:
-    """How a setting or an input is spelt on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def size_of(stated: Mapping[str, Any], like: VisualFacts | None, spec: FamilySpec) -> tuple[int, int]:

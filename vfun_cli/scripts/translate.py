@@ -12,7 +12,7 @@ from vfun_cli.config.options import options, parse, plain_kind
 from vfun_cli.config.originals import FLAGS, meaning
 from vfun_cli.config.resolve import Resolved, family_defaults, resolve
 from vfun_cli.config.strategies import STRATEGIES, STRATEGY_FLAGS
-from vfun_cli.errors import ConfigError
+from vfun_cli.errors import ConfigError, as_flag
 from vfun_cli.families import find
 from vfun_cli.families.spec import FamilySpec
 from vfun_cli.files import open_bounded
@@ -207,7 +207,7 @@ class _Work:
         if not flag.settled:
             names = ", ".join(f"${name}" for word in flag.values for name in word.variables) or "a command"
             self.settings[name] = Setting(name=name, value=None, word=flag.values[0])
-            self.tell("kept", flag, f"{_shown(name)}; the script does not say what {names} is")
+            self.tell("kept", flag, f"{as_flag(name)}; the script does not say what {names} is")
             return
         kind = plain_kind(options()[name][1])
         said: Any = [word.text for word in flag.values] if kind is tuple else flag.text
@@ -232,10 +232,6 @@ class _Work:
     def typed(self, name: str) -> str:
         """The option as it is typed."""
         return " ".join(as_typed(self.settings[name]))
-
-
-def _shown(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _known() -> frozenset[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfun_cli.config.options import options, plain, plain_kind, typed_entries
 from vfun_cli.config.strategies import STRATEGY_FLAGS
+from vfun_cli.errors import as_flag
 from vfun_cli.scripts.rows import Setting
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _STRATEGY_FLAG = {
 
 def as_typed(setting: Setting) -> list[str]:
     """An option as words of a shell, quoted for it."""
-    name, option = setting.name, f"--{setting.name.replace('_', '-')}"
+    name, option = setting.name, as_flag(setting.name)
     if setting.word is not None:
         return [f"{option}={setting.word.typed}"]
     return [shlex.quote(word) for word in words_of(name, option, setting)]
@@ -47,7 +48,7 @@ def arguments(translation: "Translation", environ: Mapping[str, str]) -> list[st
     """The command as a program gets it, without ``vfun``; ``environ``: what the script's unset variables are."""
     found = [translation.command, translation.family]
     for setting in translation.settings:
-        option = f"--{setting.name.replace('_', '-')}"
+        option = as_flag(setting.name)
         if setting.word is None:
             found += words_of(setting.name, option, setting)
         else:

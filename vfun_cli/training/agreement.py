@@ -21,7 +21,7 @@ from accelerate import PartialState
 from vfun_cli import __version__, devices
 from vfun_cli.checkpoints import manifest
 from vfun_cli.config import optimizers
-from vfun_cli.errors import ConfigError, VfunError
+from vfun_cli.errors import ConfigError, VfunError, as_flag
 from vfun_cli.run.contents import differing_pieces, file_digests
 from vfun_cli.run.known import known
 from vfun_cli.run.messages import named_machines
@@ -194,7 +194,7 @@ def _shown(value: Any) -> str:
 def statement(described: Mapping[str, Any]) -> dict[str, Any]:
     """What all ranks of a job must have alike, by the words for it."""
     options = {
-        _option(name): value is not None if name in OF_A_MACHINE else value
+        as_flag(name): value is not None if name in OF_A_MACHINE else value
         for name, value in described["config"].items()
     }
     resume = Path(described["resume"]) if described.get("resume") else None
@@ -223,8 +223,4 @@ def _digest_of(place: str | None) -> str | None:
 
 def _holds(name: str) -> str:
     """What a statement calls the contents of what an option names."""
-    return f"what {_option(name)} holds"
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"what {as_flag(name)} holds"

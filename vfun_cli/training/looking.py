@@ -106,7 +106,7 @@ def evaluating(state: TrainedState, weights: str) -> Iterator[nn.Module]:
 
     Compiled blocks run as they were written: nothing is compiled for it.
     """
-    transformer = state.accelerator.unwrap_model(state.model)
+    transformer = state.transformer
     with average_in_place(state) if weights == "ema" else nullcontext():
         transformer.eval()
         try:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -137,7 +137,7 @@ def save_adapter(state: TrainedState, folder: Path) -> None:
     average = None if state.average is None else collect_average(state)
     if not state.accelerator.is_main_process:
         return
-    setting = state.accelerator.unwrap_model(state.model).peft_config[ADAPTER].to_dict()
+    setting = cast(Any, state.transformer).peft_config[ADAPTER].to_dict()
     save_tensors({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / ADAPTER_FILE)
     save_tensors(moments, folder / OPTIMIZER_FILE)
     if average is not None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vfun_cli.config.optimizers import OPTIMIZERS, Optimizer
 from vfun_cli.errors import CheckpointError
@@ -31,10 +32,19 @@ class TrainedState:
     moments_bytes: int | None = None
     """What it will keep of all parameters, on all ranks; None: as much as two float32 numbers for each of theirs."""
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer as its family built it: DDP and DeepSpeed have it inside of them, FSDP changes it in place.
+
+        accelerate's ``unwrap_model`` imports deepspeed for every strategy: 0.5 s of the start of each rank.
+        """
+        wrapped = isinstance(self.model, DistributedDataParallel) or is_partitioned(self)
+        return cast(nn.Module, self.model.module) if wrapped else self.model
+
 
 def trained_parameters(state: TrainedState) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, as the strategy keeps them."""
-    return trainable(state.accelerator.unwrap_model(state.model))
+    return trainable(state.transformer)
 
 
 def is_partitioned(state: TrainedState) -> bool:
