@@ -205,7 +205,7 @@ def rank(folder: Path, name: str, way: str) -> None:
     adapter: Any = SimpleNamespace(transformer=transformer)
     state = model.prepare_state(config, SPEC, adapter, accelerator, lazy)
     accelerator.wait_for_everyone()
-    peaks.model = state.accelerator.unwrap_model(state.model)
+    peaks.model = state.transformer
     print(json.dumps({"peak": peaks.most, "mapped": peaks.mapped, "beyond": peaks.beyond_weights, "host": peaks.host,
                       "kept": peaks.placed(), "seconds": time.monotonic() - began}), flush=True)  # fmt: skip
     accelerator.wait_for_everyone()

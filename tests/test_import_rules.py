@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import vfun_process
 from vfun_cli.demo.default import BUILDERS
 from vfun_cli.families import FAMILIES
+from vfun_cli.run.rundir import RunDir
 
 PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
@@ -236,6 +238,23 @@ def test_help_and_refusals_load_neither_numpy_nor_heavy_packages(tmp_path: Path)
 
 def test_a_plan_loads_no_heavy_packages(tmp_path: Path) -> None:
     assert loaded([["plan-buckets", "wan-s2v"]], tmp_path, HEAVY | {"numpy"}) == [("plan-buckets wan-s2v", {"numpy"})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "expected"), [("single", False), ("zero2", True)])
+def test_ranks_load_deepspeed_for_its_own_strategies_alone(
+    strategy: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes half a second of the start of each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    run = RunDir(tmp_path / "run")
+    vfun_process(
+        "train", "cogvideox-fun", "--demo", "--device=cpu", f"--strategy={strategy}", "--num-processes=1",
+        "--max-train-steps=1", "--report-to=none", f"--output-dir={run.root}", code=0,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in run.launcher_log().read_text().splitlines()}
+    assert "diffusers" in imported and ("deepspeed" in imported) == expected
 
 
 def test_every_family_has_a_demo() -> None:

@@ -309,10 +309,7 @@ def test_a_failure_in_the_background_stops_the_run_later(run: RunDir) -> None:
 
 def of_two(state: TrainedState) -> TrainedState:
     """The same as the first of two machines with a process each sees it."""
-    on_two: Any = SimpleNamespace(
-        process_index=0, num_processes=2, is_main_process=True, is_local_main_process=True,
-        unwrap_model=state.accelerator.unwrap_model,
-    )  # fmt: skip
+    on_two: Any = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True, is_local_main_process=True)
     return replace(state, accelerator=on_two)
 
 

@@ -112,7 +112,7 @@ def test_ranks_share_the_rows_and_come_to_the_same_bits(
     for rank in range(ranks):
         rows.passes.clear()
         held_out.accelerator = SimpleNamespace(  # type: ignore[assignment]
-            num_processes=ranks, process_index=rank, unwrap_model=lambda model: model
+            num_processes=ranks, process_index=rank
         )
         held_out.encoded = []
         held_out.compute()
