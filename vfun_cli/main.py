@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import Annotated, Any
 
 import typer
@@ -128,7 +129,7 @@ def _run(arguments: Sequence[str], *, as_json: bool) -> tuple[int, BaseException
     """The exit code of a command, and what ended it if it did not end by itself."""
     if COMPLETION in os.environ:
         app(prog_name="vfun")  # a shell asks how the line could go on; ends the process
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(_asked(arguments))
     try:
         with command.make_context("vfun", list(arguments), obj=as_json) as ctx:
             command.invoke(ctx)
@@ -140,6 +141,14 @@ def _run(arguments: Sequence[str], *, as_json: bool) -> tuple[int, BaseException
         return ConfigError.exit_code, None if nothing_typed else error
     except (Exception, KeyboardInterrupt) as error:
         return _known(error).exit_code, error
+
+
+def _asked(arguments: Sequence[str]) -> typer.Typer:
+    """The app with the command that was typed alone: to make the options of all takes 30 of a start's 270 ms."""
+    alone, typed = copy(app), arguments[0] if arguments else None
+    alone.registered_commands = [command for command in app.registered_commands if command.name == typed]
+    alone.registered_groups = [group for group in app.registered_groups if group.name == typed]
+    return alone if alone.registered_commands or alone.registered_groups else app
 
 
 def _known(error: BaseException) -> VfunError:

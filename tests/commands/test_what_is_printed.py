@@ -247,6 +247,32 @@ def test_ctrl_c_is_130_without_a_traceback_wherever_it_comes(module: str, tmp_pa
     assert done.stdout.count("\n") == (1 if module in ("numpy", "the end") else 0)
 
 
+READ_ENOUGH = """
+import os
+from vfun_cli import console
+from vfun_cli.main import main
+
+read, write = os.pipe()
+os.dup2(write, 1)
+os.close(write)
+show = console.out.print
+
+def show_and_leave(*shown, **how):
+    show(*shown, **how)
+    console.flush()
+    os.close(read)
+
+console.out.print = show_and_leave
+main(["train", "--help"])
+"""
+
+
+def test_who_has_read_enough_of_a_help_is_told_nothing(tmp_path: Path) -> None:
+    """As ``vfun train --help | head``: the help is written at once, and nothing after the reader has gone."""
+    done = subprocess.run([sys.executable, "-c", READ_ENOUGH], cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_who_reads_no_further_is_told_nothing(tmp_path: Path) -> None:
     """As ``vfun ... | head``; and a lost stderr costs no result."""
     for lost in ("stdout", "stderr"):

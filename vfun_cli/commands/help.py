@@ -29,7 +29,20 @@ class _Helpful:
         if ctx.find_root().obj:  # --json
             console.print_json({"help": _described(self, ctx)})
             raise typer.Exit
-        console.out.print(_page(self, ctx), soft_wrap=True, end="")  # Typer ends the line
+        console.out.print(_page(self, ctx), soft_wrap=True)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Typer's, but that nothing is printed beside our own: it would end in a broken pipe in ``--help | head``."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show
+        return option
+
+
+def _show(ctx: Any, option: Any, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        ctx.get_help()
+        raise typer.Exit
 
 
 class Command(_Helpful, TyperCommand):
