@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from tests.disks import ABILITIES, file_system, without
+from tests.sources import PACKAGE, parsed
 from vfun_cli.checkpoints import manifest
 from vfun_cli.checkpoints.writer import Entry, plan_shards, write_shards
 from vfun_cli.disks.abilities import copy_folder, fault, missing
 from vfun_cli.errors import EnvironmentFault
 from vfun_cli.modeling.tensor_files import save_tensors
 from vfun_cli.run.rundir import ensure_writable, write_atomically
-
-PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 
 LACKING = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EPERM, errno.EACCES)
 FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
@@ -131,7 +130,7 @@ MODULES = {"os", "shutil", "fcntl"}
 def test_what_not_every_disk_knows_is_asked_in_one_place() -> None:
     found = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import vfun_process
+from tests.sources import PACKAGE, parsed
 from vfun_cli.demo.default import BUILDERS
 from vfun_cli.families import FAMILIES
 from vfun_cli.run.rundir import RunDir
 
-PACKAGE = Path(__file__).parent.parent / "vfun_cli"
 HEAVY = {"torch", "accelerate", "deepspeed", "diffusers", "transformers", "peft", "decord"}
 TRAINING_PLANE = (
     "training/",
@@ -38,7 +38,7 @@ def modules() -> list[Path]:
 def top_level_imports(path: Path) -> set[str]:
     """Names imported when the module is imported, `if TYPE_CHECKING` blocks left out."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,7 +49,7 @@ def top_level_imports(path: Path) -> set[str]:
 
 def all_imports(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -117,7 +117,7 @@ def room_of(path: Path) -> str:
 def named_modules(path: Path) -> set[str]:
     """Every module that the file names: in imports, at the top or inside functions, and as text to be imported."""
     names = all_imports(path)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found = re.fullmatch(r"(vfun_cli(?:\.\w+)+):\w+", node.value)  # module:attribute
             names |= {found[1]} if found else set()
@@ -167,7 +167,7 @@ def test_no_module_outside_families_branches_on_a_family_name() -> None:
         relative = path.relative_to(PACKAGE).as_posix()
         if relative.startswith(("families/", "demo/")):
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Compare):
                 text = ast.unparse(node)
                 assert "family ==" not in text and "spec.name ==" not in text, f"{relative}: {text}"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import PACKAGE, parsed
 from vfun_cli import errors
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "vfun_cli"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 GAP = "{}"
@@ -29,11 +29,6 @@ UPPER_START = frozenset({"A", "An", "It", "Its", "No", "Not", "Only", "That", "T
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 
-@cache
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
-
-
 def file_of(module: str) -> str | None:
     """The file below the package of a dotted name such as ``vfun_cli.errors``."""
     path = "/".join(module.split(".")[1:])
@@ -44,7 +39,7 @@ def file_of(module: str) -> str | None:
 def constants(module: str) -> dict[str, ast.expr]:
     """Values that a module's names have at its top level, imported ones included."""
     found: dict[str, ast.expr] = {}
-    for node in tree_of(module).body:
+    for node in parsed(PACKAGE / module).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node.value
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vfun_cli"):
@@ -95,7 +90,7 @@ def joined(parts: list[list[str]]) -> list[str]:
 
 def raised(module: str) -> Iterator[tuple[int, list[str], list[str]]]:
     """(line, messages, hints) of every error that a module makes."""
-    for node in ast.walk(tree_of(module)):
+    for node in ast.walk(parsed(PACKAGE / module)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
             hints = [text for word in node.keywords if word.arg == "hint" for text in texts(word.value, module)]
             yield node.lineno, texts(node.args[0], module), hints
@@ -178,7 +173,7 @@ def test_a_bare_command_is_told_from_a_sentence(hint: str, command: bool) -> Non
 def docstrings() -> Iterator[tuple[str, str]]:
     """(place, text) of every docstring, those of modules and classes included."""
     for module in MODULES:
-        for node in ast.walk(tree_of(module)):
+        for node in ast.walk(parsed(PACKAGE / module)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 yield f"{module}: {getattr(node, 'name', '')}", text
 

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from tests.commands.conftest import TRAINED, Vfun, digest
 from tests.jobs import Said, vfun_here
+from tests.sources import PACKAGE, parsed
 from tests.tiny_hub import Hub, serving
 from vfun_cli import families
 from vfun_cli.demo import default as demo_default
@@ -282,12 +283,11 @@ def test_a_directory_that_is_not_there_is_got_by_the_lines_for_its_size(place: P
 
 def test_one_module_alone_can_download() -> None:
     """All others would have to import a library of the hub, or open an address."""
-    package = Path(families.__file__).parent.parent
     able = re.compile(r"(huggingface_hub|urllib\.request|urllib3|requests|httpx2?|http\.client|aiohttp|ftplib)\b")
     found = set()
-    for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            found |= {str(path.relative_to(package)) for name in names if able.match(name)}
+            found |= {str(path.relative_to(PACKAGE)) for name in names if able.match(name)}
     assert found == {"hub.py"}

@@ -12,6 +12,7 @@ import torch
 from live_models import LiveModel
 
 import vfun_cli
+from tests.sources import parsed
 from vfun_cli.encoding import cache as caches
 from vfun_cli.encoding.cache import Cache
 from vfun_cli.families import adapter_of
@@ -83,11 +84,7 @@ def test_code_that_decodes_loads_or_encodes_changes_every_entry(
 def imported_media_code(name: str) -> set[str]:
     """The modules that a module's decoding depends on, itself included."""
     path = Path(str(importlib.import_module(name).__file__))
-    names = {
-        node.module
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module
-    }
+    names = {node.module for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.module}
     rooms = ("vfun_cli.metadata.", "vfun_cli.modeling.media.")
     return {name}.union(*(imported_media_code(found) for found in names if found.startswith(rooms)))
 
