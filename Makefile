@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCHAO := $(shell sed -n 's/^adamw8bit = \["\(.*\)"\]/\1/p' pyproject.toml)
 
+# Where this is set, each of hundreds of processes compiles the package anew, and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast test-long test-oldest test-8bit lint format docs clean
 
 demo: $(INSTALLED)

@@ -111,6 +111,7 @@ def test_every_benchmark_has_a_smoke_test() -> None:
     assert scripts == set(MARKS) == set(NUMBERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [pytest.param(script, marks=marks) for script, marks in MARKS.items()])
 def test_a_benchmark_at_its_smallest_writes_its_record(script: str, tmp_path: Path) -> None:
     output = tmp_path / "record.json"
@@ -126,6 +127,7 @@ def test_a_benchmark_at_its_smallest_writes_its_record(script: str, tmp_path: Pa
     assert kept(script) == before
 
 
+@pytest.mark.slow
 def test_a_smoke_run_without_an_output_prints_the_record_and_writes_nothing(tmp_path: Path) -> None:
     before = kept("plan_million")
     done = smoke("plan_million", tmp_path)

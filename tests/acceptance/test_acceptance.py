@@ -317,6 +317,7 @@ def test_every_step_on_a_gpu_but_the_first_refuses_to_wait_and_what_follows_may_
     assert seen == [during] and mode[-1] == "default"
 
 
+@pytest.mark.slow
 def test_the_package_can_be_started_as_a_module() -> None:
     command = [sys.executable, "-m", "vfun_cli.acceptance", "--device", "cpu", "--list", "--json"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -26,6 +26,7 @@ SPECIAL = [0, 0x80000000, 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xF
 TIES = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x00008000, 0x00018000, 0x7F7F8000, 0xFF7F7FFF]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     hnp.arrays(

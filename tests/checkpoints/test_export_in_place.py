@@ -22,6 +22,7 @@ def held(output: Path) -> str | None:
     return (output / "model.safetensors").read_text() if output.exists() else None
 
 
+@pytest.mark.slow
 def test_death_at_any_moment_leaves_the_old_export_or_the_new_one(tmp_path: Path) -> None:
     place = tmp_path / "place"
     output = place / "out"
@@ -79,6 +80,7 @@ def exports(output: Path, number: int) -> int:
         os._exit(code)
 
 
+@pytest.mark.slow
 def test_exports_at_the_same_time_are_whole_or_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     children = [exports(output, number) for number in range(4)]

@@ -23,6 +23,7 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "launch", lambda *args, **named: Outcome(ending="completed", step=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True], ids=["the first time", "after a try that saved nothing"])
 def test_latest_begins_anew_where_nothing_was_saved(earlier: bool, place: Path, vfun: Vfun, never_trains: None) -> None:
     if earlier:

@@ -58,6 +58,7 @@ def test_the_exit_code_says_how_the_fill_ended(ending: str, code: int, ranks_tha
     assert not [*Path("latents/fill").iterdir()]
 
 
+@pytest.mark.slow
 def test_a_crashed_fill_is_launched_again_as_often_as_is_allowed(ranks_that_end: Any, vfun: Vfun) -> None:
     ranks_that_end("crashed once")
     said = vfun(*CACHE)

@@ -299,12 +299,14 @@ def test_a_fault_of_ours_is_one_message_too(place: Path, vfun: Vfun, monkeypatch
     assert "Traceback" in said.err and "ZeroDivisionError" in json.loads(said.out)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_no_colour_when_not_a_terminal(place: Path) -> None:
     for arguments in (["--help"], ["plan-buckets", "wan-s2v"], ["train", "nope"]):
         said = vfun_process(*arguments)
         assert "\x1b" not in said.out + said.err
 
 
+@pytest.mark.slow
 def test_no_color_is_heeded_on_a_terminal(place: Path) -> None:
     """Under a pseudo-terminal: colours by default, none with NO_COLOR."""
     script = "import pty, sys; sys.exit(pty.spawn([sys.executable, '-m', 'vfun_cli', 'train', 'nope']) >> 8)"

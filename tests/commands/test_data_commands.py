@@ -26,6 +26,7 @@ def write(changed: list[dict[str, Any]]) -> None:
     META.write_text(json.dumps(changed), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun"])
 def test_the_demo_is_clean(family: str, place: Path, vfun: Vfun) -> None:
     said = vfun("validate-meta", "--family", family, "--demo", "--json", "--deep")
@@ -154,6 +155,7 @@ def test_a_second_validation_reads_no_headers(place: Path, vfun: Vfun, monkeypat
     assert opened == []
 
 
+@pytest.mark.slow
 def test_deep_gives_a_file_so_many_seconds(place: Path, vfun: Vfun) -> None:
     said = vfun("validate-meta", "--family", "wan-s2v", "--demo", "--deep", "--deep-timeout", "0", "--json")
     assert {problem["code"] for problem in json.loads(said.out)["problems"]} == {"decode-timeout"}

@@ -36,6 +36,7 @@ def planned(vfun: Vfun, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_sets_are_typed_one_after_another_or_written_down_and_are_the_same(vfun: Vfun, sets: tuple[Path, Path]) -> None:
     one, two = sets
     typed = planned(vfun, "--train-data-meta", f"{one}:2", "--train-data-meta", f"{two}:0.5")
@@ -55,18 +56,21 @@ def test_sets_are_typed_one_after_another_or_written_down_and_are_the_same(vfun:
     assert [line["samples"] for line in json.loads(said.out)["plan"]["ledger"]["sets"]] == [8, 1]
 
 
+@pytest.mark.slow
 def test_one_set_typed_as_ever_is_planned_as_ever(vfun: Vfun, sets: tuple[Path, Path]) -> None:
     one, _ = sets
     plain, once = planned(vfun, "--train-data-meta", str(one)), planned(vfun, "--train-data-meta", f"{one}:1")
     assert plain == once and "sets" not in plain["ledger"]
 
 
+@pytest.mark.slow
 def test_a_clip_of_a_set_is_explained_by_its_row_there(vfun: Vfun, sets: tuple[Path, Path]) -> None:
     one, two = sets
     said = vfun("plan-buckets", *DEMO, "--train-data-meta", str(one), str(two), "--why", "5")
     assert said.code == 0 and said.out.startswith(f"row 1 of {two}"), said.out
 
 
+@pytest.mark.slow
 def test_the_rows_of_all_sets_are_checked_and_each_bad_one_is_named_with_its_set(
     vfun: Vfun, sets: tuple[Path, Path]
 ) -> None:

@@ -301,6 +301,7 @@ def test_the_preset_of_2026_is_what_the_newest_documents_type(
         assert (config.lr_scheduler, config.lr_warmup_steps) == ("constant", 0)
 
 
+@pytest.mark.slow
 def test_a_preset_is_named_as_the_source_of_what_it_says_and_yields_to_all_that_is_said(
     there: Path, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_dry_run_of_fetch_lists_and_brings_nothing(hub: Hub) -> None:
     assert hub.asked == [] and not Path("models").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer/../../../evil.txt", "vae/../../x.safetensors"])
 def test_fetch_writes_nothing_where_the_hub_names_a_file_outside(name: str, hub: Hub) -> None:
     hub.more_names = (name,)
@@ -141,6 +142,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "headers", "words"), REFUSALS, ids=["not found", "gated", "broken"])
 def test_fetch_says_what_the_hub_refuses(status: int, headers: dict[str, str], words: str, hub: Hub) -> None:
     hub.refusal = status, headers
@@ -156,6 +158,7 @@ def test_fetch_begins_with_nothing_where_the_repository_lacks_a_part(hub: Hub) -
     assert hub.asked == [] and not Path("models").exists()
 
 
+@pytest.mark.slow
 def test_fetch_says_that_the_network_is_forbidden(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = fetch_by_variables()
@@ -221,6 +224,7 @@ def test_every_file_of_a_released_layout_is_fetched_and_every_missing_part_is_na
             assert lines[2][4:] == ["--include", *patterns, "--local_dir", str(broken)]
 
 
+@pytest.mark.slow
 def test_the_lines_of_an_error_get_what_is_missing(hub: Hub, place: Path, vfun: Vfun) -> None:
     """The real ``hf`` of the line brings the part back, and no other."""
     model = place / "vfun-demo" / FAMILY / "model"
@@ -272,6 +276,7 @@ def test_what_only_loading_finds_missing_is_named_with_how_to_get_it(
     assert line[3:5] == ["--include", "wav2vec2-large-xlsr-53-english/*.json"] and len(line) == 9
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_not_there_is_got_by_the_lines_for_its_size(place: Path, vfun: Vfun) -> None:
     folder = "models/Diffusion_Transformer/Wan2.1-Fun-V1.1-1.3B-Control"
     said = vfun("train", "wan-fun-control", "--demo", "--pretrained-model-name-or-path", folder)
@@ -281,6 +286,7 @@ def test_a_directory_that_is_not_there_is_got_by_the_lines_for_its_size(place: P
     assert f"modelscope download --model PAI/{Path(folder).name} --include config.json" in said.err
 
 
+@pytest.mark.slow
 def test_one_module_alone_can_download() -> None:
     """All others would have to import a library of the hub, or open an address."""
     able = re.compile(r"(huggingface_hub|urllib\.request|urllib3|requests|httpx2?|http\.client|aiohttp|ftplib)\b")

@@ -222,6 +222,7 @@ def test_a_file_that_only_decoding_finds_broken_is_found_by_the_command_of_the_h
     assert vfun(*command).code == 3
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_installed_by_the_command_of_the_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_missing_package_is_installed_by_the_command_of_the_hint(
     assert done.returncode == 0 and "Would install" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_every_hint_with_a_command_stands_in_this_file() -> None:
     """A new one has to be run in its situation too."""
     commands = {

@@ -44,6 +44,7 @@ def test_the_model_that_counts_can_be_named(count: int, vfun: Vfun) -> None:
     assert len(long_captions(vfun(*command, "--pretrained-model-name-or-path", str(MODEL)).out)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_and_a_plan_warn_before_they_begin(count: int, vfun: Vfun) -> None:
     for command in ("train", "plan-buckets"):
         said = vfun(command, "cogvideox-fun", "--demo", *(["--dry-run"] if command == "train" else []))

@@ -33,6 +33,7 @@ def trained(vfun: Vfun, run: RunDir, *more: str) -> None:
     assert said.code == 0, said.err
 
 
+@pytest.mark.slow
 def test_an_output_directory_that_holds_another_run_is_refused_however_a_run_continues(vfun: Vfun) -> None:
     trained(vfun, A)
     trained(vfun, B)

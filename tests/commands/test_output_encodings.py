@@ -41,6 +41,7 @@ def said_in(encoding: str, folder: Path) -> tuple[list[str], list[str]]:
     return done.stdout.split("END\n")[:-1], ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_encoding_that_lacks_characters_changes_no_exit_code_and_breaks_no_json(
     encoding: str, tmp_path: Path

@@ -39,6 +39,7 @@ def options_of(path: tuple[str, ...]) -> set[str]:
     return {name for parameter in shown for name in (*parameter.opts, *parameter.secondary_opts) if name[0] == "-"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["80", "60"])
 def test_help_has_every_name_in_whole_and_keeps_to_the_width(
     columns: str, vfun: Vfun, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +85,7 @@ def test_json_is_one_object_that_names_what_is_wrong(typed: list[str], code: int
         assert found["error"]["option"] in (word, None)
 
 
+@pytest.mark.slow
 def test_help_as_an_object_names_every_option(vfun: Vfun) -> None:
     for path in EVERY_COMMAND:
         said = vfun(*path, "--help", "--json")
@@ -273,6 +275,7 @@ def test_who_has_read_enough_of_a_help_is_told_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_who_reads_no_further_is_told_nothing(tmp_path: Path) -> None:
     """As ``vfun ... | head``; and a lost stderr costs no result."""
     for lost in ("stdout", "stderr"):

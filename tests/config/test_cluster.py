@@ -50,6 +50,7 @@ def meant(way: str, at: Place) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @given(at=places())
 def test_each_way_of_starting_gives_what_was_meant(way: str, at: Place) -> None:
@@ -61,6 +62,7 @@ def test_each_way_of_starting_gives_what_was_meant(way: str, at: Place) -> None:
     assert settle(WAYS[way](at), **expected).config == resolved.config, "equal values may be typed, too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @given(at=places(), option=st.sampled_from(cluster.OPTIONS), by=st.integers(1, 5))
 def test_what_is_typed_otherwise_is_refused_and_named(way: str, at: Place, option: str, by: int) -> None:
@@ -73,6 +75,7 @@ def test_what_is_typed_otherwise_is_refused_and_named(way: str, at: Place, optio
     assert said.startswith(f"{option} is {value}, and $") and f"Drop {option}" in said and "env -u " in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [name for name in WAYS if name not in ("exports", "pytorchjob")])
 @given(first=places(), second=places())
 def test_two_environments_that_differ_are_refused_and_both_named(way: str, first: Place, second: Place) -> None:

@@ -67,6 +67,7 @@ def test_a_control_clip_has_the_frames_the_size_and_the_rate_of_its_video(clips:
     assert probe_visual(clips / "3.mp4").variable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_every_frame_of_a_control_clip_is_the_edges_of_the_frame_that_training_sees(name: str, clips: Path) -> None:
     assert make(clips).code == 0
@@ -77,6 +78,7 @@ def test_every_frame_of_a_control_clip_is_the_edges_of_the_frame_that_training_s
     assert np.mean((drawn.mean(axis=3) > 127) == wanted) > 0.995
 
 
+@pytest.mark.slow
 def test_a_picture_becomes_a_picture_of_its_exact_edges(clips: Path) -> None:
     assert make(clips, "--low", 50, "--high", 80, "--blur", 1.5).code == 0
     drawn = np.asarray(Image.open(clips / "control/4.png"))
@@ -231,6 +233,7 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(clips: Path, m
     assert not (clips / "control").exists()
 
 
+@pytest.mark.slow
 def test_edges_are_found_without_torch(clips: Path) -> None:
     """Neither by the command nor by the process that draws."""
     program = (
@@ -246,6 +249,7 @@ def test_edges_are_found_without_torch(clips: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_full_of_nothing_to_do_starts_nothing(clips: Path) -> None:
     assert make(clips).code == 0
     shutil.copytree(clips, clips.parent / "copied")  # times are kept

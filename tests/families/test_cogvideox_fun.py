@@ -369,6 +369,7 @@ def test_only_models_that_want_it_get_noise_on_known_pixels(
     assert (quiet[:, 1:] - noisy[:, 1:]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str, CogVideoXFunAdapter]) -> None:
     everything = torch.ones(1, 1, 16, 16, dtype=torch.bool)
     part = everything.clone()
@@ -380,6 +381,7 @@ def test_clips_without_known_pixels_mostly_have_no_condition(adapters: dict[str,
     assert given[60:].all()
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_out_clips_without_known_pixels_have_no_condition_as_in_inference(
     adapters: dict[str, CogVideoXFunAdapter],
 ) -> None:

@@ -123,6 +123,7 @@ def test_the_key_that_diffusers_does_not_know_is_kept() -> None:
     assert empty_model(lambda: build_transformer({**V1_0, **small})).config.add_noise_in_inpaint_model is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("released", "layers", "count"), [(V1_0, 90, 22_118_400), (V1_1, 126, 49_545_216)], ids=["2b", "5b"]
 )

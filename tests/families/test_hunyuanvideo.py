@@ -219,6 +219,7 @@ def test_one_caption_in_ten_is_left_out_of_both_encoders(name: str, adapters: di
         assert not torch.equal(dropped[what], kept[what])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_clip_goes_from_its_file_to_gradients(

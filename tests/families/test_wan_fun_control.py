@@ -334,6 +334,7 @@ def request(record: dict[str, Any], *, kind: str, frames: int, row: int = 0, tot
     )
 
 
+@pytest.mark.slow
 def test_a_control_clip_shows_the_frames_of_its_video(tmp_path):
     for name in ("clip.mp4", "control.mp4"):
         write_video(tmp_path / name, 30)

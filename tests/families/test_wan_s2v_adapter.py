@@ -282,6 +282,7 @@ def test_a_cut_tail_blackens_the_control_from_its_frame_on() -> None:
     assert (shown(drop_control=True) == BLACK).all()
 
 
+@pytest.mark.slow
 def test_drops_happen_at_their_rates_and_independently() -> None:
     keys = [SampleKey(seed=1, epoch=epoch, row=row) for epoch in range(2) for row in range(4000)]
     drawn = [decide(key, frames=80, options=RANDOM) for key in keys]
@@ -307,6 +308,7 @@ def test_first_frame_mode_always_takes_the_first_frame() -> None:
     assert {decide(key, frames=80, options=PLAIN).reference for key in keys} == {0}
 
 
+@pytest.mark.slow
 def test_real_history_is_untouched_encoded_with_the_clip_and_seen(adapter: WanS2VAdapter) -> None:
     # Even where the first frame could stand in for a history: it is for clips that have none.
     key = key_where(first_frame_as_history=True)
@@ -353,6 +355,7 @@ def test_control_and_reference_latents_are_those_of_the_vae(adapter: WanS2VAdapt
     assert torch.equal(conditions["control_latents"], torch.zeros_like(latents))  # as a video is made without one
 
 
+@pytest.mark.slow
 def test_text_is_zero_padded_and_sound_is_transposed_dropped_and_cut(adapter: WanS2VAdapter) -> None:
     source = small_source(5, history=0)
     _, conditions = encoded(adapter, [source], [key_where()])
@@ -369,6 +372,7 @@ def test_text_is_zero_padded_and_sound_is_transposed_dropped_and_cut(adapter: Wa
     assert silent["audio"].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_a_dropped_text_is_empty_and_the_reference_is_the_drawn_frame(media: dict[str, str]) -> None:
     texts = {}
     for row in range(30):
@@ -388,6 +392,7 @@ def test_with_variants_only_so_many_starts_are_drawn_and_drops_stay_random(media
     assert {each["text"].lazy for each in drawn} == {Value(""), Value("someone speaks")}
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_equals_two_batches_of_one(adapter: WanS2VAdapter, model_dir: Path) -> None:
     sources = [small_source(6, history=73), small_source(7, history=0, text="another, longer text")]
     keys = [key_where(silent_from=1), key_where()]
@@ -403,6 +408,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(adapter: WanS2VAdapter, model_
             close(torch.as_tensor(value[index]).float(), torch.as_tensor(alone_conditions[name][0]).float())
 
 
+@pytest.mark.slow
 def test_the_transformer_reads_what_the_adapter_makes_of_a_real_clip(
     media: dict[str, str], adapter: WanS2VAdapter
 ) -> None:
@@ -415,6 +421,7 @@ def test_the_transformer_reads_what_the_adapter_makes_of_a_real_clip(
     assert not latents.requires_grad and not any(c.requires_grad for c in conditions.values() if torch.is_tensor(c))
 
 
+@pytest.mark.slow
 def test_bfloat16_encoders_keep_latents_and_sound_in_float32(model_dir: Path) -> None:
     adapter = WanS2VAdapter.from_pretrained(options_for(model_dir, compute_dtype=torch.bfloat16))
     latents, conditions = encoded(adapter, [small_source(8, history=0)], [key_where()])
@@ -424,6 +431,7 @@ def test_bfloat16_encoders_keep_latents_and_sound_in_float32(model_dir: Path) ->
     assert {p.dtype for p in adapter.encoders["vae"].parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_encoders_are_loaded_when_they_are_first_used(model_dir: Path) -> None:
     adapter = WanS2VAdapter.from_pretrained(options_for(model_dir))
     assert not adapter.encoders.loaded

@@ -311,6 +311,7 @@ def test_forward_flops_are_the_live_models(shape: ClipShape, changes: dict[str, 
     )
 
 
+@pytest.mark.slow
 def test_the_demo_model_loads_like_a_released_one(demo: Path, tmp_path: Path) -> None:
     transformer = load_transformer(demo)
     assert {p.dtype for p in transformer.parameters()} == {torch.float32}
@@ -328,6 +329,7 @@ def test_the_demo_model_loads_like_a_released_one(demo: Path, tmp_path: Path) ->
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_demo_model_learns_a_clip(demo: Path) -> None:
     model = load_transformer(demo)
     arguments = random_arguments(dict(model.config), SHAPES[0])

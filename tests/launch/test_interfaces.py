@@ -45,6 +45,7 @@ def test_an_address_where_nobody_can_meet_is_refused(address: str, own: bool, wo
     assert all(word in said for word in words), said
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_way_to_machine_0_is_told_so(tmp_path: Path) -> None:
     with networked(hosts(2, tmp_path)) as machines:
         arguments = ("train", "wan-s2v", "--num-machines=2", "--machine-rank=1", "--main-process-ip", ELSEWHERE)

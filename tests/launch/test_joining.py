@@ -56,6 +56,7 @@ def said(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["done", "killed"])
 def test_the_others_wait_until_the_first_has_ended_and_heed_no_signal(ending: str, at: Place) -> None:
     with joined(other(at)) as waiting, joined(rank(at)) as first:

@@ -43,6 +43,7 @@ def test_a_signal_ends_the_block_from_where_python_drops_exceptions(number: int)
     assert sys.unraisablehook is hook
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_leaves_no_run(tmp_path: Path) -> None:
     command = ("train", "wan-s2v", "--demo", "--strategy", "single", "--max-train-steps", "1")
     job = subprocess.Popen(

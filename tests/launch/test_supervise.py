@@ -281,6 +281,7 @@ def test_ranks_that_start_and_hear_nothing_are_ended_by_the_first_request(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_crash_after_a_wish_to_stop_starts_nothing_over(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     asked_while_training = (

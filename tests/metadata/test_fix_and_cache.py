@@ -255,6 +255,7 @@ def test_fix_says_what_it_renamed_and_changes_nothing_that_is_right(name: str, d
     assert (again.changed, again.renamed) == (0, {})
 
 
+@pytest.mark.slow
 def test_a_clip_that_was_cut_off_has_one_problem(data: Path, check: Callable[..., Report]) -> None:
     for name in ("wav/1.wav", "control/1.mp4", "train/1.mp4"):
         if name.endswith("mp4"):

@@ -152,6 +152,7 @@ NAMES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(NAMES, st.randoms())
 def test_every_media_file_is_a_row_or_a_twin_or_told_in_any_order_of_writing(

@@ -54,6 +54,7 @@ def report_on(path: Path, root: Path, cache: Path) -> dict[str, Any]:
     return printed
 
 
+@pytest.mark.slow
 @FUZZ
 @given(rows=ROWS)
 def test_mutated_rows_never_end_in_a_traceback(rows: list[Any], clean_files: Path, tmp_path: Path) -> None:
@@ -62,6 +63,7 @@ def test_mutated_rows_never_end_in_a_traceback(rows: list[Any], clean_files: Pat
     assert report_on(path, clean_files, tmp_path / "cache")["rows"] == len(rows)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_mutated_bytes_never_end_in_a_traceback(data: st.DataObject, clean_files: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(st.characters(categories=None), max_size=8), VALUES, max_size=5))
 def test_a_row_is_read_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("stored") / "rows.sqlite"

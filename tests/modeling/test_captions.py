@@ -133,6 +133,7 @@ def test_no_tokenizer_makes_more_of_ascii_than_a_token_a_character_and_one(
         assert found.get(text, (0, 0))[0] <= len(text) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, version("transformers").split(".")[:2])) < (5, 23), reason="this transformers itself imports torch"
 )

@@ -109,6 +109,7 @@ def test_a_row_without_a_text_has_prefix_and_suffix_alone() -> None:
     assert request({}, SampleKey(0, 0, 0), CaptionOptions(prefix="ohwx", suffix="film")).caption == "ohwx film"
 
 
+@pytest.mark.slow
 def test_each_text_is_drawn_as_often_as_the_others() -> None:
     for count, axis in itertools.product((2, 3, 7), ("row", "epoch", "copy", "seed")):
         texts = tuple(map(str, range(count)))

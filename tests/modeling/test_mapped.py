@@ -57,6 +57,7 @@ def test_what_lies_in_no_file_is_left_alone() -> None:
     assert (held == 7).all() and (mapped == 7).all()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_read_late_counts_one_tensor_at_a_time(tmp_path: Path) -> None:
     def build() -> torch.nn.Module:
         return torch.nn.Sequential(*(torch.nn.Linear(1024, 4096) for _ in range(6)))

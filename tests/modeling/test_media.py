@@ -200,6 +200,7 @@ def test_sound_ends_with_the_last_picture_or_before(seconds: float, heard: Fract
         assert video.duration * video.time_base == Fraction(48 * 1001, 24000)
 
 
+@pytest.mark.slow
 def test_sound_and_picture_of_one_second_are_beside_each_other_in_the_file(tmp_path: Path) -> None:
     """A player that must look for one of them far from the other stutters."""
     path = tmp_path / "film.mp4"
@@ -265,6 +266,7 @@ def test_a_written_wav_and_png_come_back(tmp_path: Path) -> None:
 # The demo data set
 
 
+@pytest.mark.slow
 def test_the_demo_media_are_valid_small_and_always_the_same(tmp_path: Path) -> None:
     fields = (
         MetadataField(name="file_path", media="visual"),
@@ -286,6 +288,7 @@ def test_the_demo_media_are_valid_small_and_always_the_same(tmp_path: Path) -> N
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_demo_media_leave_out_what_is_not_asked_for(tmp_path: Path) -> None:
     path = build_media(tmp_path, control=False, audio=False, images=False, seed=1)
     assert {item.name for item in tmp_path.iterdir()} == {"metadata.json", "train"}

@@ -403,6 +403,7 @@ def tagged(image: Image.Image, kind: str, orientation: int) -> bytes | None:
         return None
 
 
+@pytest.mark.slow
 def test_validation_and_training_agree_on_every_kind_of_picture(tmp_path: Path) -> None:
     read, refused = 0, 0
     for kind in (*FORMATS, "PPM", "JPEG2000", "TGA"):

@@ -21,6 +21,7 @@ SHORT_FORM = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT_FORM)
 def test_clicks_are_heard_within_half_a_frame_at_their_level(name: str, tmp_path: Path) -> None:
     """The short form of benchmarks/sound_matrix.py; ``measure`` compares the lengths of validation and reading."""
@@ -110,6 +111,7 @@ def test_the_centre_and_a_voice_on_both_fronts_keep_their_level(
     np.testing.assert_allclose(heard, np.outer(weights, np.full(1600, 0.5)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sound_whose_rate_and_channels_change_midway_keeps_its_time(tmp_path: Path) -> None:
     parts = (replace(BY_NAME["a.aac"], layout="mono"), Kind(name="b.aac", codec="aac", rate=48000, format="adts"))
     first, second = (write_kind(tmp_path, part) for part in parts)

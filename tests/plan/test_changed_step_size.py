@@ -50,6 +50,7 @@ def test_what_was_trained_before_the_change_is_what_was_planned_then(mixed: Mixe
     assert samples(first) == samples(taken)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.integers(20, 90),

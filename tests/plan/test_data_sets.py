@@ -46,6 +46,7 @@ def shown(plan: EpochPlan) -> Counter[int]:
     return Counter(plan.row.tolist()) + Counter(plan.carry.row.tolist())
 
 
+@pytest.mark.slow
 @given(
     sets=st.lists(st.tuples(st.integers(1, 12), repeats), min_size=1, max_size=4),
     epochs=st.integers(1, 12),

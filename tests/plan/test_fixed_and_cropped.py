@@ -61,6 +61,7 @@ def samples_of(epoch: EpochPlan) -> Counter[tuple[int, ...]]:
     )
 
 
+@pytest.mark.slow
 @given(
     table=datasets,
     size=st.tuples(st.integers(1, 80), st.integers(1, 80)),

@@ -54,6 +54,7 @@ def chosen(rows: list[dict[str, Any]], table: ClipTable) -> set[str]:
     return {rows[index]["file_path"] for index in np.flatnonzero(table.held_out)}
 
 
+@pytest.mark.slow
 @given(order=st.permutations(VIDEOS), wanted=st.integers(1, 29), seed=st.integers(0, 2**63 - 1))
 def test_which_rows_are_held_out_does_not_depend_on_their_order(
     order: list[str], wanted: int, seed: int, table_of: Callable[..., Any]

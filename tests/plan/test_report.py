@@ -135,6 +135,7 @@ def test_the_preview_needs_no_colour_and_no_unicode(plain: FamilySpec, mixed: Ca
     assert "####" in shown(found, 80, encoding="ascii")
 
 
+@pytest.mark.slow
 def test_why_follows_a_clip_from_file_to_rank(plain: FamilySpec, mixed: Callable[..., ClipTable]) -> None:
     plan = plan_of(plain, mixed(120))
     epochs = list(plan.epochs())

@@ -79,6 +79,7 @@ choices = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(table=datasets, chosen=choices, videos_only=st.booleans())
 def test_every_clip_is_trained_once_an_epoch_or_carried(
@@ -107,6 +108,7 @@ def test_every_clip_is_trained_once_an_epoch_or_carried(
         carry = plan.carry
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(table=datasets, chosen=choices)
 def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
@@ -138,6 +140,7 @@ def test_no_micro_batch_mixes_shapes_or_enlarges_too_much(
                 assert batch.shape.frames % 4 == 1 and batch.shape.frames >= 5
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(table=datasets, chosen=choices, ranks=st.integers(2, 4))
 def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
@@ -157,6 +160,7 @@ def test_the_samples_of_a_run_do_not_depend_on_the_world_size(
     assert runs[1] == runs[ranks]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(table=datasets, chosen=choices)
 def test_one_process_accumulating_two_takes_the_steps_of_two_processes(
@@ -289,6 +293,7 @@ def test_borrowing_makes_one_step_and_leaves_the_rest_to_its_own_epochs(plain: F
     assert len(plan.carry) == 6 and (plan.carry.epoch == 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(table=datasets, chosen=choices, num_epochs=st.integers(1, 6))
 def test_counted_steps_are_the_planned_steps(

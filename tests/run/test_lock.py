@@ -164,6 +164,7 @@ def test_a_command_on_another_machine_is_known_by_its_heartbeat(
     take(run)
 
 
+@pytest.mark.slow
 def test_training_processes_go_on_with_the_heartbeat_of_their_killed_command(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, left_alone: list[int]
 ) -> None:

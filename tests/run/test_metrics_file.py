@@ -72,6 +72,7 @@ def test_no_line_ends_what_shows_the_progress(tmp_path: Path) -> None:
         show_new()
 
 
+@pytest.mark.slow
 def test_death_at_any_moment_of_repairing_loses_no_step_before(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
 

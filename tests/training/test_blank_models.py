@@ -55,6 +55,7 @@ def test_a_blank_model_has_the_weights_and_conditions_of_the_one_in_the_files(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_released_model_has_as_many_weights_as_are_known_of_it(
     family: str, live_model: Callable[[str], LiveModel]
@@ -76,6 +77,7 @@ def test_of_a_released_model_fsdp_keeps_little_gathered(family: str) -> None:
     assert max(units.values()) < 0.5e9
 
 
+@pytest.mark.slow
 def test_what_trains_at_a_lower_rate_is_forecast_to_train(live_model: Callable[[str], LiveModel]) -> None:
     live = live_model("cogvideox-fun")
     chosen = {"trainable_modules": ("proj_out",), "trainable_modules_low_learning_rate": ("blocks.0.attn1",)}

@@ -416,6 +416,7 @@ def test_a_torch_whose_compiler_lost_a_setting_is_refused(monkeypatch: pytest.Mo
         exact_settings()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_compile_says_so(live_model: LIVE, monkeypatch: pytest.MonkeyPatch) -> None:
     live = live_model("cogvideox-fun")
     monkeypatch.setattr(blocks.shutil, "which", lambda name: None)

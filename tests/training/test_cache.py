@@ -451,6 +451,7 @@ def test_an_entry_is_whole_to_readers_with_and_without_torch(dtype: str, cache: 
     assert {*read_entry(path)} == {"a", "b", "none"}
 
 
+@pytest.mark.slow
 def test_verify_loads_no_torch(cache: Cache) -> None:
     _, good = filled(cache)
     bad = cache.path("cd" * 16)

@@ -109,6 +109,7 @@ def test_micro_batches_come_in_the_order_of_the_plan(workers: int) -> None:
     assert all(batch.weight == 1 and batch.trained == batch.batch.requests for batch in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_however_slow_the_steps_are_no_more_is_decoded_than_two_micro_batches_a_process(workers: int) -> None:
     drawn = 0
@@ -127,6 +128,7 @@ def test_however_slow_the_steps_are_no_more_is_decoded_than_two_micro_batches_a_
     batches.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_sample_stops_the_run_with_its_row(workers: int) -> None:
     with pytest.raises(MetadataError, match=r"row 5: 5\.mp4: frame 3") as caught:
@@ -203,6 +205,7 @@ def test_a_micro_batch_that_cannot_be_fetched_from_an_ending_process_is_decoded_
     assert [values(batch) for batch in found if batch.weight] == [[n] for n in range(6) if n != 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGKILL, "ran out of memory"), (signal.SIGBUS, "/dev/shm is full")]
 )
@@ -233,6 +236,7 @@ def test_what_cannot_be_handed_over_is_an_error_that_names_rows_and_cause(cause:
     assert type(caught.value) is kind and "--dataloader-num-workers" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_rank_that_waits_for_clips_can_be_asked_things_meanwhile(workers: int) -> None:
     batches = load_ahead(Decoder, {"hanging": (0,)}, stream((0,), (1,)), workers)  # type: ignore[arg-type]
@@ -243,6 +247,7 @@ def test_a_rank_that_waits_for_clips_can_be_asked_things_meanwhile(workers: int)
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_decoding_processes_that_are_idle_and_hand_nothing_over_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "LOAD_TIMEOUT", 1)
     monkeypatch.setattr(WorkerStatus, "entries", lambda status: [])  # it hangs, and seems to be idle

@@ -178,6 +178,7 @@ def test_clips_are_encoded_with_the_given_vae(family: str, live_model: LiveModel
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_a_cache_knows_which_vae_filled_it(live_model: LiveModels, tmp_path: Path) -> None:
     for family in ("wan-fun-control", "cogvideox-fun"):
         live = live_model(family)
@@ -206,6 +207,7 @@ def misshapen(weights: Weights) -> Weights:
 WRONG = {"1 missing": lacking, "1 unexpected: transformer_blocks.99.more": with_more, "1 of another shape": misshapen}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", WRONG)
 @pytest.mark.parametrize("family", ["wan-fun-control", "easyanimate-v5.1-control", "hunyuanvideo-t2v"])
 def test_a_tensor_that_does_not_fit_is_refused_before_the_launch_and_in_the_run(
@@ -224,6 +226,7 @@ def test_a_tensor_that_does_not_fit_is_refused_before_the_launch_and_in_the_run(
         assert f"--transformer-path {place}" in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", WRONG)
 @pytest.mark.parametrize("family", ["wan-s2v", "cogvideox-fun", "easyanimate-v5-control"])
 def test_a_vae_that_does_not_fit_is_refused_too(family: str, said: str, live_model: LiveModels, tmp_path: Path) -> None:

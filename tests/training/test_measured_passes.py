@@ -141,6 +141,7 @@ def by_extrapolation(family: str, command: str, checkpointing: str, *shapes: tup
 EXTRAPOLATED = 0.002
 
 
+@pytest.mark.slow
 def test_few_layers_tell_of_all() -> None:
     assert not by_extrapolation("cogvideox-fun", "train", "block", LARGE[0])
 

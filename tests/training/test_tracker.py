@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import pytest
 import torch
 
 from vfun_cli import families
@@ -42,6 +43,7 @@ def test_a_memory_that_grows_counts_as_it_is() -> None:
         assert tracker.bytes == 0
 
 
+@pytest.mark.slow
 def test_a_measurement_is_the_same_whether_its_operations_are_remembered_or_not() -> None:
     spec = families.find("cogvideox-fun")
     given = {"strategy": "single", "mixed_precision": "bf16", "pretrained_model_name_or_path": "none"}
