@@ -143,11 +143,55 @@ class Clock:
 
 
 def test_a_command_that_was_lost_and_started_anew_is_not_taken_for_the_lost_one(run: RunDir) -> None:
-    first, second = met(run, 2)
-    beat(run, 1, command="another")
-    assert ends(first) and "machine 1 has gone" in first.agree(failure("crash", 1, "lost")).message
-    beat(run, 0, command="another")
-    assert ends(second) and "machine 0 has gone" in second.agree(None).message
+    for machine, lost in zip(met(run, 2), (1, 0), strict=True):
+        for _ in range(SILENT - 1):
+            beat(run, lost, command="another")
+            assert not machine.must_end(), "the lost one may be about to end"
+        beat(run, lost, command="another")
+        assert ends(machine) and f"machine {lost} has gone" in machine.agree(None).message
+
+
+EARLIER = {"command": "an earlier command", "job": "an earlier command of machine 0"}
+
+
+def test_a_command_that_is_still_ending_is_not_taken_for_the_one_that_follows_it(run: RunDir) -> None:
+    """A scheduler may start each machine again as soon as its own command has ended."""
+    beat(run, 1, **EARLIER)
+    machine = Machine(run, 0, machines=2, processes=2)
+    beat(run, 1, state="failing", **EARLIER)
+    assert not ends(machine)
+    beat(run, 1, state="ended", failure=failure("error", 1, "of an earlier job"), **EARLIER)
+    assert not ends(machine)
+    beat(run, 1, state="failed", failure=failure("error", 1, "of this job"))
+    assert ends(machine) and machine.agree(None).message == "of this job"
+
+
+@pytest.mark.parametrize("state", ["works", "ended"])
+def test_machine_0_is_not_followed_where_it_ends_the_job_of_an_earlier_command(state: str, run: RunDir) -> None:
+    job = EARLIER["job"]
+    beat(run, 0, command=job)
+    beat(run, 1, state="ended", **EARLIER)
+    machine = Machine(run, 1, machines=2, processes=2)
+    beat(run, 0, command=job, state=state)
+    assert not ends(machine)
+    beat(run, 0, state="failed", failure=failure("error", 1, "of this job"))
+    assert ends(machine) and machine.agree(None).message == "of this job"
+
+
+def test_where_the_job_of_the_command_before_it_fails_a_command_that_was_started_anew_ends_with_it(run: RunDir) -> None:
+    job = EARLIER["job"]
+    beat(run, 1, **EARLIER)
+    machine = Machine(run, 1, machines=2, processes=2)
+    beat(run, 0, command=job, state="failed", failure=failure("error", 1, "machine 1 has gone"))
+    assert ends(machine) and machine.agree(None).message == "machine 1 has gone"
+
+
+def test_a_command_that_follows_one_that_ended_well_is_heard(run: RunDir) -> None:
+    first, _ = met(run, 2)
+    beat(run, 1, state="ended")
+    first.look()
+    beat(run, 1, command="another", state="failed", failure=failure("error", 1, "of the second"))
+    assert ends(first) and first.agree(None).message == "of the second"
 
 
 def test_who_has_not_come_is_said_and_when_all_have(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,9 @@ fails on one machine, each ends its own ranks and says what they met; machine 0 
 command ends with. If it is one that allows another attempt, all begin that after the last has ended the former, from
 the checkpoint that machine 0 names.
 
+Where a scheduler starts machines again one by one, new commands meet some that are still ending. A job is that of one
+command of machine 0, and every report says of which: what belongs to another one counts for nothing.
+
 No clock of another machine is believed: whoever changes its report lives, and whoever does not has gone. Nor is a
 silence while this machine's own reports do not get through: then the disk is at fault, not the machine.
 """
@@ -90,17 +93,20 @@ class Machine:
         """The machines that this one looks at."""
         self.ended_ranks = False
         """Whether the ranks of this attempt were ended here, since something had failed."""
-        self._report = MachineReport(machine=number, state="begins", attempt=1, beat="", command=ownership.new_id())
+        command = ownership.new_id()
+        job = command if number == 0 else None
+        self._report = MachineReport(machine=number, state="begins", attempt=1, beat="", command=command, job=job)
         self._written = time.monotonic()
         """When a sign of life of this machine got through last."""
         self._writing = threading.Lock()
         self._before = {peer: MachineReport.read(run, peer) for peer in self.peers}
         """What an earlier command of a machine may have said."""
+        former = MachineReport.read(run, number)
+        self._former = former.job if former is not None else None
+        """The job of this machine's earlier command, which this one takes no part in."""
         self._heard: dict[int, MachineReport] = {}
         self._unchanged = dict.fromkeys(self.peers, 0)
         """Looks since a machine last changed its report; below zero where it gets that many more."""
-        self._replaced: set[int] = set()
-        """Machines whose command was lost, and started anew since."""
         self._next_look = 0.0
         self._looks_at_failure = 0
         self._told = False
@@ -207,22 +213,32 @@ class Machine:
         late = time.monotonic() - self._written
         for peer in self.peers:
             said, before = MachineReport.read(self.run, peer), self._heard.get(peer, self._before[peer])
-            if said == before:
+            if said == before or (said is not None and not self._takes_part(peer, said)):
                 if late <= IN_TIME:
                     self._unchanged[peer] += 1
                 elif peer in self._heard:  # whatever keeps this machine's may keep the others' as long
                     self._unchanged[peer] = -min(int(late), MOST_PATIENCE)
             elif said is None:
                 continue
-            elif peer in self._heard and said.command != self._heard[peer].command:
-                self._replaced.add(peer)
             else:
                 self._hear(peer, said)
 
+    def _takes_part(self, peer: int, said: MachineReport) -> bool:
+        """Whether a report is from a command of this job: not from one that is still ending, nor from one that was
+        started anew alone in the place of a lost one.
+        """
+        heard = self._heard.get(peer)
+        if heard is not None and said.command != heard.command and (heard.state != "ended" or heard.failure):
+            return False
+        if self.number == 0:
+            return said.job in (None, self._report.command)
+        return said.command != self._former or said.failure is not None  # an end in which this one has its share
+
     def _hear(self, peer: int, said: MachineReport) -> None:
-        if peer not in self._heard and self.number != 0:  # it may have started over without this one
+        known = self._heard.get(peer)
+        if self.number != 0 and (known is None or known.command != said.command):  # it may have started over before
             with self._writing:
-                self._report = replace(self._report, attempt=said.attempt)
+                self._report = replace(self._report, attempt=said.attempt, job=said.command)
         self._heard[peer], self._unchanged[peer] = said, 0
 
     def must_end(self) -> bool:
@@ -282,11 +298,7 @@ class Machine:
 
     def _gone(self) -> list[int]:
         """Machines that began and give no sign of life any more."""
-        return [
-            peer
-            for peer, said in self._heard.items()
-            if said.state != "ended" and (self._unchanged[peer] >= SILENT or peer in self._replaced)
-        ]
+        return [peer for peer, said in self._heard.items() if said.state != "ended" and self._unchanged[peer] >= SILENT]
 
     def _absent(self, looks: int) -> list[int]:
         """Machines that did not begin within so many looks."""

@@ -210,7 +210,9 @@ class MachineReport:
     beat: str
     """Another one with every sign of life."""
     command: str
-    """An id of the command: one that was started anew in the place of a lost one has another."""
+    """An id of the command: one that was started anew has another."""
+    job: str | None = None
+    """The id of machine 0's command in whose job this one takes part; None before it has heard of one."""
     step: int | None = None
     """Of machine 0: the checkpoint that a later attempt goes on from; None: where the job began."""
     failure: Failure | None = None
