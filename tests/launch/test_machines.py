@@ -186,6 +186,18 @@ def test_where_the_job_of_the_command_before_it_fails_a_command_that_was_started
     assert ends(machine) and machine.agree(None).message == "machine 1 has gone"
 
 
+def test_machine_0_is_followed_once_the_ranks_have_met_its_own_whatever_command_was_here_before(run: RunDir) -> None:
+    """As where that one was lost before machine 0 had heard of it."""
+    beat(run, 1, **EARLIER)
+    machine = Machine(run, 1, machines=2, processes=4)
+    RankError.reserve(run, 2)
+    assert not ends(machine)
+    beat(run, 0, command=EARLIER["job"])
+    for _ in range(SILENT):
+        assert not machine.must_end()
+    assert ends(machine) and "machine 0 has gone" in machine.agree(None).message
+
+
 def test_a_command_that_follows_one_that_ended_well_is_heard(run: RunDir) -> None:
     first, _ = met(run, 2)
     beat(run, 1, state="ended")

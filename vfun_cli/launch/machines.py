@@ -232,7 +232,8 @@ class Machine:
             return False
         if self.number == 0:
             return said.job in (None, self._report.command)
-        return said.command != self._former or said.failure is not None  # an end in which this one has its share
+        # Its end concerns whoever waits for it; and if the ranks here have met others, then those of this command.
+        return said.command != self._former or said.failure is not None or self._met
 
     def _hear(self, peer: int, said: MachineReport) -> None:
         known = self._heard.get(peer)
