@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,10 @@ def test_a_full_disk_is_noticed_at_the_start_and_named_by_what_is_written(tmp_pa
             with pytest.raises(OSError, match="No space left on device") as full:
                 write(disk / "wanted")
             assert full.value.filename == str(disk / "wanted")
+        (tmp_path / "source").write_bytes(b"0" * 4096)
+        with pytest.raises(OSError, match="No space left on device") as full:
+            shutil.copyfile(tmp_path / "source", disk / "wanted")
+        assert f"about {disk / 'wanted'}." in fault(full.value).message, "not of what is copied there"
 
 
 @pytest.mark.parametrize("code", [*FAILING, *LACKING, errno.ENAMETOOLONG])

@@ -85,10 +85,18 @@ def fault(error: OSError, *, where: Path | None = None) -> EnvironmentFault:
     Args:
         where: what was being used, for an error that names no file.
     """
-    name = error.filename or where
+    name = named_by(error) or where
     about = f" about {os.fsdecode(name)}" if isinstance(name, (str, bytes, Path)) else ""
     hint = HINTS.get(error.errno or 0, ELSE)
     return EnvironmentFault(f'the system says "{error.strerror or error}"{about}.', hint=hint)
+
+
+def named_by(error: OSError) -> Any:
+    """The file that an error of the system is about, if it names one: of a copy it names both, the source first, and of
+    these the other one is on the disk that is full.
+    """
+    name = error.filename2 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+    return name or error.filename
 
 
 @contextmanager

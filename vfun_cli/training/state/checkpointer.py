@@ -18,7 +18,7 @@ from vfun_cli.checkpoints.state import STATE_FILE, read_state
 from vfun_cli.config.optimizers import carries_over, cut_by
 from vfun_cli.config.options import default_of
 from vfun_cli.config.strategies import STRATEGIES
-from vfun_cli.disks.abilities import copy_folder, fsync_directory
+from vfun_cli.disks.abilities import copy_folder, fsync_directory, named_by
 from vfun_cli.errors import ConfigError, FitError, RunError, first_line
 from vfun_cli.modeling.encoders.sharding import ranks_here
 from vfun_cli.run import ownership
@@ -296,6 +296,7 @@ def _reason(error: BaseException) -> str:
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, OSError) and below.strerror:
-            return f"{below.strerror} ({below.filename})" if below.filename else below.strerror
+            name = named_by(below)
+            return below.strerror if name is None else f"{below.strerror} ({name})"
         below = below.__cause__ or below.__context__
     return first_line(error)
