@@ -11,6 +11,7 @@ from vfun_cli.config.optimizers import OPTIMIZER_FLAGS
 from vfun_cli.config.options import Opt, default_of, options, plain_kind
 from vfun_cli.config.originals import FLAGS, Flag
 from vfun_cli.config.strategies import STRATEGY_FLAGS
+from vfun_cli.errors import as_flag
 from vfun_cli.metadata.codes import CODES
 from vfun_cli.metadata.table import ClipTable
 
@@ -78,11 +79,11 @@ def options_page() -> str:
         parts.append(f"\n## {panel}\n\n| option | takes | default | resume | what it does |\n|---|---|---|---|---|\n")
         parts += [_row(name, kind, opt) for name, (_, kind, opt) in rows]
     parts.append("\n## Short for a strategy\n\n| flag | strategy |\n|---|---|\n")
-    parts += [f"| `--{flag.replace('_', '-')}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
+    parts += [f"| `{as_flag(flag)}` | {strategy} |\n" for flag, strategy in STRATEGY_FLAGS.items()]
     parts.append("\n## Short for an optimizer\n\n| flag | optimizer |\n|---|---|\n")
-    parts += [f"| `--{flag.replace('_', '-')}` | {optimizer} |\n" for flag, optimizer in OPTIMIZER_FLAGS.items()]
+    parts += [f"| `{as_flag(flag)}` | {optimizer} |\n" for flag, optimizer in OPTIMIZER_FLAGS.items()]
     parts.append(ORIGINALS)
-    parts += [f"| `--{name.replace('_', '-')}` | {_fate(flag)} |\n" for name, flag in FLAGS.items()]
+    parts += [f"| `{as_flag(name)}` | {_fate(flag)} |\n" for name, flag in FLAGS.items()]
     parts.append("\n## Defaults of the families\n\nWhere a family's documented command line differs from the above.\n")
     parts += [_family(name) for name in families.FAMILIES]
     return "".join(parts)

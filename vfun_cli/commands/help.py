@@ -28,12 +28,12 @@ class _Helpful:
         """Print the help of the command."""
         if ctx.find_root().obj:  # --json
             console.print_json({"help": _described(self, ctx)})
-            raise typer.Exit
-        console.out.print(_page(self, ctx), soft_wrap=True)
+        else:
+            console.out.print(_page(self, ctx), soft_wrap=True)
 
     def get_help_option(self, ctx: Any) -> Any:
         """Typer's, but that nothing is printed beside our own: it would end in a broken pipe in ``--help | head``."""
-        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option = super().get_help_option(ctx)  # type: ignore[misc]  # of TyperCommand or TyperGroup, beside this one
         if option is not None:
             option.callback = _show
         return option
